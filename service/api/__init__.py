@@ -1,0 +1,1 @@
+"""The HTTP side: one router for each thing that can be asked for."""

@@ -1,0 +1,1 @@
+"""The log that gives messages one order. Knows no client."""

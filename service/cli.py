@@ -1,0 +1,82 @@
+"""The command line. Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from service import __version__, logs, server, settings, tls
+from service.errors import SettingsError, StartError
+
+CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "check":
+                _check(options.config_file)
+            case "dev-cert":
+                _dev_cert(options.directory)
+            case _:
+                _serve(options.config_file)
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"websocket-relay: {problem}", file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(f"websocket-relay: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(config_file: Path | None) -> None:
+    loaded = settings.load(config_file, os.environ)
+    logs.configure(loaded.logging)
+    try:
+        server.run(loaded)
+    except* StartError as group:
+        raise group.exceptions[0] from None
+
+
+def _check(config_file: Path | None) -> None:
+    loaded = settings.load(config_file, os.environ)
+    server.load_certificates(loaded)
+    print(settings.render(loaded), end="")
+
+
+def _dev_cert(directory: Path) -> None:
+    for file in tls.write_dev_pair(directory):
+        print(file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="websocket-relay",
+        description="A WebSocket relay: what one client sends, every client of its channel gets.",
+        epilog="Every setting can also come from the environment: server.port is"
+        " RELAY__SERVER__PORT.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--config-file", type=Path, metavar="F", help=CONFIG_HELP)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in (
+        ("serve", "run the relay (the default)"),
+        ("check", "validate the settings and print the effective ones"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument(
+            "--config-file", type=Path, metavar="F", default=argparse.SUPPRESS, help=CONFIG_HELP
+        )
+    dev_cert = commands.add_parser(
+        "dev-cert",
+        help="write a self-signed cert.pem and key.pem for localhost",
+        description="Write a self-signed cert.pem and key.pem for localhost, 127.0.0.1 and ::1.",
+    )
+    dev_cert.add_argument(
+        "--directory", type=Path, metavar="D", default=Path(), help="where to (default: here)"
+    )
+    return parser

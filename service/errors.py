@@ -1,0 +1,75 @@
+"""Name every way in which something ends badly: failures, closes, refusals, drops.
+
+One table of facts each: the wire, the metrics, the logs and the docs read them from here.
+Knows no connection, no channel and no library.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from http import HTTPStatus
+
+
+class RelayError(Exception):
+    """The root of the relay's own errors."""
+
+
+class SettingsError(RelayError):
+    """The operator's settings can't be used.
+
+    Args:
+        problems: one sentence each: where it was said, the key, the value, what is allowed.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class StartError(RelayError):
+    """The relay can't start on this machine as it is now: a port in use, say."""
+
+
+class Close(Enum):
+    """Why a connection ended: the code on the wire, the reason, and by its name the label.
+
+    Codes: RFC 6455 section 7.4.1 and the IANA registry; 1006 is never sent.
+    """
+
+    CLIENT = (1000, "")  # the client closed; its own code goes back to it
+    DRAINING = (1001, "draining")  # the relay stops; retry_ms follows
+    PROTOCOL = (1002, "protocol error")  # a frame that RFC 6455 forbids
+    VANISHED = (1006, "")  # the TCP connection ended without a close frame
+    NOT_UTF8 = (1007, "text is not UTF-8")
+    TOO_BIG = (1009, "message too big")  # over limits.max_message_bytes
+    INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
+    PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
+    SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        self.label = self.name.lower()
+
+
+class Refusal(Enum):
+    """Why a client was not let in: the HTTP status, what it is told, and by its name the label."""
+
+    HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
+    ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
+    PATH = (HTTPStatus.NOT_FOUND, "no such channel")
+    HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
+    CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+    CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
+    DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
+
+    def __init__(self, status: HTTPStatus, reason: str) -> None:
+        self.status = status
+        self.reason = reason
+        self.label = self.name.lower()
+
+
+class Drop(Enum):
+    """Why a message that was owed to a client was not written to it."""
+
+    DISCONNECTED = "disconnected"  # the client was gone before its turn came
+    SLOW_CONSUMER = "slow_consumer"  # it did not fit into the client's backlog

@@ -1,0 +1,28 @@
+"""Count what happens, as plain integers. Knows no metrics library and no reader.
+
+The hot path adds to attributes here, once a batch where it can; the metrics page reads them when
+it is scraped. One event loop writes and reads, so there is no lock.
+
+Invariant, once nothing is in flight: owed == deliveries + the sum of drops.
+"""
+
+from dataclasses import dataclass, field
+
+from service.errors import Close, Drop, Refusal
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The books of one replica."""
+
+    connections: int = 0
+    disconnections: int = 0
+    messages: int = 0  # taken from clients and relayed
+    owed: int = 0  # channel size at publishing time, summed over messages
+    deliveries: int = 0  # messages written to clients' sockets
+    received_bytes: int = 0  # payload of messages taken
+    sent_bytes: int = 0  # frames of messages written, headers included
+    publisher_pauses: int = 0
+    drops: dict[Drop, int] = field(default_factory=lambda: dict.fromkeys(Drop, 0))
+    closes: dict[Close, int] = field(default_factory=lambda: dict.fromkeys(Close, 0))
+    refusals: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))

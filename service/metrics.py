@@ -1,0 +1,143 @@
+"""Show the books to Prometheus. The only room that knows prometheus_client.
+
+Plain integers of the ledger become metrics when the page is asked for; what needs a distribution
+is observed in a histogram, once a batch or less often.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from service.ledger import Ledger
+
+DELIVERY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+LAG_LOOK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What is read off the parts when the page is asked for."""
+
+    channels: Callable[[], int]
+    slow_clients: Callable[[], int]
+    backlog_bytes: Callable[[], int]
+    paused_publishers: Callable[[], int]
+    draining: Callable[[], bool]
+    certificate_expiry: Callable[[], float | None]
+    certificate_reloads: Callable[[], dict[str, int]]
+
+
+class Metrics:
+    """The metrics of one replica, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        delivery = Histogram(
+            "websocket_delivery_seconds",
+            "From receiving a batch's first message to its last write",
+            buckets=DELIVERY_BUCKETS_S,
+            registry=self.registry,
+        )
+        lag = Histogram(
+            "websocket_event_loop_lag_seconds",
+            "How late the event loop was to wake a sleeper",
+            buckets=LAG_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.observe_delivery: Callable[[float], None] = delivery.observe
+        self._observe_lag: Callable[[float], None] = lag.observe
+
+    def watch(self, ledger: Ledger, gauges: Gauges) -> None:
+        """Show these from now on."""
+        self.registry.register(_Books(ledger, gauges))
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """Return the page and its content type, in the format that an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    async def measure_loop_lag(self) -> None:
+        """Sleep and see how late it was, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_LOOK_S
+            await asyncio.sleep(LAG_LOOK_S)
+            self._observe_lag(max(0.0, loop.time() - due))
+
+
+class _Books(Collector):
+    def __init__(self, ledger: Ledger, gauges: Gauges) -> None:
+        self._ledger = ledger
+        self._gauges = gauges
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names are not reserved: reading the gauges before the start makes no sense
+
+    def collect(self) -> Iterator[Metric]:
+        books, now = self._ledger, self._gauges
+        connected = books.connections - books.disconnections
+        yield _gauge("connected_clients", "Clients connected now", connected)
+        yield _counter("connections", "Connections established", books.connections)
+        yield _counter("disconnections", "Connections ended", books.disconnections)
+        yield _counter("messages", "Messages taken from clients and relayed", books.messages)
+        yield _counter("owed", "Deliveries owed: members when published", books.owed)
+        yield _counter("deliveries", "Messages written to clients' sockets", books.deliveries)
+        drops = {(why.value,): count for why, count in books.drops.items()}
+        yield _labelled("drops", "Deliveries owed and not made", ["reason"], drops)
+        yield _counter("received_bytes", "Payload taken from clients", books.received_bytes)
+        yield _counter("sent_bytes", "Frames of messages given to sockets", books.sent_bytes)
+        closes = {(str(why.code), why.label): count for why, count in books.closes.items()}
+        yield _labelled("closes", "Connections ended", ["code", "reason"], closes)
+        refusals = {(why.label,): count for why, count in books.refusals.items()}
+        yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
+        yield _gauge("backlog_bytes", "Bytes waiting for slow clients", now.backlog_bytes())
+        yield _gauge("slow_clients", "Clients that are behind now", now.slow_clients())
+        yield _gauge("channels", "Channels with a client", now.channels())
+        yield _gauge("paused_publishers", "Clients not read now", now.paused_publishers())
+        pauses = books.publisher_pauses
+        yield _counter("publisher_pauses", "Times a client was read no longer for a while", pauses)
+        draining = now.draining()
+        yield _gauge("draining", "1 while the relay stops", int(draining))
+        left = connected if draining else 0
+        yield _gauge("drain_clients_left", "Clients still to go in a stop", left)
+        yield from self._certificate()
+
+    def _certificate(self) -> Iterator[Metric]:
+        expiry = self._gauges.certificate_expiry()
+        if expiry is None:
+            return
+        text = "When the served certificate expires"
+        yield _gauge("tls_certificate_expiry_timestamp_seconds", text, expiry)
+        reloads = {(result,): n for result, n in self._gauges.certificate_reloads().items()}
+        yield _labelled("tls_reloads", "Renewed certificates found", ["result"], reloads)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"websocket_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"websocket_{name}", text, value=value)
+
+
+def _labelled(name: str, text: str, labels: list[str], values: dict[tuple[str, ...], int]) -> Metric:
+    family = CounterMetricFamily(f"websocket_{name}", text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family

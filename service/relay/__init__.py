@@ -1,0 +1,1 @@
+"""Channels and what happens in them. Knows no FastAPI and no broker's library."""

@@ -1,0 +1,119 @@
+"""Own the channels: who is in which, what the log says to them, and whose turn it is to write.
+
+All channels share one pump, a callback of the event loop that writes for a slice of time and then
+lets the loop read, ping and answer probes. No task, queue or timer per connection.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+
+from service.backplane.base import Backplane, Entry
+from service.relay.channel import Channel
+from service.relay.gate import Gate
+from service.wire.protocol import RelayProtocol
+from service.wire.shared import Shared
+
+SLICE_S = 0.001
+"""How long the pump writes before the loop gets its turn."""
+
+BATCHES_PER_BACKLOG = 4
+"""How many full batches fit into one client's backlog: one batch alone never closes a client."""
+
+
+class Broadcaster:
+    """All channels of one replica.
+
+    Args:
+        backplane: the log.
+        shared: what all connections share.
+        max_channels: channels at a time.
+        pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
+        total_pending_limit_bytes: the same for all channels together.
+        written: told, for each batch, the seconds from its first message to its last write.
+    """
+
+    def __init__(
+        self,
+        *,
+        backplane: Backplane,
+        shared: Shared,
+        max_channels: int,
+        pending_limit_bytes: int,
+        total_pending_limit_bytes: int,
+        written: Callable[[float], None],
+    ) -> None:
+        self.backplane = backplane
+        self.shared = shared
+        self.gate = Gate(total_pending_limit_bytes)
+        self.written = written
+        self._max_channels = max_channels
+        self._pending_limit_bytes = pending_limit_bytes
+        self._channels: dict[str, Channel] = {}
+        self._ready: deque[Channel] = deque()
+        backplane.tail(self._deliver)
+
+    def __len__(self) -> int:
+        """How many channels there are."""
+        return len(self._channels)
+
+    @property
+    def held_publishers(self) -> int:
+        """How many clients are not read now because they publish too fast."""
+        return sum(client.is_held for client in self.shared.clients)
+
+    def has_room(self, name: str) -> bool:
+        """Tell whether a client may join a channel without there being too many of them."""
+        return name in self._channels or len(self._channels) < self._max_channels
+
+    def subscribe(self, name: str, client: RelayProtocol) -> None:
+        """Let a client into a channel, which comes to be with its first member."""
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = Channel(
+                name,
+                self,
+                pending_limit_bytes=self._pending_limit_bytes,
+                batch_limit_bytes=self._pending_limit_bytes // BATCHES_PER_BACKLOG,
+            )
+        channel.join(client)
+        client.hand_over(channel)
+
+    # What channels ask
+
+    def schedule(self, channel: Channel) -> None:
+        """Give a channel its turns to write until it has nothing to write."""
+        if not self._ready:
+            asyncio.get_running_loop().call_soon(self._pump)
+        self._ready.append(channel)
+
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call `act` after a while."""
+        return asyncio.get_running_loop().call_later(delay_s, act)
+
+    def forget(self, channel: Channel) -> None:
+        """Let go of a channel that has no members."""
+        if self._channels.get(channel.name) is channel:
+            del self._channels[channel.name]
+
+    # Inside
+
+    def _deliver(self, entry: Entry) -> None:
+        channel = self._channels.get(entry.channel)
+        if channel is not None:
+            channel.deliver(entry)
+
+    def _pump(self) -> None:
+        until = perf_counter() + SLICE_S
+        ready = self._ready
+        while ready:
+            # Turn by turn, so that a busy channel does not keep the others waiting.
+            done = ready[0].fan_out(until)
+            channel = ready.popleft()
+            if not done:
+                ready.append(channel)
+            if perf_counter() > until:
+                break
+        if ready:
+            asyncio.get_running_loop().call_soon(self._pump)

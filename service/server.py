@@ -1,0 +1,246 @@
+"""Run the relay: both ports in one event loop, signals, the stop."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import random
+import signal
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from service.app import Relay, build
+from service.errors import StartError
+from service.health import Phase
+from service.relay.drain import close_all, wait_until_gone
+from service.relay.keepalive import keep_alive
+from service.settings import Settings
+from service.tls import Certificates
+from service.wire.http import RequestProtocol
+from service.wire.protocol import RelayProtocol
+
+log = logging.getLogger(__name__)
+
+LISTEN_BACKLOG = 4096
+"""Connections that wait in the kernel to be accepted; it caps this at net.core.somaxconn."""
+
+CUT_OFF_RESERVE_S = 0.5
+"""What is left of shutdown.timeout_s, a quarter at most, to cut off who has not gone and to end."""
+
+
+def run(settings: Settings) -> None:
+    """Run the relay until a signal stops it.
+
+    Raises:
+        SettingsError: the certificate can't be served.
+        StartError: a port can't be listened on.
+    """
+    certificates = load_certificates(settings)
+    uvloop.run(_serve(settings, certificates))
+
+
+def load_certificates(settings: Settings) -> Certificates | None:
+    """Return the pair that the settings name, or None where TLS is off.
+
+    Raises:
+        SettingsError: it can't be served.
+    """
+    tls = settings.server.tls
+    return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
+
+
+class Listener(uvicorn.Server):
+    """uvicorn on one port, as the relay needs it.
+
+    uvicorn's own start has no deadline for TLS handshakes and exits the process where a port is
+    taken; and its signals are the relay's business.
+
+    Args:
+        app: what answers there.
+        host, port: where; port 0 takes any free one.
+        context: for TLS, or None.
+        handshake_timeout_s: for TLS handshakes.
+        protocols: uvicorn's `http` and `ws` settings.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        *,
+        context: ssl.SSLContext | None = None,
+        handshake_timeout_s: float = 10,
+        **protocols: Any,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+            **protocols,
+        )
+        super().__init__(config)
+        self._context = context
+        self._handshake_timeout_s = handshake_timeout_s
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return host, port
+
+    async def listen(self) -> None:
+        """Bind and accept connections.
+
+        Raises:
+            StartError: the address can't be had.
+        """
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        tls: dict[str, Any] = {}
+        if self._context is not None:
+            tls = {"ssl": self._context, "ssl_handshake_timeout": self._handshake_timeout_s}
+        try:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: cast(
+                    asyncio.Protocol,
+                    self.config.http_protocol_class(
+                        config=self.config, server_state=self.server_state, app_state={}
+                    ),  # type: ignore[call-arg]
+                ),
+                self.config.host,
+                self.config.port,
+                backlog=LISTEN_BACKLOG,
+                **tls,
+            )
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise StartError(
+                f"can't listen on {self.config.host} port {self.config.port}: {reason}"
+            ) from None
+        self.servers = [cast(Any, server)]
+        self.started = True
+
+    async def startup(self, sockets: object = None) -> None:
+        """Do nothing: `listen` did it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        """Leave the signals to the relay."""
+        yield
+
+
+async def _serve(settings: Settings, certificates: Certificates | None) -> None:
+    relay = build(settings, certificates)
+    stop = Stop()
+    with stop.on_signals():
+        metrics_port = _metrics_listener(settings, relay)
+        relay_port = _relay_listener(settings, relay)
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(
+                    keep_alive(
+                        relay.shared.clients,
+                        ping_interval_s=settings.keepalive.ping_interval_s,
+                        ping_timeout_s=settings.keepalive.ping_timeout_s,
+                    )
+                ),
+                group.create_task(relay.metrics.measure_loop_lag()),
+            ]
+            if certificates is not None:
+                background.append(group.create_task(certificates.watch()))
+            if metrics_port is not None:
+                await metrics_port.listen()
+                host, port = metrics_port.address
+                log.info("metrics listening", extra={"host": host, "port": port})
+                group.create_task(metrics_port.serve())
+            await relay_port.listen()
+            host, port = relay_port.address
+            log.info(
+                "relay listening",
+                extra={"host": host, "port": port, "tls": certificates is not None},
+            )
+            group.create_task(relay_port.serve())
+            relay.health.phase = Phase.READY
+            log.info("ready")
+            await stop.asked.wait()
+            await _drain(settings, relay)
+            relay_port.should_exit = True
+            if metrics_port is not None:
+                metrics_port.should_exit = True
+            for task in background:
+                task.cancel()
+    log.info("stopped")
+
+
+def _relay_listener(settings: Settings, relay: Relay) -> Listener:
+    server = settings.server
+    certificates = relay.certificates
+    return Listener(
+        relay.app,
+        server.host,
+        server.port,
+        context=certificates.context if certificates is not None else None,
+        handshake_timeout_s=settings.limits.handshake_timeout_s,
+        http=functools.partial(RequestProtocol, shared=relay.shared),
+        ws=functools.partial(RelayProtocol, shared=relay.shared),
+    )
+
+
+def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
+    metrics = settings.metrics
+    if not metrics.enabled:
+        return None
+    return Listener(relay.metrics_app, metrics.host, metrics.port, http="httptools", ws="none")
+
+
+class Stop:
+    """The wish to stop, as signals bring it."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Listen to SIGTERM and SIGINT; a second SIGINT ends the process at once."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.asked.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupted)
+        yield
+
+    def _interrupted(self) -> None:
+        if self.asked.is_set():
+            log.warning("stopped at once")
+            os._exit(1)
+        self.asked.set()
+
+
+async def _drain(settings: Settings, relay: Relay) -> None:
+    """Let everybody go, in the time there is."""
+    loop = asyncio.get_running_loop()
+    shutdown, clients = settings.shutdown, relay.shared.clients
+    reserve_s = min(CUT_OFF_RESERVE_S, shutdown.timeout_s / 4)
+    until = loop.time() + shutdown.timeout_s - reserve_s
+    relay.health.phase = Phase.DRAINING
+    log.info("draining", extra={"clients": len(clients)})
+    await asyncio.sleep(min(shutdown.readiness_delay_s, max(0.0, until - loop.time())))
+    relay.health.refusing = True
+    # Clients need time to answer: what does not fit into the whole is taken off the spread.
+    spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
+    await close_all(clients, spread_s=spread_s, rng=random.Random())
+    cut_off = await wait_until_gone(clients, until=until)
+    if cut_off:
+        log.warning("clients cut off", extra={"clients": cut_off})

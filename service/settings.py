@@ -1,0 +1,367 @@
+"""Own the settings tree: environment over file over defaults, and one clear line per mistake.
+
+Every setting is declared once, here, with its bound and its sentence; config.yaml is rendered from
+it. Knows nothing of what the settings are used for.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from service.errors import SettingsError
+
+DEFAULT_FILE = Path("config.yaml")
+ENV_PREFIX = "RELAY__"
+
+MAX_SECONDS = 86_400.0
+MAX_BYTES = 1 << 40
+MAX_COUNT = 1 << 31
+
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
+BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+
+
+class Section(BaseModel):
+    """A part of the tree. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_flag_is_no_number(cls, value: object, info: Any) -> object:
+        # pydantic takes true for 1; in a settings file that is a slip of the pen.
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError("a flag is no number")
+        return value
+
+
+class Tls(Section):
+    """wss:// and https://."""
+
+    enabled: bool = Field(False, description="true: wss:// and https:// on server.port")
+    cert_file: str = Field("cert.pem", min_length=1, description="certificate chain, PEM")
+    key_file: str = Field(
+        "key.pem",
+        min_length=1,
+        description="its private key, PEM; a renewed pair serves new handshakes, no restart",
+    )
+
+
+class Server(Section):
+    """Where the relay listens and whom it lets in."""
+
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    port: Port = Field(8443, description="port to listen on; 0: any free one")
+    tls: Tls = Tls()
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("*",), description="browsers' Origin headers let in, like https://example.com; * lets all"
+    )
+    base_path: str = Field(
+        "", description="a path prefix like /relay, for an Ingress that does not rewrite"
+    )
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        # An environment variable holds a JSON list or names with commas between them.
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError:
+                raise ValueError("not a list") from None
+        return [part.strip() for part in value.split(",")]
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not ORIGIN.fullmatch(origin.lower()):
+                raise ValueError("an origin is scheme://host[:port] without a path, or *")
+        return value
+
+    @field_validator("base_path")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        if not BASE_PATH.fullmatch(value):
+            raise ValueError("a path begins with / and does not end with one")
+        return value
+
+
+class Metrics(Section):
+    """The port that Prometheus scrapes."""
+
+    enabled: bool = Field(True, description="false: nothing listens there")
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    port: Port = Field(9090, description="port of /metrics, /healthz and /readyz; 0: any free one")
+
+
+class Channels(Section):
+    """The rooms that clients share."""
+
+    max_channels: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        10_000, description="channels that exist at a time; they come and go with use"
+    )
+
+
+class Limits(Section):
+    """How much of everything."""
+
+    max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = Field(
+        1_048_576, description="a larger message closes its sender (1009)"
+    )
+    max_connections: Count = Field(0, description="clients at a time; 0: no limit of its own")
+    handshake_timeout_s: SomeSeconds = Field(
+        10, description="from TCP accept to the upgrade, and for the answer to a close"
+    )
+    send_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        1_048_576, description="what one slow client may have waiting (1013 past it)"
+    )
+    total_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        268_435_456, description="what all of them together may have waiting; the worst goes first"
+    )
+
+
+class Keepalive(Section):
+    """One sweep pings every connection."""
+
+    ping_interval_s: SomeSeconds = Field(20, description="seconds between two pings")
+    ping_timeout_s: SomeSeconds = Field(
+        20, description="seconds until a client that is silent after a ping is closed (1011)"
+    )
+
+
+class Shutdown(Section):
+    """How a stop goes."""
+
+    readiness_delay_s: Seconds = Field(
+        0, description="still serving while load balancers take the replica out"
+    )
+    spread_s: Seconds = Field(5, description="clients are closed one after another over this time")
+    timeout_s: SomeSeconds = Field(10, description="the whole stop takes no longer")
+
+
+class Logging(Section):
+    """What is logged to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error"
+    )
+    format: Literal["text", "json"] = Field("text", description="text or json")
+
+
+class Settings(BaseSettings):
+    """The whole tree. Build it with `load`, which says what is wrong in the operator's words."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
+
+    server: Server = Server()
+    metrics: Metrics = Metrics()
+    channels: Channels = Channels()
+    limits: Limits = Limits()
+    keepalive: Keepalive = Keepalive()
+    shutdown: Shutdown = Shutdown()
+    logging: Logging = Logging()
+
+    PORTS_CLASH: ClassVar[str] = "server.port and metrics.port are the same"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # what the file says comes as init values
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> "Settings":
+        if self.metrics.enabled and self.server.port and self.server.port == self.metrics.port:
+            raise ValueError(self.PORTS_CLASH)
+        return self
+
+
+def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Read the settings.
+
+    Args:
+        file: what --config-file named; None takes config.yaml where there is one.
+        environ: the process's environment, which pydantic-settings reads by itself; here it is
+            checked for misspelt names and asked for whose value was wrong.
+
+    Raises:
+        SettingsError: with every problem found, a sentence each.
+    """
+    source = file or DEFAULT_FILE
+    values = _read(source, must_exist=file is not None)
+    named = {name: path for name in environ if (path := _path_of(name)) is not None}
+    problems = [
+        f"{name}: unknown variable, set to {environ[name]!r}; {_known(path)}"
+        for name, path in named.items()
+        if path not in LEAVES
+    ]
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        variables = {path: name for name, path in named.items()}
+        problems += [_sentence(entry, source, variables) for entry in error.errors()]
+        raise SettingsError(list(dict.fromkeys(problems))) from None
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def render(settings: Settings, *, comments: bool = False) -> str:
+    """Return the settings as YAML that `load` reads again, on request with their sentences."""
+    return "\n".join(_lines(settings, 0, comments)) + "\n"
+
+
+def _leaves(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    schema = model.model_json_schema()["properties"]
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaves(kind, (*path, name))
+        else:
+            yield (*path, name), _allowed(schema[name])
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """Say in words what a JSON schema lets in."""
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if schema["type"] == "boolean":
+        return "true or false"
+    if schema["type"] == "array":
+        return "a list of " + ("origins, each scheme://host[:port], or *")
+    if schema["type"] == "string":
+        return "a text" if not schema.get("minLength") else "a text that is not empty"
+    number = "a whole number" if schema["type"] == "integer" else "a number"
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    start = f"above {low}" if "exclusiveMinimum" in schema else f"from {low}"
+    return f"{number} {start} to {schema['maximum']:.15g}"
+
+
+LEAVES: dict[tuple[str, ...], str] = dict(_leaves(Settings, ()))
+"""What every setting allows, in words, by its path."""
+
+
+def _read(file: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise SettingsError([f"{file}: no such file"]) from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{file}: can't be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise SettingsError([f"{file}: not YAML: {_one_line(error)}"]) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError([f"{file}: holds {content!r}; allowed is a mapping of sections"])
+    # A section whose keys are all commented out reads as null: it holds nothing.
+    return {str(key): value for key, value in content.items() if value is not None}
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def _path_of(variable: str) -> tuple[str, ...] | None:
+    """Return the path that a variable names, or None where it is not ours."""
+    if not variable.upper().startswith(ENV_PREFIX):
+        return None
+    return tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
+
+
+def _known(path: tuple[str, ...]) -> str:
+    """Return the nearest names that exist, as a hint."""
+    names = {_variable(leaf): leaf for leaf in LEAVES}
+    near = get_close_matches(_variable(path), names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "websocket-relay check prints what there is"
+
+
+def _variable(path: tuple[str, ...]) -> str:
+    return ENV_PREFIX + "__".join(path).upper()
+
+
+def _sentence(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) -> str:
+    """Put one of pydantic's errors into the operator's words."""
+    loc = tuple(str(part) for part in entry["loc"])
+    if not loc:
+        return f"{file}: {entry['msg'].removeprefix('Value error, ')}"
+    path = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in LEAVES), loc)
+    where = variables.get(path, str(file))
+    key = ".".join(path)
+    if entry["type"] == "extra_forbidden":
+        siblings = [leaf[len(loc) - 1] for leaf in LEAVES if leaf[: len(loc) - 1] == loc[:-1]]
+        near = get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
+        allowed = f"did you mean {near[0]}?" if near else ", ".join(dict.fromkeys(siblings))
+        hint = allowed if near else f"allowed: {allowed}"
+        return f"{where}: {key}: unknown key, set to {_shown(entry['input'])}; {hint}"
+    allowed = LEAVES.get(path, "a mapping of keys to values")
+    if entry["type"] == "value_error" and not isinstance(entry["input"], bool):
+        allowed = entry["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {_shown(entry['input'])} is not allowed; allowed: {allowed}"
+
+
+def _shown(value: object) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _lines(model: BaseModel, depth: int, comments: bool) -> Iterator[str]:
+    indent = "  " * depth
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            if comments and not depth and name != next(iter(type(model).model_fields)):
+                yield ""
+            yield f"{indent}{name}:" + (f"  # {_title(value)}" if comments else "")
+            yield from _lines(value, depth + 1, comments)
+        else:
+            yield from _leaf(f"{indent}{name}: {_scalar(value)}", indent, field, comments)
+
+
+def _leaf(line: str, indent: str, field: FieldInfo, comments: bool) -> Iterator[str]:
+    if comments:
+        yield f"{indent}# {field.description}"
+    yield line
+
+
+def _title(section: BaseModel) -> str:
+    return (type(section).__doc__ or "").strip().rstrip(".")
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

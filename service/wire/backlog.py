@@ -1,0 +1,124 @@
+"""Watch what clients have waiting: who is behind, by how much, and who goes when it is too much.
+
+The transport's own write buffer is a client's backlog; there is no second queue. A client is
+*behind* from the moment its transport could not write all at once until that buffer is empty.
+While it is, its writes are noted here so that the books can say which messages reached its socket.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Protocol
+
+from service.wire.frames import count_whole
+
+
+class Backlog:
+    """The writes that one client is behind with, oldest first."""
+
+    __slots__ = ("_writes", "messages", "noted_bytes", "total_bytes")
+
+    def __init__(self) -> None:
+        self._writes: deque[tuple[bytes, int]] = deque()
+        self.noted_bytes = 0  # of the writes still noted, sent parts included
+        self.total_bytes = 0  # of all writes that were ever noted
+        self.messages = 0  # in the writes still noted
+
+    def note(self, data: bytes, messages: int) -> None:
+        """Add a write that the transport took: its bytes and how many messages they hold."""
+        self._writes.append((data, messages))
+        self.noted_bytes += len(data)
+        self.total_bytes += len(data)
+        self.messages += messages
+
+    def trim(self, waiting: int) -> int:
+        """Forget what left the buffer; return how many messages that completed.
+
+        Args:
+            waiting: bytes still in the transport's buffer.
+        """
+        sent = self.noted_bytes - waiting
+        done = 0
+        while self._writes and len(self._writes[0][0]) <= sent:
+            data, messages = self._writes.popleft()
+            sent -= len(data)
+            self.noted_bytes -= len(data)
+            done += messages
+        self.messages -= done
+        return done
+
+    def split(self, waiting: int) -> tuple[int, int]:
+        """Return how many of the noted messages were sent whole, and how many were not.
+
+        Args:
+            waiting: bytes that never left the transport's buffer.
+        """
+        done = self.trim(waiting)
+        if self._writes:
+            data = self._writes[0][0]
+            # The write that was under way: what of it left the buffer can be read off its frames.
+            part = count_whole(data, self.noted_bytes - waiting)
+            return done + part, self.messages - part
+        return done, 0
+
+
+class Laggard(Protocol):
+    """What is asked of a client that is behind."""
+
+    @property
+    def backlog_bytes(self) -> int: ...
+    def drop_backlog(self) -> None: ...
+
+
+class Backlogs:
+    """All clients that are behind, and the bound on what they have waiting together.
+
+    Args:
+        limit_bytes: what one client may have waiting.
+        total_limit_bytes: what all of them together may have waiting.
+    """
+
+    def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._total_limit_bytes = total_limit_bytes
+        self._laggards: dict[Laggard, None] = {}
+        # Never below the truth, so that the exact sum is taken only when it could matter.
+        self._estimate_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._laggards)
+
+    def __iter__(self) -> Iterator[Laggard]:
+        return iter(self._laggards)
+
+    @property
+    def total_bytes(self) -> int:
+        """What all clients have waiting now."""
+        return sum(laggard.backlog_bytes for laggard in self._laggards)
+
+    def add(self, laggard: Laggard) -> None:
+        """Watch a client that fell behind."""
+        self._laggards[laggard] = None
+        self._grow(laggard.backlog_bytes)
+
+    def discard(self, laggard: Laggard) -> None:
+        """Watch it no longer: it caught up or is gone."""
+        self._laggards.pop(laggard, None)
+
+    def grew(self, size: int) -> None:
+        """Take note that a client that is behind got so many bytes more."""
+        self._grow(size)
+
+    def _grow(self, size: int) -> None:
+        self._estimate_bytes += size
+        if self._estimate_bytes > self._total_limit_bytes:
+            self._shed()
+
+    def _shed(self) -> None:
+        total = self.total_bytes
+        if total > self._total_limit_bytes:
+            for laggard in sorted(self._laggards, key=lambda one: one.backlog_bytes, reverse=True):
+                total -= laggard.backlog_bytes
+                laggard.drop_backlog()
+                if total <= self._total_limit_bytes:
+                    break
+        self._estimate_bytes = total

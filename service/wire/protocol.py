@@ -1,0 +1,479 @@
+"""Speak RFC 6455 with one client: bytes to messages, messages to bytes, and a clean end.
+
+uvicorn makes one `RelayProtocol` for each upgrade (`ws=`). The handshake goes through ASGI (see
+`handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left and
+each message goes to the sink by a plain call. Parsing is `websockets`' sans-I/O ServerProtocol.
+Knows no channel: the sink is all it sees of the room above.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any, Protocol, cast
+
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import SEND_EOF
+from websockets.server import ServerProtocol
+
+from service.errors import Close, Drop
+from service.wire.backlog import Backlog
+from service.wire.shared import Shared
+
+log = logging.getLogger(__name__)
+
+# What websockets' parser says when it gives up (RFC 6455 section 7.4.1), in the relay's words.
+PARSER_CLOSES: dict[int, Close] = {
+    CloseCode.PROTOCOL_ERROR: Close.PROTOCOL,
+    CloseCode.INVALID_DATA: Close.NOT_UTF8,
+    CloseCode.MESSAGE_TOO_BIG: Close.TOO_BIG,
+    CloseCode.INTERNAL_ERROR: Close.INTERNAL,
+}
+
+TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
+
+
+class Sink(Protocol):
+    """Where a connection's messages go, and what it says of itself. Never blocks, never raises."""
+
+    def publish(self, client: "RelayProtocol", opcode: int, payload: bytes) -> None:
+        """Take a whole message from the client."""
+
+    def leave(self, client: "RelayProtocol") -> None:
+        """Write to the client no longer. Said once."""
+
+    def fell_behind(self, client: "RelayProtocol") -> None:
+        """Take note that the client's socket is full."""
+
+    def caught_up(self, client: "RelayProtocol") -> None:
+        """Take note that nothing waits for the client any more."""
+
+    def when_written(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was published so far has been written."""
+
+
+class State(Enum):
+    """Where a connection is in its life."""
+
+    HANDSHAKE = auto()
+    OPEN = auto()
+    CLOSING = auto()  # our close frame is out, the client's is awaited
+    DISCARDING = auto()  # nothing is said or heard any more; TCP's end is awaited
+    LOST = auto()
+
+
+class RelayProtocol(asyncio.Protocol):
+    """One client's connection, from the upgrade to its end.
+
+    Args:
+        config, server_state, app_state, _loop: what uvicorn gives a WebSocket protocol.
+        shared: bounds and books.
+    """
+
+    __slots__ = (
+        "_backlog",
+        "_deadline",
+        "_early",
+        "_ending",
+        "_fragments",
+        "_fragments_opcode",
+        "_holds",
+        "_sent_at_ping",
+        "_parser",
+        "_shared",
+        "_sink",
+        "_state",
+        "_transport",
+        "_unanswered_since",
+        "write",
+    )
+
+    # The fan-out's way in: the transport's own write while nothing waits, ours while something
+    # does, and a count of what was missed once the client has left. Never blocks, never raises
+    # but RuntimeError where the transport was closed under it.
+    write: Callable[[bytes], None]
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        shared: Shared,
+    ) -> None:
+        self._shared = shared
+        self._state = State.HANDSHAKE
+        self._transport: asyncio.Transport
+        self._parser: ServerProtocol | None = None
+        self._sink: Sink | None = None
+        self._early = b""
+        self._fragments: bytearray | None = None
+        self._fragments_opcode = TEXT
+        self._backlog: Backlog | None = None
+        self._sent_at_ping = 0
+        self._holds = 0
+        self._unanswered_since = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._ending: Close | None = None
+        self.write = self._withhold
+
+    # The handshake's side
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether somebody took the connection over."""
+        return self._sink is not None
+
+    @property
+    def in_handshake(self) -> bool:
+        """Whether the upgrade was neither accepted nor refused yet."""
+        return self._state is State.HANDSHAKE
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take over the transport from the HTTP side."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def open(self, response: bytes, parser: ServerProtocol) -> None:
+        """Send the 101 and be a WebSocket from now on.
+
+        Args:
+            response: the whole response head.
+            parser: a parser in the state OPEN.
+        """
+        shared = self._shared
+        self._state = State.OPEN
+        self._parser = parser
+        self._cancel_deadline()
+        # A mark of nothing tells at once when a client could not take all; see Backlog. With
+        # uvloop it also makes write() write now rather than at the end of the loop's turn, so
+        # that the time a slice takes is the time its system calls take.
+        self._transport.set_write_buffer_limits(high=1, low=0)
+        shared.clients.add(self)
+        shared.ledger.connections += 1
+        self._put(response)
+
+    def hand_over(self, sink: Sink) -> None:
+        """Give all further messages to the sink, those that came early first."""
+        self._sink = sink
+        self.write = self._transport.write
+        if self._early:
+            early, self._early = self._early, b""
+            self._transport.resume_reading()
+            self.data_received(early)
+
+    def refuse(self, response: bytes) -> None:
+        """Answer the upgrade with an HTTP response and end the connection."""
+        if self._state is State.LOST:
+            return
+        self._state = State.DISCARDING
+        self._transport.write(response)
+        self._end()
+
+    def expect_within(self, seconds: float) -> None:
+        """Cut the connection off unless it gets on within so many seconds."""
+        self._cancel_deadline()
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(seconds, self._transport.abort)
+
+    # What the client says
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the client: the hot path's first half."""
+        self._unanswered_since = 0.0
+        parser = self._parser
+        if parser is None:
+            self._keep_early(data)
+            return
+        parser.receive_data(data)
+        for frame in parser.events_received():
+            opcode = frame.opcode  # type: ignore[union-attr]  # no Request after the handshake
+            if opcode is TEXT or opcode is BINARY or opcode is CONT:
+                self._data_frame(frame)  # type: ignore[arg-type]
+            elif opcode is Opcode.CLOSE:
+                self._closed_by_client()
+            if self._parser is None:
+                return  # a message ended the connection; what came behind it does not count
+        if parser.parser_exc is not None:
+            self._fail(parser)
+        elif parser.writes:
+            self._flush(parser)  # pongs, and the echo of a close frame
+
+    def eof_received(self) -> None:
+        """Take note that the client sends no more: without a close frame it vanished."""
+        self._leave(Close.VANISHED)
+        self._state = State.DISCARDING
+        self._parser = None
+        if self._deadline is None and self.backlog_bytes:
+            self.expect_within(self._shared.deadline_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Settle the books: whatever happened, this is called once and last."""
+        shared = self._shared
+        self._leave(Close.VANISHED)
+        self._state = State.LOST
+        self._parser = self._fragments = None
+        self._cancel_deadline()
+        if self._backlog is not None:
+            # How much of it left before the loss nobody knows: what was not seen to go is missed.
+            self._settle(self._backlog, self._backlog.noted_bytes)
+        if shared.clients.discard(self):
+            assert self._ending is not None
+            shared.ledger.disconnections += 1
+            shared.ledger.closes[self._ending] += 1
+            log.debug("client gone", extra={"close": self._ending.label})
+        self._sink = None
+
+    # What the relay says
+
+    def close(self, why: Close, reason: str = "") -> None:
+        """Start the closing handshake; the client has `deadline_s` to answer.
+
+        Messages that the client sends until it answers are still relayed.
+
+        Args:
+            why: the code and the label.
+            reason: what stands on the wire instead of `why.reason`.
+        """
+        if self._state is not State.OPEN or self._parser is None:
+            return
+        self._leave(why)
+        self._state = State.CLOSING
+        self._parser.send_close(why.code, reason or why.reason)
+        self.expect_within(self._shared.deadline_s)
+        self._flush(self._parser)
+
+    def close_when_written(self, why: Close, reason: str) -> None:
+        """Close once the client was written all that it is owed so far."""
+        if self._sink is not None and self._state is State.OPEN:
+            self._sink.when_written(lambda: self.close(why, reason))
+
+    def abort(self, why: Close) -> None:
+        """End the TCP connection now; what waits is dropped and counted."""
+        self._leave(why)
+        if self._backlog is not None:
+            self._settle(self._backlog, self.backlog_bytes)
+        self._transport.abort()
+
+    def ping(self, frame: bytes, now: float) -> None:
+        """Send the sweep's ping; the client's silence is timed from the first unanswered one."""
+        if self._state is State.OPEN:
+            if not self._unanswered_since:
+                self._unanswered_since = now
+                self._sent_at_ping = self.sent_bytes
+            self._put(frame)
+
+    def is_silent(self, since: float) -> bool:
+        """Tell whether the client owes an answer to a ping sent at `since` or before.
+
+        A client that the relay itself does not read, or whose socket takes what it is behind
+        with, is not silent.
+        """
+        return (
+            0.0 < self._unanswered_since <= since
+            and self._state is State.OPEN
+            and not self._holds
+            and self.sent_bytes == self._sent_at_ping
+        )
+
+    # Flow control
+
+    @property
+    def backlog_bytes(self) -> int:
+        """What waits in the transport for the client to read on."""
+        return self._transport.get_write_buffer_size()
+
+    @property
+    def sent_bytes(self) -> int:
+        """How much of what the client is behind with has left for its socket; 0 if it is not."""
+        backlog = self._backlog
+        return backlog.total_bytes - self.backlog_bytes if backlog is not None else 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the relay does not read the client now."""
+        return self._holds > 0
+
+    def pause_reading(self) -> None:
+        """Read no more from the client until `resume_reading` was called as often."""
+        self._holds += 1
+        if self._holds == 1:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, if nobody else holds the client back."""
+        self._holds -= 1
+        if not self._holds and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def pause_writing(self) -> None:
+        """Take note that the write under way filled the socket: the client is behind now."""
+        self._backlog = Backlog()
+        if self._sink is not None and self._state is State.OPEN:
+            self.write = self._write_behind
+            self._sink.fell_behind(self)
+        self._shared.fell_behind.append(self)
+
+    def note_backlog(self, data: bytes, messages: int) -> None:
+        """Note the write that made the client fall behind. `pause_writing` does not know it."""
+        if self._backlog is not None:
+            self._backlog.note(data, messages)
+            self._shared.backlogs.add(self)
+
+    def resume_writing(self) -> None:
+        """Take note that all that waited has left for the socket."""
+        if self._backlog is None:
+            return
+        self._settle(self._backlog, 0)
+        if self._sink is not None and self._state is State.OPEN:
+            self.write = self._transport.write
+            self._sink.caught_up(self)
+
+    def drop_backlog(self) -> None:
+        """End the connection, so that what waits for it is freed."""
+        self.abort(Close.SLOW_CONSUMER)
+
+    # Inside
+
+    def _keep_early(self, data: bytes) -> None:
+        # RFC 6455 section 4.1 has clients wait for the 101, but bytes that came with the request
+        # or while the endpoint decides are not lost: one read of them, then the rest stays with
+        # TCP. Past the handshake there is no parser because nothing counts any more.
+        if self._state is State.HANDSHAKE and data:
+            self._early += data
+            self._transport.pause_reading()
+
+    def _data_frame(self, frame: Frame) -> None:
+        payload = frame.data
+        opcode = frame.opcode
+        if opcode is CONT or not frame.fin:
+            if self._fragments is None:
+                self._fragments = bytearray()
+                self._fragments_opcode = opcode
+            # One growing buffer: a flood of tiny fragments costs their bytes, not their number.
+            self._fragments += payload
+            if not frame.fin:
+                return
+            payload, opcode = bytes(self._fragments), self._fragments_opcode
+            self._fragments = None
+        elif type(payload) is not bytes:
+            payload = bytes(payload)
+        if opcode is TEXT:
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                self._refuse_text()
+                return
+        if self._sink is not None:
+            self._sink.publish(self, opcode, payload)
+
+    def _refuse_text(self) -> None:
+        parser = self._parser
+        assert parser is not None
+        parser.fail(CloseCode.INVALID_DATA, Close.NOT_UTF8.reason)
+        self._leave(Close.NOT_UTF8)
+        self._flush(parser)
+
+    def _fail(self, parser: ServerProtocol) -> None:
+        assert parser.close_sent is not None  # by the parser now, or by us before
+        self._leave(PARSER_CLOSES.get(parser.close_sent.code, Close.PROTOCOL))
+        self._flush(parser)
+
+    def _closed_by_client(self) -> None:
+        self._leave(Close.CLIENT)
+
+    def _leave(self, why: Close) -> None:
+        """Say goodbye to the sink, once; the first reason is the one that counts."""
+        if self._ending is not None:
+            return
+        self._ending = why
+        self.write = self._withhold
+        if self._sink is not None:
+            self._sink.leave(self)
+
+    def _flush(self, parser: ServerProtocol) -> None:
+        """Write what the parser wants written, and end where it says so."""
+        writes = parser.data_to_send()
+        ends = writes[-1:] == [SEND_EOF]
+        self._put(b"".join(writes))
+        if ends:
+            self._state = State.DISCARDING
+            self._end()
+
+    def _end(self) -> None:
+        # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
+        # both with unread bytes in the socket would send a reset, and with it the client could
+        # lose the close frame. What still comes is thrown away until the client's end, or ours.
+        self._parser = self._fragments = None
+        if self._transport.is_closing():
+            return
+        self.expect_within(self._shared.deadline_s)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:  # TLS has no half-close; its shutdown does the same
+            self._transport.close()
+
+    def _put(self, data: bytes) -> None:
+        """Write a control frame, behind whatever waits."""
+        if not data or self._transport.is_closing():
+            return
+        shared = self._shared
+        backlog = self._backlog
+        if backlog is not None:
+            if (
+                self._state is State.OPEN
+                and self.backlog_bytes + len(data) > shared.backlogs.limit_bytes
+            ):
+                self.close(Close.SLOW_CONSUMER)
+                return
+            self._transport.write(data)
+            backlog.note(data, 0)
+            shared.backlogs.grew(len(data))
+            return
+        self._transport.write(data)
+        if self._backlog is not None:
+            shared.fell_behind.remove(self)
+            self.note_backlog(data, 0)
+
+    def _write_behind(self, batch: bytes) -> None:
+        """Write a batch to a client that is behind, or close it where that is too much."""
+        shared = self._shared
+        backlog = self._backlog
+        assert backlog is not None
+        waiting = self.backlog_bytes
+        shared.ledger.deliveries += backlog.trim(waiting)
+        if waiting + len(batch) > shared.backlogs.limit_bytes:
+            log.info("slow consumer closed", extra={"backlog_bytes": waiting})
+            self.close(Close.SLOW_CONSUMER)
+            self._withhold(batch)
+            return
+        self._transport.write(batch)
+        shared.withheld += 1
+        backlog.note(batch, shared.messages_in_hand)
+        shared.backlogs.grew(len(batch))
+
+    def _withhold(self, batch: bytes) -> None:
+        """Count a batch that was owed to a client that has left since."""
+        shared = self._shared
+        shared.withheld += 1
+        shared.ledger.drops[self._drop] += shared.messages_in_hand
+
+    @property
+    def _drop(self) -> Drop:
+        slow = self._ending is Close.SLOW_CONSUMER
+        return Drop.SLOW_CONSUMER if slow else Drop.DISCONNECTED
+
+    def _settle(self, backlog: Backlog, waiting: int) -> None:
+        """Enter into the books what of the backlog went and what never will."""
+        delivered, dropped = backlog.split(waiting)
+        self._shared.ledger.deliveries += delivered
+        self._shared.ledger.drops[self._drop] += dropped
+        self._shared.backlogs.discard(self)
+        self._backlog = None
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

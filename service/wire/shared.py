@@ -1,0 +1,66 @@
+"""Hold what all connections of a replica share: bounds, books, and who is connected."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from service.ledger import Ledger
+from service.wire.backlog import Backlogs
+
+if TYPE_CHECKING:
+    from service.wire.protocol import RelayProtocol
+
+
+class Clients:
+    """The established connections."""
+
+    def __init__(self) -> None:
+        self._clients: set[RelayProtocol] = set()
+        self.none_left = asyncio.Event()
+        self.none_left.set()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator["RelayProtocol"]:
+        """Iterate over a copy: clients come and go while somebody walks over them."""
+        return iter(list(self._clients))
+
+    def add(self, client: "RelayProtocol") -> None:
+        """Take in a client that got its 101."""
+        self._clients.add(client)
+        self.none_left.clear()
+
+    def discard(self, client: "RelayProtocol") -> bool:
+        """Let go of one whose TCP connection ended; tell whether it was here."""
+        was_here = client in self._clients
+        self._clients.discard(client)
+        if not self._clients:
+            self.none_left.set()
+        return was_here
+
+
+class Shared:
+    """What every connection of one replica is given.
+
+    Args:
+        max_message_bytes: a larger message closes its sender.
+        deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
+        ledger: where it is counted.
+        backlogs: who is behind, and the bounds on that.
+    """
+
+    def __init__(
+        self, *, max_message_bytes: int, deadline_s: float, ledger: Ledger, backlogs: Backlogs
+    ) -> None:
+        self.max_message_bytes = max_message_bytes
+        self.deadline_s = deadline_s
+        self.ledger = ledger
+        self.backlogs = backlogs
+        self.clients = Clients()
+        # The write that is being made, as the fan-out announces it: how many messages it holds;
+        # how many clients did not take it straight to their socket; and whose transport could not
+        # write all of it at once.
+        self.messages_in_hand = 0
+        self.withheld = 0
+        self.fell_behind: list[RelayProtocol] = []
