@@ -81,7 +81,7 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
     app = _fastapi()
     app.include_router(health_router(health))
     app.include_router(
-        websocket_router(admission, broadcaster, ledger), prefix=settings.server.base_path
+        websocket_router(admission, broadcaster, ledger, base_path=settings.server.base_path)
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()

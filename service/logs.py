@@ -48,4 +48,3 @@ def configure(settings: Logging) -> None:
     root.setLevel(settings.level.upper())
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
-

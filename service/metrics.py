@@ -5,8 +5,9 @@ is observed in a histogram, once a batch or less often.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -136,7 +137,8 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"websocket_{name}", text, value=value)
 
 
-def _labelled(name: str, text: str, labels: list[str], values: dict[tuple[str, ...], int]) -> Metric:
+def _labelled(name: str, text: str, labels: list[str], values: Mapping[Any, int]) -> Metric:
+    """Return a counter of several series: the keys of `values` are tuples of label values."""
     family = CounterMetricFamily(f"websocket_{name}", text, labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, value)

@@ -8,13 +8,12 @@ import os
 import random
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
 import uvloop
-from fastapi import FastAPI
 
 from service.app import Relay, build
 from service.errors import StartError
@@ -72,7 +71,7 @@ class Listener(uvicorn.Server):
 
     def __init__(
         self,
-        app: FastAPI,
+        app: Callable[..., Any],
         host: str,
         port: int,
         *,
@@ -115,12 +114,7 @@ class Listener(uvicorn.Server):
             tls = {"ssl": self._context, "ssl_handshake_timeout": self._handshake_timeout_s}
         try:
             server = await asyncio.get_running_loop().create_server(
-                lambda: cast(
-                    asyncio.Protocol,
-                    self.config.http_protocol_class(
-                        config=self.config, server_state=self.server_state, app_state={}
-                    ),  # type: ignore[call-arg]
-                ),
+                self._protocol,
                 self.config.host,
                 self.config.port,
                 backlog=LISTEN_BACKLOG,
@@ -134,11 +128,15 @@ class Listener(uvicorn.Server):
         self.servers = [cast(Any, server)]
         self.started = True
 
+    def _protocol(self) -> asyncio.Protocol:
+        make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        return make(config=self.config, server_state=self.server_state, app_state={})
+
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` did it."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Leave the signals to the relay."""
         yield
 

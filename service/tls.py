@@ -81,9 +81,7 @@ class Certificates:
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
         return context, certificate.not_valid_after_utc.timestamp()
 
-    def _choose(
-        self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext
-    ) -> None:
+    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         connection.context = self._current
 
     def _state(self) -> list[tuple[int, int, int] | None]:

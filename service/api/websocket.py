@@ -14,8 +14,17 @@ from service.wire.handshake import CLIENT_KEY
 from service.wire.protocol import RelayProtocol
 
 
-def websocket_router(admission: Admission, broadcaster: Broadcaster, ledger: Ledger) -> APIRouter:
-    """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade."""
+def websocket_router(
+    admission: Admission, broadcaster: Broadcaster, ledger: Ledger, *, base_path: str
+) -> APIRouter:
+    """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
+
+    Args:
+        admission: who may come in.
+        broadcaster: where they go.
+        ledger: where refusals are counted.
+        base_path: what stands before both paths.
+    """
 
     async def subscribe(websocket: WebSocket) -> None:
         channel = websocket.path_params.get("channel", DEFAULT_CHANNEL)
@@ -50,8 +59,8 @@ def websocket_router(admission: Admission, broadcaster: Broadcaster, ledger: Led
     # Starlette's plain routes: FastAPI's own solve dependencies, of which there are none here,
     # at a third of the handshake's cost.
     for path in ("/", "/channels/{channel}"):
-        router.add_websocket_route(path, subscribe)
-        router.add_route(path, upgrade_required, methods=["GET"])
+        router.add_websocket_route(base_path + path, subscribe)
+        router.add_route(base_path + path, upgrade_required, methods=["GET"])
     router.add_websocket_route("/{path:path}", no_such_path)
     return router
 

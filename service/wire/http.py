@@ -6,6 +6,7 @@ behind the upgrade request.
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import unquote
@@ -104,12 +105,12 @@ class RequestProtocol(HttpToolsProtocol):
         scope = self._scope()
         self.connections.discard(self)
         self._cancel_deadline()
-        client = cast(type[RelayProtocol], self.ws_protocol_class)(
+        client = cast(Callable[..., RelayProtocol], self.ws_protocol_class)(
             self.config, self.server_state, self.app_state, self.loop
         )
         client.connection_made(self.transport)
         self.transport.set_protocol(client)
-        self.parser = None  # it holds this object, and this object it
+        self.parser = None  # type: ignore[assignment]  # it holds this object, and this object it
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
         handshake = Handshake(client, request, self._shared)
