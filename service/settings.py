@@ -6,7 +6,7 @@ it. Knows nothing of what the settings are used for.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -218,17 +218,20 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     """
     source = file or DEFAULT_FILE
     values = _read(source, must_exist=file is not None)
-    named = {name: path for name in environ if (path := _path_of(name)) is not None}
+    named = {path: name for name in environ if (path := _path_of(name)) is not None}
+    unknown = {path: name for path, name in named.items() if path not in LEAVES}
     problems = [
-        f"{name}: unknown variable, set to {environ[name]!r}; {_known(path)}"
-        for name, path in named.items()
-        if path not in LEAVES
+        f"{name}: unknown variable, set to {_shown(environ[name])}; {_known(path)}"
+        for path, name in unknown.items()
     ]
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        variables = {path: name for name, path in named.items()}
-        problems += [_sentence(entry, source, variables) for entry in error.errors()]
+        problems += [
+            _sentence(entry, source, named)
+            for entry in error.errors()
+            if not _was_said(tuple(map(str, entry["loc"])), unknown)
+        ]
         raise SettingsError(list(dict.fromkeys(problems))) from None
     if problems:
         raise SettingsError(problems)
@@ -257,7 +260,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "boolean":
         return "true or false"
     if schema["type"] == "array":
-        return "a list of " + ("origins, each scheme://host[:port], or *")
+        return "a list of origins, each scheme://host[:port] or *"
     if schema["type"] == "string":
         return "a text" if not schema.get("minLength") else "a text that is not empty"
     number = "a whole number" if schema["type"] == "integer" else "a number"
@@ -270,9 +273,23 @@ LEAVES: dict[tuple[str, ...], str] = dict(_leaves(Settings, ()))
 """What every setting allows, in words, by its path."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML's safe loader reads it, but a key said twice is an error, not a riddle."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                problem = f"the key {key_node.value} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(file: Path, *, must_exist: bool) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         if must_exist:
             raise SettingsError([f"{file}: no such file"]) from None
@@ -300,6 +317,11 @@ def _path_of(variable: str) -> tuple[str, ...] | None:
     if not variable.upper().startswith(ENV_PREFIX):
         return None
     return tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
+
+
+def _was_said(loc: tuple[str, ...], unknown: Iterable[tuple[str, ...]]) -> bool:
+    """Tell whether an error is about a variable that was called unknown already."""
+    return any(loc and loc == path[: len(loc)] for path in unknown)
 
 
 def _known(path: tuple[str, ...]) -> str:

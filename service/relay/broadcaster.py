@@ -88,7 +88,7 @@ class Broadcaster:
             asyncio.get_running_loop().call_soon(self._pump)
         self._ready.append(channel)
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
         """Call `act` after a while."""
         return asyncio.get_running_loop().call_later(delay_s, act)
 

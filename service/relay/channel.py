@@ -6,7 +6,6 @@ while it was a member, and the books are exact. While a fan-out is under way, me
 the next batch: under load one write carries many messages, when idle one leaves at once.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
@@ -22,8 +21,13 @@ from service.wire.shared import Shared
 WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some microseconds
 BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
 
-HOLD_STEP_S = 0.1  # a member that takes nothing for this long is stalled
-HOLD_STEPS = 10  # a batch waits no longer for members that are behind
+HOLD_LOOK_S = 0.02  # how often a held batch is looked at
+HOLD_S = 1.0  # a batch waits no longer for members that are behind
+HOLD_FOR_HALF_S = 10.0  # or this long, where they are half of the channel
+
+STALLED_S = 0.5
+"""A member that took nothing for this long is not slow but stalled, and not waited for. A full TCP
+window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 section 3.8.6.1)."""
 
 
 class Batch:
@@ -68,7 +72,7 @@ class Office(Protocol):
     def schedule(self, channel: "Channel") -> None:
         """Call the channel's `fan_out` soon, and until it is done."""
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+    def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
         """Call `act` after a while."""
 
     def forget(self, channel: "Channel") -> None:
@@ -101,10 +105,9 @@ class Channel:
         self._snapshot: list[RelayProtocol] | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
-        self._behind: dict[RelayProtocol, int] = {}  # members, and what they took when last seen
-        self._stalled: set[RelayProtocol] = set()  # of those, the ones that took nothing
-        self._hold: asyncio.TimerHandle | None = None
-        self._hold_steps = 0
+        # Members that are behind, with what they had taken when they were last seen to move.
+        self._behind: dict[RelayProtocol, tuple[int, float]] = {}
+        self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
 
     def __len__(self) -> int:
         return len(self._members)
@@ -132,17 +135,17 @@ class Channel:
         self._changed()
         self._gate.release(client)
         self._office.gate.release(client)
-        self._is_not_behind(client)
+        self._behind.pop(client, None)
         if not self._members:
             self._office.forget(self)
 
     def fell_behind(self, client: RelayProtocol) -> None:
         """Take note that a member's socket is full."""
-        self._behind[client] = 0
+        self._behind[client] = (0, perf_counter())
 
     def caught_up(self, client: RelayProtocol) -> None:
         """Take note that nothing waits for a member any more."""
-        self._is_not_behind(client)
+        self._behind.pop(client, None)
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
@@ -179,10 +182,11 @@ class Channel:
                 self._queue.popleft()
                 batch()
                 continue
-            if not batch.next and self._must_hold():
-                return True  # _end_hold schedules
             if self._open is batch:
                 self._open = None
+            if not batch.next and self._behind and self._must_hold(batch):
+                self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self))
+                return True
             if not self._write(batch, until):
                 return False
             self._finish(batch)
@@ -251,47 +255,31 @@ class Channel:
         self._office.gate.drained(batch.size)
         self._gate.drained(batch.size)
 
-    # A channel goes at the pace of half its members. Where at least half of them are behind it
-    # is the publisher that is too fast: the next batch waits, HOLD_STEP_S * HOLD_STEPS at most,
-    # for them to catch up, and the gate holds the publisher meanwhile. A member that took nothing
-    # for a step is not slow but stalled, and nobody waits for it.
+    # Where a member is behind but moving, and the next batch would not fit into its backlog, the
+    # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that
+    # only goes fast is slowed to the pace of its listeners. A member too slow for that is closed
+    # by the write, so that it costs the others one wait at most.
 
-    def _must_hold(self) -> bool:
-        if self._hold is None and self._hold_steps == 0 and self._half_is_behind():
-            self._behind.update({client: client.sent_bytes for client in self._behind})
-            self._hold = self._office.call_later(HOLD_STEP_S, self._look_again)
-        elif self._hold is None:
-            self._hold_steps = 0
-        return self._hold is not None
+    def _must_hold(self, batch: Batch) -> bool:
+        now = perf_counter()
+        waited_for = self._would_overflow(batch.size, now)
+        if waited_for:
+            self._held_since = self._held_since or now
+            is_half = waited_for * 2 >= len(self._members)
+            if now - self._held_since < (HOLD_FOR_HALF_S if is_half else HOLD_S):
+                return True
+        self._held_since = 0.0
+        return False
 
-    def _half_is_behind(self) -> bool:
-        moving = len(self._behind) - len(self._stalled)
-        return moving > 0 and moving * 2 >= len(self._members)
-
-    def _look_again(self) -> None:
-        self._hold_steps += 1
-        for client, seen in self._behind.items():
+    def _would_overflow(self, size: int, now: float) -> int:
+        """Count the members, moving ones only, into whose backlogs so many bytes do not fit."""
+        limit_bytes = self._shared.backlogs.limit_bytes
+        count = 0
+        for client, (seen, moved_at) in self._behind.items():
             sent = client.sent_bytes
-            if sent == seen:
-                self._stalled.add(client)
-            else:
-                self._stalled.discard(client)
-                self._behind[client] = sent
-        if self._hold_steps == HOLD_STEPS or not self._half_is_behind():
-            self._end_hold()
-        else:
-            self._hold = self._office.call_later(HOLD_STEP_S, self._look_again)
-
-    def _is_not_behind(self, client: RelayProtocol) -> None:
-        self._behind.pop(client, None)
-        self._stalled.discard(client)
-        if self._hold is not None and not self._half_is_behind():
-            self._end_hold()
-
-    def _end_hold(self) -> None:
-        # The steps stay until the next batch began, so that it is not held again.
-        assert self._hold is not None
-        self._hold.cancel()
-        self._hold = None
-        self._hold_steps = max(1, self._hold_steps)
-        self._office.schedule(self)
+            if sent != seen:
+                self._behind[client] = (sent, now)
+            is_moving = sent != seen or now - moved_at < STALLED_S
+            if is_moving and client.backlog_bytes + size > limit_bytes:
+                count += 1
+        return count

@@ -29,6 +29,11 @@ def ping(payload: bytes) -> bytes:
     return header(Opcode.PING, len(payload)) + payload
 
 
+def close(body: bytes) -> bytes:
+    """Return a close frame (section 5.5.1); the body is the code in two bytes and the reason."""
+    return header(Opcode.CLOSE, len(body)) + body
+
+
 def count_whole(batch: bytes, end: int) -> int:
     """Return how many data messages end within the first `end` bytes of a batch of frames.
 

@@ -20,6 +20,7 @@ from websockets.server import ServerProtocol
 
 from service.errors import Close, Drop
 from service.wire.backlog import Backlog
+from service.wire.frames import close as close_frame
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -193,7 +194,9 @@ class RelayProtocol(asyncio.Protocol):
             if opcode is TEXT or opcode is BINARY or opcode is CONT:
                 self._data_frame(frame)  # type: ignore[arg-type]
             elif opcode is Opcode.CLOSE:
-                self._closed_by_client()
+                self._leave(Close.CLIENT)
+                if not frame.data:  # type: ignore[union-attr]
+                    self._say_normal(parser)
             if self._parser is None:
                 return  # a message ended the connection; what came behind it does not count
         if parser.parser_exc is not None:
@@ -381,8 +384,13 @@ class RelayProtocol(asyncio.Protocol):
         self._leave(PARSER_CLOSES.get(parser.close_sent.code, Close.PROTOCOL))
         self._flush(parser)
 
-    def _closed_by_client(self) -> None:
-        self._leave(Close.CLIENT)
+    def _say_normal(self, parser: ServerProtocol) -> None:
+        # The parser echoes what the client said (RFC 6455 section 5.5.1). Where it gave no code
+        # it is told 1000: an answer without a code reads like an end without an answer.
+        *writes, echo, eof = parser.data_to_send()
+        if echo == close_frame(b""):
+            echo = close_frame(Close.CLIENT.code.to_bytes(2, "big"))
+        parser.writes += (*writes, echo, eof)
 
     def _leave(self, why: Close) -> None:
         """Say goodbye to the sink, once; the first reason is the one that counts."""

@@ -1,0 +1,104 @@
+# make run      the relay, on a machine with Python 3.11 or newer, make and nothing else
+# make test     every check there is
+#
+# PYTHON=…      the interpreter for .venv, where the one that is found is not the one that is meant
+# ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
+# PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
+# BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?= -n auto --dist loadgroup
+LOCK_ARGS ?=
+UV_VERSION := 0.13.9
+
+.PHONY: help run test lint types imports pytest bench format lock clean venv
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-8s %s\n' "$$name" "$$what"; done
+
+run: $(VENV)/.run  ## set up what is missing and run the relay
+	@exec $(BIN)/websocket-relay $(ARGS)
+
+# In this order, the fast ones first; pytest's closing line is the last line.
+.NOTPARALLEL:
+test: lint types imports pytest  ## lint, types, import rules and all tests
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	@$(BIN)/lint-imports --no-logo
+
+pytest: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench  ## measure; results go to bench/results
+	@exec $(BIN)/python -m bench $(BENCH_ARGS)
+
+format: $(VENV)/.dev  ## put the code into its one form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# Versions stay as they are where they still fit; LOCK_ARGS=--upgrade takes the newest.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header $(LOCK_ARGS)
+
+lock: $(VENV)/.python  ## write the lock files anew from pyproject.toml
+	@$(PIP) install --quiet uv==$(UV_VERSION)
+	@$(COMPILE) pyproject.toml --output-file requirements/run.lock
+	@$(COMPILE) --group build --output-file requirements/build.lock
+	@$(COMPILE) pyproject.toml --group dev --constraint requirements/run.lock \
+		--constraint requirements/build.lock --output-file requirements/dev.lock
+
+clean:  ## remove the environment, caches and builds
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(VENV)/.dev
+
+# A stamp file says that a step was done with the files it depends on as they are. A step that
+# failed leaves no stamp, so the next make does it again.
+
+# An environment holds its own path in its scripts: one that was moved or copied is made anew.
+ifneq ($(shell cat $(VENV)/.python 2>/dev/null),$(realpath $(VENV)))
+.PHONY: $(VENV)/.python
+endif
+
+$(VENV)/.python:
+	@for python in $(PYTHON) $(if $(PYTHON),,python3.13 python3.12 python3.11 python3 python); do \
+		if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+			>/dev/null 2>&1; then found=$$python; break; fi; done; \
+	if [ -z "$$found" ]; then echo "no Python 3.11 or newer with venv found$(if $(PYTHON), at $(PYTHON));" \
+		"install one (Debian: python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$("$$found" --version)" >&2; \
+	"$$found" -m venv --clear $(VENV)
+	@echo "$(abspath $(VENV))" > $@
+
+$(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock pyproject.toml
+	@$(PIP) install --quiet --require-hashes -r requirements/run.lock
+	@$(PIP) install --quiet --require-hashes -r requirements/build.lock
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements/dev.lock
+	@$(PIP) install --quiet --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev $(wildcard bench/requirements.lock)
+	@if [ -f bench/requirements.lock ]; then \
+		$(PIP) install --quiet --require-hashes -r bench/requirements.lock; fi
+	@touch $@

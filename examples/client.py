@@ -1,0 +1,53 @@
+"""Print what a channel relays, and send every line of standard input.
+
+python examples/client.py [ws://localhost:8443/channels/news]
+"""
+
+import sys
+from contextlib import suppress
+from queue import Queue
+from threading import Thread
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+DEFAULT_URL = "ws://localhost:8443/"
+
+
+def send_lines(websocket: ClientConnection, unheard: Queue[str]) -> None:
+    # A file object of its own: at exit Python would wait for the lock of sys.stdin, which a
+    # thread that waits for the keyboard holds.
+    with suppress(ConnectionClosed), open(0, encoding="utf-8", closefd=False) as lines:
+        for line in lines:
+            text = line.rstrip("\n")
+            unheard.put(text)
+            websocket.send(text)
+        unheard.join()
+        websocket.close()
+
+
+def print_messages(websocket: ClientConnection, unheard: Queue[str]) -> None:
+    for message in websocket:
+        print(message, flush=True)
+        # The relay sends to everybody, in one order: what was sent first comes back first.
+        if not unheard.empty() and message == unheard.queue[0]:
+            unheard.get()
+            unheard.task_done()
+
+
+def main(url: str) -> int:
+    try:
+        websocket = connect(url)
+    except OSError as error:
+        print(f"can't connect to {url}: {error}", file=sys.stderr)
+        return 1
+    unheard: Queue[str] = Queue()  # what was sent and has not come back yet
+    Thread(target=send_lines, args=(websocket, unheard), daemon=True).start()
+    with suppress(ConnectionClosed), websocket:
+        print_messages(websocket, unheard)
+    print(f"closed: {websocket.close_code} {websocket.close_reason}".rstrip(), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2] or [DEFAULT_URL]))

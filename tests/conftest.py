@@ -1,0 +1,98 @@
+"""Relays for the tests: one that all share, and as many of a test's own as it likes."""
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.certificates import Pair, make_pair
+from tests.relay_process import Relay, merged
+
+StartRelay = Callable[..., Relay]
+
+
+@pytest.fixture(scope="session")
+def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    with Relay(tmp_path_factory.mktemp("shared")) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def relay(shared_relay: Relay) -> AsyncIterator[Relay]:
+    """A relay with default settings that nobody else uses during the test."""
+    await shared_relay.metric_is("websocket_connected_clients", 0)
+    yield shared_relay
+    assert shared_relay.complaints == []
+
+
+@pytest.fixture(scope="session")
+def shared_hasty_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    settings = {"limits": {"handshake_timeout_s": 1}}
+    with Relay(tmp_path_factory.mktemp("hasty"), settings) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def hasty_relay(shared_hasty_relay: Relay) -> AsyncIterator[Relay]:
+    """A relay that gives a handshake, and a close, one second."""
+    await shared_hasty_relay.metric_is("websocket_connected_clients", 0)
+    yield shared_hasty_relay
+    assert shared_hasty_relay.complaints == []
+
+
+@pytest.fixture
+def channel() -> str:
+    """A channel that no other test uses."""
+    return f"test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
+    """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
+    started: list[Relay] = []
+    with ExitStack() as stack:
+
+        def start(env: dict[str, str] | None = None, **settings: Any) -> Relay:
+            directory = tmp_path / f"relay-{len(started)}"
+            directory.mkdir()
+            relay = Relay(directory, settings, env)
+            started.append(relay)
+            return stack.enter_context(relay)
+
+        yield start
+    assert [line for relay in started for line in relay.complaints] == []
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """The certificate and key that the TLS relay starts with."""
+    return make_pair()
+
+
+@pytest.fixture
+def certificate_directory(tmp_path: Path, pair: Pair) -> Path:
+    """Where the TLS relay looks for its certificate and key."""
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+    pair.write_to(directory)
+    return directory
+
+
+@pytest.fixture
+def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Path) -> StartRelay:
+    """Start a relay that speaks wss:// and https://."""
+    tls = {
+        "enabled": True,
+        "cert_file": str(certificate_directory / "cert.pem"),
+        "key_file": str(certificate_directory / "key.pem"),
+    }
+
+    def start(**settings: Any) -> Relay:
+        relay = relay_with(**merged({"server": {"tls": tls}}, settings))
+        relay.tls_context = pair.trusting_context()
+        return relay
+
+    return start

@@ -1,0 +1,275 @@
+"""A client made of bytes, for what a WebSocket library would never send or would hide.
+
+Builds and reads RFC 6455 frames; knows no relay process and no test.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+PATIENCE_S = 20.0  # how long anything may take on a busy machine before a test gives up
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
+MASK = b"\x37\xfa\x21\x3d"
+READ_BYTES = 262_144
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame as the relay sent it."""
+
+    opcode: int
+    payload: bytes
+    fin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The head of an HTTP response; header names are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+
+
+def masked(payload: bytes, mask: bytes = MASK) -> bytes:
+    """Mask or unmask a payload (RFC 6455 section 5.3)."""
+    size = len(payload)
+    repeated = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(size, "big")
+
+
+def length_field(size: int) -> tuple[int, bytes]:
+    """Return the 7-bit length and the extended length that follows it."""
+    if size < 126:
+        return size, b""
+    if size < 65_536:
+        return 126, struct.pack("!H", size)
+    return 127, struct.pack("!Q", size)
+
+
+def frame(
+    opcode: int, payload: bytes = b"", *, fin: bool = True, reserved: int = 0, mask: bool = True
+) -> bytes:
+    """Encode a client's frame, rightly or wrongly.
+
+    Args:
+        reserved: the three reserved bits, 0 to 7.
+        mask: False makes a frame that no client may send.
+    """
+    short, extended = length_field(len(payload))
+    head = bytes([fin << 7 | reserved << 4 | opcode, mask << 7 | short]) + extended
+    return head + MASK + masked(payload) if mask else head + payload
+
+
+def relayed_frame(opcode: int, payload: bytes) -> bytes:
+    """Encode a frame as the relay sends it: whole and unmasked."""
+    return frame(opcode, payload, mask=False)
+
+
+def close_payload(code: int, reason: bytes = b"") -> bytes:
+    return struct.pack("!H", code) + reason
+
+
+def upgrade_request(path: str = "/", *, drop: str = "", **headers: str) -> bytes:
+    """Build an upgrade request.
+
+    Args:
+        path: as it stands on the request line.
+        drop: the name of a header to leave out.
+        headers: further or other headers, with underscores for hyphens.
+    """
+    lines = {
+        "Host": "localhost",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": KEY,
+        "Sec-WebSocket-Version": "13",
+    }
+    lines |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines.pop(drop, None)
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"GET {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1")
+
+
+class RawClient:
+    """A TCP connection that sends what it is told and reads only when it is told."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._received = bytearray()
+
+    @classmethod
+    async def to(cls, host: str, port: int, *, receive_buffer_bytes: int | None = None) -> Self:
+        """Connect, without sending anything.
+
+        Args:
+            receive_buffer_bytes: SO_RCVBUF; small, it makes a client that does not read
+                stop the other side soon.
+        """
+        made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            if receive_buffer_bytes is not None:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.setblocking(False)
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.get_running_loop().sock_connect(made, (host, port))
+        except BaseException:
+            made.close()
+            raise
+        return cls(made)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    async def send(self, payload: bytes, *, patience_s: float = PATIENCE_S) -> None:
+        async with asyncio.timeout(patience_s):
+            await asyncio.get_running_loop().sock_sendall(self._socket, payload)
+
+    async def send_one_byte_at_a_time(self, payload: bytes) -> None:
+        """Send so that the other side sees the bytes in many small reads."""
+        for position in range(len(payload)):
+            await self.send(payload[position : position + 1])
+            await asyncio.sleep(0)
+
+    async def chunk(self, max_bytes: int = READ_BYTES) -> bytes:
+        """Read what there is; empty at the end of the stream."""
+        if self._received:
+            taken = bytes(self._received[:max_bytes])
+            del self._received[:max_bytes]
+            return taken
+        async with asyncio.timeout(PATIENCE_S):
+            return await asyncio.get_running_loop().sock_recv(self._socket, max_bytes)
+
+    async def exactly(self, size: int) -> bytes:
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self._received) < size:
+                got = await asyncio.get_running_loop().sock_recv(self._socket, READ_BYTES)
+                if not got:
+                    raise EOFError(f"the stream ended after {bytes(self._received)!r}")
+                self._received += got
+        taken = bytes(self._received[:size])
+        del self._received[:size]
+        return taken
+
+    async def response(self) -> Response:
+        """Read the head of an HTTP response."""
+        async with asyncio.timeout(PATIENCE_S):
+            while b"\r\n\r\n" not in self._received:
+                got = await asyncio.get_running_loop().sock_recv(self._socket, READ_BYTES)
+                if not got:
+                    raise EOFError(f"no response, but {bytes(self._received)!r}")
+                self._received += got
+        head, _, rest = bytes(self._received).partition(b"\r\n\r\n")
+        self._received[:] = rest
+        status, *lines = head.decode("latin-1").split("\r\n")
+        pairs = (line.partition(":")[::2] for line in lines)
+        return Response(
+            int(status.split()[1]), {name.lower(): value.strip() for name, value in pairs}
+        )
+
+    async def upgrade(self, path: str = "/", *, behind: bytes = b"", **headers: str) -> Response:
+        """Ask for a WebSocket and insist on getting it.
+
+        Args:
+            behind: bytes sent in the same packet as the request.
+        """
+        await self.send(upgrade_request(path, **headers) + behind)
+        response = await self.response()
+        assert response.status == 101, response
+        return response
+
+    async def peek(self) -> int:
+        """Return the next frame's opcode without reading the frame."""
+        first = await self.exactly(1)
+        self._received[:0] = first
+        return first[0] & 0x0F
+
+    async def frame(self) -> Frame:
+        first, second = await self.exactly(2)
+        assert not second & 0x80, "a server's frames are not masked"
+        size = second & 0x7F
+        if size == 126:
+            (size,) = struct.unpack("!H", await self.exactly(2))
+        elif size == 127:
+            (size,) = struct.unpack("!Q", await self.exactly(8))
+        assert not first & 0x70, "no extension was negotiated"
+        return Frame(first & 0x0F, await self.exactly(size), bool(first & 0x80))
+
+    async def message(self) -> str | bytes:
+        """Read the next data message, whatever pings come before it."""
+        received = await self.frame()
+        while received.opcode in (PING, PONG):
+            received = await self.frame()
+        assert received.fin
+        assert received.opcode in (TEXT, BINARY), received
+        return received.payload.decode() if received.opcode == TEXT else received.payload
+
+    async def close_frame(self) -> tuple[int, str]:
+        """Read on until the close frame; return its code and reason."""
+        received = await self.frame()
+        while received.opcode != CLOSE:
+            received = await self.frame()
+        (code,) = struct.unpack("!H", received.payload[:2])
+        return code, received.payload[2:].decode()
+
+    async def answer_close(self) -> tuple[int, str]:
+        """Read on until the close frame and end the connection in good order.
+
+        Returns:
+            The relay's close code and reason.
+        """
+        code, reason = await self.close_frame()
+        await self.send(frame(CLOSE, close_payload(code)))
+        await self.ended()
+        self._socket.close()
+        return code, reason
+
+    async def ended(self) -> bytes:
+        """Read until the connection is gone; return what still came."""
+        rest = bytearray()
+        try:
+            while got := await self.chunk():
+                rest += got
+        except ConnectionError:
+            pass
+        return bytes(rest)
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent (FIN)."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def vanish(self) -> None:
+        """Be gone at once, without a word to the peer but RST."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+
+@asynccontextmanager
+async def raw_websocket(
+    host: str,
+    port: int,
+    path: str = "/",
+    *,
+    receive_buffer_bytes: int | None = None,
+    behind: bytes = b"",
+    **headers: str,
+) -> AsyncIterator[RawClient]:
+    """Connect and upgrade."""
+    async with await RawClient.to(host, port, receive_buffer_bytes=receive_buffer_bytes) as raw:
+        await raw.upgrade(path, behind=behind, **headers)
+        yield raw

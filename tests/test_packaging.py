@@ -1,0 +1,159 @@
+"""What is installed, and how: the distribution, its dependencies, the lock files, make."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.raw_client import PATIENCE_S
+from tests.relay_process import ROOT, Finished
+from tests.shell import persons_environment
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
+
+
+def make(*arguments: str, directory: Path = ROOT) -> Finished:
+    done = subprocess.run(
+        ["make", *arguments],
+        cwd=directory,
+        env=persons_environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """Return the versions that a lock file pins, by distribution."""
+    pins = re.findall(r"^([a-zA-Z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def imported() -> set[str]:
+    """Return the top-level modules that the service imports, its own and Python's left out."""
+    found: set[str] = set()
+    for file in (ROOT / "service").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"service"}
+
+
+def declared() -> dict[str, Requirement]:
+    """Return the distribution's dependencies by name."""
+    requirements = map(Requirement, PROJECT["project"]["dependencies"])
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
+    distributions = packages_distributions()
+    owners = {canonicalize_name(distributions[module][0]) for module in imported()}
+    assert owners <= declared().keys()
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
+    text = lock.read_text()
+    entries = [entry for entry in re.split(r"\n(?=\S)", text) if "==" in entry]
+    assert entries
+    assert all(entry.count("--hash=sha256:") for entry in entries)
+    assert "://" not in text
+    assert "index-url" not in text
+
+
+def test_the_locks_fit_the_project() -> None:
+    run, dev = locked(ROOT / "requirements/run.lock"), locked(ROOT / "requirements/dev.lock")
+    assert all(wanted.specifier.contains(run[name]) for name, wanted in declared().items())
+    assert run.items() <= dev.items()
+    assert locked(ROOT / "requirements/build.lock").items() <= dev.items()
+
+
+def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "service", tmp_path / "service")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "wheel", "--no-build-isolation", "--no-deps",
+         "--no-index", "--wheel-dir", str(tmp_path), str(tmp_path)],
+        check=True,
+        timeout=PATIENCE_S * 6,
+        env=persons_environment(),
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert b"websocket-relay = service.cli:main" in archive.read(entry_points)
+    metadata = wheel.name.rpartition("-py3")[0] + ".dist-info"
+    assert {name.partition("/")[0] for name in names} == {"service", metadata}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "service").rglob("*.py")}
+    assert sources <= names
+    assert f"{metadata}/licenses/LICENSE" in names
+
+
+def test_make_alone_says_what_there_is() -> None:
+    done = make()
+    assert done.exit_code == 0
+    for target in ("run", "test", "bench", "format", "lock", "clean"):
+        assert re.search(rf"^  make {target} +\w", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def set_up(tmp_path: Path) -> Path:
+    """A project in which make has done its set-up, as the stamp files say."""
+    directory = tmp_path / "project"
+    environment_made = directory / ".venv"
+    environment_made.mkdir(parents=True)
+    for file in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / file, directory)
+    shutil.copytree(ROOT / "requirements", directory / "requirements")
+    (environment_made / ".python").write_text(f"{environment_made}\n")
+    for stamp in (".run", ".dev"):
+        (environment_made / stamp).touch()
+    return directory
+
+
+def is_up_to_date(directory: Path, stamp: str) -> bool:
+    return make("--question", f".venv/{stamp}", directory=directory).exit_code == 0
+
+
+def test_make_installs_again_only_what_changed(set_up: Path) -> None:
+    assert is_up_to_date(set_up, ".dev")
+    later = (set_up / ".venv/.dev").stat().st_mtime + 1
+    os.utime(set_up / "requirements/dev.lock", (later, later))
+    assert is_up_to_date(set_up, ".run")
+    assert not is_up_to_date(set_up, ".dev")
+    os.utime(set_up / "requirements/run.lock", (later, later))
+    assert not is_up_to_date(set_up, ".run")
+
+
+def test_make_makes_a_moved_environment_anew(set_up: Path) -> None:
+    moved = set_up.rename(set_up.with_name("elsewhere"))
+    assert not is_up_to_date(moved, ".python")
+
+
+def test_make_says_in_one_line_that_a_python_is_too_old(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make("run", f"PYTHON={old}", directory=tmp_path)
+    complaint, from_make = done.error_lines
+    assert complaint.startswith(f"no Python 3.11 or newer with venv found at {old};")
+    assert from_make.startswith("make: ***")
+    assert not (tmp_path / ".venv").exists()

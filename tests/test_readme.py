@@ -1,0 +1,246 @@
+"""The README tells the truth: its commands run, its tables are the relay's, its links lead on."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.async_api import ConsoleMessage
+
+from service.errors import Close, Refusal
+from tests import browser
+from tests.conftest import StartRelay
+from tests.raw_client import PATIENCE_S
+from tests.relay_process import ROOT, Relay, run_command
+from tests.shell import persons_environment
+
+README = (ROOT / "README.md").read_text()
+PORTS = {"server": "8443", "metrics": "9090"}  # as the README writes them
+
+# They run this very test, or run for minutes; make says what they would do.
+TOO_LONG = ("make test", "make bench")
+STARTS_A_RELAY = re.compile(r"(^|\s)make run$")
+CONVERSATION = "python -m websockets"
+
+
+def blocks(language: str) -> list[str]:
+    """Return the README's fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Return the README's commands, in order."""
+    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+class ReadersRelay(Relay):
+    """The relay as a reader of the README starts it: by a line for the shell."""
+
+    def __init__(self, command: str, directory: Path) -> None:
+        anywhere = {f"RELAY__{name.upper()}__PORT": "0" for name in PORTS}
+        super().__init__(directory)
+        self._env = persons_environment(anywhere | {"RELAY__LOGGING__FORMAT": "json"})
+        self._command = command
+
+    def launch(self) -> None:
+        self._process = subprocess.Popen(
+            ["sh", "-c", self._command],
+            cwd=self._directory,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._log_reader = threading.Thread(target=self._read_log, daemon=True)
+        self._log_reader.start()
+
+    def press_ctrl_c(self) -> None:
+        """Do as a terminal does: interrupt the shell, make and the relay alike."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.await_log("stopped")
+        self.process.wait(PATIENCE_S)
+
+    def end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        super().end()
+
+
+class Reader:
+    """Somebody who types the README's commands, one after another, in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._relay: ReadersRelay | None = None
+
+    def type(self, command: str) -> None:
+        if command in TOO_LONG:
+            assert self._run(f"{command} --dry-run")
+        elif STARTS_A_RELAY.search(command):
+            self.stop_the_relay()
+            self._relay = ReadersRelay(command, self._directory)
+            self._relay.__enter__()
+        elif CONVERSATION in command:
+            self._converse(self._here(command))
+        else:
+            self._run(self._here(command))
+
+    def stop_the_relay(self) -> None:
+        if self._relay is not None:
+            self._relay.press_ctrl_c()
+            assert self._relay.complaints == []
+            self._relay = None
+
+    def leave(self) -> None:
+        if self._relay is not None:
+            self._relay.end()
+
+    def _here(self, command: str) -> str:
+        """Put the ports that the relay really has in the place of those in the README."""
+        if self._relay is None:
+            return command
+        ports = {"server": self._relay.port, "metrics": self._relay.metrics_port}
+        for name, port in ports.items():
+            command = command.replace(f"localhost:{PORTS[name]}", f"localhost:{port}")
+        return command
+
+    def _run(self, command: str) -> str:
+        done = subprocess.run(
+            ["sh", "-c", command],
+            cwd=self._directory,
+            env=persons_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if said := re.match(r'echo "(.*?)" \|', command):
+            assert said[1] in done.stdout.splitlines()
+        return done.stdout
+
+    def _converse(self, command: str) -> None:
+        with subprocess.Popen(
+            ["sh", "-c", command],
+            cwd=self._directory,
+            env=persons_environment({"PYTHONUNBUFFERED": "1"}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as talk:
+            assert talk.stdin is not None
+            assert talk.stdout is not None
+            print("hello", file=talk.stdin, flush=True)
+            assert any("< hello" in line for line in talk.stdout), command
+            talk.stdin.close()
+            assert talk.wait(PATIENCE_S) == 0
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    """A reader in a directory that looks like the project and may be written to."""
+    # Otherwise make would renew it from there, and it would run what lies there ever after.
+    fresh = subprocess.run(
+        ["make", "--question", ".venv/.dev"], cwd=ROOT, env=persons_environment(), check=False
+    )
+    assert fresh.returncode == 0, "the environment is out of date: make venv"
+    for entry in ROOT.iterdir():
+        if entry.suffix != ".pem":
+            (tmp_path / entry.name).symlink_to(entry)
+    reader = Reader(tmp_path)
+    yield reader
+    reader.leave()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(
+    shutil.which("curl") is None and not os.environ.get("CI"), reason="no curl on this machine"
+)
+def test_every_command_does_what_it_says(reader: Reader) -> None:
+    assert {"make run", "make test"} <= set(commands())
+    for command in commands():
+        reader.type(command)
+    reader.stop_the_relay()
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_lines_in_python_run(relay: Relay, block: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block.replace(PORTS["server"], str(relay.port))],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello, everybody\n", "")
+
+
+@pytest.mark.parametrize("block", blocks("js"))
+async def test_the_lines_in_javascript_run(relay: Relay, block: str) -> None:
+    def heard(message: ConsoleMessage) -> bool:
+        return message.text == "hello, everybody"
+
+    async with browser.page() as page, page.expect_console_message(heard):
+        await page.evaluate(f"() => {{ {block.replace(PORTS['server'], str(relay.port))} }}")
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_the_settings_are_settings(tmp_path: Path, block: str) -> None:
+    (tmp_path / "my.yaml").write_text(block)
+    done = run_command("check", "--config-file", "my.yaml", directory=tmp_path)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def cells(row: str) -> tuple[str, ...]:
+    return tuple(cell.strip().strip("`") for cell in row.strip("|").split("|"))
+
+
+def rows(first_cell: str) -> set[tuple[str, str]]:
+    """Return the first two cells of the README's rows whose first cell is like this."""
+    found = [cells(line) for line in README.splitlines() if line.startswith("|")]
+    return {(row[0], row[1]) for row in found if re.fullmatch(first_cell, row[0])}
+
+
+def test_the_closes_are_those_of_the_relay() -> None:
+    vanished = Close.VANISHED  # nobody is told
+    sent = {(str(close.code), close.reason) for close in Close if close is not vanished}
+    told = {(code, reason.removesuffix("; retry_ms=N")) for code, reason in rows(r"[1-4]\d{3}")}
+    assert told == sent
+
+
+def test_the_refusals_are_those_of_the_relay() -> None:
+    refused = {(str(int(refusal.status)), refusal.reason) for refusal in Refusal}
+    assert rows(r"[1-5]\d{2}") == refused | {("426", ""), ("431", "")}  # plain HTTP's own
+
+
+async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) -> None:
+    there = (await tls_relay_with().metrics()).names
+    ours = {name for name in there if name.startswith("websocket_")}
+    ours -= {name for name in ours if re.search(r"_(bucket|sum|count|created)$", name)}
+    told = set(re.findall(r"`(websocket_\w+)`", README))
+    counters = {name.removesuffix("_total") for name in told if name.endswith("_total")}
+    # A histogram goes by several names, a counter by its family's too.
+    assert ours - counters == told
+
+
+def test_every_link_leads_somewhere() -> None:
+    texts = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+    links = {
+        (path, link) for path, text in texts.items() for link in re.findall(r"\]\(([^)#]+)", text)
+    }
+    broken = {
+        f"{path.name}: {link}"
+        for path, link in links
+        if "://" not in link and not (path.parent / link).exists()
+    }
+    assert broken == set()

@@ -1,0 +1,401 @@
+"""Settings: environment over file over defaults, and an error line for whatever is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.certificates import make_pair
+from tests.relay_process import Finished, run_command
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "server": {
+        "host": "0.0.0.0",
+        "port": 8443,
+        "tls": {"enabled": False, "cert_file": "cert.pem", "key_file": "key.pem"},
+        "allowed_origins": ["*"],
+        "base_path": "",
+    },
+    "metrics": {"enabled": True, "host": "0.0.0.0", "port": 9090},
+    "channels": {"max_channels": 10_000},
+    "limits": {
+        "max_message_bytes": 1_048_576,
+        "max_connections": 0,
+        "handshake_timeout_s": 10,
+        "send_backlog_bytes": 1_048_576,
+        "total_backlog_bytes": 268_435_456,
+    },
+    "keepalive": {"ping_interval_s": 20, "ping_timeout_s": 20},
+    "shutdown": {"readiness_delay_s": 0, "spread_s": 5, "timeout_s": 10},
+    "logging": {"level": "info", "format": "text"},
+}
+
+# Every setting there is, another value than the default's, and how a shell would say it.
+LEAVES: list[tuple[str, Any, str]] = [
+    ("server.host", "127.0.0.2", "127.0.0.2"),
+    ("server.port", 8000, "8000"),
+    ("server.tls.enabled", True, "true"),
+    ("server.tls.cert_file", "other/cert.pem", "other/cert.pem"),
+    ("server.tls.key_file", "other/key.pem", "other/key.pem"),
+    (
+        "server.allowed_origins",
+        ["https://a.example", "https://b.example"],
+        '["https://a.example", "https://b.example"]',
+    ),
+    ("server.base_path", "/live", "/live"),
+    ("metrics.enabled", False, "false"),
+    ("metrics.host", "127.0.0.1", "127.0.0.1"),
+    ("metrics.port", 9100, "9100"),
+    ("channels.max_channels", 7, "7"),
+    ("limits.max_message_bytes", 65_536, "65536"),
+    ("limits.max_connections", 12, "12"),
+    ("limits.handshake_timeout_s", 2.5, "2.5"),
+    ("limits.send_backlog_bytes", 2_097_152, "2097152"),
+    ("limits.total_backlog_bytes", 536_870_912, "536870912"),
+    ("keepalive.ping_interval_s", 7.5, "7.5"),
+    ("keepalive.ping_timeout_s", 3, "3"),
+    ("shutdown.readiness_delay_s", 1, "1"),
+    ("shutdown.spread_s", 2.5, "2.5"),
+    ("shutdown.timeout_s", 30, "30"),
+    ("logging.level", "debug", "debug"),
+    ("logging.format", "json", "json"),
+]
+
+Check = Callable[..., Finished]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    """Run `check` in an empty directory with this text as its config.yaml."""
+
+    def run(text: str | None = None, **env: str) -> Finished:
+        if text is not None:
+            (tmp_path / "config.yaml").write_text(text)
+        return run_command("check", directory=tmp_path, env=env)
+
+    return run
+
+
+def effective(done: Finished) -> dict[str, Any]:
+    """Insist that the settings are in order; return them."""
+    assert done.exit_code == 0, done.stderr
+    settings = yaml.safe_load(done.stdout)
+    assert isinstance(settings, dict)
+    return settings
+
+
+def leaf(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = value[name]
+    return value
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def variable_of(key: str) -> str:
+    return "RELAY__" + key.replace(".", "__").upper()
+
+
+def assert_refused(done: Finished, *words: str) -> None:
+    """Insist on one error line that holds these words, and on exit status 2."""
+    assert done.exit_code == 2, done
+    assert "Traceback" not in done.stderr
+    (line,) = done.error_lines
+    missing = [word for word in words if word not in line]
+    assert not missing, f"{missing} not in: {line}"
+
+
+# What is in force
+
+
+def test_without_a_file_the_defaults_are_in_force(check: Check) -> None:
+    settings = effective(check())
+    for section, values in DEFAULTS.items():
+        for name, value in values.items():
+            assert settings[section][name] == value, f"{section}.{name}"
+
+
+def test_the_table_below_holds_every_setting(check: Check) -> None:
+    def keys(settings: dict[str, Any], prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        for name, value in settings.items():
+            section = isinstance(value, dict)
+            found |= keys(value, f"{prefix}{name}.") if section else {f"{prefix}{name}"}
+        return found
+
+    assert keys(effective(check())) == {key for key, _, _ in LEAVES}
+
+
+@pytest.mark.parametrize(("key", "value", "said"), LEAVES, ids=[key for key, _, _ in LEAVES])
+def test_every_setting_has_its_environment_variable(
+    check: Check, tmp_path: Path, key: str, value: Any, said: str
+) -> None:
+    make_pair().write_to(tmp_path)  # so that TLS can be turned on
+    settings = effective(check(**{variable_of(key): said}))
+    assert leaf(settings, key) == value
+    assert type(leaf(settings, key)) is type(value) or isinstance(value, int | float)
+
+
+def test_every_setting_can_be_given_in_the_file(check: Check, tmp_path: Path) -> None:
+    make_pair().write_to(tmp_path)
+    (tmp_path / "other").mkdir()
+    make_pair().write_to(tmp_path / "other")
+    tree: dict[str, Any] = {}
+    for key, value, _ in LEAVES:
+        section = tree
+        *sections, name = key.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    settings = effective(check(yaml.safe_dump(tree)))
+    assert settings == tree
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(check: Check) -> None:
+    file = "server: {port: 1111, host: 127.0.0.3}\nlimits: {max_connections: 5}\n"
+    settings = effective(check(file, RELAY__SERVER__PORT="2222"))
+    assert settings["server"]["port"] == 2222
+    assert settings["server"]["host"] == "127.0.0.3"
+    assert settings["limits"]["max_connections"] == 5
+    assert settings["metrics"]["port"] == 9090
+
+
+def test_a_named_file_is_read_instead_of_the_one_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("server: {port: 1111}\n")
+    (tmp_path / "other.yaml").write_text("server: {port: 2222}\n")
+    done = run_command("check", "--config-file", "other.yaml", directory=tmp_path)
+    assert effective(done)["server"]["port"] == 2222
+
+
+def test_the_file_in_the_working_directory_is_read_by_default(check: Check) -> None:
+    assert effective(check("server: {port: 1111}\n"))["server"]["port"] == 1111
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n", "{}\n"])
+def test_a_file_without_settings_leaves_the_defaults(check: Check, text: str) -> None:
+    assert effective(check(text))["server"]["port"] == 8443
+
+
+def test_a_section_without_settings_leaves_the_defaults(check: Check) -> None:
+    settings = effective(check("server:\n  # port: 1111\nlimits: {}\n"))
+    assert settings["server"]["port"] == 8443
+
+
+def test_what_kubernetes_puts_into_the_environment_does_no_harm(check: Check) -> None:
+    settings = effective(
+        check(
+            RELAY_PORT="tcp://10.0.0.1:8443",
+            RELAY_SERVICE_HOST="10.0.0.1",
+            RELAY_SERVICE_PORT="8443",
+            RELAY_SERVICE_PORT_METRICS="9090",
+            RELAY_PORT_8443_TCP="tcp://10.0.0.1:8443",
+            RELAY_PORT_8443_TCP_ADDR="10.0.0.1",
+            SERVER__PORT="1",
+            PORT="1",
+        )
+    )
+    assert settings["server"]["port"] == 8443
+
+
+def test_what_check_prints_can_be_read_again(check: Check) -> None:
+    first = check("server: {port: 1111, allowed_origins: ['https://a.example']}\n")
+    assert first.error_lines == []
+    assert effective(check(first.stdout)) == effective(first)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("sever: {port: 1}", ["sever"], id="unknown section"),
+        pytest.param("server: {prot: 1}", ["server.prot"], id="unknown key"),
+        pytest.param("server: {tls: {enable: true}}", ["server.tls.enable"], id="unknown deep key"),
+        pytest.param("port: 8443", ["port"], id="key without its section"),
+        pytest.param("server: {port: 70000}", ["server.port", "70000", "65535"], id="port too big"),
+        pytest.param("server: {port: -1}", ["server.port", "-1", "0"], id="negative port"),
+        pytest.param(
+            "limits: {max_message_bytes: 0}", ["limits.max_message_bytes", "0"], id="no message"
+        ),
+        pytest.param(
+            "limits: {max_connections: -5}", ["limits.max_connections", "-5", "0"], id="negative"
+        ),
+        pytest.param(
+            "channels: {max_channels: 0}", ["channels.max_channels", "0"], id="no channel"
+        ),
+        pytest.param(
+            "keepalive: {ping_interval_s: 0}",
+            ["keepalive.ping_interval_s", "0"],
+            id="zero interval",
+        ),
+        pytest.param(
+            "keepalive: {ping_timeout_s: .nan}",
+            ["keepalive.ping_timeout_s", "nan"],
+            id="not a number",
+        ),
+        pytest.param(
+            "limits: {handshake_timeout_s: 0}",
+            ["limits.handshake_timeout_s", "0"],
+            id="zero deadline",
+        ),
+        pytest.param("shutdown: {spread_s: -1}", ["shutdown.spread_s", "-1", "0"], id="spread"),
+        pytest.param(
+            "logging: {level: loud}", ["logging.level", "loud", "info", "debug"], id="level"
+        ),
+        pytest.param("logging: {format: xml}", ["logging.format", "xml", "json"], id="format"),
+        pytest.param("server: {port: many}", ["server.port", "many"], id="word for a number"),
+        pytest.param("server: {port: [1]}", ["server.port"], id="list for a number"),
+        pytest.param("server: {port: 1.5}", ["server.port", "1.5"], id="fraction for a number"),
+        pytest.param(
+            "metrics: {enabled: perhaps}", ["metrics.enabled", "perhaps"], id="word for a switch"
+        ),
+        pytest.param(
+            "keepalive: {ping_interval_s: 20s}",
+            ["keepalive.ping_interval_s", "20s"],
+            id="unit in a duration",
+        ),
+        pytest.param(
+            "server: {allowed_origins: {a: b}}", ["server.allowed_origins"], id="map for a list"
+        ),
+        pytest.param("server: 5", ["server", "5"], id="number for a section"),
+        pytest.param("server: [1, 2]", ["server"], id="list for a section"),
+        pytest.param("server: {host: null}", ["server.host"], id="nothing for a word"),
+        pytest.param("- a\n- b\n", [], id="a list"),
+        pytest.param("just words", [], id="a word"),
+        pytest.param("server: {port: 1", [], id="no YAML"),
+        pytest.param("server:\n\tport: 1\n", [], id="tabs"),
+        pytest.param("server: {port: 1}\nserver: {port: 2}\n", ["server"], id="a key twice"),
+        pytest.param("a: !!python/object/apply:os.getcwd []", [], id="code"),
+        pytest.param("server: {port: 1}\n---\nserver: {port: 2}\n", [], id="two documents"),
+    ],
+)
+def test_a_faulty_file_is_refused_with_one_line_that_names_it(
+    check: Check, text: str, words: list[str]
+) -> None:
+    assert_refused(check(text), "config.yaml", *words)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"server: {host: '\xff\xfe'}\n")
+    assert_refused(check(), "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("RELAY__SERVER__PORT", "70000", ["70000", "65535"]),
+        ("RELAY__SERVER__PORT", "many", ["many"]),
+        ("RELAY__METRICS__ENABLED", "perhaps", ["perhaps"]),
+        ("RELAY__LOGGING__LEVEL", "loud", ["loud", "info"]),
+        ("RELAY__KEEPALIVE__PING_INTERVAL_S", "0", ["0"]),
+        ("RELAY__LIMITS__MAX_MESSAGE_BYTES", "", []),
+        ("RELAY__SERVER__ALLOWED_ORIGINS", "[unfinished", ["[unfinished"]),
+        ("RELAY__SERVER__PROT", "1", []),
+        ("RELAY__SEVER__PORT", "1", []),
+        ("RELAY__PORT", "1", []),
+        ("RELAY__SERVER__TLS__CERT", "x", []),
+        ("RELAY__SERVER__PORT__NUMBER", "1", []),
+        ("RELAY__", "1", []),
+    ],
+)
+def test_a_faulty_variable_is_refused_with_one_line_that_names_it(
+    check: Check, variable: str, value: str, words: list[str]
+) -> None:
+    assert_refused(check(**{variable: value}), variable, *words)
+
+
+def test_a_faulty_variable_is_told_from_a_faulty_file(check: Check) -> None:
+    done = check("server: {port: 1111}\n", RELAY__SERVER__PORT="70000")
+    assert_refused(done, "RELAY__SERVER__PORT", "70000")
+    assert "config.yaml" not in done.stderr
+
+
+def test_a_good_variable_hides_no_fault_elsewhere_in_the_file(check: Check) -> None:
+    done = check("server: {port: 1111, prot: 2}\n", RELAY__SERVER__PORT="2222")
+    assert_refused(done, "config.yaml", "server.prot")
+
+
+def test_every_problem_has_its_own_line(check: Check) -> None:
+    file = "server: {port: 70000, prot: 1}\nlogging: {level: loud}\n"
+    done = check(file, RELAY__METRICS__PORT="many", RELAY__METRICS__PROT="1")
+    assert done.exit_code == 2
+    assert len(done.error_lines) == 5
+    for key in ("server.port", "server.prot", "logging.level"):
+        (line,) = (line for line in done.error_lines if key in line)
+        assert "config.yaml" in line
+    for variable in ("RELAY__METRICS__PORT", "RELAY__METRICS__PROT"):
+        assert len([line for line in done.error_lines if variable in line]) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"]])
+def test_a_named_file_that_is_missing_stops_every_command(
+    tmp_path: Path, command: list[str]
+) -> None:
+    done = run_command(*command, "--config-file", "missing.yaml", directory=tmp_path)
+    assert_refused(done, "missing.yaml")
+
+
+def test_a_named_directory_is_no_file(tmp_path: Path) -> None:
+    done = run_command("check", "--config-file", str(tmp_path), directory=tmp_path)
+    assert_refused(done, str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]])
+def test_the_relay_does_not_start_with_a_faulty_setting(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "config.yaml").write_text("server: {port: 70000}\n")
+    done = run_command(*command, directory=tmp_path)
+    assert_refused(done, "config.yaml", "server.port", "70000", "65535")
+
+
+def write_tls_files(directory: Path, fault: str) -> None:
+    """Write a certificate and a key with one thing wrong."""
+    pair = make_pair()
+    pair.write_to(directory)
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    match fault:
+        case "no certificate":
+            certificate.unlink()
+        case "no key":
+            key.unlink()
+        case "broken certificate":
+            certificate.write_bytes(b"-----BEGIN CERTIFICATE-----\nnonsense\n")
+        case "broken key":
+            key.write_bytes(b"nonsense")
+        case "another pair's key":
+            key.write_bytes(make_pair().key_pem)
+        case "empty certificate":
+            certificate.write_bytes(b"")
+        case "swapped":
+            certificate.write_bytes(pair.key_pem)
+            key.write_bytes(pair.certificate_pem)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "no certificate",
+        "no key",
+        "broken certificate",
+        "broken key",
+        "another pair's key",
+        "empty certificate",
+        "swapped",
+    ],
+)
+def test_tls_with_files_that_do_not_serve_is_refused_with_one_line(
+    tmp_path: Path, fault: str
+) -> None:
+    write_tls_files(tmp_path, fault)
+    (tmp_path / "config.yaml").write_text("server: {port: 0, tls: {enabled: true}}\n")
+    done = run_command(directory=tmp_path)
+    words = {"no certificate": "cert.pem", "no key": "key.pem", "broken key": "key.pem"}
+    assert_refused(done, words.get(fault, ".pem"))
