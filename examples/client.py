@@ -8,7 +8,7 @@ from contextlib import suppress
 from queue import Queue
 from threading import Thread
 
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 DEFAULT_URL = "ws://localhost:8443/"
@@ -36,15 +36,14 @@ def print_messages(websocket: ClientConnection, unheard: Queue[str]) -> None:
 
 
 def main(url: str) -> int:
-    try:
-        websocket = connect(url)
-    except OSError as error:
-        print(f"can't connect to {url}: {error}", file=sys.stderr)
-        return 1
     unheard: Queue[str] = Queue()  # what was sent and has not come back yet
-    Thread(target=send_lines, args=(websocket, unheard), daemon=True).start()
-    with suppress(ConnectionClosed), websocket:
-        print_messages(websocket, unheard)
+    try:
+        with connect(url) as websocket:
+            Thread(target=send_lines, args=(websocket, unheard), daemon=True).start()
+            print_messages(websocket, unheard)
+    except (OSError, WebSocketException) as error:
+        print(f"{url}: {error}", file=sys.stderr)
+        return 1
     print(f"closed: {websocket.close_code} {websocket.close_reason}".rstrip(), file=sys.stderr)
     return 0
 

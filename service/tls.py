@@ -30,8 +30,9 @@ class Certificates:
     """The pair of files that is served.
 
     New handshakes get the newest pair that was whole; open connections keep theirs. The context
-    that listens never changes: its server-name callback puts the current one in its place for each
-    handshake, so a broken new pair can't leave it half changed.
+    that listens stays: its server-name callback, which is called with and without a name, puts the
+    current one in its place for each handshake. Loading a new pair into the one that listens would
+    do, too, but a key that does not match would leave it with half of each.
 
     Args:
         cert_file: the chain, PEM.
@@ -49,8 +50,7 @@ class Certificates:
             self._current, self.expiry = self._load()
         except (OSError, ValueError) as error:
             raise SettingsError([self._problem(error)]) from None
-        self.context = _context()
-        self.context.load_cert_chain(*self._files)
+        self.context = self._current
         self.context.sni_callback = self._choose
 
     async def watch(self) -> None:
@@ -74,7 +74,8 @@ class Certificates:
 
     def _load(self) -> tuple[ssl.SSLContext, float]:
         cert_file, key_file = self._files
-        context = _context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         key_file.open("rb").close()  # OpenSSL does not say which of the two it could not open
         certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
         # A key with a passphrase is an error, not a question on the terminal.
@@ -102,12 +103,6 @@ class Certificates:
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error)
         words = reason.replace("_", " ").lower()
         return f"server.tls: {cert_file} and {key_file} can't be served: {words}"
-
-
-def _context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 def write_dev_pair(directory: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from service.settings import Settings
 from tests import browser
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import ROOT, Finished, Relay, receive
+from tests.relay_process import ROOT, Finished, Relay, environment, receive
 
 CLIENT_PY = ROOT / "examples" / "client.py"
 CLIENT_HTML = ROOT / "examples" / "client.html"
@@ -27,6 +27,7 @@ def client_py(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment({"PYTHONWARNINGS": "error"}),
         text=True,
     ) as process:
         try:
@@ -66,7 +67,7 @@ async def test_client_py_sends_what_it_reads_and_prints_what_arrives(
 def test_client_py_prints_everything_it_sent_before_it_ends(relay: Relay, channel: str) -> None:
     text = "".join(f"line {number}\n" for number in range(3000))
     done = client_py_reading(text, relay.ws_url(f"/channels/{channel}"))
-    assert (done.exit_code, done.stdout) == (0, text)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, text, "closed: 1000\n")
 
 
 async def test_client_py_says_why_the_relay_closed_it(relay_with: StartRelay) -> None:
@@ -77,15 +78,20 @@ async def test_client_py_says_why_the_relay_closed_it(relay_with: StartRelay) ->
         # Nobody presses a key: its end must not wait for the keyboard.
         assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
-        assert "1001" in (said := process.stderr.read())
-        assert "draining; retry_ms=" in said
+        assert re.fullmatch(r"closed: 1001 draining; retry_ms=\d+\n", process.stderr.read())
 
 
 def test_client_py_says_in_one_line_that_there_is_no_relay() -> None:
     done = client_py_reading("", "ws://127.0.0.1:1/")
     assert done.exit_code == 1
-    assert len(done.error_lines) == 1
-    assert "ws://127.0.0.1:1/" in done.stderr
+    assert done.error_lines == ["ws://127.0.0.1:1/: [Errno 111] Connection refused"]
+
+
+def test_client_py_says_in_one_line_that_it_was_refused(relay: Relay) -> None:
+    done = client_py_reading("", relay.ws_url("/no/such/path"))
+    assert done.exit_code == 1
+    (line,) = done.error_lines
+    assert "HTTP 404" in line
 
 
 async def opened(page: Page, url: str) -> None:

@@ -67,6 +67,7 @@ class ReadersRelay(Relay):
         os.killpg(self.process.pid, signal.SIGINT)
         self.await_log("stopped")
         self.process.wait(PATIENCE_S)
+        self.end()
 
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:

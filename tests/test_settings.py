@@ -333,7 +333,7 @@ def test_every_problem_has_its_own_line(check: Check) -> None:
         (line,) = (line for line in done.error_lines if key in line)
         assert "config.yaml" in line
     for variable in ("RELAY__METRICS__PORT", "RELAY__METRICS__PROT"):
-        assert len([line for line in done.error_lines if variable in line]) == 1
+        assert len([line for line in done.error_lines if f"{variable}:" in line]) == 1
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["check"]])

@@ -72,7 +72,7 @@ class RequestProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            self._refuse(HTTPStatus.BAD_REQUEST, Refusal.HANDSHAKE, "Invalid HTTP request.")
+            self._refuse_malformed()
         except httptools.HttpParserUpgrade as upgrade:
             if self._should_upgrade():
                 self._upgrade(data[upgrade.args[0] :])
@@ -101,8 +101,16 @@ class RequestProtocol(HttpToolsProtocol):
 
     def _upgrade(self, early: bytes) -> None:
         """Give the transport to a WebSocket protocol, and the request to the application."""
+        if not self._between_requests():
+            # Pipelined behind a request whose answer would end up among the frames.
+            self._refuse_malformed()
+            return
+        try:
+            scope = self._scope()
+        except httptools.HttpParserInvalidURLError:
+            self._refuse_malformed()
+            return
         request = self._request()
-        scope = self._scope()
         self.connections.discard(self)
         self._cancel_deadline()
         client = cast(Callable[..., RelayProtocol], self.ws_protocol_class)(
@@ -114,7 +122,7 @@ class RequestProtocol(HttpToolsProtocol):
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
         handshake = Handshake(client, request, self._shared)
-        if scope is None or handshake.refuse_malformed():
+        if handshake.refuse_malformed():
             return
         task = self.loop.create_task(handshake.run(self.app, scope))
         self.tasks.add(task)
@@ -157,6 +165,9 @@ class RequestProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             status = HTTPStatus.REQUEST_TIMEOUT
             self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request not finished in time.")
+
+    def _refuse_malformed(self) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, Refusal.HANDSHAKE, "Invalid HTTP request.")
 
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
         self._shared.ledger.refusals[why] += 1

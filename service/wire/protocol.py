@@ -18,7 +18,7 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import SEND_EOF
 from websockets.server import ServerProtocol
 
-from service.errors import Close, Drop
+from service.errors import Close, Drop, Refusal
 from service.wire.backlog import Backlog
 from service.wire.frames import close as close_frame
 from service.wire.shared import Shared
@@ -176,8 +176,7 @@ class RelayProtocol(asyncio.Protocol):
     def expect_within(self, seconds: float) -> None:
         """Cut the connection off unless it gets on within so many seconds."""
         self._cancel_deadline()
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(seconds, self._transport.abort)
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._cut_off)
 
     # What the client says
 
@@ -480,6 +479,12 @@ class RelayProtocol(asyncio.Protocol):
         self._shared.ledger.drops[self._drop] += dropped
         self._shared.backlogs.discard(self)
         self._backlog = None
+
+    def _cut_off(self) -> None:
+        self._deadline = None
+        if self._state is State.HANDSHAKE:
+            self._shared.ledger.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
+        self._transport.abort()
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:
