@@ -72,7 +72,7 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
-            paused_publishers=lambda: broadcaster.held_publishers,
+            paused_publishers=lambda: shared.held,
             draining=lambda: health.phase is Phase.DRAINING,
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},

@@ -12,6 +12,8 @@ from tests.conftest import StartRelay
 from tests.raw_client import (
     BINARY,
     CLOSE,
+    CONTINUATION,
+    PING,
     RawClient,
     frame,
     relayed_frame,
@@ -441,6 +443,42 @@ async def test_a_publisher_that_does_not_read_is_dropped_like_any_stalled_client
         await reader.send("still here")
         while await receive(reader) != "still here":
             pass
+
+
+async def test_a_client_that_pings_and_never_reads_is_closed_and_takes_no_memory(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(limits=TIGHT)
+    wire = frame(PING, bytes(125)) * 2_000
+    started_rss = relay.rss_bytes()
+    highest_rss = 0
+
+    async def ping_for_ever(raw: RawClient) -> None:
+        nonlocal highest_rss
+        while True:
+            await raw.send(wire)
+            highest_rss = max(highest_rss, relay.rss_bytes())
+
+    async with relay.raw_client("news", receive_buffer_bytes=SMALL_BUFFER) as deaf:
+        with pytest.raises(ConnectionError):
+            await ping_for_ever(deaf)
+    await relay.metric_is("websocket_closes_total", 1, code="1013")
+    assert highest_rss < started_rss + 30 * MIB
+    await assert_books_balance(relay)
+
+
+async def test_countless_fragments_are_one_message_and_take_little_memory(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(keepalive=NEVER)
+    started_rss = relay.rss_bytes()
+    count = 200_000
+    async with relay.raw_client("news") as raw:
+        await raw.send(frame(BINARY, b"a", fin=False))
+        await raw.send(frame(CONTINUATION, b"b", fin=False) * count)
+        await raw.send(frame(CONTINUATION))
+        assert await raw.message() == b"a" + b"b" * count
+        assert relay.rss_bytes() < started_rss + 30 * MIB
 
 
 async def test_a_publisher_that_vanishes_while_it_floods_leaves_no_trace(

@@ -128,6 +128,15 @@ async def test_frames_right_behind_the_upgrade_request_are_not_lost(
         assert await receive(other) == b"second"
 
 
+async def test_many_frames_right_behind_the_upgrade_request_are_not_lost(
+    relay: Relay, channel: str
+) -> None:
+    texts = [f"{number} ".ljust(1_000, "x") for number in range(1_000)]
+    behind = b"".join(frame(TEXT, text.encode()) for text in texts)
+    async with relay.raw_client(channel, behind=behind) as eager:
+        assert [await eager.message() for _ in texts] == texts
+
+
 @pytest.mark.parametrize("payload", [b"", b"ping", bytes(range(125))])
 async def test_a_ping_is_answered_with_its_payload(
     relay: Relay, channel: str, payload: bytes

@@ -224,6 +224,25 @@ async def test_no_more_clients_than_the_limit_are_let_in_until_one_leaves(
         assert await relay.metric("websocket_connections_total") == 3
 
 
+async def test_clients_that_come_in_the_same_moment_do_not_pass_a_limit(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(limits={"max_connections": 5}, channels={"max_channels": 3})
+
+    async def come_in(stack: AsyncExitStack, name: str) -> int:
+        try:
+            await stack.enter_async_context(relay.client(name))
+        except InvalidStatus as refusal:
+            return refusal.response.status_code
+        return 101
+
+    for names, most in (([channel] * 30, 5), ([f"{channel}-{n}" for n in range(30)], 3)):
+        async with AsyncExitStack() as stack:
+            answers = await asyncio.gather(*(come_in(stack, name) for name in names))
+            assert sorted(answers) == [101] * most + [503] * (30 - most)
+        await relay.metric_is("websocket_connected_clients", 0)
+
+
 async def test_refused_and_broken_upgrades_use_up_no_connection(
     relay_with: StartRelay, channel: str
 ) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
 from tests.conftest import StartRelay
-from tests.raw_client import BINARY, PATIENCE_S, frame
+from tests.raw_client import BINARY, CLOSE, PATIENCE_S, RawClient, frame
 from tests.relay_process import Relay, closed, eventually, receive, receive_many
 
 MIB = 1_048_576
@@ -261,6 +261,36 @@ async def test_messages_in_flight_reach_all_or_nobody(relay_with: StartRelay) ->
         assert await relay.exit_code() == 0
 
 
+async def test_a_stop_in_the_middle_of_a_flood_is_clean_and_in_time(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(shutdown={"spread_s": 0.2, "timeout_s": 5})
+    wire = frame(BINARY, bytes(65_536)) * 8
+
+    async def publish(raw: RawClient) -> None:
+        with suppress(ConnectionError):  # the relay's end of it
+            while True:
+                await raw.send(wire)
+
+    async with (
+        relay.raw_client("news") as publisher,
+        relay.raw_client("news") as reader,
+        asyncio.TaskGroup() as group,
+    ):
+        flood = group.create_task(publish(publisher))
+        for _ in range(50):
+            await publisher.message()
+            await reader.message()
+        started = time.monotonic()
+        relay.signal()
+        endings = [group.create_task(raw.close_frame()) for raw in (publisher, reader)]
+        for ending in endings:
+            retry_ms(await ending)
+        assert await relay.exit_code() == 0
+        assert time.monotonic() - started < 5 + 3
+        await flood
+
+
 async def test_a_second_interrupt_ends_it_now(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"readiness_delay_s": 30, "spread_s": 20, "timeout_s": 60})
     async with relay.client("news"):
@@ -348,3 +378,15 @@ async def test_the_books_are_right_while_it_stops(relay_with: StartRelay) -> Non
         assert metrics.value("websocket_closes_total", code="1001") >= 1
         retry_ms(await late.answer_close())
         assert await relay.exit_code() == 0
+
+
+async def test_a_close_without_a_code_is_an_answer_too(relay_with: StartRelay) -> None:
+    relay = relay_with(shutdown={"spread_s": 0})
+    async with relay.raw_client("news") as raw:
+        relay.signal()
+        code, _ = await raw.close_frame()
+        assert code == 1001
+        await raw.send(frame(CLOSE, b""))
+        await raw.ended()
+        assert await relay.exit_code() == 0
+    assert relay.complaints() == []

@@ -58,11 +58,6 @@ class Broadcaster:
         """How many channels there are."""
         return len(self._channels)
 
-    @property
-    def held_publishers(self) -> int:
-        """How many clients are not read now because they publish too fast."""
-        return sum(client.is_held for client in self.shared.clients)
-
     def has_room(self, name: str) -> bool:
         """Tell whether a client may join a channel without there being too many of them."""
         return name in self._channels or len(self._channels) < self._max_channels

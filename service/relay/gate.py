@@ -3,6 +3,7 @@
 TCP does the rest: a publisher whose connection is not read fills its own socket and waits.
 """
 
+import asyncio
 from typing import Protocol
 
 
@@ -25,6 +26,7 @@ class Gate:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held: dict[Publisher, None] = {}
+        self._is_opening = False
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -50,16 +52,25 @@ class Gate:
             publisher.resume_reading()
 
     def drained(self, size: int) -> None:
-        """Take note that so many bytes were written; let publishers go on once half is free.
-
-        They go on in the order they were held, and only as many as there is room for, each with
-        a read of RESUMED_READ_BYTES.
-        """
+        """Take note that so many bytes were written; let publishers go on once half is free."""
         self.bytes -= size
-        room = self._limit_bytes // 2 - self.bytes
-        while self._held and room >= 0:
-            self.release(next(iter(self._held)))
-            room -= RESUMED_READ_BYTES
+        if self._held and not self._is_opening and self._room >= 0:
+            self._is_opening = True
+            asyncio.get_running_loop().call_soon(self._open)
+
+    @property
+    def _room(self) -> int:
+        return self._limit_bytes // 2 - self.bytes
+
+    def _open(self) -> None:
+        # In the order they were held, and in one turn of the loop only as many as there is room
+        # for: all at once they would bring all that has gathered in their sockets.
+        for _ in range(1 + max(0, self._room) // RESUMED_READ_BYTES):
+            if self._held:
+                self.release(next(iter(self._held)))
+        self._is_opening = bool(self._held) and self._room >= 0
+        if self._is_opening:  # those released may have nothing to say; the others go next
+            asyncio.get_running_loop().call_soon(self._open)
 
 
 RESUMED_READ_BYTES = 65_536

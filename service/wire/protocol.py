@@ -270,15 +270,15 @@ class RelayProtocol(asyncio.Protocol):
     def is_silent(self, since: float) -> bool:
         """Tell whether the client owes an answer to a ping sent at `since` or before.
 
-        A client that the relay itself does not read, or whose socket takes what it is behind
-        with, is not silent.
+        A client that the relay itself does not read, or whose socket took some of what it is
+        behind with, is not silent: its time begins again with the next ping.
         """
-        return (
-            0.0 < self._unanswered_since <= since
-            and self._state is State.OPEN
-            and not self._holds
-            and self.sent_bytes == self._sent_at_ping
-        )
+        if self._state is not State.OPEN or not 0.0 < self._unanswered_since <= since:
+            return False
+        if self._holds or self.sent_bytes != self._sent_at_ping:
+            self._unanswered_since = 0.0
+            return False
+        return True
 
     # Flow control
 
@@ -293,22 +293,20 @@ class RelayProtocol(asyncio.Protocol):
         backlog = self._backlog
         return backlog.total_bytes - self.backlog_bytes if backlog is not None else 0
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the relay does not read the client now."""
-        return self._holds > 0
-
     def pause_reading(self) -> None:
         """Read no more from the client until `resume_reading` was called as often."""
         self._holds += 1
         if self._holds == 1:
+            self._shared.held += 1
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Read on, if nobody else holds the client back."""
         self._holds -= 1
-        if not self._holds and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if self._holds == 0:
+            self._shared.held -= 1
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         """Take note that the write under way filled the socket: the client is behind now."""
@@ -323,6 +321,8 @@ class RelayProtocol(asyncio.Protocol):
         if self._backlog is not None:
             self._backlog.note(data, messages)
             self._shared.backlogs.add(self)
+            if messages:
+                self._shared.ledger.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
         """Take note that all that waited has left for the socket."""
@@ -386,10 +386,9 @@ class RelayProtocol(asyncio.Protocol):
     def _say_normal(self, parser: ServerProtocol) -> None:
         # The parser echoes what the client said (RFC 6455 section 5.5.1). Where it gave no code
         # it is told 1000: an answer without a code reads like an end without an answer.
-        *writes, echo, eof = parser.data_to_send()
-        if echo == close_frame(b""):
-            echo = close_frame(Close.CLIENT.code.to_bytes(2, "big"))
-        parser.writes += (*writes, echo, eof)
+        normal = close_frame(Close.CLIENT.code.to_bytes(2, "big"))
+        empty = close_frame(b"")
+        parser.writes[:] = [normal if data == empty else data for data in parser.writes]
 
     def _leave(self, why: Close) -> None:
         """Say goodbye to the sink, once; the first reason is the one that counts."""
@@ -404,9 +403,10 @@ class RelayProtocol(asyncio.Protocol):
         """Write what the parser wants written, and end where it says so."""
         writes = parser.data_to_send()
         ends = writes[-1:] == [SEND_EOF]
-        self._put(b"".join(writes))
         if ends:
             self._state = State.DISCARDING
+        self._put(b"".join(writes))
+        if ends:
             self._end()
 
     def _end(self) -> None:
@@ -458,6 +458,7 @@ class RelayProtocol(asyncio.Protocol):
             return
         self._transport.write(batch)
         shared.withheld += 1
+        shared.ledger.sent_bytes += len(batch)
         backlog.note(batch, shared.messages_in_hand)
         shared.backlogs.grew(len(batch))
 

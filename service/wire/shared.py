@@ -58,6 +58,7 @@ class Shared:
         self.ledger = ledger
         self.backlogs = backlogs
         self.clients = Clients()
+        self.held = 0  # clients that are not read now, because they publish too fast
         # The write that is being made, as the fan-out announces it: how many messages it holds;
         # how many clients did not take it straight to their socket; and whose transport could not
         # write all of it at once.

@@ -1,0 +1,34 @@
+"""Publishers that are held back: all of them go on again."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+from websockets.asyncio.client import ClientConnection
+
+from tests.conftest import StartRelay
+from tests.relay_process import receive_many
+
+KIB = 1_024
+
+
+async def test_publishers_that_were_held_together_all_get_to_say_what_they_have(
+    relay_with: StartRelay,
+) -> None:
+    """Those that are released first may have nothing left to say; the others go on all the same."""
+    relay = relay_with(limits={"send_backlog_bytes": 256 * KIB})
+    publishers = 40
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(relay.client("news")) for _ in range(publishers)]
+
+        async def publish(client: ClientConnection, number: int) -> None:
+            await client.send(bytes([number]) * 100 * KIB)
+
+        async with asyncio.TaskGroup() as group:
+            heard = [group.create_task(receive_many(client, publishers)) for client in clients]
+            for number, client in enumerate(clients):
+                group.create_task(publish(client, number))
+        first = [message[0] for message in heard[0].result()]
+        assert sorted(first) == list(range(publishers))
+        assert all([message[0] for message in each.result()] == first for each in heard)
+        assert await relay.metric("websocket_publisher_pauses_total") > 0
+        await relay.metric_is("websocket_paused_publishers", 0)
