@@ -20,7 +20,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test lint types imports pytest bench format lock clean venv
+.PHONY: help run test lint types imports pytest bench config format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -48,6 +48,9 @@ pytest: $(VENV)/.dev
 
 bench: $(VENV)/.bench  ## measure; results go to bench/results
 	@exec $(BIN)/python -m bench $(BENCH_ARGS)
+
+config: $(VENV)/.dev  ## write config.yaml anew from the settings
+	@$(BIN)/python -c 'from service.settings import default_file; print(default_file(), end="")' > config.yaml
 
 format: $(VENV)/.dev  ## put the code into its one form
 	@$(BIN)/ruff check --fix .

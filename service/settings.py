@@ -35,6 +35,12 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
+FILE_HEAD = """\
+# Every setting of websocket-relay with its default. Each can come from the environment, too, and
+# the environment wins: server.tls.cert_file is RELAY__SERVER__TLS__CERT_FILE. Durations are in
+# seconds, sizes in bytes. `websocket-relay check` prints what is in force.
+"""
+
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
@@ -241,6 +247,11 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 def render(settings: Settings, *, comments: bool = False) -> str:
     """Return the settings as YAML that `load` reads again, on request with their sentences."""
     return "\n".join(_lines(settings, 0, comments)) + "\n"
+
+
+def default_file() -> str:
+    """Return the text of config.yaml: every setting with its default and its sentence."""
+    return f"{FILE_HEAD}\n{render(Settings.model_construct(), comments=True)}"
 
 
 def _leaves(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

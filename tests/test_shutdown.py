@@ -389,4 +389,4 @@ async def test_a_close_without_a_code_is_an_answer_too(relay_with: StartRelay) -
         await raw.send(frame(CLOSE, b""))
         await raw.ended()
         assert await relay.exit_code() == 0
-    assert relay.complaints() == []
+    assert relay.complaints == []

@@ -1,0 +1,15 @@
+"""The config.yaml of the repository says what the settings are."""
+
+from pathlib import Path
+
+from service.settings import Settings, default_file, load
+
+CONFIG_FILE = Path(__file__).parents[1] / "config.yaml"
+
+
+def test_config_yaml_is_what_the_settings_say() -> None:
+    assert CONFIG_FILE.read_text() == default_file(), "run make config"
+
+
+def test_config_yaml_holds_the_defaults() -> None:
+    assert load(CONFIG_FILE, {}) == Settings()
