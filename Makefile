@@ -50,7 +50,8 @@ bench: $(VENV)/.bench  ## measure; results go to bench/results
 	@exec $(BIN)/python -m bench $(BENCH_ARGS)
 
 config: $(VENV)/.dev  ## write config.yaml anew from the settings
-	@$(BIN)/python -c 'from service.settings import default_file; print(default_file(), end="")' > config.yaml
+	@$(BIN)/python -c 'from service.settings import default_file; print(default_file(), end="")' > $(VENV)/config
+	@mv $(VENV)/config config.yaml
 
 format: $(VENV)/.dev  ## put the code into its one form
 	@$(BIN)/ruff check --fix .

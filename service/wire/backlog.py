@@ -15,20 +15,40 @@ from service.wire.frames import count_whole
 class Backlog:
     """The writes that one client is behind with, oldest first."""
 
-    __slots__ = ("_writes", "messages", "noted_bytes", "total_bytes")
+    __slots__ = ("_drained_bytes", "_waiting_bytes", "_writes", "messages", "noted_bytes")
 
     def __init__(self) -> None:
         self._writes: deque[tuple[bytes, int]] = deque()
+        self._waiting_bytes = 0  # when last looked at
+        self._drained_bytes = 0
         self.noted_bytes = 0  # of the writes still noted, sent parts included
-        self.total_bytes = 0  # of all writes that were ever noted
         self.messages = 0  # in the writes still noted
 
-    def note(self, data: bytes, messages: int) -> None:
-        """Add a write that the transport took: its bytes and how many messages they hold."""
+    def note(self, data: bytes, messages: int, waiting: int) -> None:
+        """Add a write that the transport took.
+
+        Args:
+            data: its bytes.
+            messages: how many messages they hold.
+            waiting: bytes in the transport's buffer with this write.
+        """
         self._writes.append((data, messages))
+        self._waiting_bytes = waiting
         self.noted_bytes += len(data)
-        self.total_bytes += len(data)
         self.messages += messages
+
+    def drained(self, waiting: int) -> int:
+        """Return how many bytes were seen to leave the transport's buffer so far.
+
+        TLS makes more bytes of what is written: only what the buffer held from one look to the
+        next is compared, never what was noted with what waits.
+
+        Args:
+            waiting: bytes in the transport's buffer now.
+        """
+        self._drained_bytes += max(0, self._waiting_bytes - waiting)
+        self._waiting_bytes = waiting
+        return self._drained_bytes
 
     def trim(self, waiting: int) -> int:
         """Forget what left the buffer; return how many messages that completed.
@@ -36,6 +56,7 @@ class Backlog:
         Args:
             waiting: bytes still in the transport's buffer.
         """
+        self.drained(waiting)
         sent = self.noted_bytes - waiting
         done = 0
         while self._writes and len(self._writes[0][0]) <= sent:

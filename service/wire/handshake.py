@@ -21,7 +21,7 @@ from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
 
 from service.errors import Close, Refusal
-from service.wire.protocol import RelayProtocol
+from service.wire.protocol import RelayProtocol, dismiss
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Handshake:
         if self._answer.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
             return False
         self._shared.ledger.refusals[Refusal.HANDSHAKE] += 1
+        dismiss(self._parser)
         self._client.refuse(self._answer.serialize())
         return True
 
@@ -119,6 +120,7 @@ class Handshake:
         headers["Date"] = email.utils.formatdate(usegmt=True)
         headers["Connection"] = "close"
         headers["Content-Length"] = str(len(body))
+        dismiss(self._parser)
         response = Response(status, HTTPStatus(status).phrase, headers, body)
         self._client.refuse(response.serialize())
 

@@ -27,6 +27,10 @@ from service.wire.shared import Shared
 MAX_HEAD_BYTES = 65_536
 """What a request's head may take: the sum of what common servers let in, with room to spare."""
 
+MAX_WAITING_BYTES = 16_384
+"""What may wait to be sent when an upgrade comes: with more, the transport could still be paused
+since before (its low-water mark for HTTP), and would not tell that the WebSocket is behind."""
+
 
 class RequestProtocol(HttpToolsProtocol):
     """A TCP connection until it is upgraded, or for as long as it speaks HTTP.
@@ -101,8 +105,9 @@ class RequestProtocol(HttpToolsProtocol):
 
     def _upgrade(self, early: bytes) -> None:
         """Give the transport to a WebSocket protocol, and the request to the application."""
-        if not self._between_requests():
-            # Pipelined behind a request whose answer would end up among the frames.
+        waiting = self.transport.get_write_buffer_size()
+        if not self._between_requests() or waiting > MAX_WAITING_BYTES:
+            # Pipelined: answers would end up among the frames, or are still to be read.
             self._refuse_malformed()
             return
         try:

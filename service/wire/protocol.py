@@ -33,7 +33,14 @@ PARSER_CLOSES: dict[int, Close] = {
     CloseCode.INTERNAL_ERROR: Close.INTERNAL,
 }
 
+RECORD_BYTES = 16_384
+
 TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
+
+
+def dismiss(parser: ServerProtocol) -> None:
+    """Free a parser at once: its generator holds it, and it holds its generator."""
+    parser.parser.close()
 
 
 class Sink(Protocol):
@@ -76,18 +83,19 @@ class RelayProtocol(asyncio.Protocol):
     __slots__ = (
         "_backlog",
         "_deadline",
+        "_drained_at_ping",
         "_early",
         "_ending",
         "_fragments",
         "_fragments_opcode",
         "_holds",
         "_parser",
-        "_sent_at_ping",
         "_shared",
         "_sink",
         "_state",
         "_transport",
         "_unanswered_since",
+        "_write_now",
         "write",
     )
 
@@ -114,12 +122,12 @@ class RelayProtocol(asyncio.Protocol):
         self._fragments: bytearray | None = None
         self._fragments_opcode = TEXT
         self._backlog: Backlog | None = None
-        self._sent_at_ping = 0
+        self._drained_at_ping = 0
         self._holds = 0
         self._unanswered_since = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
-        self.write = self._withhold
+        self.write = shared.withhold_disconnected
 
     # The handshake's side
 
@@ -136,6 +144,8 @@ class RelayProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""
         self._transport = cast(asyncio.Transport, transport)
+        is_tls = transport.get_extra_info("ssl_object") is not None
+        self._write_now = self._write_records if is_tls else self._transport.write
 
     def open(self, response: bytes, parser: ServerProtocol) -> None:
         """Send the 101 and be a WebSocket from now on.
@@ -148,18 +158,25 @@ class RelayProtocol(asyncio.Protocol):
         self._state = State.OPEN
         self._parser = parser
         self._cancel_deadline()
+        shared.clients.add(self)
+        shared.ledger.connections += 1
+        self._transport.write(response)
         # A mark of nothing tells at once when a client could not take all; see Backlog. With
         # uvloop it also makes write() write now rather than at the end of the loop's turn, so
         # that the time a slice takes is the time its system calls take.
         self._transport.set_write_buffer_limits(high=1, low=0)
-        shared.clients.add(self)
-        shared.ledger.connections += 1
-        self._put(response)
+        if self._backlog is not None:  # answers from before the upgrade fill the socket
+            shared.fell_behind.remove(self)
+            self.note_backlog(response, 0)
 
     def hand_over(self, sink: Sink) -> None:
         """Give all further messages to the sink, those that came early first."""
         self._sink = sink
-        self.write = self._transport.write
+        if self._backlog is None:
+            self.write = self._write_now
+        else:
+            self.write = self._write_behind
+            sink.fell_behind(self)
         if self._early:
             early, self._early = self._early, b""
             self._transport.resume_reading()
@@ -207,7 +224,7 @@ class RelayProtocol(asyncio.Protocol):
         """Take note that the client sends no more: without a close frame it vanished."""
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
-        self._parser = None
+        self._drop_parser()
         if self._deadline is None and self.backlog_bytes:
             self.expect_within(self._shared.deadline_s)
 
@@ -216,7 +233,8 @@ class RelayProtocol(asyncio.Protocol):
         shared = self._shared
         self._leave(Close.VANISHED)
         self._state = State.LOST
-        self._parser = self._fragments = None
+        self._drop_parser()
+        self._write_now = self._transport.write  # _write_records would hold this object
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
@@ -245,7 +263,7 @@ class RelayProtocol(asyncio.Protocol):
         self._state = State.CLOSING
         self._parser.send_close(why.code, reason or why.reason)
         self.expect_within(self._shared.deadline_s)
-        self._flush(self._parser)
+        self._put(b"".join(self._parser.data_to_send()))
 
     def close_when_written(self, why: Close, reason: str) -> None:
         """Close once the client was written all that it is owed so far."""
@@ -262,10 +280,10 @@ class RelayProtocol(asyncio.Protocol):
     def ping(self, frame: bytes, now: float) -> None:
         """Send the sweep's ping; the client's silence is timed from the first unanswered one."""
         if self._state is State.OPEN:
+            self._put(frame)
             if not self._unanswered_since:
                 self._unanswered_since = now
-                self._sent_at_ping = self.sent_bytes
-            self._put(frame)
+                self._drained_at_ping = self.drained_bytes
 
     def is_silent(self, since: float) -> bool:
         """Tell whether the client owes an answer to a ping sent at `since` or before.
@@ -275,7 +293,7 @@ class RelayProtocol(asyncio.Protocol):
         """
         if self._state is not State.OPEN or not 0.0 < self._unanswered_since <= since:
             return False
-        if self._holds or self.sent_bytes != self._sent_at_ping:
+        if self._holds or self.drained_bytes != self._drained_at_ping:
             self._unanswered_since = 0.0
             return False
         return True
@@ -288,10 +306,10 @@ class RelayProtocol(asyncio.Protocol):
         return self._transport.get_write_buffer_size()
 
     @property
-    def sent_bytes(self) -> int:
-        """How much of what the client is behind with has left for its socket; 0 if it is not."""
+    def drained_bytes(self) -> int:
+        """How much was seen to leave for the client's socket since it is behind; 0 if it is not."""
         backlog = self._backlog
-        return backlog.total_bytes - self.backlog_bytes if backlog is not None else 0
+        return backlog.drained(self.backlog_bytes) if backlog is not None else 0
 
     def pause_reading(self) -> None:
         """Read no more from the client until `resume_reading` was called as often."""
@@ -318,19 +336,21 @@ class RelayProtocol(asyncio.Protocol):
 
     def note_backlog(self, data: bytes, messages: int) -> None:
         """Note the write that made the client fall behind. `pause_writing` does not know it."""
-        if self._backlog is not None:
-            self._backlog.note(data, messages)
-            self._shared.backlogs.add(self)
-            if messages:
-                self._shared.ledger.sent_bytes += len(data)
+        assert self._backlog is not None
+        self._backlog.note(data, messages, self.backlog_bytes)
+        self._shared.backlogs.add(self)
+        if messages:
+            self._shared.ledger.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
         """Take note that all that waited has left for the socket."""
         if self._backlog is None:
             return
+        if self in self._shared.fell_behind:  # within one write: it was never behind
+            self._shared.fell_behind.remove(self)
         self._settle(self._backlog, 0)
         if self._sink is not None and self._state is State.OPEN:
-            self.write = self._transport.write
+            self.write = self._write_now
             self._sink.caught_up(self)
 
     def drop_backlog(self) -> None:
@@ -395,7 +415,10 @@ class RelayProtocol(asyncio.Protocol):
         if self._ending is not None:
             return
         self._ending = why
-        self.write = self._withhold
+        # A function that does not hold this object: a batch may still name it when it is gone.
+        shared = self._shared
+        slow = why is Close.SLOW_CONSUMER
+        self.write = shared.withhold_slow if slow else shared.withhold_disconnected
         if self._sink is not None:
             self._sink.leave(self)
 
@@ -403,17 +426,25 @@ class RelayProtocol(asyncio.Protocol):
         """Write what the parser wants written, and end where it says so."""
         writes = parser.data_to_send()
         ends = writes[-1:] == [SEND_EOF]
+        is_open = self._state is State.OPEN
         if ends:
             self._state = State.DISCARDING
-        self._put(b"".join(writes))
+        if is_open:  # behind our close frame nothing is said: pings are not answered any more
+            self._put(b"".join(writes))
         if ends:
             self._end()
+
+    def _drop_parser(self) -> None:
+        self._fragments = None
+        if self._parser is not None:
+            dismiss(self._parser)
+            self._parser = None
 
     def _end(self) -> None:
         # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
         # both with unread bytes in the socket would send a reset, and with it the client could
         # lose the close frame. What still comes is thrown away until the client's end, or ours.
-        self._parser = self._fragments = None
+        self._drop_parser()
         if self._transport.is_closing():
             return
         self.expect_within(self._shared.deadline_s)
@@ -435,14 +466,27 @@ class RelayProtocol(asyncio.Protocol):
             ):
                 self.close(Close.SLOW_CONSUMER)
                 return
-            self._transport.write(data)
-            backlog.note(data, 0)
+            self._write_now(data)
+            backlog.note(data, 0, self.backlog_bytes)
             shared.backlogs.grew(len(data))
             return
-        self._transport.write(data)
+        self._write_now(data)
         if self._backlog is not None:
             shared.fell_behind.remove(self)
             self.note_backlog(data, 0)
+
+    def _write_records(self, data: bytes) -> None:
+        """Write to a TLS transport, a record's worth at a time (RFC 8446 section 5.1).
+
+        What uvloop's TLS layer has passed to the TCP transport below is in nobody's count. It
+        passes on what it is given in one piece, whatever the size, until that one has 64 KiB.
+        """
+        if len(data) <= RECORD_BYTES:
+            self._transport.write(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(data), RECORD_BYTES):
+            self._transport.write(view[start : start + RECORD_BYTES])
 
     def _write_behind(self, batch: bytes) -> None:
         """Write a batch to a client that is behind, or close it where that is too much."""
@@ -454,19 +498,13 @@ class RelayProtocol(asyncio.Protocol):
         if waiting + len(batch) > shared.backlogs.limit_bytes:
             log.info("slow consumer closed", extra={"backlog_bytes": waiting})
             self.close(Close.SLOW_CONSUMER)
-            self._withhold(batch)
+            self.write(batch)  # counts it, now that the client has left
             return
-        self._transport.write(batch)
+        self._write_now(batch)
         shared.withheld += 1
         shared.ledger.sent_bytes += len(batch)
-        backlog.note(batch, shared.messages_in_hand)
+        backlog.note(batch, shared.messages_in_hand, self.backlog_bytes)
         shared.backlogs.grew(len(batch))
-
-    def _withhold(self, batch: bytes) -> None:
-        """Count a batch that was owed to a client that has left since."""
-        shared = self._shared
-        shared.withheld += 1
-        shared.ledger.drops[self._drop] += shared.messages_in_hand
 
     @property
     def _drop(self) -> Drop:

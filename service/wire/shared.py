@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from service.errors import Drop
 from service.ledger import Ledger
 from service.wire.backlog import Backlogs
 
@@ -65,3 +66,15 @@ class Shared:
         self.messages_in_hand = 0
         self.withheld = 0
         self.fell_behind: list[RelayProtocol] = []
+
+    def withhold_disconnected(self, batch: bytes) -> None:
+        """Count a batch that was owed to a client that has gone since."""
+        self._withhold(Drop.DISCONNECTED)
+
+    def withhold_slow(self, batch: bytes) -> None:
+        """Count a batch that was owed to a client that was closed because it was slow."""
+        self._withhold(Drop.SLOW_CONSUMER)
+
+    def _withhold(self, why: Drop) -> None:
+        self.withheld += 1
+        self.ledger.drops[why] += self.messages_in_hand
