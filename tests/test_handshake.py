@@ -393,3 +393,14 @@ async def test_a_plain_request_below_the_base_path_is_told_to_upgrade(
 ) -> None:
     assert (await prefixed_relay.get("/live/relay/")).status_code == 426
     assert (await prefixed_relay.get("/live/relay/channels/news")).status_code == 426
+
+
+async def test_an_upgrade_pipelined_behind_another_request_is_refused(relay: Relay) -> None:
+    """Its answer would end up among the frames."""
+    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    async with await relay.tcp() as raw:
+        await raw.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + upgrade_request())
+        assert (await raw.response()).status == 400
+        await raw.ended()
+    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
+    assert relay.complaints == []

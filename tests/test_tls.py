@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from cryptography import x509
 from tests.certificates import Pair, make_pair, replace
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import HOST, Relay, closed, receive, run_command
+from tests.relay_process import HOST, Relay, closed, receive, receive_many, run_command
 
 EXPIRY = "websocket_tls_certificate_expiry_timestamp_seconds"
 MIB = 1_048_576
@@ -50,13 +51,12 @@ async def test_a_hundred_tls_clients_hear_everything(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    clients = await asyncio.gather(*(relay.client(channel) for _ in range(100)))
-    try:
+    async with AsyncExitStack() as stack:
+        coming = (stack.enter_async_context(relay.client(channel)) for _ in range(100))
+        clients = await asyncio.gather(*coming)
         await asyncio.gather(*(client.send("hello") for client in clients))
         for client in clients:
-            assert [await receive(client) for _ in clients] == ["hello"] * 100
-    finally:
-        await asyncio.gather(*(client.close() for client in clients))
+            assert await receive_many(client, 100) == ["hello"] * 100
 
 
 async def test_plain_bytes_on_a_tls_port_hurt_nobody(

@@ -12,9 +12,13 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 import httptools
-from uvicorn._types import WebSocketScope
+from uvicorn._types import ASGI3Application, WebSocketScope
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 from uvicorn.server import ServerState
 from websockets.datastructures import Headers
 from websockets.http11 import Request
@@ -57,6 +61,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = True
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -64,6 +69,7 @@ class RequestProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
+        self._disconnect_answer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -84,6 +90,16 @@ class RequestProtocol(HttpToolsProtocol):
             if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 self._refuse(status, Refusal.HANDSHAKE, "Request head too large.")
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _disconnect_answer(self) -> None:
+        # uvicorn tells only the newest of pipelined requests that nobody listens any more; the
+        # one that is being answered would fail on a closed transport, with a traceback.
+        if self._answering is not None:
+            self._answering.disconnected = True
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -177,6 +193,8 @@ class RequestProtocol(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
         self._shared.ledger.refusals[why] += 1
         self._cancel_deadline()
+        self._disconnect_answer()
+        self.pipeline.clear()
         self.transport.write(
             STATUS_LINE[status]
             + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"

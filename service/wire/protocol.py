@@ -72,6 +72,28 @@ class State(Enum):
     LOST = auto()
 
 
+class _Gone(asyncio.Transport):
+    """What stands for a transport that has ended. Nothing can be done to it, and nothing fails."""
+
+    def is_closing(self) -> bool:
+        return True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+
+GONE = _Gone()
+
+
 class RelayProtocol(asyncio.Protocol):
     """One client's connection, from the upgrade to its end.
 
@@ -234,7 +256,9 @@ class RelayProtocol(asyncio.Protocol):
         self._leave(Close.VANISHED)
         self._state = State.LOST
         self._drop_parser()
-        self._write_now = self._transport.write  # _write_records would hold this object
+        # Batches may name this object for a while: what TLS had waiting must not wait with it.
+        self._transport = GONE
+        self._write_now = GONE.write
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
