@@ -40,8 +40,11 @@ slow client before the relay sees that it is behind, and then it sees in steps o
 whether it moves."""
 
 CUT_OFF_RESERVE_S = 0.5
-"""What is left of shutdown.timeout_s, half at most, to cut off who has not gone and to end: uvicorn
-looks whether it should stop every 0.1 seconds, and takes another 0.1 for it."""
+"""What is left of shutdown.timeout_s to cut off who has not gone and to end: uvicorn
+looks whether it should stop every 0.1 seconds, and FINISH_S come on top."""
+
+FINISH_S = 0.1
+"""What answers to plain requests have to get out when the ports close."""
 
 GC_THRESHOLDS = (50_000, 20, 50)
 """A client is some twenty objects that live long and hold no cycles. With Python's own thresholds
@@ -111,7 +114,6 @@ class Listener(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=1,
             **protocols,
         )
         super().__init__(config)
@@ -159,6 +161,19 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` did it."""
+
+    async def shutdown(self, sockets: object = None) -> None:
+        """Close the port, and after a moment cut off who has not taken its answer.
+
+        uvicorn's own waits a second or more for such a client.
+        """
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await asyncio.sleep(FINISH_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -257,7 +272,7 @@ async def _drain(settings: Settings, relay: Relay) -> None:
     """Let everybody go, in the time there is."""
     loop = asyncio.get_running_loop()
     shutdown, clients = settings.shutdown, relay.shared.clients
-    reserve_s = min(CUT_OFF_RESERVE_S, shutdown.timeout_s / 2)
+    reserve_s = min(CUT_OFF_RESERVE_S, shutdown.timeout_s)
     until = loop.time() + shutdown.timeout_s - reserve_s
     relay.health.phase = Phase.DRAINING
     log.info("draining", extra={"clients": len(clients)})

@@ -1,22 +1,17 @@
 """Own the channels: who is in which, what the log says to them, and whose turn it is to write.
 
-All channels share one pump, a callback of the event loop that writes for a slice of time and then
-lets the loop read, ping and answer probes. No task, queue or timer per connection.
+All channels share the time there is for writing. No task, queue or timer per connection.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
-from time import perf_counter
 
 from service.backplane.base import Backplane, Entry
 from service.relay.channel import Channel
 from service.relay.gate import Gate
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
-
-SLICE_S = 0.001
-"""How long the pump writes before the loop gets its turn."""
+from service.wire.turns import Turns
 
 BATCHES_PER_BACKLOG = 4
 """How many full batches fit into one client's backlog: one batch alone never closes a client."""
@@ -51,7 +46,7 @@ class Broadcaster:
         self._max_channels = max_channels
         self._pending_limit_bytes = pending_limit_bytes
         self._channels: dict[str, Channel] = {}
-        self._ready: deque[Channel] = deque()
+        self._turns = Turns()
         backplane.tail(self._deliver)
 
     def __len__(self) -> int:
@@ -78,10 +73,8 @@ class Broadcaster:
     # What channels ask
 
     def schedule(self, channel: Channel) -> None:
-        """Give a channel its turns to write until it has nothing to write."""
-        if not self._ready:
-            asyncio.get_running_loop().call_soon(self._pump)
-        self._ready.append(channel)
+        """Give a channel turns to write until it has nothing to write."""
+        self._turns.add(channel.fan_out)
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
         """Call `act` after a while."""
@@ -98,17 +91,3 @@ class Broadcaster:
         channel = self._channels.get(entry.channel)
         if channel is not None:
             channel.deliver(entry)
-
-    def _pump(self) -> None:
-        until = perf_counter() + SLICE_S
-        ready = self._ready
-        while ready:
-            # Turn by turn, so that a busy channel does not keep the others waiting.
-            done = ready[0].fan_out(until)
-            channel = ready.popleft()
-            if not done:
-                ready.append(channel)
-            if perf_counter() > until:
-                break
-        if ready:
-            asyncio.get_running_loop().call_soon(self._pump)

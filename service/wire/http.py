@@ -29,7 +29,7 @@ from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
 
 MAX_HEAD_BYTES = 65_536
-"""What a request's head may take: the sum of what common servers let in, with room to spare."""
+"""What a request's head or its trailers may take: what common servers let in, and room to spare."""
 
 MAX_WAITING_BYTES = 16_384
 """What may wait to be sent when an upgrade comes: with more, the transport could still be paused
@@ -60,7 +60,6 @@ class RequestProtocol(HttpToolsProtocol):
         self._due_at = self.loop.time() + shared.deadline_s
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
-        self._in_head = True
         self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -77,8 +76,7 @@ class RequestProtocol(HttpToolsProtocol):
         if self._deadline is None and self._between_requests():
             self._due_at = self.loop.time() + self._shared.deadline_s
             self._deadline = self.loop.call_at(self._due_at, self._time_out)
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -87,7 +85,7 @@ class RequestProtocol(HttpToolsProtocol):
             if self._should_upgrade():
                 self._upgrade(data[upgrade.args[0] :])
         else:
-            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            if self._head_bytes > MAX_HEAD_BYTES:
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 self._refuse(status, Refusal.HANDSHAKE, "Request head too large.")
 
@@ -101,18 +99,20 @@ class RequestProtocol(HttpToolsProtocol):
         if self._answering is not None:
             self._answering.disconnected = True
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
+    # Bytes that are neither a head that is complete nor a body count against the bound: a head
+    # that does not end, and trailers, which uvicorn keeps like headers.
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
         self._head_bytes = 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._head_bytes = 0
         super().on_message_complete()
-        self._in_head = True
         if not self.parser.should_upgrade():
             self._cancel_deadline()
 

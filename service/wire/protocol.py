@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum, auto
+from time import perf_counter
 from typing import Any, Protocol, cast
 
 from uvicorn.config import Config
@@ -34,6 +35,9 @@ PARSER_CLOSES: dict[int, Close] = {
 }
 
 RECORD_BYTES = 16_384
+
+PIECE_BYTES = 2048  # parsed at once; of the smallest frames it holds some three hundred
+QUICK_S = 0.0001  # a piece that took no longer may be followed by a larger one
 
 TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
 
@@ -117,6 +121,7 @@ class RelayProtocol(asyncio.Protocol):
         "_state",
         "_transport",
         "_unanswered_since",
+        "_unread",
         "_write_now",
         "write",
     )
@@ -147,6 +152,7 @@ class RelayProtocol(asyncio.Protocol):
         self._drained_at_ping = 0
         self._holds = 0
         self._unanswered_since = 0.0
+        self._unread: memoryview | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
         self.write = shared.withhold_disconnected
@@ -222,10 +228,47 @@ class RelayProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client: the hot path's first half."""
         self._unanswered_since = 0.0
-        parser = self._parser
-        if parser is None:
+        if self._parser is None:
             self._keep_early(data)
-            return
+        elif len(data) <= PIECE_BYTES:
+            self._parse(data)
+        else:
+            # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
+            # Tiny frames by the ten thousand would keep everybody waiting.
+            self._unread = memoryview(data)
+            self._transport.pause_reading()
+            self._shared.reading.add(self.read_on)
+
+    def read_on(self, until: float) -> bool:
+        """Parse some of what was read, in pieces that grow while they are quickly done.
+
+        Args:
+            until: when to stop, by `time.perf_counter`.
+
+        Returns:
+            Whether there is nothing to do for now: all is parsed, or the client is held back.
+        """
+        size = PIECE_BYTES
+        started = perf_counter()
+        while self._unread and self._parser is not None and not self._holds:
+            piece, self._unread = bytes(self._unread[:size]), self._unread[size:]
+            self._parse(piece)
+            now = perf_counter()
+            if now > until:
+                return False
+            if now - started < QUICK_S:
+                size *= 2
+            started = now
+        if self._unread and self._parser is not None:
+            return True  # held: resume_reading comes back here
+        self._unread = None
+        if not self._holds and not self._transport.is_closing():
+            self._transport.resume_reading()
+        return True
+
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser
+        assert parser is not None
         parser.receive_data(data)
         for frame in parser.events_received():
             opcode = frame.opcode  # type: ignore[union-attr]  # no Request after the handshake
@@ -317,7 +360,7 @@ class RelayProtocol(asyncio.Protocol):
         """
         if self._state is not State.OPEN or not 0.0 < self._unanswered_since <= since:
             return False
-        if self._holds or self.drained_bytes != self._drained_at_ping:
+        if self._holds or self._unread or self.drained_bytes != self._drained_at_ping:
             self._unanswered_since = 0.0
             return False
         return True
@@ -347,7 +390,9 @@ class RelayProtocol(asyncio.Protocol):
         self._holds -= 1
         if self._holds == 0:
             self._shared.held -= 1
-            if not self._transport.is_closing():
+            if self._unread:
+                self._shared.reading.add(self.read_on)
+            elif not self._transport.is_closing():
                 self._transport.resume_reading()
 
     def pause_writing(self) -> None:

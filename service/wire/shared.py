@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from service.errors import Drop
 from service.ledger import Ledger
 from service.wire.backlog import Backlogs
+from service.wire.turns import Turns
 
 if TYPE_CHECKING:
     from service.wire.protocol import RelayProtocol
@@ -59,6 +60,7 @@ class Shared:
         self.ledger = ledger
         self.backlogs = backlogs
         self.clients = Clients()
+        self.reading = Turns()  # of clients who said more in one read than is heard at once
         self.held = 0  # clients that are not read now, because they publish too fast
         # The write that is being made, as the fan-out announces it: how many messages it holds;
         # how many clients did not take it straight to their socket; and whose transport could not

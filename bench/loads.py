@@ -1,0 +1,290 @@
+"""The loads: what the load generator does to a running server, and the figures that come of it.
+
+Knows no server by name.
+"""
+
+import json
+import math
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bench import prepare
+from bench.servers import FailedError, Running
+
+Figures = dict[str, Any]
+
+IDLE_CLIENTS = 5000
+ARRIVING_CLIENTS = 3000
+WARM_CLIENTS = 200
+SETTLE_S = 2.0
+ANSWER_TIMEOUT_S = 240.0
+LAG_METRIC = "websocket_event_loop_lag_seconds_bucket"
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """How the load generator is called: on which core, for how long at a time."""
+
+    core: int
+    server_core: int
+    scale: float  # of all durations
+
+    @contextmanager
+    def started(
+        self, mode: str, server: Running, **options: object
+    ) -> Iterator[subprocess.Popen[str]]:
+        """Start it against a server; its standard input stays open until the load ends."""
+        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        process = subprocess.Popen(
+            [
+                *("taskset", "-c", str(self.core), str(prepare.LOADGEN), mode),
+                *("--port", str(server.port), "--pid", str(server.pid)),
+                *("--core", str(self.server_core), *arguments),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+    def run(self, mode: str, server: Running, **options: object) -> Figures:
+        """Run it to its end."""
+        with self.started(mode, server, **options) as process:
+            return result(process)
+
+    def seconds(self, full: float) -> float:
+        """A duration of the full run, shortened where a quick one is wanted."""
+        return max(1.0, full * self.scale)
+
+
+def result(process: subprocess.Popen[str]) -> Figures:
+    """Close its standard input, which ends a load that holds, and read what it found."""
+    try:
+        output, errors = process.communicate(timeout=ANSWER_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise FailedError("the load generator did not end") from error
+    if process.returncode:
+        raise FailedError(errors.strip() or f"load generator: exit status {process.returncode}")
+    figures: Figures = json.loads(output.strip().splitlines()[-1])
+    return figures
+
+
+def _wait_open(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        raise FailedError(f"the clients did not connect: {result(process)}")
+
+
+def _fanout(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "closed",
+        server,
+        listeners=400,
+        publishers=100,
+        inflight=1,
+        warmup=0.7,
+        duration=generator.seconds(2),
+    )
+
+
+def _single(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "closed",
+        server,
+        listeners=499,
+        publishers=1,
+        inflight=1,
+        warmup=0.5,
+        duration=generator.seconds(2),
+    )
+
+
+def _steady(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "open",
+        server,
+        listeners=450,
+        publishers=50,
+        rate=200,
+        warmup=0.5,
+        duration=generator.seconds(3),
+    )
+
+
+def _idle(generator: Generator, server: Running) -> Figures:
+    generator.run("idle", server, clients=WARM_CLIENTS, hold=0)
+    time.sleep(SETTLE_S / 2)
+    before = server.private_bytes()
+    with generator.started("idle", server, clients=IDLE_CLIENTS) as process:
+        _wait_open(process)
+        time.sleep(SETTLE_S)
+        after = server.private_bytes()
+        figures = result(process)
+    return figures | {
+        "private_bytes_before": before,
+        "private_bytes_after": after,
+        "bytes_per_connection": (after - before) / IDLE_CLIENTS,
+    }
+
+
+def _handshakes(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "handshakes", server, clients=ARRIVING_CLIENTS, warmup=WARM_CLIENTS, hold=0
+    )
+
+
+def _stall(generator: Generator, server: Running) -> Figures:
+    window_s = generator.seconds(7)
+    with generator.started(
+        "open",
+        server,
+        listeners=IDLE_CLIENTS - 1,
+        publishers=1,
+        rate=1,
+        spin=0,
+        warmup=1,
+        duration=window_s + 1,
+    ) as messages:
+        _wait_open(messages)
+        lag_before = _lag_buckets(server)
+        probed = generator.run("probe", server, rate=1000, duration=window_s)
+        lag_after = _lag_buckets(server)
+        figures = result(messages) | {"pong": probed["pong"], "probe": probed}
+    if probed["unanswered"]:
+        raise FailedError(f"{probed['unanswered']} of {probed['pings']} pings were not answered")
+    if lag_before and lag_after:
+        figures["loop_lag"] = _lag(lag_before, lag_after)
+    return figures
+
+
+def _lag_buckets(server: Running) -> dict[float, float]:
+    """Read the event-loop lag histogram of a server that has one: upper edge to count."""
+    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text: str = answer.read().decode()
+    except (urllib.error.URLError, TimeoutError):
+        return {}
+    buckets = {}
+    for line in text.splitlines():
+        if line.startswith(LAG_METRIC):
+            edge, _, count = line.partition('le="')[2].partition('"} ')
+            buckets[float(edge)] = float(count)
+    return buckets
+
+
+def _lag(before: dict[float, float], after: dict[float, float]) -> Figures:
+    """Give the edges of the buckets that hold the quantiles of what was added between."""
+    added = {edge: after[edge] - before.get(edge, 0.0) for edge in sorted(after)}
+    total = added.get(math.inf, 0.0)
+    edges = {
+        name: next((edge for edge, count in added.items() if count >= total * share), math.inf)
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+    }
+    finite = {name: (edge if math.isfinite(edge) else None) for name, edge in edges.items()}
+    return {"samples": total, **finite, "buckets": {str(e): c for e, c in added.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a load's result: where it stands, how it is printed, which way is better."""
+
+    path: str  # keys, with dots between
+    title: str
+    unit: str
+    factor: float = 1.0
+    more_is_better: bool = False
+
+    def value(self, result: Figures) -> float | None:
+        """Take it from a result, in its unit; None where a server has no such figure."""
+        at: Any = result
+        for key in self.path.split("."):
+            at = at.get(key) if isinstance(at, dict) else None
+        return None if at is None else float(at) * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load: what is done, the figure that counts, and others beside it."""
+
+    name: str
+    title: str
+    run: Callable[[Generator, Running], Figures]
+    main: Figure
+    others: tuple[Figure, ...] = ()
+    messages: bool = True  # it sends messages, so loss is counted
+    spread: tuple[Figure, Figure] | None = None  # least and most, where the main is a quantile
+    rounds: int = 5
+    without: frozenset[str] = frozenset()  # servers to which the load says nothing
+
+
+_RATE = Figure("deliveries_per_s", "deliveries per second", "M/s", 1e-6, True)
+_PER_CPU = Figure("deliveries_per_cpu_s", "deliveries per server-CPU-second", "M", 1e-6, True)
+_P50 = Figure("latency.p50", "latency p50", "ms", 1e3)
+_P99 = Figure("latency.p99", "latency p99", "ms", 1e3)
+_MAX = Figure("latency.max", "latency max", "ms", 1e3)
+_PONG_P50 = Figure("pong.p50", "pong p50", "ms", 1e3)
+_PONG_MAX = Figure("pong.max", "pong max", "ms", 1e3)
+
+LOADS = (
+    Load(
+        "fanout",
+        "400 listeners, 100 publishers with one message in flight each",
+        _fanout,
+        _PER_CPU,
+        (_RATE, _P50, _P99, _MAX),
+    ),
+    Load(
+        "single",
+        "500 clients, one publisher with one message in flight",
+        _single,
+        _PER_CPU,
+        (_RATE, _P50, _P99, _MAX),
+    ),
+    Load(
+        "steady",
+        "500 clients, 50 publishers with 200 messages a second in all",
+        _steady,
+        _P99,
+        (_P50, _MAX, _RATE),
+        spread=(_P50, _MAX),
+    ),
+    Load(
+        "idle",
+        f"{IDLE_CLIENTS:,} idle clients",
+        _idle,
+        Figure("bytes_per_connection", "memory per idle connection", "KB", 1 / 1024),
+        messages=False,
+        rounds=1,  # memory is not noisy, and a second time would find what the first one left
+        without=frozenset({"floor"}),  # it keeps nothing to measure
+    ),
+    Load(
+        "handshakes",
+        f"{ARRIVING_CLIENTS:,} clients arriving as fast as they can",
+        _handshakes,
+        Figure("handshakes_per_s", "handshakes per second", "/s", 1.0, True),
+        (Figure("handshakes_per_cpu_s", "per server-CPU-second", "", 1.0, True),),
+        messages=False,
+    ),
+    Load(
+        "stall",
+        f"one message a second to {IDLE_CLIENTS:,} clients, and 1,000 pings a second",
+        _stall,
+        Figure("pong.p99", "pong p99, how long the server stalls", "ms", 1e3),
+        (_PONG_P50, _PONG_MAX, Figure("loop_lag.p99", "own loop lag p99, at most", "ms", 1e3)),
+        spread=(_PONG_P50, _PONG_MAX),
+        rounds=2,
+    ),
+)

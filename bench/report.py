@@ -1,0 +1,143 @@
+"""The result in words: a table for people, JSON for machines. Measures nothing."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from bench.loads import Figure, Load
+from bench.servers import Server
+from bench.targets import DISTURBED, FAULTS, Measurement, Verdict, calm
+
+
+def number(value: float | None) -> str:
+    """Print three significant digits, as a person would."""
+    if value is None:
+        return "-"
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _of(measurements: list[Measurement], load: Load, server: Server) -> list[Measurement]:
+    return [each for each in measurements if (each.load, each.server) == (load.name, server.name)]
+
+
+def middle(measurements: list[Measurement], load: Load, server: Server, figure: Figure) -> Any:
+    """Give the median over the rounds, None where there is no figure."""
+    found = [figure.value(each.figures) for each in calm(measurements, load, server.name)]
+    there = [value for value in found if value is not None]
+    return median(there) if there else None
+
+
+def _heading(figure: Figure) -> str:
+    return f"{figure.title}, {figure.unit}" if figure.unit else figure.title
+
+
+def _notes(load: Load, found: list[Measurement]) -> str:
+    """Say what went wrong, and that nothing did where that is a promise."""
+    failed = [f"failed: {each.error}" for each in found if each.error]
+    counts = [(title, sum(each.figures.get(name, 0) for each in found)) for name, title in FAULTS]
+    faults = [f"{count:,} {title}" for title, count in counts if count]
+    if load.messages and not failed and not faults:
+        faults = ["none lost"]
+    disturbed = sum(each.disturbed > DISTURBED for each in found)
+    return ", ".join(failed + faults + ([f"disturbed: {disturbed}"] if disturbed else []))
+
+
+def _row(
+    measurements: list[Measurement], load: Load, server: Server, absent: dict[str, str]
+) -> list[str]:
+    found = _of(measurements, load, server)
+    figures = (load.main, *load.others)
+    if not found:
+        why = absent.get(server.name)
+        return [server.title, *("-" for _ in figures), f"absent: {why}" if why else "not measured"]
+    cells = [number(middle(measurements, load, server, figure)) for figure in figures]
+    return [server.title, *cells, _notes(load, found)]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Lay out a Markdown table that can also be read as it is; figures stand to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    lines = [
+        _line(
+            cell.rjust(width) if 0 < i < last else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    rule = _line("-" * (w - 1) + ":" if 0 < i < last else "-" * w for i, w in enumerate(widths))
+    return [lines[0], rule, *lines[1:]]
+
+
+def _targets(verdicts: list[Verdict]) -> list[str]:
+    rows = [["target", "measured", "rounds", ""]]
+    for each in verdicts:
+        rounds = ", ".join(number(value) for value in each.rounds)
+        measured = f"{number(each.measured)} {each.unit}".strip()
+        rows.append([each.text, measured, rounds, "met" if each.met else "MISSED"])
+    return _table(rows)
+
+
+def _origin(facts: dict[str, Any]) -> list[str]:
+    machine = facts["machine"]
+    commit = (facts["commit"] or "not committed")[:12] + (" (dirty)" if facts["dirty"] else "")
+    versions = [f"{name} {text}" for name, text in facts["versions"].items() if text]
+    hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    return [
+        f"{facts['when']}, commit {commit}",
+        f"{hardware}, kernel {machine['kernel']}",
+        ", ".join(versions),
+    ]
+
+
+def markdown(
+    facts: dict[str, Any],
+    measurements: list[Measurement],
+    verdicts: list[Verdict],
+    loads: Iterable[Load],
+    servers: Iterable[Server],
+    absent: dict[str, str],
+) -> str:
+    """Write the whole result as one page."""
+    lines = ["# What `make bench` measured", ""]
+    lines += [f"{line}  " for line in _origin(facts)]
+    lines += ["", "One core for the server, one for the clients; medians over the rounds."]
+    lines += ["How, and what each server is: [bench/README.md](../README.md).", ""]
+    if verdicts:
+        lines += ["## Targets", "", *_targets(verdicts), ""]
+    for load in loads:
+        heading = [_heading(figure) for figure in (load.main, *load.others)]
+        rows = [["server", *heading, "notes"]]
+        rows += [
+            _row(measurements, load, server, absent)
+            for server in servers
+            if server.name not in load.without
+        ]
+        lines += [f"## {load.name}: {load.title}", "", *_table(rows), ""]
+    return "\n".join(lines)
+
+
+def document(
+    facts: dict[str, Any],
+    measurements: list[Measurement],
+    verdicts: list[Verdict],
+    absent: dict[str, str],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Give all there is, every round included, for JSON."""
+    return {
+        **facts,
+        "options": options,
+        "absent": absent,
+        "targets": [asdict(each) for each in verdicts],
+        "measurements": [asdict(each) for each in measurements],
+    }

@@ -1,0 +1,32 @@
+"""The websockets library with its own `broadcast`, on uvloop. Knows nothing of the relay.
+
+usage: websockets_broadcast.py PORT
+"""
+
+import asyncio
+import sys
+
+import uvloop
+from websockets.asyncio.server import ServerConnection, broadcast, serve
+
+clients: set[ServerConnection] = set()
+
+
+async def relay(connection: ServerConnection) -> None:
+    """Send what this client says to all."""
+    clients.add(connection)
+    try:
+        async for message in connection:
+            broadcast(clients, message)
+    finally:
+        clients.remove(connection)
+
+
+async def main(port: int) -> None:
+    """Serve until the process is ended."""
+    async with serve(relay, "127.0.0.1", port, compression=None, backlog=4096):
+        await asyncio.get_running_loop().create_future()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1])))

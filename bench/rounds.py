@@ -1,0 +1,87 @@
+"""Who is measured when: servers in turns, again and again, and again where something disturbed it.
+
+Knows loads and servers only by their interfaces.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from bench.loads import Generator, Load
+from bench.servers import FailedError, Running, Server, started
+from bench.targets import DISTURBED, Measurement
+
+REPEATS = 24  # in one run, so that a busy machine makes it longer but not endless
+MOST_TRIES = 3
+PAUSE_S = 1.0  # what disturbs may be over by then
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Measure, and remember how often it may still be done again."""
+
+    generator: Generator
+    most_rounds: int | None
+    say: Callable[[Load, Server, Measurement], None]
+    repeats_left: int = REPEATS
+
+    def all(self, loads: list[Load], servers: list[Server]) -> list[Measurement]:
+        """Take every load with a fresh process of every server."""
+        return [
+            measurement
+            for load in loads
+            for measurement in self._load(
+                load, [server for server in servers if server.name not in load.without]
+            )
+        ]
+
+    def _load(self, load: Load, servers: list[Server]) -> list[Measurement]:
+        """Let all servers wait on their core while one after another is measured.
+
+        Short turns, there and back: what the machine does meanwhile then hits all of them alike.
+        """
+        measurements = []
+        rounds = load.rounds if self.most_rounds is None else min(load.rounds, self.most_rounds)
+        with ExitStack() as running:
+            ready, failed = self._start(load, servers, running)
+            measurements += failed
+            for number in range(1, rounds + 1):
+                for each in ready if number % 2 else reversed(ready):
+                    if number == 1 or each.server.reference:
+                        measurements.append(self._one(load, each, number))
+        return measurements
+
+    def _start(
+        self, load: Load, servers: list[Server], running: ExitStack
+    ) -> tuple[list[Running], list[Measurement]]:
+        ready, failed = [], []
+        for server in servers:
+            try:
+                ready.append(running.enter_context(started(server, self.generator.server_core)))
+            except FailedError as error:
+                failed.append(Measurement(load.name, server.name, 1, {}, str(error)))
+                self.say(load, server, failed[-1])
+        return ready, failed
+
+    def _one(self, load: Load, running: Running, number: int) -> Measurement:
+        """Measure once, and again while something else took the cores; the calmest try counts."""
+        found = self._try(load, running, number)
+        while found.disturbed > DISTURBED and found.tries < MOST_TRIES and self.repeats_left:
+            self.repeats_left -= 1
+            time.sleep(PAUSE_S)
+            again = self._try(load, running, number)
+            calmer = again if again.disturbed < found.disturbed else found
+            found = replace(calmer, tries=found.tries + 1)
+        return found
+
+    def _try(self, load: Load, running: Running, number: int) -> Measurement:
+        name = running.server.name
+        try:
+            figures = load.run(self.generator, running)
+            running.settle()
+            found = Measurement(load.name, name, number, figures)
+        except FailedError as error:
+            found = Measurement(load.name, name, number, {}, str(error))
+        self.say(load, running.server, found)
+        return found

@@ -1,0 +1,131 @@
+"""What the relay is held to, and whether a run says it holds. Knows only results."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from bench.loads import LOADS, Figures, Load
+
+FAULTS = (
+    ("lost", "lost"),
+    ("duplicated", "duplicated"),
+    ("out_of_order", "out of order"),
+    ("damaged", "damaged"),
+    ("unexpected", "unexpected frames"),
+    ("closed", "connections closed"),
+    ("differently_ordered", "clients with another order than the first"),
+)
+RELAY = "relay"
+DISTURBED = 0.08  # of a core's time: from here on a measurement is marked, and made again
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One load against one server in one round; an error in place of figures where it failed."""
+
+    load: str
+    server: str
+    round: int
+    figures: Figures
+    error: str | None = None
+    tries: int = 1
+
+    @property
+    def disturbed(self) -> float:
+        """The share of either core's time that went to neither the server nor the clients."""
+        return max(
+            float(self.figures.get("server_core_foreign", 0.0)),
+            float(self.figures.get("client_core_foreign", 0.0)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound on a load's main figure: of the relay alone, or as a multiple of a rival's."""
+
+    load: str
+    bound: float
+    at_least: bool
+    rival: str | None = None
+
+
+TARGETS = (
+    Target("fanout", 60.0, True, "textbook"),
+    Target("fanout", 10.0, True, "uwebsockets"),
+    Target("fanout", 0.6, True, "floor"),
+    Target("single", 0.85, True, "uwebsockets"),
+    Target("steady", 1.25, False, "uwebsockets"),
+    Target("idle", 7.0, False),
+    Target("handshakes", 1.5, True, "textbook"),
+    Target("stall", 5.0, False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target beside what was measured: the median of the rounds, and every round."""
+
+    text: str
+    measured: float
+    rounds: tuple[float, ...]
+    unit: str
+    met: bool
+
+
+def load_named(name: str) -> Load:
+    """Find a load."""
+    return next(load for load in LOADS if load.name == name)
+
+
+def calm(measurements: list[Measurement], load: Load, server: str) -> list[Measurement]:
+    """Give a server's results of a load, the disturbed ones only where there are no others."""
+    found = [each for each in measurements if (each.load, each.server) == (load.name, server)]
+    worked = [each for each in found if each.error is None]
+    return [each for each in worked if each.disturbed <= DISTURBED] or worked
+
+
+def by_round(measurements: list[Measurement], load: Load) -> dict[int, float]:
+    """Give the load's main figure, by round."""
+    found = {each.round: load.main.value(each.figures) for each in measurements}
+    return {number: value for number, value in found.items() if value is not None}
+
+
+def _ratios(measurements: list[Measurement], load: Load, rival: str) -> dict[int, float]:
+    """Divide within each round: what slowed the machine then slowed both."""
+    ours, theirs = (by_round(calm(measurements, load, name), load) for name in (RELAY, rival))
+    common = [number for number in ours.keys() & theirs.keys() if theirs[number]]
+    return {number: ours[number] / theirs[number] for number in common}
+
+
+def _judge(target: Target, measurements: list[Measurement]) -> Verdict | None:
+    load = load_named(target.load)
+    sign = ">=" if target.at_least else "<="
+    if target.rival:
+        ours = _ratios(measurements, load, target.rival)
+        unit, against = "x", f"{target.bound:g} x {target.rival}"
+    else:
+        ours = by_round(calm(measurements, load, RELAY), load)
+        unit, against = load.main.unit, f"{target.bound:g} {load.main.unit}"
+    if not ours:
+        return None
+    measured = median(ours.values())
+    met = measured >= target.bound if target.at_least else measured <= target.bound
+    rounds = tuple(ours[n] for n in sorted(ours))
+    return Verdict(f"{load.name}: {load.main.title} {sign} {against}", measured, rounds, unit, met)
+
+
+def _faultless(measurements: list[Measurement]) -> Verdict | None:
+    """Judge every message of every round: disturbed or not, none may be lost."""
+    loads = {load.name for load in LOADS if load.messages}
+    ours = [each for each in measurements if each.server == RELAY and each.load in loads]
+    if not ours:
+        return None
+    faults = float(sum(each.figures.get(name, 0) for each in ours for name, _ in FAULTS))
+    complete = all(each.error is None for each in ours)
+    text = "all messages: none lost, duplicated, damaged, one order for all clients: faults = 0"
+    return Verdict(text, faults, (), "", complete and not faults)
+
+
+def verdicts(measurements: list[Measurement]) -> list[Verdict]:
+    """Hold the run against every target that it can speak of."""
+    judged = [_judge(target, measurements) for target in TARGETS]
+    return [each for each in (*judged, _faultless(measurements)) if each is not None]

@@ -1,0 +1,45 @@
+"""Share out the event loop among those who have much to do.
+
+Whoever has work is called in turn with the time at which its slice ends. Between two slices the
+loop reads, writes and answers others. No task and no timer.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+
+Work = Callable[[float], bool]
+"""Does some of the work, at least a little, and stops soon after the given `perf_counter` time.
+Returns whether all is done."""
+
+SLICE_S = 0.001
+"""How long all of them together work in one turn of the loop."""
+
+
+class Turns:
+    """A queue of workers, each called until it is done."""
+
+    def __init__(self) -> None:
+        self._workers: deque[Work] = deque()
+
+    def add(self, work: Work) -> None:
+        """Give somebody turns. It must not be in the queue already."""
+        if not self._workers:
+            asyncio.get_running_loop().call_soon(self._work)
+        self._workers.append(work)
+
+    def _work(self) -> None:
+        workers = self._workers
+        until = perf_counter() + SLICE_S
+        while workers:
+            # Who works stays in the queue meanwhile, so that `add` does not start a second round.
+            work = workers[0]
+            done = work(until)
+            workers.popleft()
+            if not done:
+                workers.append(work)
+            if perf_counter() > until:
+                break
+        if workers:
+            asyncio.get_running_loop().call_soon(self._work)
