@@ -6,6 +6,7 @@ it. Knows nothing of what the settings are used for.
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,6 +41,8 @@ FILE_HEAD = """\
 # the environment wins: server.tls.cert_file is RELAY__SERVER__TLS__CERT_FILE. Durations are in
 # seconds, sizes in bytes. `websocket-relay check` prints what is in force.
 """
+
+SECTION = "a mapping of keys to values"
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -94,8 +97,10 @@ class Server(Section):
         if value.lstrip().startswith("["):
             try:
                 return json.loads(value)
-            except json.JSONDecodeError:
-                raise ValueError("not a list") from None
+            except (json.JSONDecodeError, RecursionError):
+                raise ValueError(
+                    "a JSON list of texts, or texts with commas between them"
+                ) from None
         return [part.strip() for part in value.split(",")]
 
     @field_validator("allowed_origins")
@@ -230,6 +235,8 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
         f"{name}: unknown variable, set to {_shown(environ[name])}; {_known(path)}"
         for path, name in unknown.items()
     ]
+    if any(path in _SECTIONS for path in unknown):
+        raise SettingsError(problems)  # pydantic-settings would take them for JSON
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -283,6 +290,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 LEAVES: dict[tuple[str, ...], str] = dict(_leaves(Settings, ()))
 """What every setting allows, in words, by its path."""
 
+_SECTIONS = {path[:length] for path in LEAVES for length in range(1, len(path))}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML's safe loader reads it, but a key said twice is an error, not a riddle."""
@@ -290,11 +299,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                problem = f"the key {key_node.value} stands here twice"
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key that is no text"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            if key_node.value in seen:
+                problem = f"the key {_shown(key_node.value)} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -307,17 +318,42 @@ def _read(file: Path, *, must_exist: bool) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{file}: can't be read: {error}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # The last four are what PyYAML makes of a date like 2020-99-99, of !!int foo and the like.
         raise SettingsError([f"{file}: not YAML: {_one_line(error)}"]) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError([f"{file}: holds {content!r}; allowed is a mapping of sections"])
-    # A section whose keys are all commented out reads as null: it holds nothing.
-    return {str(key): value for key, value in content.items() if value is not None}
+        raise SettingsError([f"{file}: holds {_shown(content)}; allowed: a mapping of sections"])
+    return _tidied(content, Settings, file, ())
 
 
-def _one_line(error: yaml.YAMLError) -> str:
+def _tidied(
+    content: dict[Any, Any], model: type[BaseModel], file: Path, path: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return a section without the sections in it that are empty, which read as null.
+
+    Raises:
+        SettingsError: something else stands where a section should. The environment's part of it
+            would replace it without a word.
+    """
+    tidy: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key)
+        kind = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            tidy[name] = value
+        elif isinstance(value, dict):
+            tidy[name] = _tidied(value, kind, file, (*path, name))
+        elif value is not None:
+            key_path = ".".join((*path, name))
+            raise SettingsError(
+                [f"{file}: {key_path}: {_shown(value)} is not allowed; allowed: {SECTION}"]
+            )
+    return tidy
+
+
+def _one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return where + " ".join(str(getattr(error, "problem", None) or error).split())
@@ -354,21 +390,27 @@ def _sentence(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) 
     path = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in LEAVES), loc)
     where = variables.get(path, str(file))
     key = ".".join(path)
+    if not key.isprintable() or len(key) > 80:
+        key = _shown(key)
     if entry["type"] == "extra_forbidden":
         siblings = [leaf[len(loc) - 1] for leaf in LEAVES if leaf[: len(loc) - 1] == loc[:-1]]
         near = get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
         allowed = f"did you mean {near[0]}?" if near else ", ".join(dict.fromkeys(siblings))
         hint = allowed if near else f"allowed: {allowed}"
         return f"{where}: {key}: unknown key, set to {_shown(entry['input'])}; {hint}"
-    allowed = LEAVES.get(path, "a mapping of keys to values")
+    allowed = LEAVES.get(path, SECTION)
     if entry["type"] == "value_error" and not isinstance(entry["input"], bool):
         allowed = entry["msg"].removeprefix("Value error, ")
     return f"{where}: {key}: {_shown(entry['input'])} is not allowed; allowed: {allowed}"
 
 
 def _shown(value: object) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """Return a value on one line and not too long, whatever it holds."""
+    return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def _lines(model: BaseModel, depth: int, comments: bool) -> Iterator[str]:

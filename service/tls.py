@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime
+import errno
 import ipaddress
 import logging
 import os
@@ -10,6 +11,7 @@ import ssl
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -59,7 +61,11 @@ class Certificates:
             await asyncio.sleep(LOOK_S)
             if (state := self._state()) != self._seen:
                 self._seen = state
-                self._renew()
+                try:
+                    self._renew()
+                except Exception:  # the edge of a task whose end would end the relay
+                    self.reloads["error"] += 1
+                    log.exception("certificate not renewed")
 
     def _renew(self) -> None:
         try:
@@ -74,10 +80,16 @@ class Certificates:
 
     def _load(self) -> tuple[ssl.SSLContext, float]:
         cert_file, key_file = self._files
+        for file in self._files:
+            if not file.is_file():  # a FIFO, say, would be waited for
+                raise FileNotFoundError(errno.ENOENT, "no such file", str(file))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         key_file.open("rb").close()  # OpenSSL does not say which of the two it could not open
-        certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
+        try:
+            certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
+        except (x509.InvalidVersion, UnsupportedAlgorithm) as error:
+            raise ValueError(str(error)) from None
         # A key with a passphrase is an error, not a question on the terminal.
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
         return context, certificate.not_valid_after_utc.timestamp()
@@ -91,7 +103,7 @@ class Certificates:
             try:
                 stat = file.stat()
                 states.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
-            except OSError:
+            except (OSError, ValueError):  # a name with a NUL byte in it is a ValueError
                 states.append(None)
         return states
 

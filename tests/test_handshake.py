@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 from websockets.asyncio.client import connect
@@ -404,3 +404,15 @@ async def test_an_upgrade_pipelined_behind_another_request_is_refused(relay: Rel
         await raw.ended()
     await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
     assert relay.complaints == []
+
+
+async def test_trailers_without_end_are_cut_off(relay: Relay) -> None:
+    async with await relay.tcp() as raw:
+        await raw.send(
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        )
+        assert (await raw.response()).status == 405
+        with suppress(ConnectionError):  # the end can come before all is sent
+            await raw.send(b"a:b\r\n" * 100_000)
+        with suppress(ConnectionError):
+            assert b"431" in await raw.ended()

@@ -6,7 +6,8 @@ from contextlib import AsyncExitStack
 from websockets.asyncio.client import ClientConnection
 
 from tests.conftest import StartRelay
-from tests.relay_process import receive_many
+from tests.raw_client import PONG, frame
+from tests.relay_process import receive, receive_many
 
 KIB = 1_024
 
@@ -32,3 +33,16 @@ async def test_publishers_that_were_held_together_all_get_to_say_what_they_have(
         assert all([message[0] for message in each.result()] == first for each in heard)
         assert await relay.metric("websocket_publisher_pauses_total") > 0
         await relay.metric_is("websocket_paused_publishers", 0)
+
+
+async def test_a_flood_of_tiny_frames_keeps_nobody_waiting(relay_with: StartRelay) -> None:
+    """One read brings ten thousands of them; others have their turn in between."""
+    relay = relay_with(keepalive={"ping_interval_s": 3_600})
+    flood = frame(PONG) * 2_000_000
+    async with relay.raw_client("loud") as loud, relay.client("calm") as calm:
+        flooding = asyncio.create_task(loud.send(flood, patience_s=50))
+        for number in range(20):
+            await calm.send(str(number))
+            assert await receive(calm) == str(number)
+        assert not flooding.done(), "twenty messages took as long as two million pongs"
+        await flooding

@@ -23,7 +23,11 @@ BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same t
 
 HOLD_LOOK_S = 0.02  # how often a held batch is looked at
 HOLD_S = 1.0  # a batch waits no longer for members that are behind
-HOLD_FOR_HALF_S = 10.0  # or this long, where they are half of the channel
+HOLD_FOR_HALF_S = 10.0  # or this long, where half of the channel is
+
+WAIT_SHARE = 0.05
+"""A member that is slower than the others may cost its channel HOLD_S at once, and this part of the
+time in the long run."""
 
 STALLED_S = 0.5
 """A member that took nothing for this long is not slow but stalled, and not waited for. A full TCP
@@ -107,6 +111,8 @@ class Channel:
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members that are behind, with what they had taken when they were last seen to move.
         self._behind: dict[RelayProtocol, tuple[int, float]] = {}
+        # Members that were waited for, and when that will have been paid back at WAIT_SHARE.
+        self._indebted: dict[RelayProtocol, float] = {}
         self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
 
     def __len__(self) -> int:
@@ -136,6 +142,7 @@ class Channel:
         self._gate.release(client)
         self._office.gate.release(client)
         self._behind.pop(client, None)
+        self._indebted.pop(client, None)
         if not self._members:
             self._office.forget(self)
 
@@ -260,29 +267,40 @@ class Channel:
 
     # Where a member is behind but moving, and the next batch would not fit into its backlog, the
     # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that
-    # only goes fast is slowed to the pace of its listeners. A member too slow for that is closed
-    # by the write, so that it costs the others one wait at most.
+    # only goes fast is slowed to the pace of its listeners. Where half of the channel is behind
+    # that is the publisher's pace to find; a few slow members can delay the others a little only,
+    # and then the write closes them.
 
     def _must_hold(self, batch: Batch) -> bool:
         now = perf_counter()
-        waited_for = self._would_overflow(batch.size, now)
-        if waited_for:
-            self._held_since = self._held_since or now
-            is_half = waited_for * 2 >= len(self._members)
-            if now - self._held_since < (HOLD_FOR_HALF_S if is_half else HOLD_S):
-                return True
+        moving = self._moving(now)
+        limit_bytes = self._shared.backlogs.limit_bytes
+        full = [client for client in moving if client.backlog_bytes + batch.size > limit_bytes]
+        if full and self._may_wait(full, len(moving) * 2 >= len(self._members), now):
+            return True
         self._held_since = 0.0
         return False
 
-    def _would_overflow(self, size: int, now: float) -> int:
-        """Count the members, moving ones only, into whose backlogs so many bytes do not fit."""
-        limit_bytes = self._shared.backlogs.limit_bytes
-        count = 0
+    def _may_wait(self, full: list[RelayProtocol], half_is_behind: bool, now: float) -> bool:
+        self._held_since = self._held_since or now
+        held_s = now - self._held_since
+        if half_is_behind:
+            return held_s < HOLD_FOR_HALF_S
+        credit_until = now + HOLD_S / WAIT_SHARE
+        if held_s >= HOLD_S or all(self._indebted.get(c, 0.0) > credit_until for c in full):
+            return False
+        for client in full:
+            owed_until = max(now, self._indebted.get(client, 0.0))
+            self._indebted[client] = owed_until + HOLD_LOOK_S / WAIT_SHARE
+        return True
+
+    def _moving(self, now: float) -> list[RelayProtocol]:
+        """Return the members that are behind and took something of it lately."""
+        moving = []
         for client, (seen, moved_at) in self._behind.items():
             drained = client.drained_bytes
             if drained != seen:
                 self._behind[client] = (drained, now)
-            is_moving = drained != seen or now - moved_at < STALLED_S
-            if is_moving and client.backlog_bytes + size > limit_bytes:
-                count += 1
-        return count
+            if drained != seen or now - moved_at < STALLED_S:
+                moving.append(client)
+        return moving

@@ -8,6 +8,7 @@ from struct import Struct
 from websockets.frames import Opcode
 
 FIN = 0x80
+MAX_CONTROL_BYTES = 125  # payload of a control frame (section 5.5)
 CONTROL = 0x08  # opcodes with this bit are control frames (section 5.5)
 
 _SHORT = Struct("!BB").pack
@@ -29,8 +30,9 @@ def ping(payload: bytes) -> bytes:
     return header(Opcode.PING, len(payload)) + payload
 
 
-def close(body: bytes) -> bytes:
-    """Return a close frame (section 5.5.1); the body is the code in two bytes and the reason."""
+def close(code: int, reason: str = "") -> bytes:
+    """Return a close frame (section 5.5.1); a reason that is too long is cut."""
+    body = code.to_bytes(2, "big") + reason.encode()[: MAX_CONTROL_BYTES - 2]
     return header(Opcode.CLOSE, len(body)) + body
 
 

@@ -50,7 +50,9 @@ class Handshake:
         # One object for both its halves: it checks the request, and being OPEN from the start
         # it parses frames once the 101 is out.
         self._parser = ServerProtocol(
-            state=OPEN, max_size=shared.max_message_bytes, logger=wire_log
+            state=OPEN,
+            max_size=shared.max_message_bytes,
+            logger=wire_log,
         )
         self._answer = self._parser.accept(request)
         self._denial: tuple[int, Headers] | None = None

@@ -61,6 +61,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._answering: RequestResponseCycle | None = None
+        self._reader_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -68,6 +69,7 @@ class RequestProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
+        self._cancel_reader_deadline()
         self._disconnect_answer()
         super().connection_lost(exc)
 
@@ -88,6 +90,30 @@ class RequestProtocol(HttpToolsProtocol):
             if self._head_bytes > MAX_HEAD_BYTES:
                 status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 self._refuse(status, Refusal.HANDSHAKE, "Request head too large.")
+
+    # A client that does not read its answers: uvicorn waits for it for ever.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._set_reader_deadline()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_reader_deadline()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._set_reader_deadline()
+
+    def _set_reader_deadline(self) -> None:
+        self._cancel_reader_deadline()
+        timeout_s = self._shared.deadline_s
+        self._reader_deadline = self.loop.call_later(timeout_s, self.transport.abort)
+
+    def _cancel_reader_deadline(self) -> None:
+        if self._reader_deadline is not None:
+            self._reader_deadline.cancel()
+            self._reader_deadline = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
@@ -134,6 +160,7 @@ class RequestProtocol(HttpToolsProtocol):
         request = self._request()
         self.connections.discard(self)
         self._cancel_deadline()
+        self._cancel_reader_deadline()
         client = cast(Callable[..., RelayProtocol], self.ws_protocol_class)(
             self.config, self.server_state, self.app_state, self.loop
         )
@@ -201,6 +228,7 @@ class RequestProtocol(HttpToolsProtocol):
             + f"content-length: {len(text)}\r\n\r\n{text}".encode()
         )
         self.transport.close()
+        self._set_reader_deadline()
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:

@@ -15,24 +15,28 @@ from typing import Any, Protocol, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
-from websockets.frames import CloseCode, Frame, Opcode
+from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.frames import Frame, Opcode
 from websockets.protocol import SEND_EOF
 from websockets.server import ServerProtocol
 
 from service.errors import Close, Drop, Refusal
 from service.wire.backlog import Backlog
+from service.wire.frames import MAX_CONTROL_BYTES
 from service.wire.frames import close as close_frame
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
 
-# What websockets' parser says when it gives up (RFC 6455 section 7.4.1), in the relay's words.
-PARSER_CLOSES: dict[int, Close] = {
-    CloseCode.PROTOCOL_ERROR: Close.PROTOCOL,
-    CloseCode.INVALID_DATA: Close.NOT_UTF8,
-    CloseCode.MESSAGE_TOO_BIG: Close.TOO_BIG,
-    CloseCode.INTERNAL_ERROR: Close.INTERNAL,
+# What ends websockets' parser, in the relay's words; anything else is a fault of the relay.
+PARSER_CLOSES: dict[type[Exception], Close] = {
+    ProtocolError: Close.PROTOCOL,
+    UnicodeDecodeError: Close.NOT_UTF8,  # in the reason of a close frame
+    PayloadTooBig: Close.TOO_BIG,
 }
+
+EMPTY = b"\x88\x00"  # a close frame without a code
+NORMAL = close_frame(Close.CLIENT.code)
 
 RECORD_BYTES = 16_384
 
@@ -281,7 +285,8 @@ class RelayProtocol(asyncio.Protocol):
             if self._parser is None:
                 return  # a message ended the connection; what came behind it does not count
         if parser.parser_exc is not None:
-            self._fail(parser)
+            why = PARSER_CLOSES.get(type(parser.parser_exc), Close.INTERNAL)
+            self._fail(why, str(parser.parser_exc) if why is Close.PROTOCOL else "")
         elif parser.writes:
             self._flush(parser)  # pongs, and the echo of a close frame
 
@@ -439,45 +444,56 @@ class RelayProtocol(asyncio.Protocol):
     def _data_frame(self, frame: Frame) -> None:
         payload = frame.data
         opcode = frame.opcode
+        size = len(payload) + (len(self._fragments) if self._fragments is not None else 0)
+        if size > self._shared.max_message_bytes:
+            self._fail(Close.TOO_BIG)
+            return
         if opcode is CONT or not frame.fin:
             if self._fragments is None:
                 self._fragments = bytearray()
                 self._fragments_opcode = opcode
+                self._allow_more(MAX_CONTROL_BYTES)
             # One growing buffer: a flood of tiny fragments costs their bytes, not their number.
             self._fragments += payload
             if not frame.fin:
                 return
             payload, opcode = bytes(self._fragments), self._fragments_opcode
             self._fragments = None
+            self._allow_more(0)
         elif type(payload) is not bytes:
             payload = bytes(payload)
         if opcode is TEXT:
             try:
                 payload.decode()
             except UnicodeDecodeError:
-                self._refuse_text()
+                self._fail(Close.NOT_UTF8)
                 return
         if self._sink is not None:
             self._sink.publish(self, opcode, payload)
 
-    def _refuse_text(self) -> None:
-        parser = self._parser
-        assert parser is not None
-        parser.fail(CloseCode.INVALID_DATA, Close.NOT_UTF8.reason)
-        self._leave(Close.NOT_UTF8)
-        self._flush(parser)
+    def _allow_more(self, size: int) -> None:
+        # The parser holds control frames between fragments against what is left for the message.
+        assert self._parser is not None
+        self._parser.max_message_size = self._shared.max_message_bytes + size
 
-    def _fail(self, parser: ServerProtocol) -> None:
-        assert parser.close_sent is not None  # by the parser now, or by us before
-        self._leave(PARSER_CLOSES.get(parser.close_sent.code, Close.PROTOCOL))
-        self._flush(parser)
+    def _fail(self, why: Close, detail: str = "") -> None:
+        """Fail the connection (RFC 6455 section 7.1.7): say why, and hear nothing any more.
+
+        What the parser would say is not said: it may have read on, to a close frame even, when a
+        message in front of that turns out to be one too many.
+        """
+        reason = f"{why.reason}: {detail}" if detail else why.reason
+        was_open = self._state is State.OPEN
+        self._leave(why)
+        self._state = State.DISCARDING
+        if was_open:
+            self._put(close_frame(why.code, reason))
+        self._end()
 
     def _say_normal(self, parser: ServerProtocol) -> None:
         # The parser echoes what the client said (RFC 6455 section 5.5.1). Where it gave no code
         # it is told 1000: an answer without a code reads like an end without an answer.
-        normal = close_frame(Close.CLIENT.code.to_bytes(2, "big"))
-        empty = close_frame(b"")
-        parser.writes[:] = [normal if data == empty else data for data in parser.writes]
+        parser.writes[:] = [NORMAL if data == EMPTY else data for data in parser.writes]
 
     def _leave(self, why: Close) -> None:
         """Say goodbye to the sink, once; the first reason is the one that counts."""
