@@ -145,8 +145,9 @@ class Listener(uvicorn.Server):
                 backlog=LISTEN_BACKLOG,
                 **tls,
             )
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        except (OSError, UnicodeError) as error:  # the latter of a host that is no name at all
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number and number > 0 else str(error)
             raise StartError(
                 f"can't listen on {self.config.host} port {self.config.port}: {reason}"
             ) from None

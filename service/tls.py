@@ -138,7 +138,7 @@ def write_dev_pair(directory: Path) -> tuple[Path, Path]:
         _replace(key_file, key, mode=0o600)
         _replace(cert_file, certificate, mode=0o644)
     except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from None
+        raise StartError(f"{error.filename or directory}: {error.strerror}") from None
     return cert_file, key_file
 
 

@@ -21,6 +21,8 @@ from service.wire.shared import Shared
 WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some microseconds
 BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
 
+POINTER_BYTES = 8
+
 HOLD_LOOK_S = 0.02  # how often a held batch is looked at
 HOLD_S = 1.0  # a batch waits no longer for members that are behind
 HOLD_FOR_HALF_S = 10.0  # or this long, where half of the channel is
@@ -37,10 +39,22 @@ window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 sectio
 class Batch:
     """Messages that leave together, and who gets them."""
 
-    __slots__ = ("_data", "_parts", "messages", "next", "opened_at", "recipients", "size")
+    __slots__ = (
+        "_data",
+        "_parts",
+        "messages",
+        "next",
+        "opened_at",
+        "recipients",
+        "recipients_bytes",
+        "size",
+    )
 
-    def __init__(self, recipients: list[RelayProtocol], opened_at: float) -> None:
+    def __init__(
+        self, recipients: list[RelayProtocol], recipients_bytes: int, opened_at: float
+    ) -> None:
         self.recipients = recipients
+        self.recipients_bytes = recipients_bytes  # of the list, where it is this batch's own
         self.opened_at = opened_at
         self.messages = 0
         self.size = 0  # bytes of all frames
@@ -188,6 +202,8 @@ class Channel:
             if not isinstance(batch, Batch):
                 self._queue.popleft()
                 batch()
+                if perf_counter() > until:
+                    return not self._queue
                 continue
             if self._open is batch:
                 self._open = None
@@ -197,6 +213,8 @@ class Channel:
             if not self._write(batch, until):
                 return False
             self._finish(batch)
+            if perf_counter() > until:
+                return not self._queue
         return True
 
     # Inside
@@ -206,9 +224,13 @@ class Channel:
         self._open = None
 
     def _begin(self) -> Batch:
+        recipients_bytes = 0
         if self._snapshot is None:
             self._snapshot = list(self._members)
-        self._open = batch = Batch(self._snapshot, perf_counter())
+            recipients_bytes = POINTER_BYTES * len(self._snapshot)
+            self._gate.bytes += recipients_bytes
+            self._office.gate.bytes += recipients_bytes
+        self._open = batch = Batch(self._snapshot, recipients_bytes, perf_counter())
         if not self._queue:
             self._office.schedule(self)
         self._queue.append(batch)
@@ -262,8 +284,9 @@ class Channel:
     def _finish(self, batch: Batch) -> None:
         self._queue.popleft()
         self._office.written(perf_counter() - batch.opened_at)
-        self._office.gate.drained(batch.size)
-        self._gate.drained(batch.size)
+        size = batch.size + batch.recipients_bytes
+        self._office.gate.drained(size)
+        self._gate.drained(size)
 
     # Where a member is behind but moving, and the next batch would not fit into its backlog, the
     # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that

@@ -74,12 +74,12 @@ class Backlog:
             waiting: bytes that never left the transport's buffer.
         """
         done = self.trim(waiting)
-        if self._writes:
+        if self._writes and self._writes[0][1]:
             data = self._writes[0][0]
             # The write that was under way: what of it left the buffer can be read off its frames.
             part = count_whole(data, self.noted_bytes - waiting)
             return done + part, self.messages - part
-        return done, 0
+        return done, self.messages
 
 
 class Laggard(Protocol):
@@ -102,8 +102,10 @@ class Backlogs:
         self.limit_bytes = limit_bytes
         self._total_limit_bytes = total_limit_bytes
         self._laggards: dict[Laggard, None] = {}
-        # Never below the truth, so that the exact sum is taken only when it could matter.
+        # Never below the truth, so that the exact sum is taken only when it could matter, and
+        # again only when a hundredth of the bound came on top: it walks over all of them.
         self._estimate_bytes = 0
+        self._sum_again_at = total_limit_bytes
 
     def __len__(self) -> int:
         return len(self._laggards)
@@ -131,7 +133,7 @@ class Backlogs:
 
     def _grow(self, size: int) -> None:
         self._estimate_bytes += size
-        if self._estimate_bytes > self._total_limit_bytes:
+        if self._estimate_bytes > self._sum_again_at:
             self._shed()
 
     def _shed(self) -> None:
@@ -143,3 +145,5 @@ class Backlogs:
                 if total <= self._total_limit_bytes:
                     break
         self._estimate_bytes = total
+        step = self._total_limit_bytes // 100
+        self._sum_again_at = max(self._total_limit_bytes, total + step)

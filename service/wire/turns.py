@@ -22,24 +22,26 @@ class Turns:
 
     def __init__(self) -> None:
         self._workers: deque[Work] = deque()
+        self._is_scheduled = False
 
     def add(self, work: Work) -> None:
         """Give somebody turns. It must not be in the queue already."""
-        if not self._workers:
-            asyncio.get_running_loop().call_soon(self._work)
         self._workers.append(work)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._work)
 
     def _work(self) -> None:
         workers = self._workers
         until = perf_counter() + SLICE_S
-        while workers:
-            # Who works stays in the queue meanwhile, so that `add` does not start a second round.
-            work = workers[0]
-            done = work(until)
-            workers.popleft()
-            if not done:
-                workers.append(work)
-            if perf_counter() > until:
-                break
-        if workers:
-            asyncio.get_running_loop().call_soon(self._work)
+        try:
+            while workers:
+                work = workers.popleft()
+                if not work(until):
+                    workers.append(work)
+                if perf_counter() > until:
+                    break
+        finally:  # one that fails does not stop the others
+            self._is_scheduled = bool(workers)
+            if self._is_scheduled:
+                asyncio.get_running_loop().call_soon(self._work)
