@@ -40,11 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure the relay beside other servers. See bench/README.md.",
         epilog="Only a full run writes to bench/results; any other to bench/build/results.",
     )
-    parser.add_argument("--quick", action="store_true", help="two short rounds: two minutes")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds at most (quick: 2)")
+    parser.add_argument("--quick", action="store_true", help="fewer servers, shorter: two minutes")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every load")
     parser.add_argument("--loads", type=_names(loads), metavar="A,B", help=", ".join(loads))
     parser.add_argument("--servers", type=_names(servers), metavar="A,B", help=", ".join(servers))
-    parser.add_argument("--scale", type=float, help="multiply all durations (quick: 0.5)")
+    parser.add_argument("--scale", type=float, help="of durations and rounds (quick: 0.5)")
     parser.add_argument("--server-core", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--client-core", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write the result")
@@ -115,12 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick and not options.servers:
         servers = [server for server in servers if server.reference]
     scale = options.scale or (QUICK_SCALE if options.quick else 1.0)
-    rounds = options.rounds or (2 if options.quick else None)
     generator = Generator(options.client_core, options.server_core, scale)
     absent = _prepare(servers)
     present = [server for server in servers if server.name not in absent]
     facts = machine.facts()
-    measurements = Rounds(generator, rounds, _say).all(loads, present)
+    measurements = Rounds(generator, options.rounds, _say).all(loads, present)
     judged = verdicts(measurements)
     page = report.markdown(facts, measurements, judged, loads, servers, absent)
     print(f"\n{page}")

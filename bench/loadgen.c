@@ -38,7 +38,7 @@ static const int64_t SECOND = 1000000000;
 static const int64_t OPEN_TIMEOUT_S = 120; /* for all handshakes together */
 static const int64_t QUIET_S = 3;          /* a drain ends after this time without a delivery */
 
-/* ---- options ---------------------------------------------------------------------------------- */
+/* ---- options -------------------------------------------------------------------------------- */
 
 static struct {
     char mode[16];
@@ -122,7 +122,7 @@ static void read_options(int argc, char **argv) {
     if (!opt.port) usage();
 }
 
-/* ---- clocks ----------------------------------------------------------------------------------- */
+/* ---- clocks --------------------------------------------------------------------------------- */
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -195,7 +195,7 @@ static void window_end(void) {
     for (int i = 0; i < CORE_COLUMNS; i++) window.core[i] = core[i] - window.core[i];
 }
 
-/* ---- connections ------------------------------------------------------------------------------ */
+/* ---- connections ---------------------------------------------------------------------------- */
 
 typedef enum { CONNECTING, HANDSHAKING, OPEN, CLOSED } State;
 
@@ -312,7 +312,7 @@ static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     return end + 4 - p;
 }
 
-/* ---- messages --------------------------------------------------------------------------------- */
+/* ---- messages ------------------------------------------------------------------------------- */
 
 /* 32 bits as eight characters '`'..'o', four bits each: plain text, and no table to look up. */
 static inline uint64_t spread(uint32_t value) {
@@ -393,7 +393,8 @@ static int gap_count, gaps_overflowed;
 static void out_of_sequence(Conn *c, uint32_t publisher, uint32_t sequence) {
     uint32_t *next = &c->next[publisher];
     if (sequence > *next) {
-        if (gap_count < MAX_GAPS) gaps[gap_count++] = (struct Gap){c->id, publisher, *next, sequence};
+        if (gap_count < MAX_GAPS)
+            gaps[gap_count++] = (struct Gap){c->id, publisher, *next, sequence};
         else gaps_overflowed = 1;
         *next = sequence + 1;
         return;
@@ -519,7 +520,7 @@ static void writable(Conn *c) {
     }
 }
 
-/* ---- the loop --------------------------------------------------------------------------------- */
+/* ---- the loop ------------------------------------------------------------------------------- */
 
 enum { TIMER_ID = MAX_CONNS, STDIN_ID };
 static int stdin_closed;
@@ -612,7 +613,8 @@ static void open_until(long count) {
 }
 
 static void report_open(void) {
-    printf("{\"event\":\"open\",\"clients\":%ld,\"failed\":%" PRId64 "}\n", open_count, seen.failed);
+    printf("{\"event\":\"open\",\"clients\":%ld,\"failed\":%" PRId64 "}\n", open_count,
+           seen.failed);
     fflush(stdout);
 }
 
@@ -648,7 +650,7 @@ static void print_window(void) {
     print_foreign(seconds, busy);
 }
 
-/* ---- closed and open loop --------------------------------------------------------------------- */
+/* ---- closed and open loop ------------------------------------------------------------------- */
 
 typedef struct {
     int64_t at;
@@ -710,6 +712,19 @@ static long differently_ordered(void) {
     return count;
 }
 
+/* What became of every message, warm-up and drain included. */
+static void print_books(int drained) {
+    printf(",\"sent\":%" PRId64 ",\"expected\":%" PRId64 ",\"received\":%" PRId64
+           ",\"lost\":%" PRId64 ",\"duplicated\":%" PRId64 ",\"out_of_order\":%" PRId64,
+           seen.sent, expected(), seen.deliveries, expected() - seen.deliveries, seen.duplicates,
+           seen.reordered);
+    printf(",\"differently_ordered\":%ld,\"damaged\":%" PRId64 ",\"unexpected\":%" PRId64
+           ",\"unsent\":%" PRId64 ",\"closed\":%" PRId64,
+           differently_ordered(), seen.damaged, seen.unexpected, seen.unsent, seen.closed);
+    printf(",\"drained\":%s,\"order_exact\":%s,\"recvs\":%" PRId64 ",\"bytes\":%" PRId64 "}\n",
+           drained ? "true" : "false", gaps_overflowed ? "false" : "true", seen.recvs, seen.bytes);
+}
+
 static void run_messages(void) {
     long count = opt.listeners + opt.publishers;
     if (!opt.publishers) die("a publisher is needed");
@@ -736,17 +751,10 @@ static void run_messages(void) {
            window.messages, window.deliveries, (double)window.messages / seconds,
            (double)window.deliveries / seconds, cpu > 0 ? (double)window.deliveries / cpu : 0);
     print_latency("latency", &latency);
-    printf(",\"sent\":%" PRId64 ",\"expected\":%" PRId64 ",\"received\":%" PRId64
-           ",\"lost\":%" PRId64 ",\"duplicated\":%" PRId64 ",\"out_of_order\":%" PRId64 ",\"differently_ordered\":%ld"
-           ",\"damaged\":%" PRId64 ",\"unexpected\":%" PRId64 ",\"unsent\":%" PRId64
-           ",\"closed\":%" PRId64 ",\"drained\":%s,\"order_exact\":%s,\"recvs\":%" PRId64
-           ",\"bytes\":%" PRId64 "}\n",
-           seen.sent, expected(), seen.deliveries, expected() - seen.deliveries, seen.duplicates,
-           seen.reordered, differently_ordered(), seen.damaged, seen.unexpected, seen.unsent, seen.closed,
-           drained ? "true" : "false", gaps_overflowed ? "false" : "true", seen.recvs, seen.bytes);
+    print_books(drained);
 }
 
-/* ---- idle and handshakes ---------------------------------------------------------------------- */
+/* ---- idle and handshakes -------------------------------------------------------------------- */
 
 static void hold(void) {
     int64_t end = now_ns() + seconds_ns(opt.hold);
@@ -786,7 +794,7 @@ static void run_handshakes(void) {
            (double)arrived / seconds, cpu > 0 ? (double)arrived / cpu : 0);
 }
 
-/* ---- the probe -------------------------------------------------------------------------------- */
+/* ---- the probe ------------------------------------------------------------------------------ */
 
 static struct {
     uint64_t sent, answered;

@@ -22,7 +22,7 @@ class Rounds:
     """Measure, and remember how often it may still be done again."""
 
     generator: Generator
-    most_rounds: int | None
+    rounds: int | None  # None: as many as the load wants
     say: Callable[[Load, Server, Measurement], None]
     repeats_left: int = REPEATS
 
@@ -42,7 +42,7 @@ class Rounds:
         Short turns, there and back: what the machine does meanwhile then hits all of them alike.
         """
         measurements = []
-        rounds = load.rounds if self.most_rounds is None else min(load.rounds, self.most_rounds)
+        rounds = self.rounds or max(1, int(load.rounds * min(1.0, self.generator.scale)))
         with ExitStack() as running:
             ready, failed = self._start(load, servers, running)
             measurements += failed

@@ -45,7 +45,7 @@ static void wire_base64(const uint8_t *in, size_t len, char *out) {
     *out = 0;
 }
 
-/* Sec-WebSocket-Accept of a key: RFC 6455, 4.2.2. The input is always 60 bytes, two SHA-1 blocks. */
+/* Sec-WebSocket-Accept of a key: RFC 6455, 4.2.2. The input is 60 bytes, two SHA-1 blocks. */
 static void wire_accept(const char key[KEY_CHARS], char out[ACCEPT_CHARS + 1]) {
     uint8_t message[128] = {0}, digest[20];
     uint32_t h[5] = {0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476, 0xc3d2e1f0};
