@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,7 +59,6 @@ def _prepare(servers: list[Server]) -> dict[str, str]:
         prepare.python_parts()
     except prepare.AbsentError as error:
         print(f"Python parts: {error}", flush=True)
-    prepare.loadgen()
     for server in servers:
         try:
             server.prepare()
@@ -116,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         servers = [server for server in servers if server.reference]
     scale = options.scale or (QUICK_SCALE if options.quick else 1.0)
     generator = Generator(options.client_core, options.server_core, scale)
+    try:
+        prepare.loadgen()
+    except prepare.AbsentError as error:
+        print(f"bench: no load generator: {error}", file=sys.stderr)
+        return 1
     absent = _prepare(servers)
     present = [server for server in servers if server.name not in absent]
     facts = machine.facts()
@@ -124,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = report.markdown(facts, measurements, judged, loads, servers, absent)
     print(f"\n{page}")
     how = {**asdict(generator), "seconds": time.monotonic() - started_at}
-    full = not (options.quick or options.loads or options.servers or options.scale)
+    asked = (options.quick, options.loads, options.servers, options.scale, options.rounds)
+    full = not any(asked)
     folder = options.output or (RESULTS if full else prepare.BUILD / "results")
     _write(folder, report.document(facts, measurements, judged, absent, how), page)
     _draw(folder / "latest.png", facts, measurements)
@@ -132,4 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time-out stops the servers too
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it; servers and clients are stopped by then
