@@ -30,14 +30,14 @@ async def relay(shared_relay: Relay) -> AsyncIterator[Relay]:
 
 @pytest.fixture(scope="session")
 def shared_hasty_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    settings = {"limits": {"handshake_timeout_s": 1}}
+    settings = {"limits": {"handshake_timeout_s": 2}}
     with Relay(tmp_path_factory.mktemp("hasty"), settings) as relay:
         yield relay
 
 
 @pytest.fixture
 async def hasty_relay(shared_hasty_relay: Relay) -> AsyncIterator[Relay]:
-    """A relay that gives a handshake, and a close, one second."""
+    """A relay that gives a handshake, and a close, two seconds."""
     await shared_hasty_relay.metric_is("websocket_connected_clients", 0)
     yield shared_hasty_relay
     assert shared_hasty_relay.complaints == []

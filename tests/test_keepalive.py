@@ -98,7 +98,10 @@ async def test_a_publisher_that_backpressure_holds_up_is_not_taken_for_dead(
     relay_with: StartRelay,
 ) -> None:
     """Its pongs wait behind what it has yet to send, as in a client with one write queue."""
-    relay = relay_with(keepalive={"ping_interval_s": 0.5, "ping_timeout_s": 3})
+    relay = relay_with(
+        keepalive={"ping_interval_s": 0.5, "ping_timeout_s": 3},
+        limits={"send_backlog_bytes": 4 * 1_048_576},  # the reader is not what this is about
+    )
     count = 800
     flood = frame(BINARY, bytes(MESSAGE_BYTES)) * count
     started = time.monotonic()

@@ -1,7 +1,10 @@
-"""Slow clients over TLS, where more bytes wait than were written."""
+"""Backlogs and ends over TLS, where more bytes wait than were written."""
+
+import asyncio
 
 from tests.conftest import StartRelay
-from tests.relay_process import Relay, receive
+from tests.raw_client import TEXT, frame, upgrade_request
+from tests.relay_process import Relay, receive, receive_many
 
 MESSAGE = bytes(65_536)
 
@@ -44,3 +47,20 @@ async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
         await relay.metric_is("websocket_closes_total", 1, reason="ping_timeout")
         await relay.metric_is("websocket_connected_clients", 1)
         await assert_books_balance(relay)
+
+
+async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
+    tls_relay_with: StartRelay,
+) -> None:
+    relay = tls_relay_with()
+    count = 2_000
+    async with relay.client("news") as listener:
+        reader, writer = await asyncio.open_connection(
+            "localhost", relay.port, ssl=relay.tls_context
+        )
+        writer.write(upgrade_request("/channels/news"))
+        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"".join(frame(TEXT, str(number).encode()) for number in range(count)))
+        writer.close()
+        heard = await receive_many(listener, count)
+        assert heard == [str(number) for number in range(count)]

@@ -31,10 +31,6 @@ from service.wire.shared import Shared
 MAX_HEAD_BYTES = 65_536
 """What a request's head or its trailers may take: what common servers let in, and room to spare."""
 
-MAX_WAITING_BYTES = 16_384
-"""What may wait to be sent when an upgrade comes: with more, the transport could still be paused
-since before (its low-water mark for HTTP), and would not tell that the WebSocket is behind."""
-
 
 class RequestProtocol(HttpToolsProtocol):
     """A TCP connection until it is upgraded, or for as long as it speaks HTTP.
@@ -105,6 +101,11 @@ class RequestProtocol(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
         self._set_reader_deadline()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._set_reader_deadline()
+
     def _set_reader_deadline(self) -> None:
         self._cancel_reader_deadline()
         timeout_s = self._shared.deadline_s
@@ -147,9 +148,9 @@ class RequestProtocol(HttpToolsProtocol):
 
     def _upgrade(self, early: bytes) -> None:
         """Give the transport to a WebSocket protocol, and the request to the application."""
-        waiting = self.transport.get_write_buffer_size()
-        if not self._between_requests() or waiting > MAX_WAITING_BYTES:
-            # Pipelined: answers would end up among the frames, or are still to be read.
+        if not self._between_requests() or self.flow.write_paused:
+            # Pipelined: answers would end up among the frames, or are still to be read; and a
+            # transport that is paused already would not tell that the WebSocket is behind.
             self._refuse_malformed()
             return
         try:

@@ -270,6 +270,12 @@ class RelayProtocol(asyncio.Protocol):
             self._transport.resume_reading()
         return True
 
+    def _hear_out(self) -> None:
+        """Take what was read before the end: one read at most. TLS brings both in one call."""
+        unread, self._unread = self._unread, None
+        if unread and self._parser is not None:
+            self._parse(bytes(unread))
+
     def _parse(self, data: bytes) -> None:
         parser = self._parser
         assert parser is not None
@@ -292,6 +298,7 @@ class RelayProtocol(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """Take note that the client sends no more: without a close frame it vanished."""
+        self._hear_out()
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
         self._drop_parser()
@@ -301,6 +308,7 @@ class RelayProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books: whatever happened, this is called once and last."""
         shared = self._shared
+        self._hear_out()
         self._leave(Close.VANISHED)
         self._state = State.LOST
         self._drop_parser()
