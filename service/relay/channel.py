@@ -24,16 +24,17 @@ BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same t
 POINTER_BYTES = 8
 
 HOLD_LOOK_S = 0.02  # how often a held batch is looked at
-HOLD_S = 1.0  # a batch waits no longer for members that are behind
+HOLD_S = 2.0  # a batch waits no longer for members that are behind
 HOLD_FOR_HALF_S = 10.0  # or this long, where half of the channel is
 
 WAIT_SHARE = 0.05
 """A member that is slower than the others may cost its channel HOLD_S at once, and this part of the
 time in the long run."""
 
-STALLED_S = 0.5
+STALLED_S = 2.0
 """A member that took nothing for this long is not slow but stalled, and not waited for. A full TCP
-window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 section 3.8.6.1)."""
+window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 section 3.8.6.1), and with
+TLS what was passed down in one piece, a backlog's worth at most, is seen to go only as a whole."""
 
 
 class Batch:
