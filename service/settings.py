@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -196,8 +196,6 @@ class Settings(BaseSettings):
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
 
-    PORTS_CLASH: ClassVar[str] = "server.port and metrics.port are the same"
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -212,7 +210,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":
         if self.metrics.enabled and self.server.port and self.server.port == self.metrics.port:
-            raise ValueError(self.PORTS_CLASH)
+            raise ValueError("server.port and metrics.port are the same")
         return self
 
 

@@ -29,9 +29,6 @@ class Gate:
         self._is_opening = False
         self.bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     @property
     def is_shut(self) -> bool:
         """Whether more waits than should."""

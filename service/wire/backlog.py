@@ -121,7 +121,7 @@ class Backlogs:
     def add(self, laggard: Laggard) -> None:
         """Watch a client that fell behind."""
         self._laggards[laggard] = None
-        self._grow(laggard.backlog_bytes)
+        self.grew(laggard.backlog_bytes)
 
     def discard(self, laggard: Laggard) -> None:
         """Watch it no longer: it caught up or is gone."""
@@ -129,9 +129,6 @@ class Backlogs:
 
     def grew(self, size: int) -> None:
         """Take note that a client that is behind got so many bytes more."""
-        self._grow(size)
-
-    def _grow(self, size: int) -> None:
         self._estimate_bytes += size
         if self._estimate_bytes > self._sum_again_at:
             self._shed()
