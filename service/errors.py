@@ -40,10 +40,13 @@ class Close(Enum):
     PROTOCOL = (1002, "protocol error")  # a frame that RFC 6455 forbids
     VANISHED = (1006, "")  # the TCP connection ended without a close frame
     NOT_UTF8 = (1007, "text is not UTF-8")
+    RATE_LIMIT = (1008, "rate limit")  # over limits.max_messages_per_s
+    NOT_ALLOWED = (1008, "not allowed to publish")  # its token has no right to
     TOO_BIG = (1009, "message too big")  # over limits.max_message_bytes
     INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
+    TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -55,11 +58,17 @@ class Refusal(Enum):
     """Why a client was not let in: the HTTP status, what it is told, and by its name the label."""
 
     HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
+    NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
+    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # and why
     ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
+    NO_RIGHT = (HTTPStatus.FORBIDDEN, "no right to this channel")
     PATH = (HTTPStatus.NOT_FOUND, "no such channel")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+    CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
+    HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
+    KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "no keys to check tokens with")  # auth.jwt.jwks_url
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:

@@ -4,16 +4,26 @@ Every setting is declared once, here, with its bound and its sentence; config.ya
 it. Knows nothing of what the settings are used for.
 """
 
+import ipaddress
 import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -35,6 +45,24 @@ Port = Annotated[int, Field(ge=0, le=65_535)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
+ITEMS = "items_in_words"
+"""Where a list's schema says what its items may be."""
+
+
+def _listed(value: object) -> object:
+    # An environment variable holds a JSON list or texts with commas between them.
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError("a JSON list of texts, or texts with commas between them") from None
+    return [part.strip() for part in value.split(",")] if value.strip() else []
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
 
 FILE_HEAD = """\
 # Every setting of websocket-relay with its default. Each can come from the environment, too, and
@@ -81,27 +109,19 @@ class Server(Section):
     host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
     port: Port = Field(8443, description="port to listen on; 0: any free one")
     tls: Tls = Tls()
-    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("*",), description="browsers' Origin headers let in, like https://example.com; * lets all"
+    allowed_origins: Texts = Field(
+        ("*",),
+        description="browsers' Origin headers let in, like https://example.com; * lets all",
+        json_schema_extra={ITEMS: "origins, each scheme://host[:port] or *"},
+    )
+    trusted_proxies: Texts = Field(
+        (),
+        description="addresses or networks whose X-Forwarded-For and -Proto are believed",
+        json_schema_extra={ITEMS: "addresses like 10.0.0.7 or networks like 10.0.0.0/8"},
     )
     base_path: str = Field(
         "", description="a path prefix like /relay, for an Ingress that does not rewrite"
     )
-
-    @field_validator("allowed_origins", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        # An environment variable holds a JSON list or names with commas between them.
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            try:
-                return json.loads(value)
-            except (json.JSONDecodeError, RecursionError):
-                raise ValueError(
-                    "a JSON list of texts, or texts with commas between them"
-                ) from None
-        return [part.strip() for part in value.split(",")]
 
     @field_validator("allowed_origins")
     @classmethod
@@ -109,6 +129,18 @@ class Server(Section):
         for origin in value:
             if not ORIGIN.fullmatch(origin.lower()):
                 raise ValueError("an origin is scheme://host[:port] without a path, or *")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(
+                    f"addresses like 10.0.0.7 or networks like 10.0.0.0/8; {error}"
+                ) from None
         return value
 
     @field_validator("base_path")
@@ -142,6 +174,15 @@ class Limits(Section):
         1_048_576, description="a larger message closes its sender (1009)"
     )
     max_connections: Count = Field(0, description="clients at a time; 0: no limit of its own")
+    max_connections_per_ip: Count = Field(
+        0, description="clients at a time from one address, or one IPv6 /64; 0: no limit"
+    )
+    max_handshakes_per_s: Count = Field(
+        0, description="upgrades asked for in a second; 0: no limit"
+    )
+    max_messages_per_s: Count = Field(
+        0, description="per connection, with a burst of twice as many (1008 past it); 0: no limit"
+    )
     handshake_timeout_s: SomeSeconds = Field(
         10, description="from TCP accept to the upgrade, and for the answer to a close"
     )
@@ -160,6 +201,54 @@ class Keepalive(Section):
     ping_timeout_s: SomeSeconds = Field(
         20, description="seconds until a client that is silent after a ping is closed (1011)"
     )
+
+
+class Compression(Section):
+    """permessage-deflate (RFC 7692), for the clients that offer it."""
+
+    enabled: bool = Field(False, description="true: compressed once per message for all clients")
+    min_message_bytes: Count = Field(256, description="shorter messages go as they are")
+
+
+Algorithm = Literal[
+    "HS256",
+    "HS384",
+    "HS512",
+    "RS256",
+    "RS384",
+    "RS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+]
+
+
+class Jwt(Section):
+    """How tokens are checked. HS algorithms need the secret, all others the key file or the URL."""
+
+    secret: SecretStr = Field(SecretStr(""), description="of HS256, HS384 and HS512")
+    public_key_file: str = Field("", description="of the others: one public key, PEM")
+    jwks_url: str = Field(
+        "", description="or all the issuer's public keys, kept up to date (RFC 7517)"
+    )
+    algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        ("HS256",),
+        min_length=1,
+        description="what tokens may be signed with",
+        json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
+    )
+    audience: str = Field("", description="a token's aud must hold it; empty: it must have none")
+    issuer: str = Field("", description="a token's iss must be it; empty: any")
+
+
+class Auth(Section):
+    """Who may connect."""
+
+    mode: Literal["none", "jwt"] = Field(
+        "none", description="none: everybody; jwt: who has a token"
+    )
+    jwt: Jwt = Jwt()
 
 
 class Shutdown(Section):
@@ -193,6 +282,8 @@ class Settings(BaseSettings):
     channels: Channels = Channels()
     limits: Limits = Limits()
     keepalive: Keepalive = Keepalive()
+    compression: Compression = Compression()
+    auth: Auth = Auth()
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
 
@@ -230,7 +321,7 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     named = {path: name for name in environ if (path := _path_of(name)) is not None}
     unknown = {path: name for path, name in named.items() if path not in LEAVES}
     problems = [
-        f"{name}: unknown variable, set to {_shown(environ[name])}; {_known(path)}"
+        f"{name}: unknown variable, set to {_shown(environ[name], path)}; {_known(path)}"
         for path, name in unknown.items()
     ]
     if any(path in _SECTIONS for path in unknown):
@@ -276,7 +367,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "boolean":
         return "true or false"
     if schema["type"] == "array":
-        return "a list of origins, each scheme://host[:port] or *"
+        return f"a list of {schema[ITEMS]}"
     if schema["type"] == "string":
         return "a text" if not schema.get("minLength") else "a text that is not empty"
     number = "a whole number" if schema["type"] == "integer" else "a number"
@@ -346,7 +437,7 @@ def _tidied(
         elif value is not None:
             key_path = ".".join((*path, name))
             raise SettingsError(
-                [f"{file}: {key_path}: {_shown(value)} is not allowed; allowed: {SECTION}"]
+                [f"{file}: {key_path}: {_shown(value, (name,))} is not allowed; allowed: {SECTION}"]
             )
     return tidy
 
@@ -395,15 +486,21 @@ def _sentence(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) 
         near = get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
         allowed = f"did you mean {near[0]}?" if near else ", ".join(dict.fromkeys(siblings))
         hint = allowed if near else f"allowed: {allowed}"
-        return f"{where}: {key}: unknown key, set to {_shown(entry['input'])}; {hint}"
+        return f"{where}: {key}: unknown key, set to {_shown(entry['input'], loc)}; {hint}"
     allowed = LEAVES.get(path, SECTION)
     if entry["type"] == "value_error" and not isinstance(entry["input"], bool):
         allowed = entry["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {_shown(entry['input'])} is not allowed; allowed: {allowed}"
+    return f"{where}: {key}: {_shown(entry['input'], loc)} is not allowed; allowed: {allowed}"
 
 
-def _shown(value: object) -> str:
-    """Return a value on one line and not too long, whatever it holds."""
+def _shown(value: object, path: tuple[str, ...] = ()) -> str:
+    """Return a value on one line and not too long, whatever it holds; a secret only by name.
+
+    Args:
+        path: where it stands; nothing below auth is shown, for a secret's name may be misspelt.
+    """
+    if path[:1] == ("auth",):
+        return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
 
 
@@ -437,4 +534,6 @@ def _title(section: BaseModel) -> str:
 def _scalar(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, SecretStr):
+        value = str(value)  # stars
     return json.dumps(list(value) if isinstance(value, tuple) else value)

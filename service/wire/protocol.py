@@ -21,6 +21,7 @@ from websockets.protocol import SEND_EOF
 from websockets.server import ServerProtocol
 
 from service.errors import Close, Drop, Refusal
+from service.wire.allowance import Allowance
 from service.wire.backlog import Backlog
 from service.wire.frames import MAX_CONTROL_BYTES
 from service.wire.frames import close as close_frame
@@ -111,14 +112,17 @@ class RelayProtocol(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_allowance",
         "_backlog",
         "_deadline",
         "_drained_at_ping",
         "_early",
         "_ending",
+        "_expiry",
         "_fragments",
         "_fragments_opcode",
         "_holds",
+        "_on_lost",
         "_parser",
         "_shared",
         "_sink",
@@ -159,6 +163,9 @@ class RelayProtocol(asyncio.Protocol):
         self._unread: memoryview | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
+        self._allowance: Allowance | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._on_lost: Callable[[], None] | None = None
         self.write = shared.withhold_disconnected
 
     # The handshake's side
@@ -213,6 +220,18 @@ class RelayProtocol(asyncio.Protocol):
             early, self._early = self._early, b""
             self._transport.resume_reading()
             self.data_received(early)
+
+    def allow(self, allowance: Allowance) -> None:
+        """Hold the client to what it may send."""
+        self._allowance = allowance
+
+    def expire_in(self, seconds: float) -> None:
+        """Close the client after so many seconds (3000), unless it has gone by then."""
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def when_lost(self, act: Callable[[], None]) -> None:
+        """Call `act` once, when the TCP connection has ended."""
+        self._on_lost = act
 
     def refuse(self, response: bytes) -> None:
         """Answer the upgrade with an HTTP response and end the connection."""
@@ -319,6 +338,9 @@ class RelayProtocol(asyncio.Protocol):
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
             self._settle(self._backlog, self._backlog.noted_bytes)
+        if self._on_lost is not None:
+            act, self._on_lost = self._on_lost, None
+            act()
         if shared.clients.discard(self):
             assert self._ending is not None
             shared.ledger.disconnections += 1
@@ -476,7 +498,9 @@ class RelayProtocol(asyncio.Protocol):
             except UnicodeDecodeError:
                 self._fail(Close.NOT_UTF8)
                 return
-        if self._sink is not None:
+        if self._allowance is not None and (objection := self._allowance.objection()):
+            self._fail(objection)
+        elif self._sink is not None:
             self._sink.publish(self, opcode, payload)
 
     def _allow_more(self, size: int) -> None:
@@ -508,6 +532,9 @@ class RelayProtocol(asyncio.Protocol):
         if self._ending is not None:
             return
         self._ending = why
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
         # A function that does not hold this object: a batch may still name it when it is gone.
         shared = self._shared
         slow = why is Close.SLOW_CONSUMER
@@ -611,6 +638,10 @@ class RelayProtocol(asyncio.Protocol):
         self._shared.ledger.drops[self._drop] += dropped
         self._shared.backlogs.discard(self)
         self._backlog = None
+
+    def _expire(self) -> None:
+        self._expiry = None
+        self.close_when_written(Close.TOKEN_EXPIRED, Close.TOKEN_EXPIRED.reason)
 
     def _cut_off(self) -> None:
         self._deadline = None

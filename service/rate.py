@@ -1,0 +1,33 @@
+"""Limit how often something happens. Knows not what."""
+
+
+class Rate:
+    """A token bucket, told by one number: when it will be full again (GCRA, ITU-T I.371).
+
+    Args:
+        per_s: how often in the long run.
+        burst: how often at once, after a rest.
+    """
+
+    __slots__ = ("_burst_s", "_full_at", "_step_s")
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._step_s = 1.0 / per_s
+        self._burst_s = burst / per_s
+        self._full_at = 0.0
+
+    def take(self, now: float) -> bool:
+        """Let it happen once, if it may.
+
+        Args:
+            now: seconds of a clock that only grows, above `burst / per_s`.
+        """
+        full_at = max(self._full_at, now) + self._step_s
+        if full_at - now > self._burst_s + 1e-9:
+            return False
+        self._full_at = full_at
+        return True
+
+    def excuse(self, seconds: float) -> None:
+        """Take note of time in which it could not happen, whose share came late."""
+        self._full_at -= seconds
