@@ -47,6 +47,7 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
     backlogs = Backlogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     shared = Shared(
         max_message_bytes=limits.max_message_bytes,
+        compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
         ledger=ledger,
         backlogs=backlogs,
@@ -57,6 +58,7 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
         max_channels=settings.channels.max_channels,
         pending_limit_bytes=limits.send_backlog_bytes,
         total_pending_limit_bytes=limits.total_backlog_bytes,
+        deflate_from_bytes=settings.compression.min_message_bytes,
         written=metrics.observe_delivery,
     )
     admission = Admission(

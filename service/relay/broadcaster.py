@@ -26,6 +26,7 @@ class Broadcaster:
         max_channels: channels at a time.
         pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
         total_pending_limit_bytes: the same for all channels together.
+        deflate_from_bytes: shorter messages are not compressed.
         written: told, for each batch, the seconds from its first message to its last write.
     """
 
@@ -37,6 +38,7 @@ class Broadcaster:
         max_channels: int,
         pending_limit_bytes: int,
         total_pending_limit_bytes: int,
+        deflate_from_bytes: int,
         written: Callable[[float], None],
     ) -> None:
         self.backplane = backplane
@@ -45,6 +47,7 @@ class Broadcaster:
         self.written = written
         self._max_channels = max_channels
         self._pending_limit_bytes = pending_limit_bytes
+        self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
         self._turns = Turns()
         backplane.tail(self._deliver)
@@ -66,6 +69,7 @@ class Broadcaster:
                 self,
                 pending_limit_bytes=self._pending_limit_bytes,
                 batch_limit_bytes=self._pending_limit_bytes // BATCHES_PER_BACKLOG,
+                deflate_from_bytes=self._deflate_from_bytes,
             )
         channel.join(client)
         client.hand_over(channel)

@@ -7,13 +7,14 @@ the next batch: under load one write carries many messages, when idle one leaves
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Protocol
 
 from service.backplane.base import Backplane, Entry
 from service.errors import Drop
 from service.relay.gate import Gate
+from service.wire.deflate import PLAIN, deflated
 from service.wire.frames import header
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
@@ -37,31 +38,49 @@ window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 sectio
 TLS what was passed down in one piece, a backlog's worth at most, is seen to go only as a whole."""
 
 
+Audience = list[tuple[int, list[RelayProtocol]]]
+"""The members of a channel by their encoding (see `wire.deflate`)."""
+
+
 class Batch:
-    """Messages that leave together, and who gets them."""
+    """Messages that leave together, and who gets them.
+
+    They are encoded once for each group of the audience, in turn, whatever its size.
+
+    Args:
+        audience: who gets them; shared, never changed.
+        audience_bytes: of the lists, where they are this batch's own.
+        opened_at: when the first message came.
+    """
 
     __slots__ = (
-        "_data",
+        "_audience",
+        "_encoder",
+        "_frames",
+        "_group",
         "_parts",
+        "audience_bytes",
+        "data",
         "messages",
         "next",
         "opened_at",
-        "recipients",
-        "recipients_bytes",
+        "owed",
         "size",
     )
 
-    def __init__(
-        self, recipients: list[RelayProtocol], recipients_bytes: int, opened_at: float
-    ) -> None:
-        self.recipients = recipients
-        self.recipients_bytes = recipients_bytes  # of the list, where it is this batch's own
+    def __init__(self, audience: Audience, audience_bytes: int, opened_at: float) -> None:
+        self._audience = audience
+        self._group = 0
+        self.audience_bytes = audience_bytes
         self.opened_at = opened_at
+        self.owed = sum(len(recipients) for _, recipients in audience)  # for each message
         self.messages = 0
-        self.size = 0  # bytes of all frames
-        self.next = 0  # the first recipient that was not written to yet
-        self._parts: list[bytes] = []
-        self._data = b""
+        self.size = 0  # bytes of all frames, uncompressed
+        self.next = 0  # the first of the group that was not written to yet
+        self.data = b""  # all frames, once they are encoded for the group
+        self._parts: list[bytes] = []  # heads and payloads, in turn
+        self._frames: list[bytes] = []
+        self._encoder: Iterator[bytes] | None = None
 
     def add(self, opcode: int, payload: bytes) -> int:
         """Add a message; return the bytes of its frame."""
@@ -73,12 +92,51 @@ class Batch:
         return size
 
     @property
-    def data(self) -> bytes:
-        """All frames, encoded once for all recipients."""
-        if self._parts:
-            self._data = b"".join(self._parts)
+    def is_begun(self) -> bool:
+        """Whether anybody was written to."""
+        return self._group > 0 or self.next > 0
+
+    @property
+    def recipients(self) -> list[RelayProtocol]:
+        """The group whose turn it is."""
+        return self._audience[self._group][1]
+
+    def encode(self, min_bytes: int, until: float) -> bool:
+        """Encode all frames for the group whose turn it is, for a slice of time.
+
+        Args:
+            min_bytes: shorter messages are not compressed.
+            until: when to stop, by `time.perf_counter`.
+
+        Returns:
+            Whether `data` is there.
+        """
+        if self.data:
+            return True
+        encoding = self._audience[self._group][0]
+        if encoding == PLAIN:
+            self.data = b"".join(self._parts)
+        else:
+            if self._encoder is None:
+                messages = zip(self._parts[::2], self._parts[1::2], strict=True)
+                self._encoder = deflated(messages, encoding, min_bytes)
+            for frame in self._encoder:
+                self._frames.append(frame)
+                if perf_counter() > until:
+                    return False
+            self.data = b"".join(self._frames)
+            self._frames.clear()
+        if self._group == len(self._audience) - 1:
             self._parts.clear()
-        return self._data
+        return True
+
+    def next_group(self) -> bool:
+        """Go on to the next group; tell whether there is one."""
+        self._group += 1
+        self.next = 0
+        self.data = b""
+        self._encoder = None
+        return self._group < len(self._audience)
 
 
 class Office(Protocol):
@@ -109,19 +167,27 @@ class Channel:
         office: the broadcaster.
         pending_limit_bytes: publishers are held while more than this waits for its fan-out.
         batch_limit_bytes: a batch is sealed once it holds this much.
+        deflate_from_bytes: shorter messages are not compressed.
     """
 
     def __init__(
-        self, name: str, office: Office, *, pending_limit_bytes: int, batch_limit_bytes: int
+        self,
+        name: str,
+        office: Office,
+        *,
+        pending_limit_bytes: int,
+        batch_limit_bytes: int,
+        deflate_from_bytes: int,
     ) -> None:
         self.name = name
         self._office = office
         self._shared = office.shared
         self._backplane = office.backplane
         self._batch_limit_bytes = batch_limit_bytes
+        self._deflate_from_bytes = deflate_from_bytes
         self._gate = Gate(pending_limit_bytes)
-        self._members: dict[RelayProtocol, None] = {}
-        self._snapshot: list[RelayProtocol] | None = None  # of the members, until they change
+        self._members: dict[int, dict[RelayProtocol, None]] = {}  # by their encoding
+        self._snapshot: Audience | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members that are behind, with what they had taken when they were last seen to move.
@@ -131,7 +197,7 @@ class Channel:
         self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
 
     def __len__(self) -> int:
-        return len(self._members)
+        return sum(map(len, self._members.values()))
 
     # What members say: this is their sink
 
@@ -147,12 +213,15 @@ class Channel:
 
     def join(self, client: RelayProtocol) -> None:
         """Let a client in: it gets all that is published from now on."""
-        self._members[client] = None
+        self._members.setdefault(client.encoding, {})[client] = None
         self._changed()
 
     def leave(self, client: RelayProtocol) -> None:
         """Let a client go; what it was still owed is counted when its turn comes."""
-        del self._members[client]
+        group = self._members[client.encoding]
+        del group[client]
+        if not group:
+            del self._members[client.encoding]
         self._changed()
         self._gate.release(client)
         self._office.gate.release(client)
@@ -185,7 +254,7 @@ class Channel:
         size = batch.add(entry.opcode, entry.payload)
         self._gate.bytes += size
         self._office.gate.bytes += size
-        self._shared.ledger.owed += len(batch.recipients)
+        self._shared.ledger.owed += batch.owed
         if batch.size >= self._batch_limit_bytes:
             self._open = None
 
@@ -208,7 +277,7 @@ class Channel:
                 continue
             if self._open is batch:
                 self._open = None
-            if not batch.next and self._behind and self._must_hold(batch):
+            if self._behind and not batch.is_begun and self._must_hold(batch):
                 self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self))
                 return True
             if not self._write(batch, until):
@@ -225,19 +294,31 @@ class Channel:
         self._open = None
 
     def _begin(self) -> Batch:
-        recipients_bytes = 0
+        audience_bytes = 0
         if self._snapshot is None:
-            self._snapshot = list(self._members)
-            recipients_bytes = POINTER_BYTES * len(self._snapshot)
-            self._gate.bytes += recipients_bytes
-            self._office.gate.bytes += recipients_bytes
-        self._open = batch = Batch(self._snapshot, recipients_bytes, perf_counter())
+            self._snapshot = [(encoding, list(group)) for encoding, group in self._members.items()]
+            audience_bytes = POINTER_BYTES * len(self)
+            self._gate.bytes += audience_bytes
+            self._office.gate.bytes += audience_bytes
+        self._open = batch = Batch(self._snapshot, audience_bytes, perf_counter())
         if not self._queue:
             self._office.schedule(self)
         self._queue.append(batch)
         return batch
 
     def _write(self, batch: Batch, until: float) -> bool:
+        """Write a batch to one group after another until the time is over; tell if all got it."""
+        while True:
+            if not batch.encode(self._deflate_from_bytes, until):
+                return False
+            if not self._write_to_group(batch, until):
+                return False
+            if not batch.next_group():
+                return True
+            if perf_counter() > until:
+                return False
+
+    def _write_to_group(self, batch: Batch, until: float) -> bool:
         """Write a batch to its recipients until the time is over; tell whether all got it.
 
         No await, and no Python call but the write itself, for each client.
@@ -285,7 +366,7 @@ class Channel:
     def _finish(self, batch: Batch) -> None:
         self._queue.popleft()
         self._office.written(perf_counter() - batch.opened_at)
-        size = batch.size + batch.recipients_bytes
+        size = batch.size + batch.audience_bytes
         self._office.gate.drained(size)
         self._gate.drained(size)
 
@@ -300,7 +381,7 @@ class Channel:
         moving = self._moving(now)
         limit_bytes = self._shared.backlogs.limit_bytes
         full = [client for client in moving if client.backlog_bytes + batch.size > limit_bytes]
-        if full and self._may_wait(full, len(moving) * 2 >= len(self._members), now):
+        if full and self._may_wait(full, len(moving) * 2 >= len(self), now):
             return True
         self._held_since = 0.0
         return False

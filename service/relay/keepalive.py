@@ -5,7 +5,7 @@ from collections import deque
 from itertools import count
 
 from service.errors import Close
-from service.wire.frames import ping
+from service.wire.frames import PING, control
 from service.wire.shared import Clients
 
 CLIENTS_PER_SLICE = 200  # some microseconds each; then the loop gets its turn
@@ -30,7 +30,7 @@ async def keep_alive(clients: Clients, *, ping_interval_s: float, ping_timeout_s
             await asyncio.sleep(sweep + ping_timeout_s - loop.time())
             await _judge(clients, sweep)
         await asyncio.sleep(next_ping - loop.time())
-        pinged_at.append(await _ping(clients, ping(number.to_bytes(8, "big"))))
+        pinged_at.append(await _ping(clients, control(PING, number.to_bytes(8, "big"))))
         next_ping = max(next_ping + ping_interval_s, loop.time())
 
 

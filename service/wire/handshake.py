@@ -4,8 +4,12 @@ Lives from the request to the answer; nothing of it is left afterwards. Knows RF
 and the ASGI WebSocket messages (spec 2.4, with the denial response extension).
 """
 
+import base64
+import binascii
 import email.utils
 import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -15,20 +19,117 @@ from uvicorn._types import (
     ASGISendEvent,
     WebSocketScope,
 )
-from websockets.datastructures import Headers
-from websockets.http11 import Request, Response
-from websockets.protocol import OPEN
-from websockets.server import ServerProtocol
+from websockets.exceptions import InvalidHeaderFormat
+from websockets.headers import parse_subprotocol
+from websockets.utils import accept_key
 
 from service.errors import Close, Refusal
-from service.wire.protocol import RelayProtocol, dismiss
+from service.wire.deflate import PLAIN, negotiate
+from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
-wire_log = logging.getLogger("websockets.server")
 
 CLIENT_KEY = "relay.client"
 """Where the endpoint finds its connection in the ASGI scope."""
+
+VERSION = b"13"
+KEY_BYTES = 16
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class HandshakeError(Exception):
+    """The request is no handshake by RFC 6455.
+
+    Args:
+        detail: what is wrong with it.
+        status: what says so.
+        headers: what must be said with it.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = headers or {}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request asks for, once it is a handshake.
+
+    Attributes:
+        accept: what answers its key.
+        subprotocols: what it offers, in its order.
+        extensions: what of its extensions is agreed to; empty for none.
+        encoding: of what it is to be sent, as `deflate` names them.
+    """
+
+    accept: str
+    subprotocols: list[str]
+    extensions: str
+    encoding: int
+
+
+def agree(method: str, http_version: str, headers: Headers, *, compresses: bool) -> Terms:
+    """Check a request that asks for a WebSocket (section 4.2.1).
+
+    That it does ask, in Upgrade and Connection, was found by who calls.
+
+    Args:
+        headers: names in lower case.
+        compresses: whether permessage-deflate may be agreed to.
+
+    Raises:
+        HandshakeError: it breaks a rule.
+    """
+    if method != "GET":
+        status = HTTPStatus.METHOD_NOT_ALLOWED
+        raise HandshakeError("a WebSocket begins with GET", status, {"Allow": "GET"})
+    if http_version != "1.1":
+        status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+        raise HandshakeError("a WebSocket begins with HTTP/1.1", status)
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        fields.setdefault(name, []).append(value)
+    if fields.get(b"sec-websocket-version") != [VERSION]:
+        status = HTTPStatus.UPGRADE_REQUIRED
+        raise HandshakeError(
+            "the only version is 13 (Sec-WebSocket-Version)",
+            status,
+            {"Sec-WebSocket-Version": VERSION.decode(), "Upgrade": "websocket"},
+        )
+    if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
+        raise HandshakeError("a request for a WebSocket has no body")
+    accept = _accept(fields.get(b"sec-websocket-key", []))
+    try:
+        protocols = fields.get(b"sec-websocket-protocol", [])
+        subprotocols = [p for line in protocols for p in parse_subprotocol(_text(line))]
+        offers = _text(b", ".join(fields.get(b"sec-websocket-extensions", [])))
+        agreed = negotiate(offers) if offers else None
+    except InvalidHeaderFormat as error:
+        raise HandshakeError(f"{error.name} is malformed") from None
+    if len(set(subprotocols)) < len(subprotocols):
+        raise HandshakeError("a subprotocol is offered twice")
+    extensions, encoding = agreed if agreed and compresses else ("", PLAIN)
+    return Terms(accept, cast(list[str], subprotocols), extensions, encoding)
+
+
+def _accept(keys: list[bytes]) -> str:
+    if len(keys) != 1:
+        raise HandshakeError("there must be one Sec-WebSocket-Key")
+    try:
+        key = base64.b64decode(keys[0], validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise HandshakeError("Sec-WebSocket-Key is not 16 bytes in base64")
+    return accept_key(_text(keys[0]))
 
 
 class ClientGoneError(OSError):
@@ -40,33 +141,26 @@ class Handshake:
 
     Args:
         client: the connection that asks.
-        request: its request.
         shared: bounds and books.
     """
 
-    def __init__(self, client: RelayProtocol, request: Request, shared: Shared) -> None:
+    def __init__(self, client: RelayProtocol, shared: Shared) -> None:
         self._client = client
         self._shared = shared
-        # One object for both its halves: it checks the request, and being OPEN from the start
-        # it parses frames once the 101 is out.
-        self._parser = ServerProtocol(
-            state=OPEN,
-            max_size=shared.max_message_bytes,
-            logger=wire_log,
-        )
-        self._answer = self._parser.accept(request)
-        self._denial: tuple[int, Headers] | None = None
+        self._terms: Terms | None = None
+        self._denial: tuple[int, list[tuple[str, str]]] | None = None
         self._denial_body = b""
         self._connected = False
 
-    def refuse_malformed(self) -> bool:
-        """Answer a request that is no handshake by RFC 6455; tell whether it was one such."""
-        if self._answer.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-            return False
-        self._shared.ledger.refusals[Refusal.HANDSHAKE] += 1
-        dismiss(self._parser)
-        self._client.refuse(self._answer.serialize())
-        return True
+    def agree(self, method: str, http_version: str, headers: Headers) -> Terms | None:
+        """Return what the request asks for, or answer it where it is no handshake."""
+        try:
+            self._terms = agree(method, http_version, headers, compresses=self._shared.compresses)
+        except HandshakeError as error:
+            self._shared.ledger.refusals[Refusal.HANDSHAKE] += 1
+            text = f"{Refusal.HANDSHAKE.reason}: {error}\n"
+            self._deny(error.status, [*error.headers.items(), PLAIN_TEXT], text.encode())
+        return self._terms
 
     async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
         """Ask the application."""
@@ -78,7 +172,7 @@ class Handshake:
         except Exception:
             log.exception("endpoint failed")
         if self._client.in_handshake:
-            self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, Headers(), b"Internal Server Error")
+            self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [PLAIN_TEXT], b"internal error\n")
         elif not self._client.has_sink:
             self._client.close(Close.INTERNAL)  # accepted, but nobody took it over
 
@@ -97,7 +191,7 @@ class Handshake:
             case "websocket.accept":
                 self._accept(event)
             case "websocket.close":
-                self._deny(HTTPStatus.FORBIDDEN, Headers(), b"")
+                self._deny(HTTPStatus.FORBIDDEN, [], b"")
             case "websocket.http.response.start":
                 self._denial = (event["status"], _decoded(event.get("headers", ())))
             case "websocket.http.response.body" if self._denial is not None:
@@ -108,24 +202,42 @@ class Handshake:
                 raise RuntimeError(f"unexpected ASGI message {other!r} before the upgrade")
 
     def _accept(self, event: dict[str, Any]) -> None:
-        headers = self._answer.headers
-        del headers["Date"]  # says nothing a WebSocket client needs
+        terms = self._terms
+        assert terms is not None
+        headers = [
+            ("Upgrade", "websocket"),
+            ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Accept", terms.accept),
+        ]
         if event.get("subprotocol"):
-            headers["Sec-WebSocket-Protocol"] = event["subprotocol"]
-        headers.update(_decoded(event.get("headers", ())))
-        self._client.open(self._answer.serialize(), self._parser)
+            headers.append(("Sec-WebSocket-Protocol", event["subprotocol"]))
+        if terms.extensions:
+            headers.append(("Sec-WebSocket-Extensions", terms.extensions))
+        headers += _decoded(event.get("headers", ()))
+        self._client.open(_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), terms.encoding)
 
-    def _deny(self, status: int, headers: Headers, body: bytes) -> None:
-        for name in ("Date", "Connection", "Content-Length"):
-            if name in headers:
-                del headers[name]
-        headers["Date"] = email.utils.formatdate(usegmt=True)
-        headers["Connection"] = "close"
-        headers["Content-Length"] = str(len(body))
-        dismiss(self._parser)
-        response = Response(status, HTTPStatus(status).phrase, headers, body)
-        self._client.refuse(response.serialize())
+    def _deny(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+        headers = [
+            *((name, value) for name, value in headers if name.lower() not in OURS),
+            ("Date", email.utils.formatdate(usegmt=True)),
+            ("Connection", "close"),
+            ("Content-Length", str(len(body))),
+        ]
+        self._client.refuse(_head(HTTPStatus(status), headers) + body)
 
 
-def _decoded(headers: Any) -> Headers:
-    return Headers([(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers])
+PLAIN_TEXT = ("Content-Type", "text/plain; charset=utf-8")
+OURS = ("date", "connection", "content-length")
+
+
+def _head(status: HTTPStatus, headers: Iterable[tuple[str, str]]) -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in headers]
+    return f"HTTP/1.1 {status} {status.phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+
+def _decoded(headers: Any) -> list[tuple[str, str]]:
+    return [(_text(name), _text(value)) for name, value in headers]
+
+
+def _text(value: bytes) -> str:
+    return value.decode("latin-1")

@@ -6,6 +6,7 @@ behind the upgrade request.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
@@ -20,8 +21,6 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 from uvicorn.server import ServerState
-from websockets.datastructures import Headers
-from websockets.http11 import Request
 
 from service.errors import Refusal
 from service.wire.handshake import Handshake
@@ -30,6 +29,30 @@ from service.wire.shared import Shared
 
 MAX_HEAD_BYTES = 65_536
 """What a request's head or its trailers may take: what common servers let in, and room to spare."""
+
+MAX_FIELDS = 256
+"""Header fields and trailers of one request. Each costs fifty times the four bytes it may have."""
+
+MAX_PIPELINED = 32
+"""Requests that may wait on one connection for the answers to those before them."""
+
+HOST = re.compile(
+    rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?"
+)
+"""A Host field's value (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
+
+
+class UnacceptableError(Exception):
+    """A request that goes no further. The parser's callbacks raise it, which stops the parser."""
+
+    def __init__(self, status: HTTPStatus, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Request head too large.")
+MALFORMED = (HTTPStatus.BAD_REQUEST, "Invalid HTTP request.")
 
 
 class RequestProtocol(HttpToolsProtocol):
@@ -56,6 +79,8 @@ class RequestProtocol(HttpToolsProtocol):
         self._due_at = self.loop.time() + shared.deadline_s
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._field_bytes = 0
+        self._receiving: RequestResponseCycle | None = None
         self._answering: RequestResponseCycle | None = None
         self._reader_deadline: asyncio.TimerHandle | None = None
 
@@ -77,15 +102,23 @@ class RequestProtocol(HttpToolsProtocol):
         self._head_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._refuse_malformed()
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # what a callback raised
+            if isinstance(cause, UnacceptableError):
+                self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
+            else:
+                self._refuse_malformed()
         except httptools.HttpParserUpgrade as upgrade:
+            behind = data[upgrade.args[0] :]
             if self._should_upgrade():
-                self._upgrade(data[upgrade.args[0] :])
+                self._upgrade(behind)
+            elif behind:
+                # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
+                self.data_received(behind)
         else:
             if self._head_bytes > MAX_HEAD_BYTES:
-                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                self._refuse(status, Refusal.HANDSHAKE, "Request head too large.")
+                status, text = TOO_LARGE
+                self._refuse(status, Refusal.HANDSHAKE, text)
 
     # A client that does not read its answers: uvicorn waits for it for ever.
 
@@ -126,12 +159,63 @@ class RequestProtocol(HttpToolsProtocol):
         if self._answering is not None:
             self._answering.disconnected = True
 
-    # Bytes that are neither a head that is complete nor a body count against the bound: a head
-    # that does not end, and trailers, which uvicorn keeps like headers.
+    # Two counts, for neither sees all. Bytes that are neither a head that is complete nor a body: a
+    # head that does not end, and trailers, which uvicorn keeps like headers. And what is kept of
+    # them: one read may bring a head or trailers that are too much and complete.
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._field_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._keep(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._keep(name, value)
+        if len(self.headers) >= MAX_FIELDS:
+            raise UnacceptableError(*TOO_LARGE)
+        super().on_header(name, value)
+
+    def _keep(self, *parts: bytes) -> None:
+        self._field_bytes += sum(map(len, parts))
+        if self._field_bytes > MAX_HEAD_BYTES:
+            raise UnacceptableError(*TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
+        self._check_head()
         super().on_headers_complete()
+        if not self._upgrades():
+            self._receiving = self.cycle
+
+    def _check_head(self) -> None:
+        """Hold a request to what uvicorn and its parser let pass.
+
+        Raises:
+            UnacceptableError: it goes no further.
+        """
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+            raise UnacceptableError(status, "HTTP/1.1 is spoken here.")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and version != "1.0"):  # RFC 9112 section 3.2
+            raise UnacceptableError(*MALFORMED)
+        if hosts and not HOST.fullmatch(hosts[0].strip(b" \t")):
+            raise UnacceptableError(*MALFORMED)
+        # Neither a proxy nor a server as a whole can be asked here, and fragments stay at home.
+        if self.parser.get_method() == b"CONNECT" or self.url == b"*" or b"#" in self.url:
+            raise UnacceptableError(*MALFORMED)
+        # httptools takes a request that offers an upgrade for one without a body. What is sent as
+        # its body would be read as requests, which no proxy in front has seen.
+        if self.parser.should_upgrade() and any(_announces_body(*field) for field in self.headers):
+            raise UnacceptableError(*MALFORMED)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise UnacceptableError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
+
+    def _upgrades(self) -> bool:
+        return self.parser.should_upgrade() and self._should_upgrade()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -139,8 +223,9 @@ class RequestProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
+        self._receiving = None
         super().on_message_complete()
-        if not self.parser.should_upgrade():
+        if not self._upgrades():
             self._cancel_deadline()
 
     def _between_requests(self) -> bool:
@@ -158,7 +243,7 @@ class RequestProtocol(HttpToolsProtocol):
         except httptools.HttpParserInvalidURLError:
             self._refuse_malformed()
             return
-        request = self._request()
+        method, version = self.scope["method"], self.parser.get_http_version()
         self.connections.discard(self)
         self._cancel_deadline()
         self._cancel_reader_deadline()
@@ -170,19 +255,14 @@ class RequestProtocol(HttpToolsProtocol):
         self.parser = None  # type: ignore[assignment]  # it holds this object, and this object it
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
-        handshake = Handshake(client, request, self._shared)
-        if handshake.refuse_malformed():
+        handshake = Handshake(client, self._shared)
+        terms = handshake.agree(method, version, self.headers)
+        if terms is None:
             return
+        scope["subprotocols"] = terms.subprotocols
         task = self.loop.create_task(handshake.run(self.app, scope))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-
-    def _request(self) -> Request:
-        headers = Headers(
-            [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.headers]
-        )
-        version = f"HTTP/{self.parser.get_http_version()}"
-        return Request(self.url.decode("latin-1"), headers, self.scope["method"], version)
 
     def _scope(self) -> WebSocketScope:
         url = httptools.parse_url(self.url)
@@ -199,12 +279,7 @@ class RequestProtocol(HttpToolsProtocol):
             "raw_path": raw_path,
             "query_string": url.query or b"",
             "headers": self.headers,
-            "subprotocols": [
-                name.strip()
-                for header, value in self.headers
-                if header == b"sec-websocket-protocol"
-                for name in value.decode("latin-1").split(",")
-            ],
+            "subprotocols": [],
             "state": self.app_state.copy(),
             "extensions": {"websocket.http.response": {}},
         }
@@ -216,22 +291,42 @@ class RequestProtocol(HttpToolsProtocol):
             self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request not finished in time.")
 
     def _refuse_malformed(self) -> None:
-        self._refuse(HTTPStatus.BAD_REQUEST, Refusal.HANDSHAKE, "Invalid HTTP request.")
+        status, text = MALFORMED
+        self._refuse(status, Refusal.HANDSHAKE, text)
 
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
         self._shared.ledger.refusals[why] += 1
         self._cancel_deadline()
+        if self._may_answer():
+            defaults = (b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+            self.transport.write(
+                STATUS_LINE[status]
+                + b"".join(defaults)
+                + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
+                + f"content-length: {len(text)}\r\n\r\n{text}".encode()
+            )
         self._disconnect_answer()
         self.pipeline.clear()
-        self.transport.write(
-            STATUS_LINE[status]
-            + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
-            + f"content-length: {len(text)}\r\n\r\n{text}".encode()
-        )
         self.transport.close()
         self._set_reader_deadline()
+
+    def _may_answer(self) -> bool:
+        """Tell whether an answer would be read as one.
+
+        Not within another one; and a request whose body is at fault may have its answer already:
+        a proxy would take the second for the answer to its next request.
+        """
+        answering, receiving = self._answering, self._receiving
+        if answering and answering.response_started and not answering.response_complete:
+            return False
+        return receiving is None or not receiving.response_started
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _announces_body(name: bytes, value: bytes) -> bool:
+    is_length = name == b"content-length" and value.strip(b" \t") != b"0"
+    return is_length or name == b"transfer-encoding"

@@ -2,54 +2,36 @@
 
 uvicorn makes one `RelayProtocol` for each upgrade (`ws=`). The handshake goes through ASGI (see
 `handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left and
-each message goes to the sink by a plain call. Parsing is `websockets`' sans-I/O ServerProtocol.
-Knows no channel: the sink is all it sees of the room above.
+each message goes to the sink by a plain call. Knows no channel: the sink is all it sees of the room
+above.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum, auto
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Protocol, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
-from websockets.exceptions import PayloadTooBig, ProtocolError
-from websockets.frames import Frame, Opcode
-from websockets.protocol import SEND_EOF
-from websockets.server import ServerProtocol
 
 from service.errors import Close, Drop, Refusal
 from service.wire.allowance import Allowance
 from service.wire.backlog import Backlog
-from service.wire.frames import MAX_CONTROL_BYTES
+from service.wire.deflate import PLAIN
+from service.wire.frames import CLOSE, CONTROL, PING, PONG, BreachError, control
 from service.wire.frames import close as close_frame
+from service.wire.parser import Parser
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
 
-# What ends websockets' parser, in the relay's words; anything else is a fault of the relay.
-PARSER_CLOSES: dict[type[Exception], Close] = {
-    ProtocolError: Close.PROTOCOL,
-    UnicodeDecodeError: Close.NOT_UTF8,  # in the reason of a close frame
-    PayloadTooBig: Close.TOO_BIG,
-}
-
-EMPTY = b"\x88\x00"  # a close frame without a code
-NORMAL = close_frame(Close.CLIENT.code)
-
 RECORD_BYTES = 16_384
 
 PIECE_BYTES = 2048  # parsed at once; of the smallest frames it holds some three hundred
+MAX_PIECE_BYTES = 16_384  # eight times the time, should its frames turn out to be tiny after all
 QUICK_S = 0.0001  # a piece that took no longer may be followed by a larger one
-
-TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
-
-
-def dismiss(parser: ServerProtocol) -> None:
-    """Free a parser at once: its generator holds it, and it holds its generator."""
-    parser.parser.close()
 
 
 class Sink(Protocol):
@@ -76,6 +58,7 @@ class State(Enum):
 
     HANDSHAKE = auto()
     OPEN = auto()
+    PARTING = auto()  # nothing is heard any more; our close frame follows what the client is owed
     CLOSING = auto()  # our close frame is out, the client's is awaited
     DISCARDING = auto()  # nothing is said or heard any more; TCP's end is awaited
     LOST = auto()
@@ -119,9 +102,10 @@ class RelayProtocol(asyncio.Protocol):
         "_early",
         "_ending",
         "_expiry",
-        "_fragments",
-        "_fragments_opcode",
+        "_goodbye",
+        "_held_at",
         "_holds",
+        "_is_member",
         "_on_lost",
         "_parser",
         "_shared",
@@ -131,6 +115,7 @@ class RelayProtocol(asyncio.Protocol):
         "_unanswered_since",
         "_unread",
         "_write_now",
+        "encoding",
         "write",
     )
 
@@ -151,21 +136,23 @@ class RelayProtocol(asyncio.Protocol):
         self._shared = shared
         self._state = State.HANDSHAKE
         self._transport: asyncio.Transport
-        self._parser: ServerProtocol | None = None
+        self._parser: Parser | None = None
         self._sink: Sink | None = None
+        self._is_member = False  # of the sink: it writes to the client
         self._early = b""
-        self._fragments: bytearray | None = None
-        self._fragments_opcode = TEXT
         self._backlog: Backlog | None = None
         self._drained_at_ping = 0
         self._holds = 0
+        self._held_at = 0.0
         self._unanswered_since = 0.0
         self._unread: memoryview | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
+        self._goodbye = b""
         self._allowance: Allowance | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], None] | None = None
+        self.encoding = PLAIN
         self.write = shared.withhold_disconnected
 
     # The handshake's side
@@ -186,16 +173,17 @@ class RelayProtocol(asyncio.Protocol):
         is_tls = transport.get_extra_info("ssl_object") is not None
         self._write_now = self._write_records if is_tls else self._transport.write
 
-    def open(self, response: bytes, parser: ServerProtocol) -> None:
+    def open(self, response: bytes, encoding: int) -> None:
         """Send the 101 and be a WebSocket from now on.
 
         Args:
             response: the whole response head.
-            parser: a parser in the state OPEN.
+            encoding: PLAIN, or the window's bits of what the client is to be sent.
         """
         shared = self._shared
         self._state = State.OPEN
-        self._parser = parser
+        self._parser = Parser(shared.max_message_bytes, inflates=encoding != PLAIN)
+        self.encoding = encoding
         self._cancel_deadline()
         shared.clients.add(self)
         shared.ledger.connections += 1
@@ -211,6 +199,7 @@ class RelayProtocol(asyncio.Protocol):
     def hand_over(self, sink: Sink) -> None:
         """Give all further messages to the sink, those that came early first."""
         self._sink = sink
+        self._is_member = True
         if self._backlog is None:
             self.write = self._write_now
         else:
@@ -280,7 +269,7 @@ class RelayProtocol(asyncio.Protocol):
             if now > until:
                 return False
             if now - started < QUICK_S:
-                size *= 2
+                size = min(2 * size, MAX_PIECE_BYTES)
             started = now
         if self._unread and self._parser is not None:
             return True  # held: resume_reading comes back here
@@ -298,42 +287,50 @@ class RelayProtocol(asyncio.Protocol):
     def _parse(self, data: bytes) -> None:
         parser = self._parser
         assert parser is not None
-        parser.receive_data(data)
-        for frame in parser.events_received():
-            opcode = frame.opcode  # type: ignore[union-attr]  # no Request after the handshake
-            if opcode is TEXT or opcode is BINARY or opcode is CONT:
-                self._data_frame(frame)  # type: ignore[arg-type]
-            elif opcode is Opcode.CLOSE:
-                self._leave(Close.CLIENT)
-                if not frame.data:  # type: ignore[union-attr]
-                    self._say_normal(parser)
-            if self._parser is None:
-                return  # a message ended the connection; what came behind it does not count
-        if parser.parser_exc is not None:
-            why = PARSER_CLOSES.get(type(parser.parser_exc), Close.INTERNAL)
-            self._fail(why, str(parser.parser_exc) if why is Close.PROTOCOL else "")
-        elif parser.writes:
-            self._flush(parser)  # pongs, and the echo of a close frame
+        pongs = []
+        end: tuple[Close, bytes] | None = None
+        try:
+            for opcode, payload in parser.feed(data):
+                if not opcode & CONTROL:
+                    if self._allowance is not None and (why := self._allowance.objection()):
+                        end = why, close_frame(why.code, why.reason)
+                        break
+                    if self._sink is not None:
+                        self._sink.publish(self, opcode, payload)
+                elif opcode == PING:
+                    pongs.append(control(PONG, payload))
+                elif opcode == CLOSE:
+                    end = Close.CLIENT, _answer(payload)
+        except BreachError as breach:
+            why = breach.close
+            reason = f"{why.reason}: {breach.detail}" if breach.detail else why.reason
+            end = why, close_frame(why.code, reason)
+        if pongs and self._state is State.OPEN:
+            # Behind our own close frame nothing is said: pings are not answered any more.
+            self._put(b"".join(pongs))
+        if end is not None:
+            self._part(*end)
 
     def eof_received(self) -> None:
         """Take note that the client sends no more: without a close frame it vanished."""
         self._hear_out()
+        self._say_goodbye()
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
-        self._drop_parser()
+        self._parser = None
         if self._deadline is None and self.backlog_bytes:
             self.expect_within(self._shared.deadline_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books: whatever happened, this is called once and last."""
         shared = self._shared
-        self._hear_out()
-        self._leave(Close.VANISHED)
-        self._state = State.LOST
-        self._drop_parser()
         # Batches may name this object for a while: what TLS had waiting must not wait with it.
         self._transport = GONE
         self._write_now = GONE.write
+        self._hear_out()
+        self._leave(Close.VANISHED)
+        self._state = State.LOST
+        self._parser = None
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
@@ -353,19 +350,20 @@ class RelayProtocol(asyncio.Protocol):
     def close(self, why: Close, reason: str = "") -> None:
         """Start the closing handshake; the client has `deadline_s` to answer.
 
-        Messages that the client sends until it answers are still relayed.
+        Messages that the client sends until it answers are still relayed. One that is parting
+        already parts now.
 
         Args:
             why: the code and the label.
             reason: what stands on the wire instead of `why.reason`.
         """
-        if self._state is not State.OPEN or self._parser is None:
+        self._say_goodbye()
+        if self._state is not State.OPEN:
             return
         self._leave(why)
         self._state = State.CLOSING
-        self._parser.send_close(why.code, reason or why.reason)
         self.expect_within(self._shared.deadline_s)
-        self._put(b"".join(self._parser.data_to_send()))
+        self._put(close_frame(why.code, reason or why.reason))
 
     def close_when_written(self, why: Close, reason: str) -> None:
         """Close once the client was written all that it is owed so far."""
@@ -417,6 +415,7 @@ class RelayProtocol(asyncio.Protocol):
         """Read no more from the client until `resume_reading` was called as often."""
         self._holds += 1
         if self._holds == 1:
+            self._held_at = monotonic()
             self._shared.held += 1
             self._transport.pause_reading()
 
@@ -425,6 +424,8 @@ class RelayProtocol(asyncio.Protocol):
         self._holds -= 1
         if self._holds == 0:
             self._shared.held -= 1
+            if self._allowance is not None:
+                self._allowance.excuse(monotonic() - self._held_at)
             if self._unread:
                 self._shared.reading.add(self.read_on)
             elif not self._transport.is_closing():
@@ -433,7 +434,7 @@ class RelayProtocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Take note that the write under way filled the socket: the client is behind now."""
         self._backlog = Backlog()
-        if self._sink is not None and self._state is State.OPEN:
+        if self._is_member and self._sink is not None:
             self.write = self._write_behind
             self._sink.fell_behind(self)
         self._shared.fell_behind.append(self)
@@ -453,7 +454,7 @@ class RelayProtocol(asyncio.Protocol):
         if self in self._shared.fell_behind:  # within one write: it was never behind
             self._shared.fell_behind.remove(self)
         self._settle(self._backlog, 0)
-        if self._sink is not None and self._state is State.OPEN:
+        if self._is_member and self._sink is not None:
             self.write = self._write_now
             self._sink.caught_up(self)
 
@@ -471,100 +472,53 @@ class RelayProtocol(asyncio.Protocol):
             self._early += data
             self._transport.pause_reading()
 
-    def _data_frame(self, frame: Frame) -> None:
-        payload = frame.data
-        opcode = frame.opcode
-        size = len(payload) + (len(self._fragments) if self._fragments is not None else 0)
-        if size > self._shared.max_message_bytes:
-            self._fail(Close.TOO_BIG)
-            return
-        if opcode is CONT or not frame.fin:
-            if self._fragments is None:
-                self._fragments = bytearray()
-                self._fragments_opcode = opcode
-                self._allow_more(MAX_CONTROL_BYTES)
-            # One growing buffer: a flood of tiny fragments costs their bytes, not their number.
-            self._fragments += payload
-            if not frame.fin:
-                return
-            payload, opcode = bytes(self._fragments), self._fragments_opcode
-            self._fragments = None
-            self._allow_more(0)
-        elif type(payload) is not bytes:
-            payload = bytes(payload)
-        if opcode is TEXT:
-            try:
-                payload.decode()
-            except UnicodeDecodeError:
-                self._fail(Close.NOT_UTF8)
-                return
-        if self._allowance is not None and (objection := self._allowance.objection()):
-            self._fail(objection)
-        elif self._sink is not None:
-            self._sink.publish(self, opcode, payload)
+    def _part(self, why: Close, goodbye: bytes) -> None:
+        """Hear the client no more, and say goodbye behind all that it is owed.
 
-    def _allow_more(self, size: int) -> None:
-        # The parser holds control frames between fragments against what is left for the message.
-        assert self._parser is not None
-        self._parser.max_message_size = self._shared.max_message_bytes + size
-
-    def _fail(self, why: Close, detail: str = "") -> None:
-        """Fail the connection (RFC 6455 section 7.1.7): say why, and hear nothing any more.
-
-        What the parser would say is not said: it may have read on, to a close frame even, when a
-        message in front of that turns out to be one too many.
+        Args:
+            why: what is counted, if nothing was before.
+            goodbye: a close frame, for a client that has none yet.
         """
-        reason = f"{why.reason}: {detail}" if detail else why.reason
-        was_open = self._state is State.OPEN
-        self._leave(why)
-        self._state = State.DISCARDING
-        if was_open:
-            self._put(close_frame(why.code, reason))
-        self._end()
-
-    def _say_normal(self, parser: ServerProtocol) -> None:
-        # The parser echoes what the client said (RFC 6455 section 5.5.1). Where it gave no code
-        # it is told 1000: an answer without a code reads like an end without an answer.
-        parser.writes[:] = [NORMAL if data == EMPTY else data for data in parser.writes]
-
-    def _leave(self, why: Close) -> None:
-        """Say goodbye to the sink, once; the first reason is the one that counts."""
-        if self._ending is not None:
+        self._parser = None
+        if self._state is not State.OPEN:  # it has our close frame, and this is how it answers
+            self._state = State.DISCARDING
+            self._end()
             return
         self._ending = why
+        self._goodbye = goodbye
+        self._state = State.PARTING
+        self.expect_within(self._shared.deadline_s)
+        assert self._sink is not None
+        self._sink.when_written(self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        if self._state is State.PARTING:
+            self._leave(Close.VANISHED)  # counted is what it parted for
+            self._put(self._goodbye)
+            self._state = State.DISCARDING
+            self._end()
+
+    def _leave(self, why: Close) -> None:
+        """Leave the sink; the first reason is the one that counts."""
+        if self._ending is None:
+            self._ending = why
+        elif not self._is_member:
+            return
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
         # A function that does not hold this object: a batch may still name it when it is gone.
         shared = self._shared
-        slow = why is Close.SLOW_CONSUMER
+        slow = self._ending is Close.SLOW_CONSUMER
         self.write = shared.withhold_slow if slow else shared.withhold_disconnected
-        if self._sink is not None:
+        if self._is_member and self._sink is not None:
+            self._is_member = False
             self._sink.leave(self)
-
-    def _flush(self, parser: ServerProtocol) -> None:
-        """Write what the parser wants written, and end where it says so."""
-        writes = parser.data_to_send()
-        ends = writes[-1:] == [SEND_EOF]
-        is_open = self._state is State.OPEN
-        if ends:
-            self._state = State.DISCARDING
-        if is_open:  # behind our close frame nothing is said: pings are not answered any more
-            self._put(b"".join(writes))
-        if ends:
-            self._end()
-
-    def _drop_parser(self) -> None:
-        self._fragments = None
-        if self._parser is not None:
-            dismiss(self._parser)
-            self._parser = None
 
     def _end(self) -> None:
         # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
         # both with unread bytes in the socket would send a reset, and with it the client could
         # lose the close frame. What still comes is thrown away until the client's end, or ours.
-        self._drop_parser()
         if self._transport.is_closing():
             return
         self.expect_within(self._shared.deadline_s)
@@ -653,3 +607,12 @@ class RelayProtocol(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _answer(payload: bytes) -> bytes:
+    """Return what answers a client's close frame: the same code (RFC 6455 section 5.5.1).
+
+    Where it gave none it is told 1000: an answer without a code reads like an end without an
+    answer.
+    """
+    return control(CLOSE, payload) if payload else close_frame(Close.CLIENT.code)

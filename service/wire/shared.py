@@ -47,15 +47,23 @@ class Shared:
 
     Args:
         max_message_bytes: a larger message closes its sender.
+        compresses: whether clients that offer permessage-deflate get it.
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
         ledger: where it is counted.
         backlogs: who is behind, and the bounds on that.
     """
 
     def __init__(
-        self, *, max_message_bytes: int, deadline_s: float, ledger: Ledger, backlogs: Backlogs
+        self,
+        *,
+        max_message_bytes: int,
+        compresses: bool,
+        deadline_s: float,
+        ledger: Ledger,
+        backlogs: Backlogs,
     ) -> None:
         self.max_message_bytes = max_message_bytes
+        self.compresses = compresses
         self.deadline_s = deadline_s
         self.ledger = ledger
         self.backlogs = backlogs

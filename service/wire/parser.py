@@ -1,0 +1,251 @@
+"""Make messages of a client's bytes, by RFC 6455 and RFC 7692. Knows no connection.
+
+A breach is told as soon as its bytes are there: a forbidden head before its payload, a message too
+big when its head claims so, text that is not UTF-8 at the first octet that can't be, in the middle
+of a frame, too. What is kept of an unfinished message is what it comes to, never more than its
+bound: masks are taken off, and compressed bytes inflated, as they come.
+"""
+
+from codecs import IncrementalDecoder, getincrementaldecoder
+from collections.abc import Iterator
+
+from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
+
+from service.errors import Close
+from service.wire.deflate import Inflater
+from service.wire.frames import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    CONTROL,
+    FIN,
+    MAX_CONTROL_BYTES,
+    OPCODE,
+    PING,
+    PONG,
+    RESERVED,
+    RSV1,
+    TEXT,
+    BreachError,
+)
+
+_Utf8Decoder = getincrementaldecoder("utf-8")
+
+Event = tuple[int, bytes]
+"""The opcode and payload of a whole message, or of a control frame."""
+
+WHOLE = (FIN | TEXT, FIN | BINARY)  # what a message of one plain frame begins with
+
+MASKED = 0x80
+MASK_BYTES = 4
+
+OPCODES = (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
+
+CLOSE_CODES = frozenset([*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)])
+"""What a close frame may say (RFC 6455 section 7.4 and the IANA registry)."""
+
+
+class Parser:
+    """One client's frames.
+
+    Args:
+        max_message_bytes: what a message may come to.
+        inflates: whether permessage-deflate was agreed on.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_fin",
+        "_head",
+        "_inflater",
+        "_inflates",
+        "_left_bytes",
+        "_mask",
+        "_max_bytes",
+        "_message",
+        "_opcode",
+        "_raw_bytes",
+    )
+
+    def __init__(self, max_message_bytes: int, *, inflates: bool) -> None:
+        self._max_bytes = max_message_bytes
+        self._inflates = inflates
+        self._head = b""  # of a frame that is not whole: its head, or all of a control frame
+        # The data frame whose payload is coming
+        self._left_bytes = 0
+        self._mask = b""
+        self._fin = False
+        # The message that is coming; while there is none, the opcode is that of a continuation
+        self._opcode = CONTINUATION
+        self._message = bytearray()
+        self._raw_bytes = 0  # its payloads as they came, compressed where they are
+        self._decoder: IncrementalDecoder | None = None
+        self._inflater: Inflater | None = None
+
+    # The hot path: every call that would make it shorter is a cost for every frame.
+    def feed(self, data: bytes) -> Iterator[Event]:  # noqa: C901
+        """Yield what more bytes complete: opcode and payload of messages and control frames.
+
+        A close frame is the last that is yielded. The rest of the bytes is lost where the caller
+        stops before the end.
+
+        Raises:
+            BreachError: by what follows. Nothing can be fed after it.
+        """
+        if self._head:
+            data, self._head = self._head + data, b""
+        position, end = 0, len(data)
+        if self._left_bytes:
+            position, event = self._take(data, 0)
+            if event is not None:
+                yield event
+        while end - position >= 2:
+            first, second = data[position], data[position + 1]
+            size = second & 0x7F
+            body = position + 2 + MASK_BYTES
+            if size > 125:
+                size, body = _long_size(data, position, size)
+            is_whole = body + size <= end
+            if (
+                is_whole
+                and first in WHOLE
+                and second & MASKED
+                and size <= self._max_bytes
+                and self._opcode == CONTINUATION
+            ):
+                # The usual: a plain message in one frame that is all there.
+                payload = apply_mask(data[body : body + size], data[body - MASK_BYTES : body])
+                if first == FIN | TEXT and not payload.isascii():
+                    _check_utf8(payload)
+                position = body + size
+                yield first & OPCODE, payload
+                continue
+            self._check_head(first, second, size)
+            if body > end or (first & CONTROL and not is_whole):
+                break
+            mask = data[body - MASK_BYTES : body]
+            if first & CONTROL:
+                position = body + size
+                event = _control(first & OPCODE, apply_mask(data[body:position], mask))
+            else:
+                self._begin(first, size, mask)
+                position, event = self._take(data, body)
+            if event is not None:
+                yield event
+                if event[0] == CLOSE:
+                    return
+        self._head = data[position:]
+
+    def _check_head(self, first: int, second: int, size: int) -> None:
+        """Check what a frame's first two bytes and its size say, as far as the size is known."""
+        opcode, reserved = first & OPCODE, first & RESERVED
+        compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
+        if not second & MASKED:
+            raise BreachError(Close.PROTOCOL, "a frame without a mask")
+        if reserved and not compressed:
+            raise BreachError(Close.PROTOCOL, "reserved bits")
+        if opcode not in OPCODES:
+            raise BreachError(Close.PROTOCOL, "a reserved opcode")
+        if opcode & CONTROL:
+            if not first & FIN:
+                raise BreachError(Close.PROTOCOL, "a control frame in fragments")
+            if size > MAX_CONTROL_BYTES:
+                raise BreachError(Close.PROTOCOL, "a control frame that is too long")
+            return
+        if opcode == CONTINUATION and self._opcode == CONTINUATION:
+            raise BreachError(Close.PROTOCOL, "a continuation of nothing")
+        if opcode != CONTINUATION and self._opcode != CONTINUATION:
+            raise BreachError(Close.PROTOCOL, "a message inside a message")
+        may_shrink = compressed or self._inflater is not None
+        max_bytes = _max_deflated_bytes(self._max_bytes) if may_shrink else self._max_bytes
+        if self._raw_bytes + size > max_bytes:
+            raise BreachError(Close.TOO_BIG)
+
+    def _begin(self, first: int, size: int, mask: bytes) -> None:
+        """Begin a data frame that is not taken in one piece."""
+        opcode = first & OPCODE
+        if opcode != CONTINUATION:
+            self._opcode = opcode
+            self._decoder = _Utf8Decoder() if opcode == TEXT else None
+            self._inflater = Inflater(self._max_bytes) if first & RSV1 else None
+        self._raw_bytes += size
+        self._left_bytes = size
+        self._mask = mask
+        self._fin = bool(first & FIN)
+
+    def _take(self, data: bytes, start: int) -> tuple[int, Event | None]:
+        """Take what is there of the frame's payload.
+
+        Returns:
+            Where it ends, and the message where that made it whole.
+        """
+        masked = data[start : start + self._left_bytes]
+        taken = len(masked)
+        self._left_bytes -= taken
+        payload = apply_mask(masked, self._mask)
+        turn = taken % MASK_BYTES
+        self._mask = self._mask[turn:] + self._mask[:turn]
+        self._add(self._inflater.feed(payload) if self._inflater is not None else payload)
+        is_whole = self._fin and not self._left_bytes
+        return start + taken, self._finished() if is_whole else None
+
+    def _add(self, payload: bytes, *, final: bool = False) -> None:
+        if self._decoder is not None:
+            try:
+                self._decoder.decode(payload, final)
+            except UnicodeDecodeError:
+                raise BreachError(Close.NOT_UTF8) from None
+        self._message += payload
+
+    def _finished(self) -> Event:
+        """Return the message that is whole now, and be ready for the next."""
+        self._add(self._inflater.finish() if self._inflater is not None else b"", final=True)
+        opcode, payload = self._opcode, bytes(self._message)
+        self._opcode = CONTINUATION
+        self._message = bytearray()
+        self._raw_bytes = 0
+        self._decoder = self._inflater = None
+        return opcode, payload
+
+
+def _long_size(data: bytes, position: int, size: int) -> tuple[int, int]:
+    """Return the size that a frame at `position` says by 16 or 64 bits, and where its body begins.
+
+    Where not all of them are there, its body begins behind the end.
+    """
+    length_bytes = 2 if size == 126 else 8
+    length = data[position + 2 : position + 2 + length_bytes]
+    if len(length) < length_bytes:
+        return size, len(data) + 1
+    size = int.from_bytes(length, "big")
+    if size >> 63:
+        raise BreachError(Close.PROTOCOL, "a length with its top bit set")
+    if size < 126 or (length_bytes == 8 and size < 65_536):
+        raise BreachError(Close.PROTOCOL, "a length that is not in its shortest form")
+    return size, position + 2 + length_bytes + MASK_BYTES
+
+
+def _max_deflated_bytes(size: int) -> int:
+    """Return more than any sane compressor makes of so many bytes.
+
+    zlib's bound for its worst settings is an eighth more and some (deflateBound).
+    """
+    return size + (size >> 3) + 1024
+
+
+def _check_utf8(text: bytes) -> None:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        raise BreachError(Close.NOT_UTF8) from None
+
+
+def _control(opcode: int, payload: bytes) -> Event:
+    """Return a control frame, and check what it holds where it is a close (section 5.5.1)."""
+    if opcode == CLOSE and payload:
+        if len(payload) == 1:
+            raise BreachError(Close.PROTOCOL, "a close frame of one byte")
+        if int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
+            raise BreachError(Close.PROTOCOL, "a close code that must not be sent")
+        _check_utf8(payload[2:])
+    return opcode, payload
