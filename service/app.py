@@ -1,12 +1,13 @@
 """Compose the relay: build the parts and hand them to each other."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
 
 from service import __version__
-from service.admission import Admission
+from service.admission.door import Admission
 from service.api.health import health_router
 from service.api.metrics import metrics_router
 from service.api.websocket import websocket_router
@@ -18,7 +19,12 @@ from service.relay.broadcaster import Broadcaster
 from service.settings import Settings
 from service.tls import Certificates
 from service.wire.backlog import Backlogs
+from service.wire.deflate import INFLATER_BYTES
 from service.wire.shared import Shared
+from service.wire.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from service.admission.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class Relay:
         metrics_app: the metrics port.
         shared: what the connections of the relay's port are given.
         certificates: what is served there, or None for plain ws://.
+        tokens: what checks tokens, or None where there are none.
     """
 
     app: FastAPI
@@ -38,19 +45,25 @@ class Relay:
     health: Health
     metrics: Metrics
     certificates: Certificates | None
+    tokens: "Tokens | None"
 
 
-def build(settings: Settings, certificates: Certificates | None) -> Relay:
+def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens | None") -> Relay:
     """Build one replica."""
     limits = settings.limits
     ledger, health, metrics = Ledger(), Health(), Metrics()
     backlogs = Backlogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
+    # One message alone must have room.
+    unfinished = Unfinished(
+        max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
+    )
     shared = Shared(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
         ledger=ledger,
         backlogs=backlogs,
+        unfinished=unfinished,
     )
     broadcaster = Broadcaster(
         backplane=MemoryBackplane(),
@@ -64,6 +77,10 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
     admission = Admission(
         allowed_origins=settings.server.allowed_origins,
         max_connections=limits.max_connections,
+        max_connections_per_ip=limits.max_connections_per_ip,
+        max_handshakes_per_s=limits.max_handshakes_per_s,
+        max_messages_per_s=limits.max_messages_per_s,
+        tokens=tokens,
         connections=lambda: len(shared.clients),
         has_room=broadcaster.has_room,
         health=health,
@@ -74,10 +91,12 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
+            unfinished_bytes=lambda: unfinished.total_bytes,
             paused_publishers=lambda: shared.held,
             draining=lambda: health.phase is Phase.DRAINING,
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},
+            key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
         ),
     )
     app = _fastapi()
@@ -89,7 +108,7 @@ def build(settings: Settings, certificates: Certificates | None) -> Relay:
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
-    return Relay(app, metrics_app, shared, health, metrics, certificates)
+    return Relay(app, metrics_app, shared, health, metrics, certificates, tokens)
 
 
 def _fastapi() -> FastAPI:

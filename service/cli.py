@@ -45,6 +45,7 @@ def _serve(config_file: Path | None) -> None:
 def _check(config_file: Path | None) -> None:
     loaded = settings.load(config_file, os.environ)
     server.load_certificates(loaded)
+    server.load_tokens(loaded)
     print(settings.render(loaded), end="")
 
 

@@ -5,7 +5,7 @@ Knows no connection, no channel and no library.
 """
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import Enum, StrEnum
 from http import HTTPStatus
 
 
@@ -40,12 +40,14 @@ class Close(Enum):
     PROTOCOL = (1002, "protocol error")  # a frame that RFC 6455 forbids
     VANISHED = (1006, "")  # the TCP connection ended without a close frame
     NOT_UTF8 = (1007, "text is not UTF-8")
+    BAD_DEFLATE = (1007, "compressed data is broken")  # it does not inflate
     RATE_LIMIT = (1008, "rate limit")  # over limits.max_messages_per_s
     NOT_ALLOWED = (1008, "not allowed to publish")  # its token has no right to
     TOO_BIG = (1009, "message too big")  # over limits.max_message_bytes
     INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
+    UNFINISHED = (1013, "unfinished message")  # all clients' unfinished messages come to too much
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
     def __init__(self, code: int, reason: str) -> None:
@@ -75,6 +77,34 @@ class Refusal(Enum):
         self.status = status
         self.reason = reason
         self.label = self.name.lower()
+
+
+class TokenFault(StrEnum):
+    """What is wrong with a token, as a refused client is told."""
+
+    MALFORMED = "malformed"
+    ALGORITHM = "algorithm"
+    UNKNOWN_KEY = "unknown key"
+    SIGNATURE = "signature"
+    EXPIRED = "expired"
+    NOT_YET_VALID = "not yet valid"
+    AUDIENCE = "wrong audience"
+    SURPLUS_AUDIENCE = "an audience, where auth.jwt.audience is empty"
+    ISSUER = "wrong issuer"
+
+
+class RefusedError(RelayError):
+    """A client is not let in.
+
+    Args:
+        why: what it is told, and the label.
+        detail: what else it is told; never its own words.
+    """
+
+    def __init__(self, why: Refusal, detail: str = "") -> None:
+        super().__init__(f"{why.reason}: {detail}" if detail else why.reason)
+        self.why = why
+        self.detail = detail
 
 
 class Drop(Enum):

@@ -13,6 +13,9 @@ QUIET = {
     "uvicorn.access": logging.ERROR,
     "websockets.server": logging.ERROR,
     "asyncio": logging.ERROR,
+    # A line for every fetch of keys, and at debug level all of its headers.
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
 }
 
 

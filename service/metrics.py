@@ -35,10 +35,12 @@ class Gauges:
     channels: Callable[[], int]
     slow_clients: Callable[[], int]
     backlog_bytes: Callable[[], int]
+    unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
     draining: Callable[[], bool]
     certificate_expiry: Callable[[], float | None]
     certificate_reloads: Callable[[], dict[str, int]]
+    key_fetches: Callable[[], dict[str, int]]
 
 
 class Metrics:
@@ -108,6 +110,8 @@ class _Books(Collector):
         refusals = {(why.label,): count for why, count in books.refusals.items()}
         yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
         yield _gauge("backlog_bytes", "Bytes waiting for slow clients", now.backlog_bytes())
+        unfinished = now.unfinished_bytes()
+        yield _gauge("unfinished_bytes", "Bytes kept of messages that are not whole", unfinished)
         yield _gauge("slow_clients", "Clients that are behind now", now.slow_clients())
         yield _gauge("channels", "Channels with a client", now.channels())
         yield _gauge("paused_publishers", "Clients not read now", now.paused_publishers())
@@ -118,6 +122,10 @@ class _Books(Collector):
         left = connected if draining else 0
         yield _gauge("drain_clients_left", "Clients still to go in a stop", left)
         yield from self._certificate()
+        fetches = {(result,): count for result, count in now.key_fetches().items()}
+        if fetches:
+            text = "Fetches of the keys that tokens are checked with"
+            yield _labelled("jwks_fetches", text, ["result"], fetches)
 
     def _certificate(self) -> Iterator[Metric]:
         expiry = self._gauges.certificate_expiry()

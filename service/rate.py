@@ -13,7 +13,7 @@ class Rate:
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._step_s = 1.0 / per_s
-        self._burst_s = burst / per_s
+        self._burst_s = (burst + 0.01) / per_s  # a little room for what floats get wrong
         self._full_at = 0.0
 
     def take(self, now: float) -> bool:
@@ -23,7 +23,7 @@ class Rate:
             now: seconds of a clock that only grows, above `burst / per_s`.
         """
         full_at = max(self._full_at, now) + self._step_s
-        if full_at - now > self._burst_s + 1e-9:
+        if full_at - now > self._burst_s:
             return False
         self._full_at = full_at
         return True

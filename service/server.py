@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import ipaddress
 import logging
 import os
 import random
@@ -11,9 +12,9 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 import uvloop
@@ -27,6 +28,10 @@ from service.settings import Settings
 from service.tls import Certificates
 from service.wire.http import RequestProtocol
 from service.wire.protocol import RelayProtocol
+from service.wire.safe_headers import SAFE_HEADERS
+
+if TYPE_CHECKING:
+    from service.admission.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +60,16 @@ def run(settings: Settings) -> None:
     """Run the relay until a signal stops it.
 
     Raises:
-        SettingsError: the certificate can't be served.
+        SettingsError: the certificate can't be served, or the keys of tokens not be used.
         StartError: a port can't be listened on.
     """
     certificates = load_certificates(settings)
+    tokens = load_tokens(settings)
+    if tokens is not None:
+        tokens.warn_of_weak_keys()
     _raise_file_limit()
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(_serve(settings, certificates))
+    uvloop.run(_serve(settings, certificates, tokens))
 
 
 def _raise_file_limit() -> None:
@@ -81,6 +89,19 @@ def load_certificates(settings: Settings) -> Certificates | None:
     return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
 
 
+def load_tokens(settings: Settings) -> "Tokens | None":
+    """Return what checks tokens, or None where everybody may come in.
+
+    Raises:
+        SettingsError: the keys can't be used.
+    """
+    if settings.auth.mode == "none":
+        return None
+    from service.admission.tokens import Tokens  # a fifth of a second that most starts need not
+
+    return Tokens(settings.auth.jwt)
+
+
 class Listener(uvicorn.Server):
     """uvicorn on one port, as the relay needs it.
 
@@ -92,6 +113,7 @@ class Listener(uvicorn.Server):
         host, port: where; port 0 takes any free one.
         context: for TLS, or None.
         handshake_timeout_s: for TLS handshakes.
+        trusted_proxies: whose X-Forwarded-For and -Proto are believed.
         protocols: uvicorn's `http` and `ws` settings.
     """
 
@@ -103,6 +125,7 @@ class Listener(uvicorn.Server):
         *,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
+        trusted_proxies: Sequence[str] = (),
         **protocols: Any,
     ) -> None:
         config = uvicorn.Config(
@@ -113,7 +136,9 @@ class Listener(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
+            headers=list(SAFE_HEADERS),
+            proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=[*trusted_proxies, *_mapped(trusted_proxies)],
             **protocols,
         )
         super().__init__(config)
@@ -182,13 +207,22 @@ class Listener(uvicorn.Server):
         yield
 
 
-async def _serve(settings: Settings, certificates: Certificates | None) -> None:
-    relay = build(settings, certificates)
+def _mapped(proxies: Iterable[str]) -> Iterator[str]:
+    """Yield the IPv4 networks as other proxies write them that listen on IPv6, too (RFC 4291)."""
+    for proxy in map(ipaddress.ip_network, proxies):
+        if isinstance(proxy, ipaddress.IPv4Network):
+            yield f"::ffff:{proxy.network_address}/{96 + proxy.prefixlen}"
+
+
+async def _serve(
+    settings: Settings, certificates: Certificates | None, tokens: "Tokens | None"
+) -> None:
+    relay = build(settings, certificates, tokens)
     stop = Stop()
     with stop.on_signals():
         metrics_port = _metrics_listener(settings, relay)
         relay_port = _relay_listener(settings, relay)
-        async with asyncio.TaskGroup() as group:
+        async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
             background = [
                 group.create_task(
                     keep_alive(
@@ -206,6 +240,8 @@ async def _serve(settings: Settings, certificates: Certificates | None) -> None:
                 host, port = metrics_port.address
                 log.info("metrics listening", extra={"host": host, "port": port})
                 group.create_task(metrics_port.serve())
+            if tokens is not None and tokens.jwks is not None:
+                await owned.enter_async_context(tokens.jwks)
             await relay_port.listen()
             host, port = relay_port.address
             log.info(
@@ -235,6 +271,7 @@ def _relay_listener(settings: Settings, relay: Relay) -> Listener:
         server.port,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
+        trusted_proxies=server.trusted_proxies,
         http=functools.partial(RequestProtocol, shared=relay.shared),
         ws=functools.partial(RelayProtocol, shared=relay.shared),
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -70,6 +71,9 @@ FILE_HEAD = """\
 # seconds, sizes in bytes. `websocket-relay check` prints what is in force.
 """
 
+QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
+"""What PyYAML quotes."""
+
 SECTION = "a mapping of keys to values"
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
@@ -89,6 +93,16 @@ class Section(BaseModel):
         if isinstance(value, bool) and annotation in (int, float):
             raise ValueError("a flag is no number")
         return value
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Asking for the port is what checks it.
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return bool(whole) and "@" not in parts.netloc and url.isprintable() and " " not in url
 
 
 class Tls(Section):
@@ -224,6 +238,10 @@ Algorithm = Literal[
 ]
 
 
+SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
+"""The algorithms that need the secret, and how long it should be (RFC 7518 section 3.2)."""
+
+
 class Jwt(Section):
     """How tokens are checked. HS algorithms need the secret, all others the key file or the URL."""
 
@@ -241,6 +259,29 @@ class Jwt(Section):
     audience: str = Field("", description="a token's aud must hold it; empty: it must have none")
     issuer: str = Field("", description="a token's iss must be it; empty: any")
 
+    @field_validator("secret")
+    @classmethod
+    def _utf_8(cls, value: SecretStr) -> SecretStr:
+        try:
+            value.get_secret_value().encode()
+        except UnicodeEncodeError:  # an environment variable may hold any bytes
+            raise ValueError("a text in UTF-8") from None
+        return value
+
+    @field_validator("public_key_file")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if not value.isprintable():  # a key's own text, say
+            raise ValueError("the path of a file")
+        return value
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        if value and not _is_web_address(value):
+            raise ValueError("an address like https://issuer.example/jwks.json, without a password")
+        return value
+
 
 class Auth(Section):
     """Who may connect."""
@@ -249,6 +290,21 @@ class Auth(Section):
         "none", description="none: everybody; jwt: who has a token"
     )
     jwt: Jwt = Jwt()
+
+    @model_validator(mode="after")
+    def _a_key_for_every_algorithm(self) -> "Auth":
+        if self.mode == "none":
+            return self
+        with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
+        others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
+        if with_secret and not self.jwt.secret.get_secret_value():
+            raise ValueError(f"{', '.join(with_secret)} needs auth.jwt.secret")
+        if self.jwt.public_key_file and self.jwt.jwks_url:
+            raise ValueError("auth.jwt.public_key_file and auth.jwt.jwks_url are both set")
+        if others and not (self.jwt.public_key_file or self.jwt.jwks_url):
+            names = ", ".join(others)
+            raise ValueError(f"{names} needs auth.jwt.public_key_file or auth.jwt.jwks_url")
+        return self
 
 
 class Shutdown(Section):
@@ -320,10 +376,7 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     values = _read(source, must_exist=file is not None)
     named = {path: name for name in environ if (path := _path_of(name)) is not None}
     unknown = {path: name for path, name in named.items() if path not in LEAVES}
-    problems = [
-        f"{name}: unknown variable, set to {_shown(environ[name], path)}; {_known(path)}"
-        for path, name in unknown.items()
-    ]
+    problems = [f"{name}: unknown variable; {_known(path)}" for path, name in unknown.items()]
     if any(path in _SECTIONS for path in unknown):
         raise SettingsError(problems)  # pydantic-settings would take them for JSON
     try:
@@ -392,7 +445,7 @@ class _Loader(yaml.SafeLoader):
                 problem = "a key that is no text"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key_node.value in seen:
-                problem = f"the key {_shown(key_node.value)} stands here twice"
+                problem = f"the key {_key(key_node.value)} stands here twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -413,7 +466,7 @@ def _read(file: Path, *, must_exist: bool) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError([f"{file}: holds {_shown(content)}; allowed: a mapping of sections"])
+        raise SettingsError([f"{file}: holds no mapping of sections"])
     return _tidied(content, Settings, file, ())
 
 
@@ -436,16 +489,29 @@ def _tidied(
             tidy[name] = _tidied(value, kind, file, (*path, name))
         elif value is not None:
             key_path = ".".join((*path, name))
-            raise SettingsError(
-                [f"{file}: {key_path}: {_shown(value, (name,))} is not allowed; allowed: {SECTION}"]
-            )
+            shown = _shown(value, (*path, name))
+            raise SettingsError([f"{file}: {key_path}: {shown} is not allowed; allowed: {SECTION}"])
     return tidy
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, yaml.YAMLError):
+        return "a value is not of the kind that it is said to be"
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return where + " ".join(str(getattr(error, "problem", None) or error).split())
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    return where + QUOTED.sub(_harmless, problem)
+
+
+def _harmless(quoted: re.Match[str]) -> str:
+    """Return something quoted from a settings file without what may be a secret.
+
+    Single letters tell nothing, and PyYAML has names of its own for things, like '<block end>'.
+    """
+    text: str = quoted[0]
+    return text if len(text) <= 3 or text in ("'<stream end>'", "'<block end>'") else "…"
 
 
 def _path_of(variable: str) -> tuple[str, ...] | None:
@@ -478,28 +544,34 @@ def _sentence(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) 
         return f"{file}: {entry['msg'].removeprefix('Value error, ')}"
     path = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in LEAVES), loc)
     where = variables.get(path, str(file))
-    key = ".".join(path)
-    if not key.isprintable() or len(key) > 80:
-        key = _shown(key)
+    key = _key(".".join(path))
     if entry["type"] == "extra_forbidden":
         siblings = [leaf[len(loc) - 1] for leaf in LEAVES if leaf[: len(loc) - 1] == loc[:-1]]
         near = get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
         allowed = f"did you mean {near[0]}?" if near else ", ".join(dict.fromkeys(siblings))
         hint = allowed if near else f"allowed: {allowed}"
-        return f"{where}: {key}: unknown key, set to {_shown(entry['input'], loc)}; {hint}"
+        # Its value is not shown: who knows whether that is a secret.
+        return f"{where}: {key}: unknown key; {hint}"
+    if entry["type"] == "value_error" and path in _SECTIONS:
+        said = [name for variable, name in variables.items() if variable[: len(path)] == path]
+        return f"{said[0] if said else file}: {key}: {entry['msg'].removeprefix('Value error, ')}"
     allowed = LEAVES.get(path, SECTION)
     if entry["type"] == "value_error" and not isinstance(entry["input"], bool):
         allowed = entry["msg"].removeprefix("Value error, ")
     return f"{where}: {key}: {_shown(entry['input'], loc)} is not allowed; allowed: {allowed}"
 
 
+def _key(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 80 else _shown(name)
+
+
 def _shown(value: object, path: tuple[str, ...] = ()) -> str:
     """Return a value on one line and not too long, whatever it holds; a secret only by name.
 
     Args:
-        path: where it stands; nothing below auth is shown, for a secret's name may be misspelt.
+        path: where it stands; nothing is shown that is, or could hold, a secret.
     """
-    if path[:1] == ("auth",):
+    if path == ("auth",) or path[:2] == ("auth", "jwt"):
         return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
 

@@ -1,14 +1,19 @@
 """Settings: environment over file over defaults, and an error line for whatever is wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from service.errors import SettingsError
+from service.settings import load
 from tests.certificates import make_pair
-from tests.relay_process import Finished, run_command
+from tests.issuer import Signer, signer
+from tests.relay_process import Finished, Relay, run_command
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
@@ -16,6 +21,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "port": 8443,
         "tls": {"enabled": False, "cert_file": "cert.pem", "key_file": "key.pem"},
         "allowed_origins": ["*"],
+        "trusted_proxies": [],
         "base_path": "",
     },
     "metrics": {"enabled": True, "host": "0.0.0.0", "port": 9090},
@@ -23,14 +29,35 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "limits": {
         "max_message_bytes": 1_048_576,
         "max_connections": 0,
+        "max_connections_per_ip": 0,
+        "max_handshakes_per_s": 0,
+        "max_messages_per_s": 0,
         "handshake_timeout_s": 10,
         "send_backlog_bytes": 1_048_576,
         "total_backlog_bytes": 268_435_456,
     },
     "keepalive": {"ping_interval_s": 20, "ping_timeout_s": 20},
+    "compression": {"enabled": False, "min_message_bytes": 256},
+    "auth": {
+        "mode": "none",
+        "jwt": {
+            "secret": "",
+            "public_key_file": "",
+            "jwks_url": "",
+            "algorithms": ["HS256"],
+            "audience": "",
+            "issuer": "",
+        },
+    },
     "shutdown": {"readiness_delay_s": 0, "spread_s": 5, "timeout_s": 10},
     "logging": {"level": "info", "format": "text"},
 }
+
+SECRET = "a secret that nobody may ever see printed"
+MASKED = "**********"
+
+# What must be set beside a setting so that it makes sense.
+ALONGSIDE = {"auth.mode": {"RELAY__AUTH__JWT__SECRET": SECRET}}
 
 # Every setting there is, another value than the default's, and how a shell would say it.
 LEAVES: list[tuple[str, Any, str]] = [
@@ -44,6 +71,7 @@ LEAVES: list[tuple[str, Any, str]] = [
         ["https://a.example", "https://b.example"],
         '["https://a.example", "https://b.example"]',
     ),
+    ("server.trusted_proxies", ["10.0.0.7", "fd00::/8"], "10.0.0.7, fd00::/8"),
     ("server.base_path", "/live", "/live"),
     ("metrics.enabled", False, "false"),
     ("metrics.host", "127.0.0.1", "127.0.0.1"),
@@ -51,11 +79,23 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("channels.max_channels", 7, "7"),
     ("limits.max_message_bytes", 65_536, "65536"),
     ("limits.max_connections", 12, "12"),
+    ("limits.max_connections_per_ip", 3, "3"),
+    ("limits.max_handshakes_per_s", 50, "50"),
+    ("limits.max_messages_per_s", 20, "20"),
     ("limits.handshake_timeout_s", 2.5, "2.5"),
     ("limits.send_backlog_bytes", 2_097_152, "2097152"),
     ("limits.total_backlog_bytes", 536_870_912, "536870912"),
     ("keepalive.ping_interval_s", 7.5, "7.5"),
     ("keepalive.ping_timeout_s", 3, "3"),
+    ("compression.enabled", True, "true"),
+    ("compression.min_message_bytes", 64, "64"),
+    ("auth.mode", "jwt", "jwt"),
+    ("auth.jwt.secret", MASKED, SECRET),
+    ("auth.jwt.public_key_file", "other/jwt.pem", "other/jwt.pem"),
+    ("auth.jwt.jwks_url", "https://issuer.example/keys", "https://issuer.example/keys"),
+    ("auth.jwt.algorithms", ["HS512", "RS256"], "HS512,RS256"),
+    ("auth.jwt.audience", "the relay", "the relay"),
+    ("auth.jwt.issuer", "https://issuer.example", "https://issuer.example"),
     ("shutdown.readiness_delay_s", 1, "1"),
     ("shutdown.spread_s", 2.5, "2.5"),
     ("shutdown.timeout_s", 30, "30"),
@@ -139,7 +179,7 @@ def test_every_setting_has_its_environment_variable(
     check: Check, tmp_path: Path, key: str, value: Any, said: str
 ) -> None:
     make_pair().write_to(tmp_path)  # so that TLS can be turned on
-    settings = effective(check(**{variable_of(key): said}))
+    settings = effective(check(**{variable_of(key): said}, **ALONGSIDE.get(key, {})))
     assert leaf(settings, key) == value
     assert type(leaf(settings, key)) is type(value) or isinstance(value, int | float)
 
@@ -148,14 +188,17 @@ def test_every_setting_can_be_given_in_the_file(check: Check, tmp_path: Path) ->
     make_pair().write_to(tmp_path)
     (tmp_path / "other").mkdir()
     make_pair().write_to(tmp_path / "other")
+    (tmp_path / "other" / "jwt.pem").write_bytes(signer("RS256").public_pem)
     tree: dict[str, Any] = {}
-    for key, value, _ in LEAVES:
+    for key, value, said in LEAVES:
         section = tree
         *sections, name = key.split(".")
         for part in sections:
             section = section.setdefault(part, {})
-        section[name] = value
+        section[name] = said if key == "auth.jwt.secret" else value
+    tree["auth"]["jwt"]["jwks_url"] = ""  # goes not with a key file
     settings = effective(check(yaml.safe_dump(tree)))
+    tree["auth"]["jwt"]["secret"] = MASKED
     assert settings == tree
 
 
@@ -399,3 +442,277 @@ def test_tls_with_files_that_do_not_serve_is_refused_with_one_line(
     done = run_command(directory=tmp_path)
     words = {"no certificate": "cert.pem", "no key": "key.pem", "broken key": "key.pem"}
     assert_refused(done, words.get(fault, ".pem"))
+
+
+@pytest.mark.parametrize("proxy", ["10.0.0.0/99", "10.0.0.7/8", "proxy.example", "*", ""])
+def test_a_trusted_proxy_is_an_address_or_a_network(check: Check, proxy: str) -> None:
+    done = check(yaml.safe_dump({"server": {"trusted_proxies": [proxy]}}))
+    assert_refused(done, "server.trusted_proxies", "10.0.0.0/8")
+
+
+# Tokens
+
+
+def guarding(**of_jwt: Any) -> str:
+    return yaml.safe_dump({"auth": {"mode": "jwt", "jwt": of_jwt}})
+
+
+@pytest.mark.parametrize(
+    ("of_jwt", "words"),
+    [
+        pytest.param({}, ["HS256", "auth.jwt.secret"], id="nothing"),
+        pytest.param(
+            {"algorithms": ["RS256"], "secret": SECRET},
+            ["RS256", "auth.jwt.public_key_file", "auth.jwt.jwks_url"],
+            id="a secret for a public algorithm",
+        ),
+        pytest.param(
+            {"algorithms": ["HS256", "ES256"], "jwks_url": "https://issuer.example/"},
+            ["HS256", "auth.jwt.secret"],
+            id="no secret beside a URL",
+        ),
+        pytest.param(
+            {
+                "algorithms": ["ES256"],
+                "jwks_url": "https://issuer.example/",
+                "public_key_file": "x",
+            },
+            ["auth.jwt.public_key_file", "auth.jwt.jwks_url", "both"],
+            id="a file and a URL",
+        ),
+    ],
+)
+def test_every_algorithm_needs_its_key(
+    check: Check, of_jwt: dict[str, Any], words: list[str]
+) -> None:
+    assert_refused(check(guarding(**of_jwt)), "config.yaml", "auth", *words)
+
+
+def test_a_key_that_is_missing_is_told_by_the_variable_that_asks_for_it(check: Check) -> None:
+    done = check(RELAY__AUTH__MODE="jwt")
+    assert_refused(done, "RELAY__AUTH__MODE", "auth.jwt.secret")
+    assert "config.yaml" not in done.stderr
+
+
+def test_without_tokens_nothing_is_asked_of_their_keys(check: Check) -> None:
+    unused = {"algorithms": ["RS256"], "public_key_file": "missing.pem"}
+    assert leaf(effective(check(yaml.safe_dump({"auth": {"jwt": unused}}))), "auth.mode") == "none"
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "content", "words"),
+    [
+        pytest.param(["RS256"], None, ["no such file"], id="missing"),
+        pytest.param(["RS256"], b"", ["PEM"], id="empty"),
+        pytest.param(["RS256"], b"nonsense", ["PEM"], id="no PEM"),
+        pytest.param(["RS256"], b"\xff\x00", ["PEM"], id="binary"),
+        pytest.param(
+            ["RS256"],
+            b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+            ["PEM"],
+            id="broken PEM",
+        ),
+        pytest.param(["RS256"], signer("RS256").private_pem, ["private key"], id="a private key"),
+        pytest.param(["RS256"], make_pair().certificate_pem, ["PEM"], id="a certificate"),
+        pytest.param(["RS256"], signer("ES256").public_pem, ["RS256"], id="EC for RSA"),
+        pytest.param(["ES256"], signer("RS256").public_pem, ["ES256"], id="RSA for EC"),
+        pytest.param(["ES256"], signer("ES384").public_pem, ["ES256"], id="another curve"),
+        pytest.param(["EdDSA"], signer("ES256").public_pem, ["EdDSA"], id="EC for Ed25519"),
+        pytest.param(
+            ["ES256", "ES384"], signer("ES256").public_pem, ["ES384"], id="one key for two curves"
+        ),
+        pytest.param(
+            ["ES256"],
+            Signer("ES256", ec.generate_private_key(ec.SECP256K1())).public_pem,
+            ["ES256"],
+            id="a curve that no algorithm has",
+        ),
+    ],
+)
+def test_a_key_file_that_does_not_do_is_refused_with_one_line(
+    check: Check, tmp_path: Path, algorithms: list[str], content: bytes | None, words: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "jwt.pem").write_bytes(content)
+    done = check(guarding(algorithms=algorithms, public_key_file="jwt.pem"))
+    assert_refused(done, "auth.jwt.public_key_file", "jwt.pem", *words)
+
+
+def test_the_relay_does_not_start_with_a_key_file_that_does_not_do(tmp_path: Path) -> None:
+    file = guarding(algorithms=["RS256"], public_key_file="missing.pem")
+    (tmp_path / "config.yaml").write_text(file)
+    assert_refused(run_command(directory=tmp_path), "auth.jwt.public_key_file", "missing.pem")
+
+
+def test_a_directory_is_no_key_file(check: Check, tmp_path: Path) -> None:
+    done = check(guarding(algorithms=["RS256"], public_key_file=str(tmp_path)))
+    assert_refused(done, "auth.jwt.public_key_file")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "issuer.example/keys",
+        "ftp://issuer.example/keys",
+        "file:///etc/passwd",
+        "https://",
+        "https:///keys",
+        "https://user:password@issuer.example/keys",
+        "https://token@issuer.example/keys",
+        "https://issuer.example:99999/keys",
+        "https://issuer.example:x/keys",
+        "https://[::1/keys",
+        "https://issuer.example/a b",
+        "https://issuer.example/a\nb",
+    ],
+)
+def test_a_url_that_no_keys_can_be_fetched_from_is_refused(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(guarding(algorithms=["RS256"], jwks_url=url))
+    with pytest.raises(SettingsError) as error:
+        load(file, {})
+    (problem,) = error.value.problems
+    assert "auth.jwt.jwks_url" in problem
+    assert "https://" in problem
+    assert "user" not in problem
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080/keys", "https://[::1]/?a=b", "HTTPS://a"])
+def test_a_url_of_the_web_is_one(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(guarding(algorithms=["RS256"], jwks_url=url))
+    assert load(file, {}).auth.jwt.jwks_url == url
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        signer("RS256").public_pem.decode(),
+        signer("RS256").private_pem.decode(),
+        json.dumps(signer("RS256").jwk()),
+    ],
+)
+def test_a_key_where_a_secret_should_be_is_refused(check: Check, secret: str) -> None:
+    done = check(guarding(secret=secret))
+    assert_refused(done, "auth.jwt.secret", "PEM")
+    assert secret[40:60] not in done.stderr
+
+
+def test_a_secret_that_is_no_text_is_refused(check: Check) -> None:
+    done = check(RELAY__AUTH__MODE="jwt", RELAY__AUTH__JWT__SECRET="\udcff\udcfe")
+    assert_refused(done, "RELAY__AUTH__JWT__SECRET", "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "length", "warns"),
+    [("HS256", 31, True), ("HS256", 32, False), ("HS384", 47, True), ("HS512", 64, False)],
+)
+def test_a_short_secret_is_a_warning(
+    tmp_path: Path, algorithm: str, length: int, warns: bool
+) -> None:
+    secret = "s3cr3t-" + "z" * (length - 7)
+    settings = {"auth": {"mode": "jwt", "jwt": {"secret": secret, "algorithms": [algorithm]}}}
+    with Relay(tmp_path, settings) as relay:
+        warnings = [event for event in relay.log_events if event["level"] == "warning"]
+        assert [event["event"] for event in warnings] == ["auth.jwt.secret is short"] * warns
+        assert [event["algorithm"] for event in warnings] == [algorithm] * warns
+        assert "s3cr3t" not in "".join(relay.log_lines)
+        assert relay.complaints == []
+
+
+@pytest.mark.parametrize("mode", ["jwt", "none"])
+def test_check_shows_no_secret(check: Check, mode: str) -> None:
+    done = check(yaml.safe_dump({"auth": {"mode": mode, "jwt": {"secret": SECRET}}}))
+    assert leaf(effective(done), "auth.jwt.secret") == MASKED
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_a_wrong_mode_is_shown(check: Check) -> None:
+    assert_refused(check("auth: {mode: jwts}"), "auth.mode", "'jwts'", "none, jwt")
+    assert_refused(check(RELAY__AUTH__MODE="off"), "RELAY__AUTH__MODE", "'off'", "none, jwt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auth: {jwt: {secrets: S3CR3T}}",
+        "auth: {jwt: {secret: [S3CR3T]}}",
+        "auth: {jwt: {secret: {S3CR3T-: 1}}}",
+        "auth: {jwt: {secret: 532370}}",
+        "auth: {jwt: {secret: 2020-01-02}}",
+        "auth: {jwt: S3CR3T}",
+        "auth: {jwt: [S3CR3T]}",
+        "auth: {jwts: {secret: S3CR3T}}",
+        "auth: {secret: S3CR3T}",
+        "auth: {mode: [S3CR3T], secret: S3CR3T, jwt: {mode: S3CR3T}}",
+        "auth: S3CR3T",
+        "auth: [jwt, secret, S3CR3T]",
+        "auht: {jwt: {secret: S3CR3T}}",
+        "jwt: {secret: S3CR3T}",
+        "secret: S3CR3T",
+        "server: {jwt: {secret: S3CR3T}}",
+        "logging: {level: info, secret: S3CR3T}",
+        "- auth: {jwt: {secret: S3CR3T}}",
+        "S3CR3T",
+        "auth: {jwt: {secret: *S3CR3T}}",
+        "auth: {jwt: {secret: !S3CR3T x}}",
+        "auth: {jwt: {secret: !!int S3CR3T}}",
+        "auth: {jwt: {secret: !!float S3CR3T}}",
+        "auth: {jwt: {secret: !!timestamp S3CR3T}}",
+        "auth: {jwt: {secret: !!python/name:S3CR3T x}}",
+        "auth: {jwt: {secret: '!S3CR3T}}",
+        'auth: {jwt: {secret: "\\S3CR3T"}}',
+        "auth: {jwt: {secret: @S3CR3T}}",
+        "auth: {jwt: {secret: %S3CR3T}}",
+        "auth: {jwt: {secret: &S3CR3T a, issuer: &S3CR3T b}}",
+        "auth: {jwt: {secret: S3CR3T: S3CR3T}}",
+        "auth: {jwt: {jwks_url: 'https://u:S3CR3T@issuer.example'}}",
+        "auth: {mode: jwt, jwt: {secret: S3CR3T, algorithms: [RS256]}}",
+        "auth: {mode: jwt, jwt: {secret: S3CR3T, algorithms: S3CR3T}}",
+        'auth: {mode: jwt, jwt: {algorithms: [RS256], public_key_file: "S3CR3T\\nS3CR3T"}}',
+    ],
+)
+def test_no_error_line_shows_a_secret_of_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        load(file, {})
+    # In a mode that is wrong its own value may stand, and a key's name; nothing else may.
+    said = [line for line in error.value.problems if "auth.mode" not in line]
+    assert "3CR3T" not in "".join(said)
+    assert "532370" not in str(error.value)
+    assert "2020" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param(
+            [
+                "RELAY__AUTH__JWT__SECRETS",
+                "RELAY__AUTH__JWT__SECRET__VALUE",
+                "RELAY__AUTH__SECRET",
+                "RELAY__AUHT__JWT__SECRET",
+                "RELAY__AUTH_JWT_SECRET",
+                "RELAY__SECRET",
+                "RELAY__JWT__SECRET",
+                "RELAY__SERVER__SECRET",
+                "RELAY__AUTH__JWT",
+                "RELAY__AUTH",
+            ],
+            id="unknown names",
+        ),
+        pytest.param(
+            ["RELAY__AUTH__JWT__ALGORITHMS", "RELAY__AUTH__JWT__JWKS_URL"], id="wrong values"
+        ),
+    ],
+)
+@pytest.mark.parametrize("value", ["S3CR3T", '{"secret": "S3CR3T"}', '["S3CR3T"]', "[S3CR3T"])
+def test_no_error_line_shows_a_secret_of_the_environment(
+    check: Check, variables: list[str], value: str
+) -> None:
+    done = check(**dict.fromkeys(variables, value))
+    assert done.exit_code == 2
+    assert "S3CR3T" not in done.stdout + done.stderr
+    unnamed = [name for name in variables if f"{name}: " not in done.stderr]
+    assert not unnamed

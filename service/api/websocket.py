@@ -1,17 +1,27 @@
 """Let WebSocket clients in: decide, accept, hand over, and be gone."""
 
+import logging
 from http import HTTPStatus
 from typing import cast
 
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from service.admission import CHANNEL_NAME, DEFAULT_CHANNEL, Admission, retry_after_s
-from service.errors import Refusal
+from service.admission.bearer import selected
+from service.admission.door import (
+    CHANNEL_NAME,
+    DEFAULT_CHANNEL,
+    Admission,
+    Upgrade,
+    retry_after_s,
+)
+from service.errors import Refusal, RefusedError
 from service.ledger import Ledger
 from service.relay.broadcaster import Broadcaster
 from service.wire.handshake import CLIENT_KEY
 from service.wire.protocol import RelayProtocol
+
+log = logging.getLogger(__name__)
 
 
 def websocket_router(
@@ -27,28 +37,36 @@ def websocket_router(
     """
 
     async def subscribe(websocket: WebSocket) -> None:
+        scope = websocket.scope
         channel = websocket.path_params.get("channel", DEFAULT_CHANNEL)
-        refusal = admission.refusal(channel, websocket.headers.get("origin"))
-        if refusal is not None:
-            await refuse(websocket, refusal)
+        offered: list[str] = scope["subprotocols"]
+        upgrade = Upgrade(
+            channel, websocket.headers, scope["query_string"], offered, _host(scope["client"])
+        )
+        try:
+            terms = await admission.admit(upgrade)
+        except RefusedError as refused:
+            await refuse(websocket, refused)
             return
-        offered: list[str] = websocket.scope["subprotocols"]
-        # The relay is transparent to what its clients speak: it takes the first offer, because
-        # browsers drop a connection whose offer is not answered.
-        await websocket.accept(subprotocol=offered[0] if offered else None)
-        broadcaster.subscribe(channel, cast(RelayProtocol, websocket.scope[CLIENT_KEY]))
+        # Nothing waits from here on, accept() neither: who was let in is in before anybody else
+        # is looked at.
+        await websocket.accept(subprotocol=selected(offered))
+        client = cast(RelayProtocol, scope[CLIENT_KEY])
+        admission.bind(client, terms)
+        broadcaster.subscribe(channel, client)
 
     async def no_such_path(websocket: WebSocket) -> None:
-        await refuse(websocket, Refusal.PATH)
+        await refuse(websocket, RefusedError(Refusal.PATH))
 
-    async def refuse(websocket: WebSocket, why: Refusal) -> None:
-        ledger.refusals[why] += 1
-        await websocket.send_denial_response(_refused(why))
+    async def refuse(websocket: WebSocket, refused: RefusedError) -> None:
+        ledger.refusals[refused.why] += 1
+        log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})
+        await websocket.send_denial_response(_answer(refused))
 
     async def upgrade_required(request: Request) -> Response:
         channel = request.path_params.get("channel", DEFAULT_CHANNEL)
         if not CHANNEL_NAME.fullmatch(channel):
-            return _refused(Refusal.PATH)
+            return _answer(RefusedError(Refusal.PATH))
         return PlainTextResponse(
             "This is a WebSocket; connect with ws:// or wss://.\n",
             HTTPStatus.UPGRADE_REQUIRED,
@@ -65,7 +83,16 @@ def websocket_router(
     return router
 
 
-def _refused(why: Refusal) -> Response:
-    unavailable = why.status is HTTPStatus.SERVICE_UNAVAILABLE
-    headers = {"Retry-After": str(retry_after_s())} if unavailable else None
-    return PlainTextResponse(why.reason + "\n", why.status, headers)
+def _host(address: tuple[str, int] | None) -> str | None:
+    return address[0] if address is not None else None
+
+
+def _answer(refused: RefusedError) -> Response:
+    status = refused.why.status
+    headers = {}
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = str(retry_after_s())
+    elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
+        bad = refused.why is Refusal.BAD_TOKEN
+        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if bad else "Bearer"
+    return PlainTextResponse(f"{refused}\n", status, headers)

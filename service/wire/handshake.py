@@ -26,6 +26,7 @@ from websockets.utils import accept_key
 from service.errors import Close, Refusal
 from service.wire.deflate import PLAIN, negotiate
 from service.wire.protocol import RelayProtocol
+from service.wire.safe_headers import SAFE_HEADERS
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class HandshakeError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Agreement:
     """What a request asks for, once it is a handshake.
 
     Attributes:
@@ -76,7 +77,7 @@ class Terms:
     encoding: int
 
 
-def agree(method: str, http_version: str, headers: Headers, *, compresses: bool) -> Terms:
+def agree(method: str, http_version: str, headers: Headers, *, compresses: bool) -> Agreement:
     """Check a request that asks for a WebSocket (section 4.2.1).
 
     That it does ask, in Upgrade and Connection, was found by who calls.
@@ -117,7 +118,7 @@ def agree(method: str, http_version: str, headers: Headers, *, compresses: bool)
     if len(set(subprotocols)) < len(subprotocols):
         raise HandshakeError("a subprotocol is offered twice")
     extensions, encoding = agreed if agreed and compresses else ("", PLAIN)
-    return Terms(accept, cast(list[str], subprotocols), extensions, encoding)
+    return Agreement(accept, cast(list[str], subprotocols), extensions, encoding)
 
 
 def _accept(keys: list[bytes]) -> str:
@@ -147,20 +148,22 @@ class Handshake:
     def __init__(self, client: RelayProtocol, shared: Shared) -> None:
         self._client = client
         self._shared = shared
-        self._terms: Terms | None = None
+        self._agreement: Agreement | None = None
         self._denial: tuple[int, list[tuple[str, str]]] | None = None
         self._denial_body = b""
         self._connected = False
 
-    def agree(self, method: str, http_version: str, headers: Headers) -> Terms | None:
+    def agree(self, method: str, http_version: str, headers: Headers) -> Agreement | None:
         """Return what the request asks for, or answer it where it is no handshake."""
         try:
-            self._terms = agree(method, http_version, headers, compresses=self._shared.compresses)
+            self._agreement = agree(
+                method, http_version, headers, compresses=self._shared.compresses
+            )
         except HandshakeError as error:
             self._shared.ledger.refusals[Refusal.HANDSHAKE] += 1
             text = f"{Refusal.HANDSHAKE.reason}: {error}\n"
             self._deny(error.status, [*error.headers.items(), PLAIN_TEXT], text.encode())
-        return self._terms
+        return self._agreement
 
     async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
         """Ask the application."""
@@ -202,23 +205,24 @@ class Handshake:
                 raise RuntimeError(f"unexpected ASGI message {other!r} before the upgrade")
 
     def _accept(self, event: dict[str, Any]) -> None:
-        terms = self._terms
-        assert terms is not None
+        agreement = self._agreement
+        assert agreement is not None
         headers = [
             ("Upgrade", "websocket"),
             ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", terms.accept),
+            ("Sec-WebSocket-Accept", agreement.accept),
         ]
         if event.get("subprotocol"):
             headers.append(("Sec-WebSocket-Protocol", event["subprotocol"]))
-        if terms.extensions:
-            headers.append(("Sec-WebSocket-Extensions", terms.extensions))
+        if agreement.extensions:
+            headers.append(("Sec-WebSocket-Extensions", agreement.extensions))
         headers += _decoded(event.get("headers", ()))
-        self._client.open(_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), terms.encoding)
+        self._client.open(_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), agreement.encoding)
 
     def _deny(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         headers = [
             *((name, value) for name, value in headers if name.lower() not in OURS),
+            *SAFE_HEADERS,
             ("Date", email.utils.formatdate(usegmt=True)),
             ("Connection", "close"),
             ("Content-Length", str(len(body))),

@@ -72,11 +72,12 @@ class RequestProtocol(HttpToolsProtocol):
         *,
         shared: Shared,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        # With TLS this object is made at TCP accept, connection_made comes after the TLS handshake,
+        # and where that fails nothing comes: uvicorn's part, which holds a parser that holds it in
+        # turn, would be garbage for the collector, and floods of such handshakes a lot of it.
+        self._made_with = (config, server_state, app_state, _loop)
         self._shared = shared
-        # With TLS this object is made at TCP accept and connection_made comes after the TLS
-        # handshake: the time that took counts.
-        self._due_at = self.loop.time() + shared.deadline_s
+        self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._field_bytes = 0
@@ -85,6 +86,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._reader_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().__init__(*self._made_with)
         super().connection_made(transport)
         self._deadline = self.loop.call_at(self._due_at, self._time_out)
 
@@ -93,6 +95,9 @@ class RequestProtocol(HttpToolsProtocol):
         self._cancel_reader_deadline()
         self._disconnect_answer()
         super().connection_lost(exc)
+        # A request that waits for its turn holds this object, and this object it.
+        self.pipeline.clear()
+        self.cycle = self._receiving = None  # type: ignore[assignment]  # None is its first value
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -103,11 +108,7 @@ class RequestProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            cause = error.__context__  # what a callback raised
-            if isinstance(cause, UnacceptableError):
-                self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
-            else:
-                self._refuse_malformed()
+            self._refuse_unparsed(error)
         except httptools.HttpParserUpgrade as upgrade:
             behind = data[upgrade.args[0] :]
             if self._should_upgrade():
@@ -175,7 +176,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._keep(name, value)
         if len(self.headers) >= MAX_FIELDS:
             raise UnacceptableError(*TOO_LARGE)
-        super().on_header(name, value)
+        super().on_header(name, value.rstrip(b" \t"))  # llhttp leaves it (RFC 9112 section 5.1)
 
     def _keep(self, *parts: bytes) -> None:
         self._field_bytes += sum(map(len, parts))
@@ -202,7 +203,7 @@ class RequestProtocol(HttpToolsProtocol):
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version != "1.0"):  # RFC 9112 section 3.2
             raise UnacceptableError(*MALFORMED)
-        if hosts and not HOST.fullmatch(hosts[0].strip(b" \t")):
+        if hosts and not HOST.fullmatch(hosts[0]):
             raise UnacceptableError(*MALFORMED)
         # Neither a proxy nor a server as a whole can be asked here, and fragments stay at home.
         if self.parser.get_method() == b"CONNECT" or self.url == b"*" or b"#" in self.url:
@@ -213,6 +214,20 @@ class RequestProtocol(HttpToolsProtocol):
             raise UnacceptableError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise UnacceptableError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
+
+    def _get_upgrade(self) -> bytes | None:
+        # uvicorn's takes the last line of each; both are lists, in as many lines as one likes.
+        asked = b"upgrade" in self._tokens(b"connection")
+        return b"websocket" if asked and b"websocket" in self._tokens(b"upgrade") else None
+
+    def _tokens(self, field: bytes) -> set[bytes]:
+        """Return a list field's members in lower case (RFC 9110 section 5.6.1)."""
+        return {
+            token.strip().lower()
+            for name, value in self.headers
+            if name == field
+            for token in value.split(b",")
+        }
 
     def _upgrades(self) -> bool:
         return self.parser.should_upgrade() and self._should_upgrade()
@@ -256,10 +271,10 @@ class RequestProtocol(HttpToolsProtocol):
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
         handshake = Handshake(client, self._shared)
-        terms = handshake.agree(method, version, self.headers)
-        if terms is None:
+        agreement = handshake.agree(method, version, self.headers)
+        if agreement is None:
             return
-        scope["subprotocols"] = terms.subprotocols
+        scope["subprotocols"] = agreement.subprotocols
         task = self.loop.create_task(handshake.run(self.app, scope))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -289,6 +304,15 @@ class RequestProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             status = HTTPStatus.REQUEST_TIMEOUT
             self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request not finished in time.")
+
+    def _refuse_unparsed(self, error: httptools.HttpParserError) -> None:
+        # What a callback raised must not be named in data_received: its traceback holds that frame,
+        # and with it the request would wait for the garbage collector.
+        cause = error.__context__
+        if isinstance(cause, UnacceptableError):
+            self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
+        else:
+            self._refuse_malformed()
 
     def _refuse_malformed(self) -> None:
         status, text = MALFORMED
@@ -328,5 +352,5 @@ class RequestProtocol(HttpToolsProtocol):
 
 
 def _announces_body(name: bytes, value: bytes) -> bool:
-    is_length = name == b"content-length" and value.strip(b" \t") != b"0"
+    is_length = name == b"content-length" and value != b"0"
     return is_length or name == b"transfer-encoding"

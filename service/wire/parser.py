@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
 
 from service.errors import Close
-from service.wire.deflate import Inflater
+from service.wire.deflate import INFLATER_BYTES, Inflater
 from service.wire.frames import (
     BINARY,
     CLOSE,
@@ -51,6 +51,9 @@ class Parser:
     Args:
         max_message_bytes: what a message may come to.
         inflates: whether permessage-deflate was agreed on.
+
+    Attributes:
+        kept_bytes: memory that a message takes which is not whole.
     """
 
     __slots__ = (
@@ -65,6 +68,7 @@ class Parser:
         "_message",
         "_opcode",
         "_raw_bytes",
+        "kept_bytes",
     )
 
     def __init__(self, max_message_bytes: int, *, inflates: bool) -> None:
@@ -78,6 +82,7 @@ class Parser:
         # The message that is coming; while there is none, the opcode is that of a continuation
         self._opcode = CONTINUATION
         self._message = bytearray()
+        self.kept_bytes = 0
         self._raw_bytes = 0  # its payloads as they came, compressed where they are
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
@@ -195,15 +200,24 @@ class Parser:
                 self._decoder.decode(payload, final)
             except UnicodeDecodeError:
                 raise BreachError(Close.NOT_UTF8) from None
+            # Python's decoder waits for a surrogate's third octet; UTF-8 has none (RFC 3629).
+            waiting, _ = self._decoder.getstate()
+            if waiting[:1] == b"\xed" and waiting[1:] >= b"\xa0":
+                raise BreachError(Close.NOT_UTF8)
         self._message += payload
+        self.kept_bytes = len(self._message)
+        if self._inflater is not None:
+            self.kept_bytes += INFLATER_BYTES
 
     def _finished(self) -> Event:
         """Return the message that is whole now, and be ready for the next."""
-        self._add(self._inflater.finish() if self._inflater is not None else b"", final=True)
+        if self._inflater is not None:
+            self._inflater.finish()
+        self._add(b"", final=True)
         opcode, payload = self._opcode, bytes(self._message)
         self._opcode = CONTINUATION
         self._message = bytearray()
-        self._raw_bytes = 0
+        self._raw_bytes = self.kept_bytes = 0
         self._decoder = self._inflater = None
         return opcode, payload
 

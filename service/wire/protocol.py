@@ -106,6 +106,7 @@ class RelayProtocol(asyncio.Protocol):
         "_held_at",
         "_holds",
         "_is_member",
+        "_kept_bytes",
         "_on_lost",
         "_parser",
         "_shared",
@@ -140,6 +141,7 @@ class RelayProtocol(asyncio.Protocol):
         self._sink: Sink | None = None
         self._is_member = False  # of the sink: it writes to the client
         self._early = b""
+        self._kept_bytes = 0  # of a message that is not whole, as the others were told
         self._backlog: Backlog | None = None
         self._drained_at_ping = 0
         self._holds = 0
@@ -182,7 +184,6 @@ class RelayProtocol(asyncio.Protocol):
         """
         shared = self._shared
         self._state = State.OPEN
-        self._parser = Parser(shared.max_message_bytes, inflates=encoding != PLAIN)
         self.encoding = encoding
         self._cancel_deadline()
         shared.clients.add(self)
@@ -200,6 +201,7 @@ class RelayProtocol(asyncio.Protocol):
         """Give all further messages to the sink, those that came early first."""
         self._sink = sink
         self._is_member = True
+        self._parser = Parser(self._shared.max_message_bytes, inflates=self.encoding != PLAIN)
         if self._backlog is None:
             self.write = self._write_now
         else:
@@ -227,6 +229,9 @@ class RelayProtocol(asyncio.Protocol):
         if self._state is State.LOST:
             return
         self._state = State.DISCARDING
+        if self._early:
+            self._early = b""
+            self._transport.resume_reading()
         self._transport.write(response)
         self._end()
 
@@ -285,8 +290,9 @@ class RelayProtocol(asyncio.Protocol):
             self._parse(bytes(unread))
 
     def _parse(self, data: bytes) -> None:
-        parser = self._parser
+        parser, sink = self._parser, self._sink
         assert parser is not None
+        assert sink is not None
         pongs = []
         end: tuple[Close, bytes] | None = None
         try:
@@ -295,8 +301,7 @@ class RelayProtocol(asyncio.Protocol):
                     if self._allowance is not None and (why := self._allowance.objection()):
                         end = why, close_frame(why.code, why.reason)
                         break
-                    if self._sink is not None:
-                        self._sink.publish(self, opcode, payload)
+                    sink.publish(self, opcode, payload)
                 elif opcode == PING:
                     pongs.append(control(PONG, payload))
                 elif opcode == CLOSE:
@@ -310,6 +315,17 @@ class RelayProtocol(asyncio.Protocol):
             self._put(b"".join(pongs))
         if end is not None:
             self._part(*end)
+        elif parser.kept_bytes != self._kept_bytes:
+            self._note_kept(parser.kept_bytes)
+
+    def _note_kept(self, size: int) -> None:
+        self._kept_bytes = size
+        self._shared.unfinished.note(self, size)
+
+    def drop_unfinished(self) -> None:
+        """Close the client, so that what is kept of its message is freed."""
+        why = Close.UNFINISHED
+        self._part(why, close_frame(why.code, why.reason))
 
     def eof_received(self) -> None:
         """Take note that the client sends no more: without a close frame it vanished."""
@@ -317,7 +333,7 @@ class RelayProtocol(asyncio.Protocol):
         self._say_goodbye()
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
-        self._parser = None
+        self._hear_no_more()
         if self._deadline is None and self.backlog_bytes:
             self.expect_within(self._shared.deadline_s)
 
@@ -330,7 +346,7 @@ class RelayProtocol(asyncio.Protocol):
         self._hear_out()
         self._leave(Close.VANISHED)
         self._state = State.LOST
-        self._parser = None
+        self._hear_no_more()
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
@@ -479,7 +495,7 @@ class RelayProtocol(asyncio.Protocol):
             why: what is counted, if nothing was before.
             goodbye: a close frame, for a client that has none yet.
         """
-        self._parser = None
+        self._hear_no_more()
         if self._state is not State.OPEN:  # it has our close frame, and this is how it answers
             self._state = State.DISCARDING
             self._end()
@@ -490,6 +506,11 @@ class RelayProtocol(asyncio.Protocol):
         self.expect_within(self._shared.deadline_s)
         assert self._sink is not None
         self._sink.when_written(self._say_goodbye)
+
+    def _hear_no_more(self) -> None:
+        self._parser = None
+        if self._kept_bytes:
+            self._note_kept(0)
 
     def _say_goodbye(self) -> None:
         if self._state is State.PARTING:

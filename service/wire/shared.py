@@ -8,6 +8,7 @@ from service.errors import Drop
 from service.ledger import Ledger
 from service.wire.backlog import Backlogs
 from service.wire.turns import Turns
+from service.wire.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from service.wire.protocol import RelayProtocol
@@ -51,6 +52,7 @@ class Shared:
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
         ledger: where it is counted.
         backlogs: who is behind, and the bounds on that.
+        unfinished: what was begun to be said, and the bound on that.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Shared:
         deadline_s: float,
         ledger: Ledger,
         backlogs: Backlogs,
+        unfinished: Unfinished,
     ) -> None:
         self.max_message_bytes = max_message_bytes
         self.compresses = compresses
         self.deadline_s = deadline_s
         self.ledger = ledger
         self.backlogs = backlogs
+        self.unfinished = unfinished
         self.clients = Clients()
         self.reading = Turns()  # of clients who said more in one read than is heard at once
         self.held = 0  # clients that are not read now, because they publish too fast

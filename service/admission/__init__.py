@@ -1,0 +1,1 @@
+"""Who may come in, and how much: origins, tokens, rights, limits. Knows no HTTP framework."""

@@ -1,0 +1,209 @@
+"""Keep an issuer's public keys (a JWK set, RFC 7517) at hand. The only room that knows httpx.
+
+Keys that are known stay in use while the issuer's server is down; only tokens with an unknown key
+feel an outage.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
+from jwt import PyJWTError
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from service.admission.keys import PublicKey, algorithms_of
+from service.errors import Refusal, RefusedError, RelayError
+from service.rate import Rate
+
+log = logging.getLogger(__name__)
+
+FETCH_S = 5.0
+"""What a fetch may take from the first look at the server's name to the last byte."""
+
+MAX_BYTES = 1_048_576
+
+MAX_AGE_S = 300.0
+"""Keys that are older are fetched anew, in the background, as soon as one is used."""
+
+FETCH_INTERVAL_S = 10.0
+FETCH_BURST = 5
+"""How often is fetched at most: tokens that name keys nobody has must not become a flood of
+requests to the issuer."""
+
+READERS: dict[str, Callable[[Any], object]] = {
+    "RSA": RSAAlgorithm.from_jwk,
+    "EC": ECAlgorithm.from_jwk,
+    "OKP": OKPAlgorithm.from_jwk,
+}
+"""What makes a key of a JWK, by its kty. Secrets (oct) have no business in a public set."""
+
+
+class FetchError(RelayError):
+    """The issuer's server did not give a key set. Says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKey:
+    """A key of the set."""
+
+    kid: str | None
+    key: PublicKey
+    algorithms: frozenset[str]
+
+
+class Jwks:
+    """The keys behind a URL.
+
+    Use it as a context manager: it fetches first, then as the need arises, and cleans up.
+
+    Args:
+        url: of the key set.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.fetches = {"ok": 0, "error": 0}
+        self._url = url
+        self._keys: tuple[NamedKey, ...] = ()
+        self._fetched_at = 0.0
+        self._reachable = False  # whether the last fetch was a good one
+        self._rate = Rate(1 / FETCH_INTERVAL_S, FETCH_BURST)
+        self._fetching: asyncio.Task[None] | None = None
+        self._http: httpx.AsyncClient
+
+    async def __aenter__(self) -> Self:
+        # Every fetch has a deadline of its own for all of it; httpx's are for each step.
+        self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=1))
+        await asyncio.wait({self._fetch_soon()})
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._fetching is not None:
+            self._fetching.cancel()
+            await asyncio.wait({self._fetching})
+        await self._http.aclose()
+
+    async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
+        """Return the key that a token names; fetch the set where it is not in it.
+
+        A token without a key id is for the only key of its algorithm.
+
+        Raises:
+            RefusedError: the key is not known, and the server can't be asked now.
+        """
+        loop = asyncio.get_running_loop()
+        found = self._known(algorithm, kid)
+        if found:
+            if loop.time() - self._fetched_at > MAX_AGE_S and self._rate.take(loop.time()):
+                self._fetch_soon()  # nobody waits for it
+        elif self._fetching is not None or self._rate.take(loop.time()):
+            # Not awaited as such: a client that leaves would cancel it for all who wait.
+            await asyncio.wait({self._fetch_soon()})
+            found = self._known(algorithm, kid)
+        if not found and not self._reachable:
+            raise RefusedError(Refusal.KEYS)
+        return found[0] if len(found) == 1 or (found and kid is not None) else None
+
+    def _known(self, algorithm: str, kid: str | None) -> list[PublicKey]:
+        return [
+            named.key
+            for named in self._keys
+            if algorithm in named.algorithms and kid in (None, named.kid)
+        ]
+
+    def _fetch_soon(self) -> "asyncio.Task[None]":
+        """Return the fetch under way, or a new one."""
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch())
+        return self._fetching
+
+    async def _fetch(self) -> None:
+        try:
+            self._keys = key_set(await self._body())
+        except FetchError as error:
+            self._reachable = False
+            self.fetches["error"] += 1
+            log.error("keys not fetched", extra={"url": self._url, "error": str(error)})
+        else:
+            self._reachable = True
+            self._fetched_at = asyncio.get_running_loop().time()
+            self.fetches["ok"] += 1
+            log.debug("keys fetched", extra={"keys": len(self._keys)})
+        finally:
+            self._fetching = None
+
+    async def _body(self) -> bytes:
+        # Not compressed: what a few bytes would inflate to is known only when it is there.
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        body = bytearray()
+        try:
+            async with (
+                asyncio.timeout(FETCH_S),
+                self._http.stream("GET", self._url, headers=headers) as response,
+            ):
+                if response.status_code != httpx.codes.OK:
+                    raise FetchError(f"status {response.status_code}")
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > MAX_BYTES:
+                        raise FetchError(f"more than {MAX_BYTES} bytes")
+        except TimeoutError:
+            raise FetchError(f"not done in {FETCH_S:g} seconds") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            raise FetchError(str(error) or type(error).__name__) from None
+        return bytes(body)
+
+
+def key_set(body: bytes) -> tuple[NamedKey, ...]:
+    """Return the keys of a JWK set that tokens can be checked with. Others in it do no harm.
+
+    Raises:
+        FetchError: there are none.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise FetchError("not JSON") from None
+    listed = content.get("keys") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise FetchError("not a JWK set")
+    keys = tuple(named for jwk in listed if (named := _named(jwk)) is not None)
+    if not keys:
+        raise FetchError("no key to check tokens with")
+    return keys
+
+
+def _named(jwk: object) -> NamedKey | None:
+    if not isinstance(jwk, dict) or "d" in jwk:  # a private key that got out proves nothing
+        return None
+    if jwk.get("use", "sig") != "sig" or not _verifies(jwk.get("key_ops", ["verify"])):
+        return None
+    kind = jwk.get("kty")
+    read = READERS.get(kind) if isinstance(kind, str) else None
+    if read is None:
+        return None
+    try:
+        key = read(jwk)
+    except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    algorithms = algorithms_of(key)
+    if "alg" in jwk:
+        algorithms &= {str(jwk["alg"])}
+    kid = jwk.get("kid")
+    if not algorithms or not isinstance(key, PublicKey):
+        return None
+    return NamedKey(kid if isinstance(kid, str) else None, key, algorithms)
+
+
+def _verifies(operations: object) -> bool:
+    return isinstance(operations, list) and "verify" in operations

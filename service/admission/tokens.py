@@ -1,0 +1,154 @@
+"""Check tokens (JWT, RFC 7519): signature, times, audience, issuer. Knows no channel.
+
+Nothing of a token leaves this room but what it allows: refusals say which check it failed, in
+words that stand here.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jwt
+from jwt.algorithms import HMACAlgorithm
+from jwt.warnings import InsecureKeyLengthWarning
+
+from service.admission.keys import KeyFile, PublicKey, PublicKeys
+from service.admission.rights import Rights
+from service.errors import Refusal, RefusedError, SettingsError, TokenFault
+from service.settings import SECRET_BYTES, Jwt
+
+if TYPE_CHECKING:
+    from service.admission.jwks import Jwks
+
+log = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 16_384
+"""Of a token: more than others let into a whole request's head."""
+
+FAR_FUTURE = 253_402_300_800  # the year 10000
+"""A token that expires there or beyond does not."""
+
+
+class Tokens:
+    """What is asked of tokens.
+
+    Args:
+        settings: what the operator asks of them.
+
+    Raises:
+        SettingsError: the keys can't be used.
+    """
+
+    def __init__(self, settings: Jwt) -> None:
+        self._algorithms = frozenset[str](settings.algorithms)
+        self._audience = settings.audience or None
+        self._issuer = settings.issuer or None
+        self._secret = settings.secret.get_secret_value().encode()
+        if self._algorithms & SECRET_BYTES.keys():
+            _prove_secret(self._secret)
+        public = self._algorithms - SECRET_BYTES.keys()
+        self.jwks = _jwks(settings.jwks_url) if public and settings.jwks_url else None
+        self._keys: PublicKeys | None = self.jwks
+        if public and self.jwks is None:
+            self._keys = KeyFile(Path(settings.public_key_file), public)
+        # PyJWT would say it to standard error; it is said once, below.
+        warnings.simplefilter("ignore", InsecureKeyLengthWarning)
+
+    def warn_of_weak_keys(self) -> None:
+        """Log where a secret is shorter than its algorithm asks for (RFC 7518 section 3.2)."""
+        for algorithm in sorted(self._algorithms & SECRET_BYTES.keys()):
+            if len(self._secret) < SECRET_BYTES[algorithm]:
+                least = SECRET_BYTES[algorithm]
+                log.warning(
+                    "auth.jwt.secret is short", extra={"algorithm": algorithm, "min_bytes": least}
+                )
+
+    async def rights(self, token: str) -> Rights:
+        """Return what a token allows.
+
+        Raises:
+            RefusedError: nothing, or it can't be checked now.
+        """
+        with self._faults():
+            algorithm, kid = self._header(token)
+        key = await self._key(algorithm, kid)
+        with self._faults():
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=[algorithm],
+                audience=self._audience,
+                issuer=self._issuer,
+            )
+            return Rights.of(claims, _expiry(claims))
+
+    def _header(self, token: str) -> tuple[str, str | None]:
+        if len(token) > MAX_CHARACTERS:
+            raise jwt.DecodeError
+        header = jwt.get_unverified_header(token)
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in self._algorithms:
+            raise jwt.InvalidAlgorithmError
+        return algorithm, header.get("kid")
+
+    async def _key(self, algorithm: str, kid: str | None) -> PublicKey | bytes:
+        if algorithm in SECRET_BYTES:
+            return self._secret
+        assert self._keys is not None  # the settings have a key for every algorithm
+        key = await self._keys.find(algorithm, kid)
+        if key is None:
+            raise RefusedError(Refusal.BAD_TOKEN, TokenFault.UNKNOWN_KEY)
+        return key
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turn whatever a token makes PyJWT raise into a refusal."""
+        try:
+            yield
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise RefusedError(Refusal.BAD_TOKEN, self._fault(error)) from None
+
+    def _fault(self, error: Exception) -> TokenFault:
+        match error:
+            case jwt.ExpiredSignatureError():
+                return TokenFault.EXPIRED
+            case jwt.ImmatureSignatureError():
+                return TokenFault.NOT_YET_VALID
+            case jwt.InvalidAudienceError() if self._audience is None:
+                # RFC 7519 section 4.1.3: it is for somebody else.
+                return TokenFault.SURPLUS_AUDIENCE
+            case jwt.InvalidAudienceError() | jwt.MissingRequiredClaimError(claim="aud"):
+                return TokenFault.AUDIENCE
+            case jwt.InvalidIssuerError() | jwt.MissingRequiredClaimError(claim="iss"):
+                return TokenFault.ISSUER
+            case jwt.InvalidSignatureError():
+                return TokenFault.SIGNATURE
+            case jwt.InvalidAlgorithmError():
+                return TokenFault.ALGORITHM
+        return TokenFault.MALFORMED
+
+
+def _jwks(url: str) -> "Jwks":
+    from service.admission.jwks import Jwks  # httpx takes a tenth of a second
+
+    return Jwks(url)
+
+
+def _prove_secret(secret: bytes) -> None:
+    try:
+        HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
+    except jwt.InvalidKeyError:
+        problem = "a key in PEM, DER, SSH or JWK format, where a secret should be"
+        raise SettingsError([f"auth.jwt.secret: {problem}"]) from None
+
+
+def _expiry(claims: dict[str, Any]) -> float | None:
+    expiry = claims.get("exp")
+    if expiry is None:
+        return None
+    if not isinstance(expiry, int | float) or isinstance(expiry, bool):  # PyJWT takes "123", too
+        raise jwt.DecodeError
+    return int(expiry) if expiry < FAR_FUTURE else None
