@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure the relay beside other servers. See bench/README.md.",
         epilog="Only a full run writes to bench/results; any other to bench/build/results.",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer servers, shorter: two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer servers, shorter: six minutes")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every load")
     parser.add_argument("--loads", type=_names(loads), metavar="A,B", help=", ".join(loads))
     parser.add_argument("--servers", type=_names(servers), metavar="A,B", help=", ".join(servers))

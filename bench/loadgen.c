@@ -6,10 +6,15 @@
  * duplication and reordering are counted exactly, not sampled. The server's CPU time is read from
  * its process clock at the very edges of the measured window.
  *
+ * With --deflate the clients offer permessage-deflate. Where messages stand alone (no context
+ * takeover), the same message should be the same bytes for all clients: it is inflated and checked
+ * once, and every client's copy is compared with it in full. Otherwise each inflates its own.
+ *
  * usage: loadgen MODE --port PORT [--name value ...]; see the table of options and bench/README.md.
  * The result is one JSON object on standard output, after the line {"event":"open",...}.
  */
 #define _GNU_SOURCE
+#define ZLIB_CONST
 #include <arpa/inet.h>
 #include <errno.h>
 #include <inttypes.h>
@@ -27,6 +32,7 @@
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include "histogram.h"
 #include "wire.h"
@@ -34,6 +40,8 @@
 enum { MAX_EVENTS = 1024, READ_BYTES = 1 << 18, MAX_CONNS = 60000, MAX_PUBLISHERS = 4096 };
 enum { STAMPED_BYTES = 32, MAX_SIZE = 1 << 16, MIN_CARRY = 1024, DUE_MESSAGES = 4096 };
 enum { MAX_GAPS = 4096, PENDING_PINGS = 1 << 16, MAX_SECONDS = 3600 };
+enum { MAX_EXTRA_HEADER = 2048, BODIES = 128, KNOWN = 1024 };
+enum { TEXT_FRAME = 0x80 | OP_TEXT, RSV1 = 0x40, DEFLATED_FRAME = TEXT_FRAME | RSV1 };
 static const int64_t SECOND = 1000000000;
 static const int64_t OPEN_TIMEOUT_S = 120; /* for all handshakes together */
 static const int64_t QUIET_S = 3;          /* a drain ends after this time without a delivery */
@@ -44,8 +52,8 @@ static struct {
     char mode[16];
     long port, listeners, publishers, inflight, size, pid, core, clients, concurrency;
     double rate, warmup, duration, drain, hold;
-    char arrivals[8];
-    long spin;
+    char arrivals[8], header[MAX_EXTRA_HEADER];
+    long spin, json, deflate;
 } opt = {.listeners = 400, .publishers = 100, .inflight = 1, .size = 128, .core = -1,
          .clients = 5000, .concurrency = 256, .rate = 200, .warmup = 1, .duration = 5,
          .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1};
@@ -72,6 +80,8 @@ static const struct {
     {"pid", &opt.pid, 0, 0, 1 << 30, "the server's process, for its CPU time"},
     {"core", &opt.core, 0, -1, 4096, "the server's core, for how busy it was"},
     {"spin", &opt.spin, 0, 0, 1, "1: poll without sleeping"},
+    {"json", &opt.json, 0, 0, 1, "1: messages are JSON text behind their stamp, checked in full"},
+    {"deflate", &opt.deflate, 0, 0, 1, "1: offer permessage-deflate, and use it where agreed"},
 };
 enum { OPTIONS = sizeof options / sizeof *options };
 
@@ -87,7 +97,8 @@ static void die(const char *format, ...) {
 
 static void usage(void) {
     fprintf(stderr, "usage: loadgen closed|open|idle|handshakes|probe --port N [--name value]\n"
-                    "  --arrivals  even|poisson: open: when messages are sent\n");
+                    "  --arrivals  even|poisson: open: when messages are sent\n"
+                    "  --header    a line more in the handshake's request\n");
     for (int i = 0; i < OPTIONS; i++)
         fprintf(stderr, "  --%-11s %s\n", options[i].name, options[i].meaning);
     exit(2);
@@ -96,6 +107,10 @@ static void usage(void) {
 static void set_option(const char *name, const char *value) {
     if (!strcmp(name, "arrivals") && (!strcmp(value, "even") || !strcmp(value, "poisson"))) {
         strcpy(opt.arrivals, value);
+        return;
+    }
+    if (!strcmp(name, "header") && strlen(value) + 3 <= sizeof opt.header) {
+        sprintf(opt.header, "%s\r\n", value);
         return;
     }
     for (int i = 0; i < OPTIONS; i++) {
@@ -166,7 +181,7 @@ typedef struct {
 static Window window;
 static struct {
     int64_t deliveries, duplicates, reordered, unexpected, damaged, sent, unsent, closed, failed;
-    int64_t recvs, bytes, idle_ns, pings;
+    int64_t recvs, bytes, idle_ns, pings, deflated;
 } seen;
 
 static int64_t own_cpu_ns(void) {
@@ -210,6 +225,9 @@ typedef struct {
     size_t carried;
     uint64_t order; /* a hash of all its messages in the order in which they came */
     uint32_t *next; /* by publisher: the sequence number that this client expects */
+    int deflate;    /* permessage-deflate was agreed on */
+    z_stream *inflater; /* its context, where one message may refer to those before */
+    uint64_t inflated;  /* messages that stood alone */
 } Conn;
 
 /* What a publisher still has to send. A message keeps the time at which it was due, so that a
@@ -258,9 +276,12 @@ static void conn_closed(Conn *c) {
     close(c->fd);
 }
 
+/* As Firefox offers it: a server may ask for a smaller window of its own, not of the client's. */
+static const char OFFER[] = "Sec-WebSocket-Extensions: permessage-deflate\r\n";
+
 static void send_request(Conn *c) {
     uint8_t nonce[16];
-    char key[KEY_CHARS + 1], request[256];
+    char key[KEY_CHARS + 1], request[256 + MAX_EXTRA_HEADER];
     for (int i = 0; i < 16; i += 8) {
         uint64_t bits = random_bits();
         memcpy(nonce + i, &bits, 8);
@@ -270,8 +291,8 @@ static void send_request(Conn *c) {
     int len = snprintf(request, sizeof request,
                        "GET / HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
-                       "Sec-WebSocket-Version: 13\r\n\r\n",
-                       opt.port, key);
+                       "Sec-WebSocket-Version: 13\r\n%s%s\r\n",
+                       opt.port, key, opt.deflate ? OFFER : "", opt.header);
     c->state = HANDSHAKING;
     /* A fresh socket's send buffer is empty: a short write can only be a broken connection. */
     if (send(c->fd, request, (size_t)len, MSG_NOSIGNAL) != len) conn_closed(c);
@@ -296,6 +317,22 @@ static void conn_start(Conn *c) {
     }
 }
 
+/* Returns 0 when the server agreed to what was not offered. */
+static int take_extensions(Conn *c, const char *head) {
+    static const char name[] = "\r\nsec-websocket-extensions:";
+    const char *value = strcasestr(head, name);
+    if (!value) return 1;
+    value += sizeof name - 1;
+    const char *end = strchrnul(value, '\r'), *found = strstr(value, "permessage-deflate");
+    if (!opt.deflate || !found || found > end) return 0;
+    c->deflate = 1;
+    found = strstr(found, "server_no_context_takeover");
+    if (found && found < end) return 1;
+    c->inflater = calloc(1, sizeof *c->inflater);
+    if (!c->inflater || inflateInit2(c->inflater, -MAX_WBITS) != Z_OK) die("out of memory");
+    return 1;
+}
+
 /* Returns the bytes of the answer's head, 0 while it is not all there, -1 when it is not a 101. */
 static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     static const char name[] = "sec-websocket-accept:";
@@ -306,7 +343,7 @@ static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     if (strncmp((char *)p, "HTTP/1.1 101", 12) || !value) return -1;
     value += sizeof name - 1;
     while (*value == ' ') value++;
-    if (strncmp(value, c->accept_key, ACCEPT_CHARS)) return -1;
+    if (strncmp(value, c->accept_key, ACCEPT_CHARS) || !take_extensions(c, (char *)p)) return -1;
     c->state = OPEN;
     open_count++;
     return end + 4 - p;
@@ -338,17 +375,79 @@ static inline uint64_t load64(const uint8_t *p) {
 
 static uint8_t filler(uint32_t publisher) { return (uint8_t)('A' + publisher % 26); }
 
+/* What JSON messages hold behind their stamp: rows of a feed, other ones in each. */
+static uint8_t *bodies;
+
+static size_t body_bytes(void) { return (size_t)opt.size - STAMPED_BYTES; }
+
+static const uint8_t *body(uint32_t publisher, uint32_t sequence) {
+    return bodies + (publisher * 7 + sequence) % BODIES * body_bytes();
+}
+
+static const char *one_of(const char *const words[], size_t count) {
+    return words[random_bits() % count];
+}
+
+static void write_rows(uint8_t *out, size_t len) {
+    static const char *const names[] = {"Amara", "Boris", "Chen", "Dilan", "Elif", "Farid", "Greta",
+                                        "Hiro", "Ines", "Jonas", "Katya", "Liam", "Mira", "Noor"};
+    static const char *const events[] = {"order.created", "order.updated", "payment.settled",
+                                         "shipment.left", "shipment.arrived", "ticket.closed"};
+    static const char *const places[] = {"Berlin", "Lagos", "Lima", "Oslo", "Pune", "Seoul"};
+    static const char *const words[] = {
+        "the",   "parcel", "was",   "left",  "with",  "a",       "neighbour", "customer", "asks",
+        "for",   "another", "date", "and",   "paid",  "by",      "card",      "not",      "yet",
+        "ready", "to",     "leave", "store", "please", "call",   "before",    "noon",     "today"};
+#define ONE_OF(list) one_of(list, sizeof list / sizeof *list)
+    for (size_t at = 0; at < len;) {
+        char row[512];
+        uint64_t a = random_bits(), b = random_bits();
+        int n = snprintf(row, sizeof row,
+                         "{\"id\":\"%08x-%04x\",\"at\":\"2026-%02d-%02dT%02d:%02d:%02d.%03dZ\","
+                         "\"event\":\"%s\",\"user\":{\"id\":%u,\"name\":\"%s\"},\"city\":\"%s\","
+                         "\"amount\":%u.%02u,\"items\":%u,\"note\":\"",
+                         (uint32_t)a, (uint32_t)(a >> 32 & 0xffff), (int)(a >> 48) % 12 + 1,
+                         (int)(a >> 52) % 28 + 1, (int)(b & 15) + 8, (int)(b >> 4 & 63) % 60,
+                         (int)(b >> 10 & 63) % 60, (int)(b >> 16 & 1023) % 1000, ONE_OF(events),
+                         (uint32_t)(b >> 26 & 0x1ffff), ONE_OF(names), ONE_OF(places),
+                         (uint32_t)(b >> 43 & 511), (uint32_t)(b >> 52) % 100,
+                         (uint32_t)(b >> 60) + 1);
+        for (uint64_t left = 4 + random_bits() % 8; left--;)
+            n += snprintf(row + n, sizeof row - (size_t)n, "%s%s", ONE_OF(words), left ? " " : "");
+        n += snprintf(row + n, sizeof row - (size_t)n, "\"},");
+        size_t taken = (size_t)n < len - at ? (size_t)n : len - at;
+        memcpy(out + at, row, taken);
+        at += taken;
+    }
+}
+
+static z_stream deflater;
+
+static size_t deflate_message(uint8_t *out, size_t room, const uint8_t *payload) {
+    deflateReset(&deflater);
+    deflater.next_in = payload, deflater.avail_in = (uInt)opt.size;
+    deflater.next_out = out, deflater.avail_out = (uInt)room;
+    if (deflate(&deflater, Z_SYNC_FLUSH) != Z_OK || !deflater.avail_out) die("deflate failed");
+    return room - deflater.avail_out - 4; /* without the flush's own four: RFC 7692, 7.2.1 */
+}
+
 static void build_message(Publisher *p, int64_t stamp) {
-    static uint8_t payload[MAX_SIZE];
+    static uint8_t plain[MAX_SIZE], packed[2 * MAX_SIZE];
+    const uint8_t *payload = plain;
+    size_t len = (size_t)opt.size;
     uint32_t number = (uint32_t)p->conn->publisher, mask = (uint32_t)random_bits();
-    uint64_t words[4] = {spread(number), spread(p->sequence++), spread((uint32_t)(stamp >> 32)),
+    uint64_t words[4] = {spread(number), spread(p->sequence), spread((uint32_t)(stamp >> 32)),
                          spread((uint32_t)stamp)};
-    memcpy(payload, words, sizeof words);
-    memset(payload + STAMPED_BYTES, filler(number), (size_t)opt.size - STAMPED_BYTES);
-    size_t header = wire_header(p->frame, OP_TEXT, (size_t)opt.size, 1);
+    memcpy(plain, words, sizeof words);
+    if (opt.json) memcpy(plain + STAMPED_BYTES, body(number, p->sequence), body_bytes());
+    else memset(plain + STAMPED_BYTES, filler(number), body_bytes());
+    p->sequence++;
+    if (p->conn->deflate) len = deflate_message(packed, sizeof packed, plain), payload = packed;
+    size_t header = wire_header(p->frame, OP_TEXT, len, 1);
+    if (p->conn->deflate) p->frame[0] |= RSV1;
     memcpy(p->frame + header, &mask, 4);
-    wire_mask(p->frame + header + 4, payload, (size_t)opt.size, mask);
-    p->frame_len = header + 4 + (size_t)opt.size;
+    wire_mask(p->frame + header + 4, payload, len, mask);
+    p->frame_len = header + 4 + len;
     p->frame_sent = 0;
     seen.sent++;
 }
@@ -414,24 +513,78 @@ static void out_of_sequence(Conn *c, uint32_t publisher, uint32_t sequence) {
     seen.deliveries--; /* a second copy delivers nothing */
 }
 
-/* The hot path: one message at one client. */
+/* Whether a payload is what its publisher sent, as far as its stamp and what is behind it tell. */
+static inline int intact(const uint8_t *p) {
+    uint32_t publisher = gather(load64(p)), sequence = gather(load64(p + 8));
+    if (publisher >= (uint32_t)publisher_count) return 0;
+    if (opt.json) return !memcmp(p + STAMPED_BYTES, body(publisher, sequence), body_bytes());
+    return opt.size == STAMPED_BYTES || p[opt.size - 1] == filler(publisher);
+}
+
+/* The hot path: one message at one client, by its stamp. */
 static inline void message(Conn *c, const uint8_t *p, int64_t now) {
     uint32_t publisher = gather(load64(p)), sequence = gather(load64(p + 8));
-    if (publisher >= (uint32_t)publisher_count) {
-        seen.damaged++;
-        return;
-    }
+    if (publisher >= (uint32_t)publisher_count) return; /* counted as damaged */
     seen.deliveries++;
     c->order = (c->order ^ ((uint64_t)publisher << 32 | sequence)) * 0x9e3779b97f4a7c15;
     if (c->next[publisher] == sequence) c->next[publisher]++;
     else out_of_sequence(c, publisher, sequence);
-    if (p[opt.size - 1] != (opt.size > STAMPED_BYTES ? filler(publisher) : p[opt.size - 1]))
-        seen.damaged++;
     int64_t stamp = (int64_t)((uint64_t)gather(load64(p + 16)) << 32 | gather(load64(p + 24)));
     /* By the stamp, not by the arrival: what is slow at the end of the window counts as well. */
     if (window.from && stamp >= window.from && (!window.to || stamp < window.to))
         hist_add(&latency, now - stamp);
     if ((int32_t)publisher == c->publisher) publishers[publisher].under_way--;
+}
+
+/* Messages as they came deflated, with what they were found to be. All clients see one order, so
+ * the n-th of one client is the n-th of all; where it is not, it is only inflated again. */
+typedef struct {
+    size_t len;
+    int intact;
+    uint8_t stamped[STAMPED_BYTES], *deflated;
+} Known;
+
+static Known known[KNOWN];
+
+/* Inflates a message to `out`. What is no whole message of the right size leaves there a stamp of
+ * nobody, which is not intact. */
+static void inflate_message(z_stream *z, const uint8_t *p, size_t len, uint8_t *out) {
+    static const uint8_t tail[] = {0, 0, 0xff, 0xff}; /* RFC 7692, 7.2.2 */
+    z->next_out = out, z->avail_out = (uInt)opt.size + 1;
+    z->next_in = p, z->avail_in = (uInt)len;
+    int first = inflate(z, Z_SYNC_FLUSH), left = (int)z->avail_in;
+    z->next_in = tail, z->avail_in = sizeof tail;
+    int second = inflate(z, Z_SYNC_FLUSH);
+    if (first != Z_OK || left || (second != Z_OK && second != Z_BUF_ERROR) || z->avail_in ||
+        z->avail_out != 1)
+        memset(out, 0xff, STAMPED_BYTES);
+}
+
+static void learn(Known *k, const uint8_t *p, size_t len) {
+    static z_stream inflater;
+    static uint8_t plain[MAX_SIZE + 1];
+    if (!inflater.state && inflateInit2(&inflater, -MAX_WBITS) != Z_OK) die("out of memory");
+    inflateReset(&inflater);
+    inflate_message(&inflater, p, len, plain);
+    k->len = len;
+    memcpy(k->deflated, p, len);
+    k->intact = intact(plain);
+    memcpy(k->stamped, plain, sizeof k->stamped);
+}
+
+static void deflated_message(Conn *c, const uint8_t *p, size_t len, int64_t now) {
+    seen.deflated++;
+    if (c->inflater) {
+        static uint8_t plain[MAX_SIZE + 1];
+        inflate_message(c->inflater, p, len, plain);
+        seen.damaged += !intact(plain);
+        message(c, plain, now);
+    } else {
+        Known *k = &known[c->inflated++ % KNOWN];
+        if (k->len != len || memcmp(k->deflated, p, len)) learn(k, p, len);
+        seen.damaged += !k->intact;
+        message(c, k->stamped, now);
+    }
 }
 
 static void send_control(Conn *c, int opcode, const uint8_t *payload, size_t len) {
@@ -472,8 +625,14 @@ static ssize_t walk(Conn *c, uint8_t *p, size_t have, int64_t now) {
         size_t header = wire_parse(p, have, &opcode, &len, &masked);
         if (header && (masked || len > MAX_SIZE)) return -1;
         if (!header || have < header + len) return (ssize_t)have;
-        if (opcode == OP_TEXT && len == (uint64_t)opt.size) message(c, p + header, now);
-        else if (!control(c, opcode, p + header, len, now)) return -1;
+        if (p[0] == TEXT_FRAME && len == (uint64_t)opt.size) {
+            seen.damaged += !intact(p + header);
+            message(c, p + header, now);
+        } else if (p[0] == DEFLATED_FRAME && c->deflate && header + len <= carry_bytes) {
+            deflated_message(c, p + header, (size_t)len, now);
+        } else if (!control(c, opcode, p + header, len, now)) {
+            return -1;
+        }
         p += header + len, have -= header + (size_t)len;
     }
 }
@@ -572,7 +731,11 @@ static void allocate(long count, long publisher_total) {
     if (getrlimit(RLIMIT_NOFILE, &limit)) die("getrlimit: %s", strerror(errno));
     limit.rlim_cur = limit.rlim_max;
     setrlimit(RLIMIT_NOFILE, &limit);
-    carry_bytes = (size_t)opt.size + MAX_HEADER;
+    if (deflateInit2(&deflater, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -MAX_WBITS, 8,
+                     Z_DEFAULT_STRATEGY) != Z_OK)
+        die("out of memory");
+    carry_bytes = opt.deflate ? deflateBound(&deflater, (uLong)opt.size) : (size_t)opt.size;
+    carry_bytes += MAX_HEADER;
     if (carry_bytes < MIN_CARRY) carry_bytes = MIN_CARRY;
     publisher_count = publisher_total;
     conns = calloc((size_t)count, sizeof *conns);
@@ -582,6 +745,11 @@ static void allocate(long count, long publisher_total) {
     uint8_t *carry = calloc((size_t)count, carry_bytes);
     uint8_t *frames = calloc((size_t)publisher_total + 1, carry_bytes);
     if (!conns || !publishers || !input || !next || !carry || !frames) die("out of memory");
+    bodies = calloc(BODIES, body_bytes());
+    uint8_t *deflated = calloc(KNOWN, carry_bytes);
+    if (!bodies || !deflated) die("out of memory");
+    write_rows(bodies, BODIES * body_bytes());
+    for (size_t i = 0; i < KNOWN; i++) known[i].deflated = deflated + i * carry_bytes;
     for (long i = 0; i < count; i++) {
         conns[i] = (Conn){.fd = -1, .id = (uint32_t)i, .publisher = -1, .state = CLOSED};
         conns[i].next = next + i * (publisher_total + 1);
@@ -721,8 +889,10 @@ static void print_books(int drained) {
     printf(",\"differently_ordered\":%ld,\"damaged\":%" PRId64 ",\"unexpected\":%" PRId64
            ",\"unsent\":%" PRId64 ",\"closed\":%" PRId64,
            differently_ordered(), seen.damaged, seen.unexpected, seen.unsent, seen.closed);
-    printf(",\"drained\":%s,\"order_exact\":%s,\"recvs\":%" PRId64 ",\"bytes\":%" PRId64 "}\n",
-           drained ? "true" : "false", gaps_overflowed ? "false" : "true", seen.recvs, seen.bytes);
+    printf(",\"drained\":%s,\"order_exact\":%s,\"recvs\":%" PRId64 ",\"bytes\":%" PRId64
+           ",\"deflated\":%" PRId64 "}\n",
+           drained ? "true" : "false", gaps_overflowed ? "false" : "true", seen.recvs, seen.bytes,
+           seen.deflated);
 }
 
 static void run_messages(void) {

@@ -1,6 +1,6 @@
 """The loads: what the load generator does to a running server, and the figures that come of it.
 
-Knows no server by name.
+Knows of servers only the names of those that a load is for.
 """
 
 import json
@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import prepare
-from bench.servers import FailedError, Running
+from bench.servers import SERVERS, FailedError, Running
 
 Figures = dict[str, Any]
 
 IDLE_CLIENTS = 5000
 ARRIVING_CLIENTS = 3000
 WARM_CLIENTS = 200
+FEED_BYTES = 1024
+CHECKS_TURN_S = 0.6  # short, and many: a twentieth is to be told apart where the machine's own
+CHECKS_ROUNDS = 40  # speed wanders by more than that within seconds
 SETTLE_S = 2.0
 ANSWER_TIMEOUT_S = 240.0
 LAG_METRIC = "websocket_event_loop_lag_seconds_bucket"
@@ -40,6 +43,8 @@ class Generator:
         self, mode: str, server: Running, **options: object
     ) -> Iterator[subprocess.Popen[str]]:
         """Start it against a server; its standard input stays open until the load ends."""
+        if server.server.header:
+            options["header"] = server.server.header
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
             [
@@ -121,6 +126,49 @@ def _steady(generator: Generator, server: Running) -> Figures:
         warmup=0.5,
         duration=generator.seconds(3),
     )
+
+
+def _checks(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "closed",
+        server,
+        listeners=400,
+        publishers=100,
+        inflight=1,
+        warmup=0.3,
+        duration=CHECKS_TURN_S,
+    )
+
+
+def _checks_single(generator: Generator, server: Running) -> Figures:
+    return generator.run(
+        "closed",
+        server,
+        listeners=499,
+        publishers=1,
+        inflight=1,
+        warmup=0.3,
+        duration=CHECKS_TURN_S,
+    )
+
+
+def _compression(generator: Generator, server: Running) -> Figures:
+    figures = generator.run(
+        "closed",
+        server,
+        listeners=400,
+        publishers=100,
+        inflight=1,
+        size=FEED_BYTES,
+        json=1,
+        deflate=1,
+        warmup=1,
+        duration=generator.seconds(2),
+    )
+    compressed = figures["received"] if server.server.deflates else 0
+    if figures["deflated"] != compressed:
+        raise FailedError(f"{figures['deflated']} messages compressed, expected {compressed}")
+    return figures | {"bytes_per_delivery": figures["bytes"] / max(1, figures["received"])}
 
 
 def _idle(generator: Generator, server: Running) -> Figures:
@@ -215,6 +263,9 @@ class Figure:
         return None if at is None else float(at) * self.factor
 
 
+ALL_BUT_VARIANTS = tuple(server.name for server in SERVERS if not server.variant)
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """One load: what is done, the figure that counts, and others beside it."""
@@ -227,7 +278,7 @@ class Load:
     messages: bool = True  # it sends messages, so loss is counted
     spread: tuple[Figure, Figure] | None = None  # least and most, where the main is a quantile
     rounds: int = 5
-    without: frozenset[str] = frozenset()  # servers to which the load says nothing
+    servers: tuple[str, ...] = ALL_BUT_VARIANTS
 
 
 _RATE = Figure("deliveries_per_s", "deliveries per second", "M/s", 1e-6, True)
@@ -268,7 +319,7 @@ LOADS = (
         Figure("bytes_per_connection", "memory per idle connection", "KB", 1 / 1024),
         messages=False,
         rounds=1,  # memory is not noisy, and a second time would find what the first one left
-        without=frozenset({"floor"}),  # it keeps nothing to measure
+        servers=tuple(name for name in ALL_BUT_VARIANTS if name != "floor"),  # it keeps nothing
     ),
     Load(
         "handshakes",
@@ -277,6 +328,7 @@ LOADS = (
         Figure("handshakes_per_s", "handshakes per second", "/s", 1.0, True),
         (Figure("handshakes_per_cpu_s", "per server-CPU-second", "", 1.0, True),),
         messages=False,
+        servers=(*ALL_BUT_VARIANTS, "relay_checks"),
     ),
     Load(
         "stall",
@@ -286,5 +338,31 @@ LOADS = (
         (_PONG_P50, _PONG_MAX, Figure("loop_lag.p99", "own loop lag p99, at most", "ms", 1e3)),
         spread=(_PONG_P50, _PONG_MAX),
         rounds=2,
+    ),
+    Load(
+        "compression",
+        "fanout with 1 KB of JSON in each message, to clients that offer permessage-deflate",
+        _compression,
+        _PER_CPU,
+        (_RATE, Figure("bytes_per_delivery", "bytes on the wire each", "B"), _P50, _P99),
+        servers=("relay_deflate", "relay", "textbook", "websockets_deflate", "gorilla_deflate"),
+    ),
+    Load(
+        "checks",
+        "fanout again, with a token for every client and all limits on, or without",
+        _checks,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        rounds=CHECKS_ROUNDS,
+        servers=("relay", "relay_checks"),
+    ),
+    Load(
+        "checks_single",
+        "single again, with a token for every client and all limits on, or without",
+        _checks_single,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        rounds=CHECKS_ROUNDS,
+        servers=("relay", "relay_checks"),
     ),
 )

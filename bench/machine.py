@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+import zlib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ LIBRARIES = (
     "httptools",
     "websockets",
     "prometheus-client",
+    "pyjwt",
     "socketify",
 )
 
@@ -55,6 +57,7 @@ def _versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    found["zlib"] = zlib.ZLIB_RUNTIME_VERSION
     rivals = prepare.RIVALS
     found["cc"] = (_output("cc", "--version") or "").partition("\n")[0] or None
     found["node"] = _output("node", "--version")

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.loads import LOADS, Figure, Load
 from bench.report import middle, number
 from bench.servers import SERVERS
-from bench.targets import RELAY, TARGETS, Measurement
+from bench.targets import RELAYS, TARGETS, Measurement
 
 INK = "#1f2933"
 SOFT = "#64707d"
@@ -28,6 +28,7 @@ OURS = "#0b7a75"
 THEIRS = "#aab6c2"
 FLOOR = "#d5dce3"
 BOUND = "#c2410c"
+FEWEST_ROWS = 5  # fewer servers leave room below, for their bars shall not look heavier
 ROOM = 1.25  # beyond the longest bar, for its label
 
 Medians = dict[str, float]
@@ -51,7 +52,7 @@ def _bound(load: Load, shown: Medians) -> float | None:
 
 
 def _colour(name: str) -> str:
-    return {RELAY: OURS, "floor": FLOOR}.get(name, THEIRS)
+    return OURS if name in RELAYS else FLOOR if name == "floor" else THEIRS
 
 
 def _label(axes: Any, name: str, x: float, row: int, unit: str, value: float) -> None:
@@ -63,8 +64,8 @@ def _label(axes: Any, name: str, x: float, row: int, unit: str, value: float) ->
         va="center",
         fontsize=9.5,
         zorder=5,
-        color=OURS if name == RELAY else INK,
-        fontweight="bold" if name == RELAY else "normal",
+        color=OURS if name in RELAYS else INK,
+        fontweight="bold" if name in RELAYS else "normal",
         bbox={"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"},
     )
 
@@ -82,7 +83,7 @@ def _ranges(axes: Any, load: Load, shown: Medians, ends: tuple[Medians, Medians]
     """Draw from the median to the worst with a dot at the p99, on a logarithmic axis."""
     low, high = ends
     for row, (name, value) in enumerate(shown.items()):
-        colour = OURS if name == RELAY else "#8a97a4"
+        colour = OURS if name in RELAYS else "#8a97a4"
         axes.plot([low[name], high[name]], [row, row], color=colour, linewidth=2.2, zorder=2)
         axes.plot([low[name], high[name]], [row, row], "|", color=colour, markersize=9, mew=2.2)
         axes.plot(value, row, "o", color=colour, markersize=9, zorder=4)
@@ -132,10 +133,10 @@ def _heading(axes: Any, load: Load) -> None:
 def _names(axes: Any, names: list[str]) -> None:
     titles = {server.name: server.title for server in SERVERS}
     axes.set_yticks(range(len(names)), [titles[name] for name in names])
-    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_ylim(max(len(names), FEWEST_ROWS) - 0.45, -0.55)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_color(OURS if name == RELAY else INK)
-        label.set_fontweight("bold" if name == RELAY else "normal")
+        label.set_color(OURS if name in RELAYS else INK)
+        label.set_fontweight("bold" if name in RELAYS else "normal")
     axes.tick_params(length=0, which="both", labelsize=9.5, pad=5)
     axes.tick_params(axis="x", labelsize=8.5, labelcolor=SOFT)
     for side, spine in axes.spines.items():
@@ -173,18 +174,18 @@ def _source(facts: dict[str, Any]) -> str:
 def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
     """Write the picture as PNG."""
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": INK}):
-        figure, panels = plt.subplots(2, 3, figsize=(18, 9.6), dpi=110)
+        figure, panels = plt.subplots(3, 3, figsize=(18, 13.6), dpi=110)
         for axes, load in zip(panels.flat, LOADS, strict=True):
             _panel(axes, load, measurements)
         figure.subplots_adjust(
-            left=0.105, right=0.985, top=0.795, bottom=0.085, wspace=0.50, hspace=0.58
+            left=0.105, right=0.985, top=0.855, bottom=0.06, wspace=0.50, hspace=0.58
         )
         about = "Each server has one core to itself, the clients another. Medians of one run."
         figure.text(
-            0.012, 0.953, "websocket-relay beside other servers", fontsize=20, weight="bold"
+            0.012, 0.967, "websocket-relay beside other servers", fontsize=20, weight="bold"
         )
-        figure.text(0.012, 0.920, about, fontsize=11.5, color=SOFT)
-        figure.text(0.012, 0.018, _source(facts), fontsize=9.5, color=SOFT)
+        figure.text(0.012, 0.944, about, fontsize=11.5, color=SOFT)
+        figure.text(0.012, 0.013, _source(facts), fontsize=9.5, color=SOFT)
         figure.savefig(path, facecolor="white")
         plt.close(figure)
 

@@ -33,7 +33,8 @@ def _run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | No
     )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it failed"]
-        raise AbsentError(f"{Path(str(command[0])).name}: {lines[-1]}")
+        said = next((line for line in lines if "fatal error" in line), lines[-1])
+        raise AbsentError(f"{Path(str(command[0])).name}: {said}")
 
 
 def _tool(name: str) -> str:
@@ -52,14 +53,14 @@ def python_parts() -> None:
     _run(sys.executable, "-m", "pip", "install", "-q", "--require-hashes", "-r", lock)
 
 
-def _compile(source: Path, program: Path) -> None:
+def _compile(source: Path, program: Path, *libraries: str) -> None:
     BUILD.mkdir(exist_ok=True)
-    _run(_tool("cc"), "-O2", "-Wall", "-Wextra", "-o", program, source, "-lm")
+    _run(_tool("cc"), "-O2", "-Wall", "-Wextra", "-o", program, source, "-lm", *libraries)
 
 
 def loadgen() -> None:
     """Compile the load generator; without it there is no benchmark."""
-    _compile(HERE / "loadgen.c", LOADGEN)
+    _compile(HERE / "loadgen.c", LOADGEN, "-lz")
 
 
 def floor() -> None:

@@ -120,7 +120,7 @@ def markdown(
         rows += [
             _row(measurements, load, server, absent)
             for server in servers
-            if server.name not in load.without
+            if server.name in load.servers
         ]
         lines += [f"## {load.name}: {load.title}", "", *_table(rows), ""]
     return "\n".join(lines)

@@ -32,7 +32,7 @@ class Rounds:
             measurement
             for load in loads
             for measurement in self._load(
-                load, [server for server in servers if server.name not in load.without]
+                load, [server for server in servers if server.name in load.servers]
             )
         ]
 

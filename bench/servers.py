@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import jwt
 
 from bench import prepare
 
@@ -21,6 +23,9 @@ STOP_TIMEOUT_S = 5
 SETTLE_TIMEOUT_S = 5
 QUIET_S = 0.1
 ROOT = prepare.HERE.parent
+SECRET = "of no use to anybody: the benchmark's own servers"
+TOKEN_VALID_S = 86_400
+PLENTY = str(10**6)  # a limit that is looked at and never reached
 
 
 class FailedError(Exception):
@@ -29,7 +34,10 @@ class FailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One competitor: how it is made and started. `{port}` in the command is the port."""
+    """One competitor: how it is made and started. `{port}` in the command is the port.
+
+    A variant is one of the others set otherwise, and measured only in the loads that name it.
+    """
 
     name: str
     title: str
@@ -37,6 +45,9 @@ class Server:
     prepare: Callable[[], None]
     reference: bool = False  # the targets refer to it: it is measured in every round
     environment: tuple[tuple[str, str], ...] = ()
+    variant: bool = False
+    header: str = ""  # what its clients must say in their request
+    deflates: bool = False  # it agrees on permessage-deflate with clients that offer it
 
 
 def _nothing() -> None:
@@ -47,20 +58,71 @@ def _script(name: str) -> tuple[str, ...]:
     return (sys.executable, str(prepare.RIVALS / name), "{port}")
 
 
+def _bearer() -> str:
+    claims = {
+        "exp": int(time.time()) + TOKEN_VALID_S,
+        "relay": {"subscribe": ["*"], "publish": ["*"]},
+    }
+    return f"Authorization: Bearer {jwt.encode(claims, SECRET, algorithm='HS256')}"
+
+
+RELAY = Server(
+    "relay",
+    "websocket-relay",
+    (sys.executable, "-m", "service", "--config-file", str(prepare.HERE / "relay.yaml")),
+    _nothing,
+    reference=True,
+    environment=(
+        ("RELAY__SERVER__PORT", "{port}"),
+        ("RELAY__METRICS__PORT", "{metrics_port}"),
+    ),
+)
+
+CHECKS = (
+    ("RELAY__AUTH__MODE", "jwt"),
+    ("RELAY__AUTH__JWT__SECRET", SECRET),
+    ("RELAY__LIMITS__MAX_CONNECTIONS", PLENTY),
+    ("RELAY__LIMITS__MAX_CONNECTIONS_PER_IP", PLENTY),
+    ("RELAY__LIMITS__MAX_HANDSHAKES_PER_S", PLENTY),
+    ("RELAY__LIMITS__MAX_MESSAGES_PER_S", PLENTY),
+)
+
 SERVERS = (
+    RELAY,
+    replace(
+        RELAY,
+        name="relay_checks",
+        title="relay, all checks on",
+        environment=RELAY.environment + CHECKS,
+        variant=True,
+        header=_bearer(),
+    ),
+    replace(
+        RELAY,
+        name="relay_deflate",
+        title="relay, deflate",
+        environment=(*RELAY.environment, ("RELAY__COMPRESSION__ENABLED", "true")),
+        variant=True,
+        deflates=True,
+    ),
     Server(
-        "relay",
-        "websocket-relay",
-        (sys.executable, "-m", "service", "--config-file", str(prepare.HERE / "relay.yaml")),
+        "textbook",
+        "textbook FastAPI",
+        _script("textbook.py"),
         _nothing,
         reference=True,
-        environment=(
-            ("RELAY__SERVER__PORT", "{port}"),
-            ("RELAY__METRICS__PORT", "{metrics_port}"),
-        ),
+        deflates=True,
     ),
-    Server("textbook", "textbook FastAPI", _script("textbook.py"), _nothing, reference=True),
     Server("websockets", "websockets.broadcast", _script("websockets_broadcast.py"), _nothing),
+    Server(
+        "websockets_deflate",
+        "websockets, deflate",
+        (*_script("websockets_broadcast.py"), "deflate"),
+        _nothing,
+        reference=True,
+        variant=True,
+        deflates=True,
+    ),
     Server(
         "ws",
         "Node ws",
@@ -68,6 +130,15 @@ SERVERS = (
         prepare.ws_node,
     ),
     Server("gorilla", "Go gorilla hub", (str(prepare.GORILLA), "{port}"), prepare.gorilla),
+    Server(
+        "gorilla_deflate",
+        "gorilla, deflate",
+        (str(prepare.GORILLA), "{port}", "deflate"),
+        prepare.gorilla,
+        reference=True,
+        variant=True,
+        deflates=True,
+    ),
     Server(
         "uwebsockets",
         "uWebSockets (C++)",

@@ -15,6 +15,7 @@ FAULTS = (
     ("differently_ordered", "clients with another order than the first"),
 )
 RELAY = "relay"
+RELAYS = (RELAY, "relay_checks", "relay_deflate")
 DISTURBED = 0.08  # of a core's time: from here on a measurement is marked, and made again
 
 
@@ -40,12 +41,13 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on a load's main figure: of the relay alone, or as a multiple of a rival's."""
+    """A bound on a load's main figure: of the relay alone, or as a multiple of another's."""
 
     load: str
     bound: float
     at_least: bool
     rival: str | None = None
+    relay: str = RELAY
 
 
 TARGETS = (
@@ -57,6 +59,11 @@ TARGETS = (
     Target("idle", 7.0, False),
     Target("handshakes", 1.5, True, "textbook"),
     Target("stall", 5.0, False),
+    Target("checks", 0.95, True, RELAY, "relay_checks"),
+    Target("checks_single", 0.95, True, RELAY, "relay_checks"),
+    Target("compression", 20.0, True, "textbook", "relay_deflate"),
+    Target("compression", 20.0, True, "websockets_deflate", "relay_deflate"),
+    Target("compression", 20.0, True, "gorilla_deflate", "relay_deflate"),
 )
 
 
@@ -89,9 +96,11 @@ def by_round(measurements: list[Measurement], load: Load) -> dict[int, float]:
     return {number: value for number, value in found.items() if value is not None}
 
 
-def _ratios(measurements: list[Measurement], load: Load, rival: str) -> dict[int, float]:
+def _ratios(
+    measurements: list[Measurement], load: Load, relay: str, rival: str
+) -> dict[int, float]:
     """Divide within each round: what slowed the machine then slowed both."""
-    ours, theirs = (by_round(calm(measurements, load, name), load) for name in (RELAY, rival))
+    ours, theirs = (by_round(calm(measurements, load, name), load) for name in (relay, rival))
     common = [number for number in ours.keys() & theirs.keys() if theirs[number]]
     return {number: ours[number] / theirs[number] for number in common}
 
@@ -100,23 +109,25 @@ def _judge(target: Target, measurements: list[Measurement]) -> Verdict | None:
     load = load_named(target.load)
     sign = ">=" if target.at_least else "<="
     if target.rival:
-        ours = _ratios(measurements, load, target.rival)
+        ours = _ratios(measurements, load, target.relay, target.rival)
         unit, against = "x", f"{target.bound:g} x {target.rival}"
     else:
-        ours = by_round(calm(measurements, load, RELAY), load)
+        ours = by_round(calm(measurements, load, target.relay), load)
         unit, against = load.main.unit, f"{target.bound:g} {load.main.unit}"
     if not ours:
         return None
     measured = median(ours.values())
     met = measured >= target.bound if target.at_least else measured <= target.bound
     rounds = tuple(ours[n] for n in sorted(ours))
-    return Verdict(f"{load.name}: {load.main.title} {sign} {against}", measured, rounds, unit, met)
+    who = "" if target.relay == RELAY else f" of {target.relay}"
+    text = f"{load.name}: {load.main.title}{who} {sign} {against}"
+    return Verdict(text, measured, rounds, unit, met)
 
 
 def _faultless(measurements: list[Measurement]) -> Verdict | None:
     """Judge every message of every round: disturbed or not, none may be lost."""
     loads = {load.name for load in LOADS if load.messages}
-    ours = [each for each in measurements if each.server == RELAY and each.load in loads]
+    ours = [each for each in measurements if each.server in RELAYS and each.load in loads]
     if not ours:
         return None
     faults = float(sum(each.figures.get(name, 0) for each in ours for name, _ in FAULTS))

@@ -1,6 +1,6 @@
 """The websockets library with its own `broadcast`, on uvloop. Knows nothing of the relay.
 
-usage: websockets_broadcast.py PORT
+usage: websockets_broadcast.py PORT [deflate]    deflate: with the library's own default compression
 """
 
 import asyncio
@@ -22,11 +22,11 @@ async def relay(connection: ServerConnection) -> None:
         clients.remove(connection)
 
 
-async def main(port: int) -> None:
+async def main(port: int, compression: str | None) -> None:
     """Serve until the process is ended."""
-    async with serve(relay, "127.0.0.1", port, compression=None, backlog=4096):
+    async with serve(relay, "127.0.0.1", port, compression=compression, backlog=4096):
         await asyncio.get_running_loop().create_future()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1])))
+    uvloop.run(main(int(sys.argv[1]), "deflate" if sys.argv[2:] else None))

@@ -1,7 +1,7 @@
 // The classic hub on gorilla/websocket: one hub, and per client a reader, a writer and a queue.
 // Knows nothing of the relay.
 //
-// usage: gorilla PORT
+// usage: gorilla PORT [deflate]    deflate: with the library's own compression
 package main
 
 import (
@@ -80,7 +80,11 @@ func (c *client) writePump() {
 func main() {
 	h := &hub{map[*client]bool{}, make(chan message), make(chan *client), make(chan *client)}
 	go h.run()
-	upgrader := websocket.Upgrader{ReadBufferSize: 1024, WriteBufferSize: 1024}
+	upgrader := websocket.Upgrader{
+		ReadBufferSize:    1024,
+		WriteBufferSize:   1024,
+		EnableCompression: len(os.Args) > 2,
+	}
 	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		conn, err := upgrader.Upgrade(w, r, nil)
 		if err != nil {
