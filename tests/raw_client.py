@@ -1,12 +1,14 @@
 """A client made of bytes, for what a WebSocket library would never send or would hide.
 
-Builds and reads RFC 6455 frames; knows no relay process and no test.
+Builds and reads RFC 6455 frames, and the compressed ones of RFC 7692; knows no relay process and no
+test.
 """
 
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +20,8 @@ MASK = b"\x37\xfa\x21\x3d"
 READ_BYTES = 262_144
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+RSV1 = 4  # as `reserved` of a frame: the message is compressed (RFC 7692 section 6)
+TAIL = b"\x00\x00\xff\xff"  # ends every compressed message and is never sent (section 7.2.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,11 @@ class Frame:
     opcode: int
     payload: bytes
     fin: bool
+    compressed: bool = False
+
+    def inflated(self, window_bits: int = 15) -> bytes:
+        """Return what the payload says, whether it is compressed or not."""
+        return inflated(self.payload, window_bits) if self.compressed else self.payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +63,57 @@ def length_field(size: int) -> tuple[int, bytes]:
 
 
 def frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, reserved: int = 0, mask: bool = True
+    opcode: int,
+    payload: bytes = b"",
+    *,
+    fin: bool = True,
+    reserved: int = 0,
+    mask: bool = True,
+    key: bytes = MASK,
 ) -> bytes:
     """Encode a client's frame, rightly or wrongly.
 
     Args:
         reserved: the three reserved bits, 0 to 7.
         mask: False makes a frame that no client may send.
+        key: what it is masked with.
     """
     short, extended = length_field(len(payload))
     head = bytes([fin << 7 | reserved << 4 | opcode, mask << 7 | short]) + extended
-    return head + MASK + masked(payload) if mask else head + payload
+    return head + key + masked(payload, key) if mask else head + payload
+
+
+def deflated(
+    payload: bytes,
+    *,
+    level: int = -1,
+    window_bits: int = 15,
+    strategy: int = zlib.Z_DEFAULT_STRATEGY,
+) -> bytes:
+    """Compress a message's payload by itself (RFC 7692 section 7.2.1)."""
+    deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, zlib.DEF_MEM_LEVEL, strategy)
+    octets = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    assert octets.endswith(TAIL)
+    return octets[: -len(TAIL)]
+
+
+def inflated(payload: bytes, window_bits: int = 15) -> bytes:
+    """Inflate a message's payload that refers to nothing before it (RFC 7692 section 7.2.2).
+
+    Raises:
+        zlib.error: it does, or goes farther back than the window.
+    """
+    inflater = zlib.decompressobj(-window_bits)
+    octets = inflater.decompress(payload + TAIL)
+    # Between two blocks, and there only, an empty last block ends the stream.
+    inflater.decompress(b"\x03\x00")
+    assert inflater.eof, "the message ends inside a block"
+    return octets
+
+
+def compressed_frame(opcode: int, payload: bytes) -> bytes:
+    """Encode a message that is compressed by itself, as one frame."""
+    return frame(opcode, deflated(payload), reserved=RSV1)
 
 
 def relayed_frame(opcode: int, payload: bytes) -> bytes:
@@ -76,25 +125,34 @@ def close_payload(code: int, reason: bytes = b"") -> bytes:
     return struct.pack("!H", code) + reason
 
 
-def upgrade_request(path: str = "/", *, drop: str = "", **headers: str) -> bytes:
+def upgrade_request(
+    path: str = "/",
+    *,
+    drop: str = "",
+    lines: Sequence[str] = (),
+    start: str = "GET {path} HTTP/1.1",
+    **headers: str,
+) -> bytes:
     """Build an upgrade request.
 
     Args:
         path: as it stands on the request line.
         drop: the name of a header to leave out.
+        lines: whole header lines behind the others, for what comes more than once or is no header.
+        start: another request line.
         headers: further or other headers, with underscores for hyphens.
     """
-    lines = {
+    fields = {
         "Host": "localhost",
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Key": KEY,
         "Sec-WebSocket-Version": "13",
     }
-    lines |= {name.replace("_", "-"): value for name, value in headers.items()}
-    lines.pop(drop, None)
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"GET {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1")
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    fields.pop(drop, None)
+    head = [start.format(path=path), *(f"{name}: {value}" for name, value in fields.items())]
+    return "".join(f"{line}\r\n" for line in (*head, *lines, "")).encode("latin-1")
 
 
 class RawClient:
@@ -103,6 +161,8 @@ class RawClient:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._received = bytearray()
+        self._compresses = False
+        self._window_bits = 15
 
     @classmethod
     async def to(cls, host: str, port: int, *, receive_buffer_bytes: int | None = None) -> Self:
@@ -182,16 +242,35 @@ class RawClient:
             int(status.split()[1]), {name.lower(): value.strip() for name, value in pairs}
         )
 
-    async def upgrade(self, path: str = "/", *, behind: bytes = b"", **headers: str) -> Response:
+    async def upgrade(
+        self,
+        path: str = "/",
+        *,
+        behind: bytes = b"",
+        offers: Sequence[str] = (),
+        **headers: str,
+    ) -> Response:
         """Ask for a WebSocket and insist on getting it.
 
         Args:
             behind: bytes sent in the same packet as the request.
+            offers: extensions, each in a header line of its own.
         """
-        await self.send(upgrade_request(path, **headers) + behind)
+        lines = [f"Sec-WebSocket-Extensions: {offer}" for offer in offers]
+        await self.send(upgrade_request(path, lines=lines, **headers) + behind)
         response = await self.response()
         assert response.status == 101, response
+        name, *parameters = response.headers.get("sec-websocket-extensions", "").split("; ")
+        self._compresses = name == "permessage-deflate"
+        for parameter in parameters:
+            if parameter.startswith("server_max_window_bits="):
+                self._window_bits = int(parameter.partition("=")[2])
         return response
+
+    @property
+    def compresses(self) -> bool:
+        """Whether permessage-deflate was agreed on."""
+        return self._compresses
 
     async def peek(self) -> int:
         """Return the next frame's opcode without reading the frame."""
@@ -207,8 +286,11 @@ class RawClient:
             (size,) = struct.unpack("!H", await self.exactly(2))
         elif size == 127:
             (size,) = struct.unpack("!Q", await self.exactly(8))
-        assert not first & 0x70, "no extension was negotiated"
-        return Frame(first & 0x0F, await self.exactly(size), bool(first & 0x80))
+        reserved = first >> 4 & 7
+        assert not reserved or (reserved == RSV1 and self._compresses), "nobody agreed on that"
+        assert not reserved or first & 0x0F in (TEXT, BINARY), "only messages are compressed"
+        payload = await self.exactly(size)
+        return Frame(first & 0x0F, payload, bool(first & 0x80), bool(reserved))
 
     async def message(self) -> str | bytes:
         """Read the next data message, whatever pings come before it."""
@@ -217,7 +299,8 @@ class RawClient:
             received = await self.frame()
         assert received.fin
         assert received.opcode in (TEXT, BINARY), received
-        return received.payload.decode() if received.opcode == TEXT else received.payload
+        payload = received.inflated(self._window_bits)
+        return payload.decode() if received.opcode == TEXT else payload
 
     async def close_frame(self) -> tuple[int, str]:
         """Read on until the close frame; return its code and reason."""
@@ -267,9 +350,10 @@ async def raw_websocket(
     *,
     receive_buffer_bytes: int | None = None,
     behind: bytes = b"",
+    offers: Sequence[str] = (),
     **headers: str,
 ) -> AsyncIterator[RawClient]:
     """Connect and upgrade."""
     async with await RawClient.to(host, port, receive_buffer_bytes=receive_buffer_bytes) as raw:
-        await raw.upgrade(path, behind=behind, **headers)
+        await raw.upgrade(path, behind=behind, offers=offers, **headers)
         yield raw

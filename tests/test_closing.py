@@ -57,6 +57,58 @@ async def test_what_a_client_sent_before_its_close_is_relayed(relay: Relay, chan
         assert await receive(other) == "last words"
 
 
+MANY = [f"{number} ".ljust(2_000, "x") for number in range(500)]
+ALL_OF_THEM = b"".join(frame(TEXT, text.encode()) for text in MANY)
+BREACH = frame(TEXT, b"bare", mask=False)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(frame(CLOSE, close_payload(4000)), 4000), (BREACH, 1002)]
+)
+async def test_the_close_comes_behind_the_clients_own_messages(
+    relay: Relay, channel: str, end: bytes, code: int
+) -> None:
+    async with relay.raw_client(channel) as raw:
+        await raw.send(ALL_OF_THEM + end)
+        assert [await raw.message() for _ in MANY] == MANY
+        assert (await raw.close_frame())[0] == code
+        assert await raw.ended() == b""
+
+
+@pytest.mark.parametrize("end", [frame(CLOSE, close_payload(1000)), BREACH])
+async def test_a_client_that_ends_and_reads_nothing_is_cut_off_by_the_deadline(
+    hasty_relay: Relay, channel: str, end: bytes
+) -> None:
+    before = await hasty_relay.metrics()
+    async with (
+        hasty_relay.raw_client(channel, receive_buffer_bytes=4096) as raw,
+        hasty_relay.client(channel) as other,
+    ):
+        await raw.send(ALL_OF_THEM + end)
+        for text in MANY:
+            assert await receive(other) == text
+        await hasty_relay.metric_is("websocket_connected_clients", 1)
+    await hasty_relay.metric_is("websocket_connected_clients", 0)
+    after = await hasty_relay.metrics()
+    owed, delivered, dropped = (
+        after.value(name) - before.value(name)
+        for name in (
+            "websocket_owed_total",
+            "websocket_deliveries_total",
+            "websocket_drops_total",
+        )
+    )
+    assert owed == delivered + dropped == 2 * len(MANY)
+
+
+async def test_a_client_that_closes_and_sends_fin_is_answered(relay: Relay, channel: str) -> None:
+    async with relay.raw_client(channel) as raw:
+        await raw.send(frame(TEXT, b"last words") + frame(CLOSE, close_payload(1000)))
+        raw.finish()
+        assert (await raw.close_frame())[0] == 1000
+        assert await raw.ended() == b""
+
+
 async def test_what_a_client_sends_behind_its_close_is_ignored(relay: Relay, channel: str) -> None:
     async with relay.client(channel) as other:
         async with relay.raw_client(channel) as raw:

@@ -57,57 +57,6 @@ async def test_a_connection_serves_plain_requests_and_then_an_upgrade(
         assert await raw.message() == "hello"
 
 
-# Broken upgrades
-
-
-@pytest.mark.parametrize("drop", ["Sec-WebSocket-Key", "Sec-WebSocket-Version"])
-async def test_an_upgrade_that_lacks_a_header_is_refused(relay: Relay, drop: str) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="handshake")
-    async with await relay.tcp() as raw:
-        await raw.send(upgrade_request("/", drop=drop))
-        assert (await raw.response()).status in (400, 426)
-    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
-
-
-async def test_an_upgrade_with_a_broken_key_is_refused(relay: Relay) -> None:
-    async with await relay.tcp() as raw:
-        await raw.send(upgrade_request("/", **{"Sec-WebSocket-Key": "short"}))
-        assert (await raw.response()).status == 400
-
-
-async def test_an_upgrade_to_another_version_is_refused(relay: Relay) -> None:
-    async with await relay.tcp() as raw:
-        await raw.send(upgrade_request("/", **{"Sec-WebSocket-Version": "8"}))
-        answer = await raw.response()
-        assert answer.status in (400, 426)
-        assert answer.headers.get("sec-websocket-version", "13") == "13"
-
-
-async def test_header_names_and_values_are_read_without_regard_to_case(
-    relay: Relay, channel: str
-) -> None:
-    request = (
-        f"GET /channels/{channel} HTTP/1.1\r\nhost: x\r\nUPGRADE: WebSocket\r\n"
-        "connection: keep-alive, UPGRADE\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-        "SEC-WEBSOCKET-VERSION: 13\r\n\r\n"
-    )
-    async with await relay.tcp() as raw:
-        await raw.send(request.encode())
-        answer = await raw.response()
-        assert answer.status == 101
-        assert answer.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-        await raw.send(frame(TEXT, b"hello"))
-        assert await raw.message() == "hello"
-
-
-async def test_a_request_head_that_comes_in_pieces_is_let_in(relay: Relay, channel: str) -> None:
-    async with await relay.tcp() as raw:
-        await raw.send_one_byte_at_a_time(upgrade_request(f"/channels/{channel}"))
-        assert (await raw.response()).status == 101
-        await raw.send(frame(TEXT, b"hello"))
-        assert await raw.message() == "hello"
-
-
 # Subprotocols and extensions
 
 
@@ -407,6 +356,7 @@ async def test_an_upgrade_pipelined_behind_another_request_is_refused(relay: Rel
 
 
 async def test_trailers_without_end_are_cut_off(relay: Relay) -> None:
+    before = await relay.metric("websocket_refusals_total", reason="handshake")
     async with await relay.tcp() as raw:
         await raw.send(
             b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
@@ -414,5 +364,6 @@ async def test_trailers_without_end_are_cut_off(relay: Relay) -> None:
         assert (await raw.response()).status == 405
         with suppress(ConnectionError):  # the end can come before all is sent
             await raw.send(b"a:b\r\n" * 100_000)
-        with suppress(ConnectionError):
-            assert b"431" in await raw.ended()
+        # The request has its answer, and a second one would be taken for that of the next.
+        assert b"431" not in await raw.ended()
+    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
