@@ -13,6 +13,7 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+AUDIT := $(VENV)/audit
 
 ARGS ?=
 BENCH_ARGS ?=
@@ -20,7 +21,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test lint types imports pytest bench config format lock clean venv
+.PHONY: help run test lint types imports pytest audit bench config format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -46,6 +47,12 @@ imports: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Not a part of `test`: it asks PyPI's advisories over the network, and what it says changes without a
+# change here. --strict, because otherwise a version that could not be looked up counts as a good one.
+audit: $(AUDIT)/.made  ## look up the locked versions among known vulnerabilities
+	@$(AUDIT)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off \
+		$(foreach lock,$(wildcard requirements/*.lock bench/*.lock),--requirement $(lock))
+
 bench: $(VENV)/.bench  ## measure; results go to bench/results
 	@exec $(BIN)/python -m bench $(BENCH_ARGS)
 
@@ -65,6 +72,7 @@ lock: $(VENV)/.python  ## write the lock files anew from pyproject.toml
 	@$(PIP) install --quiet uv==$(UV_VERSION)
 	@$(COMPILE) pyproject.toml --output-file requirements/run.lock
 	@$(COMPILE) --group build --output-file requirements/build.lock
+	@$(COMPILE) --group audit --output-file requirements/audit.lock
 	@$(COMPILE) pyproject.toml --group dev --constraint requirements/run.lock \
 		--constraint requirements/build.lock --output-file requirements/dev.lock
 
@@ -105,4 +113,11 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.lock
 $(VENV)/.bench: $(VENV)/.dev $(wildcard bench/requirements.lock)
 	@if [ -f bench/requirements.lock ]; then \
 		$(PIP) install --quiet --require-hashes -r bench/requirements.lock; fi
+	@touch $@
+
+# An environment of its own: what looks at the relay's packages is not one of them.
+$(AUDIT)/.made: $(VENV)/.python requirements/audit.lock
+	@$(BIN)/python -m venv --clear $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes \
+		-r requirements/audit.lock
 	@touch $@

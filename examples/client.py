@@ -1,8 +1,12 @@
 """Print what a channel relays, and send every line of standard input.
 
 python examples/client.py [ws://localhost:8443/channels/news]
+
+A relay with auth.mode jwt wants a token. It comes from the environment variable RELAY_TOKEN, for
+everybody on the machine sees the arguments of programs, and addresses stand in logs.
 """
 
+import os
 import sys
 from contextlib import suppress
 from queue import Queue
@@ -35,10 +39,11 @@ def print_messages(websocket: ClientConnection, unheard: Queue[str]) -> None:
             unheard.task_done()
 
 
-def main(url: str) -> int:
+def main(url: str, token: str) -> int:
     unheard: Queue[str] = Queue()  # what was sent and has not come back yet
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with connect(url) as websocket:
+        with connect(url, additional_headers=headers) as websocket:
             Thread(target=send_lines, args=(websocket, unheard), daemon=True).start()
             print_messages(websocket, unheard)
     except (OSError, WebSocketException) as error:
@@ -49,4 +54,5 @@ def main(url: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2] or [DEFAULT_URL]))
+    address = sys.argv[1] if len(sys.argv) > 1 else DEFAULT_URL
+    sys.exit(main(address, os.environ.get("RELAY_TOKEN", "").strip()))

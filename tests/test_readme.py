@@ -1,7 +1,11 @@
-"""The README tells the truth: its commands run, its tables are the relay's, its links lead on."""
+"""The README tells the truth: its commands run, its tables are the relay's, its links lead on.
+
+So does docs/security.md: the tests that it names are there, and its lines in YAML and Python work.
+"""
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import ConsoleMessage
+from websockets.sync.client import connect
 
 from service.errors import Close, Refusal
 from tests import browser
@@ -21,6 +26,7 @@ from tests.relay_process import ROOT, Relay, run_command
 from tests.shell import persons_environment
 
 README = (ROOT / "README.md").read_text()
+SECURITY = (ROOT / "docs" / "security.md").read_text()
 PORTS = {"server": "8443", "metrics": "9090"}  # as the README writes them
 
 # They run this very test, or run for minutes; make says what they would do.
@@ -29,14 +35,15 @@ STARTS_A_RELAY = re.compile(r"(^|\s)make run$")
 CONVERSATION = "python -m websockets"
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's fenced blocks in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    """Return a page's fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
     """Return the README's commands, in order."""
-    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    lines = (line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines())
+    return [line for line in lines if line.strip()]
 
 
 class ReadersRelay(Relay):
@@ -195,7 +202,7 @@ async def test_the_lines_in_javascript_run(relay: Relay, block: str) -> None:
         await page.evaluate(f"() => {{ {block.replace(PORTS['server'], str(relay.port))} }}")
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", blocks("yaml") + blocks("yaml", SECURITY))
 def test_the_settings_are_settings(tmp_path: Path, block: str) -> None:
     (tmp_path / "my.yaml").write_text(block)
     done = run_command("check", "--config-file", "my.yaml", directory=tmp_path)
@@ -206,9 +213,14 @@ def cells(row: str) -> tuple[str, ...]:
     return tuple(cell.strip().strip("`") for cell in row.strip("|").split("|"))
 
 
+def table_rows(page: str) -> list[tuple[str, ...]]:
+    """Return the rows of all tables on a page."""
+    return [cells(line) for line in page.splitlines() if line.startswith("|")]
+
+
 def rows(first_cell: str) -> set[tuple[str, str]]:
     """Return the first two cells of the README's rows whose first cell is like this."""
-    found = [cells(line) for line in README.splitlines() if line.startswith("|")]
+    found = table_rows(README)
     return {(row[0], row[1]) for row in found if re.fullmatch(first_cell, row[0])}
 
 
@@ -221,11 +233,13 @@ def test_the_closes_are_those_of_the_relay() -> None:
 
 def test_the_refusals_are_those_of_the_relay() -> None:
     refused = {(str(int(refusal.status)), refusal.reason) for refusal in Refusal}
-    assert rows(r"[1-5]\d{2}") == refused | {("426", ""), ("431", "")}  # plain HTTP's own
+    plain_http_s_own = {(status, "") for status in ("405", "426", "429", "431", "505")}
+    assert rows(r"[1-5]\d{2}") == refused | plain_http_s_own
 
 
 async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) -> None:
-    there = (await tls_relay_with().metrics()).names
+    jwt = {"algorithms": ["ES256"], "jwks_url": "http://127.0.0.1:1/keys"}
+    there = (await tls_relay_with(auth={"mode": "jwt", "jwt": jwt}).metrics()).names
     ours = {name for name in there if name.startswith("websocket_")}
     ours -= {name for name in ours if re.search(r"_(bucket|sum|count|created)$", name)}
     told = set(re.findall(r"`(websocket_\w+)`", README))
@@ -245,3 +259,70 @@ def test_every_link_leads_somewhere() -> None:
         if "://" not in link and not (path.parent / link).exists()
     }
     assert broken == set()
+
+
+def anchors(page: str) -> set[str]:
+    """Return what a page's headings are called in addresses, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_link_to_a_heading_finds_one() -> None:
+    lost = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+            target = page.parent / path if path else page
+            if anchor not in anchors(target.read_text()):
+                lost.add(f"{page.name}: {path}#{anchor}")
+    assert lost == set()
+
+
+def shown_by(page: str) -> list[tuple[str, str]]:
+    """Return the tests that a page names: `tls: messages go over tls`."""
+    return re.findall(r"`(\w+): ([a-z0-9_ ]+)`", page)
+
+
+def test_the_tests_that_show_what_holds_are_there() -> None:
+    named = shown_by(SECURITY)
+    assert named
+    absent = []
+    for file, sentence in named:
+        path = ROOT / "tests" / f"test_{file}.py"
+        source = path.read_text() if path.exists() else ""
+        if f"def test_{sentence.replace(' ', '_')}(" not in source:
+            absent.append(f"{file}: {sentence}")
+    assert absent == []
+
+
+def test_what_holds_is_shown_by_a_test() -> None:
+    attacks = [row for row in table_rows(SECURITY) if len(row) == 4 and row[0].strip("-")]
+    assert len(attacks) > 20
+    assert [row[0] for row in attacks if not shown_by(f"`{row[3]}`")] == ["tries to", "tries to"]
+
+
+def test_the_reasons_of_an_attack_s_end_are_the_relay_s() -> None:
+    labels = {why.label for why in (*Close, *Refusal)}
+    attacks = [row for row in table_rows(SECURITY) if len(row) == 4 and row[0].strip("-")]
+    named = {label for row in attacks for label in re.findall(r"[a-z0-9_]+", row[2])}
+    assert named - {"reason"} <= labels
+
+
+@pytest.mark.parametrize("block", blocks("python", SECURITY))
+def test_the_token_made_by_hand_is_accepted(
+    relay_with: StartRelay, tmp_path: Path, block: str
+) -> None:
+    secret = secrets.token_hex(32)
+    (tmp_path / "secret.txt").write_text(f"{secret}\n")
+    made = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
+    headers = {"Authorization": f"Bearer {made.stdout.strip()}"}
+    with connect(relay.ws_url("/channels/chat.lobby"), additional_headers=headers) as client:
+        client.send("hello, everybody")
+        assert client.recv(PATIENCE_S) == "hello, everybody"
