@@ -118,6 +118,8 @@ class Relay:
         directory: Path,
         settings: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        *,
+        max_descriptors: int | None = None,
     ) -> None:
         """Prepare a relay that listens on ports of the kernel's choice.
 
@@ -125,10 +127,12 @@ class Relay:
             directory: its working directory, where its settings file goes.
             settings: what differs from a quiet relay on the loopback interface.
             env: further environment variables.
+            max_descriptors: what the process may have open at a time (RLIMIT_NOFILE, hard).
         """
         self.settings = merged(QUIET_SETTINGS, settings or {})
         self._directory = directory
         self._env = environment(env)
+        self._max_descriptors = max_descriptors
         self._lines: list[str] = []
         self._log_ended = False
         self._log_grew = threading.Condition()
@@ -159,8 +163,12 @@ class Relay:
         """Start the process, without waiting until it serves."""
         file = self._directory / "relay.yaml"
         file.write_text(yaml.safe_dump(self.settings))
+        command = [sys.executable, "-m", "service", "--config-file", str(file)]
+        if self._max_descriptors is not None:
+            limits = 'ulimit -Sn $0 && ulimit -Hn $0 && exec "$@"'
+            command = ["/bin/sh", "-c", limits, str(self._max_descriptors), *command]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--config-file", str(file)],
+            command,
             cwd=self._directory,
             env=self._env,
             stdin=subprocess.DEVNULL,
@@ -204,9 +212,29 @@ class Relay:
 
     def rss_bytes(self) -> int:
         """Return the memory that the process has in RAM."""
+        return self._status_bytes("VmRSS")
+
+    def peak_rss_bytes(self) -> int:
+        """Return the most memory that the process had in RAM since `forget_peak`."""
+        return self._status_bytes("VmHWM")
+
+    def forget_peak(self) -> None:
+        """Have `peak_rss_bytes` begin anew (proc(5), clear_refs)."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def _status_bytes(self, field: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+        (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
         return int(line.split()[1]) * 1024
+
+    def descriptors(self) -> int:
+        """Return how many file descriptors the process has open."""
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the process has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def listening_ports(self) -> set[int]:
         """Return the TCP ports on which the process itself listens, from /proc."""
