@@ -81,6 +81,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._field_bytes = 0
+        self._upgrades = False  # whether the request under way asks for a WebSocket
         self._receiving: RequestResponseCycle | None = None
         self._answering: RequestResponseCycle | None = None
         self._reader_deadline: asyncio.TimerHandle | None = None
@@ -111,7 +112,7 @@ class RequestProtocol(HttpToolsProtocol):
             self._refuse_unparsed(error)
         except httptools.HttpParserUpgrade as upgrade:
             behind = data[upgrade.args[0] :]
-            if self._should_upgrade():
+            if self._upgrades:
                 self._upgrade(behind)
             elif behind:
                 # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
@@ -186,8 +187,9 @@ class RequestProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         self._check_head()
+        self._upgrades = self._asks_for_websocket()
         super().on_headers_complete()
-        if not self._upgrades():
+        if not self._upgrades:
             self._receiving = self.cycle
 
     def _check_head(self) -> None:
@@ -215,10 +217,14 @@ class RequestProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise UnacceptableError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
 
-    def _get_upgrade(self) -> bytes | None:
-        # uvicorn's takes the last line of each; both are lists, in as many lines as one likes.
-        asked = b"upgrade" in self._tokens(b"connection")
-        return b"websocket" if asked and b"websocket" in self._tokens(b"upgrade") else None
+    def _asks_for_websocket(self) -> bool:
+        # uvicorn takes the last line of each; both are lists, in as many lines as one likes.
+        return (
+            self.parser.should_upgrade()
+            and self.config.ws_protocol_class is not None
+            and b"upgrade" in self._tokens(b"connection")
+            and b"websocket" in self._tokens(b"upgrade")
+        )
 
     def _tokens(self, field: bytes) -> set[bytes]:
         """Return a list field's members in lower case (RFC 9110 section 5.6.1)."""
@@ -229,8 +235,8 @@ class RequestProtocol(HttpToolsProtocol):
             for token in value.split(b",")
         }
 
-    def _upgrades(self) -> bool:
-        return self.parser.should_upgrade() and self._should_upgrade()
+    def _should_upgrade(self) -> bool:
+        return self._upgrades
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -240,7 +246,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._receiving = None
         super().on_message_complete()
-        if not self._upgrades():
+        if not self._upgrades:
             self._cancel_deadline()
 
     def _between_requests(self) -> bool:
