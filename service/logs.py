@@ -14,8 +14,8 @@ QUIET = {
     "websockets.server": logging.ERROR,
     "asyncio": logging.ERROR,
     # A line for every fetch of keys, and at debug level all of its headers.
-    "httpx": logging.WARNING,
-    "httpcore": logging.WARNING,
+    "httpx2": logging.WARNING,
+    "httpcore2": logging.WARNING,
 }
 
 

@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM, Signals
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
+import httpx2
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -31,7 +31,7 @@ from tests.raw_client import PATIENCE_S, RawClient, raw_websocket
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.02
 HOST = "127.0.0.1"
-PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx the loading of certificates
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
 
 
 QUIET_SETTINGS: Mapping[str, Any] = {
@@ -238,8 +238,10 @@ class Relay:
 
     def listening_ports(self) -> set[int]:
         """Return the TCP ports on which the process itself listens, from /proc."""
-        descriptors = Path(f"/proc/{self.process.pid}/fd").iterdir()
-        targets = {str(descriptor.readlink()) for descriptor in descriptors}
+        targets = set()
+        for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                targets.add(str(descriptor.readlink()))
         ports = set()
         for table in ("tcp", "tcp6"):
             for row in Path(f"/proc/{self.process.pid}/net/{table}").read_text().splitlines()[1:]:
@@ -353,11 +355,11 @@ class Relay:
         """Open a TCP connection to the relay's port, without a request."""
         return await RawClient.to(HOST, self.port)
 
-    async def get(self, path: str) -> httpx.Response:
+    async def get(self, path: str) -> httpx2.Response:
         """Send a plain request to the relay's port."""
         return await _get(self.http_url(path), self.tls_context or PLAIN)
 
-    async def get_metrics(self, path: str = "/metrics") -> httpx.Response:
+    async def get_metrics(self, path: str = "/metrics") -> httpx2.Response:
         """Send a plain request to the metrics port."""
         return await _get(self.metrics_url(path), PLAIN)
 
@@ -431,6 +433,6 @@ def _event_of(line: str) -> dict[str, Any] | None:
     return parsed if is_event else None
 
 
-async def _get(url: str, context: ssl.SSLContext) -> httpx.Response:
-    async with httpx.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
+async def _get(url: str, context: ssl.SSLContext) -> httpx2.Response:
+    async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.get(url)

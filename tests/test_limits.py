@@ -501,7 +501,7 @@ import sys
 from service import app, server
 from service.settings import Settings
 app.build(Settings(), None, server.load_tokens(Settings()))
-print([name for name in ("jwt", "httpx") if name in sys.modules])
+print([name for name in ("jwt", "httpx2") if name in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", script],

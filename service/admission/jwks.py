@@ -1,4 +1,4 @@
-"""Keep an issuer's public keys (a JWK set, RFC 7517) at hand. The only room that knows httpx.
+"""Keep an issuer's public keys (a JWK set, RFC 7517) at hand. The only room that knows httpx2.
 
 Keys that are known stay in use while the issuer's server is down; only tokens with an unknown key
 feel an outage.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
+import httpx2
 from cryptography.exceptions import UnsupportedAlgorithm
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
@@ -74,11 +74,11 @@ class Jwks:
         self._reachable = False  # whether the last fetch was a good one
         self._rate = Rate(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
-        self._http: httpx.AsyncClient
+        self._http: httpx2.AsyncClient
 
     async def __aenter__(self) -> Self:
-        # Every fetch has a deadline of its own for all of it; httpx's are for each step.
-        self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=1))
+        # Every fetch has a deadline of its own for all of it; httpx2's are for each step.
+        self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=1))
         await asyncio.wait({self._fetch_soon()})
         return self
 
@@ -151,7 +151,7 @@ class Jwks:
                 asyncio.timeout(FETCH_S),
                 self._http.stream("GET", self._url, headers=headers) as response,
             ):
-                if response.status_code != httpx.codes.OK:
+                if response.status_code != httpx2.codes.OK:
                     raise FetchError(f"status {response.status_code}")
                 async for chunk in response.aiter_raw():
                     body += chunk
@@ -159,7 +159,7 @@ class Jwks:
                         raise FetchError(f"more than {MAX_BYTES} bytes")
         except TimeoutError:
             raise FetchError(f"not done in {FETCH_S:g} seconds") from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise FetchError(str(error) or type(error).__name__) from None
         return bytes(body)
 

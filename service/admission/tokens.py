@@ -132,7 +132,7 @@ class Tokens:
 
 
 def _jwks(url: str) -> "Jwks":
-    from service.admission.jwks import Jwks  # httpx takes a tenth of a second
+    from service.admission.jwks import Jwks  # httpx2 takes a tenth of a second
 
     return Jwks(url)
 
