@@ -160,7 +160,7 @@ async def test_a_flood_of_tiny_fragments_ends_at_the_bound_of_a_message(
 ) -> None:
     """A hundred thousand fragments of a byte each from each of four: they take their bytes."""
     count, most = 4, 100_000
-    relay = relay_with(limits={"max_message_bytes": most})
+    relay = relay_with(limits={"max_message_bytes": most, "handshake_timeout_s": 2})
     async with watched(relay) as watch, AsyncExitStack() as stack:
         floods = []
         for _ in range(count):

@@ -387,6 +387,6 @@ async def test_a_close_without_a_code_is_an_answer_too(relay_with: StartRelay) -
         code, _ = await raw.close_frame()
         assert code == 1001
         await raw.send(frame(CLOSE, b""))
-        await raw.ended()
-        assert await relay.exit_code() == 0
+        assert await raw.ended() == b""
+    assert await relay.exit_code() == 0
     assert relay.complaints == []
