@@ -65,11 +65,14 @@ BREACH = frame(TEXT, b"bare", mask=False)
 @pytest.mark.parametrize(
     ("end", "code"), [(frame(CLOSE, close_payload(4000)), 4000), (BREACH, 1002)]
 )
+@pytest.mark.parametrize("finishes", [False, True])
 async def test_the_close_comes_behind_the_clients_own_messages(
-    relay: Relay, channel: str, end: bytes, code: int
+    relay: Relay, channel: str, end: bytes, code: int, finishes: bool
 ) -> None:
     async with relay.raw_client(channel) as raw:
         await raw.send(ALL_OF_THEM + end)
+        if finishes:
+            raw.finish()
         assert [await raw.message() for _ in MANY] == MANY
         assert (await raw.close_frame())[0] == code
         assert await raw.ended() == b""

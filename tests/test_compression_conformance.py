@@ -1,5 +1,6 @@
 """RFC 7692, permessage-deflate: what is agreed on, what may be sent compressed, and what comes."""
 
+import asyncio
 import itertools
 import random
 import zlib
@@ -563,6 +564,45 @@ async def test_a_compression_bomb_is_too_big_before_it_fills_memory(
             assert await heard_until_close(culprit) == ([], 1009)
         # Two or three times the limit at a time, for one connection after another.
         assert deflating_relay.rss_bytes() < before_bytes + 32 * MIB
+
+
+async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
+    deflating_relay: Relay,
+) -> None:
+    count = 300
+    one = frame(BINARY, bomb(MIB), reserved=RSV1)
+    assert len(one) < 1_100
+    heard_before = await deflating_relay.metric("websocket_messages_total")
+    async with AsyncExitStack() as stack:
+        publishers = [
+            await stack.enter_async_context(deflating(deflating_relay, f"of-{number}"))
+            for number in range(count)
+        ]
+        deflating_relay.forget_peak()
+        before_bytes = deflating_relay.rss_bytes()
+        await asyncio.gather(*(publisher.send(one) for publisher in publishers))
+        await deflating_relay.metric_is("websocket_messages_total", heard_before + count)
+        for publisher in publishers:
+            assert await publisher.message() == bytes(MIB)
+        # Each has begun, and one is whole at a time.
+        assert deflating_relay.peak_rss_bytes() < before_bytes + 64 * MIB
+
+
+async def test_blocks_that_end_the_stream_again_and_again_delay_nobody(
+    deflating_relay: Relay, channel: str
+) -> None:
+    """Each takes zlib a new beginning, and whoever feeds it a copy of the rest."""
+    ends = b"\x03\x00" * 450_000
+    async with (
+        deflating(deflating_relay, channel) as culprit,
+        deflating_relay.client(f"not-{channel}") as other,
+    ):
+        sending = asyncio.create_task(culprit.send(frame(BINARY, ends + b"\x00", reserved=RSV1)))
+        while not sending.done():
+            await other.send("hello")
+            assert await receive(other) == "hello"
+        await sending
+        assert await culprit.message() == b""
 
 
 async def test_a_claim_of_more_compressed_bytes_than_the_limit_can_take_is_too_big(

@@ -354,6 +354,17 @@ async def test_subprotocols_that_are_no_names_or_come_twice_are_refused(
     await is_refused(relay, request(channel, **{"Sec-WebSocket-Protocol": line}), 400)
 
 
+@pytest.mark.parametrize("field", ["Sec-WebSocket-Extensions", "Sec-WebSocket-Protocol"])
+async def test_offers_by_the_hundred_are_refused(relay: Relay, channel: str, field: str) -> None:
+    names = [f"x{number}" for number in range(64)]
+    async with await relay.tcp() as raw:
+        await raw.send(request(channel, **{field: ", ".join(names)}))
+        assert (await raw.response()).status == 101
+    await is_refused(relay, request(channel, **{field: ", ".join([*names, "one-more"])}), 400)
+    lines = [f"{field}: {name}" for name in (*names, "one-more")]
+    await is_refused(relay, request(channel, *lines), 400)
+
+
 @pytest.mark.parametrize(
     "line",
     [

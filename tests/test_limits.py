@@ -16,7 +16,7 @@ from websockets.http11 import Response
 from service.admission.addresses import Addresses, network_of
 from service.admission.door import Admission, Upgrade
 from service.health import Health
-from service.rate import Rate
+from service.rate import MAX_LATE_S, Rate
 from service.wire.allowance import Allowance
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer
@@ -442,6 +442,25 @@ def test_a_rate_lets_a_burst_pass_and_then_so_much_a_second(rate: float, burst: 
     taken = sum(bucket.take(now + seconds * step / 100_000) for step in range(1, 100_001))
     assert abs(taken - rate * seconds) <= 1
     assert sum(bucket.take(now + 1e5) for _ in range(5000)) == burst, "a rest fills it, no more"
+
+
+def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
+    now = 1e6
+    bucket = Rate(100, 200)
+    assert sum(bucket.take(now) for _ in range(5_000)) == 200
+    bucket.excuse(3)
+    assert sum(bucket.take(now + 3) for _ in range(5_000)) == 300, "what came meanwhile, no more"
+    assert sum(bucket.take(now + 4) for _ in range(5_000)) == 100, "and the same rate from then on"
+
+
+def test_a_rate_makes_good_once_and_not_for_an_age() -> None:
+    now = 1e6
+    bucket = Rate(100, 200)
+    bucket.excuse(3)
+    assert sum(bucket.take(now) for _ in range(5_000)) == 500
+    assert sum(bucket.take(now + 1e3) for _ in range(5_000)) == 200
+    bucket.excuse(1e3)
+    assert sum(bucket.take(now + 1e4) for _ in range(5_000)) == 200 + 100 * MAX_LATE_S
 
 
 # What costs nothing where it is not asked for

@@ -1,10 +1,15 @@
 """Backlogs and ends over TLS, where more bytes wait than were written."""
 
 import asyncio
+import socket
+import ssl
+from contextlib import suppress
+
+import pytest
 
 from tests.conftest import StartRelay
-from tests.raw_client import TEXT, frame, upgrade_request
-from tests.relay_process import Relay, receive, receive_many
+from tests.raw_client import CLOSE, PATIENCE_S, TEXT, close_payload, frame, upgrade_request
+from tests.relay_process import HOST, Relay, receive, receive_many
 
 MESSAGE = bytes(65_536)
 
@@ -49,18 +54,37 @@ async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
         await assert_books_balance(relay)
 
 
+def say_and_hang_up(relay: Relay, path: str, wire: bytes) -> None:
+    """Send, end TLS right behind it, and read on to TCP's end: to close now would be a reset."""
+    with socket.create_connection((HOST, relay.port), PATIENCE_S) as tcp:
+        assert relay.tls_context is not None
+        with relay.tls_context.wrap_socket(tcp.dup(), server_hostname="localhost") as tls:
+            tls.sendall(upgrade_request(path))
+            assert b" 101 " in tls.recv(4096)
+            tls.sendall(wire)
+            tls.setblocking(False)
+            with suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+        tcp.settimeout(PATIENCE_S)
+        while tcp.recv(65_536):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"), [(b"", "vanished"), (frame(CLOSE, close_payload(1000)), "client")]
+)
 async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
-    tls_relay_with: StartRelay,
+    tls_relay_with: StartRelay, end: bytes, reason: str
 ) -> None:
     relay = tls_relay_with()
-    count = 2_000
+    texts = [str(number) for number in range(20_000)]
+    wire = b"".join(frame(TEXT, text.encode()) for text in texts) + end
     async with relay.client("news") as listener:
-        reader, writer = await asyncio.open_connection(
-            "localhost", relay.port, ssl=relay.tls_context
+        leaving = asyncio.create_task(
+            asyncio.to_thread(say_and_hang_up, relay, "/channels/news", wire)
         )
-        writer.write(upgrade_request("/channels/news"))
-        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"".join(frame(TEXT, str(number).encode()) for number in range(count)))
-        writer.close()
-        heard = await receive_many(listener, count)
-        assert heard == [str(number) for number in range(count)]
+        assert await receive_many(listener, len(texts)) == texts
+        await relay.metric_is("websocket_closes_total", 1, reason=reason)
+        await relay.metric_is("websocket_connected_clients", 1)
+        await leaving
+        await assert_books_balance(relay)

@@ -23,6 +23,7 @@ WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some mic
 BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
 
 POINTER_BYTES = 8
+MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
 
 HOLD_LOOK_S = 0.02  # how often a held batch is looked at
 HOLD_S = 2.0  # a batch waits no longer for members that are behind
@@ -59,8 +60,8 @@ class Batch:
         "_frames",
         "_group",
         "_parts",
-        "audience_bytes",
         "data",
+        "kept_bytes",
         "messages",
         "next",
         "opened_at",
@@ -71,7 +72,7 @@ class Batch:
     def __init__(self, audience: Audience, audience_bytes: int, opened_at: float) -> None:
         self._audience = audience
         self._group = 0
-        self.audience_bytes = audience_bytes
+        self.kept_bytes = audience_bytes  # what it takes in memory before it is encoded
         self.opened_at = opened_at
         self.owed = sum(len(recipients) for _, recipients in audience)  # for each message
         self.messages = 0
@@ -83,13 +84,15 @@ class Batch:
         self._encoder: Iterator[bytes] | None = None
 
     def add(self, opcode: int, payload: bytes) -> int:
-        """Add a message; return the bytes of its frame."""
+        """Add a message; return how much more memory the batch takes."""
         head = header(opcode, len(payload))
         self._parts += (head, payload)
         size = len(head) + len(payload)
         self.size += size
         self.messages += 1
-        return size
+        kept = size + MESSAGE_BYTES
+        self.kept_bytes += kept
+        return kept
 
     @property
     def is_begun(self) -> bool:
@@ -207,9 +210,13 @@ class Channel:
         ledger.messages += 1
         ledger.received_bytes += len(payload)
         self._backplane.append(self.name, opcode, payload)
+        self.hold_back(client)
+
+    def hold_back(self, client: RelayProtocol) -> None:
+        """Read a publisher no more while too much waits to be written."""
         for gate in (self._gate, self._office.gate):
             if gate.is_shut and gate.hold(client):
-                ledger.publisher_pauses += 1
+                self._shared.ledger.publisher_pauses += 1
 
     def join(self, client: RelayProtocol) -> None:
         """Let a client in: it gets all that is published from now on."""
@@ -251,9 +258,9 @@ class Channel:
     def deliver(self, entry: Entry) -> None:
         """Owe an entry of the log to the members of now."""
         batch = self._open or self._begin()
-        size = batch.add(entry.opcode, entry.payload)
-        self._gate.bytes += size
-        self._office.gate.bytes += size
+        kept = batch.add(entry.opcode, entry.payload)
+        self._gate.bytes += kept
+        self._office.gate.bytes += kept
         self._shared.ledger.owed += batch.owed
         if batch.size >= self._batch_limit_bytes:
             self._open = None
@@ -366,9 +373,8 @@ class Channel:
     def _finish(self, batch: Batch) -> None:
         self._queue.popleft()
         self._office.written(perf_counter() - batch.opened_at)
-        size = batch.size + batch.audience_bytes
-        self._office.gate.drained(size)
-        self._gate.drained(size)
+        self._office.gate.drained(batch.kept_bytes)
+        self._gate.drained(batch.kept_bytes)
 
     # Where a member is behind but moving, and the next batch would not fit into its backlog, the
     # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that

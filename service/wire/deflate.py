@@ -27,6 +27,8 @@ TAIL = b"\x00\x00\xff\xff"  # of every message, never sent (section 7.2.1)
 LAST_BLOCK = b"\x03\x00"  # empty; it ends a stream where a block may begin, and nowhere else
 
 INFLATER_BYTES = 48_000  # what one inflater has in use, most of it the window
+INFLATED_SLICE_BYTES = 16_384  # what is inflated at once
+DEFLATED_SLICE_BYTES = 2_048  # what zlib is given at once: it copies what it leaves
 
 _TERMS = ServerPerMessageDeflateFactory(
     server_no_context_takeover=True, client_no_context_takeover=True
@@ -98,29 +100,37 @@ class Inflater:
         self._room_bytes = max_bytes
         self._stream: Any = None  # none between two streams
 
-    def feed(self, data: bytes) -> bytes:
-        """Return what more of the message's compressed bytes come to.
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield what more of the message's compressed bytes come to, in slices.
 
         Raises:
             BreachError: they come to too much, or to nothing at all.
         """
-        parts = []
-        while data:
+        for start in range(0, len(data), DEFLATED_SLICE_BYTES):
+            yield from self._inflate(data[start : start + DEFLATED_SLICE_BYTES])
+
+    def _inflate(self, data: bytes) -> Iterator[bytes]:
+        is_more = True
+        while is_more:
             if self._stream is None:
                 self._stream = zlib.decompressobj(-MAX_WINDOW_BITS)
+            most = min(INFLATED_SLICE_BYTES, self._room_bytes + 1)
             try:
-                part = self._stream.decompress(data, self._room_bytes + 1)
+                part = self._stream.decompress(data, most)
             except zlib.error:
                 raise BreachError(Close.BAD_DEFLATE) from None
             self._room_bytes -= len(part)
             if self._room_bytes < 0:
                 raise BreachError(Close.TOO_BIG)
-            parts.append(part)
-            # A block may say it is the last one, and others may follow (section 7.2.3.4).
-            data = self._stream.unused_data
+            yield part
             if self._stream.eof:
+                # A block may say it is the last one, and others may follow (section 7.2.3.4).
+                data = self._stream.unused_data
                 self._stream = None
-        return b"".join(parts)
+                is_more = bool(data)
+            else:
+                data = self._stream.unconsumed_tail
+                is_more = bool(data) or len(part) == most  # zlib may have read more than it told
 
     def finish(self) -> None:
         """Take note of the message's end; all that it comes to was returned before.
@@ -130,6 +140,6 @@ class Inflater:
         """
         if self._stream is None:
             return
-        surplus = self.feed(TAIL) + self.feed(LAST_BLOCK)
+        surplus = any(self.feed(TAIL)) or any(self.feed(LAST_BLOCK))
         if surplus or self._stream is not None:
             raise BreachError(Close.BAD_DEFLATE)

@@ -36,6 +36,9 @@ CLIENT_KEY = "relay.client"
 
 VERSION = b"13"
 KEY_BYTES = 16
+MAX_OFFERS = 64
+"""Extensions with their parameters, or subprotocols, of one request: to look at thousands takes
+many times longer than all else that is asked of it."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -108,10 +111,10 @@ def agree(method: str, http_version: str, headers: Headers, *, compresses: bool)
     if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
         raise HandshakeError("a request for a WebSocket has no body")
     accept = _accept(fields.get(b"sec-websocket-key", []))
+    protocols = _offers(fields.get(b"sec-websocket-protocol", []))
+    offers = _offers(fields.get(b"sec-websocket-extensions", []))
     try:
-        protocols = fields.get(b"sec-websocket-protocol", [])
-        subprotocols = [p for line in protocols for p in parse_subprotocol(_text(line))]
-        offers = _text(b", ".join(fields.get(b"sec-websocket-extensions", [])))
+        subprotocols = parse_subprotocol(protocols) if protocols else []
         agreed = negotiate(offers) if offers else None
     except InvalidHeaderFormat as error:
         raise HandshakeError(f"{error.name} is malformed") from None
@@ -119,6 +122,14 @@ def agree(method: str, http_version: str, headers: Headers, *, compresses: bool)
         raise HandshakeError("a subprotocol is offered twice")
     extensions, encoding = agreed if agreed and compresses else ("", PLAIN)
     return Agreement(accept, cast(list[str], subprotocols), extensions, encoding)
+
+
+def _offers(lines: list[bytes]) -> str:
+    """Return what the lines of a list field say together (RFC 9110 section 5.3)."""
+    offers = b", ".join(lines)
+    if offers.count(b",") + offers.count(b";") >= MAX_OFFERS:
+        raise HandshakeError("too much is offered")
+    return _text(offers)
 
 
 def _accept(keys: list[bytes]) -> str:

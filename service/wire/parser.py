@@ -7,12 +7,12 @@ bound: masks are taken off, and compressed bytes inflated, as they come.
 """
 
 from codecs import IncrementalDecoder, getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
 
 from service.errors import Close
-from service.wire.deflate import INFLATER_BYTES, Inflater
+from service.wire.deflate import INFLATED_SLICE_BYTES, INFLATER_BYTES, Inflater
 from service.wire.frames import (
     BINARY,
     CLOSE,
@@ -33,6 +33,12 @@ _Utf8Decoder = getincrementaldecoder("utf-8")
 
 Event = tuple[int, bytes]
 """The opcode and payload of a whole message, or of a control frame."""
+
+PAUSE: Event = (CONTINUATION, b"")
+"""What is yielded where so much was done that others should get a look at the loop."""
+
+PAUSE_BYTES = 2_048  # after these; of the smallest frames they hold some three hundred
+INFLATE_BYTES = 1_024  # what a call of zlib costs, in bytes that are inflated in the time
 
 WHOLE = (FIN | TEXT, FIN | BINARY)  # what a message of one plain frame begins with
 
@@ -60,6 +66,7 @@ class Parser:
         "_decoder",
         "_fin",
         "_head",
+        "_inflated_bytes",
         "_inflater",
         "_inflates",
         "_left_bytes",
@@ -86,25 +93,33 @@ class Parser:
         self._raw_bytes = 0  # its payloads as they came, compressed where they are
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
+        self._inflated_bytes = 0  # since the last pause
+
+    @property
+    def is_inflating(self) -> bool:
+        """Whether a compressed message has begun and is not whole."""
+        return self._inflater is not None
 
     # The hot path: every call that would make it shorter is a cost for every frame.
     def feed(self, data: bytes) -> Iterator[Event]:  # noqa: C901
         """Yield what more bytes complete: opcode and payload of messages and control frames.
 
-        A close frame is the last that is yielded. The rest of the bytes is lost where the caller
-        stops before the end.
+        Work that takes long has a PAUSE every now and then, some 0.1 ms apart. A close frame is
+        the last that is yielded. More can be fed only after the end.
 
         Raises:
             BreachError: by what follows. Nothing can be fed after it.
         """
         if self._head:
             data, self._head = self._head + data, b""
-        position, end = 0, len(data)
+        self._inflated_bytes = 0
+        position, end, pause_at = 0, len(data), PAUSE_BYTES
         if self._left_bytes:
-            position, event = self._take(data, 0)
-            if event is not None:
-                yield event
+            position = yield from self._take(data, 0)
         while end - position >= 2:
+            if position > pause_at:
+                yield PAUSE
+                pause_at = position + PAUSE_BYTES
             first, second = data[position], data[position + 1]
             size = second & 0x7F
             body = position + 2 + MASK_BYTES
@@ -131,14 +146,12 @@ class Parser:
             mask = data[body - MASK_BYTES : body]
             if first & CONTROL:
                 position = body + size
-                event = _control(first & OPCODE, apply_mask(data[body:position], mask))
+                yield _control(first & OPCODE, apply_mask(data[body:position], mask))
+                if first & OPCODE == CLOSE:
+                    return
             else:
                 self._begin(first, size, mask)
-                position, event = self._take(data, body)
-            if event is not None:
-                yield event
-                if event[0] == CLOSE:
-                    return
+                position = yield from self._take(data, body)
         self._head = data[position:]
 
     def _check_head(self, first: int, second: int, size: int) -> None:
@@ -178,11 +191,11 @@ class Parser:
         self._mask = mask
         self._fin = bool(first & FIN)
 
-    def _take(self, data: bytes, start: int) -> tuple[int, Event | None]:
-        """Take what is there of the frame's payload.
+    def _take(self, data: bytes, start: int) -> Generator[Event, None, int]:
+        """Take what is there of the frame's payload, and yield the message if that makes it whole.
 
         Returns:
-            Where it ends, and the message where that made it whole.
+            Where it ends.
         """
         masked = data[start : start + self._left_bytes]
         taken = len(masked)
@@ -190,9 +203,18 @@ class Parser:
         payload = apply_mask(masked, self._mask)
         turn = taken % MASK_BYTES
         self._mask = self._mask[turn:] + self._mask[:turn]
-        self._add(self._inflater.feed(payload) if self._inflater is not None else payload)
-        is_whole = self._fin and not self._left_bytes
-        return start + taken, self._finished() if is_whole else None
+        if self._inflater is None:
+            self._add(payload)
+        else:
+            for part in self._inflater.feed(payload):
+                self._add(part)
+                self._inflated_bytes += max(INFLATE_BYTES, len(part))
+                if self._inflated_bytes > INFLATED_SLICE_BYTES:
+                    self._inflated_bytes = 0
+                    yield PAUSE
+        if self._fin and not self._left_bytes:
+            yield self._finished()
+        return start + taken
 
     def _add(self, payload: bytes, *, final: bool = False) -> None:
         if self._decoder is not None:

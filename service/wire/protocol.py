@@ -8,7 +8,7 @@ above.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from time import monotonic, perf_counter
 from typing import Any, Protocol, cast
@@ -22,16 +22,12 @@ from service.wire.backlog import Backlog
 from service.wire.deflate import PLAIN
 from service.wire.frames import CLOSE, CONTROL, PING, PONG, BreachError, control
 from service.wire.frames import close as close_frame
-from service.wire.parser import Parser
+from service.wire.parser import PAUSE, Event, Parser
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
 
 RECORD_BYTES = 16_384
-
-PIECE_BYTES = 2048  # parsed at once; of the smallest frames it holds some three hundred
-MAX_PIECE_BYTES = 16_384  # eight times the time, should its frames turn out to be tiny after all
-QUICK_S = 0.0001  # a piece that took no longer may be followed by a larger one
 
 
 class Sink(Protocol):
@@ -40,8 +36,11 @@ class Sink(Protocol):
     def publish(self, client: "RelayProtocol", opcode: int, payload: bytes) -> None:
         """Take a whole message from the client."""
 
+    def hold_back(self, client: "RelayProtocol") -> None:
+        """Pause the client, who is about to say more, where too much waits to be written."""
+
     def leave(self, client: "RelayProtocol") -> None:
-        """Write to the client no longer. Said once."""
+        """Write to the client no longer. Said once; it may still publish what it said before."""
 
     def fell_behind(self, client: "RelayProtocol") -> None:
         """Take note that the client's socket is full."""
@@ -109,12 +108,13 @@ class RelayProtocol(asyncio.Protocol):
         "_kept_bytes",
         "_on_lost",
         "_parser",
+        "_sends_no_more",
         "_shared",
         "_sink",
         "_state",
         "_transport",
         "_unanswered_since",
-        "_unread",
+        "_unheard",
         "_write_now",
         "encoding",
         "write",
@@ -147,7 +147,8 @@ class RelayProtocol(asyncio.Protocol):
         self._holds = 0
         self._held_at = 0.0
         self._unanswered_since = 0.0
-        self._unread: memoryview | None = None
+        self._unheard: Iterator[Event] | None = None  # what is left of the last read
+        self._sends_no_more = False  # TCP's end came while it was still owed something
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
         self._goodbye = b""
@@ -247,65 +248,70 @@ class RelayProtocol(asyncio.Protocol):
         self._unanswered_since = 0.0
         if self._parser is None:
             self._keep_early(data)
-        elif len(data) <= PIECE_BYTES:
-            self._parse(data)
-        else:
+            return
+        events = self._parser.feed(data)
+        if not self._hear(events):
             # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
-            # Tiny frames by the ten thousand would keep everybody waiting.
-            self._unread = memoryview(data)
+            # Tiny frames by the ten thousand, or what inflates to a thousand times as much, would
+            # keep everybody waiting.
+            self._unheard = events
             self._transport.pause_reading()
-            self._shared.reading.add(self.read_on)
+            self._hear_soon()
 
     def read_on(self, until: float) -> bool:
-        """Parse some of what was read, in pieces that grow while they are quickly done.
+        """Hear some more of what was read.
 
         Args:
             until: when to stop, by `time.perf_counter`.
 
         Returns:
-            Whether there is nothing to do for now: all is parsed, or the client is held back.
+            Whether there is nothing to do for now: all is heard, or the client is held back.
         """
-        size = PIECE_BYTES
-        started = perf_counter()
-        while self._unread and self._parser is not None and not self._holds:
-            piece, self._unread = bytes(self._unread[:size]), self._unread[size:]
-            self._parse(piece)
-            now = perf_counter()
-            if now > until:
-                return False
-            if now - started < QUICK_S:
-                size = min(2 * size, MAX_PIECE_BYTES)
-            started = now
-        if self._unread and self._parser is not None:
-            return True  # held: resume_reading comes back here
-        self._unread = None
-        if not self._holds and not self._transport.is_closing():
+        while self._unheard is not None:
+            if self._holds:
+                return True  # resume_reading comes back here
+            if self._hear(self._unheard):
+                self._unheard = None
+            elif perf_counter() > until:
+                # One message after another: all of them half inflated would fill the memory.
+                is_inflating = self._parser is not None and self._parser.is_inflating
+                self._hear_soon(next_turn=is_inflating)
+                return True
+        if self._transport is GONE:
+            self._finish()
+        elif not self._holds and not self._transport.is_closing():
             self._transport.resume_reading()
         return True
 
-    def _hear_out(self) -> None:
-        """Take what was read before the end: one read at most. TLS brings both in one call."""
-        unread, self._unread = self._unread, None
-        if unread and self._parser is not None:
-            self._parse(bytes(unread))
+    def _hear_soon(self, *, next_turn: bool = False) -> None:
+        if not self._holds:
+            self._shared.reading.add(self.read_on, next_turn=next_turn)
 
-    def _parse(self, data: bytes) -> None:
+    # The hot path: one loop, no call but what a message needs.
+    def _hear(self, events: Iterator[Event]) -> bool:  # noqa: C901
+        """Take events until the parser pauses; tell whether there are no more of them."""
         parser, sink = self._parser, self._sink
         assert parser is not None
         assert sink is not None
         pongs = []
         end: tuple[Close, bytes] | None = None
+        pauses = False
         try:
-            for opcode, payload in parser.feed(data):
-                if not opcode & CONTROL:
-                    if self._allowance is not None and (why := self._allowance.objection()):
-                        end = why, close_frame(why.code, why.reason)
-                        break
+            for event in events:
+                opcode, payload = event
+                if opcode & CONTROL:
+                    if opcode == PING:
+                        pongs.append(control(PONG, payload))
+                    elif opcode == CLOSE:
+                        end = Close.CLIENT, _answer(payload)
+                elif event is PAUSE:
+                    pauses = True
+                    break
+                elif self._allowance is not None and (why := self._allowance.objection()):
+                    end = why, close_frame(why.code, why.reason)
+                    break
+                else:
                     sink.publish(self, opcode, payload)
-                elif opcode == PING:
-                    pongs.append(control(PONG, payload))
-                elif opcode == CLOSE:
-                    end = Close.CLIENT, _answer(payload)
         except BreachError as breach:
             why = breach.close
             reason = f"{why.reason}: {breach.detail}" if breach.detail else why.reason
@@ -315,8 +321,13 @@ class RelayProtocol(asyncio.Protocol):
             self._put(b"".join(pongs))
         if end is not None:
             self._part(*end)
-        elif parser.kept_bytes != self._kept_bytes:
+            return True
+        if parser.kept_bytes != self._kept_bytes:
             self._note_kept(parser.kept_bytes)
+        if not pauses or self._parser is None:
+            return True
+        sink.hold_back(self)
+        return False
 
     def _note_kept(self, size: int) -> None:
         self._kept_bytes = size
@@ -327,26 +338,31 @@ class RelayProtocol(asyncio.Protocol):
         why = Close.UNFINISHED
         self._part(why, close_frame(why.code, why.reason))
 
-    def eof_received(self) -> None:
-        """Take note that the client sends no more: without a close frame it vanished."""
-        self._hear_out()
+    def eof_received(self) -> bool:
+        """Take note that the client sends no more: without a close frame it vanished.
+
+        Returns:
+            Whether the connection stays open for what the client is still owed.
+        """
+        if self._unheard is not None:  # TLS brings both in one call; connection_lost comes next
+            return False
+        if self._state is State.PARTING and self._transport.can_write_eof():
+            self._sends_no_more = True
+            return True
         self._say_goodbye()
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
         self._hear_no_more()
         if self._deadline is None and self.backlog_bytes:
             self.expect_within(self._shared.deadline_s)
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books: whatever happened, this is called once and last."""
-        shared = self._shared
         # Batches may name this object for a while: what TLS had waiting must not wait with it.
         self._transport = GONE
         self._write_now = GONE.write
-        self._hear_out()
-        self._leave(Close.VANISHED)
-        self._state = State.LOST
-        self._hear_no_more()
+        self._depart()
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
@@ -354,12 +370,9 @@ class RelayProtocol(asyncio.Protocol):
         if self._on_lost is not None:
             act, self._on_lost = self._on_lost, None
             act()
-        if shared.clients.discard(self):
-            assert self._ending is not None
-            shared.ledger.disconnections += 1
-            shared.ledger.closes[self._ending] += 1
-            log.debug("client gone", extra={"close": self._ending.label})
-        self._sink = None
+        if self._unheard is None:
+            self._finish()
+        # Else read_on does, once it took what came before the end.
 
     # What the relay says
 
@@ -409,7 +422,7 @@ class RelayProtocol(asyncio.Protocol):
         """
         if self._state is not State.OPEN or not 0.0 < self._unanswered_since <= since:
             return False
-        if self._holds or self._unread or self.drained_bytes != self._drained_at_ping:
+        if self._holds or self._unheard or self.drained_bytes != self._drained_at_ping:
             self._unanswered_since = 0.0
             return False
         return True
@@ -442,8 +455,8 @@ class RelayProtocol(asyncio.Protocol):
             self._shared.held -= 1
             if self._allowance is not None:
                 self._allowance.excuse(monotonic() - self._held_at)
-            if self._unread:
-                self._shared.reading.add(self.read_on)
+            if self._unheard is not None or self._transport is GONE:
+                self._hear_soon()
             elif not self._transport.is_closing():
                 self._transport.resume_reading()
 
@@ -496,35 +509,35 @@ class RelayProtocol(asyncio.Protocol):
             goodbye: a close frame, for a client that has none yet.
         """
         self._hear_no_more()
-        if self._state is not State.OPEN:  # it has our close frame, and this is how it answers
+        self._ending = self._ending or why
+        if self._state is State.CLOSING:  # it has our close frame, and this is how it answers
             self._state = State.DISCARDING
             self._end()
-            return
-        self._ending = why
-        self._goodbye = goodbye
-        self._state = State.PARTING
-        self.expect_within(self._shared.deadline_s)
-        assert self._sink is not None
-        self._sink.when_written(self._say_goodbye)
+        elif self._state is State.OPEN:
+            self._goodbye = goodbye
+            self._state = State.PARTING
+            self.expect_within(self._shared.deadline_s)
+            assert self._sink is not None
+            self._sink.when_written(self._say_goodbye)
 
     def _hear_no_more(self) -> None:
-        self._parser = None
+        self._parser = self._unheard = None
         if self._kept_bytes:
             self._note_kept(0)
 
     def _say_goodbye(self) -> None:
         if self._state is State.PARTING:
-            self._leave(Close.VANISHED)  # counted is what it parted for
+            self._depart()
             self._put(self._goodbye)
             self._state = State.DISCARDING
             self._end()
 
     def _leave(self, why: Close) -> None:
         """Leave the sink; the first reason is the one that counts."""
-        if self._ending is None:
-            self._ending = why
-        elif not self._is_member:
-            return
+        self._ending = self._ending or why
+        self._depart()
+
+    def _depart(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -536,6 +549,22 @@ class RelayProtocol(asyncio.Protocol):
             self._is_member = False
             self._sink.leave(self)
 
+    def _finish(self) -> None:
+        """Hear and say nothing more, and count the connection as ended."""
+        if self._state is State.LOST:
+            return
+        shared = self._shared
+        self._leave(Close.VANISHED)
+        self._state = State.LOST
+        self._hear_no_more()
+        self._cancel_deadline()
+        if shared.clients.discard(self):
+            assert self._ending is not None
+            shared.ledger.disconnections += 1
+            shared.ledger.closes[self._ending] += 1
+            log.debug("client gone", extra={"close": self._ending.label})
+        self._sink = None
+
     def _end(self) -> None:
         # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
         # both with unread bytes in the socket would send a reset, and with it the client could
@@ -543,7 +572,7 @@ class RelayProtocol(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self.expect_within(self._shared.deadline_s)
-        if self._transport.can_write_eof():
+        if self._transport.can_write_eof() and not self._sends_no_more:
             self._transport.write_eof()
         else:  # TLS has no half-close; its shutdown does the same
             self._transport.close()
@@ -616,7 +645,8 @@ class RelayProtocol(asyncio.Protocol):
 
     def _expire(self) -> None:
         self._expiry = None
-        self.close_when_written(Close.TOKEN_EXPIRED, Close.TOKEN_EXPIRED.reason)
+        why = Close.TOKEN_EXPIRED
+        self._part(why, close_frame(why.code, why.reason))
 
     def _cut_off(self) -> None:
         self._deadline = None

@@ -24,9 +24,16 @@ class Turns:
         self._workers: deque[Work] = deque()
         self._is_scheduled = False
 
-    def add(self, work: Work) -> None:
-        """Give somebody turns. It must not be in the queue already."""
-        self._workers.append(work)
+    def add(self, work: Work, *, next_turn: bool = False) -> None:
+        """Give somebody turns. It must not be in the queue already.
+
+        Args:
+            next_turn: the next one, before all others who wait.
+        """
+        if next_turn:
+            self._workers.appendleft(work)
+        else:
+            self._workers.append(work)
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._work)
