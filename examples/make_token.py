@@ -1,28 +1,50 @@
 """Print a token for the channels that are named, which ends in an hour.
 
-python examples/make_token.py SECRET_FILE CHANNEL...
-
-SECRET_FILE holds what the relay has as auth.jwt.secret. A * at a channel's end stands for any rest.
 This is for trying it out: where there are users, a service of yours signs their tokens.
 """
 
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jwt
 
 LIFETIME_S = 3600
+EXAMPLE = """\
+example (umask 077: nobody else may read the files):
+  umask 077
+  python -c "import secrets; print(secrets.token_hex(32))" > secret.txt
+  python examples/make_token.py secret.txt news "chat.*" > token.txt
+"""
 
 
-def main(secret_file: str, *channels: str) -> None:
-    secret = Path(secret_file).read_text().strip()
+def make_token(secret: str, channels: Sequence[str]) -> str:
     rights = {"subscribe": channels, "publish": channels}
     claims = {"exp": int(time.time()) + LIFETIME_S, "relay": rights}
-    print(jwt.encode(claims, secret, algorithm="HS256"))
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def main(secret_file: Path, channels: Sequence[str]) -> int:
+    try:
+        token = make_token(secret_file.read_text(encoding="utf-8").strip(), channels)
+    except OSError as error:
+        problem = error.strerror
+    except (UnicodeDecodeError, jwt.InvalidKeyError):
+        problem = "not a secret, but empty, no text or a key of another kind"
+    else:
+        print(token)
+        return 0
+    print(f"{secret_file}: {problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python examples/make_token.py SECRET_FILE CHANNEL...")
-    main(*sys.argv[1:])
+    parser = ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("secret_file", type=Path, help="what the relay has as auth.jwt.secret")
+    parser.add_argument("channels", nargs="+", help="a * at the end stands for any rest")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.secret_file, arguments.channels))

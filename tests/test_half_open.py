@@ -228,12 +228,12 @@ async def test_ten_thousand_refused_upgrades_leave_memory_and_descriptors_where_
     kinds = refused_upgrades()
     headers = {"Authorization": f"Bearer {token('news')}"}
     async with relay.client("news", additional_headers=headers):
-        await refuse(relay, kinds, 1_000)  # to be warm
+        await refuse(relay, kinds, 5_000)  # to be warm
         before_total = await relay.metric("websocket_refusals_total")
         started_rss, started_descriptors = relay.rss_bytes(), relay.descriptors()
         lines = len(relay.log_lines)
         await refuse(relay, kinds, 10_000)
-        assert len(relay.log_lines) == lines
+        assert len(relay.log_lines) <= lines + 2, "one a minute says so, not every one"
         await relay.metric_is("websocket_refusals_total", before_total + 10_000)
         await descriptors_are_back_at(relay, started_descriptors)
         assert relay.rss_bytes() < started_rss + 2 * MIB

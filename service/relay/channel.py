@@ -386,6 +386,7 @@ class Channel:
         now = perf_counter()
         moving = self._moving(now)
         limit_bytes = self._shared.backlogs.limit_bytes
+        # The size is that of plain frames: what is compressed may be waited for without need.
         full = [client for client in moving if client.backlog_bytes + batch.size > limit_bytes]
         if full and self._may_wait(full, len(moving) * 2 >= len(self), now):
             return True
