@@ -8,6 +8,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 
 from service import __version__
 from service.admission.door import Admission
+from service.admission.pressure import Pressure
 from service.api.health import health_router
 from service.api.metrics import metrics_router
 from service.api.websocket import websocket_router
@@ -102,7 +103,9 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     app = _fastapi()
     app.include_router(health_router(health))
     app.include_router(
-        websocket_router(admission, broadcaster, ledger, base_path=settings.server.base_path)
+        websocket_router(
+            admission, broadcaster, ledger, Pressure(), base_path=settings.server.base_path
+        )
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()

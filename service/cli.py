@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service import __version__, logs, server, settings, tls
-from service.errors import SettingsError, StartError
+from service.errors import SettingsError, StartError, UnfitKeyError
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
 
@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         for problem in error.problems:
             print(f"websocket-relay: {problem}", file=sys.stderr)
+        return 2
+    except UnfitKeyError as error:
+        where = settings.where(error.setting, options.config_file, os.environ)
+        print(f"websocket-relay: {where}: {error}", file=sys.stderr)
         return 2
     except StartError as error:
         print(f"websocket-relay: {error}", file=sys.stderr)
@@ -46,6 +50,8 @@ def _check(config_file: Path | None) -> None:
     loaded = settings.load(config_file, os.environ)
     server.load_certificates(loaded)
     server.load_tokens(loaded)
+    for doubt in loaded.doubts():
+        print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
     print(settings.render(loaded), end="")
 
 

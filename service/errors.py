@@ -25,6 +25,20 @@ class SettingsError(RelayError):
         self.problems = tuple(problems)
 
 
+class UnfitKeyError(RelayError):
+    """A key that the operator's settings name, or hold, can't be used.
+
+    Args:
+        setting: which: `auth.jwt.secret`, say.
+        reason: why not; never the key.
+    """
+
+    def __init__(self, setting: str, reason: str) -> None:
+        super().__init__(f"{setting}: {reason}")
+        self.setting = setting
+        self.reason = reason
+
+
 class StartError(RelayError):
     """The relay can't start on this machine as it is now: a port in use, say."""
 

@@ -1,4 +1,4 @@
-"""Know whether the relay is starting, ready or draining. Knows no HTTP."""
+"""Know whether the relay is starting, waits for keys, is ready or draining. Knows no HTTP."""
 
 from enum import StrEnum
 
@@ -7,6 +7,7 @@ class Phase(StrEnum):
     """Where the relay is in its life."""
 
     STARTING = "starting"
+    WAITING_FOR_KEYS = "waiting for keys"  # of auth.jwt.jwks_url, which it never had yet
     READY = "ready"
     DRAINING = "draining"
 

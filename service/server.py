@@ -51,6 +51,9 @@ looks whether it should stop every 0.1 seconds, and FINISH_S come on top."""
 FINISH_S = 0.1
 """What answers to plain requests have to get out when the ports close."""
 
+MAPPED_BITS = 96
+"""What comes before the IPv4 address in an IPv6 address that holds one."""
+
 GC_THRESHOLDS = (50_000, 20, 50)
 """A client is some twenty objects that live long and hold no cycles. With Python's own thresholds
 a storm of arrivals has the collector walk over all of them again and again."""
@@ -60,13 +63,14 @@ def run(settings: Settings) -> None:
     """Run the relay until a signal stops it.
 
     Raises:
-        SettingsError: the certificate can't be served, or the keys of tokens not be used.
+        SettingsError: the certificate can't be served.
+        UnfitKeyError: the keys of tokens can't be used.
         StartError: a port can't be listened on.
     """
     certificates = load_certificates(settings)
     tokens = load_tokens(settings)
-    if tokens is not None:
-        tokens.warn_of_weak_keys()
+    for doubt in settings.doubts():
+        log.warning(doubt.text, extra=doubt.facts)
     _raise_file_limit()
     gc.set_threshold(*GC_THRESHOLDS)
     uvloop.run(_serve(settings, certificates, tokens))
@@ -93,7 +97,7 @@ def load_tokens(settings: Settings) -> "Tokens | None":
     """Return what checks tokens, or None where everybody may come in.
 
     Raises:
-        SettingsError: the keys can't be used.
+        UnfitKeyError: the keys can't be used.
     """
     if settings.auth.mode == "none":
         return None
@@ -208,10 +212,16 @@ class Listener(uvicorn.Server):
 
 
 def _mapped(proxies: Iterable[str]) -> Iterator[str]:
-    """Yield the IPv4 networks as other proxies write them that listen on IPv6, too (RFC 4291)."""
+    """Yield the IPv4 networks in their other form, which proxies write that listen on IPv6, too.
+
+    That is `::ffff:10.0.0.0/104` for `10.0.0.0/8`, and the other way round (RFC 4291 section
+    2.5.5.2).
+    """
     for proxy in map(ipaddress.ip_network, proxies):
         if isinstance(proxy, ipaddress.IPv4Network):
-            yield f"::ffff:{proxy.network_address}/{96 + proxy.prefixlen}"
+            yield f"::ffff:{proxy.network_address}/{MAPPED_BITS + proxy.prefixlen}"
+        elif proxy.prefixlen >= MAPPED_BITS and proxy.network_address.ipv4_mapped is not None:
+            yield f"{proxy.network_address.ipv4_mapped}/{proxy.prefixlen - MAPPED_BITS}"
 
 
 async def _serve(
@@ -241,6 +251,7 @@ async def _serve(
                 log.info("metrics listening", extra={"host": host, "port": port})
                 group.create_task(metrics_port.serve())
             if tokens is not None and tokens.jwks is not None:
+                # Gets its keys below: what holds them up holds up neither port nor stop.
                 await owned.enter_async_context(tokens.jwks)
             await relay_port.listen()
             host, port = relay_port.address
@@ -250,9 +261,9 @@ async def _serve(
             )
             group.create_task(relay_port.serve())
             gc.freeze()  # what is here now stays: the collector need not look at it
-            relay.health.phase = Phase.READY
-            log.info("ready")
+            becoming_ready = group.create_task(_become_ready(relay))
             await stop.asked.wait()
+            becoming_ready.cancel()  # before the phase changes
             await _drain(settings, relay)
             relay_port.should_exit = True
             if metrics_port is not None:
@@ -260,6 +271,19 @@ async def _serve(
             for task in background:
                 task.cancel()
     log.info("stopped")
+
+
+async def _become_ready(relay: Relay) -> None:
+    """Say that clients are welcome, once those with a good token can be told from others.
+
+    After that an issuer that is away is no reason to send them elsewhere: the other replicas have
+    the same one, and most keys are known.
+    """
+    if relay.tokens is not None and relay.tokens.jwks is not None:
+        relay.health.phase = Phase.WAITING_FOR_KEYS
+        await relay.tokens.jwks.get_first()
+    relay.health.phase = Phase.READY
+    log.info("ready")
 
 
 def _relay_listener(settings: Settings, relay: Relay) -> Listener:
@@ -312,9 +336,11 @@ async def _drain(settings: Settings, relay: Relay) -> None:
     shutdown, clients = settings.shutdown, relay.shared.clients
     reserve_s = min(CUT_OFF_RESERVE_S, shutdown.timeout_s)
     until = loop.time() + shutdown.timeout_s - reserve_s
+    # Nobody was sent to a relay that was never ready.
+    readiness_delay_s = shutdown.readiness_delay_s if relay.health.ready else 0
     relay.health.phase = Phase.DRAINING
     log.info("draining", extra={"clients": len(clients)})
-    await asyncio.sleep(min(shutdown.readiness_delay_s, max(0.0, until - loop.time())))
+    await asyncio.sleep(min(readiness_delay_s, max(0.0, until - loop.time())))
     relay.health.refusing = True
     # Clients need time to answer: what does not fit into the whole is taken off the spread.
     spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)

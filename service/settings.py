@@ -9,6 +9,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -76,8 +77,28 @@ QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
 
 SECTION = "a mapping of keys to values"
 
+ALGORITHM_LIKE = re.compile(r"[A-Za-z]{2,5}-?[0-9]{0,5}K?")
+"""What somebody may have meant for an algorithm; anything else in its place may be a secret."""
+
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Settings that can be used and are hardly what was meant.
+
+    Attributes:
+        text: which and why, always in the same words.
+        facts: what differs.
+    """
+
+    text: str
+    facts: Mapping[str, object]
+
+    def __str__(self) -> str:
+        """Return all of it on one line."""
+        return f"{self.text} ({', '.join(f'{name}: {fact}' for name, fact in self.facts.items())})"
 
 
 class Section(BaseModel):
@@ -252,7 +273,6 @@ class Jwt(Section):
     )
     algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
         ("HS256",),
-        min_length=1,
         description="what tokens may be signed with",
         json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
     )
@@ -266,6 +286,14 @@ class Jwt(Section):
             value.get_secret_value().encode()
         except UnicodeEncodeError:  # an environment variable may hold any bytes
             raise ValueError("a text in UTF-8") from None
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # As a bound of the field it would be a second error where the only item is wrong.
+        if not value:
+            raise ValueError(f"one or more of {', '.join(get_args(Algorithm))}")
         return value
 
     @field_validator("public_key_file")
@@ -282,6 +310,18 @@ class Jwt(Section):
             raise ValueError("an address like https://issuer.example/jwks.json, without a password")
         return value
 
+    @property
+    def of_public_keys(self) -> list[str]:
+        """The settings that say where public keys come from, if they do."""
+        return [name for name in ("public_key_file", "jwks_url") if getattr(self, name)]
+
+    def short_secret(self) -> Iterator[tuple[str, int]]:
+        """Yield the algorithms that ask for a longer secret, and for how many bytes."""
+        length = len(self.secret.get_secret_value().encode())
+        for algorithm in sorted(set(self.algorithms)):
+            if length < SECRET_BYTES.get(algorithm, 0):
+                yield algorithm, SECRET_BYTES[algorithm]
+
 
 class Auth(Section):
     """Who may connect."""
@@ -297,6 +337,13 @@ class Auth(Section):
             return self
         with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
         others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
+        if self.jwt.of_public_keys and not others:
+            raise ValueError(
+                f"auth.jwt.{self.jwt.of_public_keys[0]} is set, and auth.jwt.algorithms"
+                f" ({', '.join(with_secret)}) asks for no public key; set"
+                " auth.jwt.algorithms to what tokens are signed with: RS256 for most RSA keys,"
+                " ES256 or EdDSA for others"
+            )
         if with_secret and not self.jwt.secret.get_secret_value():
             raise ValueError(f"{', '.join(with_secret)} needs auth.jwt.secret")
         if self.jwt.public_key_file and self.jwt.jwks_url:
@@ -343,6 +390,19 @@ class Settings(BaseSettings):
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
 
+    def doubts(self) -> Iterator[Doubt]:
+        """Yield what the operator had better look at; `check` and the start tell it."""
+        jwt = self.auth.jwt
+        if self.auth.mode == "none":
+            named = [*(["secret"] if jwt.secret else []), *jwt.of_public_keys]
+            if named:
+                unused = ", ".join(f"auth.jwt.{name}" for name in named)
+                yield Doubt("auth.mode is none, so everybody may connect", {"unused": unused})
+            return
+        for algorithm, least in jwt.short_secret():
+            facts = {"algorithm": algorithm, "min_bytes": least}
+            yield Doubt("auth.jwt.secret is short", facts)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -374,7 +434,7 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     """
     source = file or DEFAULT_FILE
     values = _read(source, must_exist=file is not None)
-    named = {path: name for name in environ if (path := _path_of(name)) is not None}
+    named = _variables(environ)
     unknown = {path: name for path, name in named.items() if path not in LEAVES}
     problems = [f"{name}: unknown variable; {_known(path)}" for path, name in unknown.items()]
     if any(path in _SECTIONS for path in unknown):
@@ -391,6 +451,16 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def where(key: str, file: Path | None, environ: Mapping[str, str]) -> str:
+    """Return the variable, or else the file, that says a setting which is not a default.
+
+    Args:
+        key: like server.port.
+        file, environ: as for `load`.
+    """
+    return _variables(environ).get(tuple(key.split(".")), str(file or DEFAULT_FILE))
 
 
 def render(settings: Settings, *, comments: bool = False) -> str:
@@ -514,6 +584,11 @@ def _harmless(quoted: re.Match[str]) -> str:
     return text if len(text) <= 3 or text in ("'<stream end>'", "'<block end>'") else "…"
 
 
+def _variables(environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    """Return the names of the variables that are ours, by the paths that they name."""
+    return {path: name for name in environ if (path := _path_of(name)) is not None}
+
+
 def _path_of(variable: str) -> tuple[str, ...] | None:
     """Return the path that a variable names, or None where it is not ours."""
     if not variable.upper().startswith(ENV_PREFIX):
@@ -571,9 +646,15 @@ def _shown(value: object, path: tuple[str, ...] = ()) -> str:
     Args:
         path: where it stands; nothing is shown that is, or could hold, a secret.
     """
-    if path == ("auth",) or path[:2] == ("auth", "jwt"):
+    may_be_secret = path == ("auth",) or path[:2] == ("auth", "jwt")
+    if may_be_secret and not (path[2:3] == ("algorithms",) and _is_algorithm_like(value)):
         return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _is_algorithm_like(value: object) -> bool:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(part, str) and ALGORITHM_LIKE.fullmatch(part) for part in parts)
 
 
 _SHORT = reprlib.Repr()

@@ -139,6 +139,7 @@ class KeyServer:
         self.body = body
         self.status = 200
         self.headers: dict[str, str] = {}
+        self.hangs_up = False  # instead of answering
         self.go_on = threading.Event()  # while it is not set, requests wait for their answers
         self.go_on.set()
         self._requests = 0
@@ -198,6 +199,8 @@ class KeyServer:
                     outer._requests += 1
                     outer._grew.notify_all()
                 outer.go_on.wait(PATIENCE_S)
+                if outer.hangs_up:
+                    return
                 try:
                     self.send_response(outer.status)
                     for name, value in outer.headers.items():

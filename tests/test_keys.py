@@ -5,12 +5,13 @@ import gzip
 import json
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed448
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, rsa
 from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
@@ -53,6 +54,34 @@ def key_server() -> Iterator[KeyServer]:
     """A key server that has one key."""
     with KeyServer(key_set(ONE)) as server:
         yield server
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
+    """Start a relay that listens, and may not be ready yet: `launched(auth=by_url(server))`."""
+    with ExitStack() as stack:
+
+        def launch(**settings: Any) -> Relay:
+            relay = Relay(tmp_path, settings)
+            stack.callback(relay.end)
+            relay.launch()
+            relay.await_log("relay listening")
+            return relay
+
+        yield launch
+
+
+async def assert_not_ready(relay: Relay) -> None:
+    """Insist that both ports say what is missing, and that the relay is alive."""
+    for get in (relay.get, relay.get_metrics):
+        answer = await get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "waiting for keys"})
+        assert (await get("/healthz")).status_code == 200
+
+
+async def assert_ready(relay: Relay) -> None:
+    answer = await relay.get("/readyz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
 
 
 async def answer_of(relay: Relay, channel: str | None, brought: str) -> int:
@@ -237,7 +266,7 @@ async def test_a_private_key_in_the_set_is_not_used(relay_with: StartRelay, chan
 
 
 async def test_the_key_server_has_to_prove_who_it_is(
-    relay_with: StartRelay, tmp_path: Path, channel: str
+    relay_with: StartRelay, launched: Callable[..., Relay], tmp_path: Path, channel: str
 ) -> None:
     pair = make_pair()
     pair.write_to(tmp_path)
@@ -246,10 +275,52 @@ async def test_the_key_server_has_to_prove_who_it_is(
     with KeyServer(key_set(ONE), context) as server:
         trusting = relay_with({"SSL_CERT_FILE": str(tmp_path / "cert.pem")}, auth=by_url(server))
         await works(bearing(trusting, channel, ONE.token()))
-        doubting = relay_with(auth=by_url(server))
+        doubting = launched(auth=by_url(server))
         assert "certificate" in doubting.await_log("keys not fetched")["error"].lower()
         assert_unavailable(await refused(bearing(doubting, channel, ONE.token())))
         assert server.requests == 1
+
+
+def short_signer(kid: str) -> Signer:
+    return Signer("RS256", rsa.generate_private_key(public_exponent=65_537, key_size=1024), kid)
+
+
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")  # of who signs
+async def test_short_rsa_keys_of_the_set_are_not_used_and_told_once_a_fetch(
+    relay_with: StartRelay, channel: str
+) -> None:
+    short, long = short_signer("short"), signer("RS256", "long")
+    body = key_set(short, short_signer("short too"), long)
+    with KeyServer(body) as server:
+        relay = relay_with(auth=by_url(server, "RS256"))
+        told = relay.await_log("short RSA keys not used")
+        assert (told["level"], told["keys"], told["min_bits"]) == ("warning", 2, 2048)
+        assert relay.await_log("keys fetched")["keys"] == 1
+        await works(bearing(relay, channel, long.token()))
+        assert_bad(await refused(bearing(relay, channel, short.token())), "unknown key")
+        assert server.requests == 2
+        relay.await_log("short RSA keys not used", count=2)
+        events = [event["event"] for event in relay.log_events]
+        assert events.count("short RSA keys not used") == 2
+
+
+@pytest.mark.parametrize("fault", ["no name", "hangs up", "no TLS"])
+async def test_the_log_says_what_kept_keys_from_being_fetched(
+    launched: Callable[..., Relay], key_server: KeyServer, fault: str
+) -> None:
+    """The innermost reason: what wraps it says nothing, or that all attempts failed."""
+    auth = by_url(key_server)
+    match fault:
+        case "no name":
+            auth["jwt"]["jwks_url"] = "http://issuer.invalid/keys.json"
+        case "hangs up":
+            key_server.hangs_up = True
+        case "no TLS":
+            auth["jwt"]["jwks_url"] = key_server.url.replace("http:", "https:")
+    relay = launched(auth=auth)
+    error = (await relay.wait_for_log("keys not fetched"))["error"]
+    expected = {"no name": "name", "hangs up": "disconnected", "no TLS": "SSL"}
+    assert expected[fault].lower() in error.lower()
 
 
 # Renewed keys
@@ -310,9 +381,14 @@ async def test_made_up_key_ids_do_not_flood_the_issuer(
         made_up = Signer("ES256", TWO.key, f"made up {number}")
         answers.append(await refused(bearing(relay, channel, made_up.token())))
     elapsed_s = time.monotonic() - started
-    for answer in answers:
+    assert 1 + 5 <= key_server.requests <= 1 + 5 + elapsed_s / 10
+    # As long as the issuer may be asked, it is known that it has no such key.
+    for answer in answers[:5]:
         assert_bad(answer, "unknown key")
-    assert 1 < key_server.requests <= 1 + 5 + elapsed_s / 10
+    later = [answer for answer in answers[5:] if answer.status_code == 503]
+    assert len(later) >= 55 - elapsed_s / 10
+    for answer in later:
+        assert_unavailable(answer)
     await works(bearing(relay, channel, ONE.token()))
 
 
@@ -321,6 +397,7 @@ async def test_keys_that_are_old_are_renewed_while_they_are_used(
 ) -> None:
     """In this process, for five minutes are too long to wait."""
     async with jwks.Jwks(key_server.url) as keys:
+        await keys.get_first()
         assert await keys.find("ES256", "key-1") is not None
         assert key_server.requests == 1
         monkeypatch.setattr(jwks, "MAX_AGE_S", -1.0)
@@ -357,6 +434,9 @@ async def test_an_outage_hurts_nobody_whose_key_is_known(
     key_server.start()
     await works(bearing(relay, channel, TWO.token()))
     await relay.metric_is("websocket_jwks_fetches_total", 2, result="ok")
+    again = await relay.wait_for_log("keys fetched", count=2)
+    assert (again["level"], again["keys"]) == ("info", 2)
+    await assert_ready(relay)
 
 
 async def test_in_a_long_outage_good_tokens_are_not_called_bad(
@@ -371,28 +451,96 @@ async def test_in_a_long_outage_good_tokens_are_not_called_bad(
     assert 5 <= fetches < 12
 
 
-async def test_a_relay_starts_without_the_issuer_and_finds_it_later(
-    relay_with: StartRelay, key_server: KeyServer, channel: str
-) -> None:
-    key_server.stop()
-    relay = relay_with(auth=by_url(key_server))
-    event = await relay.wait_for_log("keys not fetched")
-    assert event["level"] == "error"
-    assert (await relay.get("/readyz")).status_code == 200
-    assert_unavailable(await refused(bearing(relay, channel, ONE.token())))
-    key_server.start()
-    await works(bearing(relay, channel, ONE.token()))
-
-
-async def test_an_issuer_that_does_not_answer_holds_up_the_start_for_five_seconds(
-    relay_with: StartRelay, key_server: KeyServer, channel: str
+async def test_a_relay_is_not_ready_until_it_has_keys(
+    launched: Callable[..., Relay], key_server: KeyServer, channel: str
 ) -> None:
     key_server.go_on.clear()
+    relay = launched(auth=by_url(key_server))
+    await asyncio.to_thread(key_server.await_requests, 1)
+    await assert_not_ready(relay)
+    early = asyncio.create_task(answer_of(relay, channel, ONE.token()))
+    key_server.go_on.set()
+    await relay.wait_for_log("ready")
+    await assert_ready(relay)
+    assert await early == 101
+    assert key_server.requests == 1
+    fetched = relay.await_log("keys fetched")
+    assert (fetched["level"], fetched["keys"]) == ("info", 1)
+    assert relay.complaints == []
+
+
+async def test_a_relay_starts_without_the_issuer_and_finds_it_later_by_itself(
+    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+) -> None:
+    key_server.stop()
+    relay = launched(auth=by_url(key_server))
+    event = await relay.wait_for_log("keys not fetched", count=2)
+    assert (event["level"], event["error"]) == ("error", "Connection refused")
+    await assert_not_ready(relay)
+    assert_unavailable(await refused(bearing(relay, channel, ONE.token())))
+    key_server.start()
+    await relay.wait_for_log("ready")
+    await assert_ready(relay)
+    await works(bearing(relay, channel, ONE.token()))
+    assert key_server.requests == 1
+    assert relay.complaints == []
+
+
+async def test_once_ready_a_relay_stays_so_without_the_issuer(
+    relay_with: StartRelay, key_server: KeyServer, channel: str
+) -> None:
     relay = relay_with(auth=by_url(key_server))
-    event = relay.await_log("keys not fetched")
+    key_server.stop()
+    assert_unavailable(await refused(bearing(relay, channel, TWO.token())))
+    await assert_ready(relay)
+
+
+async def test_the_wait_for_the_first_keys_ends_with_a_token_that_has_them_fetched(
+    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+) -> None:
+    """The timer's next try may be ten seconds away."""
+    key_server.stop()
+    relay = launched(auth=by_url(key_server))
+    await relay.wait_for_log("keys not fetched", count=3)
+    key_server.start()
+    await works(bearing(relay, channel, ONE.token()))
+    await relay.wait_for_log("ready")
+    assert key_server.requests == 1
+
+
+async def test_an_issuer_that_does_not_answer_has_five_seconds(
+    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+) -> None:
+    key_server.go_on.clear()
+    relay = launched(auth=by_url(key_server))
+    event = await relay.wait_for_log("keys not fetched")
     assert "5 seconds" in event["error"]
     key_server.go_on.set()
     await works(bearing(relay, channel, ONE.token()))
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["silent", "down"])
+async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
+    launched: Callable[..., Relay], key_server: KeyServer, answers: bool
+) -> None:
+    """Not even shutdown.readiness_delay_s is waited for: nobody was sent to it."""
+    key_server.go_on.clear()
+    if not answers:
+        key_server.stop()
+    stop = {"readiness_delay_s": 8, "timeout_s": 20}
+    relay = launched(auth=by_url(key_server), shutdown=stop)
+    if answers:
+        await asyncio.to_thread(key_server.await_requests, 1)
+    else:
+        await relay.wait_for_log("keys not fetched")
+    await assert_not_ready(relay)
+    started = time.monotonic()
+    assert await relay.stop() == 0
+    assert time.monotonic() - started < 3
+    events = [event["event"] for event in relay.log_events]
+    assert events[-1] == "stopped"
+    assert "ready" not in events
+    assert relay.complaints == []
 
 
 async def test_a_relay_stops_in_time_while_it_waits_for_keys(

@@ -21,6 +21,7 @@ from websockets.sync.client import connect
 from service.errors import Close, Refusal
 from tests import browser
 from tests.conftest import StartRelay
+from tests.issuer import KeyServer, key_set, signer
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Relay, run_command
 from tests.shell import persons_environment
@@ -238,8 +239,9 @@ def test_the_refusals_are_those_of_the_relay() -> None:
 
 
 async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) -> None:
-    jwt = {"algorithms": ["ES256"], "jwks_url": "http://127.0.0.1:1/keys"}
-    there = (await tls_relay_with(auth={"mode": "jwt", "jwt": jwt}).metrics()).names
+    with KeyServer(key_set(signer("ES256", "key"))) as keys:
+        jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
+        there = (await tls_relay_with(auth={"mode": "jwt", "jwt": jwt}).metrics()).names
     ours = {name for name in there if name.startswith("websocket_")}
     ours -= {name for name in ours if re.search(r"_(bucket|sum|count|created)$", name)}
     told = set(re.findall(r"`(websocket_\w+)`", README))

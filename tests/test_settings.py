@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from service.errors import SettingsError
 from service.settings import load
 from tests.certificates import make_pair
+from tests.conftest import StartRelay
 from tests.issuer import Signer, signer
 from tests.relay_process import Finished, Relay, run_command
+from tests.test_handshake import refused
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
@@ -444,6 +446,21 @@ def test_tls_with_files_that_do_not_serve_is_refused_with_one_line(
     assert_refused(done, words.get(fault, ".pem"))
 
 
+@pytest.mark.parametrize("proxy", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "127.0.0.0/8"])
+async def test_a_trusted_proxy_may_be_written_in_either_form_of_its_address(
+    relay_with: StartRelay, proxy: str
+) -> None:
+    relay = relay_with(server={"trusted_proxies": [proxy]}, limits={"max_connections_per_ip": 1})
+    for_one = {"X-Forwarded-For": "203.0.113.1"}
+    for_another = {"X-Forwarded-For": "203.0.113.2"}
+    async with (
+        relay.client(additional_headers=for_one),
+        relay.client(additional_headers=for_another),
+    ):
+        answer = await refused(relay.client(additional_headers=for_one))
+        assert answer.status_code == 503
+
+
 @pytest.mark.parametrize("proxy", ["10.0.0.0/99", "10.0.0.7/8", "proxy.example", "*", ""])
 def test_a_trusted_proxy_is_an_address_or_a_network(check: Check, proxy: str) -> None:
     done = check(yaml.safe_dump({"server": {"trusted_proxies": [proxy]}}))
@@ -480,6 +497,16 @@ def guarding(**of_jwt: Any) -> str:
             ["auth.jwt.public_key_file", "auth.jwt.jwks_url", "both"],
             id="a file and a URL",
         ),
+        pytest.param(
+            {"jwks_url": "https://issuer.example/"},
+            ["auth.jwt.jwks_url is set", "auth.jwt.algorithms (HS256)", "RS256", "ES256", "EdDSA"],
+            id="a URL and the default algorithm",
+        ),
+        pytest.param(
+            {"public_key_file": "jwt.pem", "secret": SECRET, "algorithms": ["HS256", "HS512"]},
+            ["auth.jwt.public_key_file is set", "(HS256, HS512)", "RS256"],
+            id="a key file that no algorithm uses",
+        ),
     ],
 )
 def test_every_algorithm_needs_its_key(
@@ -500,6 +527,30 @@ def test_without_tokens_nothing_is_asked_of_their_keys(check: Check) -> None:
 
 
 @pytest.mark.parametrize(
+    "of_jwt",
+    [
+        {"secret": SECRET},
+        {"public_key_file": "jwt.pem", "algorithms": ["RS256"]},
+        {"jwks_url": "https://issuer.example/"},
+        {"secret": SECRET, "jwks_url": "https://issuer.example/"},
+    ],
+)
+def test_keys_that_nobody_is_asked_for_are_a_warning(
+    check: Check, tmp_path: Path, of_jwt: dict[str, Any]
+) -> None:
+    settings = {"auth": {"jwt": of_jwt}}
+    unused = ", ".join(f"auth.jwt.{name}" for name in of_jwt if name != "algorithms")
+    text = "auth.mode is none, so everybody may connect"
+    done = check(yaml.safe_dump(settings))
+    assert effective(done)
+    assert done.error_lines == [f"websocket-relay: warning: {text} (unused: {unused})"]
+    with Relay(tmp_path, settings) as relay:
+        (warning,) = (event for event in relay.log_events if event["level"] == "warning")
+        assert (warning["event"], warning["unused"]) == (text, unused)
+        assert SECRET not in "".join(relay.log_lines)
+
+
+@pytest.mark.parametrize(
     ("algorithms", "content", "words"),
     [
         pytest.param(["RS256"], None, ["no such file"], id="missing"),
@@ -516,6 +567,12 @@ def test_without_tokens_nothing_is_asked_of_their_keys(check: Check) -> None:
         pytest.param(["RS256"], make_pair().certificate_pem, ["PEM"], id="a certificate"),
         pytest.param(["RS256"], signer("ES256").public_pem, ["RS256"], id="EC for RSA"),
         pytest.param(["ES256"], signer("RS256").public_pem, ["ES256"], id="RSA for EC"),
+        pytest.param(
+            ["RS256"],
+            Signer("RS256", rsa.generate_private_key(65_537, 1024)).public_pem,
+            ["RSA", "fewer than 2048 bits"],
+            id="a short RSA key",
+        ),
         pytest.param(["ES256"], signer("ES384").public_pem, ["ES256"], id="another curve"),
         pytest.param(["EdDSA"], signer("ES256").public_pem, ["EdDSA"], id="EC for Ed25519"),
         pytest.param(
@@ -535,7 +592,7 @@ def test_a_key_file_that_does_not_do_is_refused_with_one_line(
     if content is not None:
         (tmp_path / "jwt.pem").write_bytes(content)
     done = check(guarding(algorithms=algorithms, public_key_file="jwt.pem"))
-    assert_refused(done, "auth.jwt.public_key_file", "jwt.pem", *words)
+    assert_refused(done, "config.yaml: auth.jwt.public_key_file: jwt.pem: ", *words)
 
 
 def test_the_relay_does_not_start_with_a_key_file_that_does_not_do(tmp_path: Path) -> None:
@@ -546,7 +603,17 @@ def test_the_relay_does_not_start_with_a_key_file_that_does_not_do(tmp_path: Pat
 
 def test_a_directory_is_no_key_file(check: Check, tmp_path: Path) -> None:
     done = check(guarding(algorithms=["RS256"], public_key_file=str(tmp_path)))
-    assert_refused(done, "auth.jwt.public_key_file")
+    assert_refused(done, f"config.yaml: auth.jwt.public_key_file: {tmp_path}: a directory")
+
+
+def test_a_key_that_does_not_do_is_told_by_the_variable_that_names_it(check: Check) -> None:
+    file = guarding(algorithms=["RS256"], public_key_file="of-the-file.pem")
+    done = check(file, RELAY__AUTH__JWT__PUBLIC_KEY_FILE="missing.pem")
+    variable = "RELAY__AUTH__JWT__PUBLIC_KEY_FILE"
+    assert_refused(done, f"{variable}: auth.jwt.public_key_file: missing.pem: no such file")
+    assert "config.yaml" not in done.stderr
+    done = check(guarding(), RELAY__AUTH__JWT__SECRET=f"{SECRET}\n")
+    assert_refused(done, "RELAY__AUTH__JWT__SECRET: auth.jwt.secret: white space")
 
 
 @pytest.mark.parametrize(
@@ -594,8 +661,33 @@ def test_a_url_of_the_web_is_one(tmp_path: Path, url: str) -> None:
 )
 def test_a_key_where_a_secret_should_be_is_refused(check: Check, secret: str) -> None:
     done = check(guarding(secret=secret))
-    assert_refused(done, "auth.jwt.secret", "PEM")
+    assert_refused(done, "config.yaml: auth.jwt.secret: ", "PEM")
     assert secret[40:60] not in done.stderr
+
+
+@pytest.mark.parametrize("secret", [f"{SECRET}\n", f"{SECRET}\r\n", f" {SECRET}", f"{SECRET}\t"])
+@pytest.mark.parametrize("command", [[], ["check"]])
+def test_a_secret_with_white_space_at_an_end_is_refused(
+    tmp_path: Path, command: list[str], secret: str
+) -> None:
+    """A file's newline: with it nobody's token would be accepted, and nobody would know why."""
+    (tmp_path / "config.yaml").write_text(guarding(secret=secret))
+    done = run_command(*command, directory=tmp_path)
+    assert_refused(done, "config.yaml: auth.jwt.secret: white space at an end", "newline")
+    assert SECRET not in done.stderr
+
+
+def test_a_secret_with_white_space_inside_is_a_secret(check: Check) -> None:
+    assert check(guarding(secret=SECRET)).stderr == ""
+
+
+def test_an_algorithm_that_there_is_not_is_shown_with_those_that_there_are(check: Check) -> None:
+    for wrong in ("HS265", "PS256", "ES256K", "none", "hs256", "Ed25519"):
+        done = check(guarding(secret=SECRET, algorithms=["HS256", wrong]))
+        assert_refused(done, "auth.jwt.algorithms", f"'{wrong}' is not allowed", "HS256", "EdDSA")
+        done = check(guarding(secret=SECRET), RELAY__AUTH__JWT__ALGORITHMS=wrong)
+        assert_refused(done, "RELAY__AUTH__JWT__ALGORITHMS", f"'{wrong}'", "HS256", "EdDSA")
+    assert_refused(check(guarding(secret=SECRET, algorithms=[])), "[] is not allowed", "HS256")
 
 
 def test_a_secret_that_is_no_text_is_refused(check: Check) -> None:
@@ -608,10 +700,15 @@ def test_a_secret_that_is_no_text_is_refused(check: Check) -> None:
     [("HS256", 31, True), ("HS256", 32, False), ("HS384", 47, True), ("HS512", 64, False)],
 )
 def test_a_short_secret_is_a_warning(
-    tmp_path: Path, algorithm: str, length: int, warns: bool
+    check: Check, tmp_path: Path, algorithm: str, length: int, warns: bool
 ) -> None:
     secret = "s3cr3t-" + "z" * (length - 7)
     settings = {"auth": {"mode": "jwt", "jwt": {"secret": secret, "algorithms": [algorithm]}}}
+    done = check(yaml.safe_dump(settings))
+    least = {"HS256": 32, "HS384": 48, "HS512": 64}[algorithm]
+    facts = f"(algorithm: {algorithm}, min_bytes: {least})"
+    line = f"websocket-relay: warning: auth.jwt.secret is short {facts}"
+    assert (done.exit_code, done.error_lines) == (0, [line] * warns)
     with Relay(tmp_path, settings) as relay:
         warnings = [event for event in relay.log_events if event["level"] == "warning"]
         assert [event["event"] for event in warnings] == ["auth.jwt.secret is short"] * warns

@@ -23,7 +23,15 @@ from tests.issuer import (
     signer,
     token,
 )
-from tests.raw_client import CLOSE, TEXT, RawClient, frame, upgrade_request
+from tests.raw_client import (
+    CLOSE,
+    TEXT,
+    RawClient,
+    close_payload,
+    frame,
+    raw_websocket,
+    upgrade_request,
+)
 from tests.relay_process import HOST, Relay, closed, eventually, path_of, receive
 from tests.test_handshake import refused
 
@@ -127,6 +135,19 @@ async def test_the_header_goes_before_the_query_and_the_query_before_the_subprot
     assert_bad(await refused(ways("", bad, good)), "signature")
 
 
+@pytest.mark.parametrize("second", ["Bearer {good}", "Bearer {bad}", "Basic YTpi", ""])
+async def test_more_than_one_authorization_is_refused(
+    guarded_relay: Relay, channel: str, second: str
+) -> None:
+    """A proxy may have looked at the other one."""
+    good, bad = token(), token(OTHER_SECRET)
+    other = second.format(good=good, bad=bad)
+    lines = [("Authorization", f"Bearer {good}"), ("Authorization", other)]
+    for both in (lines, lines[::-1]):
+        attempt = guarded_relay.client(channel, additional_headers=both)
+        assert_bad(await refused(attempt), "malformed")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -179,6 +200,41 @@ async def test_the_token_is_never_the_subprotocol_that_is_selected(
         answer = await raw.upgrade(path_of(channel), Sec_WebSocket_Protocol=offered)
         assert answer.headers["sec-websocket-protocol"] == selected
         assert brought not in str(answer.headers)
+
+
+MISPLACED = [
+    pytest.param(["{}"], None, id="alone"),
+    pytest.param(["chat", "{}"], "chat", id="at the end"),
+    pytest.param(["{}", "chat"], "chat", id="in front"),
+    pytest.param(["{}", "bearer"], "bearer", id="in front of bearer"),
+]
+
+
+@pytest.mark.parametrize(("offer", "selected"), MISPLACED)
+@pytest.mark.parametrize("mode", ["jwt", "none"])
+async def test_a_token_that_stands_in_the_wrong_place_is_not_selected(
+    guarded_relay: Relay,
+    relay: Relay,
+    channel: str,
+    mode: str,
+    offer: list[str],
+    selected: str | None,
+) -> None:
+    brought = token()
+    offered = ", ".join(offer).format(brought)
+    bearer = f"Bearer {token()}"
+    async with await (guarded_relay if mode == "jwt" else relay).tcp() as raw:
+        answer = await raw.upgrade(
+            path_of(channel), Sec_WebSocket_Protocol=offered, Authorization=bearer
+        )
+        assert answer.headers.get("sec-websocket-protocol") == selected
+        assert brought not in str(answer.headers)
+
+
+async def test_a_subprotocol_with_dots_is_no_token(relay: Relay, channel: str) -> None:
+    for offered in ("v1.2.3", "eyJ.chat", "com.eyJ.chat"):
+        async with relay.client(channel, subprotocols=[Subprotocol(offered)]) as client:
+            assert client.subprotocol == offered
 
 
 async def test_without_tokens_a_bearer_is_not_verified(relay: Relay, channel: str) -> None:
@@ -271,7 +327,6 @@ BAD: list[Any] = [
     pytest.param(lambda: token(exp=0), "expired", id="expired long ago"),
     pytest.param(lambda: token(exp=-1e300), "expired", id="expired before time began"),
     pytest.param(lambda: token(nbf=later(60)), "not yet valid", id="nbf"),
-    pytest.param(lambda: token(iat=later(60)), "not yet valid", id="iat"),
     *(
         pytest.param(partial(hand_made, HS256, {"exp": exp}), "malformed", id=f"exp {exp!r}")
         for exp in NO_TIMES
@@ -393,6 +448,33 @@ async def test_an_issuer_that_nobody_asks_for_does_no_harm(
     guarded_relay: Relay, channel: str
 ) -> None:
     await works(bearing(guarded_relay, channel, token(iss="https://anybody.example", sub="me")))
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        pytest.param({"nbf": later(3)}, id="valid in a moment, by a clock that is ahead"),
+        pytest.param({"iat": later(600)}, id="made in ten minutes"),
+        pytest.param({"iat": "today"}, id="made at no time"),
+        pytest.param({"sub": 4711, "jti": 5}, id="numbers for names"),
+        pytest.param({"sub": None, "jti": [], "iat": {}}, id="other shapes"),
+    ],
+)
+async def test_what_is_not_asked_of_a_token_does_no_harm(
+    guarded_relay: Relay, channel: str, claims: dict[str, Any]
+) -> None:
+    body = {"relay": EVERYTHING, "exp": later(60)} | claims
+    await works(bearing(guarded_relay, channel, hand_made(HS256, body)))
+
+
+async def test_a_clock_that_is_behind_lets_nobody_stay_longer(
+    guarded_relay: Relay, channel: str
+) -> None:
+    """There is no leeway for exp, and it counts before rights do."""
+    for rights in (EVERYTHING, {}):
+        body = {"relay": rights, "exp": later(-1), "nbf": later(3)}
+        answer = await refused(bearing(guarded_relay, channel, hand_made(HS256, body)))
+        assert_bad(answer, "expired")
 
 
 @pytest.mark.parametrize("algorithm", HMAC)
@@ -539,6 +621,23 @@ async def test_a_connection_ends_when_its_token_expires_and_not_before(
         await resident.send("still here")
         assert await receive(resident) == "still here"
     await guarded_relay.metric_reaches("websocket_closes_total", 1, reason="token_expired")
+
+
+async def test_who_goes_on_talking_when_its_token_has_expired_is_not_heard(
+    guarded_relay: Relay, channel: str
+) -> None:
+    brought = token(exp=int(time.time()) + 2)
+    async with (
+        bearing(guarded_relay, channel, token(exp=None)) as other,
+        raw_websocket(
+            HOST, guarded_relay.port, path_of(channel), Authorization=f"Bearer {brought}"
+        ) as guest,
+    ):
+        assert await guest.close_frame() == (3000, "token expired")
+        await guest.send(frame(TEXT, b"too late") + frame(CLOSE, close_payload(3000)))
+        assert await guest.ended() == b""
+        await other.send("next")
+        assert await receive(other) == "next"
 
 
 @pytest.mark.parametrize("expiry", [b"1e300", b"9" * 400, b"253402300799", b"4102444800.5"])

@@ -1,8 +1,11 @@
 """Find the token that a request brings, and keep it out of the answer. Knows no key."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from itertools import pairwise
 from urllib.parse import unquote
+
+from service.errors import Refusal, RefusedError, TokenFault
 
 SCHEME = "bearer"
 PARAMETER = b"access_token="
@@ -10,19 +13,27 @@ PARAMETER = b"access_token="
 OWN_SUBPROTOCOLS = frozenset({SCHEME, "relay.v1"})
 """Offers that speak to the relay itself; of any others the first is selected."""
 
+TOKEN_LIKE = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*")
+"""A JSON Web Token: its first part is JSON, which begins with a brace and a quotation mark."""
 
-def token_of(headers: Mapping[str, str], query: bytes, subprotocols: Sequence[str]) -> str | None:
+
+def token_of(authorization: Sequence[str], query: bytes, subprotocols: Sequence[str]) -> str | None:
     """Return the token of a request, or None where it brings none.
 
     Looked for in the Authorization header and the query (RFC 6750 sections 2.1 and 2.3), then
     among the subprotocols, for browsers can send nothing else.
 
     Args:
-        headers: by their names in lower case.
+        authorization: what the header lines of that name say.
         query: what stands behind the question mark.
         subprotocols: what is offered; `bearer` and behind it the token.
+
+    Raises:
+        RefusedError: there is more than one such line: a proxy might have looked at another.
     """
-    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if len(authorization) > 1:
+        raise RefusedError(Refusal.BAD_TOKEN, TokenFault.MALFORMED)
+    scheme, _, token = "".join(authorization).partition(" ")
     if scheme.lower() == SCHEME and (token := token.strip()):
         return token
     if PARAMETER in query:
@@ -36,13 +47,14 @@ def selected(subprotocols: Sequence[str]) -> str | None:
     """Return which of the offered subprotocols is answered; never a token.
 
     The relay is transparent to what its clients speak, so it takes the first offer that does not
-    speak to the relay itself: browsers drop a connection whose offer is not answered.
+    speak to the relay itself: browsers drop a connection whose offer is not answered. A token that
+    stands in the wrong place is not sent back either, for answers are logged more often.
     """
     if not subprotocols:
         return None
-    secret = set(_behind_bearer(subprotocols))
+    hidden = OWN_SUBPROTOCOLS.union(_behind_bearer(subprotocols))
     for offer in subprotocols:
-        if offer and offer not in OWN_SUBPROTOCOLS and offer not in secret:
+        if offer and offer not in hidden and not TOKEN_LIKE.fullmatch(offer):
             return offer
     return SCHEME if SCHEME in subprotocols else None
 

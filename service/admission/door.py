@@ -41,6 +41,7 @@ class Upgrade:
         query: what stands behind the question mark in the path.
         subprotocols: what it offers.
         host: the address it comes from; trusted proxies may have said which.
+        authorization: what its Authorization header says; several texts where there are several.
     """
 
     channel: str
@@ -48,6 +49,7 @@ class Upgrade:
     query: bytes
     subprotocols: Sequence[str]
     host: str | None
+    authorization: Sequence[str] = ()
 
 
 class Client(Protocol):
@@ -166,7 +168,7 @@ class Admission:
 
     async def _rights(self, upgrade: Upgrade) -> Rights:
         assert self._tokens is not None
-        token = token_of(upgrade.headers, upgrade.query, upgrade.subprotocols)
+        token = token_of(upgrade.authorization, upgrade.query, upgrade.subprotocols)
         if token is None:
             raise RefusedError(Refusal.NO_TOKEN)
         rights = await self._tokens.rights(token)

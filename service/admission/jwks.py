@@ -7,7 +7,9 @@ feel an outage.
 import asyncio
 import json
 import logging
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from service.admission.keys import PublicKey, algorithms_of
+from service.admission.keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
 from service.errors import Refusal, RefusedError, RelayError
 from service.rate import Rate
 
@@ -35,6 +37,10 @@ FETCH_INTERVAL_S = 10.0
 FETCH_BURST = 5
 """How often is fetched at most: tokens that name keys nobody has must not become a flood of
 requests to the issuer."""
+
+FIRST_PAUSE_S = 1.0
+"""Until the second try to get the first keys. It doubles up to FETCH_INTERVAL_S, and each is cut by
+chance to between a half and the whole, so that replicas do not ask an issuer all at once."""
 
 READERS: dict[str, Callable[[Any], object]] = {
     "RSA": RSAAlgorithm.from_jwk,
@@ -60,7 +66,8 @@ class NamedKey:
 class Jwks:
     """The keys behind a URL.
 
-    Use it as a context manager: it fetches first, then as the need arises, and cleans up.
+    Use it as a context manager, which cleans up. It fetches as the need arises, and `get_first` to
+    begin with.
 
     Args:
         url: of the key set.
@@ -71,6 +78,7 @@ class Jwks:
         self._url = url
         self._keys: tuple[NamedKey, ...] = ()
         self._fetched_at = 0.0
+        self._there = asyncio.Event()  # set once there are keys, for good
         self._reachable = False  # whether the last fetch was a good one
         self._rate = Rate(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
@@ -79,7 +87,6 @@ class Jwks:
     async def __aenter__(self) -> Self:
         # Every fetch has a deadline of its own for all of it; httpx2's are for each step.
         self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=1))
-        await asyncio.wait({self._fetch_soon()})
         return self
 
     async def __aexit__(
@@ -93,15 +100,29 @@ class Jwks:
             await asyncio.wait({self._fetching})
         await self._http.aclose()
 
+    async def get_first(self) -> None:
+        """Return once there are keys; fetch until then, again and again."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            await asyncio.wait({self._fetch_soon()})
+            with suppress(TimeoutError):
+                # A client's token may bring the next fetch about, and be quicker.
+                async with asyncio.timeout(pause_s * random.uniform(0.5, 1)):
+                    await self._there.wait()
+                    return
+            pause_s = min(2 * pause_s, FETCH_INTERVAL_S)
+
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
         """Return the key that a token names; fetch the set where it is not in it.
 
         A token without a key id is for the only key of its algorithm.
 
         Raises:
-            RefusedError: the key is not known, and the server can't be asked now.
+            RefusedError: the key is not known, and the server can't or may not be asked now: the
+                token may be good once it can.
         """
         loop = asyncio.get_running_loop()
+        asked = True
         found = self._known(algorithm, kid)
         if found:
             if loop.time() - self._fetched_at > MAX_AGE_S and self._rate.take(loop.time()):
@@ -110,7 +131,9 @@ class Jwks:
             # Not awaited as such: a client that leaves would cancel it for all who wait.
             await asyncio.wait({self._fetch_soon()})
             found = self._known(algorithm, kid)
-        if not found and not self._reachable:
+        else:
+            asked = False
+        if not found and not (asked and self._reachable):
             raise RefusedError(Refusal.KEYS)
         return found[0] if len(found) == 1 or (found and kid is not None) else None
 
@@ -135,10 +158,12 @@ class Jwks:
             self.fetches["error"] += 1
             log.error("keys not fetched", extra={"url": self._url, "error": str(error)})
         else:
+            level = logging.DEBUG if self._reachable else logging.INFO  # news: the first, or again
+            log.log(level, "keys fetched", extra={"keys": len(self._keys)})
             self._reachable = True
             self._fetched_at = asyncio.get_running_loop().time()
             self.fetches["ok"] += 1
-            log.debug("keys fetched", extra={"keys": len(self._keys)})
+            self._there.set()
         finally:
             self._fetching = None
 
@@ -160,8 +185,21 @@ class Jwks:
         except TimeoutError:
             raise FetchError(f"not done in {FETCH_S:g} seconds") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-            raise FetchError(str(error) or type(error).__name__) from None
+            raise FetchError(_innermost(error)) from None
         return bytes(body)
+
+
+def _innermost(error: BaseException) -> str:
+    """Return what began it: "Connection refused", where those who wrap it say less or nothing."""
+    said = type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        said = getattr(cause, "strerror", None) or str(cause) or said
+        if isinstance(cause, BaseExceptionGroup):  # an attempt for each address of the name
+            cause = cause.exceptions[0]
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return said
 
 
 def key_set(body: bytes) -> tuple[NamedKey, ...]:
@@ -177,7 +215,11 @@ def key_set(body: bytes) -> tuple[NamedKey, ...]:
     listed = content.get("keys") if isinstance(content, dict) else None
     if not isinstance(listed, list):
         raise FetchError("not a JWK set")
-    keys = tuple(named for jwk in listed if (named := _named(jwk)) is not None)
+    named = [one for jwk in listed if (one := _named(jwk)) is not None]
+    keys = tuple(one for one in named if not is_short(one.key))
+    if len(keys) < len(named):
+        facts = {"keys": len(named) - len(keys), "min_bits": MIN_RSA_BITS}
+        log.warning("short RSA keys not used", extra=facts)
     if not keys:
         raise FetchError("no key to check tokens with")
     return keys

@@ -5,6 +5,7 @@ is never looked up here. So no token can have a public key taken for a secret (R
 3.1). Knows no token.
 """
 
+import errno
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +16,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from service.errors import SettingsError
+from service.errors import UnfitKeyError
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
 
 RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512"})
 CURVE_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 EDWARDS_ALGORITHMS = frozenset({"EdDSA"})
+
+MIN_RSA_BITS = 2048
+"""RFC 7518 section 3.3. Shorter keys have been, or are about to be, factored."""
 
 
 class PublicKeys(Protocol):
@@ -51,6 +55,11 @@ def algorithms_of(key: object) -> frozenset[str]:
     return frozenset()
 
 
+def is_short(key: PublicKey) -> bool:
+    """Tell whether a key proves little because signatures can be made without the private one."""
+    return isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS
+
+
 class KeyFile:
     """One public key from a file; a token's key id says nothing then.
 
@@ -59,7 +68,7 @@ class KeyFile:
         algorithms: for which it has to do, those of secrets left out.
 
     Raises:
-        SettingsError: it does not.
+        UnfitKeyError: it does not.
     """
 
     def __init__(self, file: Path, algorithms: frozenset[str]) -> None:
@@ -69,6 +78,8 @@ class KeyFile:
             raise _unfit(file, error.strerror or "can't be read") from None
         except ValueError as error:
             raise _unfit(file, str(error)) from None
+        if is_short(self._key):
+            raise _unfit(file, f"an RSA key of fewer than {MIN_RSA_BITS} bits")
         unsuited = algorithms - algorithms_of(self._key)
         if unsuited:
             raise _unfit(file, f"this kind of key is not for {', '.join(sorted(unsuited))}")
@@ -79,8 +90,10 @@ class KeyFile:
 
 
 def _read(file: Path) -> PublicKey:
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory, where a file should be")
     if not file.is_file():  # a FIFO, say, would be waited for
-        raise FileNotFoundError(2, "no such file")
+        raise FileNotFoundError(errno.ENOENT, "no such file")
     pem = file.read_bytes()
     if b"PRIVATE KEY" in pem:
         raise ValueError("a private key; the relay needs the public one only")
@@ -93,5 +106,5 @@ def _read(file: Path) -> PublicKey:
     return key
 
 
-def _unfit(file: Path, reason: str) -> SettingsError:
-    return SettingsError([f"auth.jwt.public_key_file: {file}: {reason}"])
+def _unfit(file: Path, reason: str) -> UnfitKeyError:
+    return UnfitKeyError("auth.jwt.public_key_file", f"{file}: {reason}")

@@ -4,7 +4,8 @@ Nothing of a token leaves this room but what it allows: refusals say which check
 words that stand here.
 """
 
-import logging
+import math
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,29 @@ from jwt.warnings import InsecureKeyLengthWarning
 
 from service.admission.keys import KeyFile, PublicKey, PublicKeys
 from service.admission.rights import Rights
-from service.errors import Refusal, RefusedError, SettingsError, TokenFault
+from service.errors import Refusal, RefusedError, TokenFault, UnfitKeyError
 from service.settings import SECRET_BYTES, Jwt
 
 if TYPE_CHECKING:
-    from service.admission.jwks import Jwks
+    from jwt.types import Options
 
-log = logging.getLogger(__name__)
+    from service.admission.jwks import Jwks
 
 MAX_CHARACTERS = 16_384
 """Of a token: more than others let into a whole request's head."""
+
+NOT_BEFORE_LEEWAY_S = 5
+"""Clocks differ: a token that was just made must not be refused because its maker's is ahead. There
+is none for `exp`: whoever is let in would have to leave at once."""
+
+CHECKS: "Options" = {
+    "verify_exp": False,  # below, for the leeway is not for it
+    # Of these PyJWT checks more than anybody here relies on: when the token was made, and that its
+    # subject and its number are texts.
+    "verify_iat": False,
+    "verify_sub": False,
+    "verify_jti": False,
+}
 
 FAR_FUTURE = 253_402_300_800  # the year 10000
 """A token that expires there or beyond does not."""
@@ -39,7 +53,7 @@ class Tokens:
         settings: what the operator asks of them.
 
     Raises:
-        SettingsError: the keys can't be used.
+        UnfitKeyError: the keys can't be used.
     """
 
     def __init__(self, settings: Jwt) -> None:
@@ -54,17 +68,8 @@ class Tokens:
         self._keys: PublicKeys | None = self.jwks
         if public and self.jwks is None:
             self._keys = KeyFile(Path(settings.public_key_file), public)
-        # PyJWT would say it to standard error; it is said once, below.
+        # PyJWT would say it to standard error, for every token; it is said once, at the start.
         warnings.simplefilter("ignore", InsecureKeyLengthWarning)
-
-    def warn_of_weak_keys(self) -> None:
-        """Log where a secret is shorter than its algorithm asks for (RFC 7518 section 3.2)."""
-        for algorithm in sorted(self._algorithms & SECRET_BYTES.keys()):
-            if len(self._secret) < SECRET_BYTES[algorithm]:
-                least = SECRET_BYTES[algorithm]
-                log.warning(
-                    "auth.jwt.secret is short", extra={"algorithm": algorithm, "min_bytes": least}
-                )
 
     async def rights(self, token: str) -> Rights:
         """Return what a token allows.
@@ -82,6 +87,8 @@ class Tokens:
                 algorithms=[algorithm],
                 audience=self._audience,
                 issuer=self._issuer,
+                options=CHECKS,
+                leeway=NOT_BEFORE_LEEWAY_S,
             )
             return Rights.of(claims, _expiry(claims))
 
@@ -142,13 +149,27 @@ def _prove_secret(secret: bytes) -> None:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
         problem = "a key in PEM, DER, SSH or JWK format, where a secret should be"
-        raise SettingsError([f"auth.jwt.secret: {problem}"]) from None
+        raise UnfitKeyError("auth.jwt.secret", problem) from None
+    if secret != secret.strip():
+        # Who signs tokens has the secret without it, and would be let in nowhere.
+        problem = "white space at an end, such as the newline of the file that it came from"
+        raise UnfitKeyError("auth.jwt.secret", problem)
 
 
 def _expiry(claims: dict[str, Any]) -> float | None:
-    expiry = claims.get("exp")
-    if expiry is None:
+    """Return until when a token is good, in seconds since 1970; None: for ever.
+
+    Raises:
+        jwt.PyJWTError: that is over, or no time.
+    """
+    if "exp" not in claims:
         return None
-    if not isinstance(expiry, int | float) or isinstance(expiry, bool):  # PyJWT takes "123", too
+    expiry = claims["exp"]
+    is_number = isinstance(expiry, int | float) and not isinstance(expiry, bool)
+    if not is_number or not -math.inf < expiry < math.inf:
         raise jwt.DecodeError
-    return int(expiry) if expiry < FAR_FUTURE else None
+    if expiry >= FAR_FUTURE:
+        return None
+    if int(expiry) <= time.time():
+        raise jwt.ExpiredSignatureError
+    return int(expiry)

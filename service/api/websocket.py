@@ -15,6 +15,7 @@ from service.admission.door import (
     Upgrade,
     retry_after_s,
 )
+from service.admission.pressure import Pressure
 from service.errors import Refusal, RefusedError
 from service.ledger import Ledger
 from service.relay.broadcaster import Broadcaster
@@ -25,7 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def websocket_router(
-    admission: Admission, broadcaster: Broadcaster, ledger: Ledger, *, base_path: str
+    admission: Admission,
+    broadcaster: Broadcaster,
+    ledger: Ledger,
+    pressure: Pressure,
+    *,
+    base_path: str,
 ) -> APIRouter:
     """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
 
@@ -33,6 +39,7 @@ def websocket_router(
         admission: who may come in.
         broadcaster: where they go.
         ledger: where refusals are counted.
+        pressure: what tells the log of limits that are hit.
         base_path: what stands before both paths.
     """
 
@@ -41,7 +48,12 @@ def websocket_router(
         channel = websocket.path_params.get("channel", DEFAULT_CHANNEL)
         offered: list[str] = scope["subprotocols"]
         upgrade = Upgrade(
-            channel, websocket.headers, scope["query_string"], offered, _host(scope["client"])
+            channel,
+            websocket.headers,
+            scope["query_string"],
+            offered,
+            _host(scope["client"]),
+            websocket.headers.getlist("authorization"),
         )
         try:
             terms = await admission.admit(upgrade)
@@ -60,6 +72,7 @@ def websocket_router(
 
     async def refuse(websocket: WebSocket, refused: RefusedError) -> None:
         ledger.refusals[refused.why] += 1
+        pressure.note(refused.why)
         log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})
         await websocket.send_denial_response(_answer(refused))
 
