@@ -3,12 +3,13 @@
 import asyncio
 import socket
 import ssl
+import threading
 from contextlib import suppress
 
 import pytest
 
 from tests.conftest import StartRelay
-from tests.raw_client import CLOSE, PATIENCE_S, TEXT, close_payload, frame, upgrade_request
+from tests.raw_client import CLOSE, PATIENCE_S, PING, TEXT, close_payload, frame, upgrade_request
 from tests.relay_process import HOST, Relay, receive, receive_many
 
 MESSAGE = bytes(65_536)
@@ -87,4 +88,46 @@ async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
         await relay.metric_is("websocket_closes_total", 1, reason=reason)
         await relay.metric_is("websocket_connected_clients", 1)
         await leaving
+        await assert_books_balance(relay)
+
+
+def hang_up_unread(
+    relay: Relay, path: str, wire: bytes, is_behind: threading.Event, is_let_go: threading.Event
+) -> None:
+    """Read nothing, and when the relay waits for that, send and end TLS; TCP stays open."""
+    with socket.socket() as tcp:
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        tcp.settimeout(PATIENCE_S)
+        tcp.connect((HOST, relay.port))
+        assert relay.tls_context is not None
+        with relay.tls_context.wrap_socket(tcp.dup(), server_hostname="localhost") as tls:
+            tls.sendall(upgrade_request(path))
+            assert b" 101 " in tls.recv(4096)
+            assert is_behind.wait(PATIENCE_S)
+            tls.sendall(wire)
+            tls.setblocking(False)
+            with suppress(ssl.SSLError):  # so much comes that was not read
+                tls.unwrap()
+        assert is_let_go.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("said", [b"", frame(PING) * 2_000], ids=["nothing", "much"])
+async def test_a_tls_client_that_hangs_up_behind_is_let_go_by_the_deadline(
+    tls_relay_with: StartRelay, said: bytes
+) -> None:
+    relay = tls_relay_with(limits={"handshake_timeout_s": 1})
+    is_behind, is_let_go = threading.Event(), threading.Event()
+    async with relay.client("news") as publisher:
+        hanging = asyncio.create_task(
+            asyncio.to_thread(hang_up_unread, relay, "/channels/news", said, is_behind, is_let_go)
+        )
+        await relay.metric_is("websocket_connected_clients", 2)
+        while not await relay.metric("websocket_slow_clients"):
+            await publisher.send(MESSAGE)
+            assert await receive(publisher) == MESSAGE
+        is_behind.set()
+        await relay.metric_is("websocket_closes_total", 1, reason="vanished")
+        await relay.metric_is("websocket_connected_clients", 1)
+        is_let_go.set()
+        await hanging
         await assert_books_balance(relay)

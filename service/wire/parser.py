@@ -12,7 +12,12 @@ from collections.abc import Generator, Iterator
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
 
 from service.errors import Close
-from service.wire.deflate import INFLATED_SLICE_BYTES, INFLATER_BYTES, Inflater
+from service.wire.deflate import (
+    DEFLATED_SLICE_BYTES,
+    INFLATED_SLICE_BYTES,
+    INFLATER_BYTES,
+    Inflater,
+)
 from service.wire.frames import (
     BINARY,
     CLOSE,
@@ -34,11 +39,15 @@ _Utf8Decoder = getincrementaldecoder("utf-8")
 Event = tuple[int, bytes]
 """The opcode and payload of a whole message, or of a control frame."""
 
-PAUSE: Event = (CONTINUATION, b"")
-"""What is yielded where so much was done that others should get a look at the loop."""
+PAUSE: Event = (CONTINUATION, b"pause")
+"""This very object is yielded where so much was done that others should get a look at the loop."""
+
+HALF: Event = (CONTINUATION, b"half")
+"""The same, where a message is growing fast: it had better be whole before others begin theirs."""
 
 PAUSE_BYTES = 2_048  # after these; of the smallest frames they hold some three hundred
 INFLATE_BYTES = 1_024  # what a call of zlib costs, in bytes that are inflated in the time
+DEFLATED_BYTE = INFLATED_SLICE_BYTES // DEFLATED_SLICE_BYTES  # what a byte costs at worst, the same
 
 WHOLE = (FIN | TEXT, FIN | BINARY)  # what a message of one plain frame begins with
 
@@ -66,7 +75,6 @@ class Parser:
         "_decoder",
         "_fin",
         "_head",
-        "_inflated_bytes",
         "_inflater",
         "_inflates",
         "_left_bytes",
@@ -75,6 +83,7 @@ class Parser:
         "_message",
         "_opcode",
         "_raw_bytes",
+        "_work_bytes",
         "kept_bytes",
     )
 
@@ -93,26 +102,21 @@ class Parser:
         self._raw_bytes = 0  # its payloads as they came, compressed where they are
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
-        self._inflated_bytes = 0  # since the last pause
-
-    @property
-    def is_inflating(self) -> bool:
-        """Whether a compressed message has begun and is not whole."""
-        return self._inflater is not None
+        self._work_bytes = 0  # of inflating, since the last pause
 
     # The hot path: every call that would make it shorter is a cost for every frame.
     def feed(self, data: bytes) -> Iterator[Event]:  # noqa: C901
         """Yield what more bytes complete: opcode and payload of messages and control frames.
 
-        Work that takes long has a PAUSE every now and then, some 0.1 ms apart. A close frame is
-        the last that is yielded. More can be fed only after the end.
+        Work that takes long has a PAUSE or a HALF every now and then, 0.1 to 0.5 ms apart. A close
+        frame is the last that is yielded. More can be fed only after the end.
 
         Raises:
             BreachError: by what follows. Nothing can be fed after it.
         """
         if self._head:
             data, self._head = self._head + data, b""
-        self._inflated_bytes = 0
+        self._work_bytes = 0
         position, end, pause_at = 0, len(data), PAUSE_BYTES
         if self._left_bytes:
             position = yield from self._take(data, 0)
@@ -197,24 +201,34 @@ class Parser:
         Returns:
             Where it ends.
         """
-        masked = data[start : start + self._left_bytes]
-        taken = len(masked)
+        payload = apply_mask(data[start : start + self._left_bytes], self._mask)
+        taken = len(payload)
         self._left_bytes -= taken
-        payload = apply_mask(masked, self._mask)
         turn = taken % MASK_BYTES
         self._mask = self._mask[turn:] + self._mask[:turn]
         if self._inflater is None:
             self._add(payload)
         else:
-            for part in self._inflater.feed(payload):
-                self._add(part)
-                self._inflated_bytes += max(INFLATE_BYTES, len(part))
-                if self._inflated_bytes > INFLATED_SLICE_BYTES:
-                    self._inflated_bytes = 0
-                    yield PAUSE
+            yield from self._inflate(payload, self._inflater)
         if self._fin and not self._left_bytes:
+            inflated_bytes = len(self._message) if self._inflater is not None else 0
             yield self._finished()
+            if inflated_bytes > INFLATED_SLICE_BYTES:
+                yield PAUSE
         return start + taken
+
+    def _inflate(self, payload: bytes, inflater: Inflater) -> Iterator[Event]:
+        pause = PAUSE
+        for start in range(0, len(payload), DEFLATED_SLICE_BYTES):
+            deflated = payload[start : start + DEFLATED_SLICE_BYTES]
+            for part in inflater.feed(deflated):
+                if self._work_bytes > INFLATED_SLICE_BYTES:
+                    self._work_bytes = 0
+                    yield pause
+                self._add(part)
+                self._work_bytes += max(INFLATE_BYTES, len(part))
+                pause = HALF if len(part) == INFLATED_SLICE_BYTES else PAUSE
+            self._work_bytes += len(deflated) * DEFLATED_BYTE
 
     def _add(self, payload: bytes, *, final: bool = False) -> None:
         if self._decoder is not None:

@@ -22,7 +22,7 @@ from service.wire.backlog import Backlog
 from service.wire.deflate import PLAIN
 from service.wire.frames import CLOSE, CONTROL, PING, PONG, BreachError, control
 from service.wire.frames import close as close_frame
-from service.wire.parser import PAUSE, Event, Parser
+from service.wire.parser import HALF, PAUSE, Event, Parser
 from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -102,12 +102,14 @@ class RelayProtocol(asyncio.Protocol):
         "_ending",
         "_expiry",
         "_goodbye",
-        "_held_at",
         "_holds",
+        "_in_turns",
+        "_is_first",
         "_is_member",
         "_kept_bytes",
         "_on_lost",
         "_parser",
+        "_paused_at",
         "_sends_no_more",
         "_shared",
         "_sink",
@@ -145,10 +147,12 @@ class RelayProtocol(asyncio.Protocol):
         self._backlog: Backlog | None = None
         self._drained_at_ping = 0
         self._holds = 0
-        self._held_at = 0.0
+        self._paused_at = 0.0  # since when it is not read; 0: it is
         self._unanswered_since = 0.0
         self._unheard: Iterator[Event] | None = None  # what is left of the last read
-        self._sends_no_more = False  # TCP's end came while it was still owed something
+        self._in_turns = False  # whether read_on is called again, or being called
+        self._is_first = False  # before the others who wait: to finish a message
+        self._sends_no_more = False  # TCP's end came, or TLS's
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
         self._goodbye = b""
@@ -250,12 +254,12 @@ class RelayProtocol(asyncio.Protocol):
             self._keep_early(data)
             return
         events = self._parser.feed(data)
-        if not self._hear(events):
+        if self._hear(events) is not None:
             # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
             # Tiny frames by the ten thousand, or what inflates to a thousand times as much, would
             # keep everybody waiting.
             self._unheard = events
-            self._transport.pause_reading()
+            self._read_no_more()
             self._hear_soon()
 
     def read_on(self, until: float) -> bool:
@@ -265,37 +269,70 @@ class RelayProtocol(asyncio.Protocol):
             until: when to stop, by `time.perf_counter`.
 
         Returns:
-            Whether there is nothing to do for now: all is heard, or the client is held back.
+            False to be called again behind the others; True where it is heard to the end, held
+            back, or in the queue already.
         """
+        try:
+            is_done = self._read_on(until)
+        except BaseException:  # as uvloop does where data_received raises
+            self._unheard = None
+            self._in_turns = False
+            self.abort(Close.INTERNAL)
+            raise
+        self._in_turns = not is_done
+        if is_done or not self._is_first:
+            return is_done
+        self._shared.reading.add(self.read_on, first=True)
+        return True
+
+    def _read_on(self, until: float) -> bool:
         while self._unheard is not None:
             if self._holds:
                 return True  # resume_reading comes back here
-            if self._hear(self._unheard):
+            pause = self._hear(self._unheard)
+            if pause is None:
                 self._unheard = None
-            elif perf_counter() > until:
-                # One message after another: all of them half inflated would fill the memory.
-                is_inflating = self._parser is not None and self._parser.is_inflating
-                self._hear_soon(next_turn=is_inflating)
-                return True
+            elif pause is HALF:
+                # All of them half inflated would fill the memory.
+                if perf_counter() > until and not self._holds:
+                    self._is_first = True
+                    return False
+            elif self._is_first or perf_counter() > until:
+                self._is_first = False
+                return self._holds > 0
         if self._transport is GONE:
             self._finish()
-        elif not self._holds and not self._transport.is_closing():
-            self._transport.resume_reading()
+        elif self._sends_no_more and self._parser is not None:
+            self._vanish()
+        elif not self._holds:
+            self._read_again()
         return True
 
-    def _hear_soon(self, *, next_turn: bool = False) -> None:
-        if not self._holds:
-            self._shared.reading.add(self.read_on, next_turn=next_turn)
+    def _hear_soon(self) -> None:
+        if not self._holds and not self._in_turns:
+            self._in_turns = True
+            self._shared.reading.add(self.read_on)
+
+    def _read_no_more(self) -> None:
+        self._paused_at = self._paused_at or monotonic()
+        self._transport.pause_reading()
+
+    def _read_again(self) -> None:
+        if self._paused_at and self._allowance is not None:
+            self._allowance.excuse(monotonic() - self._paused_at)
+        self._paused_at = 0.0
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     # The hot path: one loop, no call but what a message needs.
-    def _hear(self, events: Iterator[Event]) -> bool:  # noqa: C901
-        """Take events until the parser pauses; tell whether there are no more of them."""
+    def _hear(self, events: Iterator[Event]) -> Event | None:  # noqa: C901
+        """Take events until the parser pauses; return how it does, or None at their end."""
         parser, sink = self._parser, self._sink
         assert parser is not None
         assert sink is not None
         pongs = []
         end: tuple[Close, bytes] | None = None
-        pauses = False
+        pause: Event | None = None
         try:
             for event in events:
                 opcode, payload = event
@@ -304,8 +341,8 @@ class RelayProtocol(asyncio.Protocol):
                         pongs.append(control(PONG, payload))
                     elif opcode == CLOSE:
                         end = Close.CLIENT, _answer(payload)
-                elif event is PAUSE:
-                    pauses = True
+                elif event is PAUSE or event is HALF:
+                    pause = event
                     break
                 elif self._allowance is not None and (why := self._allowance.objection()):
                     end = why, close_frame(why.code, why.reason)
@@ -321,13 +358,13 @@ class RelayProtocol(asyncio.Protocol):
             self._put(b"".join(pongs))
         if end is not None:
             self._part(*end)
-            return True
+            return None
         if parser.kept_bytes != self._kept_bytes:
             self._note_kept(parser.kept_bytes)
-        if not pauses or self._parser is None:
-            return True
+        if pause is None or self._parser is None:
+            return None
         sink.hold_back(self)
-        return False
+        return pause
 
     def _note_kept(self, size: int) -> None:
         self._kept_bytes = size
@@ -344,35 +381,60 @@ class RelayProtocol(asyncio.Protocol):
         Returns:
             Whether the connection stays open for what the client is still owed.
         """
-        if self._unheard is not None:  # TLS brings both in one call; connection_lost comes next
-            return False
+        self._sends_no_more = True
         if self._state is State.PARTING and self._transport.can_write_eof():
-            self._sends_no_more = True
             return True
         self._say_goodbye()
-        self._leave(Close.VANISHED)
-        self._state = State.DISCARDING
-        self._hear_no_more()
-        if self._deadline is None and self.backlog_bytes:
+        if self._unheard is None:
+            self._vanish()
+        else:
+            # TLS brings both in one call. uvloop throws away what is written from now on, and may
+            # take half a minute to close.
+            self._leave_sink()
+        if self._deadline is None:
             self.expect_within(self._shared.deadline_s)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Settle the books: whatever happened, this is called once and last."""
+        """Settle the books: whatever happened, this is called once and last.
+
+        What was read before is heard all the same, and until then it counts as a connection: words
+        that nobody waits for must not be a way around the limits.
+        """
         # Batches may name this object for a while: what TLS had waiting must not wait with it.
         self._transport = GONE
         self._write_now = GONE.write
-        self._depart()
+        self._leave_sink()
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
             self._settle(self._backlog, self._backlog.noted_bytes)
+        if self._unheard is None:
+            self._finish()
+
+    def _vanish(self) -> None:
+        self._leave(Close.VANISHED)
+        self._state = State.DISCARDING
+        self._hear_no_more()
+
+    def _finish(self) -> None:
+        """Hear and say nothing more, and count the connection as ended."""
+        if self._state is State.LOST:
+            return
+        shared = self._shared
+        self._leave(Close.VANISHED)
+        self._state = State.LOST
+        self._hear_no_more()
+        self._cancel_deadline()
         if self._on_lost is not None:
             act, self._on_lost = self._on_lost, None
             act()
-        if self._unheard is None:
-            self._finish()
-        # Else read_on does, once it took what came before the end.
+        if shared.clients.discard(self):
+            assert self._ending is not None
+            shared.ledger.disconnections += 1
+            shared.ledger.closes[self._ending] += 1
+            log.debug("client gone", extra={"close": self._ending.label})
+        self._sink = None
 
     # What the relay says
 
@@ -386,6 +448,7 @@ class RelayProtocol(asyncio.Protocol):
             why: the code and the label.
             reason: what stands on the wire instead of `why.reason`.
         """
+        self._forget_lost()
         self._say_goodbye()
         if self._state is not State.OPEN:
             return
@@ -401,6 +464,7 @@ class RelayProtocol(asyncio.Protocol):
 
     def abort(self, why: Close) -> None:
         """End the TCP connection now; what waits is dropped and counted."""
+        self._forget_lost()
         self._leave(why)
         if self._backlog is not None:
             self._settle(self._backlog, self.backlog_bytes)
@@ -444,21 +508,18 @@ class RelayProtocol(asyncio.Protocol):
         """Read no more from the client until `resume_reading` was called as often."""
         self._holds += 1
         if self._holds == 1:
-            self._held_at = monotonic()
             self._shared.held += 1
-            self._transport.pause_reading()
+            self._read_no_more()
 
     def resume_reading(self) -> None:
         """Read on, if nobody else holds the client back."""
         self._holds -= 1
         if self._holds == 0:
             self._shared.held -= 1
-            if self._allowance is not None:
-                self._allowance.excuse(monotonic() - self._held_at)
-            if self._unheard is not None or self._transport is GONE:
+            if self._unheard is not None:
                 self._hear_soon()
-            elif not self._transport.is_closing():
-                self._transport.resume_reading()
+            else:
+                self._read_again()
 
     def pause_writing(self) -> None:
         """Take note that the write under way filled the socket: the client is behind now."""
@@ -510,7 +571,9 @@ class RelayProtocol(asyncio.Protocol):
         """
         self._hear_no_more()
         self._ending = self._ending or why
-        if self._state is State.CLOSING:  # it has our close frame, and this is how it answers
+        if self._transport is GONE:
+            self._finish()
+        elif self._state is State.CLOSING:  # it has our close frame, and this is how it answers
             self._state = State.DISCARDING
             self._end()
         elif self._state is State.OPEN:
@@ -520,6 +583,11 @@ class RelayProtocol(asyncio.Protocol):
             assert self._sink is not None
             self._sink.when_written(self._say_goodbye)
 
+    def _forget_lost(self) -> None:
+        """Give up what was not heard yet of a connection that has ended."""
+        if self._transport is GONE:
+            self._finish()
+
     def _hear_no_more(self) -> None:
         self._parser = self._unheard = None
         if self._kept_bytes:
@@ -527,7 +595,7 @@ class RelayProtocol(asyncio.Protocol):
 
     def _say_goodbye(self) -> None:
         if self._state is State.PARTING:
-            self._depart()
+            self._leave_sink()
             self._put(self._goodbye)
             self._state = State.DISCARDING
             self._end()
@@ -535,9 +603,9 @@ class RelayProtocol(asyncio.Protocol):
     def _leave(self, why: Close) -> None:
         """Leave the sink; the first reason is the one that counts."""
         self._ending = self._ending or why
-        self._depart()
+        self._leave_sink()
 
-    def _depart(self) -> None:
+    def _leave_sink(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -548,22 +616,6 @@ class RelayProtocol(asyncio.Protocol):
         if self._is_member and self._sink is not None:
             self._is_member = False
             self._sink.leave(self)
-
-    def _finish(self) -> None:
-        """Hear and say nothing more, and count the connection as ended."""
-        if self._state is State.LOST:
-            return
-        shared = self._shared
-        self._leave(Close.VANISHED)
-        self._state = State.LOST
-        self._hear_no_more()
-        self._cancel_deadline()
-        if shared.clients.discard(self):
-            assert self._ending is not None
-            shared.ledger.disconnections += 1
-            shared.ledger.closes[self._ending] += 1
-            log.debug("client gone", extra={"close": self._ending.label})
-        self._sink = None
 
     def _end(self) -> None:
         # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
@@ -650,6 +702,10 @@ class RelayProtocol(asyncio.Protocol):
 
     def _cut_off(self) -> None:
         self._deadline = None
+        if self._state is State.PARTING and not self._transport.is_closing():
+            # What it is owed takes too long, maybe because of others; it is told why it goes.
+            self._say_goodbye()
+            return
         if self._state is State.HANDSHAKE:
             self._shared.ledger.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
         self._transport.abort()

@@ -24,13 +24,13 @@ class Turns:
         self._workers: deque[Work] = deque()
         self._is_scheduled = False
 
-    def add(self, work: Work, *, next_turn: bool = False) -> None:
+    def add(self, work: Work, *, first: bool = False) -> None:
         """Give somebody turns. It must not be in the queue already.
 
         Args:
-            next_turn: the next one, before all others who wait.
+            first: before all others who wait.
         """
-        if next_turn:
+        if first:
             self._workers.appendleft(work)
         else:
             self._workers.append(work)
