@@ -1,5 +1,6 @@
 """Compose the relay: build the parts and hand them to each other."""
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from service.health import Health, Phase
 from service.ledger import Ledger
 from service.metrics import Gauges, Metrics
 from service.relay.broadcaster import Broadcaster
+from service.relay.history import History
 from service.settings import Settings
 from service.tls import Certificates
 from service.wire.backlog import Backlogs
@@ -36,6 +38,7 @@ class Relay:
         app: the relay's port.
         metrics_app: the metrics port.
         shared: what the connections of the relay's port are given.
+        history: what is kept for clients that come back.
         certificates: what is served there, or None for plain ws://.
         tokens: what checks tokens, or None where there are none.
     """
@@ -43,6 +46,7 @@ class Relay:
     app: FastAPI
     metrics_app: FastAPI
     shared: Shared
+    history: History
     health: Health
     metrics: Metrics
     certificates: Certificates | None
@@ -66,6 +70,13 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
         backlogs=backlogs,
         unfinished=unfinished,
     )
+    history = History(
+        max_messages=settings.history.max_messages,
+        max_bytes=settings.history.max_bytes,
+        max_age_s=settings.history.max_age_s,
+        max_channels=settings.channels.max_channels,
+        clock=time.monotonic,
+    )
     broadcaster = Broadcaster(
         backplane=MemoryBackplane(),
         shared=shared,
@@ -73,6 +84,7 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
         pending_limit_bytes=limits.send_backlog_bytes,
         total_pending_limit_bytes=limits.total_backlog_bytes,
         deflate_from_bytes=settings.compression.min_message_bytes,
+        history=history,
         written=metrics.observe_delivery,
     )
     admission = Admission(
@@ -94,6 +106,8 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
             backlog_bytes=lambda: backlogs.total_bytes,
             unfinished_bytes=lambda: unfinished.total_bytes,
             paused_publishers=lambda: shared.held,
+            history_messages=lambda: len(history),
+            history_bytes=lambda: history.bytes,
             draining=lambda: health.phase is Phase.DRAINING,
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},
@@ -111,7 +125,7 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
-    return Relay(app, metrics_app, shared, health, metrics, certificates, tokens)
+    return Relay(app, metrics_app, shared, history, health, metrics, certificates, tokens)
 
 
 def _fastapi() -> FastAPI:

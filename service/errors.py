@@ -74,6 +74,7 @@ class Refusal(Enum):
     """Why a client was not let in: the HTTP status, what it is told, and by its name the label."""
 
     HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
+    QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # and which parameter
     NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
     BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # and why
     ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")

@@ -23,6 +23,8 @@ class Ledger:
     received_bytes: int = 0  # payload of messages taken
     sent_bytes: int = 0  # frames of messages written, headers included
     publisher_pauses: int = 0
+    recovered: int = 0  # clients that came back and were sent all that they had missed
+    not_recovered: int = 0  # the others
     drops: dict[Drop, int] = field(default_factory=lambda: dict.fromkeys(Drop, 0))
     closes: dict[Close, int] = field(default_factory=lambda: dict.fromkeys(Close, 0))
     refusals: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))

@@ -37,6 +37,8 @@ class Gauges:
     backlog_bytes: Callable[[], int]
     unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
+    history_messages: Callable[[], int]
+    history_bytes: Callable[[], int]
     draining: Callable[[], bool]
     certificate_expiry: Callable[[], float | None]
     certificate_reloads: Callable[[], dict[str, int]]
@@ -117,6 +119,12 @@ class _Books(Collector):
         yield _gauge("paused_publishers", "Clients not read now", now.paused_publishers())
         pauses = books.publisher_pauses
         yield _counter("publisher_pauses", "Times a client was read no longer for a while", pauses)
+        kept = "for clients that come back"
+        yield _gauge("history_messages", f"Messages kept {kept}", now.history_messages())
+        yield _gauge("history_bytes", f"Memory that is kept {kept}", now.history_bytes())
+        replays = {("recovered",): books.recovered, ("not_recovered",): books.not_recovered}
+        text = "Clients that asked for what they had missed"
+        yield _labelled("history_replays", text, ["result"], replays)
         draining = now.draining()
         yield _gauge("draining", "1 while the relay stops", int(draining))
         left = connected if draining else 0

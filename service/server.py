@@ -242,6 +242,7 @@ async def _serve(
                     )
                 ),
                 group.create_task(relay.metrics.measure_loop_lag()),
+                group.create_task(relay.history.grow_old()),
             ]
             if certificates is not None:
                 background.append(group.create_task(certificates.watch()))

@@ -245,6 +245,16 @@ class Compression(Section):
     min_message_bytes: Count = Field(256, description="shorter messages go as they are")
 
 
+class History(Section):
+    """What is kept of all channels together, for clients that come back."""
+
+    max_messages: Count = Field(10_000, description="0: nothing is kept")
+    max_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        16_777_216, description="memory that it may take"
+    )
+    max_age_s: SomeSeconds = Field(300, description="older messages are forgotten")
+
+
 Algorithm = Literal[
     "HS256",
     "HS384",
@@ -386,6 +396,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     keepalive: Keepalive = Keepalive()
     compression: Compression = Compression()
+    history: History = History()
     auth: Auth = Auth()
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()

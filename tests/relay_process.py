@@ -351,9 +351,9 @@ class Relay:
             behind=behind,
         )
 
-    async def tcp(self) -> RawClient:
+    async def tcp(self, *, receive_buffer_bytes: int | None = None) -> RawClient:
         """Open a TCP connection to the relay's port, without a request."""
-        return await RawClient.to(HOST, self.port)
+        return await RawClient.to(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
 
     async def get(self, path: str) -> httpx2.Response:
         """Send a plain request to the relay's port."""

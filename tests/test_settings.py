@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "keepalive": {"ping_interval_s": 20, "ping_timeout_s": 20},
     "compression": {"enabled": False, "min_message_bytes": 256},
+    "history": {"max_messages": 10_000, "max_bytes": 16_777_216, "max_age_s": 300},
     "auth": {
         "mode": "none",
         "jwt": {
@@ -91,6 +92,9 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("keepalive.ping_timeout_s", 3, "3"),
     ("compression.enabled", True, "true"),
     ("compression.min_message_bytes", 64, "64"),
+    ("history.max_messages", 100, "100"),
+    ("history.max_bytes", 65_536, "65536"),
+    ("history.max_age_s", 60, "60"),
     ("auth.mode", "jwt", "jwt"),
     ("auth.jwt.secret", MASKED, SECRET),
     ("auth.jwt.public_key_file", "other/jwt.pem", "other/jwt.pem"),

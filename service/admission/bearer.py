@@ -10,8 +10,8 @@ from service.errors import Refusal, RefusedError, TokenFault
 SCHEME = "bearer"
 PARAMETER = b"access_token="
 
-OWN_SUBPROTOCOLS = frozenset({SCHEME, "relay.v1"})
-"""Offers that speak to the relay itself; of any others the first is selected."""
+POSITIONS_SUBPROTOCOL = "relay.v1"
+"""Who offers it is told each message's position. It goes before all others."""
 
 TOKEN_LIKE = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*")
 """A JSON Web Token: its first part is JSON, which begins with a brace and a quotation mark."""
@@ -46,13 +46,15 @@ def token_of(authorization: Sequence[str], query: bytes, subprotocols: Sequence[
 def selected(subprotocols: Sequence[str]) -> str | None:
     """Return which of the offered subprotocols is answered; never a token.
 
-    The relay is transparent to what its clients speak, so it takes the first offer that does not
-    speak to the relay itself: browsers drop a connection whose offer is not answered. A token that
-    stands in the wrong place is not sent back either, for answers are logged more often.
+    The relay is transparent to what its clients speak, so where they do not offer what it speaks
+    itself it takes their first offer: browsers drop a connection whose offer is not answered. A
+    token that stands in the wrong place is not sent back either, for answers are logged more often.
     """
     if not subprotocols:
         return None
-    hidden = OWN_SUBPROTOCOLS.union(_behind_bearer(subprotocols))
+    if POSITIONS_SUBPROTOCOL in subprotocols:
+        return POSITIONS_SUBPROTOCOL
+    hidden = {SCHEME, *_behind_bearer(subprotocols)}
     for offer in subprotocols:
         if offer and offer not in hidden and not TOKEN_LIKE.fullmatch(offer):
             return offer

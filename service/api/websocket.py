@@ -1,13 +1,15 @@
 """Let WebSocket clients in: decide, accept, hand over, and be gone."""
 
 import logging
+import re
 from http import HTTPStatus
 from typing import cast
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from service.admission.bearer import selected
+from service.admission.bearer import POSITIONS_SUBPROTOCOL, selected
 from service.admission.door import (
     CHANNEL_NAME,
     DEFAULT_CHANNEL,
@@ -16,13 +18,18 @@ from service.admission.door import (
     retry_after_s,
 )
 from service.admission.pressure import Pressure
+from service.backplane.base import Position
 from service.errors import Refusal, RefusedError
 from service.ledger import Ledger
 from service.relay.broadcaster import Broadcaster
+from service.relay.replay import Wish
 from service.wire.handshake import CLIENT_KEY
 from service.wire.protocol import RelayProtocol
 
 log = logging.getLogger(__name__)
+
+COUNT = re.compile(r"[0-9]{1,9}", re.ASCII)
+MAX_PARAMETERS = 100
 
 
 def websocket_router(
@@ -47,6 +54,7 @@ def websocket_router(
         scope = websocket.scope
         channel = websocket.path_params.get("channel", DEFAULT_CHANNEL)
         offered: list[str] = scope["subprotocols"]
+        tells_positions = POSITIONS_SUBPROTOCOL in offered
         upgrade = Upgrade(
             channel,
             websocket.headers,
@@ -56,6 +64,7 @@ def websocket_router(
             websocket.headers.getlist("authorization"),
         )
         try:
+            wish = _wish(scope["query_string"], tells_positions=tells_positions)
             terms = await admission.admit(upgrade)
         except RefusedError as refused:
             await refuse(websocket, refused)
@@ -65,7 +74,7 @@ def websocket_router(
         await websocket.accept(subprotocol=selected(offered))
         client = cast(RelayProtocol, scope[CLIENT_KEY])
         admission.bind(client, terms)
-        broadcaster.subscribe(channel, client)
+        broadcaster.subscribe(channel, client, wish)
 
     async def no_such_path(websocket: WebSocket) -> None:
         await refuse(websocket, RefusedError(Refusal.PATH))
@@ -94,6 +103,37 @@ def websocket_router(
         router.add_route(base_path + path, upgrade_required, methods=["GET"])
     router.add_websocket_route("/{path:path}", no_such_path)
     return router
+
+
+def _wish(query: bytes, *, tells_positions: bool) -> Wish | None:
+    """Return what a client wants to hear first; None: nothing."""
+    since, last = None, 0
+    if b"since=" in query or b"history=" in query:
+        asked = _parameters(query)
+        since = _position(asked["since"]) if "since" in asked else None
+        counts = asked.get("history", ["0"])
+        if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
+            raise RefusedError(Refusal.QUERY, "history is one number of messages")
+        last = int(counts[0])
+    if since is None and not last and not tells_positions:
+        return None
+    return Wish(since, last, tells_positions)
+
+
+def _parameters(query: bytes) -> dict[str, list[str]]:
+    try:
+        text = query.decode("latin-1")
+        return parse_qs(text, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
+    except ValueError:
+        raise RefusedError(Refusal.QUERY, "too many parameters") from None
+
+
+def _position(texts: list[str]) -> Position:
+    try:
+        (text,) = texts
+        return Position.parse(text)
+    except ValueError:
+        raise RefusedError(Refusal.QUERY, "since is one position, as the relay told it") from None
 
 
 def _host(address: tuple[str, int] | None) -> str | None:

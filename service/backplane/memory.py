@@ -2,24 +2,29 @@
 
 import time
 
-from service.backplane.base import Deliver, Entry
+from service.backplane.base import Deliver, Entry, Position
 
 
 class MemoryBackplane:
-    """`memory://`: an entry is delivered before `append` returns."""
+    """`memory://`: an entry is delivered before `append` returns.
+
+    The log is lost with the process. The next one's positions are greater all the same, as long as
+    the clock does not go back: they begin with the time of its start.
+    """
 
     def __init__(self) -> None:
-        # Microseconds since 1970 are ahead of what any earlier life of the relay counted to,
-        # unless it relayed more than a million messages a second for all of that life.
-        self._position = time.time_ns() // 1000
+        self._started_ms = time.time_ns() // 1_000_000
+        self._count = 0
         self._deliver: Deliver | None = None
 
-    def tail(self, deliver: Deliver) -> None:
-        """Give every entry from now on to `deliver`."""
+    def tail(self, deliver: Deliver) -> Position:
+        """Give every entry from now on to `deliver`; return what they are behind."""
         self._deliver = deliver
+        return Position(self._started_ms, self._count, 0)
 
     def append(self, channel: str, opcode: int, payload: bytes) -> None:
         """Add a message at the end, and deliver it."""
-        self._position += 1
+        self._count += 1
         if self._deliver is not None:
-            self._deliver(Entry(self._position, channel, opcode, payload))
+            position = Position(self._started_ms, self._count, 0)
+            self._deliver(Entry(position, channel, opcode, payload))

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from service.backplane.base import Backplane, Entry
 from service.relay.channel import Channel
 from service.relay.gate import Gate
+from service.relay.history import History
+from service.relay.replay import Replay, Wish
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
-from service.wire.turns import Turns
+from service.wire.turns import Turns, Work
 
 BATCHES_PER_BACKLOG = 4
 """How many full batches fit into one client's backlog: one batch alone never closes a client."""
@@ -27,6 +29,7 @@ class Broadcaster:
         pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
         total_pending_limit_bytes: the same for all channels together.
         deflate_from_bytes: shorter messages are not compressed.
+        history: what is kept for those who come back.
         written: told, for each batch, the seconds from its first message to its last write.
     """
 
@@ -39,6 +42,7 @@ class Broadcaster:
         pending_limit_bytes: int,
         total_pending_limit_bytes: int,
         deflate_from_bytes: int,
+        history: History,
         written: Callable[[float], None],
     ) -> None:
         self.backplane = backplane
@@ -50,7 +54,8 @@ class Broadcaster:
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
         self._turns = Turns()
-        backplane.tail(self._deliver)
+        self._history = history
+        history.begin_after(backplane.tail(self._deliver))
 
     def __len__(self) -> int:
         """How many channels there are."""
@@ -60,8 +65,12 @@ class Broadcaster:
         """Tell whether a client may join a channel without there being too many of them."""
         return name in self._channels or len(self._channels) < self._max_channels
 
-    def subscribe(self, name: str, client: RelayProtocol) -> None:
-        """Let a client into a channel, which comes to be with its first member."""
+    def subscribe(self, name: str, client: RelayProtocol, wish: Wish | None = None) -> None:
+        """Let a client into a channel, which comes to be with its first member.
+
+        Args:
+            wish: what it wants to hear first.
+        """
         channel = self._channels.get(name)
         if channel is None:
             channel = self._channels[name] = Channel(
@@ -71,14 +80,20 @@ class Broadcaster:
                 batch_limit_bytes=self._pending_limit_bytes // BATCHES_PER_BACKLOG,
                 deflate_from_bytes=self._deflate_from_bytes,
             )
-        channel.join(client)
-        client.hand_over(channel)
+        if wish is None:
+            channel.join(client)
+            client.hand_over(channel)
+            return
+        client.tells_positions = wish.tells_positions
+        replay = Replay(client, channel, wish, self, self._history, self._deflate_from_bytes)
+        client.hand_over(replay)
+        replay.begin()
 
     # What channels ask
 
-    def schedule(self, channel: Channel) -> None:
-        """Give a channel turns to write until it has nothing to write."""
-        self._turns.add(channel.fan_out)
+    def schedule(self, work: Work) -> None:
+        """Give somebody who is not in the queue turns to write."""
+        self._turns.add(work)
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
         """Call `act` after a while."""
@@ -92,6 +107,7 @@ class Broadcaster:
     # Inside
 
     def _deliver(self, entry: Entry) -> None:
+        self._history.add(entry)
         channel = self._channels.get(entry.channel)
         if channel is not None:
             channel.deliver(entry)

@@ -7,23 +7,21 @@ the next batch: under load one write carries many messages, when idle one leaves
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
 
 from service.backplane.base import Backplane, Entry
-from service.errors import Drop
+from service.relay.batch import Audience, Batch, Form, form_of
 from service.relay.gate import Gate
-from service.wire.deflate import PLAIN, deflated
-from service.wire.frames import header
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
+from service.wire.turns import Work
 
 WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some microseconds
 BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
 
 POINTER_BYTES = 8
-MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
 
 HOLD_LOOK_S = 0.02  # how often a held batch is looked at
 HOLD_S = 2.0  # a batch waits no longer for members that are behind
@@ -39,109 +37,6 @@ window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 sectio
 TLS what was passed down in one piece, a backlog's worth at most, is seen to go only as a whole."""
 
 
-Audience = list[tuple[int, list[RelayProtocol]]]
-"""The members of a channel by their encoding (see `wire.deflate`)."""
-
-
-class Batch:
-    """Messages that leave together, and who gets them.
-
-    They are encoded once for each group of the audience, in turn, whatever its size.
-
-    Args:
-        audience: who gets them; shared, never changed.
-        audience_bytes: of the lists, where they are this batch's own.
-        opened_at: when the first message came.
-    """
-
-    __slots__ = (
-        "_audience",
-        "_encoder",
-        "_frames",
-        "_group",
-        "_parts",
-        "data",
-        "kept_bytes",
-        "messages",
-        "next",
-        "opened_at",
-        "owed",
-        "size",
-    )
-
-    def __init__(self, audience: Audience, audience_bytes: int, opened_at: float) -> None:
-        self._audience = audience
-        self._group = 0
-        self.kept_bytes = audience_bytes  # what it takes in memory before it is encoded
-        self.opened_at = opened_at
-        self.owed = sum(len(recipients) for _, recipients in audience)  # for each message
-        self.messages = 0
-        self.size = 0  # bytes of all frames, uncompressed
-        self.next = 0  # the first of the group that was not written to yet
-        self.data = b""  # all frames, once they are encoded for the group
-        self._parts: list[bytes] = []  # heads and payloads, in turn
-        self._frames: list[bytes] = []
-        self._encoder: Iterator[bytes] | None = None
-
-    def add(self, opcode: int, payload: bytes) -> int:
-        """Add a message; return how much more memory the batch takes."""
-        head = header(opcode, len(payload))
-        self._parts += (head, payload)
-        size = len(head) + len(payload)
-        self.size += size
-        self.messages += 1
-        kept = size + MESSAGE_BYTES
-        self.kept_bytes += kept
-        return kept
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether anybody was written to."""
-        return self._group > 0 or self.next > 0
-
-    @property
-    def recipients(self) -> list[RelayProtocol]:
-        """The group whose turn it is."""
-        return self._audience[self._group][1]
-
-    def encode(self, min_bytes: int, until: float) -> bool:
-        """Encode all frames for the group whose turn it is, for a slice of time.
-
-        Args:
-            min_bytes: shorter messages are not compressed.
-            until: when to stop, by `time.perf_counter`.
-
-        Returns:
-            Whether `data` is there.
-        """
-        if self.data:
-            return True
-        encoding = self._audience[self._group][0]
-        if encoding == PLAIN:
-            self.data = b"".join(self._parts)
-        else:
-            if self._encoder is None:
-                messages = zip(self._parts[::2], self._parts[1::2], strict=True)
-                self._encoder = deflated(messages, encoding, min_bytes)
-            for frame in self._encoder:
-                self._frames.append(frame)
-                if perf_counter() > until:
-                    return False
-            self.data = b"".join(self._frames)
-            self._frames.clear()
-        if self._group == len(self._audience) - 1:
-            self._parts.clear()
-        return True
-
-    def next_group(self) -> bool:
-        """Go on to the next group; tell whether there is one."""
-        self._group += 1
-        self.next = 0
-        self.data = b""
-        self._encoder = None
-        return self._group < len(self._audience)
-
-
 class Office(Protocol):
     """What a channel asks of the room it is in."""
 
@@ -149,8 +44,8 @@ class Office(Protocol):
     backplane: Backplane
     gate: Gate
 
-    def schedule(self, channel: "Channel") -> None:
-        """Call the channel's `fan_out` soon, and until it is done."""
+    def schedule(self, work: Work) -> None:
+        """Give somebody who is not in the queue turns to write."""
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
         """Call `act` after a while."""
@@ -189,7 +84,8 @@ class Channel:
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._gate = Gate(pending_limit_bytes)
-        self._members: dict[int, dict[RelayProtocol, None]] = {}  # by their encoding
+        self._members: dict[Form, dict[RelayProtocol, None]] = {}
+        self._expected: set[RelayProtocol] = set()  # no members yet: they hear what was before
         self._snapshot: Audience | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
@@ -218,23 +114,32 @@ class Channel:
             if gate.is_shut and gate.hold(client):
                 self._shared.ledger.publisher_pauses += 1
 
+    def expect(self, client: RelayProtocol) -> None:
+        """Be there for a client that will join later, and may publish already."""
+        self._expected.add(client)
+
     def join(self, client: RelayProtocol) -> None:
         """Let a client in: it gets all that is published from now on."""
-        self._members.setdefault(client.encoding, {})[client] = None
+        self._expected.discard(client)
+        self._members.setdefault(form_of(client), {})[client] = None
         self._changed()
 
     def leave(self, client: RelayProtocol) -> None:
         """Let a client go; what it was still owed is counted when its turn comes."""
-        group = self._members[client.encoding]
-        del group[client]
-        if not group:
-            del self._members[client.encoding]
-        self._changed()
+        if client in self._expected:
+            self._expected.discard(client)
+        else:
+            form = form_of(client)
+            group = self._members[form]
+            del group[client]
+            if not group:
+                del self._members[form]
+            self._changed()
         self._gate.release(client)
         self._office.gate.release(client)
         self._behind.pop(client, None)
         self._indebted.pop(client, None)
-        if not self._members:
+        if not self._members and not self._expected:
             self._office.forget(self)
 
     def fell_behind(self, client: RelayProtocol) -> None:
@@ -257,8 +162,10 @@ class Channel:
 
     def deliver(self, entry: Entry) -> None:
         """Owe an entry of the log to the members of now."""
+        if not self._members:  # those who are expected read it in the history
+            return
         batch = self._open or self._begin()
-        kept = batch.add(entry.opcode, entry.payload)
+        kept = batch.add(entry)
         self._gate.bytes += kept
         self._office.gate.bytes += kept
         self._shared.ledger.owed += batch.owed
@@ -285,7 +192,7 @@ class Channel:
             if self._open is batch:
                 self._open = None
             if self._behind and not batch.is_begun and self._must_hold(batch):
-                self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self))
+                self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self.fan_out))
                 return True
             if not self._write(batch, until):
                 return False
@@ -303,13 +210,13 @@ class Channel:
     def _begin(self) -> Batch:
         audience_bytes = 0
         if self._snapshot is None:
-            self._snapshot = [(encoding, list(group)) for encoding, group in self._members.items()]
+            self._snapshot = [(form, list(group)) for form, group in self._members.items()]
             audience_bytes = POINTER_BYTES * len(self)
             self._gate.bytes += audience_bytes
             self._office.gate.bytes += audience_bytes
         self._open = batch = Batch(self._snapshot, audience_bytes, perf_counter())
         if not self._queue:
-            self._office.schedule(self)
+            self._office.schedule(self.fan_out)
         self._queue.append(batch)
         return batch
 
@@ -326,49 +233,17 @@ class Channel:
                 return False
 
     def _write_to_group(self, batch: Batch, until: float) -> bool:
-        """Write a batch to its recipients until the time is over; tell whether all got it.
-
-        No await, and no Python call but the write itself, for each client.
-        """
-        shared = self._shared
+        """Write a batch to its recipients until the time is over; tell whether all got it."""
         data, recipients = batch.data, batch.recipients
         step = max(1, min(WRITES_BETWEEN_LOOKS, BYTES_BETWEEN_LOOKS // len(data)))
-        shared.messages_in_hand = batch.messages
         position, end = batch.next, len(recipients)
-        shared.withheld = 0
-        started = position
         while position < end:
-            some = recipients[position : position + step]
-            position += len(some)
-            writing = iter(some)
-            while True:
-                try:
-                    for client in writing:
-                        # Two steps: CPython 3.11 has a fast path for reading a slot, and none for
-                        # calling what it holds in the same breath.
-                        write = client.write
-                        write(data)
-                    break
-                except RuntimeError:  # the transport was closed, connection_lost comes next
-                    shared.withheld += 1
-                    shared.ledger.drops[Drop.DISCONNECTED] += batch.messages
-            if shared.fell_behind:
-                self._note_backlogs(data, batch.messages)
+            self._shared.write(recipients[position : position + step], data, batch.messages)
+            position += step
             if perf_counter() > until:
                 break
         batch.next = position
-        taken = position - started - shared.withheld
-        shared.messages_in_hand = 0
-        shared.ledger.deliveries += taken * batch.messages
-        shared.ledger.sent_bytes += taken * len(data)
-        return position == end
-
-    def _note_backlogs(self, data: bytes, messages: int) -> None:
-        fell_behind = self._shared.fell_behind
-        self._shared.withheld += len(fell_behind)
-        for client in fell_behind:
-            client.note_backlog(data, messages)
-        fell_behind.clear()
+        return position >= end
 
     def _finish(self, batch: Batch) -> None:
         self._queue.popleft()

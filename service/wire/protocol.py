@@ -119,6 +119,7 @@ class RelayProtocol(asyncio.Protocol):
         "_unheard",
         "_write_now",
         "encoding",
+        "tells_positions",
         "write",
     )
 
@@ -160,6 +161,7 @@ class RelayProtocol(asyncio.Protocol):
         self._expiry: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], None] | None = None
         self.encoding = PLAIN
+        self.tells_positions = False  # whether its messages begin with where they stand in the log
         self.write = shared.withhold_disconnected
 
     # The handshake's side
@@ -216,6 +218,12 @@ class RelayProtocol(asyncio.Protocol):
             early, self._early = self._early, b""
             self._transport.resume_reading()
             self.data_received(early)
+
+    def pass_on(self, sink: Sink) -> None:
+        """Give all further messages to another sink. The one before is asked nothing more."""
+        self._sink = sink
+        if self._backlog is not None:
+            sink.fell_behind(self)
 
     def allow(self, allowance: Allowance) -> None:
         """Hold the client to what it may send."""

@@ -1,7 +1,7 @@
 """Hold what all connections of a replica share: bounds, books, and who is connected."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from service.errors import Drop
@@ -80,6 +80,39 @@ class Shared:
         self.messages_in_hand = 0
         self.withheld = 0
         self.fell_behind: list[RelayProtocol] = []
+
+    def write(self, clients: "Sequence[RelayProtocol]", data: bytes, messages: int) -> None:
+        """Write the same bytes to some clients, and do the books: the hot path's second half.
+
+        No await, and no Python call but the write itself, for each client.
+
+        Args:
+            clients: who gets them.
+            data: whole frames.
+            messages: how many messages they hold.
+        """
+        self.messages_in_hand = messages
+        self.withheld = 0
+        writing = iter(clients)
+        while True:
+            try:
+                for client in writing:
+                    # Two steps: CPython 3.11 has a fast path for reading a slot, and none for
+                    # calling what it holds in the same breath.
+                    write = client.write
+                    write(data)
+                break
+            except RuntimeError:  # the transport was closed, connection_lost comes next
+                self._withhold(Drop.DISCONNECTED)
+        if self.fell_behind:
+            self.withheld += len(self.fell_behind)
+            for client in self.fell_behind:
+                client.note_backlog(data, messages)
+            self.fell_behind.clear()
+        taken = len(clients) - self.withheld
+        self.messages_in_hand = 0
+        self.ledger.deliveries += taken * messages
+        self.ledger.sent_bytes += taken * len(data)
 
     def withhold_disconnected(self, batch: bytes) -> None:
         """Count a batch that was owed to a client that has gone since."""

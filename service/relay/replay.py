@@ -1,0 +1,212 @@
+"""Send a client what it missed or wants to see first, then let it into its channel.
+
+What is replayed is what the log said, out of the replica's own history: the broker is not asked.
+The client is no member until it has heard all of it, so there is no gap between what is replayed
+and what comes live, nothing twice, and no second queue: it reads on in the history at its own pace.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+from service.backplane.base import Entry, Position
+from service.errors import Close
+from service.relay.batch import encoded, form_of
+from service.relay.channel import Channel, Office
+from service.relay.history import History
+from service.wire.frames import TEXT, header
+from service.wire.protocol import RelayProtocol
+
+PIECE_BYTES = 65_536  # of messages that are written in one go
+PIECE_MESSAGES = 256
+
+AHEAD_S = 2.0
+"""A client may come from a replica that read more of the log than this one has: so long it may take
+this one to get there."""
+AHEAD_LOOK_S = 0.02
+
+
+class Wish(NamedTuple):
+    """What a client wants to hear before what comes next.
+
+    Attributes:
+        since: all that came after this; None: nothing of that kind.
+        last: the last messages of the channel, so many, where `since` is None.
+        tells_positions: it speaks relay.v1, and is welcomed.
+    """
+
+    since: Position | None
+    last: int
+    tells_positions: bool
+
+
+class Replay:
+    """What one client is sent first. It is the sink of its connection meanwhile.
+
+    Args:
+        client: who.
+        channel: where it goes then.
+        wish: what it wants to hear.
+        office: the broadcaster.
+        history: what is replayed.
+        deflate_from_bytes: shorter messages are not compressed.
+    """
+
+    def __init__(
+        self,
+        client: RelayProtocol,
+        channel: Channel,
+        wish: Wish,
+        office: Office,
+        history: History,
+        deflate_from_bytes: int,
+    ) -> None:
+        self._client = client
+        self._channel = channel
+        self._wish = wish
+        self._office = office
+        self._history = history
+        self._deflate_from_bytes = deflate_from_bytes
+        self._cursor: Position | None = None  # all up to there was sent; None: undecided
+        self._is_recovered = True
+        self._owes_welcome = wish.tells_positions
+        self._patience_until = perf_counter() + AHEAD_S
+        self._is_behind = False
+        self._is_over = False
+        self._in_turns = False
+        channel.expect(client)
+        if not self._is_ahead():
+            self._cursor = (
+                self._decided()
+            )  # now: what the client says itself comes behind what it missed
+
+    def begin(self) -> None:
+        """Get turns to write."""
+        self._go_on_soon()
+
+    # What the client says: this is its sink
+
+    def publish(self, client: RelayProtocol, opcode: int, payload: bytes) -> None:
+        """Relay a message, though its sender does not hear it yet."""
+        self._channel.publish(client, opcode, payload)
+
+    def hold_back(self, client: RelayProtocol) -> None:
+        """Read a publisher no more while too much waits to be written."""
+        self._channel.hold_back(client)
+
+    def when_written(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was published so far has been written to the members."""
+        self._channel.when_written(act)
+
+    def leave(self, client: RelayProtocol) -> None:
+        """Let a client go."""
+        self._is_over = True
+        self._channel.leave(client)
+
+    def fell_behind(self, client: RelayProtocol) -> None:
+        """Wait: the client's socket is full."""
+        self._is_behind = True
+
+    def caught_up(self, client: RelayProtocol) -> None:
+        """Go on."""
+        self._is_behind = False
+        self._go_on_soon()
+
+    # What it hears
+
+    def go_on(self, until: float) -> bool:
+        """Write some more of what was missed, for a slice of time.
+
+        Args:
+            until: when to stop, by `time.perf_counter`; one piece is always written.
+
+        Returns:
+            Whether there is nothing left to do for now.
+        """
+        is_done = self._go_on(until)
+        self._in_turns = not is_done
+        return is_done
+
+    def _go_on_soon(self) -> None:
+        if not self._in_turns:
+            self._in_turns = True
+            self._office.schedule(self.go_on)
+
+    def _go_on(self, until: float) -> bool:
+        while not self._is_over and not self._is_behind:
+            if self._cursor is None:
+                if self._is_ahead():
+                    self._office.call_later(AHEAD_LOOK_S, self._go_on_soon)
+                    return True
+                self._cursor = self._decided()
+            if self._owes_welcome:
+                self._owes_welcome = False
+                self._welcome(self._cursor)
+            else:
+                self._cursor = self._go_past(self._cursor)
+            if perf_counter() > until:
+                return self._is_over or self._is_behind
+        return True
+
+    def _is_ahead(self) -> bool:
+        since = self._wish.since
+        is_ahead = since is not None and since > self._history.newest
+        return is_ahead and perf_counter() < self._patience_until
+
+    def _decided(self) -> Position:
+        """Decide from where on the client is sent messages."""
+        history, name, since = self._history, self._channel.name, self._wish.since
+        if since is not None:
+            self._is_recovered = since <= history.newest and history.has_all_after(name, since)
+            ledger = self._office.shared.ledger
+            ledger.recovered += self._is_recovered
+            ledger.not_recovered += not self._is_recovered
+            return min(max(since, history.known_after(name)), history.newest)
+        last = history.last(name, self._wish.last) if self._wish.last else ()
+        return last[0].position.before() if last else history.newest
+
+    def _welcome(self, position: Position) -> None:
+        said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
+        payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
+        frame = header(TEXT, len(payload)) + payload
+        self._office.shared.write([self._client], frame, messages=0)
+
+    def _go_past(self, cursor: Position) -> Position:
+        """Write some of what is behind a position; let the client in where there is nothing.
+
+        Returns:
+            What it has heard then.
+        """
+        name = self._channel.name
+        if not self._history.has_all_after(name, cursor):
+            # It was forgotten faster than the client took it.
+            self._client.close(Close.SLOW_CONSUMER)
+            return cursor
+        piece = _piece(self._history.after(name, cursor, PIECE_MESSAGES))
+        if not piece:
+            self._join()
+            return cursor
+        self._write(piece)
+        return piece[-1].position
+
+    def _write(self, piece: Sequence[Entry]) -> None:
+        shared = self._office.shared
+        data = b"".join(encoded(piece, form_of(self._client), self._deflate_from_bytes))
+        shared.ledger.owed += len(piece)
+        shared.write([self._client], data, messages=len(piece))
+
+    def _join(self) -> None:
+        self._is_over = True
+        self._client.pass_on(self._channel)
+        self._channel.join(self._client)
+
+
+def _piece(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return the first of the entries, as many as fit into a piece; one at least."""
+    size = 0
+    for count, entry in enumerate(entries):
+        size += len(entry.payload)
+        if size > PIECE_BYTES:
+            return entries[: max(1, count)]
+    return entries
