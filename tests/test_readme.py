@@ -23,7 +23,7 @@ from tests import browser
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import ROOT, Relay, run_command
+from tests.relay_process import ROOT, Relay, receive, run_command
 from tests.shell import persons_environment
 
 README = (ROOT / "README.md").read_text()
@@ -199,6 +199,9 @@ async def test_the_lines_in_javascript_run(relay: Relay, block: str) -> None:
     def heard(message: ConsoleMessage) -> bool:
         return message.text == "hello, everybody"
 
+    async with relay.client("news") as other:
+        await other.send("hello, everybody")  # for those who hear what was said before
+        await receive(other)
     async with browser.page() as page, page.expect_console_message(heard):
         await page.evaluate(f"() => {{ {block.replace(PORTS['server'], str(relay.port))} }}")
 
