@@ -13,11 +13,13 @@ from service.admission.pressure import Pressure
 from service.api.health import health_router
 from service.api.metrics import metrics_router
 from service.api.websocket import websocket_router
-from service.backplane.memory import MemoryBackplane
+from service.backplane.base import Backplane, State
+from service.backplane.open import open_backplane
 from service.health import Health, Phase
 from service.ledger import Ledger
 from service.metrics import Gauges, Metrics
 from service.relay.broadcaster import Broadcaster
+from service.relay.gate import Gate
 from service.relay.history import History
 from service.settings import Settings
 from service.tls import Certificates
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from service.admission.tokens import Tokens
 
 
+APPENDS_PART = 16
+"""Of limits.total_backlog_bytes, this part may wait to get into the log: what a broker takes in a
+tenth of a second."""
+
+
 @dataclass(frozen=True, slots=True)
 class Relay:
     """What `server` runs.
@@ -38,6 +45,7 @@ class Relay:
         app: the relay's port.
         metrics_app: the metrics port.
         shared: what the connections of the relay's port are given.
+        backplane: the log.
         history: what is kept for clients that come back.
         certificates: what is served there, or None for plain ws://.
         tokens: what checks tokens, or None where there are none.
@@ -46,6 +54,7 @@ class Relay:
     app: FastAPI
     metrics_app: FastAPI
     shared: Shared
+    backplane: Backplane
     history: History
     health: Health
     metrics: Metrics
@@ -56,7 +65,22 @@ class Relay:
 def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens | None") -> Relay:
     """Build one replica."""
     limits = settings.limits
-    ledger, health, metrics = Ledger(), Health(), Metrics()
+    ledger, metrics = Ledger(), Metrics()
+    appends = Gate(limits.total_backlog_bytes // APPENDS_PART)
+    relays_locally = settings.backplane.on_outage == "local"
+    backplane = open_backplane(
+        settings.backplane.url.get_secret_value(),
+        settings.backplane.stream,
+        relays_locally=relays_locally,
+        max_message_bytes=limits.max_message_bytes,
+        history_bytes=settings.history.max_bytes,
+        history_age_s=settings.history.max_age_s,
+        pending=appends,
+        observe_append=metrics.observe_append,
+        observe_lag=metrics.observe_backplane_lag,
+    )
+    can_do_without = {State.UP, State.OUTAGE} if relays_locally else {State.UP}
+    health = Health(is_cut_off=lambda: backplane.state not in can_do_without)
     backlogs = Backlogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     # One message alone must have room.
     unfinished = Unfinished(
@@ -78,7 +102,8 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
         clock=time.monotonic,
     )
     broadcaster = Broadcaster(
-        backplane=MemoryBackplane(),
+        backplane=backplane,
+        appends=appends,
         shared=shared,
         max_channels=settings.channels.max_channels,
         pending_limit_bytes=limits.send_backlog_bytes,
@@ -106,6 +131,9 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
             backlog_bytes=lambda: backlogs.total_bytes,
             unfinished_bytes=lambda: unfinished.total_bytes,
             paused_publishers=lambda: shared.held,
+            log_books=backplane.books,
+            log_up=lambda: backplane.state is State.UP,
+            appends_bytes=lambda: appends.bytes,
             history_messages=lambda: len(history),
             history_bytes=lambda: history.bytes,
             draining=lambda: health.phase is Phase.DRAINING,
@@ -125,7 +153,9 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
-    return Relay(app, metrics_app, shared, history, health, metrics, certificates, tokens)
+    return Relay(
+        app, metrics_app, shared, backplane, history, health, metrics, certificates, tokens
+    )
 
 
 def _fastapi() -> FastAPI:

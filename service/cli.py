@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from service import __version__, logs, server, settings, tls
-from service.errors import SettingsError, StartError, UnfitKeyError
+from service import __version__, app, logs, server, settings, tls
+from service.errors import SettingsError, StartError, UnfitError
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"websocket-relay: {problem}", file=sys.stderr)
         return 2
-    except UnfitKeyError as error:
+    except UnfitError as error:
         where = settings.where(error.setting, options.config_file, os.environ)
         print(f"websocket-relay: {where}: {error}", file=sys.stderr)
         return 2
@@ -48,8 +48,7 @@ def _serve(config_file: Path | None) -> None:
 
 def _check(config_file: Path | None) -> None:
     loaded = settings.load(config_file, os.environ)
-    server.load_certificates(loaded)
-    server.load_tokens(loaded)
+    app.build(loaded, server.load_certificates(loaded), server.load_tokens(loaded))
     for doubt in loaded.doubts():
         print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
     print(settings.render(loaded), end="")

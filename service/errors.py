@@ -25,12 +25,12 @@ class SettingsError(RelayError):
         self.problems = tuple(problems)
 
 
-class UnfitKeyError(RelayError):
-    """A key that the operator's settings name, or hold, can't be used.
+class UnfitError(RelayError):
+    """What the operator's settings name, or hold, can't be used.
 
     Args:
         setting: which: `auth.jwt.secret`, say.
-        reason: why not; never the key.
+        reason: why not; never a secret.
     """
 
     def __init__(self, setting: str, reason: str) -> None:
@@ -61,6 +61,7 @@ class Close(Enum):
     INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
+    UNAVAILABLE = (1013, "backplane unavailable")  # its message could not be relayed
     UNFINISHED = (1013, "unfinished message")  # all clients' unfinished messages come to too much
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
@@ -86,6 +87,7 @@ class Refusal(Enum):
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
     KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "no keys to check tokens with")  # auth.jwt.jwks_url
+    UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:

@@ -28,3 +28,16 @@ class Ledger:
     drops: dict[Drop, int] = field(default_factory=lambda: dict.fromkeys(Drop, 0))
     closes: dict[Close, int] = field(default_factory=lambda: dict.fromkeys(Close, 0))
     refusals: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
+
+
+@dataclass(slots=True)
+class LogBooks:
+    """The books of one replica's hold on the log."""
+
+    outages: int = 0
+    lost: int = 0  # messages that are in nobody's stream any more
+    gaps: int = 0  # times that the stream did not hold what came next
+    duplicates: int = 0  # packets that were there twice, and left out
+    unreadable: int = 0  # entries that are no packets, and parts that nobody completed
+    unavailable: int = 0  # messages that were not relayed, and whose publishers were told
+    local: int = 0  # messages that were relayed on this replica alone

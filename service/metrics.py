@@ -20,10 +20,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from service.ledger import Ledger
+from service.ledger import Ledger, LogBooks
 
 DELIVERY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+BACKPLANE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
 
 LAG_LOOK_S = 0.05
 
@@ -37,6 +39,9 @@ class Gauges:
     backlog_bytes: Callable[[], int]
     unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
+    log_books: LogBooks
+    log_up: Callable[[], bool]
+    appends_bytes: Callable[[], int]
     history_messages: Callable[[], int]
     history_bytes: Callable[[], int]
     draining: Callable[[], bool]
@@ -66,7 +71,21 @@ class Metrics:
             registry=self.registry,
         )
         self.observe_delivery: Callable[[float], None] = delivery.observe
+        append = Histogram(
+            "websocket_backplane_append_seconds",
+            "From giving the broker a packet of messages to its answer",
+            buckets=BACKPLANE_BUCKETS_S,
+            registry=self.registry,
+        )
+        canary = Histogram(
+            "websocket_backplane_lag_seconds",
+            "From appending a canary to reading it",
+            buckets=BACKPLANE_BUCKETS_S,
+            registry=self.registry,
+        )
         self._observe_lag: Callable[[float], None] = lag.observe
+        self.observe_append: Callable[[float], None] = append.observe
+        self.observe_backplane_lag: Callable[[float], None] = canary.observe
 
     def watch(self, ledger: Ledger, gauges: Gauges) -> None:
         """Show these from now on."""
@@ -119,6 +138,7 @@ class _Books(Collector):
         yield _gauge("paused_publishers", "Clients not read now", now.paused_publishers())
         pauses = books.publisher_pauses
         yield _counter("publisher_pauses", "Times a client was read no longer for a while", pauses)
+        yield from self._backplane()
         kept = "for clients that come back"
         yield _gauge("history_messages", f"Messages kept {kept}", now.history_messages())
         yield _gauge("history_bytes", f"Memory that is kept {kept}", now.history_bytes())
@@ -134,6 +154,20 @@ class _Books(Collector):
         if fetches:
             text = "Fetches of the keys that tokens are checked with"
             yield _labelled("jwks_fetches", text, ["result"], fetches)
+
+    def _backplane(self) -> Iterator[Metric]:
+        books, pending = self._gauges.log_books, self._gauges.appends_bytes()
+        up = int(self._gauges.log_up())
+        yield _gauge("backplane_up", "1 while messages get into the log and back", up)
+        yield _gauge("backplane_pending_bytes", "What waits to get into the log", pending)
+        yield _counter("backplane_outages", "Times that they did not for a while", books.outages)
+        yield _counter("backplane_lost", "Messages that the log lost", books.lost)
+        yield _counter("backplane_gaps", "Times that the log had lost some", books.gaps)
+        yield _counter("backplane_duplicates", "Packets left out, read before", books.duplicates)
+        yield _counter("backplane_unreadable", "Entries that are no packets", books.unreadable)
+        unavailable = books.unavailable
+        yield _counter("backplane_unavailable", "Messages not relayed in an outage", unavailable)
+        yield _counter("backplane_local", "Messages relayed here only, in an outage", books.local)
 
     def _certificate(self) -> Iterator[Metric]:
         expiry = self._gauges.certificate_expiry()

@@ -64,7 +64,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         SettingsError: the certificate can't be served.
-        UnfitKeyError: the keys of tokens can't be used.
+        UnfitError: the keys of tokens can't be used.
         StartError: a port can't be listened on.
     """
     certificates = load_certificates(settings)
@@ -97,7 +97,7 @@ def load_tokens(settings: Settings) -> "Tokens | None":
     """Return what checks tokens, or None where everybody may come in.
 
     Raises:
-        UnfitKeyError: the keys can't be used.
+        UnfitError: the keys can't be used.
     """
     if settings.auth.mode == "none":
         return None
@@ -243,6 +243,7 @@ async def _serve(
                 ),
                 group.create_task(relay.metrics.measure_loop_lag()),
                 group.create_task(relay.history.grow_old()),
+                group.create_task(relay.backplane.run()),
             ]
             if certificates is not None:
                 background.append(group.create_task(certificates.watch()))
@@ -275,11 +276,15 @@ async def _serve(
 
 
 async def _become_ready(relay: Relay) -> None:
-    """Say that clients are welcome, once those with a good token can be told from others.
+    """Say that clients are welcome, once all that they need is there.
 
-    After that an issuer that is away is no reason to send them elsewhere: the other replicas have
-    the same one, and most keys are known.
+    That is the backplane, with what was said before; and the keys that tell those with a good token
+    from others. After that an issuer that is away is no reason to send them elsewhere: the other
+    replicas have the same one, and most keys are known.
     """
+    if relay.health.is_cut_off:
+        relay.health.phase = Phase.WAITING_FOR_BACKPLANE
+        await relay.backplane.up.wait()
     if relay.tokens is not None and relay.tokens.jwks is not None:
         relay.health.phase = Phase.WAITING_FOR_KEYS
         await relay.tokens.jwks.get_first()
@@ -349,3 +354,6 @@ async def _drain(settings: Settings, relay: Relay) -> None:
     cut_off = await wait_until_gone(clients, until=until)
     if cut_off:
         log.warning("clients cut off", extra={"clients": cut_off})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            await relay.backplane.flush()

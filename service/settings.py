@@ -35,6 +35,7 @@ from pydantic_settings import (
 )
 
 from service.errors import SettingsError
+from service.urls import shown
 
 DEFAULT_FILE = Path("config.yaml")
 ENV_PREFIX = "RELAY__"
@@ -81,6 +82,7 @@ ALGORITHM_LIKE = re.compile(r"[A-Za-z]{2,5}-?[0-9]{0,5}K?")
 """What somebody may have meant for an algorithm; anything else in its place may be a secret."""
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
+STREAM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
@@ -255,6 +257,34 @@ class History(Section):
     max_age_s: SomeSeconds = Field(300, description="older messages are forgotten")
 
 
+class BrokerUrl(SecretStr):
+    """An address that may hold a password. As a text it shows all but that."""
+
+    def _display(self) -> str:
+        return shown(self.get_secret_value())
+
+
+class Backplane(Section):
+    """What gives all replicas' messages one order."""
+
+    url: BrokerUrl = Field(
+        BrokerUrl("memory://"),
+        description="memory:// for one replica; redis://, rediss://, nats:// or tls:// for several",
+    )
+    stream: str = Field("relay", description="the stream's name on the broker")
+    on_outage: Literal["reject", "local"] = Field(
+        "reject",
+        description="reject: publishers are told (1013); local: relayed on this replica only",
+    )
+
+    @field_validator("stream")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not STREAM_NAME.fullmatch(value):
+            raise ValueError("1 to 64 characters of A-Z a-z 0-9 _ -")
+        return value
+
+
 Algorithm = Literal[
     "HS256",
     "HS384",
@@ -397,6 +427,7 @@ class Settings(BaseSettings):
     keepalive: Keepalive = Keepalive()
     compression: Compression = Compression()
     history: History = History()
+    backplane: Backplane = Backplane()
     auth: Auth = Auth()
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
@@ -657,7 +688,7 @@ def _shown(value: object, path: tuple[str, ...] = ()) -> str:
     Args:
         path: where it stands; nothing is shown that is, or could hold, a secret.
     """
-    may_be_secret = path == ("auth",) or path[:2] == ("auth", "jwt")
+    may_be_secret = path in SECRET_PATHS or path[:2] == ("auth", "jwt")
     if may_be_secret and not (path[2:3] == ("algorithms",) and _is_algorithm_like(value)):
         return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
@@ -667,6 +698,8 @@ def _is_algorithm_like(value: object) -> bool:
     parts = value if isinstance(value, list | tuple) else [value]
     return all(isinstance(part, str) and ALGORITHM_LIKE.fullmatch(part) for part in parts)
 
+
+SECRET_PATHS = (("auth",), ("backplane",), ("backplane", "url"))
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

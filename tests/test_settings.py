@@ -95,6 +95,9 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("history.max_messages", 100, "100"),
     ("history.max_bytes", 65_536, "65536"),
     ("history.max_age_s", 60, "60"),
+    ("backplane.url", "redis://broker:6379/3", "redis://broker:6379/3"),
+    ("backplane.stream", "chat_2", "chat_2"),
+    ("backplane.on_outage", "local", "local"),
     ("auth.mode", "jwt", "jwt"),
     ("auth.jwt.secret", MASKED, SECRET),
     ("auth.jwt.public_key_file", "other/jwt.pem", "other/jwt.pem"),
@@ -667,6 +670,43 @@ def test_a_key_where_a_secret_should_be_is_refused(check: Check, secret: str) ->
     done = check(guarding(secret=secret))
     assert_refused(done, "config.yaml: auth.jwt.secret: ", "PEM")
     assert secret[40:60] not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:S3CR3T@broker:6379/0", "redis://***@broker:6379/0"),
+        ("rediss://:S3CR3T%2F@broker", "rediss://***@broker"),
+        ("redis://broker:6379/0?password=S3CR3T", "redis://broker:6379/0"),
+        ("nats://user:S3CR3T@one:4222,user:S3CR3T@two:4222", "nats://***@two:4222"),
+        ("tls://S3CR3T@broker:4222", "tls://***@broker:4222"),
+    ],
+)
+def test_what_is_secret_in_a_brokers_address_is_never_shown(
+    check: Check, url: str, shown: str
+) -> None:
+    for done in (check(f"backplane: {{url: '{url}'}}"), check(RELAY__BACKPLANE__URL=url)):
+        assert leaf(effective(done), "backplane.url") == shown
+        assert "S3CR3T" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["S3CR3T", "http://user:S3CR3T@broker", "redis://user:S3CR3T@broker:port", "nats://"]
+)
+def test_an_address_of_no_broker_is_refused_and_its_secret_not_shown(
+    check: Check, url: str
+) -> None:
+    done = check(f"backplane: {{url: '{url}'}}")
+    assert_refused(done, "config.yaml: backplane.url: ")
+    assert "S3CR3T" not in done.stderr
+    done = check("", RELAY__BACKPLANE__URL=url)
+    assert_refused(done, "RELAY__BACKPLANE__URL: backplane.url: ")
+    assert "S3CR3T" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a.b", "a*", "grüße", "x" * 65])
+def test_a_stream_has_a_name_that_every_broker_takes(check: Check, name: str) -> None:
+    assert_refused(check(f"backplane: {{stream: '{name}'}}"), "backplane.stream", "1 to 64")
 
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\n", f"{SECRET}\r\n", f" {SECRET}", f"{SECRET}\t"])

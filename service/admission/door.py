@@ -161,10 +161,15 @@ class Admission:
             origin = upgrade.headers.get("origin")  # only browsers send one, and they always do
             if origin is not None and origin.lower() not in self._origins:
                 raise RefusedError(Refusal.ORIGIN)
-        if self._health.refusing:
-            raise RefusedError(Refusal.DRAINING)
+        self._see_whether_open()
         if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
             raise RefusedError(Refusal.HANDSHAKES)
+
+    def _see_whether_open(self) -> None:
+        if self._health.refusing:
+            raise RefusedError(Refusal.DRAINING)
+        if self._health.is_cut_off:
+            raise RefusedError(Refusal.UNAVAILABLE)
 
     async def _rights(self, upgrade: Upgrade) -> Rights:
         assert self._tokens is not None
@@ -177,8 +182,7 @@ class Admission:
         return rights
 
     def _find_room(self, channel: str, network: str) -> None:
-        if self._health.refusing:  # since the token was looked at
-            raise RefusedError(Refusal.DRAINING)
+        self._see_whether_open()  # still, since the token was looked at
         if self._max_connections and self._connections() >= self._max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if self._addresses is not None and not self._addresses.has_room(network):

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from service.errors import UnfitKeyError
+from service.errors import UnfitError
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
 
@@ -68,7 +68,7 @@ class KeyFile:
         algorithms: for which it has to do, those of secrets left out.
 
     Raises:
-        UnfitKeyError: it does not.
+        UnfitError: it does not.
     """
 
     def __init__(self, file: Path, algorithms: frozenset[str]) -> None:
@@ -106,5 +106,5 @@ def _read(file: Path) -> PublicKey:
     return key
 
 
-def _unfit(file: Path, reason: str) -> UnfitKeyError:
-    return UnfitKeyError("auth.jwt.public_key_file", f"{file}: {reason}")
+def _unfit(file: Path, reason: str) -> UnfitError:
+    return UnfitError("auth.jwt.public_key_file", f"{file}: {reason}")

@@ -18,7 +18,7 @@ from jwt.warnings import InsecureKeyLengthWarning
 
 from service.admission.keys import KeyFile, PublicKey, PublicKeys
 from service.admission.rights import Rights
-from service.errors import Refusal, RefusedError, TokenFault, UnfitKeyError
+from service.errors import Refusal, RefusedError, TokenFault, UnfitError
 from service.settings import SECRET_BYTES, Jwt
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Tokens:
         settings: what the operator asks of them.
 
     Raises:
-        UnfitKeyError: the keys can't be used.
+        UnfitError: the keys can't be used.
     """
 
     def __init__(self, settings: Jwt) -> None:
@@ -149,11 +149,11 @@ def _prove_secret(secret: bytes) -> None:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
         problem = "a key in PEM, DER, SSH or JWK format, where a secret should be"
-        raise UnfitKeyError("auth.jwt.secret", problem) from None
+        raise UnfitError("auth.jwt.secret", problem) from None
     if secret != secret.strip():
         # Who signs tokens has the secret without it, and would be let in nowhere.
         problem = "white space at an end, such as the newline of the file that it came from"
-        raise UnfitKeyError("auth.jwt.secret", problem)
+        raise UnfitError("auth.jwt.secret", problem)
 
 
 def _expiry(claims: dict[str, Any]) -> float | None:

@@ -19,6 +19,6 @@ def health_router(health: Health) -> APIRouter:
     @router.get("/readyz")
     async def readyz() -> JSONResponse:
         status = HTTPStatus.OK if health.ready else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse({"status": health.phase}, status)
+        return JSONResponse({"status": health.status}, status)
 
     return router

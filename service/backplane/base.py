@@ -1,8 +1,12 @@
 """Define the log that every replica tails: what it is given, what it gives, what it promises."""
 
+import asyncio
 import re
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import NamedTuple, Protocol
+
+from service.ledger import LogBooks
 
 POSITION = re.compile(r"([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,10})", re.ASCII)
 
@@ -11,10 +15,10 @@ BEFORE_NEXT = 10**10 - 1
 
 
 class Position(NamedTuple):
-    """Where an entry stands in the log. Positions only grow, also over restarts.
+    """Where an entry stands in the log. Positions only grow, also over restarts of all parts.
 
     Attributes:
-        major, minor: as the log counts.
+        major, minor: as the broker counts.
         nth: among the messages that were appended in one go.
     """
 
@@ -70,6 +74,25 @@ class Entry(NamedTuple):
 
 Deliver = Callable[[Entry], None]
 
+Lost = Callable[[Position], None]
+"""Told where the log is whole again: of what stands before that position, and was not delivered,
+some may have been said. So it is called at the beginning, too."""
+
+
+class Publisher(Protocol):
+    """What is asked of a client whose message can't be relayed."""
+
+    def tell_unavailable(self) -> None:
+        """Close it: its message did not get into the log."""
+
+
+class State(Enum):
+    """How things stand with the log."""
+
+    STARTING = auto()  # nothing has come back yet: what the log holds is being read
+    UP = auto()
+    OUTAGE = auto()  # messages do not get into the log, or do not come back from there
+
 
 class Backplane(Protocol):
     """One order for all.
@@ -77,14 +100,36 @@ class Backplane(Protocol):
     Every entry that was appended is delivered to every replica once, this one included, in the
     order of the positions. There is no other way for a message: what the log does not say was
     not said.
+
+    Attributes:
+        up: set while `state` is UP.
     """
 
-    def tail(self, deliver: Deliver) -> Position:
-        """Give every entry from now on to `deliver`, in order, in the event loop's thread.
+    books: LogBooks
+    state: State
+    up: asyncio.Event
 
-        Returns:
-            What it is all behind.
+    def tail(self, deliver: Deliver, lost: Lost) -> None:
+        """Give every entry from now on to `deliver`, in order, in the event loop's thread."""
+
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+        """Add a message at the end. Never blocks.
+
+        Args:
+            publisher: who is told, now or later, if it can't be done.
         """
 
-    def append(self, channel: str, opcode: int, payload: bytes) -> None:
-        """Add a message at the end. Never blocks."""
+    def when_delivered(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was appended so far has been delivered here, or given up."""
+
+    def pause_reading(self) -> None:
+        """Deliver no more until `resume_reading`: too much waits to be written."""
+
+    def resume_reading(self) -> None:
+        """Deliver again."""
+
+    async def run(self) -> None:
+        """Do what is to be done, until cancelled."""
+
+    async def flush(self) -> None:
+        """Return when nothing that was appended waits any more."""

@@ -1,30 +1,50 @@
 """Keep the log in the process: one replica, a counter, a plain call."""
 
+import asyncio
 import time
+from collections.abc import Callable
 
-from service.backplane.base import Deliver, Entry, Position
+from service.backplane.base import Deliver, Entry, Lost, Position, Publisher, State
+from service.ledger import LogBooks
 
 
 class MemoryBackplane:
-    """`memory://`: an entry is delivered before `append` returns.
-
-    The log is lost with the process. The next one's positions are greater all the same, as long as
-    the clock does not go back: they begin with the time of its start.
-    """
+    """`memory://`: an entry is delivered before `append` returns."""
 
     def __init__(self) -> None:
-        self._started_ms = time.time_ns() // 1_000_000
-        self._count = 0
+        self.books = LogBooks()
+        self.state = State.UP
+        self.up = asyncio.Event()
+        self.up.set()
+        # Milliseconds since 1970: ahead of all earlier lives of the relay.
+        self._major = time.time_ns() // 1_000_000
+        self._minor = 0
         self._deliver: Deliver | None = None
 
-    def tail(self, deliver: Deliver) -> Position:
-        """Give every entry from now on to `deliver`; return what they are behind."""
+    def tail(self, deliver: Deliver, lost: Lost) -> None:
+        """Give every entry from now on to `deliver`."""
         self._deliver = deliver
-        return Position(self._started_ms, self._count, 0)
+        lost(Position(self._major, self._minor, 0))  # what was said in earlier lives is gone
 
-    def append(self, channel: str, opcode: int, payload: bytes) -> None:
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
         """Add a message at the end, and deliver it."""
-        self._count += 1
+        self._minor += 1
         if self._deliver is not None:
-            position = Position(self._started_ms, self._count, 0)
-            self._deliver(Entry(position, channel, opcode, payload))
+            self._deliver(Entry(Position(self._major, self._minor, 0), channel, opcode, payload))
+
+    def when_delivered(self, act: Callable[[], None]) -> None:
+        """Call it: all has been."""
+        act()
+
+    def pause_reading(self) -> None:
+        """Go on: nothing waits here, and publishers are held elsewhere."""
+
+    def resume_reading(self) -> None:
+        """Go on."""
+
+    async def run(self) -> None:
+        """Wait to be cancelled."""
+        await asyncio.get_running_loop().create_future()
+
+    async def flush(self) -> None:
+        """Return at once."""

@@ -24,6 +24,7 @@ class Broadcaster:
 
     Args:
         backplane: the log.
+        appends: the bound on what waits to get into it.
         shared: what all connections share.
         max_channels: channels at a time.
         pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
@@ -37,6 +38,7 @@ class Broadcaster:
         self,
         *,
         backplane: Backplane,
+        appends: Gate,
         shared: Shared,
         max_channels: int,
         pending_limit_bytes: int,
@@ -48,6 +50,7 @@ class Broadcaster:
         self.backplane = backplane
         self.shared = shared
         self.gate = Gate(total_pending_limit_bytes)
+        self.appends = appends
         self.written = written
         self._max_channels = max_channels
         self._pending_limit_bytes = pending_limit_bytes
@@ -55,7 +58,7 @@ class Broadcaster:
         self._channels: dict[str, Channel] = {}
         self._turns = Turns()
         self._history = history
-        history.begin_after(backplane.tail(self._deliver))
+        backplane.tail(self._deliver, history.begin_after)
 
     def __len__(self) -> int:
         """How many channels there are."""
@@ -111,3 +114,5 @@ class Broadcaster:
         channel = self._channels.get(entry.channel)
         if channel is not None:
             channel.deliver(entry)
+            if self.gate.is_shut:
+                self.gate.hold(self.backplane)

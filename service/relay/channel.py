@@ -43,6 +43,7 @@ class Office(Protocol):
     shared: Shared
     backplane: Backplane
     gate: Gate
+    appends: Gate
 
     def schedule(self, work: Work) -> None:
         """Give somebody who is not in the queue turns to write."""
@@ -84,6 +85,7 @@ class Channel:
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._gate = Gate(pending_limit_bytes)
+        self._gates = (self._gate, office.gate, office.appends)
         self._members: dict[Form, dict[RelayProtocol, None]] = {}
         self._expected: set[RelayProtocol] = set()  # no members yet: they hear what was before
         self._snapshot: Audience | None = None  # of the members, until they change
@@ -105,12 +107,12 @@ class Channel:
         ledger = self._shared.ledger
         ledger.messages += 1
         ledger.received_bytes += len(payload)
-        self._backplane.append(self.name, opcode, payload)
+        self._backplane.append(self.name, opcode, payload, client)
         self.hold_back(client)
 
     def hold_back(self, client: RelayProtocol) -> None:
         """Read a publisher no more while too much waits to be written."""
-        for gate in (self._gate, self._office.gate):
+        for gate in self._gates:
             if gate.is_shut and gate.hold(client):
                 self._shared.ledger.publisher_pauses += 1
 
@@ -135,8 +137,8 @@ class Channel:
             if not group:
                 del self._members[form]
             self._changed()
-        self._gate.release(client)
-        self._office.gate.release(client)
+        for gate in self._gates:
+            gate.release(client)
         self._behind.pop(client, None)
         self._indebted.pop(client, None)
         if not self._members and not self._expected:
@@ -152,6 +154,9 @@ class Channel:
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
+        self._backplane.when_delivered(lambda: self._when_queue_is_written(act))
+
+    def _when_queue_is_written(self, act: Callable[[], None]) -> None:
         if not self._queue:
             act()
             return

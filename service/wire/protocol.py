@@ -366,6 +366,7 @@ class RelayProtocol(asyncio.Protocol):
             self._put(b"".join(pongs))
         if end is not None:
             self._part(*end)
+        if self._parser is None:  # or it parted over what it said
             return None
         if parser.kept_bytes != self._kept_bytes:
             self._note_kept(parser.kept_bytes)
@@ -380,8 +381,11 @@ class RelayProtocol(asyncio.Protocol):
 
     def drop_unfinished(self) -> None:
         """Close the client, so that what is kept of its message is freed."""
-        why = Close.UNFINISHED
-        self._part(why, close_frame(why.code, why.reason))
+        self._part_for(Close.UNFINISHED)
+
+    def tell_unavailable(self) -> None:
+        """Close the client: its message could not be relayed."""
+        self._part_for(Close.UNAVAILABLE)
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more: without a close frame it vanished.
@@ -570,6 +574,9 @@ class RelayProtocol(asyncio.Protocol):
             self._early += data
             self._transport.pause_reading()
 
+    def _part_for(self, why: Close) -> None:
+        self._part(why, close_frame(why.code, why.reason))
+
     def _part(self, why: Close, goodbye: bytes) -> None:
         """Hear the client no more, and say goodbye behind all that it is owed.
 
@@ -705,8 +712,7 @@ class RelayProtocol(asyncio.Protocol):
 
     def _expire(self) -> None:
         self._expiry = None
-        why = Close.TOKEN_EXPIRED
-        self._part(why, close_frame(why.code, why.reason))
+        self._part_for(Close.TOKEN_EXPIRED)
 
     def _cut_off(self) -> None:
         self._deadline = None

@@ -1,0 +1,269 @@
+"""Keep the log in a Redis stream (Redis 6.2 and newer, Valkey). The only room that knows redis.
+
+Two connections: one waits in XREAD for what comes next, one appends.
+"""
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from redis.asyncio import Connection, ConnectionPool
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from service.backplane.packet import Packet, pack
+from service.backplane.remote import BrokerError, Id, Read, set_abrupt
+from service.urls import secrets_of, unusable, without
+
+WAIT_S = 1.0
+"""How long XREAD waits for entries: so often is heard from a broker that has nothing to say."""
+
+ANSWER_S = 2.0
+"""What a command may take besides."""
+
+READ_ENTRIES = 16  # at once
+
+MAX_ENTRY_BYTES = 1_048_576
+"""Far below what a value may have (512 MB): a read is no more than 16 of them."""
+
+SURE_S = 0.5
+"""What was read so long ago may have been trimmed, and what followed it, too."""
+
+FIELD = b"d"
+
+KEEP_STEP_BYTES = 1_048_576
+KEEP_STEPS = 8
+"""A stream is cut off at marks; this is how exact they are."""
+
+OLDEST = (6, 2)
+VERSION = re.compile(rb"redis_version:(\d+)\.(\d+)")
+
+OPTIONS: dict[str, Any] = {
+    "socket_connect_timeout": ANSWER_S,
+    "socket_timeout": None,  # deadlines are set here; redis-py starts a task for each of its own
+    "retry": None,  # the backplane tries again, and knows what has changed meanwhile
+    "retry_on_error": [],
+    "decode_responses": False,
+    "protocol": 2,
+    "health_check_interval": 0,
+}
+
+
+class Kept:
+    """Say where a stream may be cut off: what is older, or more, than is to be kept.
+
+    Args:
+        max_bytes, max_age_s: what is to be kept of it.
+    """
+
+    def __init__(self, max_bytes: int, max_age_s: float) -> None:
+        self._max_bytes = max_bytes
+        self._max_age_ms = round(max_age_s * 1000)
+        self._step_bytes = min(KEEP_STEP_BYTES, max_bytes // KEEP_STEPS)
+        self._marks: deque[tuple[int, Id]] = deque()  # what had been read in all, before there
+        self._read_bytes = 0
+
+    def note(self, identity: Id, size: int) -> None:
+        """Take note of an entry."""
+        marks = self._marks
+        if (
+            not marks
+            or self._read_bytes - marks[-1][0] >= self._step_bytes
+            or (identity[0] - marks[-1][1][0]) * KEEP_STEPS >= self._max_age_ms
+        ):
+            marks.append((self._read_bytes, identity))
+        self._read_bytes += size
+        oldest_ms = identity[0] - self._max_age_ms
+        while len(marks) > 1 and (
+            self._read_bytes - marks[1][0] > self._max_bytes or marks[1][1][0] < oldest_ms
+        ):
+            marks.popleft()
+
+    @property
+    def from_id(self) -> Id:
+        """The oldest entry to keep."""
+        return self._marks[0][1] if self._marks else (0, 0)
+
+
+class Link:
+    """A connection that is made when it is needed."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+        self._stream: asyncio.StreamWriter | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is known to be wrong with it."""
+        return bool(self._connection.is_connected)
+
+    async def open(self) -> None:
+        """Connect, where it is not, and see whether this is a Redis of use."""
+        if self.is_open:
+            return
+        await self._connection.connect()  # type: ignore[no-untyped-call]
+        writer = self._stream = self._connection._writer
+        assert writer is not None
+        set_abrupt(writer)
+        try:
+            (found,) = await self.ask(("INFO", "server"))
+        except NoPermissionError:
+            return  # a broker that is kept this tidy is hardly an old one
+        version = VERSION.search(found)
+        if version and tuple(map(int, version.groups())) < OLDEST:
+            await self.hang_up()
+            shown = b".".join(version.groups()).decode()
+            raise BrokerError(f"Redis {shown} is too old: 6.2 or newer is needed")
+
+    async def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Return the answers to some commands that are sent together.
+
+        Raises:
+            ResponseError: the first answer that is an error; all have been read.
+        """
+        connection = self._connection
+        packed = [part for command in commands for part in connection.pack_command(*command)]
+        await connection.send_packed_command(packed)
+        answers: list[Any] = []
+        failure = None
+        for _ in commands:
+            try:
+                answers.append(await connection.read_response())
+            except ResponseError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return answers
+
+    async def hang_up(self) -> None:
+        """Let go of the connection at once, also where redis-py has closed it already."""
+        if self._stream is not None:
+            self._stream.transport.abort()
+            self._stream = None
+        await self._connection.disconnect(nowait=True)
+
+
+class RedisStream:
+    """One key of a Redis.
+
+    Args:
+        url: redis://, rediss:// or unix://, as redis-py reads it.
+        name: of the key.
+        max_bytes, max_age_s: what the stream is to keep, roughly; more is trimmed.
+
+    Raises:
+        UnfitError: the URL can't be used.
+    """
+
+    max_entry_bytes = MAX_ENTRY_BYTES
+
+    def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
+        self._name = name
+        self._secrets = secrets_of(url)
+        self._kept = Kept(max_bytes, max_age_s)
+        try:
+            pool = ConnectionPool.from_url(url)
+            pool.connection_kwargs.update(OPTIONS)
+            self._writer, self._reader = Link(pool), Link(pool)
+        except (ValueError, TypeError, RedisError):
+            # What they say may quote a part of the URL.
+            raise unusable(url, "not a URL that redis-py understands") from None
+        self._read_at = 0.0  # when the last entry was; 0: that is long ago
+
+    async def append(self, data: bytes) -> None:
+        """Add an entry, and trim what is too old.
+
+        Raises:
+            BrokerError: it may be there and it may not.
+        """
+        oldest = _text(self._kept.from_id)
+        try:
+            await self._writer.open()
+            await self._writer.ask(("XADD", self._name, "MINID", "~", oldest, "*", FIELD, data))
+        except (RedisError, OSError) as error:
+            # Also where it only said no: what was the primary may be a replica now.
+            await self._writer.hang_up()
+            raise self._failed(error) from None
+        except BaseException:  # cancelled: the answer would be taken for the next one's
+            await self._writer.hang_up()
+            raise
+
+    async def read(self, after: Id) -> Read:
+        """Return the next entries; wait for them a second.
+
+        Raises:
+            BrokerError: they can't be had now.
+        """
+        try:
+            async with asyncio.timeout(WAIT_S + ANSWER_S):
+                return await self._read(after)
+        except (RedisError, OSError) as error:
+            await self._reader.hang_up()
+            self._read_at = 0.0
+            raise self._failed(error) from None
+        except BaseException:
+            await self._reader.hang_up()
+            self._read_at = 0.0
+            raise
+
+    async def _read(self, after: Id) -> Read:
+        if not self._reader.is_open:
+            self._read_at = 0.0
+            await self._reader.open()
+        since = _text(after)
+        wait_ms = round(WAIT_S * 1000)
+        commands: list[tuple[Any, ...]] = [
+            ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", wait_ms, "STREAMS", self._name, since)
+        ]
+        is_sure = after == (0, 0) or time.monotonic() - self._read_at < SURE_S
+        if not is_sure:
+            # The oldest goes first: while the one that was read last is there, so is all that came
+            # since. Asked after the reading, for it may go at any moment.
+            commands.append(("XRANGE", self._name, since, since))
+        found, *kept = await self._reader.ask(*commands)
+        is_complete = is_sure or bool(kept[0])
+        if not is_complete:
+            await self._lift(after)
+        entries = []
+        for identity, data in _entries(found):
+            entries.append((identity, data))
+            self._kept.note(identity, len(data))
+        if entries:
+            self._read_at = time.monotonic()
+        return Read(entries, is_complete, is_last=len(entries) < READ_ENTRIES)
+
+    async def _lift(self, after: Id) -> None:
+        """Let the stream go on behind what was read of it.
+
+        A stream that was lost and begun anew counts from the clock of a broker, maybe another's,
+        and that may be behind.
+        """
+        behind = _text((after[0], after[1] + 1))
+        nothing = pack(Packet(0, 0, (), b"", ()))
+        try:
+            await self._reader.ask(("XADD", self._name, behind, FIELD, nothing))
+        except ResponseError as error:
+            if "equal or smaller" not in str(error):  # which is as it should be
+                raise
+
+    async def close(self) -> None:
+        """Let go of both connections."""
+        await self._writer.hang_up()
+        await self._reader.hang_up()
+
+    def _failed(self, error: Exception) -> BrokerError:
+        return BrokerError(without(self._secrets, str(error) or "not answered in time"))
+
+
+def _entries(found: Any) -> Iterator[tuple[Id, bytes]]:
+    """Yield what XREAD found: ids and what the relay put there; nothing where others did."""
+    for _, entries in found or ():
+        for identity, fields in entries:
+            major, _, minor = identity.partition(b"-")
+            yield (int(major), int(minor)), fields[1] if fields and fields[0] == FIELD else b""
+
+
+def _text(identity: Id) -> str:
+    return f"{identity[0]}-{identity[1]}"

@@ -1,0 +1,606 @@
+"""Keep one order with a broker: append to its stream, and tail it. Knows no broker.
+
+Every message of this replica goes to the stream and comes back from there like everybody's; there
+is no second way. Messages gather while an append is under way and leave together in the next one.
+One append is under way at a time, and it is tried again until it is answered: what arrived twice is
+known by its number and left out by all readers alike (see `packet`). So a broker that is gone for a
+moment costs nothing but the moment.
+
+Whether the stream can be reached is told by a *canary*: a packet that every replica marks once a
+second and waits for. While none comes back in time there is an *outage*.
+"""
+
+import asyncio
+import logging
+import random
+import socket
+import struct
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
+from typing import NamedTuple, Protocol
+
+from service.backplane.base import (
+    START,
+    Deliver,
+    Entry,
+    Lost,
+    Position,
+    Publisher,
+    State,
+)
+from service.backplane.packet import (
+    MESSAGE_BYTES,
+    FormatError,
+    Joiner,
+    Packet,
+    in_parts,
+    pack,
+    unpack,
+)
+from service.errors import RelayError
+from service.ledger import LogBooks
+
+log = logging.getLogger(__name__)
+
+PACKET_BYTES = 131_072
+"""A packet is sealed when its messages come to this: more at once is hardly cheaper, and whoever
+reads it has to look up now and then."""
+
+LARGEST_PACKET_BYTES = 4_194_304
+"""What a packet comes to at most besides its last message: one that is sealed late, with empty
+messages, each to a channel of its own."""
+
+APPEND_S = 2.0
+"""An append that was not answered for so long is tried again."""
+
+CANARY_S = 1.0
+
+OUTAGE_AFTER_S = 3.0
+"""A broker that is restarted, or fails over, is back by then as a rule; a client that waits for its
+own message has not given up."""
+
+LOOK_S = 0.1
+"""How often is looked whether there is an outage."""
+
+PAUSE_S = (0.05, 1.0)
+"""After a failure, the first and the longest; each is cut by chance to between a half and all."""
+
+MAX_ORIGINS = 10_000
+"""Lives of replicas whose numbers are remembered, the latest: more than have been in a stream."""
+
+MAX_TEXTS = 8
+"""Different failures that are logged of one streak."""
+
+BEHIND_ALL = 1 << 32
+"""No packet has so many messages."""
+
+RESET = struct.pack("ii", 1, 0)
+"""Of SO_LINGER: what was not sent is thrown away."""
+
+Id = tuple[int, int]
+
+# NamedTuples are made a thousand at a time: `_make` and the classes themselves are calls of Python.
+_new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)
+_new_entry: Callable[[tuple[Position, str, int, bytes]], Entry] = partial(tuple.__new__, Entry)
+
+
+class BrokerError(RelayError):
+    """The broker can't be reached or did not do what it was asked. It may the next time."""
+
+
+class Read(NamedTuple):
+    """What a stream gives.
+
+    Attributes:
+        entries: ids and bytes, in their order.
+        is_complete: False where some of what came before them is not there any more.
+        is_last: whether there was nothing more to read.
+    """
+
+    entries: Sequence[tuple[Id, bytes]]
+    is_complete: bool = True
+    is_last: bool = True
+
+
+class Stream(Protocol):
+    """A broker's stream. Its entries have ids that only grow."""
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """What an entry may come to, as far as is known."""
+
+    async def append(self, data: bytes) -> None:
+        """Add an entry at the end.
+
+        Raises:
+            BrokerError: it may be there and it may not.
+        """
+
+    async def read(self, after: Id) -> Read:
+        """Return the next entries after an id; wait a second or so for them.
+
+        Raises:
+            BrokerError: the stream can't be read now.
+        """
+
+    async def close(self) -> None:
+        """Let go of the broker."""
+
+
+class Pending(Protocol):
+    """The bound on what waits to be appended: publishers are held while it is passed."""
+
+    bytes: int
+
+    def drained(self, size: int) -> None:
+        """Take note that so much does not wait any more."""
+
+
+class Outgoing:
+    """Messages that will be appended together."""
+
+    __slots__ = (
+        "channels",
+        "is_canary",
+        "is_given_up",
+        "number",
+        "opcodes",
+        "payloads",
+        "publishers",
+        "size",
+    )
+
+    def __init__(self) -> None:
+        self.channels: list[str] = []
+        self.opcodes = bytearray()
+        self.payloads: list[bytes] = []
+        self.publishers: dict[Publisher, None] = {}
+        self.size = 0
+        self.number = 0  # of the first, once it is under way
+        self.is_canary = False
+        self.is_given_up = False
+
+
+class Origins:
+    """What has been read of each life of a replica."""
+
+    def __init__(self) -> None:
+        self._next: OrderedDict[int, int] = OrderedDict()
+        self.is_current = False  # whether a life that is not known has only begun
+
+    def next_of(self, origin: int) -> int:
+        """Return the number of the first message that was not read yet."""
+        return self._next.get(origin, 0)
+
+    def knows(self, origin: int) -> bool:
+        """Tell whether a packet of this life was read."""
+        return origin in self._next
+
+    def note(self, origin: int, number: int, count: int) -> int:
+        """Take note of a packet; return how many messages before it are missing.
+
+        Returns:
+            Less than nothing where it was read before.
+        """
+        expected = self._next.pop(origin, 0 if self.is_current else number)
+        self._next[origin] = max(number + count, expected)
+        if len(self._next) > MAX_ORIGINS:
+            self._next.popitem(last=False)
+        return number - expected
+
+
+class RemoteBackplane:
+    """One replica's hold on a stream.
+
+    Args:
+        stream: of the broker.
+        pending: the bound on what waits to be appended.
+        relays_locally: whether messages are relayed on this replica alone during an outage;
+            otherwise their publishers are told.
+        max_message_bytes: of any replica's clients.
+        observe_append: told the seconds that each append took.
+        observe_lag: told the seconds from a canary's append to its return.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        pending: Pending,
+        relays_locally: bool,
+        max_message_bytes: int,
+        observe_append: Callable[[float], None],
+        observe_lag: Callable[[float], None],
+    ) -> None:
+        self.books = LogBooks()
+        self.state = State.STARTING
+        self.up = asyncio.Event()
+        self._stream = stream
+        self._pending = pending
+        self._relays_locally = relays_locally
+        self._observe_append = observe_append
+        self._observe_lag = observe_lag
+        self._deliver: Deliver
+        self._lost: Lost
+        # Writing
+        self._is_out = False  # state is OUTAGE: asked for every message
+        self._outbox: deque[Outgoing] = deque()
+        self._in_flight: Outgoing | None = None
+        self._in_flight_since = 0.0
+        self._filled = asyncio.Event()
+        self._settled = asyncio.Event()  # something does not wait any more
+        self._origin = random.getrandbits(64)
+        self._number = 0
+        # Reading
+        self._after: Id = (0, 0)
+        self._position = START
+        self._awaiting: deque[tuple[int, Callable[[], None]]] = deque()  # which number comes next
+        self._is_whole = False  # nothing is missing before what is read next
+        self._origins = Origins()
+        self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
+        self._joiner = Joiner(max_message_bytes + LARGEST_PACKET_BYTES)
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        # The canary: when it was sent and when that was answered; 0: none is out.
+        self._sent_at = 0.0
+        self._answered_at = 0.0
+        self._behind_at = 0.0  # when there was more to read, the last time
+        self._failures: dict[str, set[str]] = {}
+
+    # What the relay asks
+
+    def tail(self, deliver: Deliver, lost: Lost) -> None:
+        """Give every entry from now on to `deliver`, and tell `lost` where some are missing."""
+        self._deliver = deliver
+        self._lost = lost
+
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+        """Add a message at the end."""
+        if self._is_out:
+            self._turn_away(channel, opcode, payload, publisher)
+            return
+        outbox = self._outbox
+        outgoing = outbox[-1] if outbox else self._begin_packet()
+        outgoing.channels.append(channel)
+        outgoing.opcodes.append(opcode)
+        outgoing.payloads.append(payload)
+        outgoing.publishers[publisher] = None
+        size = len(payload) + MESSAGE_BYTES
+        outgoing.size += size
+        self._pending.bytes += size
+        if outgoing.size >= PACKET_BYTES:
+            self._begin_packet()
+
+    def when_delivered(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was appended so far has come back, or was given up."""
+        following = self._number + sum(len(each.payloads) for each in self._outbox)
+        if self._origins.next_of(self._origin) >= following:
+            act()
+        else:
+            self._awaiting.append((following, act))
+
+    def pause_reading(self) -> None:
+        """Read no more of the stream until `resume_reading`: too much waits to be written."""
+        self._has_room.clear()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        if not self._has_room.is_set():
+            self._behind_at = asyncio.get_running_loop().time()
+            self._has_room.set()
+
+    @property
+    def pending_bytes(self) -> int:
+        """What waits to be appended, or for the answer."""
+        return self._pending.bytes
+
+    async def run(self) -> None:
+        """Write, read and send canaries, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._write())
+                group.create_task(self._read())
+                group.create_task(self._watch())
+        finally:
+            await self._stream.close()
+
+    async def flush(self) -> None:
+        """Return when all that was appended has been answered, or given up."""
+        while any(each.payloads for each in self._waiting):
+            self._settled.clear()
+            await self._settled.wait()
+
+    # Writing
+
+    @property
+    def _waiting(self) -> list[Outgoing]:
+        in_flight = self._in_flight
+        if in_flight is None or in_flight.is_given_up:
+            return [*self._outbox]
+        return [in_flight, *self._outbox]
+
+    def _begin_packet(self) -> Outgoing:
+        outgoing = Outgoing()
+        self._outbox.append(outgoing)
+        self._filled.set()
+        return outgoing
+
+    async def _write(self) -> None:
+        while True:
+            await self._filled.wait()
+            outgoing = self._outbox.popleft()
+            if not self._outbox:
+                self._filled.clear()
+            if outgoing.payloads or outgoing.is_canary:
+                await self._append(outgoing)
+
+    async def _append(self, outgoing: Outgoing) -> None:
+        loop = asyncio.get_running_loop()
+        self._in_flight, self._in_flight_since = outgoing, loop.time()
+        origin, number = self._origin, self._number
+        outgoing.number = number
+        self._number += len(outgoing.payloads)
+        data = pack(
+            Packet(
+                origin,
+                number,
+                outgoing.channels,
+                bytes(outgoing.opcodes),
+                outgoing.payloads,
+                outgoing.is_canary,
+            )
+        )
+        pause_s = PAUSE_S[0]
+        while not outgoing.is_given_up:
+            started = time.perf_counter()
+            try:
+                # The broker may take less now than before it was restarted.
+                for part in in_parts(data, origin, number, self._stream.max_entry_bytes):
+                    async with asyncio.timeout(APPEND_S):
+                        await self._stream.append(part)
+            except (BrokerError, TimeoutError) as error:
+                self._note_failure("append", error)
+                pause_s = await _pause(pause_s)
+            else:
+                self._note_success("append")
+                self._observe_append(time.perf_counter() - started)
+                break
+        self._in_flight = None
+        self._settled.set()
+        if not outgoing.is_given_up:
+            self._pending.drained(outgoing.size)
+            if outgoing.is_canary:
+                self._answered_at = loop.time()
+
+    # Reading
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        pause_s = PAUSE_S[0]
+        while True:
+            try:
+                read = await self._stream.read(self._after)
+            except (BrokerError, TimeoutError) as error:
+                self._note_failure("read", error)
+                pause_s = await _pause(pause_s)
+                continue
+            self._note_success("read")
+            pause_s = PAUSE_S[0]
+            if not read.is_complete:
+                self._note_gap()
+            for index, (identity, data) in enumerate(read.entries):
+                if index:
+                    await asyncio.sleep(0)  # a packet takes a millisecond or two
+                if not self._has_room.is_set():
+                    await self._has_room.wait()
+                self._after = identity
+                self._take(identity, data)
+                if not read.is_last:
+                    self._behind_at = loop.time()
+            if not self._has_room.is_set():
+                await self._has_room.wait()
+
+    def _note_gap(self) -> None:
+        self.books.gaps += 1
+        self._is_whole = False
+        major, minor = self._after
+        log.error("backplane lost messages", extra={"after": f"{major}-{minor}"})
+        # Until it is known where it goes on, nothing that was delivered leads up to it.
+        self._lost(Position(major, minor, BEHIND_ALL))
+
+    def _take(self, identity: Id, data: bytes) -> None:
+        major, minor = identity
+        if not self._is_whole:
+            self._is_whole = True
+            self._lost(Position(major, minor, 0).before())
+        try:
+            whole = self._joiner.join(data)
+            packet = unpack(whole) if whole is not None else None
+        except FormatError as error:
+            self.books.unreadable += 1
+            log.debug("entry not readable", extra={"error": str(error)})
+            return
+        if self._joiner.dropped:
+            self.books.unreadable += self._joiner.dropped
+            self._joiner.dropped = 0
+        if packet is not None:
+            self._take_packet(major, minor, packet)
+        elif self._joiner.stray is not None and not self._origins.knows(self._joiner.stray):
+            # The first parts are gone, and what was said in them: nothing else will tell.
+            self._lost(Position(major, minor, BEHIND_ALL))
+
+    def _take_packet(self, major: int, minor: int, packet: Packet) -> None:
+        origin, number, channels, opcodes, payloads, is_canary = packet
+        count = len(payloads)
+        missing = self._origins.note(origin, number, count)
+        if missing < 0:
+            self.books.duplicates += 1
+            return
+        if missing:
+            self.books.lost += missing
+            log.error("backplane lost messages", extra={"count": missing})
+            self._lost(Position(major, minor, 0).before())
+        self._position = Position(major, minor, count - 1)
+        # What was delivered here in an outage, and got into the log after all.
+        if not self._left_out or number < self._left_out.get(origin, number + 1):
+            places = zip(repeat(major), repeat(minor), range(count), strict=False)
+            positions = map(_new_position, places)
+            deliver = self._deliver
+            columns = zip(positions, channels, opcodes, payloads, strict=True)
+            for entry in map(_new_entry, columns):
+                deliver(entry)
+        if origin == self._origin:
+            self._tell_delivered(number + count)
+            if is_canary:
+                self._came_back()
+
+    def _tell_delivered(self, following: int) -> None:
+        awaiting = self._awaiting
+        while awaiting and awaiting[0][0] <= following:
+            awaiting.popleft()[1]()
+
+    # How things stand
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._send_canary(loop.time())
+        looked_at = loop.time()
+        due = looked_at + CANARY_S
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = loop.time()
+            if now - looked_at > 2 * LOOK_S:  # the relay itself stood still, or was out of time
+                self._excuse(now - looked_at)
+            looked_at = now
+            if not self._sent_at:
+                if now >= due:
+                    self._send_canary(now)
+                    due = now + CANARY_S
+            elif self._is_late(now):
+                if self._is_out:  # the last one was lost
+                    self._send_canary(now)
+                else:
+                    self._begin_outage(now)
+
+    def _send_canary(self, now: float) -> None:
+        self._sent_at, self._answered_at = now, 0.0
+        outgoing = self._outbox[-1] if self._outbox else self._begin_packet()
+        outgoing.is_canary = True
+
+    def _is_late(self, now: float) -> bool:
+        """Tell whether it takes the broker too long to answer, or to give back what it has.
+
+        What it holds besides has to be read first, and is not while the relay has no room.
+        """
+        if self._in_flight is not None:
+            return not self._is_out and now - self._in_flight_since > OUTAGE_AFTER_S
+        if not self._answered_at or not self._has_room.is_set():
+            return False
+        return now - max(self._answered_at, self._behind_at) > OUTAGE_AFTER_S
+
+    def _excuse(self, late_s: float) -> None:
+        """Take note of time in which an answer could not be read."""
+        self._in_flight_since += late_s
+        self._behind_at += late_s
+        if self._answered_at:
+            self._answered_at += late_s
+
+    def _came_back(self) -> None:
+        if self._sent_at:
+            self._observe_lag(asyncio.get_running_loop().time() - self._sent_at)
+            self._sent_at = 0.0
+        # What is under way may be the canary itself: read before the answer came.
+        self._in_flight_since = asyncio.get_running_loop().time()
+        if self.state is not State.UP:
+            log.info("backplane up")
+            self.state = State.UP
+            self._is_out = False
+            self._origins.is_current = True
+            self.up.set()
+
+    def _begin_outage(self, now: float) -> None:
+        """Give up what waits: who said it is told, or those who are here hear it alone."""
+        log.error("backplane outage", extra={"on_outage": self._on_outage})
+        self.books.outages += 1
+        self.state = State.OUTAGE
+        self._is_out = True
+        self.up.clear()
+        given_up = self._waiting
+        self._outbox.clear()
+        self._filled.clear()
+        number = self._number
+        if self._in_flight is not None and not self._in_flight.is_given_up:
+            self._in_flight.is_given_up = True
+            number = self._in_flight.number
+            if self._origins.next_of(self._origin) > number:  # it did get there
+                self._pending.drained(given_up.pop(0).size)
+                number = self._number
+        if self._relays_locally:
+            self._left_out[self._origin] = number
+            if len(self._left_out) > MAX_ORIGINS:
+                self._left_out.popitem(last=False)
+        # What was given up leaves a hole in the numbers that nobody should take for a loss.
+        self._origin, self._number = random.getrandbits(64), 0
+        for outgoing in given_up:
+            self._give_up(outgoing)
+        self._settled.set()
+        while self._awaiting:
+            self._awaiting.popleft()[1]()
+        self._send_canary(now)
+
+    @property
+    def _on_outage(self) -> str:
+        return "local" if self._relays_locally else "reject"
+
+    def _give_up(self, outgoing: Outgoing) -> None:
+        self._pending.drained(outgoing.size)
+        if self._relays_locally:
+            for message in zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True):
+                self._deliver_here(*message)
+        else:
+            self.books.unavailable += len(outgoing.payloads)
+            for publisher in outgoing.publishers:
+                publisher.tell_unavailable()
+
+    def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+        if self._relays_locally:
+            self._deliver_here(channel, opcode, payload)
+        else:
+            self.books.unavailable += 1
+            publisher.tell_unavailable()
+
+    def _deliver_here(self, channel: str, opcode: int, payload: bytes) -> None:
+        major, minor, nth = self._position
+        self._position = Position(major, minor, nth + 1)
+        self.books.local += 1
+        self._deliver(Entry(self._position, channel, opcode, payload))
+
+    def _note_failure(self, action: str, error: Exception) -> None:
+        texts = self._failures.setdefault(action, set())
+        text = str(error) or "not answered in time"
+        if text not in texts and len(texts) < MAX_TEXTS:
+            texts.add(text)
+            log.warning("backplane failed", extra={"action": action, "error": text})
+
+    def _note_success(self, action: str) -> None:
+        if action in self._failures:
+            del self._failures[action]
+            log.info("backplane works again", extra={"action": action})
+
+
+def set_abrupt(writer: asyncio.StreamWriter) -> None:
+    """Let a connection end at once when it is aborted, and nobody have what is left in it.
+
+    Otherwise it lives on until the broker has taken that, which a frozen one never does. Asked for
+    at the beginning: a transport that is closed does not say which socket it had.
+    """
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+async def _pause(pause_s: float) -> float:
+    """Wait after a failure; return how long to wait after the next."""
+    await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+    return min(2 * pause_s, PAUSE_S[1])

@@ -1,0 +1,274 @@
+"""Logs for the contract suite of the backplanes, and replicas that hold on to them."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import nats
+import redis.asyncio as redis
+
+from service.backplane.base import Backplane, Entry, Position, State
+from service.backplane.open import open_backplane
+from tests.brokers import (
+    Broker,
+    NatsBroker,
+    RedisBroker,
+    find_nats,
+    find_redis,
+    find_redis_6,
+    found_or_skip,
+)
+
+PATIENCE_S = 15.0
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something to become true."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - whatever it is, it has no event
+            await asyncio.sleep(0.005)
+
+
+class Pending:
+    """What waits to be appended."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.most = 0
+
+    def drained(self, size: int) -> None:
+        self.most = max(self.most, self.bytes)
+        self.bytes -= size
+
+
+class Speaker:
+    """A client that publishes."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def tell_unavailable(self) -> None:
+        self.told += 1
+
+
+class Replica:
+    """One replica's hold on a log, and all that it heard."""
+
+    def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
+        self.entries: list[Entry] = []
+        self.whole_from: list[Position] = []
+        self.pending = Pending()
+        self.speaker = Speaker()
+        self.lags_s: list[float] = []
+        self.backplane: Backplane = open_backplane(
+            url,
+            stream,
+            relays_locally=on_outage == "local",
+            max_message_bytes=max_message_bytes,
+            history_bytes=0,
+            history_age_s=0,
+            pending=self.pending,
+            observe_append=lambda _: None,
+            observe_lag=self.lags_s.append,
+        )
+        self.backplane.tail(self.entries.append, self.whole_from.append)
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self.backplane.run())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop it; that takes no time, whatever the broker does."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        async with asyncio.timeout(1.5):
+            with suppress(asyncio.CancelledError):
+                await task
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """What it heard."""
+        return [entry.payload for entry in self.entries]
+
+    @property
+    def positions(self) -> list[Position]:
+        """Where that stands."""
+        return [entry.position for entry in self.entries]
+
+    def say(self, *payloads: bytes, channel: str = "default", opcode: int = 1) -> None:
+        """Append messages, as one client's."""
+        for payload in payloads:
+            self.backplane.append(channel, opcode, payload, self.speaker)
+
+    async def is_up(self) -> None:
+        """Wait until it is."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.backplane.up.wait()
+
+    async def is_out(self) -> None:
+        """Wait until it has an outage."""
+        await until(lambda: self.backplane.state is State.OUTAGE)
+
+    async def has_left_out(self, count: int) -> None:
+        """Wait until so many packets were there twice."""
+        await until(lambda: self.backplane.books.duplicates == count)
+
+    async def hears(self, *payloads: bytes) -> None:
+        """Wait until it heard some messages."""
+        await until(lambda: set(payloads) <= set(self.payloads))
+
+    async def heard(self, count: int) -> None:
+        """Wait until it heard so many messages."""
+        await until(lambda: len(self.entries) >= count)
+
+
+class Log:
+    """A log that a broker keeps, or nobody (`memory`)."""
+
+    def __init__(self, stack: AsyncExitStack, broker: Broker | None, url: str) -> None:
+        self.broker = broker
+        self.url = url
+        self.stream = "relay"
+        self._stack = stack
+
+    async def replica(
+        self,
+        *,
+        url: str = "",
+        stream: str = "",
+        on_outage: str = "reject",
+        max_message_bytes: int = 4 << 20,
+        is_up: bool = True,
+    ) -> Replica:
+        """Start a replica."""
+        replica = Replica(url or self.url, stream or self.stream, on_outage, max_message_bytes)
+        await self._stack.enter_async_context(replica)
+        if is_up:
+            await replica.is_up()
+        return replica
+
+    async def replicas(self, count: int) -> Sequence[Replica]:
+        """Start several replicas, or one, where there can't be more."""
+        return [await self.replica() for _ in range(count if self.broker else 1)]
+
+
+class BrokerLog(Log):
+    """A log that a broker keeps."""
+
+    broker: Broker
+
+    def __init__(self, stack: AsyncExitStack, broker: Broker) -> None:
+        super().__init__(stack, broker, broker.url)
+
+    async def put(self, data: bytes) -> None:
+        """Put an entry into the stream that no relay made."""
+        raise NotImplementedError
+
+    async def size_bytes(self) -> int:
+        """Return what the stream takes."""
+        raise NotImplementedError
+
+    async def delete(self) -> None:
+        """Delete the stream."""
+        raise NotImplementedError
+
+    async def empty(self) -> None:
+        """Delete all entries of the stream."""
+        raise NotImplementedError
+
+    async def go_back(self, replica: Replica) -> None:
+        """Make the stream count from before what a replica read of it."""
+        raise NotImplementedError
+
+
+class RedisLog(BrokerLog):
+    """A log in Redis."""
+
+    async def _command(self, *arguments: Any) -> Any:
+        client = redis.Redis.from_url(self.url)
+        try:
+            return await client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+        finally:
+            await client.aclose()
+
+    async def put(self, data: bytes) -> None:
+        await self._command("XADD", self.stream, "*", "d", data)
+
+    async def size_bytes(self) -> int:
+        return int(await self._command("MEMORY", "USAGE", self.stream, "SAMPLES", 0))
+
+    async def delete(self) -> None:
+        await self._command("DEL", self.stream)
+
+    async def empty(self) -> None:
+        await self._command("XTRIM", self.stream, "MAXLEN", "=", 0)
+
+    async def go_back(self, replica: Replica) -> None:
+        # As if the clock of the broker, before it was replaced, had been ahead.
+        before = replica.backplane.books.unreadable
+        await self._command("XADD", self.stream, "99999999999999-0", "d", "from the future")
+        await until(lambda: replica.backplane.books.unreadable > before)
+        await self._command("DEL", self.stream)
+
+
+class NatsLog(BrokerLog):
+    """A log in JetStream."""
+
+    async def _ask(self, subject: str, content: bytes = b"") -> Any:
+        client = await nats.connect(self.url, tls=None)
+        try:
+            return json.loads((await client.request(subject, content, timeout=3)).data)
+        finally:
+            await client.close()
+
+    async def put(self, data: bytes) -> None:
+        await self._ask(self.stream, data)
+
+    async def size_bytes(self) -> int:
+        return int((await self._ask(f"$JS.API.STREAM.INFO.{self.stream}"))["state"]["bytes"])
+
+    async def delete(self) -> None:
+        await self._ask(f"$JS.API.STREAM.DELETE.{self.stream}")
+
+    async def empty(self) -> None:
+        await self._ask(f"$JS.API.STREAM.PURGE.{self.stream}")
+
+    async def go_back(self, replica: Replica) -> None:
+        # As if the machine had lost power before it wrote the last entries.
+        streams = self.broker.directory / "streams"
+        copy = self.broker.directory / "copy"
+        self.broker.stop()
+        shutil.copytree(streams, copy)
+        await self.broker.start()
+        await replica.is_up()
+        heard = len(replica.entries)
+        for number in range(20):
+            replica.say(b"will be lost")
+            await replica.heard(heard + number + 1)
+        self.broker.kill()
+        shutil.rmtree(streams)
+        copy.rename(streams)
+        await self.broker.start()
+
+
+def broker_of(kind: str, directory: Path, **options: Any) -> Broker:
+    """Return a broker of a kind that is not started yet."""
+    if kind == "nats":
+        return NatsBroker(found_or_skip(find_nats(), "nats-server"), directory, **options)
+    found = find_redis() if kind == "redis" else find_redis_6()
+    return RedisBroker(found_or_skip(found, f"the server of {kind}"), directory, **options)
+
+
+def log_of(kind: str, stack: AsyncExitStack, broker: Broker) -> BrokerLog:
+    """Return a broker's log."""
+    return NatsLog(stack, broker) if kind == "nats" else RedisLog(stack, broker)
