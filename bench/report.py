@@ -63,7 +63,7 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def table(rows: list[list[str]]) -> list[str]:
     """Lay out a Markdown table that can also be read as it is; figures stand to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     last = len(widths) - 1
@@ -84,7 +84,7 @@ def _targets(verdicts: list[Verdict]) -> list[str]:
         rounds = ", ".join(number(value) for value in each.rounds)
         measured = f"{number(each.measured)} {each.unit}".strip()
         rows.append([each.text, measured, rounds, "met" if each.met else "MISSED"])
-    return _table(rows)
+    return table(rows)
 
 
 def _origin(facts: dict[str, Any]) -> list[str]:
@@ -122,7 +122,7 @@ def markdown(
             for server in servers
             if server.name in load.servers
         ]
-        lines += [f"## {load.name}: {load.title}", "", *_table(rows), ""]
+        lines += [f"## {load.name}: {load.title}", "", *table(rows), ""]
     return "\n".join(lines)
 
 

@@ -173,19 +173,20 @@ class Running:
     def settle(self) -> None:
         """Wait until it has dealt with the clients that left: the next one needs the core."""
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        before = self._cpu_ticks()
+        before = self.cpu_s()
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise FailedError(f"died with exit status {self.process.returncode}")
             time.sleep(QUIET_S)
-            now = self._cpu_ticks()
+            now = self.cpu_s()
             if now == before:
                 return
             before = now
 
-    def _cpu_ticks(self) -> int:
+    def cpu_s(self) -> float:
+        """CPU time so far, of all threads, in ticks of mostly 10 ms."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])  # utime and stime, of all threads
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
     def private_bytes(self) -> int:
         """Memory that only this process has; the kernel's socket buffers are not in it."""

@@ -8,12 +8,16 @@ from service.wire.shared import Clients
 
 STEP_S = 0.01  # clients that are due within one step are closed together
 
+RETRY_WINDOW_S = 1.0
+"""Clients are told to come back at random within this time. The pace of the closes is what spreads
+them; this keeps those apart who were closed in the same moment (bench/results/simulation.md)."""
+
 
 async def close_all(clients: Clients, *, spread_s: float, rng: random.Random) -> None:
     """Close every client with 1001, evenly spread over time, each after all it is owed.
 
-    Each is told in `retry_ms` when to come back: at random within the same time, a second at
-    least, so that those who left together do not return together.
+    Each is told in `retry_ms` when to come back, so that those who left together do not return
+    together.
 
     Args:
         clients: the connections; no new ones come any more.
@@ -24,14 +28,13 @@ async def close_all(clients: Clients, *, spread_s: float, rng: random.Random) ->
     start = loop.time()
     leaving = list(clients)
     rng.shuffle(leaving)
-    window_ms = max(1000, round(spread_s * 1000))
     for number, client in enumerate(leaving):
         due = start + spread_s * number / len(leaving)
         if due - loop.time() > STEP_S:
             await asyncio.sleep(due - loop.time())
         elif number % 100 == 99:
             await asyncio.sleep(0)
-        retry_ms = rng.randint(0, window_ms)
+        retry_ms = rng.randint(0, round(RETRY_WINDOW_S * 1000))
         client.close_when_written(Close.DRAINING, f"{Close.DRAINING.reason}; retry_ms={retry_ms}")
 
 
