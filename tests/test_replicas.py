@@ -370,7 +370,7 @@ async def test_a_rolling_restart_under_load_loses_nothing_and_says_nothing_twice
         assert [message for message in first if str(message).startswith(name)] == mine
 
 
-async def test_who_comes_back_is_told_that_the_stream_was_lost_meanwhile(
+async def test_clients_are_told_that_the_stream_lost_something_and_so_is_who_comes_back(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     one, two = replicas_with(2)
@@ -390,6 +390,7 @@ async def test_who_comes_back_is_told_that_the_stream_was_lost_meanwhile(
         while "after" not in heard:
             heard.append(await client.message())
         assert len(heard) < 101
+        assert {told["type"] for told in client.told} == {"gap"}
         async with resuming(one, "news", since=before) as again:
             assert again.welcome["recovered"] is False
         async with resuming(one, "news", since=client.position) as again:

@@ -26,10 +26,14 @@ class Heard:
     connection: ClientConnection
     welcome: dict[str, Any] = field(default_factory=dict)
     position: str = ""
+    told: list[dict[str, Any]] = field(default_factory=list)  # by the relay itself
 
     async def message(self) -> Message:
         """Return the next message without its position, which is remembered."""
         position, message = await self.numbered()
+        while position == "":
+            self.told.append(json.loads(message))
+            position, message = await self.numbered()
         assert as_numbers(position) > as_numbers(self.position), "positions grow"
         self.position = position
         return message

@@ -1,12 +1,13 @@
 """Gather messages that leave together, and encode them for those who get them."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import NamedTuple
 
 from service.backplane.base import Entry, Position
 from service.wire.deflate import PLAIN, deflated
-from service.wire.frames import OPCODE, header
+from service.wire.frames import OPCODE, TEXT, header
 from service.wire.protocol import RelayProtocol
 
 MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
@@ -42,6 +43,12 @@ def encoded(entries: Iterable[Entry], form: Form, min_bytes: int) -> Iterator[by
     """Yield frames; see `wire.deflate.deflated`."""
     plain = ((header(e.opcode, len(e.payload)), e.payload) for e in entries)
     return _formed(plain, (e.position for e in entries), form, min_bytes)
+
+
+def announced(said: Mapping[str, object]) -> bytes:
+    """Return the frame of what the relay itself says to those who speak relay.v1."""
+    payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
+    return header(TEXT, len(payload)) + payload
 
 
 class Batch:

@@ -6,7 +6,7 @@ All channels share the time there is for writing. No task, queue or timer per co
 import asyncio
 from collections.abc import Callable
 
-from service.backplane.base import Backplane, Entry
+from service.backplane.base import Backplane, Entry, Position
 from service.relay.channel import Channel
 from service.relay.gate import Gate
 from service.relay.history import History
@@ -58,7 +58,7 @@ class Broadcaster:
         self._channels: dict[str, Channel] = {}
         self._turns = Turns()
         self._history = history
-        backplane.tail(self._deliver, history.begin_after)
+        backplane.tail(self._deliver, self._lose)
 
     def __len__(self) -> int:
         """How many channels there are."""
@@ -108,6 +108,12 @@ class Broadcaster:
             del self._channels[channel.name]
 
     # Inside
+
+    def _lose(self, position: Position) -> None:
+        """Take note that something before a position may have been said and not delivered."""
+        self._history.begin_after(position)
+        for channel in list(self._channels.values()):
+            channel.tell({"type": "gap", "position": str(position)})
 
     def _deliver(self, entry: Entry) -> None:
         self._history.add(entry)

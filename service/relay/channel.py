@@ -7,12 +7,12 @@ the next batch: under load one write carries many messages, when idle one leaves
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Protocol
 
 from service.backplane.base import Backplane, Entry
-from service.relay.batch import Audience, Batch, Form, form_of
+from service.relay.batch import Audience, Batch, Form, announced, form_of
 from service.relay.gate import Gate
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
@@ -176,6 +176,15 @@ class Channel:
         self._shared.ledger.owed += batch.owed
         if batch.size >= self._batch_limit_bytes:
             self._open = None
+
+    def tell(self, said: Mapping[str, object]) -> None:
+        """Say something of the relay's own to those who are told such things."""
+        self._when_queue_is_written(lambda: self._tell(said))
+
+    def _tell(self, said: Mapping[str, object]) -> None:
+        for form, group in self._members.items():
+            if form.tells_positions:
+                self._shared.write(list(group), announced(said), messages=0)
 
     def fan_out(self, until: float) -> bool:
         """Write what is owed, for a slice of time.

@@ -5,17 +5,15 @@ The client is no member until it has heard all of it, so there is no gap between
 and what comes live, nothing twice, and no second queue: it reads on in the history at its own pace.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 from service.backplane.base import Entry, Position
 from service.errors import Close
-from service.relay.batch import encoded, form_of
+from service.relay.batch import announced, encoded, form_of
 from service.relay.channel import Channel, Office
 from service.relay.history import History
-from service.wire.frames import TEXT, header
 from service.wire.protocol import RelayProtocol
 
 PIECE_BYTES = 65_536  # of messages that are written in one go
@@ -168,9 +166,7 @@ class Replay:
 
     def _welcome(self, position: Position) -> None:
         said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
-        payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
-        frame = header(TEXT, len(payload)) + payload
-        self._office.shared.write([self._client], frame, messages=0)
+        self._office.shared.write([self._client], announced(said), messages=0)
 
     def _go_past(self, cursor: Position) -> Position:
         """Write some of what is behind a position; let the client in where there is nothing.
