@@ -11,6 +11,10 @@ HIDDEN = "***"
 CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
 """Up to the last @: a password may hold some, too."""
 
+SCHEME = re.compile(r"[A-Za-z]+://")
+AMBIGUOUS = re.compile(r"[/?#].*@", re.DOTALL)
+"""Where the @ ends a password that should have been percent-encoded, all before it is secret."""
+
 SHORTEST_SECRET = 3
 """A shorter one is not looked for in texts: it would be found in every word."""
 
@@ -19,7 +23,14 @@ def shown(url: str) -> str:
     """Return a URL as it may be logged: where to, and not as whom."""
     if "://" not in url:
         return HIDDEN  # who knows what it is
+    if is_ambiguous(url):
+        return f"{url.partition('://')[0]}://{HIDDEN}"
     return CREDENTIALS.sub(f"{HIDDEN}@", url.partition("?")[0])
+
+
+def is_ambiguous(url: str) -> bool:
+    """Tell whether it can be read in two ways: a password that was not percent-encoded, or none."""
+    return bool(AMBIGUOUS.search(SCHEME.sub("", url)))
 
 
 def secrets_of(url: str) -> Sequence[str]:

@@ -619,6 +619,33 @@ async def test_a_token_is_taken_and_not_shown(
     assert "t0ken-of-mine" not in everything_in(caplog)
 
 
+class LeavesTlsOut:
+    """Somebody between a relay and its NATS who takes the word of TLS out of what that says."""
+
+    def __init__(self) -> None:
+        self.heard = b""
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b'INFO {"version": "2.12.0", "max_payload": 1048576, "auth_required": true}\r\n'
+        )
+        self.heard += await reader.read()
+        writer.close()
+
+
+async def test_nothing_is_said_to_a_nats_that_leaves_tls_out(
+    stack: AsyncExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    between = LeavesTlsOut()
+    server = await asyncio.start_server(between.talk, "127.0.0.1")
+    await stack.enter_async_context(server)
+    url = f"tls://relay:{SECRET}@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    replica = await Log(stack, None, url).replica(is_up=False)
+    await until(lambda: "the server does not speak TLS" in everything_in(caplog))
+    await replica.stop()
+    assert between.heard == b""
+
+
 async def test_a_nats_without_jetstream_is_named_for_that(
     stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -399,6 +399,24 @@ async def test_clients_are_told_that_the_stream_lost_something_and_so_is_who_com
     assert any(noticed)
 
 
+async def test_who_asks_for_the_last_messages_is_sent_those_behind_a_gap(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    (relay,) = replicas_with(1)
+    async with relay.client("news") as client:
+        await client.send("before")
+        assert await receive(client) == "before"
+        await deleted(broker)
+        await broker.restart()
+        await relay.metric_reaches("websocket_backplane_gaps_total", 1)
+        await client.send("after")
+        assert await receive(client) == "after"
+    async with relay.client(path="/channels/news?history=100") as other:
+        assert await receive(other) == "after"
+        await other.send("now")
+        assert await receive(other) == "now"
+
+
 async def deleted(broker: Broker) -> None:
     """Delete the stream, with all that it holds."""
     kind = NatsLog if isinstance(broker, NatsBroker) else RedisLog

@@ -704,6 +704,16 @@ def test_an_address_of_no_broker_is_refused_and_its_secret_not_shown(
     assert "S3CR3T" not in done.stderr
 
 
+@pytest.mark.parametrize("password", ["12/S3CR3T", "a/S3CR3T", "a?S3CR3T", "a#S3CR3T", "a?S3@CR3T"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "nats", "tls"])
+def test_a_password_that_is_not_percent_encoded_is_refused_and_not_shown(
+    check: Check, scheme: str, password: str
+) -> None:
+    done = check(RELAY__BACKPLANE__URL=f"{scheme}://user:{password}@broker:6379/0")
+    assert_refused(done, f"RELAY__BACKPLANE__URL: backplane.url: '{scheme}://***': ", "%2F for /")
+    assert not any(part in done.stderr for part in ("user", "S3", "CR3T"))
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "a*", "grüße", "x" * 65])
 def test_a_stream_has_a_name_that_every_broker_takes(check: Check, name: str) -> None:
     assert_refused(check(f"backplane: {{stream: '{name}'}}"), "backplane.stream", "1 to 64")

@@ -116,6 +116,20 @@ def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext
     return context
 
 
+class TlsClient(Client):
+    """A client that says nothing, and no password, to a server that leaves TLS out.
+
+    nats-py speaks plainly to a server that does not ask for TLS, whatever it was told; who stands
+    between the two would only have to take that question out.
+    """
+
+    def _connect_command(self) -> bytes:
+        # The first thing that is sent; nats-py has no other way to its transport.
+        if self._transport._io_writer.get_extra_info("ssl_object") is None:  # type: ignore[union-attr]
+            raise NatsError("the server does not speak TLS")
+        return super()._connect_command()
+
+
 class Link:
     """A connection: made once, and not again when it has failed.
 
@@ -124,7 +138,7 @@ class Link:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._client = Client()
+        self._client = TlsClient() if address.tls is not None else Client()
         self._stream: asyncio.StreamWriter | None = None
         self._failure = ""
         self.when_closed: Callable[[], None] = _nothing

@@ -7,7 +7,7 @@ from typing import Any
 from service.backplane.base import Backplane
 from service.backplane.memory import MemoryBackplane
 from service.backplane.remote import Pending, RemoteBackplane
-from service.urls import unusable
+from service.urls import is_ambiguous, unusable
 
 KEPT_BYTES = 67_108_864
 KEPT_AGE_S = 60.0
@@ -48,6 +48,8 @@ def open_backplane(
     Raises:
         UnfitError: no broker can be found by this URL.
     """
+    if is_ambiguous(url):
+        raise unusable(url, "in a password write %40 for @, %2F for /, %3F for ?, %23 for #")
     scheme = url.partition("://")[0].lower()
     if scheme == "memory":
         return MemoryBackplane()

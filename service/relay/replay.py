@@ -162,7 +162,9 @@ class Replay:
             ledger.not_recovered += not self._is_recovered
             return min(max(since, history.known_after(name)), history.newest)
         last = history.last(name, self._wish.last) if self._wish.last else ()
-        return last[0].position.before() if last else history.newest
+        if not last:
+            return history.newest
+        return max(last[0].position.before(), history.known_after(name))  # not across a gap
 
     def _welcome(self, position: Position) -> None:
         said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
