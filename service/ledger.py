@@ -37,7 +37,7 @@ class LogBooks:
     outages: int = 0
     lost: int = 0  # messages that are in nobody's stream any more
     gaps: int = 0  # times that the stream did not hold what came next
-    duplicates: int = 0  # packets that were there twice, and left out
+    duplicates: int = 0  # packets left out: there twice, or behind a later life of their origin
     unreadable: int = 0  # entries that are no packets, and parts that nobody completed
     unavailable: int = 0  # messages that were not relayed, and whose publishers were told
     local: int = 0  # messages that were relayed on this replica alone

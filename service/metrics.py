@@ -163,7 +163,9 @@ class _Books(Collector):
         yield _counter("backplane_outages", "Times that they did not for a while", books.outages)
         yield _counter("backplane_lost", "Messages that the log lost", books.lost)
         yield _counter("backplane_gaps", "Times that the log had lost some", books.gaps)
-        yield _counter("backplane_duplicates", "Packets left out, read before", books.duplicates)
+        yield _counter(
+            "backplane_duplicates", "Packets left out, read or given up before", books.duplicates
+        )
         yield _counter("backplane_unreadable", "Entries that are no packets", books.unreadable)
         unavailable = books.unavailable
         yield _counter("backplane_unavailable", "Messages not relayed in an outage", unavailable)

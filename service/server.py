@@ -284,6 +284,8 @@ async def _become_ready(relay: Relay) -> None:
     """
     if relay.health.is_cut_off:
         relay.health.phase = Phase.WAITING_FOR_BACKPLANE
+        await relay.backplane.begun.wait()
+    if relay.health.is_cut_off:  # and may not do without
         await relay.backplane.up.wait()
     if relay.tokens is not None and relay.tokens.jwks is not None:
         relay.health.phase = Phase.WAITING_FOR_KEYS
@@ -354,6 +356,8 @@ async def _drain(settings: Settings, relay: Relay) -> None:
     cut_off = await wait_until_gone(clients, until=until)
     if cut_off:
         log.warning("clients cut off", extra={"clients": cut_off})
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
+    except TimeoutError:
+        log.error("messages not relayed", extra={"messages": relay.backplane.waiting})

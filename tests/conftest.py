@@ -1,17 +1,32 @@
 """Relays for the tests: one that all share, and as many of a test's own as it likes."""
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from tests.certificates import Pair, make_pair
 from tests.relay_process import Relay, merged
 
 StartRelay = Callable[..., Relay]
+
+LIKE_THE_RELAY = {"tests.test_backplane", "tests.test_outages"}
+"""Tests that run the relay's parts themselves, in the loop that it runs them in: what that makes of
+a lost connection is its own."""
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Choose the loop of a test."""
+    module = item.getparent(pytest.Module)
+    is_like_the_relay = module is not None and module.obj.__name__ in LIKE_THE_RELAY
+    return {"loop": uvloop.new_event_loop if is_like_the_relay else asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,8 @@ class BrokerLog(Log):
 class RedisLog(BrokerLog):
     """A log in Redis."""
 
-    async def _command(self, *arguments: Any) -> Any:
+    async def command(self, *arguments: Any) -> Any:
+        """Have Redis do something."""
         client = redis.Redis.from_url(self.url)
         try:
             return await client.execute_command(*arguments)  # type: ignore[no-untyped-call]
@@ -202,29 +203,30 @@ class RedisLog(BrokerLog):
             await client.aclose()
 
     async def put(self, data: bytes) -> None:
-        await self._command("XADD", self.stream, "*", "d", data)
+        await self.command("XADD", self.stream, "*", "d", data)
 
     async def size_bytes(self) -> int:
-        return int(await self._command("MEMORY", "USAGE", self.stream, "SAMPLES", 0))
+        return int(await self.command("MEMORY", "USAGE", self.stream, "SAMPLES", 0))
 
     async def delete(self) -> None:
-        await self._command("DEL", self.stream)
+        await self.command("DEL", self.stream)
 
     async def empty(self) -> None:
-        await self._command("XTRIM", self.stream, "MAXLEN", "=", 0)
+        await self.command("XTRIM", self.stream, "MAXLEN", "=", 0)
 
     async def go_back(self, replica: Replica) -> None:
         # As if the clock of the broker, before it was replaced, had been ahead.
         before = replica.backplane.books.unreadable
-        await self._command("XADD", self.stream, "99999999999999-0", "d", "from the future")
+        await self.command("XADD", self.stream, "99999999999999-0", "d", "from the future")
         await until(lambda: replica.backplane.books.unreadable > before)
-        await self._command("DEL", self.stream)
+        await self.command("DEL", self.stream)
 
 
 class NatsLog(BrokerLog):
     """A log in JetStream."""
 
-    async def _ask(self, subject: str, content: bytes = b"") -> Any:
+    async def ask(self, subject: str, content: bytes = b"") -> Any:
+        """Have JetStream do something."""
         client = await nats.connect(self.url, tls=None)
         try:
             return json.loads((await client.request(subject, content, timeout=3)).data)
@@ -232,16 +234,16 @@ class NatsLog(BrokerLog):
             await client.close()
 
     async def put(self, data: bytes) -> None:
-        await self._ask(self.stream, data)
+        await self.ask(self.stream, data)
 
     async def size_bytes(self) -> int:
-        return int((await self._ask(f"$JS.API.STREAM.INFO.{self.stream}"))["state"]["bytes"])
+        return int((await self.ask(f"$JS.API.STREAM.INFO.{self.stream}"))["state"]["bytes"])
 
     async def delete(self) -> None:
-        await self._ask(f"$JS.API.STREAM.DELETE.{self.stream}")
+        await self.ask(f"$JS.API.STREAM.DELETE.{self.stream}")
 
     async def empty(self) -> None:
-        await self._ask(f"$JS.API.STREAM.PURGE.{self.stream}")
+        await self.ask(f"$JS.API.STREAM.PURGE.{self.stream}")
 
     async def go_back(self, replica: Replica) -> None:
         # As if the machine had lost power before it wrote the last entries.

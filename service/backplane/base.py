@@ -102,12 +102,18 @@ class Backplane(Protocol):
     not said.
 
     Attributes:
-        up: set while `state` is UP.
+        begun: set once `state` is not STARTING any more.
+        up: set while it is UP.
     """
 
     books: LogBooks
     state: State
+    begun: asyncio.Event
     up: asyncio.Event
+
+    @property
+    def waiting(self) -> int:
+        """How many messages were appended and are not in the log yet, as far as is known."""
 
     def tail(self, deliver: Deliver, lost: Lost) -> None:
         """Give every entry from now on to `deliver`, in order, in the event loop's thread."""

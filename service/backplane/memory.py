@@ -14,12 +14,18 @@ class MemoryBackplane:
     def __init__(self) -> None:
         self.books = LogBooks()
         self.state = State.UP
-        self.up = asyncio.Event()
+        self.begun, self.up = asyncio.Event(), asyncio.Event()
+        self.begun.set()
         self.up.set()
         # Milliseconds since 1970: ahead of all earlier lives of the relay.
         self._major = time.time_ns() // 1_000_000
         self._minor = 0
         self._deliver: Deliver | None = None
+
+    @property
+    def waiting(self) -> int:
+        """None ever do."""
+        return 0
 
     def tail(self, deliver: Deliver, lost: Lost) -> None:
         """Give every entry from now on to `deliver`."""

@@ -22,8 +22,8 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from service.backplane.packet import Packet, pack
-from service.backplane.remote import BrokerError, Id, Read, set_abrupt
-from service.urls import secrets_of, unusable, without
+from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.urls import secrets_of, unusable
 
 WAIT_S = 1.0
 """How long the broker waits for entries: so often is heard from one that has nothing to say."""
@@ -116,7 +116,20 @@ def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext
     return context
 
 
-class TlsClient(Client):
+class QuietClient(Client):
+    """nats-py's, which does not say goodbye.
+
+    It would send what is left on a connection that is gone; uvloop makes that an error, and then
+    nobody is told that it closed.
+    """
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        self._pending = []
+        self._pending_data_size = 0
+        await super()._close(status, do_cbs)
+
+
+class TlsClient(QuietClient):
     """A client that says nothing, and no password, to a server that leaves TLS out.
 
     nats-py speaks plainly to a server that does not ask for TLS, whatever it was told; who stands
@@ -138,10 +151,10 @@ class Link:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._client = TlsClient() if address.tls is not None else Client()
+        self._client = TlsClient() if address.tls is not None else QuietClient()
         self._stream: asyncio.StreamWriter | None = None
         self._failure = ""
-        self.when_closed: Callable[[], None] = _nothing
+        self.when_failed: Callable[[], None] = _nothing
 
     @property
     def is_open(self) -> bool:
@@ -231,15 +244,17 @@ class Link:
         """Let go of the connection at once."""
         if self._stream is not None:
             self._stream.transport.abort()
-        with suppress(NatsError, OSError, TimeoutError):
+        with suppress(Exception):  # whatever it says: it is over
             async with asyncio.timeout(0.5):
                 await self._client.close()
 
     async def _note_error(self, error: Exception) -> None:
+        # A right that is missing, say: what was asked for is not answered then.
         self._failure = str(error) or type(error).__name__
+        self.when_failed()
 
     async def _note_closed(self) -> None:
-        self.when_closed()
+        self.when_failed()
 
 
 class RefusedError(BrokerError):
@@ -269,7 +284,7 @@ class Writer:
 
     async def open(self) -> None:
         """Get ready for answers."""
-        self.link.when_closed = self._fail
+        self.link.when_failed = self._fail
         self._inbox = await self.link.subscribe(self._take)
 
     async def append(self, data: bytes) -> None:
@@ -322,7 +337,7 @@ class Reader:
 
     async def open(self) -> None:
         """Begin behind what was read."""
-        self.link.when_closed = self._fail
+        self.link.when_failed = self._fail
         self._inbox = await self.link.subscribe(self._take)
         config = {
             "deliver_policy": "by_start_sequence",
@@ -412,6 +427,7 @@ class NatsStream:
         self._turn = random.randrange(len(self._address.servers))
         self._writer: Writer | None = None
         self._reader: Reader | None = None
+        self._is_doubtful = False  # whether the reader's connection is still to the right broker
 
     async def append(self, data: bytes) -> None:
         """Add an entry.
@@ -426,12 +442,11 @@ class NatsStream:
             if len(data) > self.max_entry_bytes:
                 raise BrokerError("the broker takes less at once than it did")
             await self._writer.append(data)
-        except BrokerError as error:
+        except BaseException as error:
             await self._drop_writer()
+            if not isinstance(error, Exception):
+                raise
             raise self._failed(error) from None
-        except BaseException:
-            await self._drop_writer()
-            raise
 
     async def read(self, after: Id) -> Read:
         """Return the next entries; wait for them a second.
@@ -441,15 +456,21 @@ class NatsStream:
         """
         try:
             async with asyncio.timeout(WAIT_S + ANSWER_S):
+                if self._is_doubtful:
+                    self._is_doubtful = False
+                    await self._drop_reader()
                 if self._reader is None:
                     return await self._open_reader(after)
                 return await self._reader.read()
-        except (BrokerError, TimeoutError) as error:
+        except BaseException as error:
             await self._drop_reader()
+            if not isinstance(error, Exception):
+                raise
             raise self._failed(error) from None
-        except BaseException:
-            await self._drop_reader()
-            raise
+
+    def distrust_reader(self) -> None:
+        """Read by another connection from now on."""
+        self._is_doubtful = True
 
     async def close(self) -> None:
         """Let go of both connections."""
@@ -510,12 +531,22 @@ class NatsStream:
             if error.code != NOT_FOUND:
                 raise
             return await link.ask(f"STREAM.CREATE.{self._name}", self._config())
-        config = found["config"]
-        if config["retention"] != "limits" or config.get("discard", "old") != "old":
-            raise BrokerError(f"stream {self._name}: needs retention limits and discard old")
-        if self._name not in config.get("subjects", ()):
-            raise BrokerError(f"stream {self._name}: needs the subject {self._name}")
+        self._see_whether_fit(found["config"])
         return found
+
+    def _see_whether_fit(self, config: Mapping[str, Any]) -> None:
+        """Insist that a stream is a log, and take note of what it takes at once."""
+        name, takes = self._name, config.get("max_msg_size", -1)
+        if config["retention"] != "limits" or config.get("discard", "old") != "old":
+            raise BrokerError(f"stream {name}: needs retention limits and discard old")
+        if name not in config.get("subjects", ()):
+            raise BrokerError(f"stream {name}: needs the subject {name}")
+        if config.get("no_ack"):
+            raise BrokerError(f"stream {name}: needs to acknowledge what it takes")
+        if 0 < takes < LEAST_PAYLOAD_BYTES:
+            raise BrokerError(f"stream {name}: needs max_msg_size {LEAST_PAYLOAD_BYTES} at least")
+        if takes > 0:
+            self.max_entry_bytes = min(self.max_entry_bytes, takes)
 
     def _config(self) -> Mapping[str, Any]:
         return {
@@ -556,7 +587,8 @@ class NatsStream:
             await reader.link.hang_up()
 
     def _failed(self, error: Exception) -> BrokerError:
-        return BrokerError(without(self._secrets, str(error) or "not answered in time"))
+        is_usual = isinstance(error, BrokerError | TimeoutError)
+        return failure(error, self._secrets, is_usual=is_usual)
 
 
 def _ms(text: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from service.backplane.base import Backplane
 from service.backplane.memory import MemoryBackplane
 from service.backplane.remote import Pending, RemoteBackplane
-from service.urls import is_ambiguous, unusable
+from service.urls import is_ambiguous, shown, unusable
 
 KEPT_BYTES = 67_108_864
 KEPT_AGE_S = 60.0
@@ -67,6 +67,7 @@ def open_backplane(
             max_bytes=max(history_bytes, KEPT_BYTES),
             max_age_s=max(history_age_s, KEPT_AGE_S),
         ),
+        address=shown(url),
         pending=pending,
         relays_locally=relays_locally,
         max_message_bytes=max_message_bytes,

@@ -8,14 +8,15 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
 from service.backplane.packet import Packet, pack
-from service.backplane.remote import BrokerError, Id, Read, set_abrupt
-from service.urls import secrets_of, unusable, without
+from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.urls import secrets_of, unusable
 
 WAIT_S = 1.0
 """How long XREAD waits for entries: so often is heard from a broker that has nothing to say."""
@@ -97,12 +98,16 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether nothing is known to be wrong with it."""
-        return bool(self._connection.is_connected)
+        stream = self._stream
+        # redis-py does not look at the transport, and uvloop lets nobody write to a closed one.
+        is_gone = stream is None or stream.transport.is_closing()
+        return bool(self._connection.is_connected) and not is_gone
 
     async def open(self) -> None:
         """Connect, where it is not, and see whether this is a Redis of use."""
         if self.is_open:
             return
+        await self.hang_up()
         await self._connection.connect()  # type: ignore[no-untyped-call]
         writer = self._stream = self._connection._writer
         assert writer is not None
@@ -142,7 +147,8 @@ class Link:
         if self._stream is not None:
             self._stream.transport.abort()
             self._stream = None
-        await self._connection.disconnect(nowait=True)
+        with suppress(Exception):  # whatever it says: it is over
+            await self._connection.disconnect(nowait=True)
 
 
 class RedisStream:
@@ -171,6 +177,7 @@ class RedisStream:
             # What they say may quote a part of the URL.
             raise unusable(url, "not a URL that redis-py understands") from None
         self._read_at = 0.0  # when the last entry was; 0: that is long ago
+        self._is_doubtful = False  # whether the reader's connection is still to the right broker
 
     async def append(self, data: bytes) -> None:
         """Add an entry, and trim what is too old.
@@ -182,13 +189,13 @@ class RedisStream:
         try:
             await self._writer.open()
             await self._writer.ask(("XADD", self._name, "MINID", "~", oldest, "*", FIELD, data))
-        except (RedisError, OSError) as error:
-            # Also where it only said no: what was the primary may be a replica now.
+        except BaseException as error:
+            # Cancelled: the answer would be taken for the next one's. Also where it only said no:
+            # what was the primary may be a replica now.
             await self._writer.hang_up()
+            if not isinstance(error, Exception):
+                raise
             raise self._failed(error) from None
-        except BaseException:  # cancelled: the answer would be taken for the next one's
-            await self._writer.hang_up()
-            raise
 
     async def read(self, after: Id) -> Read:
         """Return the next entries; wait for them a second.
@@ -199,16 +206,21 @@ class RedisStream:
         try:
             async with asyncio.timeout(WAIT_S + ANSWER_S):
                 return await self._read(after)
-        except (RedisError, OSError) as error:
+        except BaseException as error:
             await self._reader.hang_up()
             self._read_at = 0.0
+            if not isinstance(error, Exception):
+                raise
             raise self._failed(error) from None
-        except BaseException:
-            await self._reader.hang_up()
-            self._read_at = 0.0
-            raise
+
+    def distrust_reader(self) -> None:
+        """Read by another connection from now on."""
+        self._is_doubtful = True
 
     async def _read(self, after: Id) -> Read:
+        if self._is_doubtful:
+            self._is_doubtful = False
+            await self._reader.hang_up()
         if not self._reader.is_open:
             self._read_at = 0.0
             await self._reader.open()
@@ -254,7 +266,10 @@ class RedisStream:
         await self._reader.hang_up()
 
     def _failed(self, error: Exception) -> BrokerError:
-        return BrokerError(without(self._secrets, str(error) or "not answered in time"))
+        if isinstance(error, AskError):  # MovedError is one
+            error = BrokerError(f"in this Redis Cluster the key is elsewhere: {error}")
+        is_usual = isinstance(error, BrokerError | RedisError | OSError)  # TimeoutError, too
+        return failure(error, self._secrets, is_usual=is_usual)
 
 
 def _entries(found: Any) -> Iterator[tuple[Id, bytes]]:

@@ -42,6 +42,7 @@ from service.backplane.packet import (
 )
 from service.errors import RelayError
 from service.ledger import LogBooks
+from service.urls import without
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ reads it has to look up now and then."""
 LARGEST_PACKET_BYTES = 4_194_304
 """What a packet comes to at most besides its last message: one that is sealed late, with empty
 messages, each to a channel of its own."""
+
+WAITING_BYTES = 64
+"""What a message takes in memory besides, while it waits: an object, and places in two lists."""
 
 APPEND_S = 2.0
 """An append that was not answered for so long is tried again."""
@@ -69,7 +73,12 @@ PAUSE_S = (0.05, 1.0)
 """After a failure, the first and the longest; each is cut by chance to between a half and all."""
 
 MAX_ORIGINS = 10_000
-"""Lives of replicas whose numbers are remembered, the latest: more than have been in a stream."""
+"""Replicas whose numbers are remembered, the latest: more than have been in a stream."""
+
+LIVES = 1 << 16
+"""The lower bits of an origin count the lives of a replica: each outage begins a new one. What was
+given up in an earlier one may still be on its way, and is left out behind the first of the new one:
+so nobody is heard to say a thing after what came later."""
 
 MAX_TEXTS = 8
 """Different failures that are logged of one streak."""
@@ -126,6 +135,9 @@ class Stream(Protocol):
             BrokerError: the stream can't be read now.
         """
 
+    def distrust_reader(self) -> None:
+        """Read by another connection from now on: what is appended does not come back by this."""
+
     async def close(self) -> None:
         """Let go of the broker."""
 
@@ -163,30 +175,45 @@ class Outgoing:
         self.is_canary = False
         self.is_given_up = False
 
+    @property
+    def kept_bytes(self) -> int:
+        """What they take in memory."""
+        return self.size + WAITING_BYTES * len(self.payloads)
+
 
 class Origins:
-    """What has been read of each life of a replica."""
+    """What has been read of each replica's latest life."""
 
     def __init__(self) -> None:
-        self._next: OrderedDict[int, int] = OrderedDict()
+        self._next: OrderedDict[int, tuple[int, int]] = OrderedDict()  # by replica: life, number
         self.is_current = False  # whether a life that is not known has only begun
 
     def next_of(self, origin: int) -> int:
         """Return the number of the first message that was not read yet."""
-        return self._next.get(origin, 0)
+        replica, life = divmod(origin, LIVES)
+        latest, following = self._next.get(replica, (life, 0))
+        return following if life == latest else 0
 
     def knows(self, origin: int) -> bool:
         """Tell whether a packet of this life was read."""
-        return origin in self._next
+        replica, life = divmod(origin, LIVES)
+        return replica in self._next and self._next[replica][0] == life
 
     def note(self, origin: int, number: int, count: int) -> int:
         """Take note of a packet; return how many messages before it are missing.
 
         Returns:
-            Less than nothing where it was read before.
+            Less than nothing where it was read before, or a later life has begun.
         """
-        expected = self._next.pop(origin, 0 if self.is_current else number)
-        self._next[origin] = max(number + count, expected)
+        replica, life = divmod(origin, LIVES)
+        expected = 0 if self.is_current else number
+        latest, following = self._next.get(replica, (life, expected))
+        if life < latest:
+            return -1
+        if life == latest:
+            expected = following
+        self._next[replica] = life, max(number + count, expected)
+        self._next.move_to_end(replica)
         if len(self._next) > MAX_ORIGINS:
             self._next.popitem(last=False)
         return number - expected
@@ -197,6 +224,7 @@ class RemoteBackplane:
 
     Args:
         stream: of the broker.
+        address: the broker's, as it may be logged.
         pending: the bound on what waits to be appended.
         relays_locally: whether messages are relayed on this replica alone during an outage;
             otherwise their publishers are told.
@@ -209,6 +237,7 @@ class RemoteBackplane:
         self,
         stream: Stream,
         *,
+        address: str,
         pending: Pending,
         relays_locally: bool,
         max_message_bytes: int,
@@ -217,8 +246,9 @@ class RemoteBackplane:
     ) -> None:
         self.books = LogBooks()
         self.state = State.STARTING
-        self.up = asyncio.Event()
+        self.begun, self.up = asyncio.Event(), asyncio.Event()
         self._stream = stream
+        self._address = address
         self._pending = pending
         self._relays_locally = relays_locally
         self._observe_append = observe_append
@@ -232,7 +262,7 @@ class RemoteBackplane:
         self._in_flight_since = 0.0
         self._filled = asyncio.Event()
         self._settled = asyncio.Event()  # something does not wait any more
-        self._origin = random.getrandbits(64)
+        self._origin = _first_life()
         self._number = 0
         # Reading
         self._after: Id = (0, 0)
@@ -270,7 +300,7 @@ class RemoteBackplane:
         outgoing.publishers[publisher] = None
         size = len(payload) + MESSAGE_BYTES
         outgoing.size += size
-        self._pending.bytes += size
+        self._pending.bytes += size + WAITING_BYTES
         if outgoing.size >= PACKET_BYTES:
             self._begin_packet()
 
@@ -289,13 +319,13 @@ class RemoteBackplane:
     def resume_reading(self) -> None:
         """Read on."""
         if not self._has_room.is_set():
-            self._behind_at = asyncio.get_running_loop().time()
+            self._behind_at = time.monotonic()
             self._has_room.set()
 
     @property
-    def pending_bytes(self) -> int:
-        """What waits to be appended, or for the answer."""
-        return self._pending.bytes
+    def waiting(self) -> int:
+        """How many messages wait to be appended, or for the answer."""
+        return sum(len(each.payloads) for each in self._waiting)
 
     async def run(self) -> None:
         """Write, read and send canaries, until cancelled."""
@@ -309,7 +339,7 @@ class RemoteBackplane:
 
     async def flush(self) -> None:
         """Return when all that was appended has been answered, or given up."""
-        while any(each.payloads for each in self._waiting):
+        while self.waiting:
             self._settled.clear()
             await self._settled.wait()
 
@@ -338,8 +368,7 @@ class RemoteBackplane:
                 await self._append(outgoing)
 
     async def _append(self, outgoing: Outgoing) -> None:
-        loop = asyncio.get_running_loop()
-        self._in_flight, self._in_flight_since = outgoing, loop.time()
+        self._in_flight, self._in_flight_since = outgoing, time.monotonic()
         origin, number = self._origin, self._number
         outgoing.number = number
         self._number += len(outgoing.payloads)
@@ -371,14 +400,13 @@ class RemoteBackplane:
         self._in_flight = None
         self._settled.set()
         if not outgoing.is_given_up:
-            self._pending.drained(outgoing.size)
+            self._pending.drained(outgoing.kept_bytes)
             if outgoing.is_canary:
-                self._answered_at = loop.time()
+                self._answered_at = time.monotonic()
 
     # Reading
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
         pause_s = PAUSE_S[0]
         while True:
             try:
@@ -399,7 +427,7 @@ class RemoteBackplane:
                 self._after = identity
                 self._take(identity, data)
                 if not read.is_last:
-                    self._behind_at = loop.time()
+                    self._behind_at = time.monotonic()
             if not self._has_room.is_set():
                 await self._has_room.wait()
 
@@ -409,10 +437,16 @@ class RemoteBackplane:
         major, minor = self._after
         log.error("backplane lost messages", extra={"after": f"{major}-{minor}"})
         # Until it is known where it goes on, nothing that was delivered leads up to it.
-        self._lost(Position(major, minor, BEHIND_ALL))
+        self._lose_up_to(major, minor)
+
+    def _lose_up_to(self, major: int, minor: int) -> None:
+        # What is said from now on, in an outage on this replica alone, comes behind that.
+        self._position = Position(major, minor, BEHIND_ALL)
+        self._lost(self._position)
 
     def _take(self, identity: Id, data: bytes) -> None:
         major, minor = identity
+        self._position = Position(major, minor, -1)  # and nothing of it yet
         if not self._is_whole:
             self._is_whole = True
             self._lost(Position(major, minor, 0).before())
@@ -430,7 +464,7 @@ class RemoteBackplane:
             self._take_packet(major, minor, packet)
         elif self._joiner.stray is not None and not self._origins.knows(self._joiner.stray):
             # The first parts are gone, and what was said in them: nothing else will tell.
-            self._lost(Position(major, minor, BEHIND_ALL))
+            self._lose_up_to(major, minor)
 
     def _take_packet(self, major: int, minor: int, packet: Packet) -> None:
         origin, number, channels, opcodes, payloads, is_canary = packet
@@ -465,13 +499,12 @@ class RemoteBackplane:
     # How things stand
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._send_canary(loop.time())
-        looked_at = loop.time()
+        self._send_canary(time.monotonic())
+        looked_at = time.monotonic()
         due = looked_at + CANARY_S
         while True:
             await asyncio.sleep(LOOK_S)
-            now = loop.time()
+            now = time.monotonic()
             if now - looked_at > 2 * LOOK_S:  # the relay itself stood still, or was out of time
                 self._excuse(now - looked_at)
             looked_at = now
@@ -480,6 +513,8 @@ class RemoteBackplane:
                     self._send_canary(now)
                     due = now + CANARY_S
             elif self._is_late(now):
+                if self._answered_at:  # after a failover it may hang on to what was the primary
+                    self._stream.distrust_reader()
                 if self._is_out:  # the last one was lost
                     self._send_canary(now)
                 else:
@@ -510,23 +545,25 @@ class RemoteBackplane:
 
     def _came_back(self) -> None:
         if self._sent_at:
-            self._observe_lag(asyncio.get_running_loop().time() - self._sent_at)
+            self._observe_lag(time.monotonic() - self._sent_at)
             self._sent_at = 0.0
         # What is under way may be the canary itself: read before the answer came.
-        self._in_flight_since = asyncio.get_running_loop().time()
+        self._in_flight_since = time.monotonic()
         if self.state is not State.UP:
             log.info("backplane up")
             self.state = State.UP
             self._is_out = False
             self._origins.is_current = True
+            self.begun.set()
             self.up.set()
 
     def _begin_outage(self, now: float) -> None:
         """Give up what waits: who said it is told, or those who are here hear it alone."""
-        log.error("backplane outage", extra={"on_outage": self._on_outage})
+        log.error("backplane outage", extra={"broker": self._address, "on_outage": self._on_outage})
         self.books.outages += 1
         self.state = State.OUTAGE
         self._is_out = True
+        self.begun.set()
         self.up.clear()
         given_up = self._waiting
         self._outbox.clear()
@@ -536,14 +573,14 @@ class RemoteBackplane:
             self._in_flight.is_given_up = True
             number = self._in_flight.number
             if self._origins.next_of(self._origin) > number:  # it did get there
-                self._pending.drained(given_up.pop(0).size)
+                self._pending.drained(given_up.pop(0).kept_bytes)
                 number = self._number
         if self._relays_locally:
             self._left_out[self._origin] = number
             if len(self._left_out) > MAX_ORIGINS:
                 self._left_out.popitem(last=False)
         # What was given up leaves a hole in the numbers that nobody should take for a loss.
-        self._origin, self._number = random.getrandbits(64), 0
+        self._origin, self._number = _next_life(self._origin), 0
         for outgoing in given_up:
             self._give_up(outgoing)
         self._settled.set()
@@ -556,7 +593,7 @@ class RemoteBackplane:
         return "local" if self._relays_locally else "reject"
 
     def _give_up(self, outgoing: Outgoing) -> None:
-        self._pending.drained(outgoing.size)
+        self._pending.drained(outgoing.kept_bytes)
         if self._relays_locally:
             for message in zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True):
                 self._deliver_here(*message)
@@ -583,7 +620,8 @@ class RemoteBackplane:
         text = str(error) or "not answered in time"
         if text not in texts and len(texts) < MAX_TEXTS:
             texts.add(text)
-            log.warning("backplane failed", extra={"action": action, "error": text})
+            facts = {"broker": self._address, "action": action, "error": text}
+            log.warning("backplane failed", extra=facts)
 
     def _note_success(self, action: str) -> None:
         if action in self._failures:
@@ -591,13 +629,43 @@ class RemoteBackplane:
             log.info("backplane works again", extra={"action": action})
 
 
+def failure(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> BrokerError:
+    """Return what is said of an error of a broker's library: in one line, without secrets.
+
+    Args:
+        is_usual: whether it is one that the library means to raise. What comes of an answer that
+            makes no sense may be any.
+    """
+    text = str(error) or "not answered in time"
+    if isinstance(error, RuntimeError):  # what uvloop says of a transport that is closed
+        text = "connection lost"
+    elif not is_usual:
+        text = f"not understood: {type(error).__name__}: {text}"
+    return BrokerError(without(secrets, text))
+
+
 def set_abrupt(writer: asyncio.StreamWriter) -> None:
     """Let a connection end at once when it is aborted, and nobody have what is left in it.
 
     Otherwise it lives on until the broker has taken that, which a frozen one never does. Asked for
     at the beginning: a transport that is closed does not say which socket it had.
+
+    Raises:
+        BrokerError: it is closed already.
     """
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    connected = writer.get_extra_info("socket")
+    if connected is None:
+        raise BrokerError("connection lost")
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def _first_life() -> int:
+    return random.getrandbits(48) * LIVES
+
+
+def _next_life(origin: int) -> int:
+    following = origin + 1
+    return following if following % LIVES else _first_life()
 
 
 async def _pause(pause_s: float) -> float:
