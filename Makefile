@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test lint types imports pytest audit bench simulation config format lock clean venv
+.PHONY: help run test lint types imports pytest audit bench replicas simulation config format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -55,6 +55,9 @@ audit: $(AUDIT)/.made  ## look up the locked versions among known vulnerabilitie
 
 bench: $(VENV)/.bench  ## measure; results go to bench/results
 	@exec $(BIN)/python -m bench $(BENCH_ARGS)
+
+replicas: $(VENV)/.bench  ## measure several relays on one broker; results go to bench/results
+	@exec $(BIN)/python -m bench.replicas $(BENCH_ARGS)
 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation

@@ -40,7 +40,7 @@
 enum { MAX_EVENTS = 1024, READ_BYTES = 1 << 18, MAX_CONNS = 60000, MAX_PUBLISHERS = 4096 };
 enum { STAMPED_BYTES = 32, MAX_SIZE = 1 << 16, MIN_CARRY = 1024, DUE_MESSAGES = 4096 };
 enum { MAX_GAPS = 4096, PENDING_PINGS = 1 << 16, MAX_SECONDS = 3600 };
-enum { MAX_EXTRA_HEADER = 2048, BODIES = 128, KNOWN = 1024 };
+enum { MAX_EXTRA_HEADER = 2048, BODIES = 128, KNOWN = 1024, MAX_LIST = 16 };
 enum { TEXT_FRAME = 0x80 | OP_TEXT, RSV1 = 0x40, DEFLATED_FRAME = TEXT_FRAME | RSV1 };
 static const int64_t SECOND = 1000000000;
 static const int64_t OPEN_TIMEOUT_S = 120; /* for all handshakes together */
@@ -50,10 +50,11 @@ static const int64_t QUIET_S = 3;          /* a drain ends after this time witho
 
 static struct {
     char mode[16];
-    long port, listeners, publishers, inflight, size, pid, core, clients, concurrency;
+    long port[MAX_LIST], pid[MAX_LIST]; /* zero behind the last */
+    long listeners, publishers, inflight, size, core, clients, concurrency;
     double rate, warmup, duration, drain, hold;
     char arrivals[8], header[MAX_EXTRA_HEADER];
-    long spin, json, deflate;
+    long spin, json, deflate, across;
 } opt = {.listeners = 400, .publishers = 100, .inflight = 1, .size = 128, .core = -1,
          .clients = 5000, .concurrency = 256, .rate = 200, .warmup = 1, .duration = 5,
          .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1};
@@ -65,7 +66,7 @@ static const struct {
     long least, most;
     const char *meaning;
 } options[] = {
-    {"port", &opt.port, 0, 1, 65535, "the server's port on 127.0.0.1"},
+    {"port", opt.port, 0, 1, 65535, "the server's port on 127.0.0.1; or A,B,..."},
     {"listeners", &opt.listeners, 0, 0, MAX_CONNS, "clients that only listen (closed, open)"},
     {"publishers", &opt.publishers, 0, 0, MAX_PUBLISHERS, "clients that also publish"},
     {"inflight", &opt.inflight, 0, 1, 1024, "closed: a publisher's messages under way"},
@@ -77,11 +78,12 @@ static const struct {
     {"duration", 0, &opt.duration, 0, MAX_SECONDS, "seconds of the measured window"},
     {"drain", 0, &opt.drain, 0, MAX_SECONDS, "seconds at most for what is under way at the end"},
     {"hold", 0, &opt.hold, 0, MAX_SECONDS, "idle, handshakes: seconds at most until stdin closes"},
-    {"pid", &opt.pid, 0, 0, 1 << 30, "the server's process, for its CPU time"},
+    {"pid", opt.pid, 0, 1, 1 << 30, "the server's process, for its CPU time; or A,B,..."},
     {"core", &opt.core, 0, -1, 4096, "the server's core, for how busy it was"},
     {"spin", &opt.spin, 0, 0, 1, "1: poll without sleeping"},
     {"json", &opt.json, 0, 0, 1, "1: messages are JSON text behind their stamp, checked in full"},
     {"deflate", &opt.deflate, 0, 0, 1, "1: offer permessage-deflate, and use it where agreed"},
+    {"across", &opt.across, 0, 0, 1, "1: latency from the sending itself, to listeners only"},
 };
 enum { OPTIONS = sizeof options / sizeof *options };
 
@@ -115,14 +117,19 @@ static void set_option(const char *name, const char *value) {
     }
     for (int i = 0; i < OPTIONS; i++) {
         if (strcmp(options[i].name, name)) continue;
-        char *end;
-        double number = strtod(value, &end);
-        if (*end || end == value || number < (double)options[i].least ||
-            number > (double)options[i].most)
-            usage();
-        if (options[i].number) *options[i].number = (long)number;
-        else *options[i].real = number;
-        return;
+        int may_be_many = options[i].number == opt.port || options[i].number == opt.pid;
+        for (int n = 0;; n++, value++) {
+            char *end;
+            double number = strtod(value, &end);
+            if (end == value || number < (double)options[i].least ||
+                number > (double)options[i].most)
+                usage();
+            if (options[i].number) options[i].number[n] = (long)number;
+            else *options[i].real = number;
+            value = end;
+            if (!*value) return;
+            if (*value != ',' || !may_be_many || n + 2 == MAX_LIST) usage();
+        }
     }
     usage();
 }
@@ -134,7 +141,7 @@ static void read_options(int argc, char **argv) {
         if (strncmp(argv[i], "--", 2)) usage();
         set_option(argv[i] + 2, argv[i + 1]);
     }
-    if (!opt.port) usage();
+    if (!opt.port[0]) usage();
 }
 
 /* ---- clocks --------------------------------------------------------------------------------- */
@@ -147,12 +154,11 @@ static int64_t now_ns(void) {
 
 static int64_t seconds_ns(double s) { return (int64_t)(s * 1e9); }
 
-/* The CPU time of the server's process with all its threads, exact to the nanosecond. */
-static int64_t server_cpu_ns(void) {
+/* The CPU time of a process with all its threads, exact to the nanosecond. */
+static int64_t cpu_ns(long pid) {
     clockid_t clock;
     struct timespec t;
-    if (!opt.pid || clock_getcpuclockid((pid_t)opt.pid, &clock) || clock_gettime(clock, &t))
-        return 0;
+    if (clock_getcpuclockid((pid_t)pid, &clock) || clock_gettime(clock, &t)) return 0;
     return t.tv_sec * SECOND + t.tv_nsec;
 }
 
@@ -174,7 +180,7 @@ static void read_core(long long columns[CORE_COLUMNS]) {
 
 /* One measured window: from begin() to end(). */
 typedef struct {
-    int64_t from, to, cpu_ns, own_cpu_ns, idle_ns, deliveries, messages;
+    int64_t from, to, cpu_ns[MAX_LIST], own_cpu_ns, idle_ns, deliveries, messages;
     long long core[CORE_COLUMNS];
 } Window;
 
@@ -195,12 +201,12 @@ static void window_begin(void) {
     window.deliveries = seen.deliveries, window.messages = seen.sent;
     window.idle_ns = seen.idle_ns, window.own_cpu_ns = own_cpu_ns();
     window.from = now_ns();
-    window.cpu_ns = server_cpu_ns();
+    for (int i = 0; opt.pid[i]; i++) window.cpu_ns[i] = cpu_ns(opt.pid[i]);
 }
 
 static void window_end(void) {
     long long core[CORE_COLUMNS];
-    window.cpu_ns = server_cpu_ns() - window.cpu_ns;
+    for (int i = 0; opt.pid[i]; i++) window.cpu_ns[i] = cpu_ns(opt.pid[i]) - window.cpu_ns[i];
     window.to = now_ns();
     window.own_cpu_ns = own_cpu_ns() - window.own_cpu_ns;
     window.idle_ns = seen.idle_ns - window.idle_ns;
@@ -208,6 +214,13 @@ static void window_end(void) {
     window.messages = seen.sent - window.messages;
     read_core(core);
     for (int i = 0; i < CORE_COLUMNS; i++) window.core[i] = core[i] - window.core[i];
+}
+
+/* Of all servers. */
+static double server_cpu_seconds(void) {
+    int64_t sum = 0;
+    for (int i = 0; opt.pid[i]; i++) sum += window.cpu_ns[i];
+    return (double)sum / 1e9;
 }
 
 /* ---- connections ---------------------------------------------------------------------------- */
@@ -244,7 +257,7 @@ typedef struct {
 
 static Conn *conns;
 static Publisher *publishers;
-static long conn_count, open_count, publisher_count;
+static long conn_count, open_count, conns_in_all, publisher_count;
 static int epoll_fd, timer_fd = -1, publishing;
 static size_t carry_bytes;
 static uint8_t *input; /* what is carried over, and behind it what recv() brings */
@@ -279,6 +292,13 @@ static void conn_closed(Conn *c) {
 /* As Firefox offers it: a server may ask for a smaller window of its own, not of the client's. */
 static const char OFFER[] = "Sec-WebSocket-Extensions: permessage-deflate\r\n";
 
+/* Several servers have equal shares of the clients: the first the first of them, and so on. */
+static long port_of(const Conn *c) {
+    long count = 0;
+    while (opt.port[count]) count++;
+    return opt.port[c->id * count / conns_in_all];
+}
+
 static void send_request(Conn *c) {
     uint8_t nonce[16];
     char key[KEY_CHARS + 1], request[256 + MAX_EXTRA_HEADER];
@@ -292,14 +312,14 @@ static void send_request(Conn *c) {
                        "GET / HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
                        "Sec-WebSocket-Version: 13\r\n%s%s\r\n",
-                       opt.port, key, opt.deflate ? OFFER : "", opt.header);
+                       port_of(c), key, opt.deflate ? OFFER : "", opt.header);
     c->state = HANDSHAKING;
     /* A fresh socket's send buffer is empty: a short write can only be a broken connection. */
     if (send(c->fd, request, (size_t)len, MSG_NOSIGNAL) != len) conn_closed(c);
 }
 
 static void conn_start(Conn *c) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)opt.port)};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port_of(c))};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     int on = 1;
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
@@ -469,7 +489,8 @@ static void pump(Publisher *p) {
             p->under_way++;
             build_message(p, now_ns());
         } else if (!closed_loop && p->due_head != p->due_tail) {
-            build_message(p, p->due[p->due_head++ % DUE_MESSAGES]);
+            int64_t due = p->due[p->due_head++ % DUE_MESSAGES];
+            build_message(p, opt.across ? now_ns() : due);
         } else {
             break;
         }
@@ -531,7 +552,8 @@ static inline void message(Conn *c, const uint8_t *p, int64_t now) {
     else out_of_sequence(c, publisher, sequence);
     int64_t stamp = (int64_t)((uint64_t)gather(load64(p + 16)) << 32 | gather(load64(p + 24)));
     /* By the stamp, not by the arrival: what is slow at the end of the window counts as well. */
-    if (window.from && stamp >= window.from && (!window.to || stamp < window.to))
+    if (window.from && stamp >= window.from && (!window.to || stamp < window.to) &&
+        (!opt.across || c->publisher < 0))
         hist_add(&latency, now - stamp);
     if ((int32_t)publisher == c->publisher) publishers[publisher].under_way--;
 }
@@ -738,6 +760,7 @@ static void allocate(long count, long publisher_total) {
     carry_bytes += MAX_HEADER;
     if (carry_bytes < MIN_CARRY) carry_bytes = MIN_CARRY;
     publisher_count = publisher_total;
+    conns_in_all = count;
     conns = calloc((size_t)count, sizeof *conns);
     publishers = calloc((size_t)publisher_total + 1, sizeof *publishers);
     input = malloc(carry_bytes + READ_BYTES);
@@ -798,10 +821,10 @@ static void print_latency(const char *name, const Histogram *h) {
 /* What neither the server nor this process used of its core: other programs were at work. The
  * server's core is counted in ticks, too coarse for a short window. */
 static void print_foreign(double seconds, double server_core_busy) {
-    double server = server_core_busy - (double)window.cpu_ns / 1e9 / seconds;
+    double server = server_core_busy - server_cpu_seconds() / seconds;
     double client = 1 - (double)window.own_cpu_ns / 1e9 / seconds;
     printf(",\"server_core_foreign\":%.4f,\"client_core_foreign\":%.4f",
-           opt.pid && seconds > 0.5 && server > 0 ? server : 0.0, opt.spin ? client : 0.0);
+           opt.pid[0] && seconds > 0.5 && server > 0 ? server : 0.0, opt.spin ? client : 0.0);
 }
 
 static void print_window(void) {
@@ -812,10 +835,14 @@ static void print_window(void) {
     printf(",\"seconds\":%.9f,\"server_cpu_seconds\":%.9f,\"client_cpu_seconds\":%.9f,"
            "\"client_busy\":%.4f,\"server_core_busy\":%.4f,\"server_core_softirq\":%.4f,"
            "\"server_core_stolen\":%.4f",
-           seconds, (double)window.cpu_ns / 1e9, (double)window.own_cpu_ns / 1e9,
+           seconds, server_cpu_seconds(), (double)window.own_cpu_ns / 1e9,
            1 - (double)window.idle_ns / 1e9 / seconds, busy, (double)core[6] / total,
            (double)core[7] / total);
     print_foreign(seconds, busy);
+    printf(",\"cpu_seconds\":[");
+    for (int i = 0; opt.pid[i]; i++)
+        printf("%s%.9f", i ? "," : "", (double)window.cpu_ns[i] / 1e9);
+    printf("]");
 }
 
 /* ---- closed and open loop ------------------------------------------------------------------- */
@@ -912,7 +939,7 @@ static void run_messages(void) {
     publishing = 0;
     int drained = drain_all();
     linger();
-    double seconds = (double)(window.to - window.from) / 1e9, cpu = (double)window.cpu_ns / 1e9;
+    double seconds = (double)(window.to - window.from) / 1e9, cpu = server_cpu_seconds();
     printf("{\"mode\":\"%s\",\"clients\":%ld,\"publishers\":%ld,\"size\":%ld", opt.mode, count,
            publisher_count, opt.size);
     print_window();
@@ -955,7 +982,7 @@ static void run_handshakes(void) {
     report_open();
     hold();
     long arrived = open_count + (long)seen.closed - warm;
-    double seconds = (double)(window.to - window.from) / 1e9, cpu = (double)window.cpu_ns / 1e9;
+    double seconds = (double)(window.to - window.from) / 1e9, cpu = server_cpu_seconds();
     printf("{\"mode\":\"handshakes\",\"clients\":%ld,\"arrived\":%ld,\"failed\":%" PRId64
            ",\"closed\":%" PRId64,
            opt.clients, arrived, seen.failed, seen.closed);

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,22 +34,29 @@ LAG_METRIC = "websocket_event_loop_lag_seconds_bucket"
 class Generator:
     """How the load generator is called: on which core, for how long at a time."""
 
-    core: int
-    server_core: int
+    core: int | str  # as `taskset -c` names it
+    server_core: int  # -1: none is watched
     scale: float  # of all durations
 
     @contextmanager
     def started(
-        self, mode: str, server: Running, **options: object
+        self, mode: str, *servers: Running, beside: Sequence[int] = (), **options: object
     ) -> Iterator[subprocess.Popen[str]]:
-        """Start it against a server; its standard input stays open until the load ends."""
-        if server.server.header:
-            options["header"] = server.server.header
+        """Start it against servers; its standard input stays open until the load ends.
+
+        Args:
+            servers: each has an equal share of the clients.
+            beside: processes that work for the servers: their CPU time is read, too.
+        """
+        if servers[0].server.header:
+            options["header"] = servers[0].server.header
+        pids = (*(server.pid for server in servers), *beside)
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
             [
                 *("taskset", "-c", str(self.core), str(prepare.LOADGEN), mode),
-                *("--port", str(server.port), "--pid", str(server.pid)),
+                *("--port", ",".join(str(server.port) for server in servers)),
+                *("--pid", ",".join(map(str, pids))),
                 *("--core", str(self.server_core), *arguments),
             ],
             stdin=subprocess.PIPE,
@@ -64,9 +71,11 @@ class Generator:
                 process.kill()
                 process.communicate()
 
-    def run(self, mode: str, server: Running, **options: object) -> Figures:
+    def run(
+        self, mode: str, *servers: Running, beside: Sequence[int] = (), **options: object
+    ) -> Figures:
         """Run it to its end."""
-        with self.started(mode, server, **options) as process:
+        with self.started(mode, *servers, beside=beside, **options) as process:
             return result(process)
 
     def seconds(self, full: float) -> float:

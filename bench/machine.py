@@ -21,6 +21,9 @@ LIBRARIES = (
     "websockets",
     "prometheus-client",
     "pyjwt",
+    "redis",
+    "hiredis",
+    "nats-py",
     "socketify",
 )
 

@@ -161,7 +161,8 @@ def _panel(axes: Any, load: Load, measurements: list[Measurement]) -> None:
         _draw_bound(axes, bound, load.main.more_is_better)
 
 
-def _source(facts: dict[str, Any]) -> str:
+def source(facts: dict[str, Any]) -> str:
+    """Say on which machine and from what a result is."""
     machine = facts["machine"]
     commit = (facts["commit"] or "not committed")[:12] + (" with changes" if facts["dirty"] else "")
     return (
@@ -185,7 +186,7 @@ def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> 
             0.012, 0.967, "websocket-relay beside other servers", fontsize=20, weight="bold"
         )
         figure.text(0.012, 0.944, about, fontsize=11.5, color=SOFT)
-        figure.text(0.012, 0.013, _source(facts), fontsize=9.5, color=SOFT)
+        figure.text(0.012, 0.013, source(facts), fontsize=9.5, color=SOFT)
         figure.savefig(path, facecolor="white")
         plt.close(figure)
 

@@ -78,7 +78,8 @@ def table(rows: list[list[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def _targets(verdicts: list[Verdict]) -> list[str]:
+def targets_table(verdicts: list[Verdict]) -> list[str]:
+    """Say of every target whether it was met."""
     rows = [["target", "measured", "rounds", ""]]
     for each in verdicts:
         rounds = ", ".join(number(value) for value in each.rounds)
@@ -87,7 +88,8 @@ def _targets(verdicts: list[Verdict]) -> list[str]:
     return table(rows)
 
 
-def _origin(facts: dict[str, Any]) -> list[str]:
+def origin(facts: dict[str, Any]) -> list[str]:
+    """Say when, from what and on which machine a result is."""
     machine = facts["machine"]
     commit = (facts["commit"] or "not committed")[:12] + (" (dirty)" if facts["dirty"] else "")
     versions = [f"{name} {text}" for name, text in facts["versions"].items() if text]
@@ -109,11 +111,11 @@ def markdown(
 ) -> str:
     """Write the whole result as one page."""
     lines = ["# What `make bench` measured", ""]
-    lines += [f"{line}  " for line in _origin(facts)]
+    lines += [f"{line}  " for line in origin(facts)]
     lines += ["", "One core for the server, one for the clients; medians over the rounds."]
     lines += ["How, and what each server is: [bench/README.md](../README.md).", ""]
     if verdicts:
-        lines += ["## Targets", "", *_targets(verdicts), ""]
+        lines += ["## Targets", "", *targets_table(verdicts), ""]
     for load in loads:
         heading = [_heading(figure) for figure in (load.main, *load.others)]
         rows = [["server", *heading, "notes"]]

@@ -230,8 +230,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def started(server: Server, core: int) -> Iterator[Running]:
-    """Run a server pinned to a core, from its first accepted connection on."""
+def started(server: Server, core: int | str) -> Iterator[Running]:
+    """Run a server from its first accepted connection on.
+
+    Args:
+        core: the one it is pinned to, or those, as `taskset -c` names them.
+    """
     port, metrics_port = _free_ports(2)
     ports = {"port": port, "metrics_port": metrics_port}
     log = prepare.BUILD / f"{server.name}.log"

@@ -124,6 +124,12 @@ class Broker:
         """What stands before the @ of its URL."""
         raise NotImplementedError
 
+    @property
+    def pid(self) -> int:
+        """Which process it is."""
+        assert self._process is not None
+        return self._process.pid
+
     def url_with(self, credentials: str) -> str:
         """Return where it is, with credentials of the caller's."""
         scheme = self.schemes[self.pair is not None]

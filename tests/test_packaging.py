@@ -111,7 +111,17 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
 def test_make_alone_says_what_there_is() -> None:
     done = make()
     assert done.exit_code == 0
-    for target in ("run", "test", "audit", "bench", "simulation", "format", "lock", "clean"):
+    for target in (
+        "run",
+        "test",
+        "audit",
+        "bench",
+        "replicas",
+        "simulation",
+        "format",
+        "lock",
+        "clean",
+    ):
         assert re.search(rf"^  make {target} +\w", done.stdout, re.MULTILINE)
 
 

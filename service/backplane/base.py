@@ -104,12 +104,14 @@ class Backplane(Protocol):
     Attributes:
         begun: set once `state` is not STARTING any more.
         up: set while it is UP.
+        turns: of the event loop that a message needs on its way through the backplane's tasks.
     """
 
     books: LogBooks
     state: State
     begun: asyncio.Event
     up: asyncio.Event
+    turns: int
 
     @property
     def waiting(self) -> int:

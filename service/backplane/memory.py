@@ -11,6 +11,8 @@ from service.ledger import LogBooks
 class MemoryBackplane:
     """`memory://`: an entry is delivered before `append` returns."""
 
+    turns = 0
+
     def __init__(self) -> None:
         self.books = LogBooks()
         self.state = State.UP

@@ -56,7 +56,7 @@ class Broadcaster:
         self._pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
-        self._turns = Turns()
+        self._turns = Turns(backplane.turns)
         self._history = history
         backplane.tail(self._deliver, self._lose)
 

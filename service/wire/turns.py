@@ -18,9 +18,16 @@ SLICE_S = 0.001
 
 
 class Turns:
-    """A queue of workers, each called until it is done."""
+    """A queue of workers, each called until it is done.
 
-    def __init__(self) -> None:
+    Args:
+        rest_turns: turns of the loop that are left to others between two slices. Where what came in
+            wakes a task that wakes another, it takes a turn for each, and with a slice in every
+            turn as many slices.
+    """
+
+    def __init__(self, rest_turns: int = 0) -> None:
+        self._rest_turns = rest_turns
         self._workers: deque[Work] = deque()
         self._is_scheduled = False
 
@@ -51,4 +58,11 @@ class Turns:
         finally:  # one that fails does not stop the others
             self._is_scheduled = bool(workers)
             if self._is_scheduled:
-                asyncio.get_running_loop().call_soon(self._work)
+                self._rest(self._rest_turns)
+
+    def _rest(self, turns: int) -> None:
+        loop = asyncio.get_running_loop()
+        if turns:
+            loop.call_soon(self._rest, turns - 1)
+        else:
+            loop.call_soon(self._work)

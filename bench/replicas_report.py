@@ -1,0 +1,248 @@
+"""What `bench.replicas` found, held against its targets and put into words. Measures nothing."""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from bench.report import number, origin, table, targets_table
+from bench.targets import DISTURBED, Measurement, Verdict
+
+BROKERS = {"redis": "Redis Streams", "nats": "NATS JetStream"}
+MOST_LATENCY = 1.5  # of the bare client's
+LEAST_PER_S = 500_000
+LEAST_OF_MEMORY = 0.8
+FAULTS = ("lost", "duplicated", "out_of_order", "damaged", "differently_ordered")
+PAIR = "2 write"  # both write and both read all: the flood that is judged
+
+Take = Callable[[dict[str, Any]], float]
+
+
+def per_round(found: Sequence[Measurement], what: str, who: str, take: Take) -> dict[int, float]:
+    """Give a figure by round, the disturbed rounds only where there are no others."""
+    worked = [each for each in found if (each.load, each.server) == (what, who) and not each.error]
+    calm = [each for each in worked if each.disturbed <= DISTURBED] or worked
+    return {each.round: take(each.figures) for each in calm}
+
+
+def middle(found: Sequence[Measurement], what: str, who: str, take: Take) -> float | None:
+    """Give a figure's median over the rounds, None where there is none."""
+    values = per_round(found, what, who, take).values()
+    return median(values) if values else None
+
+
+def floods(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
+    """Give for each flood the figures of the round in the middle, the disturbed ones left out."""
+    names = dict.fromkeys(each.server for each in found if each.load == "throughput")
+    chosen = {}
+    for name in names:
+        rounds = per_round(found, "throughput", name, PER_S)
+        if rounds:
+            typical = sorted(rounds, key=rounds.__getitem__)[len(rounds) // 2]
+            chosen[name] = next(
+                each.figures
+                for each in found
+                if (each.load, each.server, each.round) == ("throughput", name, typical)
+            )
+    return chosen
+
+
+def key(name: str, factor: float = 1.0) -> Take:
+    """Return what takes a figure of that name, in a unit."""
+    return lambda figures: float(figures[name]) * factor
+
+
+P50, P99 = key("p50", 1e6), key("p99", 1e6)
+PER_S = key("messages_per_s")
+PER_CPU_S = key("deliveries_per_relay_cpu_s", 1e-6)
+
+
+def ratios(over: dict[int, float], under: dict[int, float]) -> list[float]:
+    """Divide within each round: what slowed the machine then slowed both."""
+    return [over[number] / under[number] for number in sorted(over.keys() & under.keys())]
+
+
+def of_memory(found: Sequence[Measurement], load: str, kind: str) -> list[float]:
+    """Give what a relay with a broker does for its CPU time, as a part of one without, by round."""
+    with_broker = per_round(found, load, kind, PER_CPU_S)
+    return ratios(with_broker, per_round(found, load, "memory", PER_CPU_S))
+
+
+def _ratio(text: str, rounds: list[float], bound: float, at_least: bool) -> Verdict | None:
+    if not rounds:
+        return None
+    found = median(rounds)
+    met = found >= bound if at_least else found <= bound
+    return Verdict(
+        f"{text} {'>=' if at_least else '<='} {bound:g} x", found, tuple(rounds), "x", met
+    )
+
+
+def _of_broker(found: Sequence[Measurement], kind: str) -> list[Verdict | None]:
+    bare = per_round(found, "latency", f"{kind}: bare", P50)
+    ways = {"log": "from replica to replica", "clients": "from client to client"}
+    judged = [
+        _ratio(
+            f"latency: {kind}, median {title}, against the bare client",
+            ratios(per_round(found, "latency", f"{kind}: {how}", P50), bare),
+            MOST_LATENCY,
+            at_least=False,
+        )
+        for how, title in ways.items()
+    ]
+    flood = per_round(found, "throughput", f"{kind}: {PAIR}", PER_S)
+    if flood:
+        found_per_s = median(flood.values())
+        text = (
+            f"throughput: {kind}, two replicas, messages through the broker >= {LEAST_PER_S:,} /s"
+        )
+        met = found_per_s >= LEAST_PER_S
+        judged.append(Verdict(text, found_per_s, tuple(flood.values()), "/s", met))
+    judged.append(
+        _ratio(
+            f"fanout: {kind}, deliveries per relay-CPU-second against memory://",
+            of_memory(found, "fanout", kind),
+            LEAST_OF_MEMORY,
+            at_least=True,
+        )
+    )
+    return judged
+
+
+def verdicts(found: Sequence[Measurement]) -> list[Verdict]:
+    """Hold the run against every target that it can speak of."""
+    judged = [each for kind in BROKERS for each in _of_broker(found, kind)]
+    faults = float(sum(each.figures.get(name, 0) for each in found for name in FAULTS))
+    complete = all(each.error is None for each in found)
+    text = "all messages: none lost, duplicated, damaged, one order on all relays: faults = 0"
+    judged.append(Verdict(text, faults, (), "", complete and not faults))
+    return [each for each in judged if each is not None]
+
+
+def _cells(*values: float | None) -> list[str]:
+    return [number(value) for value in values]
+
+
+def _cost(found: Sequence[Measurement]) -> list[str]:
+    names = ("replica", "broker", "pack", "unpack", "there_and_back")
+    heading = [
+        *("replica's CPU, µs", "broker's CPU, µs", "of it packing, µs", "unpacking, µs"),
+        *("there and back, µs", "replica's CPU per message, µs"),
+    ]
+    rows = [["", *heading]]
+    for each in found:
+        if each.load == "cost" and not each.error:
+            figures = [each.figures[name] * 1e6 for name in names]
+            per_message = figures[0] / each.figures["messages"]
+            rows.append([each.server, *_cells(*figures, per_message)])
+    text = "One replica appends so many messages of 128 bytes together, waits for them, and again."
+    return ["## cost: what a packet takes", "", text, "", *_right(rows), ""]
+
+
+WAYS = {
+    "bare": "bare client: append to read",
+    "log": "log: replica to replica",
+    "hops": "WebSockets alone: client to client, `memory://`",
+    "clients": "client to client, two relays",
+}
+
+
+def _latency(found: Sequence[Measurement]) -> list[str]:
+    rows = [["", "p50, µs", "p99, µs"]]
+    for kind, title in BROKERS.items():
+        for how, way in WAYS.items():
+            who = f"{kind}: {how}"
+            figures = [middle(found, "latency", who, take) for take in (P50, P99)]
+            rows.append([f"{title}, {way}", *_cells(*figures)])
+    text = "One message of 128 bytes about every 1.7 ms; writer, reader and broker on both cores."
+    return ["## latency: one small message across replicas", "", text, "", *_right(rows), ""]
+
+
+def _cores(found: Sequence[Measurement], kind: str) -> str:
+    """Say how much of a core relay and broker took."""
+    relay = middle(found, "publish", kind, lambda it: sum(it["relay_cpu_seconds"]) / it["seconds"])
+    broker = middle(found, "publish", kind, lambda it: it["broker_cpu_seconds"] / it["seconds"])
+    return f"{number(relay)}, broker {number(broker)}"
+
+
+def _shares(figures: dict[str, Any]) -> str:
+    ends = " + ".join(f"{share:.2f}" for share in figures["cpu_shares"])
+    return f"{ends}, broker {figures['broker_share']:.2f}"
+
+
+def _throughput(found: Sequence[Measurement]) -> list[str]:
+    rows = [["", "messages/s", "MB/s", "cores used: replicas, broker"]]
+    for who, figures in floods(found).items():
+        per_s = middle(found, "throughput", who, PER_S) or 0.0
+        rows.append([who, *_cells(per_s, per_s * 128 / 1e6), _shares(figures)])
+    for kind in ("memory", *BROKERS):
+        published = middle(found, "publish", kind, PER_S)
+        if published:
+            cells = _cells(published, published * 128 / 1e6)
+            rows.append([f"{kind}: publish", *cells, _cores(found, kind)])
+    text = (
+        "128-byte messages, as many as two cores carry that replicas and broker share. Every "
+        "replica reads all; the figure is that of the slowest. `publish` is one relay on one core "
+        "with its broker, and four WebSocket clients that publish and hear all."
+    )
+    return ["## throughput: all that goes through one broker", "", text, "", *_right(rows), ""]
+
+
+def _fanout(found: Sequence[Measurement]) -> list[str]:
+    rows = [["", "fanout, M", "single, M", "fanout, M/s", "fanout: broker's CPU for the relay's"]]
+    takes = (
+        ("fanout", PER_CPU_S),
+        ("single", PER_CPU_S),
+        ("fanout", key("deliveries_per_s", 1e-6)),
+        ("fanout", broker_share),
+    )
+    rows += [
+        [kind, *_cells(*(middle(found, load, kind, take) for load, take in takes))]
+        for kind in ("memory", *BROKERS)
+    ]
+    text = (
+        "The loads of `make bench` against one relay with 500 clients: deliveries per CPU-second "
+        "of the relay."
+    )
+    return ["## fanout: what a broker takes from 500 clients", "", text, "", *_right(rows), ""]
+
+
+def broker_share(figures: dict[str, Any]) -> float:
+    """Give the broker's CPU time for each second of the relays'."""
+    return float(figures["broker_cpu_seconds"] / sum(figures["relay_cpu_seconds"]))
+
+
+def _several(found: Sequence[Measurement]) -> list[str]:
+    rows = [["", "deliveries/s, M", "per relay-CPU-second, M", "broker's CPU for the relays'"]]
+    for who in dict.fromkeys(each.server for each in found if each.load == "several"):
+        takes = (key("deliveries_per_s", 1e-6), PER_CPU_S, broker_share)
+        rows.append([who, *_cells(*(middle(found, "several", who, take) for take in takes))])
+    text = (
+        "500 clients for each relay, 100 publishers in all with one message in flight each; all "
+        "relays and their broker on one core, the clients on the other."
+    )
+    return ["## several: one, two and four relays", "", text, "", *_right(rows), ""]
+
+
+def _right(rows: list[list[str]]) -> list[str]:
+    """Lay out a table; the last column is of figures, too."""
+    return table([[*row, ""] for row in rows])
+
+
+def markdown(facts: dict[str, Any], found: Sequence[Measurement]) -> str:
+    """Write the whole result as one page."""
+    lines = ["# What `make replicas` measured", ""]
+    lines += [f"{line}  " for line in origin(facts)]
+    lines += ["", "Medians over the rounds. How: [bench/README.md](../README.md).", ""]
+    lines += ["## Targets", "", *targets_table(verdicts(found)), ""]
+    parts = {
+        "cost": _cost,
+        "latency": _latency,
+        "throughput": _throughput,
+        "fanout": _fanout,
+        "several": _several,
+    }
+    there = {each.load for each in found}
+    for name, part in parts.items():
+        if name in there:
+            lines += part(found)
+    return "\n".join(lines)
