@@ -231,7 +231,8 @@ class RelayProtocol(asyncio.Protocol):
 
     def expire_in(self, seconds: float) -> None:
         """Close the client after so many seconds (3000), unless it has gone by then."""
-        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+        # uvloop counts in milliseconds, rounded: one more, so that it is never too early.
+        self._expiry = asyncio.get_running_loop().call_later(seconds + 0.001, self._expire)
 
     def when_lost(self, act: Callable[[], None]) -> None:
         """Call `act` once, when the TCP connection has ended."""
