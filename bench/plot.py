@@ -6,6 +6,7 @@ usage: python -m bench.plot RESULT.json PICTURE.png    draws a written result an
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,11 @@ def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> 
         plt.close(figure)
 
 
-def main() -> None:
-    """Draw a written result anew."""
+def redraw(draw: Callable[[Path, dict[str, Any], list[Measurement]], None]) -> None:
+    """Draw a written result anew: the command line names it, and then the picture."""
     result = json.loads(Path(sys.argv[1]).read_text())
     draw(Path(sys.argv[2]), result, [Measurement(**each) for each in result["measurements"]])
 
 
 if __name__ == "__main__":
-    main()
+    redraw(draw)

@@ -4,8 +4,6 @@
 usage: python -m bench.replicas_plot RESULT.json PICTURE.png    draws a written result anew
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -13,7 +11,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.plot import BOUND, FLOOR, GRID, INK, OURS, ROOM, SOFT, THEIRS, source
+from bench.plot import BOUND, FLOOR, GRID, INK, OURS, ROOM, SOFT, THEIRS, redraw, source
 from bench.replicas_report import (
     BROKERS,
     LEAST_OF_MEMORY,
@@ -325,11 +323,5 @@ def draw(path: Path, facts: dict[str, Any], found: Found) -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    """Draw a written result anew."""
-    result = json.loads(Path(sys.argv[1]).read_text())
-    draw(Path(sys.argv[2]), result, [Measurement(**each) for each in result["measurements"]])
-
-
 if __name__ == "__main__":
-    main()
+    redraw(draw)

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tests.logs_kept import (
     log_of,
     until,
 )
+from tests.passage import Passage
 
 BROKERS = ["redis", "redis-6.2", "nats"]
 SECRET = "s3cret-%2F-pass"
@@ -382,61 +383,24 @@ def connections_to(port: int) -> list[tuple[str, int]]:
     return [(state, int(queues.split(":")[0], 16)) for _, _, _, state, queues, *_ in ours]
 
 
-class Proxy:
-    """Stands between a replica and its broker, and loses an answer when it is told to."""
+class Proxy(Passage):
+    """Loses an answer when it is told to."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        super().__init__(port)
         self.marker = b""
         self.cuts = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._marked: asyncio.StreamWriter | None = None
 
-    async def __aenter__(self) -> "Proxy":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
+    def asks(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+        if self.marker and self.marker in data:
+            self.marker, self._marked = b"", writer
 
-    async def __aexit__(self, *exception: object) -> None:
-        self._server.close()
-        for task in [*self._tasks]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        with suppress(asyncio.CancelledError):
-            await self._pass(reader, writer)
-        self._tasks.discard(task)
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there = await asyncio.open_connection("127.0.0.1", self._port)
-        is_marked = False
-
-        async def pass_on() -> None:
-            nonlocal is_marked
-            while data := await reader.read(1 << 16):
-                if self.marker and self.marker in data:
-                    self.marker, is_marked = b"", True
-                there.write(data)
-
-        async def pass_back() -> None:
-            while data := await there_reader.read(1 << 16):
-                if is_marked and not data.startswith(b"PING"):
-                    self.cuts += 1
-                    return
-                writer.write(data)
-
-        both = {asyncio.create_task(pass_on()), asyncio.create_task(pass_back())}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in both:
-                each.cancel()
-            writer.transport.abort()
-            there.transport.abort()
-            await asyncio.gather(*both, return_exceptions=True)
+    def answers(self, data: bytes, writer: asyncio.StreamWriter) -> bytes | None:
+        if writer is self._marked and not data.startswith(b"PING"):
+            self.cuts += 1
+            return None
+        return data
 
 
 @pytest.mark.parametrize("size", [10, 2_000_000])

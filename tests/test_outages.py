@@ -7,9 +7,9 @@ import socket
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -27,6 +27,7 @@ from tests.logs_kept import (
     log_of,
     until,
 )
+from tests.passage import Passage
 from tests.relay_process import Relay, eventually, merged, receive
 from tests.test_backplane import assert_growing
 
@@ -59,25 +60,14 @@ async def kept(kind: str, stack: AsyncExitStack, tmp_path: Path) -> BrokerLog:
     return log_of(kind, stack, broker)
 
 
-class Wire:
+class Wire(Passage):
     """What is between a replica and its broker: it can be cut, led elsewhere, and made to lie."""
 
     def __init__(self, broker: Broker) -> None:
+        super().__init__(broker.port)
         self.broker = broker
         self.lie: Callable[[bytes], bytes] | None = None
         self._appending: set[asyncio.StreamWriter] = set()
-        self._tasks: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def url(self) -> str:
         """Return the broker's URL by this way."""
@@ -93,38 +83,21 @@ class Wire:
         for writer in self._appending:
             writer.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks[task] = writer
+    def opened(self, writer: asyncio.StreamWriter) -> None:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        with suppress(OSError, asyncio.CancelledError):
-            await self._pass(reader, writer)
-        del self._tasks[task]
+
+    def closed(self, writer: asyncio.StreamWriter) -> None:
         self._appending.discard(writer)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there = await asyncio.open_connection("127.0.0.1", self.broker.port)
+    def asks(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+        if b"XADD" in data or b"PUB relay " in data:
+            self._appending.add(writer)
 
-        async def pass_on() -> None:
-            while data := await reader.read(1 << 16):
-                if b"XADD" in data or b"PUB relay " in data:
-                    self._appending.add(writer)
-                there.write(data)
+    def answers(self, data: bytes, writer: asyncio.StreamWriter) -> bytes | None:
+        return self.lie(data) if self.lie else data
 
-        async def pass_back() -> None:
-            while data := await there_reader.read(1 << 16):
-                writer.write(self.lie(data) if self.lie else data)
-
-        both = {asyncio.create_task(pass_on()), asyncio.create_task(pass_back())}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in both:
-                each.cancel()
-            writer.transport.abort()
-            there.transport.abort()
-            await asyncio.gather(*both, return_exceptions=True)
+    def leads_to(self) -> int:
+        return self.broker.port
 
 
 @pytest.fixture

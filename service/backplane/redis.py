@@ -132,14 +132,14 @@ class Link:
         packed = [part for command in commands for part in connection.pack_command(*command)]
         await connection.send_packed_command(packed)
         answers: list[Any] = []
-        failure = None
+        refused = None
         for _ in commands:
             try:
                 answers.append(await connection.read_response())
             except ResponseError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+                refused = refused or error
+        if refused is not None:
+            raise refused
         return answers
 
     async def hang_up(self) -> None:
