@@ -273,6 +273,29 @@ async def test_a_broker_killed_amid_traffic_loses_nothing_and_says_nothing_twice
     assert_each_in_its_order(replicas[0].payloads, said)
 
 
+async def test_a_slow_broker_loses_nothing_and_is_no_outage(kept: BrokerLog) -> None:
+    replicas = list(await kept.replicas(2))
+
+    async def slow_down() -> None:
+        while True:
+            kept.broker.freeze()
+            await asyncio.sleep(0.2)  # most of the time
+            kept.broker.thaw()
+            await asyncio.sleep(0.05)
+
+    slow = asyncio.create_task(slow_down())
+    said = await said_in_turns(replicas, 100, pause_s=0.02)
+    for replica in replicas:
+        await replica.heard(len(said))
+    slow.cancel()
+    await asyncio.gather(slow, return_exceptions=True)
+    kept.broker.thaw()
+    for replica in replicas:
+        assert replica.entries == replicas[0].entries
+        assert replica.speaker.told == replica.backplane.books.outages == 0
+    assert_each_in_its_order(replicas[0].payloads, said)
+
+
 async def test_a_broker_that_is_stopped_and_started_is_found_again(kept: BrokerLog) -> None:
     replica = await kept.replica()
     kept.broker.stop()
