@@ -1,4 +1,10 @@
-"""The command line. Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings."""
+"""The command line. Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings.
+
+`listen`, `send` and `bench` have theirs in `commands/terminal`: the same, and 130 after Ctrl-C.
+
+What takes time to import is imported when it is needed: who sends a message shall not wait for a
+server, and Ctrl-C ends that well, too.
+"""
 
 import argparse
 import os
@@ -6,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from service import __version__, app, logs, server, settings, tls
 from service.errors import SettingsError, StartError, UnfitError
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
@@ -14,6 +19,13 @@ CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # where nobody else heeds it: while something is imported, say
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         match options.command:
@@ -21,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _check(options.config_file)
             case "dev-cert":
                 _dev_cert(options.directory)
+            case "listen" | "send" | "bench":
+                status: int = options.run(options)
+                return status
             case _:
                 _serve(options.config_file)
     except SettingsError as error:
@@ -28,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"websocket-relay: {problem}", file=sys.stderr)
         return 2
     except UnfitError as error:
+        from service import settings
+
         where = settings.where(error.setting, options.config_file, os.environ)
         print(f"websocket-relay: {where}: {error}", file=sys.stderr)
         return 2
@@ -38,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config_file: Path | None) -> None:
+    from service import logs, server, settings
+
     loaded = settings.load(config_file, os.environ)
     logs.configure(loaded.logging)
     try:
@@ -47,6 +66,8 @@ def _serve(config_file: Path | None) -> None:
 
 
 def _check(config_file: Path | None) -> None:
+    from service import app, server, settings
+
     loaded = settings.load(config_file, os.environ)
     app.build(loaded, server.load_certificates(loaded), server.load_tokens(loaded))
     for doubt in loaded.doubts():
@@ -55,11 +76,16 @@ def _check(config_file: Path | None) -> None:
 
 
 def _dev_cert(directory: Path) -> None:
+    from service import tls
+
     for file in tls.write_dev_pair(directory):
         print(file)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from service import __version__
+    from service.commands import bench, listen, send
+
     parser = argparse.ArgumentParser(
         prog="websocket-relay",
         description="A WebSocket relay: what one client sends, every client of its channel gets.",
@@ -85,4 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     dev_cert.add_argument(
         "--directory", type=Path, metavar="D", default=Path(), help="where to (default: here)"
     )
+    for client in (listen, send, bench):
+        client.add_to(commands)
     return parser
