@@ -73,7 +73,7 @@ class Speaker:
     def resume_reading(self) -> None:
         self.may_speak.set()
 
-    def tell_unavailable(self) -> None:
+    def tell_unavailable(self, *, in_doubt: bool) -> None:
         """Give up: a message that is not relayed makes all figures worthless."""
         sys.exit("the log took a message not")
 
@@ -98,6 +98,7 @@ class Log:
             history_bytes=history.max_bytes,
             history_age_s=history.max_age_s,
             pending=self._gate,
+            describe=lambda: b"",
             observe_append=lambda _: None,
             observe_lag=lambda _: None,
         )

@@ -1,18 +1,28 @@
 """Compose the relay: build the parts and hand them to each other."""
 
+import json
+import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from prometheus_fastapi_instrumentator import Instrumentator
+from starlette.types import ASGIApp
 
 from service import __version__
 from service.admission.door import Admission
 from service.admission.pressure import Pressure
+from service.api.asked import Refusals
+from service.api.console import console_router, script_router
+from service.api.events import events_router
+from service.api.headers import SafeHeaders
 from service.api.health import health_router
 from service.api.metrics import metrics_router
-from service.api.websocket import websocket_router
+from service.api.publish import publish_router
+from service.api.websocket import add_websocket_routes, upgrade_router
 from service.backplane.base import Backplane, State
 from service.backplane.open import open_backplane
 from service.health import Health, Phase
@@ -31,6 +41,8 @@ from service.wire.unfinished import Unfinished
 if TYPE_CHECKING:
     from service.admission.tokens import Tokens
 
+
+REPLICA = socket.gethostname()
 
 APPENDS_PART = 16
 """Of limits.total_backlog_bytes, this part may wait to get into the log: what a broker takes in a
@@ -51,8 +63,8 @@ class Relay:
         tokens: what checks tokens, or None where there are none.
     """
 
-    app: FastAPI
-    metrics_app: FastAPI
+    app: ASGIApp
+    metrics_app: ASGIApp
     shared: Shared
     backplane: Backplane
     history: History
@@ -66,6 +78,12 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     """Build one replica."""
     limits = settings.limits
     ledger, metrics = Ledger(), Metrics()
+
+    def describe() -> bytes:
+        clients = ledger.connections - ledger.disconnections
+        said = {"name": REPLICA[:64], "clients": clients, "messages": ledger.messages}
+        return json.dumps(said).encode()
+
     appends = Gate(limits.total_backlog_bytes // APPENDS_PART)
     relays_locally = settings.backplane.on_outage == "local"
     backplane = open_backplane(
@@ -76,6 +94,7 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
         history_bytes=settings.history.max_bytes,
         history_age_s=settings.history.max_age_s,
         pending=appends,
+        describe=describe,
         observe_append=metrics.observe_append,
         observe_lag=metrics.observe_backplane_lag,
     )
@@ -142,27 +161,95 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
             key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
         ),
     )
-    app = _fastapi()
+    started_at = time.monotonic()
+
+    def figures() -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "replica": REPLICA,
+            "uptime_s": round(time.monotonic() - started_at),
+            "status": health.status,
+            "replicas": [_said(note) for note in backplane.replicas()],
+            "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
+            "max_message_bytes": limits.max_message_bytes,
+            **metrics.figures(),
+        }
+
+    base_path = settings.server.base_path
+    app = _fastapi(openapi_url=f"{base_path}/openapi.json")
+    refusals = Refusals(ledger, Pressure())
+    add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
     app.include_router(health_router(health))
-    app.include_router(
-        websocket_router(
-            admission, broadcaster, ledger, Pressure(), base_path=settings.server.base_path
-        )
+    for router in _routers(settings, admission, broadcaster, refusals, figures):
+        app.include_router(router)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[origin.lower() for origin in settings.server.allowed_origins],
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
+        expose_headers=["Retry-After"],
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
     return Relay(
-        app, metrics_app, shared, backplane, history, health, metrics, certificates, tokens
+        SafeHeaders(app),
+        SafeHeaders(metrics_app),
+        shared,
+        backplane,
+        history,
+        health,
+        metrics,
+        certificates,
+        tokens,
     )
 
 
-def _fastapi() -> FastAPI:
+def _routers(
+    settings: Settings,
+    admission: Admission,
+    broadcaster: Broadcaster,
+    refusals: Refusals,
+    figures: Callable[[], dict[str, Any]],
+) -> Iterator[APIRouter]:
+    """Yield the routes of the relay's port but for the probes."""
+    base_path = settings.server.base_path
+    yield script_router(base_path=base_path)
+    if settings.console.enabled:
+        yield console_router(admission, refusals, figures, base_path=base_path)
+    yield publish_router(
+        admission,
+        broadcaster,
+        refusals,
+        base_path=base_path,
+        max_bytes=settings.limits.max_message_bytes,
+    )
+    yield events_router(
+        admission,
+        broadcaster,
+        refusals,
+        base_path=base_path,
+        silence_s=settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s,
+    )
+    # The last: it answers what no other does.
+    yield upgrade_router(base_path=base_path)
+
+
+def _said(note: bytes) -> Any:
+    try:
+        return json.loads(note)
+    except ValueError:
+        return {}
+
+
+def _fastapi(openapi_url: str | None = None) -> FastAPI:
     return FastAPI(
         title="websocket-relay",
         version=__version__,
-        openapi_url=None,
+        openapi_url=openapi_url,
+        docs_url=None,  # a page of scripts from elsewhere
+        redoc_url=None,
         # A redirect is nothing a WebSocket client follows.
         redirect_slashes=False,
     )

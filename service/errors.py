@@ -74,12 +74,17 @@ class Close(Enum):
 class Refusal(Enum):
     """Why a client was not let in: the HTTP status, what it is told, and by its name the label."""
 
+    BODY = (HTTPStatus.BAD_REQUEST, "bad message")  # what was posted is not what it is said to be
+    TOO_LARGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
+    CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # gzip, say
+    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too much is being said")  # see wire/unfinished
     HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
     QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # and which parameter
     NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
     BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # and why
     ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NO_RIGHT = (HTTPStatus.FORBIDDEN, "no right to this channel")
+    NO_STATS = (HTTPStatus.FORBIDDEN, "no right to the figures")
     PATH = (HTTPStatus.NOT_FOUND, "no such channel")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
@@ -88,6 +93,7 @@ class Refusal(Enum):
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
     KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "no keys to check tokens with")  # auth.jwt.jwks_url
     UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
+    IN_DOUBT = (HTTPStatus.GATEWAY_TIMEOUT, "not known whether it was relayed")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:

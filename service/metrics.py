@@ -29,6 +29,8 @@ BACKPLANE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.
 
 LAG_LOOK_S = 0.05
 
+OURS = "websocket_"
+
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
@@ -96,6 +98,19 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
+    def figures(self) -> dict[str, Any]:
+        """Return what is the relay's own on that page, for a page that people look at.
+
+        Counters and gauges are numbers, or numbers by their label; histograms have `buckets`, pairs
+        of a bound and how many observations were not above it, and `count` and `sum`.
+        """
+        families = self.registry.collect()
+        return {
+            family.name.removeprefix(OURS): _plain(family)
+            for family in families
+            if family.name.startswith(OURS)
+        }
+
     async def measure_loop_lag(self) -> None:
         """Sleep and see how late it was, for ever."""
         loop = asyncio.get_running_loop()
@@ -103,6 +118,21 @@ class Metrics:
             due = loop.time() + LAG_LOOK_S
             await asyncio.sleep(LAG_LOOK_S)
             self._observe_lag(max(0.0, loop.time() - due))
+
+
+def _plain(family: Metric) -> Any:
+    samples = [each for each in family.samples if not each.name.endswith("_created")]
+    if family.type == "histogram":
+        return {
+            "buckets": [
+                [each.labels["le"], each.value] for each in samples if each.name.endswith("_bucket")
+            ],
+            "count": sum(each.value for each in samples if each.name.endswith("_count")),
+            "sum": sum(each.value for each in samples if each.name.endswith("_sum")),
+        }
+    if any(each.labels for each in samples):
+        return {list(each.labels.values())[-1]: each.value for each in samples}
+    return sum(each.value for each in samples)
 
 
 class _Books(Collector):

@@ -28,7 +28,6 @@ from service.settings import Settings
 from service.tls import Certificates
 from service.wire.http import RequestProtocol
 from service.wire.protocol import RelayProtocol
-from service.wire.safe_headers import SAFE_HEADERS
 
 if TYPE_CHECKING:
     from service.admission.tokens import Tokens
@@ -140,7 +139,6 @@ class Listener(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            headers=list(SAFE_HEADERS),
             proxy_headers=bool(trusted_proxies),
             forwarded_allow_ips=[*trusted_proxies, *_mapped(trusted_proxies)],
             **protocols,

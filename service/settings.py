@@ -394,6 +394,14 @@ class Auth(Section):
         return self
 
 
+class Console(Section):
+    """The page that shows the relay at work."""
+
+    enabled: bool = Field(
+        True, description="the page at / and its live figures; turn it off on a public relay"
+    )
+
+
 class Shutdown(Section):
     """How a stop goes."""
 
@@ -429,6 +437,7 @@ class Settings(BaseSettings):
     history: History = History()
     backplane: Backplane = Backplane()
     auth: Auth = Auth()
+    console: Console = Console()
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
 

@@ -141,6 +141,32 @@ class Admission:
             return Terms(may_publish=True, expires_in_s=None, network=network)
         return Terms(rights.may_publish(upgrade.channel), _time_left(rights), network)
 
+    async def admit_publisher(self, upgrade: Upgrade) -> None:
+        """Let somebody publish who does not stay.
+
+        Raises:
+            RefusedError: it may not.
+        """
+        self._look_at_words(upgrade)
+        if self._tokens is not None:
+            rights = await self._checked(upgrade)
+            if not rights.may_publish(upgrade.channel):
+                raise RefusedError(Refusal.NO_RIGHT)
+            _time_left(rights)
+        self._see_whether_open()
+
+    async def admit_viewer(self, upgrade: Upgrade) -> None:
+        """Let somebody see the relay's figures.
+
+        Raises:
+            RefusedError: it may not.
+        """
+        if self._tokens is not None:
+            rights = await self._checked(upgrade)
+            if not rights.stats:
+                raise RefusedError(Refusal.NO_STATS)
+            _time_left(rights)
+
     def bind(self, client: Client, terms: Terms) -> None:
         """Hold a client to its terms, and count it until its connection has ended."""
         most = self._max_messages_per_s
@@ -155,15 +181,18 @@ class Admission:
 
     def _look_at(self, upgrade: Upgrade) -> None:
         """Check what costs nothing."""
+        self._look_at_words(upgrade)
+        self._see_whether_open()
+        if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
+            raise RefusedError(Refusal.HANDSHAKES)
+
+    def _look_at_words(self, upgrade: Upgrade) -> None:
         if not CHANNEL_NAME.fullmatch(upgrade.channel):
             raise RefusedError(Refusal.PATH)
         if self._origins is not None:
             origin = upgrade.headers.get("origin")  # only browsers send one, and they always do
             if origin is not None and origin.lower() not in self._origins:
                 raise RefusedError(Refusal.ORIGIN)
-        self._see_whether_open()
-        if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
-            raise RefusedError(Refusal.HANDSHAKES)
 
     def _see_whether_open(self) -> None:
         if self._health.refusing:
@@ -172,14 +201,17 @@ class Admission:
             raise RefusedError(Refusal.UNAVAILABLE)
 
     async def _rights(self, upgrade: Upgrade) -> Rights:
+        rights = await self._checked(upgrade)
+        if not rights.may_subscribe(upgrade.channel):
+            raise RefusedError(Refusal.NO_RIGHT)
+        return rights
+
+    async def _checked(self, upgrade: Upgrade) -> Rights:
         assert self._tokens is not None
         token = token_of(upgrade.authorization, upgrade.query, upgrade.subprotocols)
         if token is None:
             raise RefusedError(Refusal.NO_TOKEN)
-        rights = await self._tokens.rights(token)
-        if not rights.may_subscribe(upgrade.channel):
-            raise RefusedError(Refusal.NO_RIGHT)
-        return rights
+        return await self._tokens.rights(token)
 
     def _find_room(self, channel: str, network: str) -> None:
         self._see_whether_open()  # still, since the token was looked at

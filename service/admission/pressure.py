@@ -16,6 +16,7 @@ SETTINGS = {
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",
     Refusal.CHANNELS: "channels.max_channels",
     Refusal.KEYS: "auth.jwt.jwks_url",
+    Refusal.UNFINISHED: "limits.total_backlog_bytes",
 }
 """The refusals that an operator may have to do something about, and by which setting. What others
 say is the client's own fault."""

@@ -14,11 +14,13 @@ class Rights:
 
     Attributes:
         expires_at: seconds since 1970; None: never.
+        stats: whether the relay's figures may be seen.
     """
 
     subscribe: tuple[str, ...]
     publish: tuple[str, ...]
     expires_at: float | None
+    stats: bool = False
 
     @classmethod
     def of(cls, claims: dict[str, Any], expires_at: float | None) -> "Rights":
@@ -26,7 +28,8 @@ class Rights:
         claim = claims.get(CLAIM)
         if not isinstance(claim, dict):
             return cls((), (), expires_at)
-        return cls(_patterns(claim.get("subscribe")), _patterns(claim.get("publish")), expires_at)
+        subscribe, publish = _patterns(claim.get("subscribe")), _patterns(claim.get("publish"))
+        return cls(subscribe, publish, expires_at, stats=claim.get("stats") is True)
 
     def may_subscribe(self, channel: str) -> bool:
         """Tell whether the channel may be joined."""

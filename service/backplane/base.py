@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -82,8 +82,8 @@ some may have been said. So it is called at the beginning, too."""
 class Publisher(Protocol):
     """What is asked of a client whose message can't be relayed."""
 
-    def tell_unavailable(self) -> None:
-        """Close it: its message did not get into the log."""
+    def tell_unavailable(self, *, in_doubt: bool) -> None:
+        """Tell it that its message did not get into the log; or, in doubt, that it may have."""
 
 
 class State(Enum):
@@ -113,6 +113,9 @@ class Backplane(Protocol):
     up: asyncio.Event
     turns: int
 
+    def replicas(self) -> Sequence[bytes]:
+        """Return what the replicas say of themselves that are there now, this one included."""
+
     @property
     def waiting(self) -> int:
         """How many messages were appended and are not in the log yet, as far as is known."""
@@ -127,8 +130,21 @@ class Backplane(Protocol):
             publisher: who is told, now or later, if it can't be done.
         """
 
-    def when_delivered(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was appended so far has been delivered here, or given up."""
+    def append_all(
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+    ) -> None:
+        """Add messages at the end, opcodes and payloads: all of them next to each other, or none.
+
+        Args:
+            channel: where all of them go.
+            publisher: as above.
+        """
+
+    def when_delivered(self, act: Callable[[Position], object]) -> None:
+        """Call `act` once all that was appended so far has been delivered here, or given up.
+
+        It is told where the last of that stands.
+        """
 
     def pause_reading(self) -> None:
         """Deliver no more until `resume_reading`: too much waits to be written."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.backplane.base import Deliver, Entry, Lost, Position, Publisher, State
 from service.ledger import LogBooks
@@ -13,7 +13,8 @@ class MemoryBackplane:
 
     turns = 0
 
-    def __init__(self) -> None:
+    def __init__(self, describe: Callable[[], bytes]) -> None:
+        self._describe = describe
         self.books = LogBooks()
         self.state = State.UP
         self.begun, self.up = asyncio.Event(), asyncio.Event()
@@ -23,6 +24,10 @@ class MemoryBackplane:
         self._major = time.time_ns() // 1_000_000
         self._minor = 0
         self._deliver: Deliver | None = None
+
+    def replicas(self) -> Sequence[bytes]:
+        """Return what this one says of itself."""
+        return [self._describe()]
 
     @property
     def waiting(self) -> int:
@@ -40,9 +45,16 @@ class MemoryBackplane:
         if self._deliver is not None:
             self._deliver(Entry(Position(self._major, self._minor, 0), channel, opcode, payload))
 
-    def when_delivered(self, act: Callable[[], None]) -> None:
+    def append_all(
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+    ) -> None:
+        """Add messages at the end, and deliver them."""
+        for opcode, payload in said:
+            self.append(channel, opcode, payload, publisher)
+
+    def when_delivered(self, act: Callable[[Position], object]) -> None:
         """Call it: all has been."""
-        act()
+        act(Position(self._major, self._minor, 0))
 
     def pause_reading(self) -> None:
         """Go on: nothing waits here, and publishers are held elsewhere."""

@@ -31,6 +31,7 @@ def open_backplane(
     history_bytes: int,
     history_age_s: float,
     pending: Pending,
+    describe: Callable[[], bytes],
     observe_append: Callable[[float], None],
     observe_lag: Callable[[float], None],
 ) -> Backplane:
@@ -43,7 +44,7 @@ def open_backplane(
         max_message_bytes: of any replica's clients.
         history_bytes, history_age_s: what replicas that start want to find.
         pending: the bound on what waits to be appended.
-        observe_append, observe_lag: told seconds, see `RemoteBackplane`.
+        describe, observe_append, observe_lag: see `RemoteBackplane`.
 
     Raises:
         UnfitError: no broker can be found by this URL.
@@ -52,7 +53,7 @@ def open_backplane(
         raise unusable(url, "in a password write %40 for @, %2F for /, %3F for ?, %23 for #")
     scheme = url.partition("://")[0].lower()
     if scheme == "memory":
-        return MemoryBackplane()
+        return MemoryBackplane(describe)
     if scheme not in STREAMS:
         raise unusable(url, "allowed: memory://, redis://, rediss://, unix://, nats://, tls://")
     library, name = STREAMS[scheme]
@@ -71,6 +72,7 @@ def open_backplane(
         pending=pending,
         relays_locally=relays_locally,
         max_message_bytes=max_message_bytes,
+        describe=describe,
         observe_append=observe_append,
         observe_lag=observe_lag,
     )

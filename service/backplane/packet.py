@@ -29,6 +29,7 @@ MESSAGE_BYTES = 7
 
 MAX_CHANNEL_BYTES = 255
 MAX_CHANNELS = 65_536
+MAX_NOTE_BYTES = 1024
 
 OPCODES = b"\x01\x02"  # text and binary
 
@@ -47,7 +48,7 @@ class Packet(NamedTuple):
         origin: the life of a replica that it comes from.
         number: of its first message, counted from the beginning of that life.
         channels, opcodes, payloads: of its messages, in their order.
-        is_canary: whether its origin waits for it to come back.
+        note: what its origin says of itself, where it waits for the packet to come back (a canary).
     """
 
     origin: int
@@ -55,12 +56,12 @@ class Packet(NamedTuple):
     channels: Sequence[str]
     opcodes: bytes
     payloads: Sequence[bytes]
-    is_canary: bool = False
+    note: bytes | None = None
 
 
 def pack(packet: Packet) -> bytes:
     """Return the bytes of a packet."""
-    origin, number, channels, opcodes, payloads, is_canary = packet
+    origin, number, channels, opcodes, payloads, note = packet
     count = len(payloads)
     names = {name: index for index, name in enumerate(dict.fromkeys(channels))}
     listed = [name.encode() for name in names]
@@ -69,13 +70,14 @@ def pack(packet: Packet) -> bytes:
         column = struct.pack(f"<{count}H", *map(names.__getitem__, channels))
     return b"".join(
         (
-            HEAD.pack(PACKET, CANARY if is_canary else 0, origin, number, count, len(names)),
+            HEAD.pack(PACKET, 0 if note is None else CANARY, origin, number, count, len(names)),
             bytes(map(len, listed)),
             *listed,
             struct.pack(f"<{count}I", *map(len, payloads)),
             column,
             opcodes,
             *payloads,
+            note or b"",
         )
     )
 
@@ -111,10 +113,13 @@ def _unpack(data: bytes) -> Packet:
     if opcodes.translate(None, OPCODES):
         raise FormatError("neither text nor binary")
     bounds = list(accumulate(lengths, initial=at + count))
-    if bounds[-1] != len(data):
+    note = data[bounds[-1] :] if flags & CANARY else None
+    if bounds[-1] + len(note or b"") != len(data):
         raise FormatError("cut off")
+    if len(note or b"") > MAX_NOTE_BYTES:
+        raise FormatError("too long a note")
     payloads = [data[start:end] for start, end in pairwise(bounds)]
-    return Packet(origin, number, channels, opcodes, payloads, bool(flags & CANARY))
+    return Packet(origin, number, channels, opcodes, payloads, note)
 
 
 def _names(data: bytes, count: int) -> tuple[list[str], int]:

@@ -62,6 +62,9 @@ APPEND_S = 2.0
 
 CANARY_S = 1.0
 
+HEARD_OF_S = 5.0
+"""A replica that was not heard of for so long is not there any more."""
+
 OUTAGE_AFTER_S = 3.0
 """A broker that is restarted, or fails over, is back by then as a rule; a client that waits for its
 own message has not given up."""
@@ -234,6 +237,7 @@ class RemoteBackplane:
         relays_locally: whether messages are relayed on this replica alone during an outage;
             otherwise their publishers are told.
         max_message_bytes: of any replica's clients.
+        describe: says what the others are told of this replica, in a few bytes.
         observe_append: told the seconds that each append took.
         observe_lag: told the seconds from a canary's append to its return.
     """
@@ -248,6 +252,7 @@ class RemoteBackplane:
         pending: Pending,
         relays_locally: bool,
         max_message_bytes: int,
+        describe: Callable[[], bytes],
         observe_append: Callable[[float], None],
         observe_lag: Callable[[float], None],
     ) -> None:
@@ -258,6 +263,7 @@ class RemoteBackplane:
         self._address = address
         self._pending = pending
         self._relays_locally = relays_locally
+        self._describe = describe
         self._observe_append = observe_append
         self._observe_lag = observe_lag
         self._deliver: Deliver
@@ -269,12 +275,15 @@ class RemoteBackplane:
         self._in_flight_since = 0.0
         self._filled = asyncio.Event()
         self._settled = asyncio.Event()  # something does not wait any more
+        self._replicas: OrderedDict[int, tuple[float, bytes]] = OrderedDict()  # when heard of, what
         self._origin = _first_life()
         self._number = 0
         # Reading
         self._after: Id = (0, 0)
         self._position = START
-        self._awaiting: deque[tuple[int, Callable[[], None]]] = deque()  # which number comes next
+        self._awaiting: deque[tuple[int, Callable[[Position], object]]] = (
+            deque()
+        )  # which number comes next
         self._is_whole = False  # nothing is missing before what is read next
         self._origins = Origins()
         self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
@@ -311,11 +320,33 @@ class RemoteBackplane:
         if outgoing.size >= PACKET_BYTES:
             self._begin_packet()
 
-    def when_delivered(self, act: Callable[[], None]) -> None:
+    def append_all(
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+    ) -> None:
+        """Add messages at the end, in one packet: nothing comes between them or takes a part."""
+        if self._is_out:
+            for opcode, payload in said:
+                self._turn_away(channel, opcode, payload, publisher)
+            return
+        count = len(said)
+        size = sum(len(payload) for _, payload in said) + MESSAGE_BYTES * count
+        outgoing = self._outbox[-1] if self._outbox else self._begin_packet()
+        if outgoing.payloads and outgoing.size + size > PACKET_BYTES:
+            outgoing = self._begin_packet()
+        outgoing.channels.extend(repeat(channel, count))
+        outgoing.opcodes.extend(opcode for opcode, _ in said)
+        outgoing.payloads.extend(payload for _, payload in said)
+        outgoing.publishers[publisher] = None
+        outgoing.size += size
+        self._pending.bytes += size + WAITING_BYTES * count
+        if outgoing.size >= PACKET_BYTES:
+            self._begin_packet()
+
+    def when_delivered(self, act: Callable[[Position], object]) -> None:
         """Call `act` once all that was appended so far has come back, or was given up."""
         following = self._number + sum(len(each.payloads) for each in self._outbox)
         if self._origins.next_of(self._origin) >= following:
-            act()
+            act(self._position)
         else:
             self._awaiting.append((following, act))
 
@@ -328,6 +359,11 @@ class RemoteBackplane:
         if not self._has_room.is_set():
             self._behind_at = time.monotonic()
             self._has_room.set()
+
+    def replicas(self) -> Sequence[bytes]:
+        """Return what those say of themselves that were heard of lately, this one included."""
+        since = time.monotonic() - HEARD_OF_S
+        return [note for heard_at, note in self._replicas.values() if heard_at > since]
 
     @property
     def waiting(self) -> int:
@@ -386,7 +422,7 @@ class RemoteBackplane:
                 outgoing.channels,
                 bytes(outgoing.opcodes),
                 outgoing.payloads,
-                outgoing.is_canary,
+                self._describe() if outgoing.is_canary else None,
             )
         )
         pause_s = PAUSE_S[0]
@@ -475,7 +511,7 @@ class RemoteBackplane:
             self._lose_up_to(major, minor)
 
     def _take_packet(self, major: int, minor: int, packet: Packet) -> None:
-        origin, number, channels, opcodes, payloads, is_canary = packet
+        origin, number, channels, opcodes, payloads, note = packet
         count = len(payloads)
         missing = self._origins.note(origin, number, count)
         if missing < 0:
@@ -494,15 +530,32 @@ class RemoteBackplane:
             columns = zip(positions, channels, opcodes, payloads, strict=True)
             for entry in map(_new_entry, columns):
                 deliver(entry)
+        if note is not None:
+            self._hear_of(origin, note)
         if origin == self._origin:
-            self._tell_delivered(number + count)
-            if is_canary:
+            self._tell_delivered(number)
+            if note is not None:
                 self._came_back()
 
-    def _tell_delivered(self, following: int) -> None:
+    def _hear_of(self, origin: int, note: bytes) -> None:
+        replicas = self._replicas
+        replica = origin // LIVES
+        replicas[replica] = time.monotonic(), note
+        replicas.move_to_end(replica)
+        if len(replicas) > MAX_ORIGINS:
+            replicas.popitem(last=False)
+
+    def _tell_delivered(self, number: int) -> None:
+        """Tell those who wait for messages of a packet that was delivered last.
+
+        Args:
+            number: of its first message.
+        """
         awaiting = self._awaiting
-        while awaiting and awaiting[0][0] <= following:
-            awaiting.popleft()[1]()
+        major, minor, last = self._position
+        while awaiting and awaiting[0][0] <= number + last + 1:
+            following, act = awaiting.popleft()
+            act(Position(major, minor, following - 1 - number))
 
     # How things stand
 
@@ -590,32 +643,37 @@ class RemoteBackplane:
         # What was given up leaves a hole in the numbers that nobody should take for a loss.
         self._origin, self._number = _next_life(self._origin), 0
         for outgoing in given_up:
-            self._give_up(outgoing)
+            self._give_up(outgoing, number)
+            number += len(outgoing.payloads)
         self._settled.set()
         while self._awaiting:
-            self._awaiting.popleft()[1]()
+            self._awaiting.popleft()[1](self._position)
         self._send_canary(now)
 
     @property
     def _on_outage(self) -> str:
         return "local" if self._relays_locally else "reject"
 
-    def _give_up(self, outgoing: Outgoing) -> None:
+    def _give_up(self, outgoing: Outgoing, number: int) -> None:
         self._pending.drained(outgoing.kept_bytes)
         if self._relays_locally:
-            for message in zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True):
+            columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
+            for following, message in enumerate(columns, number + 1):
                 self._deliver_here(*message)
+                while self._awaiting and self._awaiting[0][0] <= following:
+                    self._awaiting.popleft()[1](self._position)
         else:
             self.books.unavailable += len(outgoing.payloads)
+            in_doubt = outgoing is self._in_flight
             for publisher in outgoing.publishers:
-                publisher.tell_unavailable()
+                publisher.tell_unavailable(in_doubt=in_doubt)
 
     def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
         if self._relays_locally:
             self._deliver_here(channel, opcode, payload)
         else:
             self.books.unavailable += 1
-            publisher.tell_unavailable()
+            publisher.tell_unavailable(in_doubt=False)
 
     def _deliver_here(self, channel: str, opcode: int, payload: bytes) -> None:
         major, minor, nth = self._position

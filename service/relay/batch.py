@@ -6,9 +6,11 @@ from time import perf_counter
 from typing import NamedTuple
 
 from service.backplane.base import Entry, Position
+from service.wire import events
+from service.wire.client import Client
 from service.wire.deflate import PLAIN, deflated
+from service.wire.events import EVENTS
 from service.wire.frames import OPCODE, TEXT, header
-from service.wire.protocol import RelayProtocol
 
 MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
 
@@ -17,7 +19,8 @@ class Form(NamedTuple):
     """How a client is sent messages.
 
     Attributes:
-        encoding: PLAIN, or the bits of the window they are compressed with (see `wire.deflate`).
+        encoding: PLAIN, or the bits of the window they are compressed with (see `wire.deflate`), or
+            EVENTS.
         tells_positions: whether each begins with its position (the subprotocol relay.v1).
     """
 
@@ -28,12 +31,12 @@ class Form(NamedTuple):
 PLAINLY = Form(PLAIN, tells_positions=False)
 
 
-def form_of(client: RelayProtocol) -> Form:
+def form_of(client: Client) -> Form:
     """Return how a client is sent messages."""
     return Form(client.encoding, client.tells_positions)
 
 
-Audience = list[tuple[Form, list[RelayProtocol]]]
+Audience = list[tuple[Form, list[Client]]]
 """The members of a channel by how they are sent messages."""
 
 HeadAndPayload = tuple[bytes, bytes]
@@ -45,8 +48,10 @@ def encoded(entries: Iterable[Entry], form: Form, min_bytes: int) -> Iterator[by
     return _formed(plain, (e.position for e in entries), form, min_bytes)
 
 
-def announced(said: Mapping[str, object]) -> bytes:
-    """Return the frame of what the relay itself says to those who speak relay.v1."""
+def announced(said: Mapping[str, object], form: Form) -> bytes:
+    """Return what the relay itself says; its `type` says what it is."""
+    if form.encoding == EVENTS:
+        return events.event(str(said["type"]), said)
     payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
     return header(TEXT, len(payload)) + payload
 
@@ -115,7 +120,7 @@ class Batch:
         return self._group > 0 or self.next > 0
 
     @property
-    def recipients(self) -> list[RelayProtocol]:
+    def recipients(self) -> list[Client]:
         """The group whose turn it is."""
         return self._audience[self._group][1]
 
@@ -161,6 +166,8 @@ class Batch:
 def _formed(
     messages: Iterable[HeadAndPayload], positions: Iterable[Position], form: Form, min_bytes: int
 ) -> Iterator[bytes]:
+    if form.encoding == EVENTS:
+        return events.encoded(messages, positions)
     if form.tells_positions:
         messages = _numbered(messages, positions)
     if form.encoding != PLAIN:

@@ -4,14 +4,15 @@ All channels share the time there is for writing. No task, queue or timer per co
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.backplane.base import Backplane, Entry, Position
 from service.relay.channel import Channel
+from service.relay.courier import Courier
 from service.relay.gate import Gate
 from service.relay.history import History
 from service.relay.replay import Replay, Wish
-from service.wire.protocol import RelayProtocol
+from service.wire.client import Client
 from service.wire.shared import Shared
 from service.wire.turns import Turns, Work
 
@@ -68,7 +69,7 @@ class Broadcaster:
         """Tell whether a client may join a channel without there being too many of them."""
         return name in self._channels or len(self._channels) < self._max_channels
 
-    def subscribe(self, name: str, client: RelayProtocol, wish: Wish | None = None) -> None:
+    def subscribe(self, name: str, client: Client, wish: Wish | None = None) -> None:
         """Let a client into a channel, which comes to be with its first member.
 
         Args:
@@ -91,6 +92,27 @@ class Broadcaster:
         replay = Replay(client, channel, wish, self, self._history, self._deflate_from_bytes)
         client.hand_over(replay)
         replay.begin()
+
+    def courier(self, name: str) -> Courier:
+        """Return one for somebody who is no client of a channel and wants to publish there."""
+        channel = self._channels.get(name)
+        return Courier((self.gate, self.appends, *([channel.gate] if channel is not None else [])))
+
+    async def publish(
+        self, name: str, said: Sequence[tuple[int, bytes]], courier: Courier
+    ) -> Position:
+        """Relay what somebody says who is no client: opcodes and payloads.
+
+        Returns:
+            Where the last of it stands, once it is there.
+
+        Raises:
+            RefusedError: it could not be relayed.
+        """
+        ledger = self.shared.ledger
+        ledger.messages += len(said)
+        ledger.received_bytes += sum(len(payload) for _, payload in said)
+        return await courier.deliver(self.backplane, name, said)
 
     # What channels ask
 

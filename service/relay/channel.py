@@ -14,7 +14,7 @@ from typing import Protocol
 from service.backplane.base import Backplane, Entry
 from service.relay.batch import Audience, Batch, Form, announced, form_of
 from service.relay.gate import Gate
-from service.wire.protocol import RelayProtocol
+from service.wire.client import Client, Speaker
 from service.wire.shared import Shared
 from service.wire.turns import Work
 
@@ -86,15 +86,15 @@ class Channel:
         self._deflate_from_bytes = deflate_from_bytes
         self._gate = Gate(pending_limit_bytes)
         self._gates = (self._gate, office.gate, office.appends)
-        self._members: dict[Form, dict[RelayProtocol, None]] = {}
-        self._expected: set[RelayProtocol] = set()  # no members yet: they hear what was before
+        self._members: dict[Form, dict[Client, None]] = {}
+        self._expected: set[Client] = set()  # no members yet: they hear what was before
         self._snapshot: Audience | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members that are behind, with what they had taken when they were last seen to move.
-        self._behind: dict[RelayProtocol, tuple[int, float]] = {}
+        self._behind: dict[Client, tuple[int, float]] = {}
         # Members that were waited for, and when that will have been paid back at WAIT_SHARE.
-        self._indebted: dict[RelayProtocol, float] = {}
+        self._indebted: dict[Client, float] = {}
         self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Channel:
 
     # What members say: this is their sink
 
-    def publish(self, client: RelayProtocol, opcode: int, payload: bytes) -> None:
+    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None:
         """Relay a member's message to all members, on every replica."""
         ledger = self._shared.ledger
         ledger.messages += 1
@@ -110,23 +110,28 @@ class Channel:
         self._backplane.append(self.name, opcode, payload, client)
         self.hold_back(client)
 
-    def hold_back(self, client: RelayProtocol) -> None:
+    def hold_back(self, client: Speaker) -> None:
         """Read a publisher no more while too much waits to be written."""
         for gate in self._gates:
             if gate.is_shut and gate.hold(client):
                 self._shared.ledger.publisher_pauses += 1
 
-    def expect(self, client: RelayProtocol) -> None:
+    @property
+    def gate(self) -> Gate:
+        """The bound on what waits for its fan-out."""
+        return self._gate
+
+    def expect(self, client: Client) -> None:
         """Be there for a client that will join later, and may publish already."""
         self._expected.add(client)
 
-    def join(self, client: RelayProtocol) -> None:
+    def join(self, client: Client) -> None:
         """Let a client in: it gets all that is published from now on."""
         self._expected.discard(client)
         self._members.setdefault(form_of(client), {})[client] = None
         self._changed()
 
-    def leave(self, client: RelayProtocol) -> None:
+    def leave(self, client: Client) -> None:
         """Let a client go; what it was still owed is counted when its turn comes."""
         if client in self._expected:
             self._expected.discard(client)
@@ -144,17 +149,17 @@ class Channel:
         if not self._members and not self._expected:
             self._office.forget(self)
 
-    def fell_behind(self, client: RelayProtocol) -> None:
+    def fell_behind(self, client: Client) -> None:
         """Take note that a member's socket is full."""
         self._behind[client] = (0, perf_counter())
 
-    def caught_up(self, client: RelayProtocol) -> None:
+    def caught_up(self, client: Client) -> None:
         """Take note that nothing waits for a member any more."""
         self._behind.pop(client, None)
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
-        self._backplane.when_delivered(lambda: self._when_queue_is_written(act))
+        self._backplane.when_delivered(lambda _: self._when_queue_is_written(act))
 
     def _when_queue_is_written(self, act: Callable[[], None]) -> None:
         if not self._queue:
@@ -184,7 +189,7 @@ class Channel:
     def _tell(self, said: Mapping[str, object]) -> None:
         for form, group in self._members.items():
             if form.tells_positions:
-                self._shared.write(list(group), announced(said), messages=0)
+                self._shared.write(list(group), announced(said, form), messages=0)
 
     def fan_out(self, until: float) -> bool:
         """Write what is owed, for a slice of time.
@@ -282,7 +287,7 @@ class Channel:
         self._held_since = 0.0
         return False
 
-    def _may_wait(self, full: list[RelayProtocol], half_is_behind: bool, now: float) -> bool:
+    def _may_wait(self, full: list[Client], half_is_behind: bool, now: float) -> bool:
         self._held_since = self._held_since or now
         held_s = now - self._held_since
         if half_is_behind:
@@ -295,7 +300,7 @@ class Channel:
             self._indebted[client] = owed_until + HOLD_LOOK_S / WAIT_SHARE
         return True
 
-    def _moving(self, now: float) -> list[RelayProtocol]:
+    def _moving(self, now: float) -> list[Client]:
         """Return the members that are behind and took something of it lately."""
         moving = []
         for client, (seen, moved_at) in self._behind.items():

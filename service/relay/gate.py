@@ -42,8 +42,8 @@ class Gate:
         publisher.pause_reading()
         return True
 
-    def release(self, publisher: Publisher) -> None:
-        """Let one go that is leaving."""
+    def release(self, publisher: object) -> None:
+        """Let one go that is leaving, if it is held."""
         if publisher in self._held:
             del self._held[publisher]
             publisher.resume_reading()

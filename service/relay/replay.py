@@ -14,7 +14,7 @@ from service.errors import Close
 from service.relay.batch import announced, encoded, form_of
 from service.relay.channel import Channel, Office
 from service.relay.history import History
-from service.wire.protocol import RelayProtocol
+from service.wire.client import Client, Speaker
 
 PIECE_BYTES = 65_536  # of messages that are written in one go
 PIECE_MESSAGES = 256
@@ -53,7 +53,7 @@ class Replay:
 
     def __init__(
         self,
-        client: RelayProtocol,
+        client: Client,
         channel: Channel,
         wish: Wish,
         office: Office,
@@ -85,11 +85,11 @@ class Replay:
 
     # What the client says: this is its sink
 
-    def publish(self, client: RelayProtocol, opcode: int, payload: bytes) -> None:
+    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None:
         """Relay a message, though its sender does not hear it yet."""
         self._channel.publish(client, opcode, payload)
 
-    def hold_back(self, client: RelayProtocol) -> None:
+    def hold_back(self, client: Speaker) -> None:
         """Read a publisher no more while too much waits to be written."""
         self._channel.hold_back(client)
 
@@ -97,16 +97,16 @@ class Replay:
         """Call `act` once all that was published so far has been written to the members."""
         self._channel.when_written(act)
 
-    def leave(self, client: RelayProtocol) -> None:
+    def leave(self, client: Client) -> None:
         """Let a client go."""
         self._is_over = True
         self._channel.leave(client)
 
-    def fell_behind(self, client: RelayProtocol) -> None:
+    def fell_behind(self, client: Client) -> None:
         """Wait: the client's socket is full."""
         self._is_behind = True
 
-    def caught_up(self, client: RelayProtocol) -> None:
+    def caught_up(self, client: Client) -> None:
         """Go on."""
         self._is_behind = False
         self._go_on_soon()
@@ -168,7 +168,8 @@ class Replay:
 
     def _welcome(self, position: Position) -> None:
         said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
-        self._office.shared.write([self._client], announced(said), messages=0)
+        data = announced(said, form_of(self._client))
+        self._office.shared.write([self._client], data, messages=0)
 
     def _go_past(self, cursor: Position) -> Position:
         """Write some of what is behind a position; let the client in where there is nothing.

@@ -6,18 +6,28 @@ While it is, its writes are noted here so that the books can say which messages 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
-
-from service.wire.frames import count_whole
 
 
 class Backlog:
-    """The writes that one client is behind with, oldest first."""
+    """The writes that one client is behind with, oldest first.
 
-    __slots__ = ("_drained_bytes", "_waiting_bytes", "_writes", "messages", "noted_bytes")
+    Args:
+        count_whole: tells how many messages end within so many bytes of a write.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_count_whole",
+        "_drained_bytes",
+        "_waiting_bytes",
+        "_writes",
+        "messages",
+        "noted_bytes",
+    )
+
+    def __init__(self, count_whole: Callable[[bytes, int], int]) -> None:
+        self._count_whole = count_whole
         self._writes: deque[tuple[bytes, int]] = deque()
         self._waiting_bytes = 0  # when last looked at
         self._drained_bytes = 0
@@ -77,7 +87,7 @@ class Backlog:
         if self._writes and self._writes[0][1]:
             data = self._writes[0][0]
             # The write that was under way: what of it left the buffer can be read off its frames.
-            part = count_whole(data, self.noted_bytes - waiting)
+            part = self._count_whole(data, self.noted_bytes - waiting)
             return done + part, self.messages - part
         return done, self.messages
 

@@ -25,6 +25,7 @@ from uvicorn.server import ServerState
 from service.errors import Refusal
 from service.wire.handshake import Handshake
 from service.wire.protocol import RelayProtocol
+from service.wire.safe_headers import SAFE_HEADERS
 from service.wire.shared import Shared
 
 MAX_HEAD_BYTES = 65_536
@@ -35,6 +36,9 @@ MAX_FIELDS = 256
 
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answers to those before them."""
+
+CONNECTION_KEY = "relay.connection"
+"""Where an endpoint finds the connection that it answers, in the ASGI scope."""
 
 HOST = re.compile(
     rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?"
@@ -153,6 +157,7 @@ class RequestProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
+        cast(dict[str, Any], cycle.scope)[CONNECTION_KEY] = self
         super()._start_asgi_task(cycle, app)
 
     def _disconnect_answer(self) -> None:
@@ -252,6 +257,40 @@ class RequestProtocol(HttpToolsProtocol):
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def leave_open(self) -> None:
+        """Let the answer that is about to be sent end with the connection (RFC 9112 6.3)."""
+        if self._answering is not None:
+            self._answering.chunked_encoding = False
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody would hear an answer."""
+        return self.transport.is_closing()
+
+    async def answers_are_out(self) -> None:
+        """Return when the answers to the requests before this one have left for the socket."""
+        await self.flow.drain()
+
+    def take_over(self) -> asyncio.Transport | None:
+        """Give the transport away behind the head of the answer that is being sent.
+
+        Returns:
+            None where the client has gone.
+        """
+        cycle, transport = self._answering, self.transport
+        if cycle is None or cycle.disconnected or transport.is_closing():
+            return None
+        cycle.response_complete = cycle.disconnected = True
+        self.flow.resume_reading()  # a body, or a request behind this one, may have paused it
+        self.connections.discard(self)
+        self._cancel_deadline()
+        self._cancel_reader_deadline()
+        self._unset_keepalive_if_required()
+        self.pipeline.clear()
+        self.parser = self.cycle = None  # type: ignore[assignment]  # they hold this object
+        self._receiving = self._answering = None
+        return transport
+
     def _upgrade(self, early: bytes) -> None:
         """Give the transport to a WebSocket protocol, and the request to the application."""
         if not self._between_requests() or self.flow.write_paused:
@@ -328,10 +367,11 @@ class RequestProtocol(HttpToolsProtocol):
         self._shared.ledger.refusals[why] += 1
         self._cancel_deadline()
         if self._may_answer():
-            defaults = (b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+            defaults = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
+            safe = [f"{name}: {value}\r\n".encode() for name, value in SAFE_HEADERS]
             self.transport.write(
                 STATUS_LINE[status]
-                + b"".join(defaults)
+                + b"".join([*defaults, *safe])
                 + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
                 + f"content-length: {len(text)}\r\n\r\n{text}".encode()
             )

@@ -11,30 +11,30 @@ from service.wire.turns import Turns
 from service.wire.unfinished import Unfinished
 
 if TYPE_CHECKING:
-    from service.wire.protocol import RelayProtocol
+    from service.wire.client import Client
 
 
 class Clients:
     """The established connections."""
 
     def __init__(self) -> None:
-        self._clients: set[RelayProtocol] = set()
+        self._clients: set[Client] = set()
         self.none_left = asyncio.Event()
         self.none_left.set()
 
     def __len__(self) -> int:
         return len(self._clients)
 
-    def __iter__(self) -> Iterator["RelayProtocol"]:
+    def __iter__(self) -> Iterator["Client"]:
         """Iterate over a copy: clients come and go while somebody walks over them."""
         return iter(list(self._clients))
 
-    def add(self, client: "RelayProtocol") -> None:
+    def add(self, client: "Client") -> None:
         """Take in a client that got its 101."""
         self._clients.add(client)
         self.none_left.clear()
 
-    def discard(self, client: "RelayProtocol") -> bool:
+    def discard(self, client: "Client") -> bool:
         """Let go of one whose TCP connection ended; tell whether it was here."""
         was_here = client in self._clients
         self._clients.discard(client)
@@ -79,9 +79,9 @@ class Shared:
         # write all of it at once.
         self.messages_in_hand = 0
         self.withheld = 0
-        self.fell_behind: list[RelayProtocol] = []
+        self.fell_behind: list[Client] = []
 
-    def write(self, clients: "Sequence[RelayProtocol]", data: bytes, messages: int) -> None:
+    def write(self, clients: "Sequence[Client]", data: bytes, messages: int) -> None:
         """Write the same bytes to some clients, and do the books: the hot path's second half.
 
         No await, and no Python call but the write itself, for each client.
