@@ -1,8 +1,9 @@
 """Relays for the tests: one that all share, and as many of a test's own as it likes."""
 
 import asyncio
+import signal
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,28 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.brokers import (
+    Broker,
+    NatsBroker,
+    RedisBroker,
+    find_nats,
+    find_redis,
+    found_or_skip,
+)
 from tests.certificates import Pair, make_pair
 from tests.relay_process import Relay, merged
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what runs in its background, and the commands under test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 StartRelay = Callable[..., Relay]
+StartReplicas = Callable[..., Sequence[Relay]]
+
+BROKERS = {
+    "redis": (RedisBroker, find_redis, "a redis-server"),
+    "nats": (NatsBroker, find_nats, "a nats-server"),
+}
 
 LIKE_THE_RELAY = {"tests.test_backplane", "tests.test_outages"}
 """Tests that run the relay's parts themselves, in the loop that it runs them in: what that makes of
@@ -111,3 +130,35 @@ def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Pa
         return relay
 
     return start
+
+
+@pytest.fixture(params=BROKERS)
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
+    kind, find, what = BROKERS[request.param]
+    async with kind(found_or_skip(find(), what), tmp_path / "broker") as started:
+        yield started
+
+
+@pytest.fixture
+def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
+    """Start relays on the broker."""
+    with ExitStack() as stack:
+        started: list[Relay] = []
+
+        def start(count: int = 2, **settings: Any) -> Sequence[Relay]:
+            new = []
+            for _ in range(count):
+                directory = tmp_path / f"relay-{len(started)}"
+                directory.mkdir()
+                relay = Relay(
+                    directory,
+                    merged({"backplane": {"url": broker.url}}, settings),
+                )
+                started.append(stack.enter_context(relay))
+                new.append(relay)
+            return new
+
+        yield start
+        complaints = [line for relay in started for line in relay.complaints]
+        unexpected = [line for line in complaints if "backplane" not in line]
+        assert not unexpected, "\n".join(unexpected)

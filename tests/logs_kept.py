@@ -51,7 +51,7 @@ class Speaker:
     def __init__(self) -> None:
         self.told = 0
 
-    def tell_unavailable(self) -> None:
+    def tell_unavailable(self, *, in_doubt: bool) -> None:
         self.told += 1
 
 
@@ -72,6 +72,7 @@ class Replica:
             history_bytes=0,
             history_age_s=0,
             pending=self.pending,
+            describe=lambda: b"",
             observe_append=lambda _: None,
             observe_lag=self.lags_s.append,
         )

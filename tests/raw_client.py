@@ -196,6 +196,11 @@ class RawClient:
     ) -> None:
         self._socket.close()
 
+    @property
+    def socket(self) -> socket.socket:
+        """What it is made of."""
+        return self._socket
+
     async def send(self, payload: bytes, *, patience_s: float = PATIENCE_S) -> None:
         async with asyncio.timeout(patience_s):
             await asyncio.get_running_loop().sock_sendall(self._socket, payload)

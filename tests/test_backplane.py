@@ -26,7 +26,7 @@ from tests.logs_kept import (
     log_of,
     until,
 )
-from tests.passage import Passage
+from tests.proxy import Connection, Proxy
 
 BROKERS = ["redis", "redis-6.2", "nats"]
 SECRET = "s3cret-%2F-pass"
@@ -406,21 +406,22 @@ def connections_to(port: int) -> list[tuple[str, int]]:
     return [(state, int(queues.split(":")[0], 16)) for _, _, _, state, queues, *_ in ours]
 
 
-class Proxy(Passage):
+class LossyProxy(Proxy):
     """Loses an answer when it is told to."""
 
-    def __init__(self, port: int) -> None:
-        super().__init__(port)
+    def __init__(self, target: int) -> None:
+        super().__init__(target)
         self.marker = b""
         self.cuts = 0
-        self._marked: asyncio.StreamWriter | None = None
+        self._marked: Connection | None = None
 
-    def asks(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+    def asks(self, data: bytes, connection: Connection) -> bytes:
         if self.marker and self.marker in data:
-            self.marker, self._marked = b"", writer
+            self.marker, self._marked = b"", connection
+        return data
 
-    def answers(self, data: bytes, writer: asyncio.StreamWriter) -> bytes | None:
-        if writer is self._marked and not data.startswith(b"PING"):
+    def answers(self, data: bytes, connection: Connection) -> bytes | None:
+        if connection is self._marked and not data.startswith(b"PING"):
             self.cuts += 1
             return None
         return data
@@ -430,7 +431,7 @@ class Proxy(Passage):
 async def test_an_append_whose_answer_was_lost_is_there_once(
     kept: BrokerLog, stack: AsyncExitStack, size: int
 ) -> None:
-    proxy = await stack.enter_async_context(Proxy(kept.broker.port))
+    proxy = await stack.enter_async_context(LossyProxy(kept.broker.port))
     other = await kept.replica()
     url = kept.url.replace(str(kept.broker.port), str(proxy.port))
     replica = await kept.replica(url=url)
@@ -709,6 +710,7 @@ def opened(url: str) -> object:
         history_bytes=0,
         history_age_s=0,
         pending=Pending(),
+        describe=lambda: b"",
         observe_append=lambda _: None,
         observe_lag=lambda _: None,
     )

@@ -53,7 +53,7 @@ UPGRADE_WITHOUT_VERSION = upgrade_request(drop="Sec-WebSocket-Version")
 ANSWERS = [
     pytest.param(get("/healthz"), 200, id="probe"),
     pytest.param(get("/readyz"), 200, id="readiness"),
-    pytest.param(get("/"), 426, id="no upgrade"),
+    pytest.param(get("/channels/news"), 426, id="no upgrade"),
     pytest.param(get("/nowhere"), 404, id="no such page"),
     pytest.param(post(b"Content-Length: 0"), 405, id="no such method"),
     pytest.param(upgrade_request("/nowhere"), 404, id="no such path"),

@@ -347,7 +347,7 @@ async def test_only_upgrades_that_could_be_let_in_count_as_handshakes(
     )
     for _ in range(10):
         assert (await relay.get("/healthz")).status_code == 200
-        assert (await relay.get("/")).status_code == 426
+        assert (await relay.get("/channels/news")).status_code == 426
         assert (await refused(relay.client("not%20a%20name"))).status_code == 404
         other = relay.client(channel, origin="https://other.example")
         assert (await refused(other)).status_code == 403

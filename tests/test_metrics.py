@@ -123,7 +123,7 @@ async def test_the_books_balance_after_clients_came_went_and_vanished_under_load
 async def test_a_refused_client_is_no_connection(relay_with: StartRelay) -> None:
     relay = relay_with()
     async with await relay.tcp() as raw:
-        await raw.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await raw.send(b"GET /channels/news HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (await raw.response()).status == 426
     metrics = await relay.metrics()
     assert [metrics.value(name) for name in FOUR] == [0, 0, 0, 0]

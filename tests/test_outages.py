@@ -27,7 +27,7 @@ from tests.logs_kept import (
     log_of,
     until,
 )
-from tests.passage import Passage
+from tests.proxy import Connection, Proxy
 from tests.relay_process import Relay, eventually, merged, receive
 from tests.test_backplane import assert_growing
 
@@ -60,44 +60,39 @@ async def kept(kind: str, stack: AsyncExitStack, tmp_path: Path) -> BrokerLog:
     return log_of(kind, stack, broker)
 
 
-class Wire(Passage):
-    """What is between a replica and its broker: it can be cut, led elsewhere, and made to lie."""
+class Wire(Proxy):
+    """What is between a replica and its broker. It can be made to lie; what it cuts is reset, as by
+    a firewall that forgot it."""
 
     def __init__(self, broker: Broker) -> None:
         super().__init__(broker.port)
         self.broker = broker
         self.lie: Callable[[bytes], bytes] | None = None
-        self._appending: set[asyncio.StreamWriter] = set()
+        self._appending: set[Connection] = set()
 
-    def url(self) -> str:
+    def broker_url(self) -> str:
         """Return the broker's URL by this way."""
         return self.broker.url.replace(str(self.broker.port), str(self.port))
 
-    def cut(self) -> None:
-        """Reset all connections, as a firewall does that forgot them."""
-        for writer in self._tasks.values():
-            writer.transport.abort()
-
     def cut_what_appends(self) -> None:
         """Reset those by which something was appended."""
-        for writer in self._appending:
-            writer.transport.abort()
+        for connection in self._appending:
+            connection.abort()
 
-    def opened(self, writer: asyncio.StreamWriter) -> None:
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    def opened(self, connection: Connection) -> None:
+        client = connection.client.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
-    def closed(self, writer: asyncio.StreamWriter) -> None:
-        self._appending.discard(writer)
+    def closed(self, connection: Connection) -> None:
+        self._appending.discard(connection)
 
-    def asks(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+    def asks(self, data: bytes, connection: Connection) -> bytes:
         if b"XADD" in data or b"PUB relay " in data:
-            self._appending.add(writer)
+            self._appending.add(connection)
+        return data
 
-    def answers(self, data: bytes, writer: asyncio.StreamWriter) -> bytes | None:
+    def answers(self, data: bytes, connection: Connection) -> bytes:
         return self.lie(data) if self.lie else data
-
-    def leads_to(self) -> int:
-        return self.broker.port
 
 
 @pytest.fixture
@@ -124,7 +119,7 @@ async def comes_back(replica: Replica) -> None:
 async def test_connections_that_are_reset_while_they_idle_cost_only_the_moment(
     kept: BrokerLog, wire: Wire, caplog: pytest.LogCaptureFixture
 ) -> None:
-    replica = await kept.replica(url=wire.url())
+    replica = await kept.replica(url=wire.broker_url())
     said = [b"%d" % number for number in range(60)]
     for payload in said:
         wire.cut()
@@ -159,7 +154,7 @@ LIES = {
 async def test_answers_that_make_no_sense_are_an_outage_and_not_the_end(
     kind: str, kept: BrokerLog, wire: Wire, hasty: None
 ) -> None:
-    replicas = [await kept.replica(url=wire.url()) for _ in LIES[kind]]
+    replicas = [await kept.replica(url=wire.broker_url()) for _ in LIES[kind]]
     wire.lie = lambda _: random.choice(LIES[kind])
     for replica in replicas:
         replica.say(b"in doubt")
@@ -178,7 +173,7 @@ async def test_a_redis_cluster_is_named_where_it_sends_the_relay_away(
 ) -> None:
     broker = await stack.enter_async_context(broker_of("redis", tmp_path / "broker"))
     wire = await stack.enter_async_context(Wire(broker))
-    await log_of("redis", stack, broker).replica(url=wire.url())
+    await log_of("redis", stack, broker).replica(url=wire.broker_url())
     wire.lie = lambda _: b"-MOVED 1234 10.0.0.1:6379\r\n"
     said = "in this Redis Cluster the key is elsewhere: 1234 10.0.0.1:6379"
     await until(lambda: said in {record.__dict__.get("error") for record in caplog.records})
@@ -190,7 +185,7 @@ async def test_jetstream_that_says_something_else_is_no_end_either(
 ) -> None:
     broker = await stack.enter_async_context(broker_of("nats", tmp_path / "broker"))
     wire = await stack.enter_async_context(Wire(broker))
-    replica = await log_of("nats", stack, broker).replica(url=wire.url())
+    replica = await log_of("nats", stack, broker).replica(url=wire.broker_url())
     wire.lie = lambda data: data.replace(answer, bytes(len(answer)))
     for _ in range(3):
         wire.cut()
@@ -203,11 +198,11 @@ async def test_jetstream_that_says_something_else_is_no_end_either(
 async def test_a_replica_that_reads_what_was_the_primary_goes_over_to_the_new_one(
     kind: str, kept: BrokerLog, wire: Wire, stack: AsyncExitStack, tmp_path: Path, hasty: None
 ) -> None:
-    replica = await kept.replica(url=wire.url())
+    replica = await kept.replica(url=wire.broker_url())
     replica.say(b"before")
     await replica.heard(1)
     new = await stack.enter_async_context(broker_of(kind, tmp_path / "new"))
-    wire.broker = new
+    wire.target = new.port
     wire.cut_what_appends()
     await replica.is_out()
     await comes_back(replica)
@@ -355,7 +350,7 @@ async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
     broker = broker_of("nats", tmp_path, user="relay", password="pass", rights=rights)
     await stack.enter_async_context(broker)
     wire = await stack.enter_async_context(Wire(broker))
-    replica = await log_of("nats", stack, broker).replica(url=wire.url())
+    replica = await log_of("nats", stack, broker).replica(url=wire.broker_url())
     replica.say(b"before")
     await replica.heard(1)
     wire.cut()

@@ -104,7 +104,7 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     metadata = wheel.name.rpartition("-py3")[0] + ".dist-info"
     assert {name.partition("/")[0] for name in names} == {"service", metadata}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "service").rglob("*.py")}
-    assert sources <= names
+    assert sources | {"service/py.typed"} <= names
     assert f"{metadata}/licenses/LICENSE" in names
 
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.backplane.packet import HEAD, PART, FormatError, Joiner, Packet, in_parts, pack, unpack
+from service.backplane.packet import (
+    HEAD,
+    MAX_NOTE_BYTES,
+    PART,
+    FormatError,
+    Joiner,
+    Packet,
+    in_parts,
+    pack,
+    unpack,
+)
 
 ORIGINS = st.integers(0, 2**64 - 1)
 NUMBERS = st.integers(0, 2**64 - 1)
@@ -20,12 +30,12 @@ def packet_of(
     messages: Sequence[tuple[str, int, bytes]],
     origin: int = 7,
     number: int = 0,
-    is_canary: bool = False,
+    note: bytes | None = None,
 ) -> Packet:
     channels = [channel for channel, _, _ in messages]
     opcodes = bytes(opcode for _, opcode, _ in messages)
     payloads = [payload for _, _, payload in messages]
-    return Packet(origin, number, channels, opcodes, payloads, is_canary)
+    return Packet(origin, number, channels, opcodes, payloads, note)
 
 
 def parts_of(payload: bytes, origin: int = 7, number: int = 0, max_bytes: int = 100) -> list[bytes]:
@@ -39,11 +49,11 @@ def joined(joiner: Joiner, parts: Sequence[bytes]) -> list[bytes]:
     return [payload for data in whole if data is not None for payload in unpack(data).payloads]
 
 
-@given(MESSAGES, ORIGINS, NUMBERS, st.booleans())
+@given(MESSAGES, ORIGINS, NUMBERS, st.none() | st.binary(max_size=MAX_NOTE_BYTES))
 def test_what_is_packed_is_unpacked(
-    messages: list[tuple[str, int, bytes]], origin: int, number: int, is_canary: bool
+    messages: list[tuple[str, int, bytes]], origin: int, number: int, note: bytes | None
 ) -> None:
-    packet = packet_of(messages, origin, number, is_canary)
+    packet = packet_of(messages, origin, number, note)
     assert unpack(pack(packet)) == packet
 
 

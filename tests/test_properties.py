@@ -370,7 +370,7 @@ HEADS = [
     b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\r\n",
 ]
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-STATUSES = {100, 101, 200, 400, 404, 405, 408, 413, 421, 426, 429, 431, 501, 505}
+STATUSES = {100, 101, 200, 202, 400, 404, 405, 408, 413, 421, 426, 429, 431, 501, 505}
 
 
 @given(

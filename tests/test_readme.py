@@ -203,7 +203,8 @@ async def test_the_lines_in_javascript_run(relay: Relay, block: str) -> None:
         await other.send("hello, everybody")  # for those who hear what was said before
         await receive(other)
     async with browser.page() as page, page.expect_console_message(heard):
-        await page.evaluate(f"() => {{ {block.replace(PORTS['server'], str(relay.port))} }}")
+        script = block.replace(PORTS["server"], str(relay.port))
+        await page.add_script_tag(content=script, type="module")
 
 
 @pytest.mark.parametrize("block", blocks("yaml") + blocks("yaml", SECURITY))

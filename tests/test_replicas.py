@@ -1,11 +1,9 @@
 """Several relays on one broker: one channel for the clients of all of them, whatever breaks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from signal import SIGCONT, SIGSTOP
-from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection
@@ -14,56 +12,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from tests.brokers import (
     Broker,
     NatsBroker,
-    RedisBroker,
-    find_nats,
-    find_redis,
-    found_or_skip,
 )
+from tests.conftest import StartReplicas
 from tests.logs_kept import NatsLog, RedisLog
 from tests.raw_client import CLOSE, TEXT, close_payload, frame
-from tests.relay_process import Relay, closed, merged, receive, receive_many
+from tests.relay_process import Relay, closed, receive, receive_many
 from tests.test_resume import Heard, Message, numbers, resuming
 
 THE_END = "the end"
-
-StartReplicas = Callable[..., Sequence[Relay]]
-
-BROKERS = {
-    "redis": (RedisBroker, find_redis, "a redis-server"),
-    "nats": (NatsBroker, find_nats, "a nats-server"),
-}
-
-
-@pytest.fixture(params=BROKERS)
-async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
-    kind, find, what = BROKERS[request.param]
-    async with kind(found_or_skip(find(), what), tmp_path / "broker") as started:
-        yield started
-
-
-@pytest.fixture
-def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
-    """Start relays on the broker."""
-    with ExitStack() as stack:
-        started: list[Relay] = []
-
-        def start(count: int = 2, **settings: Any) -> Sequence[Relay]:
-            new = []
-            for _ in range(count):
-                directory = tmp_path / f"relay-{len(started)}"
-                directory.mkdir()
-                relay = Relay(
-                    directory,
-                    merged({"backplane": {"url": broker.url}}, settings),
-                )
-                started.append(stack.enter_context(relay))
-                new.append(relay)
-            return new
-
-        yield start
-        complaints = [line for relay in started for line in relay.complaints]
-        unexpected = [line for line in complaints if "backplane" not in line]
-        assert not unexpected, "\n".join(unexpected)
 
 
 async def say_steadily(client: ClientConnection, messages: Sequence[Message]) -> None:

@@ -105,6 +105,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("auth.jwt.algorithms", ["HS512", "RS256"], "HS512,RS256"),
     ("auth.jwt.audience", "the relay", "the relay"),
     ("auth.jwt.issuer", "https://issuer.example", "https://issuer.example"),
+    ("console.enabled", False, "false"),
     ("shutdown.readiness_delay_s", 1, "1"),
     ("shutdown.spread_s", 2.5, "2.5"),
     ("shutdown.timeout_s", 30, "30"),
