@@ -13,6 +13,7 @@ from tests.proxy import Connection, Proxy
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import PLAIN, Relay, receive, receive_many
 from tests.test_publish import BATCH, TEXT, post
+from tests.test_publish_bounds import MIB, posting
 from tests.test_resume import numbers, resuming
 
 
@@ -154,6 +155,49 @@ async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
         while heard[-1] != "after":
             heard.append(await receive(listener))
         assert heard in (['"in doubt"', '"too"', "after"], ["after"]), "all of it or nothing"
+
+
+@asynccontextmanager
+async def jammed(
+    broker: Broker, relay: Relay, first: bytes
+) -> AsyncIterator[asyncio.Task[httpx2.Response]]:
+    """Let as much wait for a broker that stands still as there may, before that is an outage."""
+    async with asyncio.TaskGroup() as group:
+        broker.freeze()
+        try:
+            posting = group.create_task(post(relay, "news", first, TEXT))
+            await relay.metric_reaches("websocket_backplane_pending_bytes", len(first))
+            yield posting
+        finally:
+            broker.thaw()
+
+
+async def test_what_finds_no_room_waits_for_it_and_is_relayed(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
+    async with relay.client("news") as listener, asyncio.TaskGroup() as group:
+        async with jammed(broker, relay, b"x" * (MIB // 8)) as first:
+            second = group.create_task(post(relay, "news", b"second", TEXT))
+            await relay.metric_is("websocket_unfinished_bytes", len(b"second"))
+        assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "second"]
+    assert (first.result().status_code, second.result().status_code) == (202, 202)
+    assert await relay.metric("websocket_unfinished_bytes") == 0
+
+
+async def test_who_gives_up_while_it_waits_for_room_has_said_nothing(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
+    async with relay.client("news") as listener:
+        async with jammed(broker, relay, b"x" * (MIB // 8)), await relay.tcp() as impatient:
+            await impatient.send(posting("news", b"given up"))
+            await relay.metric_is("websocket_unfinished_bytes", len(b"given up"))
+            impatient.vanish()
+            assert await relay.metric("websocket_unfinished_bytes")  # and it knows by now
+        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
+        assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "after"]
+    assert await relay.metric("websocket_unfinished_bytes") == 0
 
 
 async def test_in_an_outage_a_relay_on_its_own_takes_what_is_posted(
