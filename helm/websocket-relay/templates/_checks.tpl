@@ -1,0 +1,178 @@
+{{- /*
+Values that are all right each for itself and do not fit together. All that is wrong is told at once; each
+line names what differs and what to do. What a single value may be is for values.schema.json.
+*/ -}}
+{{- define "websocket-relay.checks" -}}
+{{- $problems := list -}}
+{{- range list "replicas" "stop" "secrets" "tls" "tokens" "ways" "budgets" "network" "environment" -}}
+{{- range splitList "\n" (include (printf "websocket-relay.checks.%s" .) $) -}}
+{{- if trim . -}}
+{{- $problems = append $problems (printf "- %s" (trim .)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if $problems -}}
+{{- printf "\nThese values do not fit together:\n%s\n" (join "\n" $problems) | fail -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "websocket-relay.checks.replicas" -}}
+{{- $alone := eq (include "websocket-relay.backplane" .) "memory" -}}
+{{- with .Values.autoscaling }}
+{{- if and .enabled $alone (gt (int .maxReplicas) 1) }}
+autoscaling.maxReplicas is {{ int .maxReplicas }} and config.backplane.url is memory://, so replicas would not hear each other; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret that holds its address
+{{- end }}
+{{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
+autoscaling.minReplicas is {{ int .minReplicas }} and autoscaling.maxReplicas {{ int .maxReplicas }}; set the first to less or the second to more
+{{- end }}
+{{- if and .enabled (not .targetCPUUtilizationPercentage) (not .targetConnectedClients) }}
+autoscaling.enabled is true and neither autoscaling.targetCPUUtilizationPercentage nor autoscaling.targetConnectedClients says what for; set one of them
+{{- end }}
+{{- if and .enabled .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" $.Values.resources)) }}
+autoscaling.targetCPUUtilizationPercentage is a part of resources.requests.cpu, and that is not set; set it, or the first to 0
+{{- end }}
+{{- if and .enabled .targetConnectedClients (not $.Values.config.metrics.enabled) }}
+autoscaling.targetConnectedClients is read from the metrics and config.metrics.enabled is false; set that to true, or the first to 0
+{{- end }}
+{{- end }}
+{{- if and (not .Values.autoscaling.enabled) $alone (gt (int .Values.replicaCount) 1) }}
+replicaCount is {{ int .Values.replicaCount }} and config.backplane.url is memory://, so replicas would not hear each other; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret that holds its address
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.stop" -}}
+{{- $shutdown := .Values.config.shutdown -}}
+{{- $grace := include "websocket-relay.gracePeriod" . | float64 -}}
+{{- /* Clients have a fifth of what is left to answer; half a second is for the rest (docs/scaling.md). */ -}}
+{{- $needed := addf $shutdown.readiness_delay_s (mulf 1.25 $shutdown.spread_s) 0.5 -}}
+{{- if le $grace (float64 $shutdown.timeout_s) }}
+terminationGracePeriodSeconds is {{ $grace }} and config.shutdown.timeout_s {{ $shutdown.timeout_s }}, so the relay would be killed while it drains; leave terminationGracePeriodSeconds empty, or set it to more
+{{- end }}
+{{- if gt $needed (float64 $shutdown.timeout_s) }}
+config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for config.shutdown.readiness_delay_s ({{ $shutdown.readiness_delay_s }}) and config.shutdown.spread_s ({{ $shutdown.spread_s }}), so clients would be cut off; set it to {{ ceil $needed }} or more
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.secrets" -}}
+{{- $url := .Values.config.backplane.url -}}
+{{- if or (regexMatch "://.*@" $url) (regexMatch "[?&][^=&]*pass[^=&]*=" $url) }}
+config.backplane.url holds a user or a password, and a ConfigMap is no place for that; put the address into a Secret, name it in secrets.backplaneUrl.name and leave config.backplane.url as it was
+{{- end }}
+{{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
+config.backplane.url and secrets.backplaneUrl.name both say where the broker is; leave one of them out
+{{- end }}
+{{- if .Values.config.auth.jwt.secret }}
+config.auth.jwt.secret is set, and a ConfigMap is no place for a secret; put it into a Secret, name that in secrets.jwtSecret.name and leave config.auth.jwt.secret empty
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.tls" -}}
+{{- with .Values }}
+{{- $served := .config.server.tls }}
+{{- if and $served.enabled (not .tls.secretName) (not (hasPrefix "/" $served.cert_file)) }}
+config.server.tls.enabled is true and tls.secretName is empty; set it to a Secret of type kubernetes.io/tls, or config.server.tls.cert_file and key_file to where extraVolumeMounts puts them, beginning with /
+{{- end }}
+{{- if and .tls.secretName (not $served.enabled) }}
+tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, so it would not be used; set config.server.tls.enabled to true, or leave tls.secretName empty
+{{- end }}
+{{- if and .tls.caSecretName (eq (include "websocket-relay.backplane" $) "memory") }}
+tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url is memory://, so there is no broker to trust; set the one or leave out the other
+{{- end }}
+{{- if and .tls.caSecretName (not .secrets.backplaneUrl.name) (ne .config.backplane.url "memory://") (not (contains "ssl_ca_certs=" .config.backplane.url)) }}
+tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not ask for it; add ?ssl_ca_certs=/run/websocket-relay/broker/ca.crt to config.backplane.url
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.tokens" -}}
+{{- $auth := .Values.config.auth -}}
+{{- $secret := .Values.secrets.jwtSecret.name -}}
+{{- $key := .Values.secrets.jwtPublicKey.name -}}
+{{- $byKey := or $key $auth.jwt.public_key_file $auth.jwt.jwks_url -}}
+{{- $signed := dict "secret" list "key" list -}}
+{{- range $auth.jwt.algorithms -}}
+{{- $kind := ternary "secret" "key" (hasPrefix "HS" .) -}}
+{{- $_ := set $signed $kind (append (get $signed $kind) .) -}}
+{{- end -}}
+{{- if eq $auth.mode "none" }}
+{{- if or $secret $byKey }}
+{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} says how tokens are checked and config.auth.mode is none, so everybody may connect; set config.auth.mode to jwt, or leave the first out
+{{- end }}
+{{- else }}
+{{- if and $signed.secret (not $secret) (not $auth.jwt.secret) }}
+config.auth.jwt.algorithms has {{ join ", " $signed.secret }} and secrets.jwtSecret.name is empty; set it to a Secret that holds what tokens are signed with, or config.auth.jwt.algorithms to those of public keys
+{{- end }}
+{{- if and $signed.key (not $byKey) }}
+config.auth.jwt.algorithms has {{ join ", " $signed.key }} and there is no public key; set secrets.jwtPublicKey.name to a Secret that holds one, or config.auth.jwt.jwks_url
+{{- end }}
+{{- if and $byKey (not $signed.key) }}
+{{ ternary "secrets.jwtPublicKey.name" "config.auth.jwt.jwks_url" (not (not $key)) }} is set and config.auth.jwt.algorithms has {{ join ", " $signed.secret }} only, which no public key is for; set config.auth.jwt.algorithms to what tokens are signed with, like RS256
+{{- end }}
+{{- if and $key (or $auth.jwt.jwks_url $auth.jwt.public_key_file) }}
+secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_file" (not (not $auth.jwt.jwks_url)) }} both say where public keys are; leave one of them out
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.ways" -}}
+{{- with .Values }}
+{{- if and .ingress.enabled (not .ingress.hosts) }}
+ingress.enabled is true and ingress.hosts is empty; set it to the names that clients use, like [relay.example.com]
+{{- end }}
+{{- $annotation := "nginx.ingress.kubernetes.io/proxy-read-timeout" }}
+{{- $timeout := get (default dict .ingress.annotations) $annotation }}
+{{- if and .ingress.enabled $timeout (le (float64 $timeout) (float64 .config.keepalive.ping_interval_s)) }}
+ingress.annotations.{{ $annotation }} is {{ $timeout }} and config.keepalive.ping_interval_s {{ .config.keepalive.ping_interval_s }}, so nginx would cut idle clients before they are pinged; set the first to more
+{{- end }}
+{{- if and .httpRoute.enabled (not .httpRoute.hostnames) }}
+httpRoute.enabled is true and httpRoute.hostnames is empty; set it to the names that clients use, like [relay.example.com]
+{{- end }}
+{{- if and .httpRoute.enabled (not .httpRoute.parentRefs) }}
+httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gateway that clients come through, like [{name: public}]
+{{- end }}
+{{- if and .serviceMonitor.enabled (not .config.metrics.enabled) }}
+serviceMonitor.enabled is true and config.metrics.enabled is false, so there is nothing to scrape; set both or neither
+{{- end }}
+{{- if eq (int .config.server.port) 0 }}
+config.server.port is 0, any free port, which service.port can't lead to; set config.server.port to a port
+{{- end }}
+{{- if and .config.metrics.enabled (eq (int .config.metrics.port) 0) }}
+config.metrics.port is 0, any free port, which service.metricsPort and probes can't lead to; set config.metrics.port to a port
+{{- end }}
+{{- if and .config.metrics.enabled (eq (int .config.metrics.port) (int .config.server.port)) }}
+config.metrics.port and config.server.port are both {{ int .config.server.port }}; set one of them to another port
+{{- end }}
+{{- if and .config.metrics.enabled (eq .service.type "ClusterIP") (eq (int .service.port) (int .service.metricsPort)) }}
+service.port and service.metricsPort are both {{ int .service.port }}; set one of them to another port
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.budgets" -}}
+{{- with .Values.podDisruptionBudget }}
+{{- $most := not (kindIs "invalid" .maxUnavailable) }}
+{{- $least := not (kindIs "invalid" .minAvailable) }}
+{{- if and .enabled $most $least }}
+podDisruptionBudget.maxUnavailable and podDisruptionBudget.minAvailable are both set; set one of them to null
+{{- end }}
+{{- if and .enabled (not $most) (not $least) }}
+podDisruptionBudget.enabled is true and neither podDisruptionBudget.maxUnavailable nor podDisruptionBudget.minAvailable is set; set one of them
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.network" -}}
+{{- with .Values }}
+{{- if and .networkPolicy.enabled .secrets.backplaneUrl.name (not .networkPolicy.broker.ports) }}
+networkPolicy.enabled is true and secrets.backplaneUrl.name hides the broker's port; set networkPolicy.broker.ports, like [6379]
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.checks.environment" -}}
+{{- range .Values.extraEnv }}
+{{- if hasPrefix "RELAY__" (upper .name) }}
+extraEnv has {{ .name }}, which would outdo config without being checked; set {{ ternary "secrets.backplaneUrl" (ternary "secrets.jwtSecret" (printf "config.%s" (trimPrefix "relay__" (lower .name) | replace "__" ".")) (eq (upper .name) "RELAY__AUTH__JWT__SECRET")) (eq (upper .name) "RELAY__BACKPLANE__URL") }} instead
+{{- end }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,116 @@
+{{- define "websocket-relay.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "websocket-relay.fullname" -}}
+{{- $name := include "websocket-relay.name" . -}}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- /* 53, so that what is added to it fits, too */ -}}
+{{- default $full .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "websocket-relay.serviceAccountName" -}}
+{{- $own := ternary (include "websocket-relay.fullname" .) "default" .Values.serviceAccount.create -}}
+{{- default $own .Values.serviceAccount.name -}}
+{{- end -}}
+
+{{- define "websocket-relay.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ default $.Chart.AppVersion .tag }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* What an object is called whatever its component. */ -}}
+{{- define "websocket-relay.instanceLabels" -}}
+app.kubernetes.io/name: {{ include "websocket-relay.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- /* Which pods are relays: the pod of `helm test` is none. Never changed, for a Deployment's can't be. */ -}}
+{{- define "websocket-relay.selectorLabels" -}}
+{{ include "websocket-relay.instanceLabels" . }}
+app.kubernetes.io/component: relay
+{{- end -}}
+
+{{- define "websocket-relay.testLabels" -}}
+{{ include "websocket-relay.instanceLabels" . }}
+app.kubernetes.io/component: test
+{{- end -}}
+
+{{- /* What changes with a release, and so is no part of a selector. */ -}}
+{{- define "websocket-relay.releaseLabels" -}}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "websocket-relay.labels" -}}
+{{ include "websocket-relay.selectorLabels" . }}
+{{ include "websocket-relay.releaseLabels" . }}
+{{- end -}}
+
+{{- define "websocket-relay.path" -}}
+{{- .Values.config.server.base_path | default "/" -}}
+{{- end -}}
+
+{{- /* The metrics port answers probes without TLS; the relay's own does it where there is none. */ -}}
+{{- define "websocket-relay.probe" -}}
+httpGet:
+  path: {{ .path }}
+  {{- with .root.Values.config }}
+  {{- if .metrics.enabled }}
+  port: metrics
+  {{- else }}
+  port: websocket
+  scheme: {{ ternary "HTTPS" "HTTP" .server.tls.enabled }}
+  {{- end }}
+  {{- end }}
+{{ toYaml .times }}
+{{- end -}}
+
+{{- /* The relay ends after shutdown.timeout_s at the latest; until then the kubelet waits. */ -}}
+{{- define "websocket-relay.gracePeriod" -}}
+{{- $computed := add (.Values.config.shutdown.timeout_s | float64 | ceil) 5 -}}
+{{- if kindIs "invalid" .Values.terminationGracePeriodSeconds -}}
+{{ $computed }}
+{{- else -}}
+{{ .Values.terminationGracePeriodSeconds | int }}
+{{- end -}}
+{{- end -}}
+
+{{- define "websocket-relay.minReadySeconds" -}}
+{{- $shutdown := .Values.config.shutdown -}}
+{{- if kindIs "invalid" .Values.minReadySeconds -}}
+{{ addf $shutdown.readiness_delay_s $shutdown.spread_s | ceil }}
+{{- else -}}
+{{ .Values.minReadySeconds | int }}
+{{- end -}}
+{{- end -}}
+
+{{- /* memory, redis, rediss, nats or tls; nothing where the address is in a Secret. */ -}}
+{{- define "websocket-relay.backplane" -}}
+{{- if not .Values.secrets.backplaneUrl.name -}}
+{{ regexFind "^[a-z]+" .Values.config.backplane.url }}
+{{- end -}}
+{{- end -}}
+
+{{- /* The ports in config.backplane.url, in which several servers may stand, as a list in JSON. */ -}}
+{{- define "websocket-relay.brokerPorts" -}}
+{{- $usual := dict "redis" 6379 "rediss" 6379 "nats" 4222 "tls" 4222 -}}
+{{- $scheme := include "websocket-relay.backplane" . -}}
+{{- $ports := list -}}
+{{- range .Values.networkPolicy.broker.ports -}}
+{{- $ports = append $ports (int .) -}}
+{{- end -}}
+{{- if and (not $ports) (hasKey $usual $scheme) -}}
+{{- $servers := regexReplaceAll "^[a-z]+://|[/?].*$" .Values.config.backplane.url "" -}}
+{{- range splitList "," $servers -}}
+{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default (get $usual $scheme) | int) -}}
+{{- end -}}
+{{- end -}}
+{{- uniq $ports | toJson -}}
+{{- end -}}
