@@ -32,8 +32,8 @@ CONFIG_COMMENT = """\
 """
 
 SHUTDOWN = settings.Shutdown(readiness_delay_s=5, spread_s=10, timeout_s=20)
-"""Five seconds until every node and Ingress has noticed that a pod goes; ten for its clients, who may
-be some ten thousand (docs/scaling.md)."""
+"""Five seconds until every node and Ingress has noticed that a pod goes; ten for its clients, who
+may be some ten thousand (docs/scaling.md)."""
 
 PATTERNS = {
     ("server", "base_path"): settings.BASE_PATH,

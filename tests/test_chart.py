@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -12,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from helm.generate import SCHEMA_BY_HAND, files, rows
+from helm.generate import files, rows
 from service.settings import LEAVES, Settings
 from tests.helm import (
     CHART,
@@ -321,6 +320,12 @@ MISFITS: list[tuple[Mapping[str, Any], list[str]]] = [
         all_of(nested("serviceMonitor.enabled", True), nested("config.metrics.enabled", False)),
         ["serviceMonitor.enabled", "config.metrics.enabled"],
     ),
+    (
+        all_of(nested("prometheusRule.enabled", True), nested("config.metrics.enabled", False)),
+        ["prometheusRule.enabled", "config.metrics.enabled"],
+    ),
+    (nested("config.server.host", "127.0.0.1"), ["config.server.host", "service.port"]),
+    (nested("config.metrics.host", "localhost"), ["config.metrics.host", "probes"]),
     (nested("config.server.port", 0), ["config.server.port", "service.port"]),
     (nested("config.metrics.port", 0), ["config.metrics.port", "service.metricsPort"]),
     (nested("config.metrics.port", 8443), ["config.metrics.port", "config.server.port"]),
@@ -376,21 +381,3 @@ def test_all_that_is_wrong_is_told_at_once(name: str) -> None:
     with pytest.raises(HelmError) as refused:
         helm(name).template(values=values)
     assert len(re.findall(r"^- ", str(refused.value), re.MULTILINE)) == 3
-
-
-# How it is written
-
-
-def test_yamllint_has_nothing_to_say() -> None:
-    rules = {
-        "extends": "default",
-        "rules": {
-            "line-length": {"max": 120},
-            "document-start": "disable",
-            "comments": {"min-spaces-from-content": 1},
-            "braces": {"max-spaces-inside": 0},
-        },
-    }
-    files = [*(CHART.glob("*.yaml")), *CI_VALUES, SCHEMA_BY_HAND, *K8S.rglob("*.yaml")]
-    config = yaml.safe_dump(rules)
-    assert run([sys.executable, "-m", "yamllint", "--strict", "-d", config, *map(str, files)]) == ""

@@ -133,6 +133,15 @@ httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gatew
 {{- if and .serviceMonitor.enabled (not .config.metrics.enabled) }}
 serviceMonitor.enabled is true and config.metrics.enabled is false, so there is nothing to scrape; set both or neither
 {{- end }}
+{{- if and .prometheusRule.enabled (not .config.metrics.enabled) }}
+prometheusRule.enabled is true and config.metrics.enabled is false, so there is nothing to watch; set both or neither
+{{- end }}
+{{- range $section := list "server" "metrics" }}
+{{- $host := get $.Values.config $section | dig "host" "" }}
+{{- if or (hasPrefix "127." $host) (has $host (list "localhost" "::1")) }}
+config.{{ $section }}.host is {{ $host }}, where neither probes nor service.port reach it; set config.{{ $section }}.host to 0.0.0.0, or to :: for IPv6
+{{- end }}
+{{- end }}
 {{- if eq (int .config.server.port) 0 }}
 config.server.port is 0, any free port, which service.port can't lead to; set config.server.port to a port
 {{- end }}
