@@ -193,7 +193,9 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
         if "properties" in node:
             children = node["properties"].items()
             inner = {name: whole(child, (*path, name)) for name, child in children}
-            return kept | {"type": "object", "additionalProperties": False, "properties": inner}
+            # values.yaml has them all: one that is missing was taken out by a null.
+            closed = {"type": "object", "additionalProperties": False, "required": [*inner]}
+            return kept | closed | {"properties": inner}
         kept |= {key: value for key, value in node.items() if key in SCHEMA_KEYS}
         if path in PATTERNS:
             kept["pattern"] = f"^{PATTERNS[path].pattern}$"

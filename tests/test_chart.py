@@ -30,6 +30,7 @@ from tests.helm import (
 )
 from tests.relay_process import ROOT
 from tests.test_packaging import PROJECT
+from tests.test_readme import anchors
 
 VALUES_TEXT = (CHART / "values.yaml").read_text()
 VALUES = yaml.safe_load(VALUES_TEXT)
@@ -196,6 +197,7 @@ def test_a_package_holds_what_is_needed_and_nothing_else(tmp_path: Path) -> None
         ("config.limits.max_message_bytes", 0, "max_message_bytes"),
         ("config.keepalive.ping_interval_s", 0, "ping_interval_s"),
         ("config.auth.mode", "basic", "mode"),
+        ("config.metrics.enabled", None, "enabled"),
         ("config.auth.jwt.algorithms", ["none"], "algorithms"),
         ("config.backplane.stream", "a stream", "stream"),
         ("config.server.base_path", "/relay/", "base_path"),
@@ -381,3 +383,40 @@ def test_all_that_is_wrong_is_told_at_once(name: str) -> None:
     with pytest.raises(HelmError) as refused:
         helm(name).template(values=values)
     assert len(re.findall(r"^- ", str(refused.value), re.MULTILINE)) == 3
+
+
+# What the chart's README says
+
+README = (CHART / "README.md").read_text()
+
+
+def test_the_readme_s_examples_are_values_that_the_chart_takes() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    examples = [block for block in map(yaml.safe_load, blocks) if set(block) <= set(VALUES)]
+    assert len(examples) == len(blocks) - 1, "all but the rule of prometheus-adapter"
+    for example in examples:
+        needs_broker = "autoscaling" in example
+        newest_helm().template(values=all_of(REDIS if needs_broker else {}, example))
+
+
+def test_the_readme_s_figures_of_an_update_are_those_of_the_defaults() -> None:
+    spec = one(newest_helm().objects(), "Deployment")["spec"]
+    stop = VALUES["config"]["shutdown"]
+    for name, figure in {
+        "config.shutdown.readiness_delay_s": stop["readiness_delay_s"],
+        "spread_s": stop["spread_s"],
+        "timeout_s": stop["timeout_s"],
+        "terminationGracePeriodSeconds": spec["template"]["spec"]["terminationGracePeriodSeconds"],
+        "minReadySeconds": spec["minReadySeconds"],
+    }.items():
+        assert re.search(rf"`{name}` \({figure}\b", README), name
+
+
+def test_the_readme_s_links_lead_on() -> None:
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", README)
+    assert links
+    for target, anchor in links:
+        page = (CHART / target).resolve() if target else CHART / "README.md"
+        assert page.exists(), target
+        if anchor:
+            assert anchor in anchors(page.read_text())

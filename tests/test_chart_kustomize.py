@@ -1,6 +1,7 @@
 """k8s/, put together by the real kubectl: what those without Helm install."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,3 +74,19 @@ def test_the_overlay_is_three_relays_on_one_redis_that_nobody_else_reaches() -> 
     (peer,) = rule["from"]
     relays = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert peer["podSelector"]["matchLabels"] == relays
+
+
+def test_the_readme_s_overlay_has_another_image_and_other_settings(tmp_path: Path) -> None:
+    readme = (K8S / "README.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    shutil.copytree(K8S / "base", tmp_path / "base")
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(block)
+    (overlay / "config.yaml").write_text("limits: {max_connections: 5}\n")
+    objects = built(overlay)
+    image = yaml.safe_load(block)["images"][0]
+    assert relay_of(objects)["image"] == f"{image['newName']}:{image['newTag']}"
+    (config,) = (each for each in objects if each["kind"] == "ConfigMap")
+    assert config["data"] == {"config.yaml": "limits: {max_connections: 5}\n"}
+    assert {each["metadata"]["namespace"] for each in objects} == {"chat"}

@@ -3,6 +3,7 @@
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ SECRETS: Secrets = {
     "relay-broker-ca": {"ca.crt": PAIR.certificate_pem},
     "relay-jwt": {"secret": SECRET.encode()},
     "relay-jwt-key": {"public.pem": SIGNER.public_pem},
-    "relay-test-token": {"token": SIGNER.token().encode() + b"\n"},
+    "relay-test-token": {"token": SIGNER.token(exp=int(time.time()) + 3600).encode() + b"\n"},
 }
 
 TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
