@@ -145,6 +145,9 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     metrics.watch(
         ledger,
         Gauges(
+            max_connections=limits.max_connections,
+            total_backlog_bytes=limits.total_backlog_bytes,
+            ready=lambda: health.ready,
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,

@@ -36,6 +36,9 @@ OURS = "websocket_"
 class Gauges:
     """What is read off the parts when the page is asked for."""
 
+    max_connections: int
+    total_backlog_bytes: int
+    ready: Callable[[], bool]
     channels: Callable[[], int]
     slow_clients: Callable[[], int]
     backlog_bytes: Callable[[], int]
@@ -147,6 +150,7 @@ class _Books(Collector):
         books, now = self._ledger, self._gauges
         connected = books.connections - books.disconnections
         yield _gauge("connected_clients", "Clients connected now", connected)
+        yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections)
         yield _counter("connections", "Connections established", books.connections)
         yield _counter("disconnections", "Connections ended", books.disconnections)
         yield _counter("messages", "Messages taken from clients and relayed", books.messages)
@@ -161,6 +165,8 @@ class _Books(Collector):
         refusals = {(why.label,): count for why, count in books.refusals.items()}
         yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
         yield _gauge("backlog_bytes", "Bytes waiting for slow clients", now.backlog_bytes())
+        text = "limits.total_backlog_bytes"
+        yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes)
         unfinished = now.unfinished_bytes()
         yield _gauge("unfinished_bytes", "Bytes kept of messages that are not whole", unfinished)
         yield _gauge("slow_clients", "Clients that are behind now", now.slow_clients())
@@ -175,6 +181,7 @@ class _Books(Collector):
         replays = {("recovered",): books.recovered, ("not_recovered",): books.not_recovered}
         text = "Clients that asked for what they had missed"
         yield _labelled("history_replays", text, ["result"], replays)
+        yield _gauge("ready", "1 while the relay lets clients in", int(now.ready()))
         draining = now.draining()
         yield _gauge("draining", "1 while the relay stops", int(draining))
         left = connected if draining else 0

@@ -158,6 +158,20 @@ async def test_a_client_cannot_make_new_labels(relay_with: StartRelay) -> None:
     assert not [s for s in series if "reason 30" in s.labels["reason"]]
 
 
+async def test_bounds_stand_beside_what_they_bound(relay_with: StartRelay) -> None:
+    relay = relay_with(limits={"max_connections": 7, "total_backlog_bytes": 1_000_000})
+    assert await relay.metric("websocket_connections_limit") == 7
+    assert await relay.metric("websocket_backlog_limit_bytes") == 1_000_000
+
+
+async def test_the_page_says_whether_the_relay_is_ready(relay_with: StartRelay) -> None:
+    relay = relay_with(shutdown={"readiness_delay_s": 3})
+    assert await relay.metric("websocket_ready") == 1
+    relay.signal()
+    await relay.metric_is("websocket_ready", 0)
+    assert await relay.metric("websocket_draining") == 1
+
+
 async def test_everything_promised_is_on_the_page(relay: Relay) -> None:
     metrics = await relay.metrics()
     assert not [name for name in (*FOUR, *OTHERS) if name not in metrics.names]
