@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.errors import SettingsError, StartError, UnfitError
+from service.errors import SettingsError, StartError, UnfitError, UnhealthyError
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
 
@@ -31,6 +31,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         match options.command:
             case "check":
                 _check(options.config_file)
+            case "healthcheck":
+                _healthcheck(options.config_file)
             case "dev-cert":
                 _dev_cert(options.directory)
             case "listen" | "send" | "bench":
@@ -48,7 +50,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         where = settings.where(error.setting, options.config_file, os.environ)
         print(f"websocket-relay: {where}: {error}", file=sys.stderr)
         return 2
-    except StartError as error:
+    except (StartError, UnhealthyError) as error:
         print(f"websocket-relay: {error}", file=sys.stderr)
         return 1
     return 0
@@ -75,6 +77,12 @@ def _check(config_file: Path | None) -> None:
     print(settings.render(loaded), end="")
 
 
+def _healthcheck(config_file: Path | None) -> None:
+    from service import probe, settings
+
+    probe.ask(settings.load(config_file, os.environ))
+
+
 def _dev_cert(directory: Path) -> None:
     from service import tls
 
@@ -98,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("serve", "run the relay (the default)"),
         ("check", "validate the settings and print the effective ones"),
+        ("healthcheck", "ask the relay with these settings whether it is alive"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument(

@@ -43,6 +43,10 @@ class StartError(RelayError):
     """The relay can't start on this machine as it is now: a port in use, say."""
 
 
+class UnhealthyError(RelayError):
+    """The relay on this machine does not say that it is well."""
+
+
 class Close(Enum):
     """Why a connection ended: the code on the wire, the reason, and by its name the label.
 

@@ -15,7 +15,7 @@ from tests.conftest import StartRelay
 from tests.relay_process import HOST, receive, run_command
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["dev-cert"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["healthcheck"], ["dev-cert"]])
 def test_every_command_has_help(tmp_path: Path, command: list[str]) -> None:
     done = run_command(*command, "--help", directory=tmp_path)
     assert done.exit_code == 0
@@ -27,7 +27,7 @@ def test_every_command_has_help(tmp_path: Path, command: list[str]) -> None:
 
 def test_the_help_names_the_commands(tmp_path: Path) -> None:
     text = run_command("--help", directory=tmp_path).stdout
-    assert all(name in text for name in ("serve", "check", "dev-cert"))
+    assert all(name in text for name in ("serve", "check", "healthcheck", "dev-cert"))
 
 
 @pytest.mark.parametrize(
