@@ -8,6 +8,7 @@ server, and Ctrl-C ends that well, too.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _serve(config_file: Path | None) -> None:
+    # Process 1 of a container has no default for it: until the event loop heeds it, nobody would.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from service import logs, server, settings
 
     loaded = settings.load(config_file, os.environ)

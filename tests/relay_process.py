@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -387,6 +387,25 @@ class Relay:
             return fits(value), value
 
         await eventually(now, f"{name}{dict(labels)} {wanted}")
+
+
+@asynccontextmanager
+async def somebody_reads(pipe: Path) -> AsyncIterator[None]:
+    """Wait until somebody reads a named pipe; there is nothing in it, and at the end it ends."""
+    writer: list[int] = []
+
+    async def now() -> tuple[bool, object]:
+        try:
+            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:  # ENXIO: nobody yet
+            return False, error
+        return True, None
+
+    await eventually(now, f"{pipe} is read")
+    try:
+        yield
+    finally:
+        os.close(writer[0])
 
 
 async def eventually(look: Callable[[], Awaitable[tuple[bool, object]]], wanted: str) -> None:

@@ -1,7 +1,9 @@
 """The stop: told to go, the relay lets its clients go first, one after another, and in time."""
 
 import asyncio
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
@@ -14,7 +16,15 @@ from websockets.exceptions import InvalidStatus
 
 from tests.conftest import StartRelay
 from tests.raw_client import BINARY, CLOSE, PATIENCE_S, RawClient, frame
-from tests.relay_process import Relay, closed, eventually, receive, receive_many
+from tests.relay_process import (
+    Relay,
+    closed,
+    environment,
+    eventually,
+    receive,
+    receive_many,
+    somebody_reads,
+)
 
 MIB = 1_048_576
 DRAINING = re.compile(r"draining; retry_ms=(\d+)")
@@ -351,6 +361,22 @@ async def test_a_stop_at_any_moment_of_the_start_ends_the_process(
     await asyncio.sleep(tenths / 10)
     # Before the interpreter has come to the relay's own handler the signal's default applies.
     assert await starting_relay.stop(SIGTERM) in (0, -SIGTERM)
+
+
+async def test_a_stop_before_the_settings_are_read_is_a_clean_stop(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    relay = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "service", cwd=tmp_path, env=environment()
+    )
+    try:
+        async with somebody_reads(tmp_path / "config.yaml"):
+            relay.terminate()
+        async with asyncio.timeout(PATIENCE_S):
+            assert await relay.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            relay.kill()
+        await relay.wait()
 
 
 async def test_clients_of_the_ended_relay_find_the_port_closed(relay_with: StartRelay) -> None:
