@@ -5,6 +5,7 @@
 # ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
 # PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
 # BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
+# IMAGE=…       what the image is called:           make image IMAGE=websocket-relay:mine
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -24,7 +25,7 @@ UV_VERSION := 0.13.9
 .PHONY: help run test lint types imports pytest audit bench replicas simulation config chart format lock clean venv
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
 		printf '  make %-10s %s\n' "$$name" "$$what"; done
 
 run: $(VENV)/.run  ## set up what is missing and run the relay
@@ -46,6 +47,23 @@ imports: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: image image-test
+IMAGE ?= websocket-relay
+BASE ?=
+BUILD_ARGS ?=
+CONTAINER ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
+
+# Podman's own format knows no HEALTHCHECK.
+image:  ## build the container's image, with docker or podman
+	@$(CONTAINER) build --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
+		--label org.opencontainers.image.version="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+		--label org.opencontainers.image.revision="$$(git rev-parse HEAD 2>/dev/null)" \
+		$(if $(findstring podman,$(CONTAINER)),--format docker) $(BUILD_ARGS) .
+
+# Not a part of `test`: it needs docker or podman, and minutes where the base has to be made first.
+image-test: $(VENV)/.dev  ## build the image, run it and look into it
+	@$(BIN)/python -m pytest -m image tests/test_image.py
 
 # Not a part of `test`: it asks PyPI's advisories over the network, and what it says changes without a
 # change here. --strict, because otherwise a version that could not be looked up counts as a good one.
