@@ -40,6 +40,7 @@ from service.wire.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from service.admission.tokens import Tokens
+    from service.tracing import Tracing
 
 
 REPLICA = socket.gethostname()
@@ -74,7 +75,12 @@ class Relay:
     tokens: "Tokens | None"
 
 
-def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens | None") -> Relay:
+def build(
+    settings: Settings,
+    certificates: Certificates | None,
+    tokens: "Tokens | None",
+    tracing: "Tracing | None" = None,
+) -> Relay:
     """Build one replica."""
     limits = settings.limits
     ledger, metrics = Ledger(), Metrics()
@@ -180,7 +186,7 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
-    refusals = Refusals(ledger, Pressure())
+    refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
     app.include_router(health_router(health))
     for router in _routers(settings, admission, broadcaster, refusals, figures):
@@ -196,8 +202,9 @@ def build(settings: Settings, certificates: Certificates | None, tokens: "Tokens
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
+    safe_app = SafeHeaders(app)
     return Relay(
-        SafeHeaders(app),
+        tracing.traced(safe_app) if tracing else safe_app,
         SafeHeaders(metrics_app),
         shared,
         backplane,
@@ -255,4 +262,6 @@ def _fastapi(openapi_url: str | None = None) -> FastAPI:
         redoc_url=None,
         # A redirect is nothing a WebSocket client follows.
         redirect_slashes=False,
+        # FastAPI's own traces hold queries, and with them tokens. Ours are in service/tracing.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )

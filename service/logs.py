@@ -2,10 +2,14 @@
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
 
 import structlog
 
 from service.settings import Logging
+
+log = logging.getLogger(__name__)
 
 QUIET = {
     # uvicorn says "started", "listening" and the like; the relay says it in its own words.
@@ -16,7 +20,15 @@ QUIET = {
     # A line for every fetch of keys, and at debug level all of its headers.
     "httpx2": logging.WARNING,
     "httpcore2": logging.WARNING,
+    # The same of traces that are sent.
+    "urllib3": logging.WARNING,
+    # A line for every broken traceparent: any client could fill the log.
+    "opentelemetry.trace": logging.ERROR,
+    # Writes what it can't read of OTEL_EXPORTER_OTLP_HEADERS, where the collector's tokens are.
+    "opentelemetry.util.re": logging.CRITICAL,
 }
+
+OURS = "service."
 
 
 def configure(settings: Logging) -> None:
@@ -24,6 +36,7 @@ def configure(settings: Logging) -> None:
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        _name_others,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: structlog.typing.Processor = (
@@ -51,3 +64,32 @@ def configure(settings: Logging) -> None:
     root.setLevel(settings.level.upper())
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
+    logging.captureWarnings(True)
+    sys.excepthook = _tell_crash
+
+
+def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:
+    """Have every line from now on carry what `facts` says when it is written."""
+
+    def add(record: logging.LogRecord) -> bool:
+        record.__dict__.update(facts())
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(add)
+
+
+def _name_others(
+    _: object, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Say which library wrote a line that is not the relay's."""
+    name = event["_record"].name
+    if not name.startswith(OURS):
+        event["logger"] = name
+    return event
+
+
+def _tell_crash(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    log.critical("crashed", exc_info=(kind, error, trace))

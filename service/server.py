@@ -12,13 +12,15 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 import uvloop
 
+from service import logs
 from service.app import Relay, build
 from service.errors import StartError
 from service.health import Phase
@@ -31,6 +33,7 @@ from service.wire.protocol import RelayProtocol
 
 if TYPE_CHECKING:
     from service.admission.tokens import Tokens
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,11 @@ looks whether it should stop every 0.1 seconds, and FINISH_S come on top."""
 
 FINISH_S = 0.1
 """What answers to plain requests have to get out when the ports close."""
+
+LAST_TRACES_S = 1.0
+"""What a collector has at most to take the last spans, within shutdown.timeout_s."""
+
+COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 MAPPED_BITS = 96
 """What comes before the IPv4 address in an IPv6 address that holds one."""
@@ -72,7 +80,11 @@ def run(settings: Settings) -> None:
         log.warning(doubt.text, extra=doubt.facts)
     _raise_file_limit()
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(_serve(settings, certificates, tokens))
+    tracing = load_tracing(os.environ)
+    until = uvloop.run(_serve(settings, certificates, tokens, tracing))
+    if tracing is not None:
+        tracing.close(max(0.0, min(LAST_TRACES_S, until - time.monotonic())))
+    log.info("stopped")
 
 
 def _raise_file_limit() -> None:
@@ -103,6 +115,37 @@ def load_tokens(settings: Settings) -> "Tokens | None":
     from service.admission.tokens import Tokens  # a fifth of a second that most starts need not
 
     return Tokens(settings.auth.jwt)
+
+
+def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
+    """Return what traces, or None where no collector is named.
+
+    The variables are OpenTelemetry's own. They may be meant for everybody on a machine or in a
+    cluster, so what can't be done is logged and stops nothing.
+    """
+    if not any(environ.get(name) for name in COLLECTOR_VARIABLES):
+        return None
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return None
+    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    if protocol != "http/protobuf":
+        log.warning("no traces", extra={"reason": f"{protocol} is not spoken, http/protobuf is"})
+        return None
+    try:
+        from service.tracing import Tracing  # the library, which is an extra
+
+        tracing = Tracing()
+    except ImportError:
+        log.warning("no traces", extra={"reason": "websocket-relay[otel] is not installed"})
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("no traces", extra={"reason": str(error)})
+        return None
+    logs.add_facts(tracing.facts)
+    return tracing
 
 
 class Listener(uvicorn.Server):
@@ -223,9 +266,13 @@ def _mapped(proxies: Iterable[str]) -> Iterator[str]:
 
 
 async def _serve(
-    settings: Settings, certificates: Certificates | None, tokens: "Tokens | None"
-) -> None:
-    relay = build(settings, certificates, tokens)
+    settings: Settings,
+    certificates: Certificates | None,
+    tokens: "Tokens | None",
+    tracing: "Tracing | None",
+) -> float:
+    """Serve until a signal comes, and return when the stop has to be over, by `time.monotonic`."""
+    relay = build(settings, certificates, tokens, tracing)
     stop = Stop()
     with stop.on_signals():
         metrics_port = _metrics_listener(settings, relay)
@@ -264,13 +311,14 @@ async def _serve(
             becoming_ready = group.create_task(_become_ready(relay))
             await stop.asked.wait()
             becoming_ready.cancel()  # before the phase changes
+            until = time.monotonic() + settings.shutdown.timeout_s
             await _drain(settings, relay)
             relay_port.should_exit = True
             if metrics_port is not None:
                 metrics_port.should_exit = True
             for task in background:
                 task.cancel()
-    log.info("stopped")
+    return until
 
 
 async def _become_ready(relay: Relay) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs
@@ -70,16 +70,25 @@ class Refusals:
     Args:
         ledger: where they are counted.
         pressure: what tells the log of limits that are hit.
+        trace: what else is told of each; None: nobody.
     """
 
-    def __init__(self, ledger: Ledger, pressure: Pressure) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        pressure: Pressure,
+        trace: Callable[[RefusedError], None] | None = None,
+    ) -> None:
         self._ledger = ledger
         self._pressure = pressure
+        self._trace = trace
 
     def answer(self, refused: RefusedError) -> Response:
         """Return the answer to a refusal, which is counted."""
         self._ledger.refusals[refused.why] += 1
         self._pressure.note(refused.why)
+        if self._trace is not None:
+            self._trace(refused)
         log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})
         return answer_to(refused)
 
