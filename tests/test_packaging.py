@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -56,14 +58,24 @@ def imported() -> set[str]:
 
 def declared() -> dict[str, Requirement]:
     """Return the distribution's dependencies by name."""
-    requirements = map(Requirement, PROJECT["project"]["dependencies"])
+    return by_name(PROJECT["project"]["dependencies"])
+
+
+def of_extras() -> dict[str, Requirement]:
+    """Return what the distribution's extras bring, by name."""
+    return by_name(chain.from_iterable(PROJECT["project"]["optional-dependencies"].values()))
+
+
+def by_name(texts: Iterable[str]) -> dict[str, Requirement]:
+    requirements = map(Requirement, texts)
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
 def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
     distributions = packages_distributions()
-    owners = {canonicalize_name(distributions[module][0]) for module in imported()}
-    assert owners <= declared().keys()
+    wanted = declared().keys() | of_extras().keys()
+    for module in imported():  # some are shared by several distributions
+        assert wanted & {canonicalize_name(owner) for owner in distributions[module]}, module
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
@@ -79,6 +91,7 @@ def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
 def test_the_locks_fit_the_project() -> None:
     run, dev = locked(ROOT / "requirements/run.lock"), locked(ROOT / "requirements/dev.lock")
     assert all(wanted.specifier.contains(run[name]) for name, wanted in declared().items())
+    assert all(wanted.specifier.contains(dev[name]) for name, wanted in of_extras().items())
     assert run.items() <= dev.items()
     assert locked(ROOT / "requirements/build.lock").items() <= dev.items()
 
