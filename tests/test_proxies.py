@@ -183,6 +183,7 @@ def lost_and_doubled(said: Sequence[str], listeners: Sequence[Listener]) -> tupl
     return lost, doubled
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", PROXIES)
 async def test_a_reload_and_a_rolling_restart_under_load_lose_and_double_nothing(
     site: Site, kind: str, record_property: Callable[[str, object], None]
