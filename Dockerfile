@@ -9,10 +9,11 @@ ARG BASE=python:3.13-slim
 FROM ${BASE} AS dependencies
 ENV PIP_QUIET=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
-COPY requirements/run.lock requirements/
+# otel.lock is run.lock and what traces need, which is loaded only where a collector is named.
+COPY requirements/otel.lock requirements/
 RUN python -m venv --without-pip /opt/websocket-relay \
     && python -m pip --python /opt/websocket-relay install --only-binary=:all: \
-        --require-hashes -r requirements/run.lock
+        --require-hashes -r requirements/otel.lock
 
 # The service, in a directory of its own, and so in a layer of its own.
 FROM dependencies AS service

@@ -101,7 +101,9 @@ lock: $(VENV)/.python  ## write the lock files anew from pyproject.toml
 	@$(COMPILE) --group build --output-file requirements/build.lock
 	@$(COMPILE) --group audit --output-file requirements/audit.lock
 	@$(COMPILE) --group chart --no-deps --output-file requirements/chart.lock
-	@$(COMPILE) pyproject.toml --group dev --constraint requirements/run.lock \
+	@$(COMPILE) pyproject.toml --extra otel --constraint requirements/run.lock \
+		--output-file requirements/otel.lock
+	@$(COMPILE) pyproject.toml --group dev --constraint requirements/otel.lock \
 		--constraint requirements/build.lock --output-file requirements/dev.lock
 
 clean:  ## remove the environment, caches and builds

@@ -3,7 +3,7 @@
 from typing import Any
 
 import httpx2
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 
 from tests.conftest import StartRelay
