@@ -10,7 +10,7 @@ import yaml
 
 from tests.brokers import RedisBroker, find_redis, found_or_skip
 from tests.conftest import StartRelay
-from tests.helm import CHART, Values, newest_helm, one
+from tests.helm import CHART, RELEASE, Values, newest_helm, one
 from tests.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing, promtool
 from tests.relay_process import ROOT, eventually
 
@@ -87,13 +87,24 @@ def test_the_chart_has_the_same_alerts_for_its_own_release(tmp_path: Path) -> No
     assert list(made) == names()
     for rule in all_rules():
         expected = THRESHOLD.sub(r"\1", rule["expr"])
-        expected = expected.replace(f'job="{JOB}"', f'job="{JOB}", namespace="chat"')
+        expected = expected.replace(f'job="{JOB}"', f'job="{RELEASE}", namespace="chat"')
         mine = made[rule["alert"]]
         if rule["alert"] != "WebSocketRelayMemory":
             assert dict(mine) == {**rule, "expr": expected}
     file = tmp_path / "rules.yaml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": list(made.values())}]}))
     promtool("check", "rules", file)
+
+
+def test_the_chart_s_alerts_are_for_the_job_that_it_has_scraped() -> None:
+    enabled = {"enabled": True}
+    values = {"prometheusRule": enabled, "serviceMonitor": enabled, "nameOverride": "chat"}
+    objects = newest_helm().objects(values=values)
+    name = f"{RELEASE}-chat"
+    label = one(objects, "ServiceMonitor", name)["spec"]["jobLabel"]
+    job = one(objects, "Service", name)["metadata"]["labels"][label]
+    for group in one(objects, "PrometheusRule", name)["spec"]["groups"]:
+        assert all(f'job="{job}"' in rule["expr"] for rule in group["rules"])
 
 
 def test_the_chart_s_thresholds_are_those_of_the_file() -> None:
