@@ -1,6 +1,7 @@
 """Settings: environment over file over defaults, and an error line for whatever is wrong."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from service.cli import main
 from service.errors import SettingsError
 from service.settings import load
 from tests.certificates import make_pair
 from tests.conftest import StartRelay
 from tests.issuer import Signer, signer
-from tests.relay_process import Finished, Relay, run_command
+from tests.relay_process import Finished, Relay, environment, run_command
 from tests.test_handshake import refused
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -117,13 +119,25 @@ Check = Callable[..., Finished]
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Check:
-    """Run `check` in an empty directory with this text as its config.yaml."""
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Run `check` in an empty directory with this text as its config.yaml.
+
+    In this process, for it is done by the hundred; where a file is named it has one of its own.
+    """
 
     def run(text: str | None = None, **env: str) -> Finished:
         if text is not None:
             (tmp_path / "config.yaml").write_text(text)
-        return run_command("check", directory=tmp_path, env=env)
+        kept = environment(env)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name in os.environ.keys() - kept.keys():
+                patch.delenv(name)
+            for name, value in kept.items():
+                patch.setenv(name, value)
+            exit_code = main(["check"])
+        said = capsys.readouterr()
+        return Finished(exit_code, said.out, said.err)
 
     return run
 
