@@ -1,7 +1,9 @@
 """Relays for the tests: one that all share, and as many of a test's own as it likes."""
 
 import asyncio
+import os
 import signal
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,6 +39,12 @@ BROKERS = {
 LIKE_THE_RELAY = {"tests.test_backplane", "tests.test_outages"}
 """Tests that run the relay's parts themselves, in the loop that it runs them in: what that makes of
 a lost connection is its own."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many tests run at a time: half of their time they wait for something."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return cores + cores // 2
 
 
 def pytest_asyncio_loop_factories(
