@@ -1,6 +1,7 @@
 """Set up logging: one event a line, stable text, facts as fields. Never a payload or a token."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -30,13 +31,16 @@ QUIET = {
 
 OURS = "service."
 
+ADDRESS_S_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
+"""User, password and query: libraries write the address of a collector whole."""
+
 
 def configure(settings: Logging) -> None:
     """Send all logs to standard error, in the format and from the level of the settings."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
-        _name_others,
+        _introduce_others,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: structlog.typing.Processor = (
@@ -79,13 +83,14 @@ def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:
         handler.addFilter(add)
 
 
-def _name_others(
+def _introduce_others(
     _: object, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Say which library wrote a line that is not the relay's."""
+    """Say which library wrote a line that is not the relay's, and leave out what is secret."""
     name = event["_record"].name
     if not name.startswith(OURS):
         event["logger"] = name
+        event["event"] = ADDRESS_S_SECRETS.sub("", event["event"])
     return event
 
 

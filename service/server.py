@@ -120,17 +120,17 @@ def load_tokens(settings: Settings) -> "Tokens | None":
 def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
     """Return what traces, or None where no collector is named.
 
-    The variables are OpenTelemetry's own. They may be meant for everybody on a machine or in a
-    cluster, so what can't be done is logged and stops nothing.
+    The variables are OpenTelemetry's own; an empty one counts as none. They may be meant for
+    everybody on a machine or in a cluster, so what can't be done is logged and stops nothing.
     """
     if not any(environ.get(name) for name in COLLECTOR_VARIABLES):
         return None
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
-    if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    if (environ.get("OTEL_TRACES_EXPORTER") or "otlp") != "otlp":
         return None
-    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol
     if protocol != "http/protobuf":
         log.warning("no traces", extra={"reason": f"{protocol} is not spoken, http/protobuf is"})
         return None

@@ -215,7 +215,9 @@ SOME_PROGRAM = """
 import logging, sys, warnings
 from service import logs, settings
 logs.configure(settings.Logging(format=sys.argv[1]))
-logging.getLogger("some.library").warning("%s is %d", "this", 1, extra={"more": [1]})
+library = logging.getLogger("some.library")
+library.warning("%s is %d", "this", 1, extra={"more": [1]})
+library.error("no answer from %s (again?)", "https://me:pa55@host:1/path?key=s3cret")
 try:
     1 / 0
 except ZeroDivisionError:
@@ -239,8 +241,9 @@ def run_some_program(log_format: str) -> list[str]:
 
 
 def test_libraries_warnings_and_a_crash_are_lines_of_json_too() -> None:
-    library, uvicorn, warning, crash = map(json.loads, run_some_program("json"))
-    for line in (library, uvicorn, warning, crash):
+    lines = list(map(json.loads, run_some_program("json")))
+    library, failure, uvicorn, warning, crash = lines
+    for line in lines:
         assert line.keys() >= ALWAYS
     assert library["event"] == "this is 1"
     assert (library["logger"], library["level"], library["more"]) == (
@@ -248,6 +251,7 @@ def test_libraries_warnings_and_a_crash_are_lines_of_json_too() -> None:
         "warning",
         [1],
     )
+    assert failure["event"] == "no answer from https://host:1/path (again?)"
     assert (uvicorn["logger"], uvicorn["level"]) == ("uvicorn.error", "error")
     assert "ZeroDivisionError" in uvicorn["exception"]
     assert warning["logger"] == "py.warnings"

@@ -275,6 +275,18 @@ async def test_the_environment_names_the_service_and_what_the_collector_asks_for
     assert "secret" not in "\n".join(relay.log_lines)
 
 
+async def test_a_variable_that_is_empty_is_none(
+    relay_with: StartRelay, collector: Collector
+) -> None:
+    empty = dict.fromkeys(
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER",
+         "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), ""
+    )  # fmt: skip
+    relay = relay_with(empty | collector.variables | SOON)
+    async with relay.client("news"):
+        await collector.told("handshake /channels/{channel}")
+
+
 async def test_the_last_spans_are_told_when_the_relay_stops(
     relay_with: StartRelay, collector: Collector
 ) -> None:
@@ -303,8 +315,9 @@ async def test_a_collector_that_is_stuck_holds_up_neither_clients_nor_the_stop(
 
 async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: StartRelay) -> None:
     with Collector() as gone:
-        variables = gone.variables
-    relay = relay_with(variables | SOON | {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.1"})
+        address = gone.variables["OTEL_EXPORTER_OTLP_ENDPOINT"].replace("//", "//me:very-secret@")
+    variables = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{address}/v1/traces?key=very-secret"}
+    relay = relay_with(variables | SOON | {"OTEL_EXPORTER_OTLP_TIMEOUT": "3"})
     async with Client(relay.ws_url("/channels/news")) as client:
         await client.send("hello")
         async with asyncio.timeout(PATIENCE_S):
@@ -312,10 +325,11 @@ async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: St
 
     async def complains() -> tuple[bool, object]:
         told = [event for event in relay.log_events if "logger" in event]
-        return any("Failed to export" in event["event"] for event in told), told
+        return any("/v1/traces" in event["event"] for event in told), told
 
     await eventually(complains, "a line of the library's")
     assert await relay.stop() == 0
+    assert "very-secret" not in "\n".join(relay.log_lines)
 
 
 # Off
