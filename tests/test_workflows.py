@@ -30,6 +30,7 @@ MAY_WRITE = {
 """Each job that may change something, and what."""
 
 MANIFESTS = {
+    "docker": "redis.yaml",
     "docker-compose": "compose.yaml",
     "github-actions": ".github/workflows",
     "gomod": "go.mod",
@@ -204,6 +205,14 @@ def test_every_kind_of_dependency_is_looked_after_where_it_is() -> None:
     for update in yaml.safe_load((GITHUB / "dependabot.yml").read_text())["updates"]:
         for directory in update.get("directories", [update.get("directory")]):
             assert (ROOT / f".{directory}" / MANIFESTS[update["package-ecosystem"]]).exists()
+
+
+def test_new_packages_are_tried_by_all_that_tries_a_change() -> None:
+    script = step("update.yml", "Propose them").script
+    (asked,) = re.findall(r"^for workflow in (.*); do$", script, re.MULTILINE)
+    trying = [file for file in WORKFLOWS if "\n  pull_request:\n" in file.read_text()]
+    assert asked.split() == [file.stem for file in trying]
+    assert all("\n  workflow_dispatch:\n" in file.read_text() for file in trying)
 
 
 # A release
