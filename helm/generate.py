@@ -37,9 +37,12 @@ may be some ten thousand (docs/scaling.md)."""
 
 PATTERNS = {
     ("server", "base_path"): settings.BASE_PATH,
+    ("server", "allowed_origins"): settings.ORIGIN,
+    ("server", "trusted_proxies"): re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?"),
     ("backplane", "stream"): settings.STREAM_NAME,
 }
-"""What the settings check by a pattern, and pydantic's schema does not say."""
+"""What the settings check, and pydantic's schema does not say; of lists their items. Of networks it
+is roughly that."""
 
 SCHEMA_KEYS = {"type", "enum", "items", "minimum", "maximum", "exclusiveMinimum", "minLength"}
 
@@ -107,6 +110,8 @@ def rows(text: str) -> list[Row]:
 def schema(values_text: str) -> str:
     """Return values.schema.json."""
     tree = yaml.safe_load(SCHEMA_BY_HAND.read_text())
+    _require(tree, yaml.safe_load(values_text), tree["definitions"])
+    tree["required"].append("config")
     tree["properties"]["config"] = _settings_schema(settings.Settings.model_json_schema())
     for row in rows(values_text):
         if row.path[0] != "config":
@@ -198,10 +203,30 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
             return kept | closed | {"properties": inner}
         kept |= {key: value for key, value in node.items() if key in SCHEMA_KEYS}
         if path in PATTERNS:
-            kept["pattern"] = f"^{PATTERNS[path].pattern}$"
+            pattern = {"pattern": f"^({PATTERNS[path].pattern})$"}
+            kept |= {"items": kept["items"] | pattern} if "items" in kept else pattern
         return kept
 
     return whole(root, ()) | {"description": "config.yaml of the relay, key for key"}
+
+
+def _require(node: dict[str, Any], defaults: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+    """Ask for what values.yaml has: one that is missing was taken out by a null.
+
+    Without a section or a number Helm would make nonsense, or say where in a template it gave up.
+    What is empty, free or allowed to be null can be missing.
+    """
+    needed = []
+    for name, default in defaults.items():
+        place = node["properties"][name]
+        kind = shared[place["$ref"].rpartition("/")[2]] if "$ref" in place else place
+        if "properties" in place:
+            _require(place, default, shared)
+        is_needed = "properties" in kind or (default and not isinstance(default, dict | list))
+        if is_needed and "null" not in kind.get("type", ""):
+            needed.append(name)
+    if needed:
+        node["required"] = needed
 
 
 def _schema_of(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.helm import (
     nested,
     newest_helm,
     one,
+    parsed,
     run,
     validate,
 )
@@ -207,6 +209,11 @@ def test_a_package_holds_what_is_needed_and_nothing_else(tmp_path: Path) -> None
         ("serviceMonitor.interval", "often", "interval"),
         ("httpRoute.timeouts.request", "1 hour", "request"),
         ("podDisruptionBudget.maxUnavailable", "one", "maxUnavailable"),
+        ("config.server.allowed_origins", ["example.com"], "allowed_origins"),
+        ("config.server.trusted_proxies", ["ingress-nginx"], "trusted_proxies"),
+        ("extraEnv", [{"name": "WORKERS", "value": 2}], "value"),
+        ("strategy.type", "Rolling", "type"),
+        ("fullnameOverride", "2024", "fullnameOverride"),
     ],
 )
 def test_a_misspelt_key_or_a_value_that_none_may_have_is_refused_by_name(
@@ -216,7 +223,65 @@ def test_a_misspelt_key_or_a_value_that_none_may_have_is_refused_by_name(
         helm(name).template(values=nested(path, value))
 
 
+@each_helm
+@pytest.mark.parametrize(
+    "path",
+    [
+        "config",
+        "tls",
+        "image.repository",
+        "replicaCount",
+        "service.port",
+        "secrets.jwtSecret.key",
+        "probes.startup",
+        "strategy.type",
+    ],
+)
+def test_a_null_takes_nothing_out_that_is_needed(name: str, path: str) -> None:
+    with pytest.raises(HelmError, match=rf"{path.rpartition('.')[2]}\b.*") as refused:
+        helm(name).template(values=nested(path, None))
+    assert re.search("missing property|is required", str(refused.value))
+
+
+@each_helm
+@pytest.mark.parametrize(
+    "path",
+    ["resources", "securityContext", "ingress.annotations", "httpRoute.timeouts", "extraEnv"],
+)
+def test_a_null_takes_out_what_can_be_missing(name: str, path: str) -> None:
+    assert one(helm(name).objects(values=nested(path, None)), "Deployment")
+
+
 MISFITS: list[tuple[Mapping[str, Any], list[str]]] = [
+    (nested("nameOverride", "Chat.Relay"), ["nameOverride", "fullnameOverride"]),
+    (
+        {"podLabels": {"app.kubernetes.io/name": "chat"}},
+        ["podLabels", "app.kubernetes.io/name", "nameOverride"],
+    ),
+    *(
+        (nested("config.backplane.url", url), ["config.backplane.url", "redis://"])
+        for url in ("http://redis:6379", "redis:6379", "Memory://")
+    ),
+    *(
+        (
+            {
+                "config": {
+                    "auth": {"mode": "jwt", "jwt": {"jwks_url": url, "algorithms": ["RS256"]}}
+                }
+            },
+            ["config.auth.jwt.jwks_url", "https://"],
+        )
+        for url in ("https://relay:pa55word@issuer.example.com/jwks.json", "issuer.example.com")
+    ),
+    (nested("config.auth.jwt.algorithms", []), ["config.auth.jwt.algorithms", "RS256"]),
+    (
+        nested("service.externalTrafficPolicy", "Local"),
+        ["service.externalTrafficPolicy", "service.type"],
+    ),
+    (
+        nested("service.loadBalancerSourceRanges", ["10.0.0.0/8"]),
+        ["service.loadBalancerSourceRanges", "service.type"],
+    ),
     ({"replicaCount": 2}, ["replicaCount", "config.backplane.url", "secrets.backplaneUrl.name"]),
     (
         {"autoscaling": {"enabled": True}},
@@ -383,6 +448,26 @@ def test_all_that_is_wrong_is_told_at_once(name: str) -> None:
     with pytest.raises(HelmError) as refused:
         helm(name).template(values=values)
     assert len(re.findall(r"^- ", str(refused.value), re.MULTILINE)) == 3
+
+
+@each_helm
+def test_it_can_be_a_part_of_another_chart(name: str, tmp_path: Path) -> None:
+    whole = {"apiVersion": "v2", "name": "bank", "version": "1.0.0"}
+    part = {
+        "name": CHART.name,
+        "version": CHART_YAML["version"],
+        "condition": f"{CHART.name}.enabled",
+    }
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(whole | {"dependencies": [part]}))
+    shutil.copytree(CHART, tmp_path / "charts" / CHART.name)
+    budget = {"maxUnavailable": "", "minAvailable": "60%"}
+    values = {CHART.name: {"enabled": True, "podDisruptionBudget": budget}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    objects = parsed(helm(name).run("template", "bank", str(tmp_path)))
+    made = one(objects, "PodDisruptionBudget", f"bank-{CHART.name}")["spec"]
+    assert (made["minAvailable"], made.get("maxUnavailable")) == ("60%", None)
+    off = ["--set", f"{CHART.name}.enabled=false"]
+    assert not parsed(helm(name).run("template", "bank", str(tmp_path), *off))
 
 
 # What the chart's README says

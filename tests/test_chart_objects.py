@@ -1,12 +1,14 @@
 """What the chart's objects say to Kubernetes, to proxies and to whoever installs it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from service.settings import load
 from tests.helm import (
     CHART,
     RELEASE,
@@ -15,6 +17,7 @@ from tests.helm import (
     nested,
     newest_helm,
     one,
+    parsed,
 )
 
 FULL = CHART / "ci" / "full-values.yaml"
@@ -91,6 +94,88 @@ def test_no_pod_is_missing_in_a_rolling_update() -> None:
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
     }
+
+
+def test_pods_can_be_replaced_all_at_once_instead() -> None:
+    spec = one(rendered(nested("strategy.type", "Recreate")), "Deployment")["spec"]
+    assert spec["strategy"] == {"type": "Recreate"}
+
+
+def test_an_update_has_more_time_than_a_pod_must_be_ready_for() -> None:
+    long = {"spread_s": 1200, "timeout_s": 1600}
+    spec = one(rendered(nested("config.shutdown", long)), "Deployment")["spec"]
+    assert spec["minReadySeconds"] > 1200
+    # Or Kubernetes would refuse the Deployment.
+    assert spec["progressDeadlineSeconds"] > spec["minReadySeconds"]
+
+
+def test_the_pod_of_helm_test_may_run_where_relays_may() -> None:
+    objects = full()
+    relay, test = pod_of(objects, "relay")["spec"], one(objects, "Pod", "relay-test")["spec"]
+    assert test["nodeSelector"] == relay["nodeSelector"]
+    assert test["tolerations"] == relay["tolerations"]
+    assert test["affinity"] == {"nodeAffinity": relay["affinity"]["nodeAffinity"]}
+
+
+def texts(tree: Any) -> Iterator[Any]:
+    """Yield what has to be a text: each name, label and annotation of an object."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if key in ("labels", "matchLabels", "annotations"):
+            yield from value.values()
+        elif isinstance(value, dict | list):
+            yield from texts(value)
+        elif key in ("name", "namespace", "serviceAccountName", "path", "ingressClassName"):
+            yield value
+
+
+@pytest.mark.parametrize("word", ["on", "null", "true", "no"])
+def test_names_that_yaml_takes_for_something_else_stay_names(word: str) -> None:
+    values = {
+        "fullnameOverride": word,
+        "nameOverride": "2024",
+        "priorityClassName": word,
+        "serviceAccount": {"create": False, "name": word},
+        "ingress": {"className": word, "path": "/a: b #c"},
+        "secrets": {"jwtSecret": {"name": word, "key": word}},
+    }
+    text = newest_helm().run("template", "12e3", str(CHART), "--values", str(FULL), values=values)
+    objects = parsed(text)
+    assert [each for each in texts(objects) if not isinstance(each, str)] == []
+    assert one(objects, "Service", word)["metadata"]["labels"]["app.kubernetes.io/name"] == "2024"
+    assert pod_of(objects, word)["spec"]["priorityClassName"] == word
+
+
+NASTY = [
+    "on",
+    "null",
+    "0x1F",
+    "1:30",
+    "2026-11-23",
+    "~",
+    "{{ .Release.Name }}",
+    "$(HOME)",
+    "'single' \"double\"",
+    "# no comment",
+    "a: b",
+    "- item",
+    "two\nlines\n",
+    " spaces ",
+    "\ttab",
+    "%percent",
+    "&anchor",
+    "*alias",
+    "!tag",
+    "back\\slash",
+    "\u00e4\u2028\U0001f600",
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_setting_reaches_the_relay_as_it_was_said(text: str, tmp_path: Path) -> None:
+    objects = rendered(nested("config.auth.jwt.audience", text))
+    file = tmp_path / "config.yaml"
+    file.write_text(one(objects, "ConfigMap")["data"]["config.yaml"])
+    assert load(file, {}).auth.jwt.audience == text
 
 
 def test_other_settings_are_other_pods() -> None:

@@ -4,7 +4,7 @@ line names what differs and what to do. What a single value may be is for values
 */ -}}
 {{- define "websocket-relay.checks" -}}
 {{- $problems := list -}}
-{{- range list "replicas" "stop" "secrets" "tls" "tokens" "ways" "budgets" "network" "environment" -}}
+{{- range list "names" "replicas" "stop" "secrets" "tls" "tokens" "ways" "budgets" "network" "environment" -}}
 {{- range splitList "\n" (include (printf "websocket-relay.checks.%s" .) $) -}}
 {{- if trim . -}}
 {{- $problems = append $problems (printf "- %s" (trim .)) -}}
@@ -14,6 +14,18 @@ line names what differs and what to do. What a single value may be is for values
 {{- if $problems -}}
 {{- printf "\nThese values do not fit together:\n%s\n" (join "\n" $problems) | fail -}}
 {{- end -}}
+{{- end -}}
+
+{{- define "websocket-relay.checks.names" -}}
+{{- $fullname := include "websocket-relay.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname) }}
+the release's name and nameOverride make objects called {{ $fullname }}, and a Service's name begins with a letter and holds a-z, 0-9 and - only; set fullnameOverride to one that does
+{{- end }}
+{{- range $label, $_ := include "websocket-relay.selectorLabels" . | fromYaml }}
+{{- if hasKey (default dict $.Values.podLabels) $label }}
+podLabels has {{ $label }}, by which the Service and others find the pods; leave it out, or set nameOverride
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "websocket-relay.checks.replicas" -}}
@@ -28,7 +40,7 @@ autoscaling.minReplicas is {{ int .minReplicas }} and autoscaling.maxReplicas {{
 {{- if and .enabled (not .targetCPUUtilizationPercentage) (not .targetConnectedClients) }}
 autoscaling.enabled is true and neither autoscaling.targetCPUUtilizationPercentage nor autoscaling.targetConnectedClients says what for; set one of them
 {{- end }}
-{{- if and .enabled .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" $.Values.resources)) }}
+{{- if and .enabled .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" (default dict $.Values.resources))) }}
 autoscaling.targetCPUUtilizationPercentage is a part of resources.requests.cpu, and that is not set; set it, or the first to 0
 {{- end }}
 {{- if and .enabled .targetConnectedClients (not $.Values.config.metrics.enabled) }}
@@ -55,6 +67,14 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 
 {{- define "websocket-relay.checks.secrets" -}}
 {{- $url := .Values.config.backplane.url -}}
+{{- /* Neither address is shown: who knows what is in it. */ -}}
+{{- if not (regexMatch "^(memory|rediss?|unix|nats|tls)://" $url) }}
+config.backplane.url is no address of a broker that the relay knows; set it to one that begins with memory://, redis://, rediss://, unix://, nats:// or tls://
+{{- end }}
+{{- $keys := .Values.config.auth.jwt.jwks_url -}}
+{{- if and $keys (not (regexMatch "^https?://[^/?#@[:space:]]+([/?#][^[:space:]]*)?$" $keys)) }}
+config.auth.jwt.jwks_url is no address that the relay takes; set it to one like https://issuer.example.com/jwks.json, without a user or a password
+{{- end }}
 {{- if or (regexMatch "://.*@" $url) (regexMatch "[?&][^=&]*pass[^=&]*=" $url) }}
 config.backplane.url holds a user or a password, and a ConfigMap is no place for that; put the address into a Secret, name it in secrets.backplaneUrl.name and leave config.backplane.url as it was
 {{- end }}
@@ -94,6 +114,9 @@ tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not as
 {{- $kind := ternary "secret" "key" (hasPrefix "HS" .) -}}
 {{- $_ := set $signed $kind (append (get $signed $kind) .) -}}
 {{- end -}}
+{{- if not $auth.jwt.algorithms }}
+config.auth.jwt.algorithms is empty; set it to what tokens are signed with, like [RS256]
+{{- end }}
 {{- if eq $auth.mode "none" }}
 {{- if or $secret $byKey }}
 {{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} says how tokens are checked and config.auth.mode is none, so everybody may connect; set config.auth.mode to jwt, or leave the first out
@@ -130,6 +153,12 @@ httpRoute.enabled is true and httpRoute.hostnames is empty; set it to the names 
 {{- if and .httpRoute.enabled (not .httpRoute.parentRefs) }}
 httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gateway that clients come through, like [{name: public}]
 {{- end }}
+{{- if and .service.externalTrafficPolicy (eq .service.type "ClusterIP") }}
+service.externalTrafficPolicy is {{ .service.externalTrafficPolicy }} and service.type ClusterIP, which no traffic from outside comes to; leave the first empty, or set service.type to NodePort or LoadBalancer
+{{- end }}
+{{- if and .service.loadBalancerSourceRanges (ne .service.type "LoadBalancer") }}
+service.loadBalancerSourceRanges is set and service.type is {{ .service.type }}, so nobody would be kept out; leave the first empty, or set service.type to LoadBalancer
+{{- end }}
 {{- if and .serviceMonitor.enabled (not .config.metrics.enabled) }}
 serviceMonitor.enabled is true and config.metrics.enabled is false, so there is nothing to scrape; set both or neither
 {{- end }}
@@ -159,10 +188,11 @@ service.port and service.metricsPort are both {{ int .service.port }}; set one o
 
 {{- define "websocket-relay.checks.budgets" -}}
 {{- with .Values.podDisruptionBudget }}
-{{- $most := not (kindIs "invalid" .maxUnavailable) }}
-{{- $least := not (kindIs "invalid" .minAvailable) }}
+{{- /* Not only null: Helm 4 does not heed that in the values of a chart that this one is a part of. */}}
+{{- $most := not (has (toString .maxUnavailable) (list "" "<nil>")) }}
+{{- $least := not (has (toString .minAvailable) (list "" "<nil>")) }}
 {{- if and .enabled $most $least }}
-podDisruptionBudget.maxUnavailable and podDisruptionBudget.minAvailable are both set; set one of them to null
+podDisruptionBudget.maxUnavailable and podDisruptionBudget.minAvailable are both set; set one of them to ""
 {{- end }}
 {{- if and .enabled (not $most) (not $least) }}
 podDisruptionBudget.enabled is true and neither podDisruptionBudget.maxUnavailable nor podDisruptionBudget.minAvailable is set; set one of them

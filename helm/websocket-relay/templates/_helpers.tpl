@@ -1,12 +1,12 @@
 {{- define "websocket-relay.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "websocket-relay.fullname" -}}
 {{- $name := include "websocket-relay.name" . -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
 {{- /* 53, so that what is added to it fits, too */ -}}
-{{- default $full .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
+{{- default $full .Values.fullnameOverride | trunc 53 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "websocket-relay.serviceAccountName" -}}
@@ -26,8 +26,8 @@
 
 {{- /* What an object is called whatever its component. */ -}}
 {{- define "websocket-relay.instanceLabels" -}}
-app.kubernetes.io/name: {{ include "websocket-relay.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "websocket-relay.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- /* Which pods are relays: the pod of `helm test` is none. Never changed, for a Deployment's can't be. */ -}}
