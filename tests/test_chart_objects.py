@@ -265,8 +265,8 @@ def test_an_ingress_holds_websockets_open_and_knows_how_large_a_message_may_be()
     values = (INGRESS, TLS, nested("config.limits.max_message_bytes", 8 << 20))
     annotations = one(rendered(*values), "Ingress")["metadata"]["annotations"]
     assert annotations == {
-        f"{NGINX}/proxy-read-timeout": "3600",
-        f"{NGINX}/proxy-send-timeout": "3600",
+        f"{NGINX}/proxy-read-timeout": "60",
+        f"{NGINX}/proxy-send-timeout": "60",
         f"{NGINX}/proxy-connect-timeout": "2",
         f"{NGINX}/proxy-next-upstream": "error timeout http_503",
         f"{NGINX}/proxy-body-size": "8388608",
