@@ -22,6 +22,7 @@ from tests.brokers import (
     found_or_skip,
 )
 from tests.certificates import Pair, make_pair
+from tests.issuer import SECRET
 from tests.relay_process import Relay, merged
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -138,6 +139,27 @@ def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Pa
         return relay
 
     return start
+
+
+@pytest.fixture
+def secret() -> str:
+    """What tokens are signed with."""
+    return SECRET
+
+
+@pytest.fixture
+def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
+    """A relay that wants tokens."""
+    return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
+
+
+@pytest.fixture
+async def twins(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
+    """Two relays on one Redis, which stop at once."""
+    program = found_or_skip(find_redis(), "a redis-server")
+    async with RedisBroker(program, tmp_path / "broker") as broker:
+        settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
+        yield relay_with(**settings), relay_with(**settings)
 
 
 @pytest.fixture(params=BROKERS)

@@ -38,12 +38,6 @@ DROP = """({name, bytes}) => {
 }"""
 
 
-@pytest.fixture
-def guarded_relay(relay_with: StartRelay) -> Relay:
-    """A relay that wants tokens."""
-    return relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-
-
 @asynccontextmanager
 async def console_of(
     relay: Relay, path: str = "/", *, may_miss: bool = False

@@ -1,18 +1,16 @@
 """A browser's own EventSource, without relay.js, through whatever happens to a relay."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import pytest
 from playwright.async_api import Page
 
 from tests import browser
-from tests.brokers import RedisBroker, find_redis, found_or_skip
 from tests.conftest import StartRelay
 from tests.proxy import Proxy
 from tests.relay_process import Relay, eventually, path_of, receive
-from tests.test_relay_js import numbers, site
+from tests.test_relay_js import site
+from tests.test_resume import numbers
 
 LISTEN = """url => {
     Object.assign(window, {heard: [], refused: false, source: new EventSource(url)});
@@ -33,23 +31,14 @@ async def listen(page: Page, origin: str, channel: str) -> None:
     await until(page, "source.readyState === EventSource.OPEN")
 
 
-@pytest.fixture
-async def replicas(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
-    """Two relays on one Redis."""
-    program = found_or_skip(find_redis(), "a redis-server")
-    async with RedisBroker(program, tmp_path / "broker") as broker:
-        settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
-        yield relay_with(**settings), relay_with(**settings)
-
-
 @pytest.mark.parametrize(
     ("how", "after", "is_elsewhere"),
     [("stopped", 50, True), ("killed", 50, False), ("cut off", 0, True)],
 )
 async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
-    replicas: tuple[Relay, Relay], channel: str, how: str, after: int, is_elsewhere: bool
+    twins: tuple[Relay, Relay], channel: str, how: str, after: int, is_elsewhere: bool
 ) -> None:
-    one, two = replicas
+    one, two = twins
     async with (
         Proxy(one.port) as proxy,
         site() as elsewhere,

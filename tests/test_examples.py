@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import secrets
 import signal
 import socket
 import subprocess
@@ -27,18 +26,6 @@ from tests.relay_process import ROOT, Finished, Relay, environment, receive
 CLIENT_PY = ROOT / "examples" / "client.py"
 CLIENT_HTML = ROOT / "examples" / "client.html"
 MAKE_TOKEN_PY = ROOT / "examples" / "make_token.py"
-
-
-@pytest.fixture
-def secret() -> str:
-    """What tokens are signed with."""
-    return secrets.token_hex(32)
-
-
-@pytest.fixture
-def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
-    """A relay that wants tokens."""
-    return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
 
 
 @contextmanager

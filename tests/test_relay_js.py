@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import secrets
 import shutil
 import subprocess
 import time
@@ -18,13 +17,12 @@ from playwright.async_api import Page
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests import browser
-from tests.brokers import RedisBroker, find_redis, found_or_skip
 from tests.conftest import StartRelay
 from tests.proxy import Connection, Proxy
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Relay, path_of, receive, receive_many
 from tests.test_examples import a_token
-from tests.test_resume import RELAY_V1, say
+from tests.test_resume import RELAY_V1, numbers, say
 
 RELAY_JS = ROOT / "service" / "console" / "relay.js"
 
@@ -177,31 +175,6 @@ async def tab() -> AsyncIterator[Tab]:
         yield opened
 
 
-@pytest.fixture
-def secret() -> str:
-    """What tokens are signed with."""
-    return secrets.token_hex(32)
-
-
-@pytest.fixture
-def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
-    """A relay that wants tokens."""
-    return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
-
-
-@pytest.fixture
-async def replicas(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
-    """Two relays on one Redis."""
-    program = found_or_skip(find_redis(), "a redis-server")
-    async with RedisBroker(program, tmp_path / "broker") as broker:
-        settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
-        yield relay_with(**settings), relay_with(**settings)
-
-
-def numbers(start: int, stop: int) -> list[str]:
-    return [str(number) for number in range(start, stop)]
-
-
 # What it is for
 
 
@@ -283,9 +256,9 @@ async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
 
 @pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
 async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
-    tab: Tab, replicas: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
-    one, two = replicas
+    one, two = twins
     count = 300
     async with Way(one.port) as way, two.client(channel) as publisher:
         await tab.opened(way.url(path_of(channel)))
@@ -305,9 +278,9 @@ async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
 
 @pytest.mark.parametrize(("transport", "count"), [("websocket", 400), ("stream", 100)])
 async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
-    tab: Tab, replicas: tuple[Relay, Relay], channel: str, transport: str, count: int
+    tab: Tab, twins: tuple[Relay, Relay], channel: str, transport: str, count: int
 ) -> None:
-    one, two = replicas
+    one, two = twins
     async with Way(one.port) as way, two.client(channel, max_queue=None) as listener:
         way.blocks_upgrades = transport == "stream"
         await tab.opened(way.url(path_of(channel)))
@@ -331,9 +304,9 @@ async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
 
 
 async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
-    tab: Tab, replicas: tuple[Relay, Relay], channel: str
+    tab: Tab, twins: tuple[Relay, Relay], channel: str
 ) -> None:
-    one, two = replicas
+    one, two = twins
     async with Way(one.port) as way, two.client(channel) as listener:
         await tab.opened(way.url(path_of(channel)))
         way.mute()
@@ -349,9 +322,9 @@ async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
 
 
 async def test_what_it_sends_while_the_network_breaks_is_never_sent_twice(
-    tab: Tab, replicas: tuple[Relay, Relay], channel: str
+    tab: Tab, twins: tuple[Relay, Relay], channel: str
 ) -> None:
-    one, two = replicas
+    one, two = twins
     count = 300
     async with Way(one.port) as way, two.client(channel, max_queue=None) as listener:
         await tab.opened(way.url(path_of(channel)))
@@ -684,9 +657,9 @@ async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
 @pytest.mark.usefixtures("needs_events")
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
-    tab: Tab, replicas: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
-    one, two = replicas
+    one, two = twins
     count = 300
     async with Way(one.port) as way, two.client(channel) as publisher:
         way.blocks_upgrades = True

@@ -94,7 +94,7 @@ async def say(relay: Relay, channel: str, *messages: Message) -> None:
             assert await receive_many(client, len(messages)) == list(messages)
 
 
-def numbers(first: int, end: int) -> list[Message]:
+def numbers(first: int, end: int) -> list[str]:
     return [str(number) for number in range(first, end)]
 
 
