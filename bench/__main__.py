@@ -82,16 +82,6 @@ def _write(folder: Path, document: dict[str, Any], page: str) -> None:
     print(f"written: {folder}/latest.json, {folder}/latest.md")
 
 
-def _draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
-    try:
-        from bench import plot
-    except ImportError as error:
-        print(f"no plot: {error}")
-        return
-    plot.draw(path, facts, measurements)
-    print(f"drawn: {path}")
-
-
 def _allow_files() -> None:
     """Raise the limit of open files, which the servers inherit; few machines allow enough."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -133,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = not any(asked)
     folder = options.output or (RESULTS if full else prepare.BUILD / "results")
     _write(folder, report.document(facts, measurements, judged, absent, how), page)
-    _draw(folder / "latest.png", facts, measurements)
+    report.draw("plot", folder / "latest.png", facts, measurements)
     return 0
 
 

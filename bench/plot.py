@@ -117,12 +117,17 @@ def _heading(axes: Any, load: Load) -> None:
     better = "more is better" if load.main.more_is_better else "less is better"
     if load.spread:
         better += "; from the median to the worst, the dot and the figure are the p99"
-    lines = ((load.main.title, 12.5, "bold", INK, 53), (load.title, 9.5, "normal", SOFT, 37))
+    heading(axes, load.main.title, load.title, better, left=-124)
+
+
+def heading(axes: Any, title: str, about: str, better: str, *, left: int) -> None:
+    """Write what a panel shows, how, and what is better above it, `left` points from its edge."""
+    lines = ((title, 12.5, "bold", INK, 53), (about, 9.5, "normal", SOFT, 37))
     for text, size, weight, colour, above in (*lines, (better, 9.5, "normal", SOFT, 22)):
         axes.annotate(
             text[0].upper() + text[1:],
             (0, 1),
-            (-124, above),
+            (left, above),
             xycoords="axes fraction",
             textcoords="offset points",
             fontsize=size,

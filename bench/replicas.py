@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from bench import machine, prepare, replicas_report
+from bench import machine, prepare, replicas_report, report
 from bench.loads import Figures, Generator
 from bench.servers import RELAY, ROOT, FailedError, Running, started
 from bench.targets import DISTURBED, Measurement
@@ -483,18 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "replicas.md").write_text(page)
     print(f"written: {folder}/replicas.json, {folder}/replicas.md")
     if is_full or not options.only:
-        _draw(folder / "replicas.png", facts, bench.found)
+        report.draw("replicas_plot", folder / "replicas.png", facts, bench.found)
     return 0
-
-
-def _draw(path: Path, facts: dict[str, Any], found: list[Measurement]) -> None:
-    try:
-        from bench import replicas_plot
-    except ImportError as error:
-        print(f"no plot: {error}")
-        return
-    replicas_plot.draw(path, facts, found)
-    print(f"drawn: {path}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ usage: python -m bench.replicas_plot RESULT.json PICTURE.png    draws a written 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.plot import BOUND, FLOOR, GRID, INK, OURS, ROOM, SOFT, THEIRS, redraw, source
+from bench.plot import BOUND, FLOOR, GRID, INK, OURS, ROOM, SOFT, THEIRS, heading, redraw, source
 from bench.replicas_report import (
     BROKERS,
     LEAST_OF_MEMORY,
@@ -37,19 +38,7 @@ Found = Sequence[Measurement]
 Bar = tuple[str, float | None, str, bool]  # name, value, colour, whether it counts
 
 
-def _heading(axes: Any, title: str, about: str, better: str) -> None:
-    lines = ((title, 12.5, "bold", INK, 53), (about, 9.5, "normal", SOFT, 37))
-    for text, size, weight, colour, above in (*lines, (better, 9.5, "normal", SOFT, 22)):
-        axes.annotate(
-            text,
-            (0, 1),
-            (-132, above),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            fontsize=size,
-            fontweight=weight,
-            color=colour,
-        )
+_heading = partial(heading, left=-132)
 
 
 def _bars(axes: Any, groups: Sequence[Sequence[Bar]], unit: str, room: float = ROOM) -> list[float]:

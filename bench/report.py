@@ -2,12 +2,25 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.loads import Figure, Load
 from bench.servers import Server
 from bench.targets import DISTURBED, FAULTS, Measurement, Verdict, calm
+
+
+def draw(plot: str, path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
+    """Have a module of `bench` draw the result; say so where the machine lacks what it needs."""
+    try:
+        module = import_module(f"bench.{plot}")
+    except ImportError as error:
+        print(f"no plot: {error}")
+        return
+    module.draw(path, facts, measurements)
+    print(f"drawn: {path}")
 
 
 def number(value: float | None) -> str:

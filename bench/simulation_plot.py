@@ -18,7 +18,6 @@ from bench.simulation import CROWDED, EVENTS, LIMITED, OTHERS, SIZES, SPREADS, R
 WARM = "#d08700"
 DEEP = "#33508a"
 SHOWN_S = 20  # of a lost zone
-DEFAULT_SPREAD_S = 5
 
 
 def _axes(axes: Any, title: str, about: str, x: str, y: str) -> None:

@@ -73,8 +73,15 @@ class Finished:
 
 def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
     """Run the command line to its end."""
+    return run_python("-m", "service", *arguments, directory=directory, env=env)
+
+
+def run_python(
+    *arguments: str, directory: Path | None = None, env: Mapping[str, str] | None = None
+) -> Finished:
+    """Run an interpreter of its own to its end."""
     done = subprocess.run(
-        [sys.executable, "-m", "service", *arguments],
+        [sys.executable, *arguments],
         cwd=directory,
         env=environment(env),
         capture_output=True,

@@ -1,8 +1,6 @@
 """What the chart makes, used: relays with its settings, its probes, and what `helm test` runs."""
 
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,8 +15,7 @@ from tests.certificates import make_pair
 from tests.helm import CI_VALUES, Object, all_of, nested, newest_helm
 from tests.issuer import SECRET, signer
 from tests.pod import Pod, Secrets
-from tests.raw_client import PATIENCE_S
-from tests.relay_process import HOST, Finished, Relay, environment, merged, run_command
+from tests.relay_process import HOST, Finished, Relay, merged, run_command, run_python
 
 PAIR = make_pair()
 SIGNER = signer("ES256")
@@ -83,15 +80,7 @@ class Release:
         variables["RELAY_TEST_URL"] = f"{scheme}://{HOST}:{relay.port}/{rest.partition('/')[2]}"
         program, *arguments = self.test_pod.container["command"]
         assert program == "python"
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            env=environment(variables),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
+        return run_python(*arguments, env=variables)
 
 
 @contextmanager

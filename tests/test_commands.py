@@ -36,6 +36,7 @@ from tests.relay_process import (
     path_of,
     receive,
     run_command,
+    run_python,
 )
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
@@ -761,16 +762,8 @@ def test_a_command_does_not_wait_for_a_server_to_be_imported(tmp_path: Path) -> 
         "import sys, service.cli as cli; print({'asyncio', 'websockets'} & {*sys.modules});"
         "cli._parser(); print({'fastapi', 'uvicorn', 'pydantic'} & {*sys.modules})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
-    assert done.stdout == "set()\nset()\n"
+    done = run_python("-c", code, directory=tmp_path)
+    assert (done.exit_code, done.stdout) == (0, "set()\nset()\n"), done.stderr
 
 
 @pytest.mark.parametrize("command", ["listen", "send", "bench"])

@@ -27,6 +27,17 @@ CLIENT_PY = ROOT / "examples" / "client.py"
 CLIENT_HTML = ROOT / "examples" / "client.html"
 MAKE_TOKEN_PY = ROOT / "examples" / "make_token.py"
 
+NO_ADDRESSES = (
+    "",
+    "localhost:8443/?access_token=secret",
+    "http://localhost:8443/?access_token=secret",
+    "ws:///channels/news?access_token=secret",
+    "ws://localhost:99999/?access_token=secret",
+    "ws://[::1/?access_token=secret",
+    "ws://me:secret/is@localhost/",
+    "ws://localhost/#secret",
+)
+
 
 @contextmanager
 def client_py(*arguments: str, token: str = "") -> Iterator["subprocess.Popen[str]"]:
@@ -182,20 +193,7 @@ def test_client_py_shows_neither_query_nor_password_of_an_address() -> None:
     assert done.error_lines == ["ws://127.0.0.1:1/channels/news: [Errno 111] Connection refused"]
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "localhost:8443/?access_token=secret",
-        "http://localhost:8443/?access_token=secret",
-        "ws:///channels/news?access_token=secret",
-        "ws://localhost:99999/?access_token=secret",
-        "ws://[::1/?access_token=secret",
-        "ws://me:secret/is@localhost/",
-        "ws://secret@localhost/",
-        "ws://localhost/#secret",
-    ],
-)
+@pytest.mark.parametrize("url", [*NO_ADDRESSES, "ws://secret@localhost/"])
 def test_client_py_says_in_one_line_that_it_was_given_no_address(url: str) -> None:
     done = client_py_reading("", url)
     assert done.exit_code == 2

@@ -1,8 +1,6 @@
 """Limits: how many clients from where, how many upgrades and messages in a second."""
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
@@ -20,8 +18,8 @@ from service.rate import MAX_LATE_S, Rate
 from service.wire.allowance import Allowance
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer
-from tests.raw_client import CONTINUATION, PATIENCE_S, PING, TEXT, frame, upgrade_request
-from tests.relay_process import Relay, closed, environment, path_of, receive, receive_many
+from tests.raw_client import CONTINUATION, PING, TEXT, frame, upgrade_request
+from tests.relay_process import Relay, closed, path_of, receive, receive_many, run_python
 from tests.test_handshake import refused
 from tests.test_tokens import bearing
 
@@ -522,12 +520,5 @@ from service.settings import Settings
 app.build(Settings(), None, server.load_tokens(Settings()))
 print([name for name in ("jwt", "httpx2") if name in sys.modules])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
-    assert done.stdout == "[]\n"
+    done = run_python("-c", script)
+    assert (done.exit_code, done.stdout) == (0, "[]\n"), done.stderr

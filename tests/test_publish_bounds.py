@@ -13,7 +13,6 @@ from tests.test_publish import BATCH, TEXT, post
 
 KIB = 1_024
 MIB = 1_048_576
-BIG = 60 * KIB
 
 
 def posting(

@@ -254,13 +254,13 @@ async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
 # Coming back
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
-async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
+async def hear_while_it_ends(
+    tab: Tab, way: Way, twins: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
+    """Say 300 messages; after a third of them the page's relay ends, and the other one is there."""
     one, two = twins
     count = 300
-    async with Way(one.port) as way, two.client(channel) as publisher:
+    async with two.client(channel) as publisher:
         await tab.opened(way.url(path_of(channel)))
         for number in range(count):
             await publisher.send(str(number))
@@ -272,6 +272,14 @@ async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
                 else:
                     one.signal(SIGTERM if how == "stopped" else SIGKILL)
         await tab.hears(numbers(0, count))
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
+async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
+    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
+) -> None:
+    async with Way(twins[0].port) as way:
+        await hear_while_it_ends(tab, way, twins, channel, how)
         assert len(await tab.told("close")) == 1
         assert len(await tab.told("gap")) == 0
 
@@ -659,18 +667,9 @@ async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
 async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
     tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
-    one, two = twins
-    count = 300
-    async with Way(one.port) as way, two.client(channel) as publisher:
+    async with Way(twins[0].port) as way:
         way.blocks_upgrades = True
-        await tab.opened(way.url(path_of(channel)))
-        for number in range(count):
-            await publisher.send(str(number))
-            assert await receive(publisher) == str(number)
-            if number == count // 3:
-                way.target = two.port
-                one.signal(SIGTERM if how == "stopped" else SIGKILL)
-        await tab.hears(numbers(0, count))
+        await hear_while_it_ends(tab, way, twins, channel, how)
         assert len(await tab.told("gap")) == 0
         (close,) = await tab.told("close")
         assert close["code"] == (1001 if how == "stopped" else 1006)

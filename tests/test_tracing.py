@@ -1,8 +1,6 @@
 """Handshakes and requests as a collector sees them; and a relay that does not trace at all."""
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ from tests.collector import SOON, Collector, Span
 from tests.conftest import StartRelay
 from tests.issuer import token
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import HOST, PLAIN, ROOT, Relay, environment, eventually
+from tests.relay_process import HOST, PLAIN, ROOT, Relay, eventually, run_python
 from tests.test_tokens import guarding
 
 SERVER = 2
@@ -336,15 +334,8 @@ async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: St
 
 
 def test_a_relay_that_does_not_trace_has_not_loaded_the_library_and_goes_the_same_way() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
+    done = run_python("-c", BUILD, directory=ROOT)
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.split(maxsplit=1) == ["SafeHeaders", "[]\n"]
 
 

@@ -27,7 +27,6 @@ HEAD = struct.Struct("<BBQQII")
 MESSAGE_BYTES = 7
 """What a message takes in the columns: its size, channel and opcode."""
 
-MAX_CHANNEL_BYTES = 255
 MAX_CHANNELS = 65_536
 MAX_NOTE_BYTES = 1024
 

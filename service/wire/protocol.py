@@ -26,8 +26,6 @@ from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
 
-RECORD_BYTES = 16_384
-
 
 class RelayProtocol(Client):
     """One client's connection, from the upgrade to its end.
