@@ -250,9 +250,11 @@ class Compression(Section):
 class History(Section):
     """What is kept of all channels together, for clients that come back."""
 
-    max_messages: Count = Field(10_000, description="0: nothing is kept")
+    max_messages: Count = Field(
+        10_000, description="past it the channel with the most messages loses its oldest; 0: none"
+    )
     max_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
-        16_777_216, description="memory that it may take"
+        16_777_216, description="memory; past it the channel that takes the most loses its oldest"
     )
     max_age_s: SomeSeconds = Field(300, description="older messages are forgotten")
 

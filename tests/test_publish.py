@@ -139,6 +139,17 @@ async def test_a_batch_has_so_many_lines_at_most(relay: Relay, channel: str) -> 
         assert await receive_many(listener, 10_000) == ["2"] * 10_000
 
 
+async def test_many_messages_in_one_request_take_no_other_channels_history(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with()
+    for number in range(3):
+        await post(relay, "quiet", str(number).encode(), TEXT)
+    assert (await post(relay, "noisy", b"2\n" * 10_000, BATCH)).status_code == 202
+    async with resuming(relay, "quiet", history=10) as listener:
+        assert await listener.messages(3) == ["0", "1", "2"]
+
+
 async def test_nothing_comes_between_the_lines_of_a_batch(relay: Relay, channel: str) -> None:
     batches = ["\n".join(f'"{who}-{nth}"' for nth in range(500)) for who in range(8)]
     async with relay.client(channel, max_queue=None) as listener:

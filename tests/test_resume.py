@@ -394,15 +394,32 @@ async def test_what_is_too_old_is_forgotten(relay_with: StartRelay, channel: str
     await comes_back_in_vain(relay, channel, client.position)
 
 
-async def test_a_quiet_channel_is_not_forgotten_for_the_noise_of_another(
+async def test_a_quiet_channel_keeps_its_messages_whatever_is_said_in_another(
     relay_with: StartRelay,
 ) -> None:
-    """Its messages are; but a client that heard them all missed nothing."""
+    relay = relay_with(history={"max_messages": 10})
+    async with resuming(relay, "quiet") as client:
+        await say(relay, "quiet", *numbers(0, 3))
+    await say(relay, "noisy", *numbers(0, 50))
+    async with resuming(relay, "quiet", since=client.position) as again:
+        assert again.welcome["recovered"] is True
+        assert await again.messages(3) == numbers(0, 3)
+    async with resuming(relay, "noisy", since=client.position) as again:
+        assert again.welcome["recovered"] is False
+        assert await again.messages(7) == numbers(43, 50)
+
+
+async def test_who_heard_all_of_a_channel_that_was_forgotten_missed_nothing(
+    relay_with: StartRelay,
+) -> None:
     relay = relay_with(history={"max_messages": 5})
     async with resuming(relay, "quiet") as client:
-        await say(relay, "quiet", "heard")
-        assert await client.message() == "heard"
-    await say(relay, "noisy", *numbers(0, 20))
+        await say(relay, "quiet", "missed", "heard")
+        assert await client.messages(2) == ["missed", "heard"]
+    for number in range(12):
+        await say(relay, f"other-{number}", "one each, so nothing is left of it")
+    async with resuming(relay, "quiet", history=5) as empty:
+        assert as_numbers(empty.welcome["position"]) > as_numbers(client.position)
     async with resuming(relay, "quiet", since=client.position) as again:
         assert again.welcome["recovered"] is True
         await say(relay, "quiet", "new")

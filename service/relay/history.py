@@ -2,58 +2,94 @@
 
 Filled with what the log says, like the channels: so what is replayed and what comes live are one
 sequence, and every replica can serve a client that was on another.
+
+Where a bound is passed, the channel that holds most of it loses its oldest messages. A channel that
+holds less than its share, the bound divided by the number of channels, loses nothing to others.
 """
 
 import asyncio
-from bisect import bisect_right
-from collections import OrderedDict, deque
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from service.backplane.base import START, Entry, Position
+from service.relay.ranking import Ranking, Share
 
 ENTRY_BYTES = 320
-"""What a message takes besides its payload: the objects that it is made of, and its places in two
-lists."""
+"""What a message takes besides its payload: the objects that it is made of, and its place in a
+list."""
+
+CHANNEL_BYTES = 600
+"""What a channel takes of which messages are kept: its list, its two shares, and its places in the
+tables."""
 
 AGE_STEP_S = 1.0
 """How exact ages are."""
 
 ROOM_PART = 64
-"""Where there are too many, this part of them is forgotten at once."""
+"""Where there are too many, this part of the bound is forgotten at once."""
 
 COMPACT_FROM = 64
 
 FORGOTTEN = Entry(START, "", 0, b"")
 
 _position_of = attrgetter("position")
+_newest_of = attrgetter("newest")
 
 
 class Past:
-    """What is kept of one channel, oldest first."""
+    """What is kept of one channel, oldest first.
 
-    __slots__ = ("_entries", "_gone")
+    Attributes:
+        channel: its name.
+        floor: no message of the channel behind this position is missing here.
+        messages, bytes: what its messages use of each bound.
+        peers: the channels that become too old when this one does.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_entries", "_gone", "bytes", "channel", "floor", "messages", "peers")
+
+    def __init__(self, channel: str, floor: Position, peers: "Peers") -> None:
+        self.channel = channel
+        self.floor = floor
+        self.peers = peers
+        peers[self] = None
+        self.messages = Share(0)
+        self.bytes = Share(0)
         self._entries: list[Entry] = []
         self._gone = 0  # entries at the front that are forgotten and not taken out yet
 
-    def __len__(self) -> int:
-        return len(self._entries) - self._gone
+    @property
+    def oldest(self) -> Position:
+        """The position of the oldest entry. There must be one."""
+        return self._entries[self._gone].position
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry, size: int) -> None:
         """Add the newest entry."""
         self._entries.append(entry)
+        self.messages.size += 1
+        self.bytes.size += size
 
-    def forget_oldest(self) -> None:
-        """Let go of the oldest entry."""
-        gone, entries = self._gone + 1, self._entries
+    def forget_oldest(self) -> int:
+        """Let go of the oldest entry.
+
+        Returns:
+            What it took.
+        """
+        gone, entries = self._gone, self._entries
+        self.floor, _, _, payload = entries[gone]
+        entries[gone] = FORGOTTEN
+        gone += 1
         if gone >= COMPACT_FROM and gone * 2 >= len(entries):
             del entries[:gone]
             gone = 0
-        else:
-            entries[gone - 1] = FORGOTTEN
         self._gone = gone
+        size = len(payload) + ENTRY_BYTES
+        self.messages.size -= 1
+        self.bytes.size -= size
+        return size
 
     def after(self, position: Position, count: int) -> Sequence[Entry]:
         """Return the first entries behind a position."""
@@ -65,12 +101,31 @@ class Past:
         return self._entries[max(self._gone, len(self._entries) - count) :]
 
 
+Peers = dict[Past, None]
+
+
+class Step(NamedTuple):
+    """A step of time.
+
+    Attributes:
+        ended_at: when, by the history's clock.
+        newest: the newest position by then.
+        peers: channels whose oldest message came in this step, or in an earlier one and is
+            forgotten.
+    """
+
+    ended_at: float
+    newest: Position
+    peers: Peers
+
+
 class History:
     """The latest messages of all channels.
 
     Args:
         max_messages, max_bytes, max_age_s: what is kept of all of them together.
-        max_channels: of so many channels, the latest, is known from where on they are complete.
+        max_channels: of so many channels that lost all their messages, the latest, is known from
+            where on they are complete.
         clock: seconds, growing.
     """
 
@@ -88,30 +143,37 @@ class History:
         self._max_age_s = max_age_s
         self._max_channels = max_channels
         self._clock = clock
-        self._entries: deque[Entry] = deque()
-        self._channels: dict[str, Past] = {}
-        self._added = 0
-        self._marks: deque[tuple[float, int]] = deque()  # when, and what had been added by then
-        # Nothing is missing behind the newest one that was forgotten: of each channel, and of all.
-        self._forgotten: OrderedDict[str, Position] = OrderedDict()
-        self._floor = START
+        self._channels: dict[str, Past] = {}  # those of which something is kept
+        self._by_messages = Ranking(
+            lambda: ((past.messages, past) for past in self._channels.values())
+        )
+        self._by_bytes = Ranking(lambda: ((past.bytes, past) for past in self._channels.values()))
+        self._steps: list[Step] = []
+        self._peers: Peers = {}  # of the step that has not ended
+        # Where channels are complete of which nothing is kept: each of the latest, and all others.
+        self._emptied: OrderedDict[str, Position] = OrderedDict()
+        self._emptied_before = START
+        self._gap = START  # no channel is complete before it
+        self._messages = 0
         self.newest = START
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._messages
 
     def add(self, entry: Entry) -> None:
         """Keep what the log says; forget what is too much."""
         self.newest, channel, _, payload = entry
-        past = self._channels.get(channel)
-        if past is None:
-            past = self._channels[channel] = Past()
-        past.add(entry)
-        self._entries.append(entry)
-        self._added += 1
-        self.bytes += len(payload) + ENTRY_BYTES
-        if self.bytes > self._max_bytes or len(self._entries) > self._max_messages:
+        past = self._channels.get(channel) or self._begin(channel)
+        size = len(payload) + ENTRY_BYTES
+        past.add(entry, size)
+        self._messages += 1
+        self.bytes += size
+        if past.messages.size >= past.messages.end:
+            self._by_messages.reclassify(past.messages)
+        if past.bytes.size >= past.bytes.end:
+            self._by_bytes.reclassify(past.bytes)
+        if self._messages > self._max_messages or self.bytes > self._max_bytes:
             self._make_room()
 
     async def grow_old(self) -> None:
@@ -123,20 +185,27 @@ class History:
     def forget_old(self) -> None:
         """Forget what was too old when this was called before, or since."""
         now = self._clock()
-        self._marks.append((now, self._added))
-        too_old = 0
-        while self._marks and self._marks[0][0] <= now - self._max_age_s:
-            _, too_old = self._marks.popleft()
-        self._forget(too_old - (self._added - len(self._entries)))
+        self._steps.append(Step(now, self.newest, self._peers))
+        self._peers = {}
+        while self._steps and self._steps[0].ended_at <= now - self._max_age_s:
+            _, too_old, peers = self._steps.pop(0)
+            for past in list(peers):
+                while past.messages.size and past.oldest <= too_old:
+                    self._forget_oldest(past)
+                if past.messages.size:
+                    self._regroup(past)
 
     def begin_after(self, position: Position) -> None:
         """Take note that something up to this position may be missing, and nothing behind it."""
-        self._floor = max(self._floor, position)
+        self._gap = max(self._gap, position)
         self.newest = max(self.newest, position)
 
     def known_after(self, channel: str) -> Position:
         """Return a position behind which nothing is missing of a channel."""
-        return max(self._floor, self._forgotten.get(channel, self._floor))
+        past = self._channels.get(channel)
+        if past is not None:
+            return max(self._gap, past.floor)
+        return max(self._gap, self._emptied.get(channel, self._emptied_before))
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """Tell whether nothing is missing of a channel behind a position."""
@@ -152,29 +221,50 @@ class History:
         past = self._channels.get(channel)
         return past.last(count) if past is not None else ()
 
-    def _make_room(self) -> None:
-        """Forget as much as is too much, and some more, so that it need not be done each time."""
-        count = len(self._entries) - self._max_messages + self._max_messages // ROOM_PART
-        while count > 0 or self.bytes > self._max_bytes:
-            self._forget(max(1, count))
-            count = 0
+    def _begin(self, channel: str) -> Past:
+        """Begin to keep messages of a channel."""
+        floor = self._emptied.pop(channel, self._emptied_before)
+        past = self._channels[channel] = Past(channel, floor, self._peers)
+        self._by_messages.insert(past.messages, past)
+        self._by_bytes.insert(past.bytes, past)
+        self.bytes += CHANNEL_BYTES
+        return past
 
-    def _forget(self, count: int) -> None:
-        """Forget so many entries, the oldest."""
-        channels, entries = self._channels, self._entries
-        last: dict[str, Position] = {}
-        for _ in range(count):
-            position, channel, _, payload = entries.popleft()
-            self.bytes -= len(payload) + ENTRY_BYTES
-            past = channels[channel]
-            past.forget_oldest()
-            if not past:
-                del channels[channel]
-            last[channel] = position
-        forgotten = self._forgotten
-        for channel, position in last.items():
-            forgotten[channel] = position
-            forgotten.move_to_end(channel)
-            if len(forgotten) > self._max_channels:
-                _, unknown_before = forgotten.popitem(last=False)
-                self.begin_after(unknown_before)
+    def _regroup(self, past: Past) -> None:
+        """Put a channel among those whose oldest message came in the same step."""
+        step = bisect_left(self._steps, past.oldest, key=_newest_of)
+        past.peers = self._steps[step].peers if step < len(self._steps) else self._peers
+        past.peers[past] = None
+
+    def _make_room(self) -> None:
+        """Forget what is too much, and some more, so that it need not be done each time."""
+        if self._messages > self._max_messages:
+            target = self._max_messages - self._max_messages // ROOM_PART
+            while self._messages > target:
+                past = self._by_messages.largest()
+                for _ in range(min(self._messages - target, past.messages.surplus)):
+                    self._forget_oldest(past)
+        if self.bytes > self._max_bytes:
+            target = self._max_bytes - self._max_bytes // ROOM_PART
+            while self.bytes > target:
+                past = self._by_bytes.largest()
+                while self.bytes > target and past.bytes.surplus > 0:
+                    self._forget_oldest(past)
+
+    def _forget_oldest(self, past: Past) -> None:
+        """Forget the oldest message of a channel; of one that has no other, the channel, too."""
+        self.bytes -= past.forget_oldest()
+        self._messages -= 1
+        if not past.messages.size:
+            self._end(past)
+
+    def _end(self, past: Past) -> None:
+        """Keep of a channel only from where on it is complete."""
+        del self._channels[past.channel], past.peers[past]
+        self._by_messages.remove(past.messages)
+        self._by_bytes.remove(past.bytes)
+        self.bytes -= CHANNEL_BYTES
+        self._emptied[past.channel] = past.floor
+        if len(self._emptied) > self._max_channels:
+            _, floor = self._emptied.popitem(last=False)
+            self._emptied_before = max(self._emptied_before, floor)
