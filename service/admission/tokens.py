@@ -35,12 +35,11 @@ is none for `exp`: whoever is let in would have to leave at once."""
 
 CHECKS: "Options" = {
     "verify_exp": False,  # below, for the leeway is not for it
-    # Of these PyJWT checks more than anybody here relies on: when the token was made, and that its
-    # subject and its number are texts.
-    "verify_iat": False,
-    "verify_sub": False,
-    "verify_jti": False,
+    "verify_iat": False,  # nor is a token refused because its maker's clock is ahead
 }
+
+TIMES = ("exp", "nbf", "iat")
+"""Claims that are numbers (RFC 7519 section 4.1)."""
 
 FAR_FUTURE = 253_402_300_800  # the year 10000
 """A token that expires there or beyond does not."""
@@ -90,6 +89,7 @@ class Tokens:
                 options=CHECKS,
                 leeway=NOT_BEFORE_LEEWAY_S,
             )
+            self._check_types(claims)
             return Rights.of(claims, _expiry(claims))
 
     def _header(self, token: str) -> tuple[str, str | None]:
@@ -109,6 +109,21 @@ class Tokens:
         if key is None:
             raise RefusedError(Refusal.BAD_TOKEN, TokenFault.UNKNOWN_KEY)
         return key
+
+    def _check_types(self, claims: dict[str, Any]) -> None:
+        """Check the types of registered claims where PyJWT does not, or not always.
+
+        Raises:
+            jwt.PyJWTError: one has the wrong type, or there is an audience and none is asked for.
+        """
+        if not all(_is_time(claims[name]) for name in TIMES if name in claims):
+            raise jwt.DecodeError
+        if not isinstance(claims.get("iss", ""), str):
+            raise jwt.DecodeError
+        if not isinstance(claims.get("aud", ""), str | list):
+            raise jwt.DecodeError
+        if "aud" in claims and self._audience is None:  # PyJWT lets empty ones pass
+            raise jwt.InvalidAudienceError
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -156,18 +171,22 @@ def _prove_secret(secret: bytes) -> None:
         raise UnfitError("auth.jwt.secret", problem)
 
 
+def _is_time(value: object) -> bool:
+    """Tell whether a claim is a NumericDate (RFC 7519 section 2)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -math.inf < value < math.inf
+
+
 def _expiry(claims: dict[str, Any]) -> float | None:
     """Return until when a token is good, in seconds since 1970; None: for ever.
 
     Raises:
-        jwt.PyJWTError: that is over, or no time.
+        jwt.PyJWTError: that is over.
     """
     if "exp" not in claims:
         return None
-    expiry = claims["exp"]
-    is_number = isinstance(expiry, int | float) and not isinstance(expiry, bool)
-    if not is_number or not -math.inf < expiry < math.inf:
-        raise jwt.DecodeError
+    expiry: float = claims["exp"]
     if expiry >= FAR_FUTURE:
         return None
     if int(expiry) <= time.time():
