@@ -227,6 +227,13 @@ async def test_a_key_that_the_token_itself_brings_is_not_used(
         assert attackers_server.requests == 0
 
 
+async def test_a_set_may_have_256_keys(relay_with: StartRelay, channel: str) -> None:
+    with KeyServer(crowded_set(255, TWO)) as server:
+        relay = relay_with(auth=by_url(server))
+        await works(bearing(relay, channel, TWO.token()))
+        assert relay.await_log("keys fetched")["keys"] == 256
+
+
 async def test_broken_keys_do_the_good_ones_no_harm(relay_with: StartRelay, channel: str) -> None:
     good = ONE.jwk()
     broken: list[Any] = [
@@ -562,6 +569,12 @@ def inflating() -> tuple[bytes, dict[str, str]]:
     return gzip.compress(b" " * 30_000_000), {"Content-Encoding": "gzip"}
 
 
+def crowded_set(others: int, own: Signer) -> bytes:
+    """Return a key set in which a key comes after so many others."""
+    listed = [THREE.jwk(kid=f"other-{number}") for number in range(others)]
+    return json.dumps({"keys": [*listed, own.jwk()]}, separators=(",", ":")).encode()
+
+
 FAULTY: list[Any] = [
     pytest.param(b"<html>", {}, 200, "not JSON", id="a page"),
     pytest.param(b"", {}, 200, "not JSON", id="nothing"),
@@ -573,6 +586,8 @@ FAULTY: list[Any] = [
     pytest.param(b'{"keys": []}', {}, 200, "no key", id="no key"),
     pytest.param(b'{"keys": [{"kty": "oct", "k": "AAAA"}]}', {}, 200, "no key", id="a secret"),
     pytest.param(b" " * 1_048_577 + key_set(ONE, TWO), {}, 200, "bytes", id="too large"),
+    pytest.param(crowded_set(256, TWO), {}, 200, "257 keys, more than 256", id="a key too many"),
+    pytest.param(crowded_set(7_000, TWO), {}, 200, "more than 256", id="thousands of keys"),
     pytest.param(key_set(ONE, TWO), {}, 500, "500", id="an error"),
     pytest.param(key_set(ONE, TWO), {}, 404, "404", id="not found"),
 ]
