@@ -246,6 +246,29 @@ async def test_another_http_is_refused(relay: Relay, channel: str, version: str)
     await is_refused(relay, upgrade_request(path_of(channel), start=start), 400, 505)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "GET  {path} HTTP/1.1",
+        "GET {path}  HTTP/1.1",
+        "GET\t{path} HTTP/1.1",
+        "GET {path}\tHTTP/1.1",
+        " GET {path} HTTP/1.1",
+        "GET {path} HTTP/1.1 ",
+        "\nGET {path} HTTP/1.1",
+        "\rGET {path} HTTP/1.1",
+        "GET {path} RTSP/1.0",
+    ],
+    ids=repr,
+)
+async def test_a_request_line_has_one_form(relay: Relay, channel: str, start: str) -> None:
+    await is_refused(relay, upgrade_request(path_of(channel), start=start), 400)
+
+
+async def test_an_empty_line_before_the_request_does_not_count(relay: Relay, channel: str) -> None:
+    await is_let_in(relay, b"\r\n" + request(channel))
+
+
 async def test_a_request_with_a_body_is_refused(relay: Relay, channel: str) -> None:
     await is_refused(relay, request(channel, **{"Content-Length": "5"}) + b"hello", 400)
     chunks = b"5\r\nhello\r\n0\r\n\r\n"

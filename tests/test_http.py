@@ -211,6 +211,39 @@ CHUNKED = b"Transfer-Encoding: chunked"
 ONE_CHUNK = b"3\r\nabc\r\n0\r\n\r\n"
 OFFER = (b"Upgrade: h2c", b"Connection: upgrade")
 AMBIGUOUS = {
+    "two spaces before the target": GET.replace(b"GET ", b"GET  "),
+    "two spaces before the version": GET.replace(b" HTTP", b"  HTTP"),
+    "a tab before the target": GET.replace(b"GET ", b"GET\t"),
+    "a tab before the version": GET.replace(b" HTTP", b"\tHTTP"),
+    "a space before the method": b" " + GET,
+    "a tab before the method": b"\t" + GET,
+    "a space behind the version": GET.replace(b"/1.1", b"/1.1 "),
+    "a tab behind the version": GET.replace(b"/1.1", b"/1.1\t"),
+    "a form feed before the target": GET.replace(b"GET ", b"GET\x0c"),
+    "a LF before the request line": b"\n" + GET,
+    "a CR before the request line": b"\r" + GET,
+    "a CR and a CRLF before the request line": b"\r\r\n" + GET,
+    "a request line that ends with LF": GET.replace(b"/1.1\r\n", b"/1.1\n"),
+    "a request line that ends with CR": GET.replace(b"/1.1\r\n", b"/1.1\r"),
+    "a request line that ends with two CR": GET.replace(b"/1.1\r\n", b"/1.1\r\r\n"),
+    "another protocol": GET.replace(b"HTTP/1.1", b"RTSP/1.0"),
+    "another protocol's method": b"SOURCE /healthz ICE/1.0\r\nHost: localhost\r\n\r\n",
+    "a method in lower case": GET.replace(b"GET", b"get"),
+    "a version of two digits": GET.replace(b"/1.1", b"/1.10"),
+    "chunks from HTTP/1.0": post(CHUNKED, body=ONE_CHUNK, version=b"1.0"),
+    "chunked behind nothing": post(b"Transfer-Encoding: ,chunked", body=ONE_CHUNK),
+    "chunked before nothing": post(b"Transfer-Encoding: chunked,", body=ONE_CHUNK),
+    "chunked in one list twice": post(b"Transfer-Encoding: chunked, chunked", body=ONE_CHUNK),
+    "chunked with a parameter": post(CHUNKED + b";a=b", body=ONE_CHUNK),
+    "chunked in quotes": post(b'Transfer-Encoding: "chunked"', body=ONE_CHUNK),
+    "no coding": post(b"Transfer-Encoding:", body=ONE_CHUNK),
+    "a coding and no chunks": post(b"Transfer-Encoding: gzip", body=ONE_CHUNK),
+    "a chunk extension without a name": post(CHUNKED, body=b"3;\r\nabc\r\n0\r\n\r\n"),
+    "a chunk extension with CR": post(CHUNKED, body=b"3;a\rb\r\nabc\r\n0\r\n\r\n"),
+    "a chunk that ends with LF": post(CHUNKED, body=b"3\r\nabc\n0\r\n\r\n"),
+    "a length in the trailers": post(CHUNKED, body=b"0\r\nContent-Length: 5\r\n\r\n"),
+    "a coding in the trailers": post(CHUNKED, body=b"0\r\n" + CHUNKED + b"\r\n\r\n"),
+    "a folded trailer": post(CHUNKED, body=b"0\r\nA: b\r\n c\r\n\r\n"),
     "length and chunks": post(b"Content-Length: 5", CHUNKED, body=b"0\r\n\r\n"),
     "chunks and length": post(CHUNKED, b"Content-Length: 5", body=b"0\r\n\r\n"),
     "two lengths": post(b"Content-Length: 5", b"Content-Length: 0", body=b"hello"),
@@ -306,7 +339,9 @@ async def test_what_is_lenient_is_harmless(relay: Relay) -> None:
     """Where llhttp lets something in, it ends where it says, and the next request is the next."""
     lenient = (
         post(CHUNKED, body=b"3;ext=1\r\nabc\r\n0\r\nTrailer: x\r\n\r\n"),
-        post(b"Transfer-Encoding: gzip, chunked", body=ONE_CHUNK),
+        post(CHUNKED, body=b"000003\r\nabc\r\n00\r\n\r\n"),
+        post(b"Transfer-Encoding: CHUNKED", body=b"4\r\n\r\n\r\n\r\n0\r\n\r\n"),
+        post(b"Content-Length: 005", body=b"hello"),
         post(b"Expect: 100-continue", b"Content-Length: 5", body=b"hello"),
         post(b"Expect: nonsense", b"Content-Length: 5", body=b"hello"),
         b"\r\n\r\n" + post(b"Content-Length: 0"),
@@ -319,6 +354,63 @@ async def test_what_is_lenient_is_harmless(relay: Relay) -> None:
                 answer = await raw.response()
                 assert answer.status == status
                 await raw.exactly(int(answer.headers["content-length"]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (b"Transfer-Encoding: gzip, chunked",),
+        (b"Transfer-Encoding: gzip", CHUNKED),
+        (b"Transfer-Encoding: identity,,chunked",),
+    ],
+    ids=str,
+)
+async def test_a_transfer_coding_that_is_not_known_is_not_implemented(
+    relay: Relay, fields: tuple[bytes, ...]
+) -> None:
+    """RFC 9112 section 6.1. The chunks could be told apart, what is in them could not."""
+    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    assert (await answer_to(relay, post(*fields, body=ONE_CHUNK) + SMUGGLED)).status == 501
+    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
+
+
+INNER = b"\r\n\r\nGET  /healthz HTTP/1.1\r\n\r\n0\r\n\r\n"
+REQUESTS = (
+    GET,
+    post(b"Content-Length: 5", body=b"hello"),
+    b"\r\n" + post(b"Content-Length: %d" % len(INNER), body=INNER),
+    post(CHUNKED, body=b"%x;a=b\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (len(INNER), INNER)),
+    post(CHUNKED, body=b"1\r\nx\r\n2\r\n\r\n\r\n000\r\n\r\n"),
+    GET[:-2] + b"Upgrade: h2c\r\nConnection: upgrade\r\n\r\n",
+)
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2, 3, 5, 7, 64, 100_000])
+async def test_requests_behind_one_another_are_told_apart_wherever_they_are_cut(
+    relay: Relay, read_bytes: int
+) -> None:
+    wire = b"".join(REQUESTS) * 2
+    async with await relay.tcp() as raw:
+        for start in range(0, len(wire), read_bytes):
+            await raw.send(wire[start : start + read_bytes])
+            await asyncio.sleep(0)
+        for status in (200, 405, 405, 405, 405, 200) * 2:
+            answer = await raw.response()
+            assert answer.status == status
+            await raw.exactly(int(answer.headers["content-length"]))
+        await raw.send(GET.replace(b"GET ", b"GET  "))
+        assert (await raw.response()).status == 400
+
+
+@pytest.mark.parametrize("first", REQUESTS, ids=range(len(REQUESTS)))
+async def test_a_malformed_request_line_is_seen_behind_any_other_request(
+    relay: Relay, first: bytes
+) -> None:
+    async with await relay.tcp() as raw:
+        await raw.send(first + GET.replace(b"GET ", b"GET  ") + SMUGGLED)
+        received = await raw.ended()
+    assert b"HTTP/1.1 400" in received
+    assert b"HTTP/1.1 404" not in received
 
 
 # Bodies that are not finished, answers that are not read
@@ -359,6 +451,23 @@ async def test_a_body_that_comes_slowly_is_cut_off(hasty_relay: Relay) -> None:
         assert (await raw.ended()).count(b"HTTP/1.1 ") == 1
         await dribbling
     await hasty_relay.metric_is("websocket_refusals_total", before + 1, reason="handshake_timeout")
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        pytest.param(b"3;" + b"a" * 200_000, id="the extension of a chunk"),
+        pytest.param(b"0" * 200_000, id="the size of a chunk"),
+        pytest.param(b"0\r\nX: " + b"a" * 200_000, id="a trailer"),
+    ],
+)
+async def test_what_surrounds_chunks_is_bounded(relay: Relay, endless: bytes) -> None:
+    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    async with await relay.tcp() as raw:
+        with suppress(ConnectionError):
+            await raw.send(post(CHUNKED, body=endless))
+        assert (await raw.ended()).count(b"HTTP/1.1 ") <= 1
+    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
 
 
 async def test_a_body_that_turns_out_broken_after_its_answer_has_no_second_one(

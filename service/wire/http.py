@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.server import ServerState
 
 from service.errors import Refusal
+from service.wire.framing import Framing
 from service.wire.handshake import Handshake
 from service.wire.protocol import RelayProtocol
 from service.wire.safe_headers import SAFE_HEADERS
@@ -57,6 +58,7 @@ class UnacceptableError(Exception):
 
 TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Request head too large.")
 MALFORMED = (HTTPStatus.BAD_REQUEST, "Invalid HTTP request.")
+NOT_IMPLEMENTED = (HTTPStatus.NOT_IMPLEMENTED, "Transfer coding not supported.")
 
 
 class RequestProtocol(HttpToolsProtocol):
@@ -83,6 +85,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._shared = shared
         self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
         self._deadline: asyncio.TimerHandle | None = None
+        self._framing = Framing()
         self._head_bytes = 0
         self._field_bytes = 0
         self._upgrades = False  # whether the request under way asks for a WebSocket
@@ -109,22 +112,28 @@ class RequestProtocol(HttpToolsProtocol):
         if self._deadline is None and self._between_requests():
             self._due_at = self.loop.time() + self._shared.deadline_s
             self._deadline = self.loop.call_at(self._due_at, self._time_out)
-        self._head_bytes += len(data)
         try:
-            self.parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserError as error:
             self._refuse_unparsed(error)
-        except httptools.HttpParserUpgrade as upgrade:
-            behind = data[upgrade.args[0] :]
-            if self._upgrades:
-                self._upgrade(behind)
-            elif behind:
-                # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
-                self.data_received(behind)
         else:
             if self._head_bytes > MAX_HEAD_BYTES:
                 status, text = TOO_LARGE
                 self._refuse(status, Refusal.HANDSHAKE, text)
+
+    def _feed(self, data: bytes) -> None:
+        start = 0
+        while start < len(data):
+            end = self._framing.pass_piece(data, start)
+            self._head_bytes += end - start
+            try:
+                self.parser.feed_data(data[start:end])
+            except httptools.HttpParserUpgrade:
+                if self._upgrades:
+                    self._upgrade(data[end:])
+                    return
+                # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
+            start = end
 
     # A client that does not read its answers: uvicorn waits for it for ever.
 
@@ -203,24 +212,51 @@ class RequestProtocol(HttpToolsProtocol):
         Raises:
             UnacceptableError: it goes no further.
         """
-        version = self.parser.get_http_version()
+        version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.0", "1.1"):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
             raise UnacceptableError(status, "HTTP/1.1 is spoken here.")
+        # llhttp takes several spaces for one, other line ends before the request line, and other
+        # protocols' names (RFC 9112 section 3).
+        if self._framing.line != b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode()):
+            raise UnacceptableError(*MALFORMED)
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version != "1.0"):  # RFC 9112 section 3.2
             raise UnacceptableError(*MALFORMED)
         if hosts and not HOST.fullmatch(hosts[0]):
             raise UnacceptableError(*MALFORMED)
         # Neither a proxy nor a server as a whole can be asked here, and fragments stay at home.
-        if self.parser.get_method() == b"CONNECT" or self.url == b"*" or b"#" in self.url:
+        if method == b"CONNECT" or self.url == b"*" or b"#" in self.url:
             raise UnacceptableError(*MALFORMED)
         # httptools takes a request that offers an upgrade for one without a body. What is sent as
         # its body would be read as requests, which no proxy in front has seen.
-        if self.parser.should_upgrade() and any(_announces_body(*field) for field in self.headers):
+        if self._expect_body(version) and self.parser.should_upgrade():
             raise UnacceptableError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise UnacceptableError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
+
+    def _expect_body(self, version: str) -> bool:
+        """Tell whether a body follows the head, and how it is framed.
+
+        Raises:
+            UnacceptableError: that can't be told (RFC 9112 sections 6.1 and 6.3).
+        """
+        length, codings = 0, []
+        for name, value in self.headers:
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                codings += value.lower().split(b",")
+        if codings == [b"chunked"] and version == "1.1":
+            self._framing.begin_chunks()
+        elif codings:
+            *others, last = (coding.strip() for coding in codings)
+            if last == b"chunked" and any(others) and version == "1.1":
+                raise UnacceptableError(*NOT_IMPLEMENTED)
+            raise UnacceptableError(*MALFORMED)
+        elif length:
+            self._framing.begin_content(length)
+        return bool(codings or length)
 
     def _asks_for_websocket(self) -> bool:
         # uvicorn takes the last line of each; both are lists, in as many lines as one likes.
@@ -250,6 +286,7 @@ class RequestProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         self._receiving = None
+        self._framing.begin_request()
         super().on_message_complete()
         if not self._upgrades:
             self._cancel_deadline()
@@ -395,8 +432,3 @@ class RequestProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def _announces_body(name: bytes, value: bytes) -> bool:
-    is_length = name == b"content-length" and value != b"0"
-    return is_length or name == b"transfer-encoding"

@@ -1,0 +1,65 @@
+"""Where requests begin: found without offsets from the parser, wherever reads are cut."""
+
+import httptools
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.wire.framing import Framing
+
+INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
+REQUESTS = {
+    b"GET /plain HTTP/1.1\r\n": b"Host: a\r\n\r\n",
+    b"GET /bare HTTP/1.1\r\n": b"\r\n",
+    b"GET  /spaces HTTP/1.1\r\n": b"Host: a\r\n\r\n",
+    b"POST /content HTTP/1.1\r\n": b"Content-Length: %d\r\n\r\n%b" % (len(INNER), INNER),
+    b"POST /chunks HTTP/1.1\r\n": b"Transfer-Encoding: chunked\r\n\r\n%x;a=b\r\n%b\r\n0\r\n\r\n"
+    % (len(INNER), INNER),
+    b"POST /trailers HTTP/1.1\r\n": b"Transfer-Encoding: chunked\r\n\r\n0\r\nA: b\r\nC: d\r\n\r\n",
+}
+
+
+class Lines:
+    """A parser's callbacks: keep the line of each request, as the framing has it."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self._framing = Framing()
+        self._parser = httptools.HttpRequestParser(self)
+
+    def feed(self, data: bytes) -> None:
+        start = 0
+        while start < len(data):
+            end = self._framing.pass_piece(data, start)
+            assert start < end <= len(data)
+            self._parser.feed_data(data[start:end])
+            start = end
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name == b"Content-Length":
+            self._framing.begin_content(int(value))
+        elif name == b"Transfer-Encoding":
+            self._framing.begin_chunks()
+
+    def on_headers_complete(self) -> None:
+        self.seen.append(self._framing.line)
+
+    def on_message_complete(self) -> None:
+        self._framing.begin_request()
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    lines=st.lists(st.sampled_from(list(REQUESTS)), min_size=1, max_size=6),
+    empty_lines=st.integers(0, 2),
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=20),
+)
+def test_every_request_line_is_kept_as_it_came(
+    lines: list[bytes], empty_lines: int, sizes: list[int]
+) -> None:
+    data = b"".join(b"\r\n" * empty_lines + line + REQUESTS[line] for line in lines)
+    parsed = Lines()
+    while data:
+        for size in sizes:
+            parsed.feed(data[:size])
+            data = data[size:]
+    assert parsed.seen == lines
