@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.backplane.base import START, Entry, Position
-from service.relay.history import CHANNEL_BYTES, ENTRY_BYTES, ROOM_PART, History
+from service.relay.history import CHANNEL_BYTES, ENTRY_BYTES, OLD_AT_ONCE, ROOM_PART, History
 from service.relay.ranking import PRECISION, STARTS, Ranking, Share
 
 AGE_S = 10.0
@@ -50,9 +50,13 @@ class Kept:
         self.history.begin_after(self.gap)
 
     def grow_old(self, seconds: float) -> None:
-        self.history.forget_old()
+        self.forget_old()
         self.now += seconds
-        self.history.forget_old()
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        for _ in self.history.forget_old():
+            pass
 
     def of(self, channel: str) -> list[Entry]:
         return list(self.history.after(channel, START, self.count))
@@ -260,10 +264,27 @@ def test_a_channel_loses_only_while_none_holds_an_eighth_more(
 def test_what_is_too_old_is_forgotten_and_nothing_else(acts: list[tuple[object, ...]]) -> None:
     kept = Kept()
     for _ in carry_out(kept, acts):
-        kept.history.forget_old()
+        kept.forget_old()
         for channel, entries in kept.said.items():
             young = [entry for entry in entries if kept.times[entry.position] > kept.now - AGE_S]
             assert kept.of(channel) == young
+
+
+def test_much_that_is_too_old_is_forgotten_a_part_at_a_time_while_more_is_said() -> None:
+    kept = Kept()
+    kept.say("one", times=1_000)
+    for number in range(1_000):
+        kept.say(str(number))
+    kept.forget_old()
+    kept.now = AGE_S
+    left = len(kept.history)
+    for _ in kept.history.forget_old():
+        assert left - len(kept.history) <= OLD_AT_ONCE
+        kept.say("one")
+        left = len(kept.history)
+    assert 0 < len(kept.of("one")) == len(kept.history) < 10
+    assert kept.history.known_after("one") == Position(1, 1_000, 0)
+    assert kept.history.known_after("999") == Position(1, 2_000, 0)
 
 
 # Memory

@@ -10,7 +10,7 @@ holds less than its share, the bound divided by the number of channels, loses no
 import asyncio
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -27,6 +27,9 @@ tables."""
 
 AGE_STEP_S = 1.0
 """How exact ages are."""
+
+OLD_AT_ONCE = 256
+"""So many messages that are too old are forgotten before others have a turn."""
 
 ROOM_PART = 64
 """Where there are too many, this part of the bound is forgotten at once."""
@@ -101,7 +104,7 @@ class Past:
         return self._entries[max(self._gone, len(self._entries) - count) :]
 
 
-Peers = dict[Past, None]
+Peers = OrderedDict[Past, None]
 
 
 class Step(NamedTuple):
@@ -149,7 +152,7 @@ class History:
         )
         self._by_bytes = Ranking(lambda: ((past.bytes, past) for past in self._channels.values()))
         self._steps: list[Step] = []
-        self._peers: Peers = {}  # of the step that has not ended
+        self._peers = Peers()  # of the step that has not ended
         # Where channels are complete of which nothing is kept: each of the latest, and all others.
         self._emptied: OrderedDict[str, Position] = OrderedDict()
         self._emptied_before = START
@@ -180,20 +183,32 @@ class History:
         """Forget what is too old, for ever."""
         while True:
             await asyncio.sleep(AGE_STEP_S)
-            self.forget_old()
+            for _ in self.forget_old():
+                await asyncio.sleep(0)
 
-    def forget_old(self) -> None:
-        """Forget what was too old when this was called before, or since."""
+    def forget_old(self) -> Iterator[None]:
+        """Forget what was too old when this was called before, or since.
+
+        Yields:
+            After every so many messages: others may do something then, and add messages.
+        """
         now = self._clock()
         self._steps.append(Step(now, self.newest, self._peers))
-        self._peers = {}
+        self._peers = Peers()
+        done = 0
         while self._steps and self._steps[0].ended_at <= now - self._max_age_s:
-            _, too_old, peers = self._steps.pop(0)
-            for past in list(peers):
-                while past.messages.size and past.oldest <= too_old:
-                    self._forget_oldest(past)
-                if past.messages.size:
+            _, too_old, peers = self._steps[0]
+            while peers:
+                past = next(iter(peers))
+                if past.oldest <= too_old:
+                    self._forget_oldest(past)  # its last takes the channel out of its peers
+                else:
+                    del peers[past]
                     self._regroup(past)
+                done += 1
+                if done % OLD_AT_ONCE == 0:
+                    yield
+            del self._steps[0]
 
     def begin_after(self, position: Position) -> None:
         """Take note that something up to this position may be missing, and nothing behind it."""
