@@ -4,7 +4,8 @@ Filled with what the log says, like the channels: so what is replayed and what c
 sequence, and every replica can serve a client that was on another.
 
 Where a bound is passed, the channel that holds most of it loses its oldest messages. A channel that
-holds less than its share, the bound divided by the number of channels, loses nothing to others.
+holds less than seven eighths of its share loses nothing to others. Its share is the bound, less
+what the channels themselves take, divided by their number.
 """
 
 import asyncio
