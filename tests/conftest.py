@@ -17,13 +17,13 @@ from tests.brokers import (
     Broker,
     NatsBroker,
     RedisBroker,
-    find_nats,
-    find_redis,
-    found_or_skip,
 )
 from tests.certificates import Pair, make_pair
 from tests.issuer import SECRET
+from tests.programs import ANY_REDIS, NATS, needed
 from tests.relay_process import Relay, merged
+
+pytest_plugins = ["tests.not_tested", "tests.time_limit"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in its background, and the commands under test would inherit it.
@@ -33,8 +33,8 @@ StartRelay = Callable[..., Relay]
 StartReplicas = Callable[..., Sequence[Relay]]
 
 BROKERS = {
-    "redis": (RedisBroker, find_redis, "a redis-server"),
-    "nats": (NatsBroker, find_nats, "a nats-server"),
+    "redis": (RedisBroker, ANY_REDIS),
+    "nats": (NatsBroker, (NATS,)),
 }
 
 LIKE_THE_RELAY = {"tests.test_backplane", "tests.test_outages"}
@@ -156,16 +156,15 @@ def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
 @pytest.fixture
 async def twins(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
     """Two relays on one Redis, which stop at once."""
-    program = found_or_skip(find_redis(), "a redis-server")
-    async with RedisBroker(program, tmp_path / "broker") as broker:
+    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
         yield relay_with(**settings), relay_with(**settings)
 
 
 @pytest.fixture(params=BROKERS)
 async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
-    kind, find, what = BROKERS[request.param]
-    async with kind(found_or_skip(find(), what), tmp_path / "broker") as started:
+    kind, programs = BROKERS[request.param]
+    async with kind(needed(*programs), tmp_path / "broker") as started:
         yield started
 
 

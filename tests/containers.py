@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import Any, NoReturn
+from typing import Any
 
+from tests.programs import MMDEBSTRAP, needed, not_tested
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import HOST, ROOT, Relay
 from tests.shell import persons_environment
-from tests.tools import absent
 
 BUILD_S = 600
 PULL_S = 60
@@ -196,18 +196,13 @@ class Container(Relay):
         return self._published(self._ports[1])
 
 
-def not_run(reason: str) -> NoReturn:
-    """Say that nothing was tried here."""
-    absent(f"the image was NOT built and NOT run: {reason}")
-
-
 def find_engine(directory: Path) -> Engine:
     """Return what this machine has."""
     for program in ("docker", "podman"):
         engine = Engine(program, directory)
         if shutil.which(program) and engine.tries("info").returncode == 0:
             return engine
-    not_run("there is no docker with a daemon here, and no podman")
+    return not_tested("needs docker with a daemon, or podman (Debian: podman)")
 
 
 def find_base(engine: Engine, directory: Path) -> str:
@@ -226,11 +221,12 @@ def find_base(engine: Engine, directory: Path) -> str:
 
 def make_stand_in(engine: Engine, directory: Path) -> None:
     """Make a base of Debian's packages, where no registry of images is in reach."""
-    if os.geteuid() != 0 or not shutil.which("mmdebstrap"):
-        not_run(f"{DEFAULT_BASE} is out of reach, and mmdebstrap (as root) is not here")
+    program = needed(MMDEBSTRAP)
+    if os.geteuid() != 0:
+        not_tested(f"{DEFAULT_BASE} is out of reach, and only root can run mmdebstrap")
     archive = directory / "base.tar"
     done = subprocess.run(
-        ["mmdebstrap", "--variant=minbase", "--include=ca-certificates,python3-venv",
+        [program, "--variant=minbase", "--include=ca-certificates,python3-venv",
          f"--customize-hook={MAKE_ALIKE}", "trixie", str(archive)],
         capture_output=True,
         text=True,

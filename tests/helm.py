@@ -7,7 +7,6 @@ Elsewhere the `helm` and `kubectl` of the system are taken.
 import io
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from tests.programs import HELM, KUBECTL, needed
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, merged
 
@@ -181,12 +181,7 @@ def kubectl() -> Path:
 
 
 def _of_the_system(name: str) -> Path:
-    found = shutil.which(name)
-    if found is None:
-        raise AbsentError(
-            f"no {name}: there is no package of it for this machine, and none on the PATH"
-        )
-    return Path(found)
+    return needed(KUBECTL if name == "kubectl" else HELM)
 
 
 @cache

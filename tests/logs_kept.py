@@ -17,11 +17,8 @@ from tests.brokers import (
     Broker,
     NatsBroker,
     RedisBroker,
-    find_nats,
-    find_redis,
-    find_redis_6,
-    found_or_skip,
 )
+from tests.programs import ANY_REDIS, NATS, REDIS_6, REDIS_7, needed
 
 PATIENCE_S = 15.0
 
@@ -267,9 +264,9 @@ class NatsLog(BrokerLog):
 def broker_of(kind: str, directory: Path, **options: Any) -> Broker:
     """Return a broker of a kind that is not started yet."""
     if kind == "nats":
-        return NatsBroker(found_or_skip(find_nats(), "nats-server"), directory, **options)
-    found = find_redis() if kind == "redis" else find_redis_6()
-    return RedisBroker(found_or_skip(found, f"the server of {kind}"), directory, **options)
+        return NatsBroker(needed(NATS), directory, **options)
+    programs = (REDIS_6,) if kind != "redis" else (REDIS_7,) if "pair" in options else ANY_REDIS
+    return RedisBroker(needed(*programs), directory, **options)
 
 
 def log_of(kind: str, stack: AsyncExitStack, broker: Broker) -> BrokerLog:

@@ -6,7 +6,6 @@ Knows Prometheus, its configuration and its language; nothing of a relay but its
 import asyncio
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-import pytest
 
 from tests.brokers import free_port
+from tests.programs import PROMETHEUS, PROMTOOL, needed
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import HOST, PLAIN, Metrics, Relay, eventually
 
@@ -30,18 +29,10 @@ ITS_OWN = {"up", "ALERTS"}
 """What Prometheus itself knows, without any page."""
 
 
-def program(name: str) -> str:
-    """Return where Prometheus or promtool is; where it is not, the test fails and says so."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.fail(f"{name} is not here; Debian has it in the package prometheus")
-    return found
-
-
 def promtool(*arguments: str | Path) -> str:
     """Have promtool check something; fail with what it says where it finds a fault."""
     done = subprocess.run(
-        [program("promtool"), *map(str, arguments)],
+        [needed(PROMTOOL), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -158,7 +149,7 @@ class Prometheus:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    program("prometheus"),
+                    needed(PROMETHEUS),
                     f"--config.file={self._config}",
                     f"--storage.tsdb.path={self._directory / 'data'}",
                     f"--web.listen-address={HOST}:{self._port}",

@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ from types import TracebackType
 from typing import Self
 
 import httpx2
-import pytest
 
 from tests.brokers import free_port
 from tests.certificates import Pair, replace
+from tests.programs import HAPROXY, NGINX, TRAEFIK, needed
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import HOST, ROOT, eventually
 
@@ -170,9 +168,8 @@ class Nginx(Proxy):
         (there / "nginx.conf").write_text(self._here(block("nginx", "nginx"), changes))
 
     def _command(self) -> list[str]:
-        program = found("nginx")
         file = str(self.directory / "nginx.conf")
-        return [program, "-e", "stderr", "-c", file, "-g", "daemon off;"]
+        return [str(needed(NGINX)), "-e", "stderr", "-c", file, "-g", "daemon off;"]
 
     async def reload(self) -> None:
         await self._reload_by(signal.SIGHUP)
@@ -194,7 +191,7 @@ class Haproxy(Proxy):
         (there / "haproxy.cfg").write_text(self._here(block("HAProxy", "haproxy"), changes))
 
     def _command(self) -> list[str]:
-        return [found("haproxy"), "-W", "-f", str(self.directory / "haproxy.cfg")]
+        return [str(needed(HAPROXY)), "-W", "-f", str(self.directory / "haproxy.cfg")]
 
     async def reload(self) -> None:
         await self._reload_by(signal.SIGUSR2)
@@ -215,7 +212,7 @@ class Traefik(Proxy):
         (there / "relays.yaml").write_text(text)
 
     def _command(self) -> list[str]:
-        return [found("traefik"), f"--configfile={self.directory / 'traefik.yaml'}"]
+        return [str(needed(TRAEFIK)), f"--configfile={self.directory / 'traefik.yaml'}"]
 
     async def reload(self) -> None:
         # It says nothing of it. So a path becomes its own to answer, and not a relay's.
@@ -232,13 +229,3 @@ class Traefik(Proxy):
 
 
 PROXIES: Mapping[str, type[Proxy]] = {kind.name: kind for kind in (Nginx, Haproxy, Traefik)}
-
-
-def found(name: str) -> str:
-    """Return where a program is."""
-    beside = Path(sys.executable).parent
-    path = os.pathsep.join((str(beside), os.environ["PATH"], "/usr/sbin"))
-    program = shutil.which(name, path=path)
-    if program is None:
-        pytest.fail(f"{name} is not here; .ci/run installs what the tests need")
-    return program

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.brokers import RedisBroker, find_redis, found_or_skip
+from tests.brokers import RedisBroker
 from tests.conftest import StartRelay
 from tests.helm import CHART, RELEASE, Values, newest_helm, one
+from tests.programs import ANY_REDIS, needed
 from tests.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing, promtool
 from tests.relay_process import ROOT, eventually
 
@@ -161,7 +162,7 @@ async def test_a_real_prometheus_sees_a_broker_go_and_come_back(
     relay_with: StartRelay, tmp_path: Path
 ) -> None:
     rules = hasty(ALERTS, tmp_path)
-    redis = found_or_skip(find_redis(), "Redis")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "redis") as broker:
         relay = relay_with(backplane={"url": broker.url})
         async with Prometheus(tmp_path / "prometheus", {"relay-0": relay}, rules) as prometheus:

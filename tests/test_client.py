@@ -25,10 +25,11 @@ from service.client import (
 from service.client import Relay as Client
 from service.client.outbox import Outbox, size_of
 from service.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
-from tests.brokers import RedisBroker, find_redis, found_or_skip
+from tests.brokers import RedisBroker
 from tests.certificates import make_pair
 from tests.conftest import StartRelay
 from tests.issuer import SECRET, token
+from tests.programs import ANY_REDIS, needed
 from tests.proxy import Proxy
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import Relay, path_of, receive
@@ -292,7 +293,7 @@ async def test_of_what_a_killed_relay_relayed_last_nobody_knows_and_nothing_else
 @pytest.fixture
 async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[list[Relay]]:
     """Two relays that are one, by a broker."""
-    async with RedisBroker(found_or_skip(find_redis(), "a redis-server"), tmp_path / "broker") as b:
+    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as b:
         backplane = {"url": b.url}
         yield [relay_with(backplane=backplane, shutdown={"spread_s": 0}) for _ in range(2)]
 

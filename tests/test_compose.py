@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from service.settings import Settings
-from tests.brokers import RedisBroker, find_redis, found_or_skip, free_port
+from tests.brokers import RedisBroker, free_port
+from tests.programs import ANY_REDIS, NGINX, needed
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import (
     HOST,
@@ -109,10 +109,7 @@ class Nginx(Relay):
         return self._access_log.read_text().splitlines()
 
     def command(self, *arguments: str) -> list[str]:
-        searched = os.pathsep.join((os.environ["PATH"], "/usr/sbin"))
-        found = shutil.which("nginx", path=searched)
-        program = found_or_skip(Path(found) if found else None, "nginx")
-        return [str(program), "-e", "stderr", "-c", str(self._file), *arguments]
+        return [str(needed(NGINX)), "-e", "stderr", "-c", str(self._file), *arguments]
 
     def launch(self) -> None:
         self._process = subprocess.Popen(
@@ -190,7 +187,7 @@ class Deployment:
 
 @pytest.fixture
 async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
-    redis = found_or_skip(find_redis(), "a redis-server")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker", fsync="everysec") as broker:
         with ExitStack() as stack:
             made = Deployment(stack, tmp_path, broker)

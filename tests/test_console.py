@@ -17,9 +17,10 @@ from playwright.async_api import FilePayload, Locator, Page, Route, expect
 from websockets.asyncio.client import ClientConnection
 
 from tests import browser
-from tests.brokers import RedisBroker, find_redis, found_or_skip
+from tests.brokers import RedisBroker
 from tests.conftest import StartRelay
 from tests.issuer import EVERYTHING, SECRET, token
+from tests.programs import ANY_REDIS, needed
 from tests.relay_process import Relay, receive, receive_many
 
 KEPT = 500
@@ -286,7 +287,7 @@ async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
 async def test_it_survives_a_relay_s_restart_and_misses_nothing(
     relay_with: StartRelay, tmp_path: Path, channel: str
 ) -> None:
-    redis = found_or_skip(find_redis(), "a redis-server")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0}}
         relay, replica = relay_with(**settings), relay_with(**settings)
@@ -393,7 +394,7 @@ async def test_the_figures_are_the_relay_s(relay: Relay, channel: str) -> None:
 
 
 async def test_all_replicas_are_shown(relay_with: StartRelay, tmp_path: Path, channel: str) -> None:
-    redis = found_or_skip(find_redis(), "a redis-server")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}}
         relay, replica = relay_with(**settings), relay_with(**settings)

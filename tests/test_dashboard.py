@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.brokers import RedisBroker, find_redis, found_or_skip
+from tests.brokers import RedisBroker
 from tests.certificates import Pair, make_pair
 from tests.conftest import StartRelay
 from tests.helm import CHART, newest_helm, one
 from tests.issuer import KeyServer, key_set, signer
+from tests.programs import ANY_REDIS, needed
 from tests.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing
 from tests.relay_process import Metrics, Relay, receive
 
@@ -148,7 +149,7 @@ def pair() -> Pair:
 async def test_a_real_prometheus_answers_each_query(
     tls_relay_with: StartRelay, tmp_path: Path
 ) -> None:
-    redis = found_or_skip(find_redis(), "Redis")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "redis") as broker:
         with KeyServer(key_set(signer("ES256", "key"))) as keys:
             jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}

@@ -1,14 +1,13 @@
 """What is counted is what happened, to the last message."""
 
 import asyncio
-import shutil
 import subprocess
 from contextlib import AsyncExitStack
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import StartRelay
+from tests.programs import PROMTOOL, needed
 from tests.raw_client import TEXT, frame
 from tests.relay_process import Metrics, Relay, closed, receive, receive_many
 
@@ -216,12 +215,11 @@ async def test_the_page_is_prometheus_text(relay: Relay) -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
 async def test_promtool_finds_no_fault_with_the_page(relay: Relay) -> None:
     page = (await relay.get_metrics()).text
     verdict = await asyncio.to_thread(
         subprocess.run,
-        ["promtool", "check", "metrics"],
+        [str(needed(PROMTOOL)), "check", "metrics"],
         input=page,
         capture_output=True,
         text=True,

@@ -16,8 +16,9 @@ from websockets.exceptions import InvalidStatus
 from service.client import Connected, Disconnected
 from service.client import Relay as Client
 from service.client.events import Event
-from tests.brokers import RedisBroker, find_redis, found_or_skip, free_port
+from tests.brokers import RedisBroker, free_port
 from tests.certificates import make_pair
+from tests.programs import ANY_REDIS, needed
 from tests.proxies import PROXIES, Proxy
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import HOST, Relay, receive
@@ -91,7 +92,7 @@ def _no_proxy_of_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    redis = found_or_skip(find_redis(), "a redis-server")
+    redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker") as broker:
         with ExitStack() as stack:
             made = Site(stack, tmp_path, broker)

@@ -6,7 +6,6 @@ So does docs/security.md: the tests that it names are there, and its lines in YA
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from service.errors import Close, Refusal
 from tests import browser
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer
+from tests.programs import CURL, needed
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Relay, receive, run_command
 from tests.shell import persons_environment
@@ -172,10 +172,8 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.skipif(
-    shutil.which("curl") is None and not os.environ.get("CI"), reason="no curl on this machine"
-)
 def test_every_command_does_what_it_says(reader: Reader) -> None:
+    needed(CURL)
     assert {"make run", "make test"} <= set(commands())
     for command in commands():
         reader.type(command)

@@ -1,8 +1,6 @@
 """relay.js in a real browser, on a page of another origin, through whatever happens to a relay."""
 
 import asyncio
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,6 +16,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from tests import browser
 from tests.conftest import StartRelay
+from tests.programs import TYPESCRIPT, needed
 from tests.proxy import Connection, Proxy
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Relay, path_of, receive, receive_many
@@ -586,27 +585,9 @@ async def test_what_is_no_token_is_not_sent(tab: Tab, relay: Relay) -> None:
         assert way.upgrades == 0
 
 
-# Where the relay has server-sent events
+# Refusals, whose reason server-sent events tell
 
 
-@pytest.fixture
-async def needs_events(relay: Relay) -> None:
-    if not await serves_events(relay):
-        pytest.skip("the relay has no /events")
-
-
-async def serves_events(relay: Relay) -> bool:
-    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
-    try:
-        writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        async with asyncio.timeout(PATIENCE_S):
-            head = await reader.readuntil(b"\r\n\r\n")
-        return b"text/event-stream" in head.lower()
-    finally:
-        writer.transport.abort()
-
-
-@pytest.mark.usefixtures("needs_events")
 @pytest.mark.parametrize(
     ("token", "status", "reason"),
     [("", 401, "token required"), ("other", 403, "no right to this channel")],
@@ -624,7 +605,6 @@ async def test_a_refusal_is_told_and_not_asked_for_again(
         assert way.upgrades == 1
 
 
-@pytest.mark.usefixtures("needs_events")
 async def test_it_comes_back_when_a_limit_that_refused_it_says(
     tab: Tab, relay_with: StartRelay
 ) -> None:
@@ -638,7 +618,6 @@ async def test_it_comes_back_when_a_limit_that_refused_it_says(
     await tab.until("relay.state === 'open'")
 
 
-@pytest.mark.usefixtures("needs_events")
 async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
     tab: Tab, relay: Relay, channel: str
 ) -> None:
@@ -662,7 +641,6 @@ async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
         assert (await tab.heard())[-1] == "while it was away"
 
 
-@pytest.mark.usefixtures("needs_events")
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
     tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
@@ -675,7 +653,6 @@ async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
         assert close["code"] == (1001 if how == "stopped" else 1006)
 
 
-@pytest.mark.usefixtures("needs_events")
 async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
     relay: Relay, channel: str
 ) -> None:
@@ -695,7 +672,6 @@ async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
             assert len(await tab.told("close")) == 0
 
 
-@pytest.mark.usefixtures("needs_events")
 async def test_what_a_stream_s_relay_refuses_is_told(
     tab: Tab, guarded_relay: Relay, secret: str, channel: str
 ) -> None:
@@ -724,17 +700,6 @@ export const types: typeof told = made;
 """
 
 
-def compiler() -> str:
-    """Return the path of TypeScript's compiler; skip the test where there is none, but in CI."""
-    found = shutil.which("tsc")
-    if found is not None:
-        return found
-    absent = "no TypeScript on this machine (Debian: apt-get install node-typescript)"
-    if os.environ.get("CI"):
-        pytest.fail(absent)
-    pytest.skip(absent)
-
-
 def test_the_types_are_those_of_the_module(tmp_path: Path) -> None:
     script, types = tmp_path / "made" / "relay.js", tmp_path / "told" / "relay.d.ts"
     for file in (script, types):
@@ -744,7 +709,7 @@ def test_the_types_are_those_of_the_module(tmp_path: Path) -> None:
     (tmp_path / "same.ts").write_text(SAME)
     options = "--noEmit --strict --allowJs --checkJs --target es2022 --module nodenext"
     done = subprocess.run(
-        [compiler(), *options.split(), "--lib", "es2022,dom,dom.iterable", "same.ts"],
+        [needed(TYPESCRIPT), *options.split(), "--lib", "es2022,dom,dom.iterable", "same.ts"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

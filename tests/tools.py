@@ -8,22 +8,15 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import playwright
 import pytest
 
+from tests import programs
 from tests.relay_process import ROOT
 
 NPM = ROOT / "tests" / "npm"
 NPM_INSTALL_S = 120
-
-
-def absent(text: str) -> NoReturn:
-    """Leave out a test that can't be done here; in CI, where everything is to be had, it fails."""
-    if os.environ.get("CI"):
-        pytest.fail(text)
-    pytest.skip(text)
 
 
 def of_python(name: str) -> str:
@@ -49,9 +42,7 @@ def of_npm(name: str) -> list[str]:
 
 
 def _install(directory: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        absent("npm is not here; .ci/run installs it")
+    npm = programs.needed(programs.NPM)
     directory.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=directory.parent))
     try:
