@@ -308,7 +308,9 @@ async def _serve(
             )
             group.create_task(relay_port.serve())
             gc.freeze()  # what is here now stays: the collector need not look at it
-            becoming_ready = group.create_task(_become_ready(relay))
+            becoming_ready = group.create_task(
+                _become_ready(relay, functools.partial(_greet, settings, relay_port, metrics_port))
+            )
             await stop.asked.wait()
             becoming_ready.cancel()  # before the phase changes
             until = time.monotonic() + settings.shutdown.timeout_s
@@ -321,7 +323,18 @@ async def _serve(
     return until
 
 
-async def _become_ready(relay: Relay) -> None:
+def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
+    """Tell a person what to do next: on standard output, for the log has one event a line."""
+    if settings.logging.format != "text":
+        return
+    from service.greeting import greeting
+
+    metrics = metrics_port.address[1] if metrics_port is not None else None
+    with contextlib.suppress(OSError, ValueError):  # no reader, or no certificate any more
+        print(greeting(settings, relay_port.address[1], metrics), end="", flush=True)
+
+
+async def _become_ready(relay: Relay, greet: Callable[[], None]) -> None:
     """Say that clients are welcome, once all that they need is there.
 
     That is the backplane, with what was said before; and the keys that tell those with a good token
@@ -338,6 +351,7 @@ async def _become_ready(relay: Relay) -> None:
         await relay.tokens.jwks.get_first()
     relay.health.phase = Phase.READY
     log.info("ready")
+    greet()
 
 
 def _relay_listener(settings: Settings, relay: Relay) -> Listener:
