@@ -6,6 +6,7 @@ Knows the settings and the ports that were bound. The log is apart, with one eve
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from service.settings import Server, Settings
@@ -13,6 +14,13 @@ from service.settings import Server, Settings
 NAME = "websocket-relay"
 
 ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+def greet(settings: Settings, port: int, metrics_port: int | None) -> None:
+    """Print the greeting for a person, on standard output, for the log has one event a line."""
+    if settings.logging.format == "text":
+        with suppress(OSError, ValueError):  # no reader, or no certificate any more
+            print(greeting(settings, port, metrics_port), end="", flush=True)
 
 
 def greeting(

@@ -23,6 +23,7 @@ import uvloop
 from service import logs
 from service.app import Relay, build
 from service.errors import StartError
+from service.greeting import greet
 from service.health import Phase
 from service.relay.drain import close_all, wait_until_gone
 from service.relay.keepalive import keep_alive
@@ -324,17 +325,11 @@ async def _serve(
 
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
-    """Tell a person what to do next: on standard output, for the log has one event a line."""
-    if settings.logging.format != "text":
-        return
-    from service.greeting import greeting
-
     metrics = metrics_port.address[1] if metrics_port is not None else None
-    with contextlib.suppress(OSError, ValueError):  # no reader, or no certificate any more
-        print(greeting(settings, relay_port.address[1], metrics), end="", flush=True)
+    greet(settings, relay_port.address[1], metrics)
 
 
-async def _become_ready(relay: Relay, greet: Callable[[], None]) -> None:
+async def _become_ready(relay: Relay, tell: Callable[[], None]) -> None:
     """Say that clients are welcome, once all that they need is there.
 
     That is the backplane, with what was said before; and the keys that tell those with a good token
@@ -351,7 +346,7 @@ async def _become_ready(relay: Relay, greet: Callable[[], None]) -> None:
         await relay.tokens.jwks.get_first()
     relay.health.phase = Phase.READY
     log.info("ready")
-    greet()
+    tell()
 
 
 def _relay_listener(settings: Settings, relay: Relay) -> Listener:

@@ -1,6 +1,7 @@
 """Relays for the tests: one that all share, and as many of a test's own as it likes."""
 
 import asyncio
+import inspect
 import os
 import signal
 import sys
@@ -93,7 +94,13 @@ def channel() -> str:
 
 
 @pytest.fixture
-def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
+def may_fork(request: pytest.FixtureRequest) -> bool:
+    """Whether a test's relays may be forks: not where it measures memory, which forks share."""
+    return "rss_bytes" not in inspect.getsource(request.module)
+
+
+@pytest.fixture
+def relay_with(tmp_path: Path, may_fork: bool) -> Iterator[StartRelay]:
     """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
     started: list[Relay] = []
     with ExitStack() as stack:
@@ -101,7 +108,7 @@ def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
         def start(env: dict[str, str] | None = None, **settings: Any) -> Relay:
             directory = tmp_path / f"relay-{len(started)}"
             directory.mkdir()
-            relay = Relay(directory, settings, env)
+            relay = Relay(directory, settings, env, may_fork=may_fork)
             started.append(relay)
             return stack.enter_context(relay)
 
@@ -169,7 +176,7 @@ async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 @pytest.fixture
-def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
+def replicas_with(broker: Broker, tmp_path: Path, may_fork: bool) -> Iterator[StartReplicas]:
     """Start relays on the broker."""
     with ExitStack() as stack:
         started: list[Relay] = []
@@ -182,6 +189,7 @@ def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
                 relay = Relay(
                     directory,
                     merged({"backplane": {"url": broker.url}}, settings),
+                    may_fork=may_fork,
                 )
                 started.append(stack.enter_context(relay))
                 new.append(relay)

@@ -160,6 +160,9 @@ class Container(Relay):
         self._ports = ports
         self.name = f"relay-{uuid.uuid4().hex[:12]}"
 
+    def start(self) -> None:
+        self.launch()
+
     def launch(self) -> None:
         published = [f"--publish={HOST}::{port}" for port in self._ports]
         variables = [f"--env={name}={value}" for name, value in self._variables.items()]

@@ -26,6 +26,7 @@ from prometheus_client.samples import Sample
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Data
 
+from tests.forks import FORKS, Forked
 from tests.raw_client import PATIENCE_S, RawClient, raw_websocket
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,7 @@ class Relay:
         env: Mapping[str, str] | None = None,
         *,
         max_descriptors: int | None = None,
+        may_fork: bool = False,
     ) -> None:
         """Prepare a relay that listens on ports of the kernel's choice.
 
@@ -135,21 +137,24 @@ class Relay:
             settings: what differs from a quiet relay on the loopback interface.
             env: further environment variables.
             max_descriptors: what the process may have open at a time (RLIMIT_NOFILE, hard).
+            may_fork: whether `with` may start it as a fork (tests/forks.py).
         """
         self.settings = merged(QUIET_SETTINGS, settings or {})
         self._directory = directory
         self._env = environment(env)
         self._max_descriptors = max_descriptors
+        changes_python = any(name.startswith("PYTHON") for name in env or {})
+        self._forks = may_fork and sys.platform == "linux" and not changes_python
         self._lines: list[str] = []
         self._log_ended = False
         self._log_grew = threading.Condition()
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | Forked | None = None
         self._log_reader: threading.Thread | None = None
         self.tls_context: ssl.SSLContext | None = None
 
     def __enter__(self) -> Self:
         try:
-            self.launch()
+            self.start()
             self.await_log("ready")
         except BaseException:
             self.end()
@@ -166,10 +171,18 @@ class Relay:
 
     # The process
 
+    def start(self) -> None:
+        """Start the process in the way that takes the least."""
+        if not self._forks:
+            self.launch()
+            return
+        arguments = ["--config-file", str(self._write_settings())]
+        self._process = FORKS.start(arguments, self._directory, self._env)
+        self._read_log_beside()
+
     def launch(self) -> None:
-        """Start the process, without waiting until it serves."""
-        file = self._directory / "relay.yaml"
-        file.write_text(yaml.safe_dump(self.settings))
+        """Start the process as an interpreter of its own, without waiting until it serves."""
+        file = self._write_settings()
         command = [sys.executable, "-m", "service", "--config-file", str(file)]
         if self._max_descriptors is not None:
             limits = 'ulimit -Sn $0 && ulimit -Hn $0 && exec "$@"'
@@ -183,6 +196,14 @@ class Relay:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._read_log_beside()
+
+    def _write_settings(self) -> Path:
+        file = self._directory / "relay.yaml"
+        file.write_text(yaml.safe_dump(self.settings))
+        return file
+
+    def _read_log_beside(self) -> None:
         self._log_reader = threading.Thread(target=self._read_log, daemon=True)
         self._log_reader.start()
 
@@ -199,7 +220,7 @@ class Relay:
             self._process.stderr.close()
 
     @property
-    def process(self) -> "subprocess.Popen[str]":
+    def process(self) -> "subprocess.Popen[str] | Forked":
         assert self._process is not None, "the relay was not launched"
         return self._process
 

@@ -122,7 +122,7 @@ def test_the_table_is_sorted() -> None:
 
 def test_nobody_logs_in_another_way() -> None:
     for file in (ROOT / "service").rglob("*.py"):
-        if "commands" in file.parts or file.name == "cli.py":
+        if "commands" in file.parts or file.name in {"cli.py", "greeting.py"}:
             continue  # they answer who called them
         for node in ast.walk(ast.parse(file.read_text())):
             match node:

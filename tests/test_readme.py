@@ -56,6 +56,9 @@ class ReadersRelay(Relay):
         self._env = persons_environment(anywhere | {"RELAY__LOGGING__FORMAT": "json"})
         self._command = command
 
+    def start(self) -> None:
+        self.launch()
+
     def launch(self) -> None:
         self._process = subprocess.Popen(
             ["sh", "-c", self._command],
