@@ -24,7 +24,7 @@ from tests.issuer import SECRET
 from tests.programs import ANY_REDIS, NATS, needed
 from tests.relay_process import Relay, merged
 
-pytest_plugins = ["tests.not_tested", "tests.time_limit"]
+pytest_plugins = ["tests.fast", "tests.not_tested", "tests.time_limit"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in its background, and the commands under test would inherit it.

@@ -56,6 +56,7 @@ def test_each_alert_is_tried_both_ways() -> None:
 
 
 @pytest.mark.parametrize("rule", all_rules(), ids=names())
+@pytest.mark.fast
 def test_each_alert_says_how_bad_it_is_what_it_saw_and_where_to_read_on(rule: Rule) -> None:
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert "for" in rule
@@ -66,6 +67,7 @@ def test_each_alert_says_how_bad_it_is_what_it_saw_and_where_to_read_on(rule: Ru
     assert notes["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
+@pytest.mark.fast
 def test_the_runbook_has_a_part_for_each_alert_in_their_order() -> None:
     part = re.search(r"^## Alerts$(.*?)(?=^## |\Z)", RUNBOOK.read_text(), re.DOTALL | re.MULTILINE)
     assert part is not None
@@ -108,6 +110,7 @@ def test_the_chart_s_alerts_are_for_the_job_that_it_has_scraped() -> None:
         assert all(f'job="{job}"' in rule["expr"] for rule in group["rules"])
 
 
+@pytest.mark.fast
 def test_the_chart_s_thresholds_are_those_of_the_file() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())["prometheusRule"]["thresholds"]
     file = {name: float(number) for number, name in THRESHOLD.findall(ALERTS.read_text())}

@@ -621,6 +621,7 @@ class LeavesTlsOut:
         writer.close()
 
 
+@pytest.mark.fast
 async def test_nothing_is_said_to_a_nats_that_leaves_tls_out(
     stack: AsyncExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -684,6 +685,7 @@ async def test_a_frozen_broker_does_not_keep_a_relay_from_stopping(kept: BrokerL
         "nats://[user:s3cret-pass@host",
     ],
 )
+@pytest.mark.fast
 def test_a_url_that_is_of_no_use_is_a_clear_error_without_its_secrets(url: str) -> None:
     with pytest.raises(UnfitError) as caught:
         opened(url)

@@ -119,6 +119,7 @@ def test_what_is_generated_is_up_to_date() -> None:
     assert set((K8S / "base").iterdir()) <= set(made), "run make chart"
 
 
+@pytest.mark.fast
 def test_every_value_has_a_comment() -> None:
     told = {row.path for row in rows(VALUES_TEXT)}
 
@@ -134,6 +135,7 @@ def test_every_value_has_a_comment() -> None:
     assert list(untold(VALUES, ())) == []
 
 
+@pytest.mark.fast
 def test_config_is_the_settings_key_for_key() -> None:
     relay = Settings().model_dump(mode="json")
     differences = {
@@ -152,6 +154,7 @@ def test_config_is_the_settings_key_for_key() -> None:
     assert VALUES["config"]["backplane"]["url"] == "memory://"
 
 
+@pytest.mark.fast
 def test_the_schema_knows_every_value() -> None:
     def unknown(tree: Any, node: Any, path: str) -> Iterator[str]:
         if "$ref" in node or "allOf" in node or not isinstance(tree, dict):
@@ -168,6 +171,7 @@ def test_the_schema_knows_every_value() -> None:
     assert list(unknown(VALUES, SCHEMA, "")) == []
 
 
+@pytest.mark.fast
 def test_the_chart_and_the_relay_have_one_version() -> None:
     version = PROJECT["project"]["version"]
     assert (CHART_YAML["version"], CHART_YAML["appVersion"]) == (version, version)
@@ -497,6 +501,7 @@ def test_the_readme_s_figures_of_an_update_are_those_of_the_defaults() -> None:
         assert re.search(rf"`{name}` \({figure}\b", README), name
 
 
+@pytest.mark.fast
 def test_the_readme_s_links_lead_on() -> None:
     links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", README)
     assert links

@@ -362,6 +362,7 @@ async def test_what_is_no_message_is_refused_at_once(
         assert await said_by(client, 1) == ["sound"]
 
 
+@pytest.mark.fast
 def test_an_outbox_takes_an_echo_for_its_oldest_message_only() -> None:
     outbox = Outbox(1_000)
     for text in ("a", "b", "a"):
@@ -375,6 +376,7 @@ def test_an_outbox_takes_an_echo_for_its_oldest_message_only() -> None:
     assert outbox.take() == "a"
 
 
+@pytest.mark.fast
 def test_an_outbox_sends_again_in_order_and_before_what_is_new() -> None:
     outbox = Outbox(1_000)
     for text in "abc":
@@ -488,6 +490,7 @@ async def closing_with(code: int, reason: str) -> AsyncIterator[str]:
         yield f"ws://127.0.0.1:{port}/"
 
 
+@pytest.mark.fast
 async def test_a_client_comes_back_when_a_draining_relay_wants_it_back() -> None:
     diary = Diary()
     goodbye = closing_with(1001, "draining; retry_ms=1234")
@@ -509,12 +512,14 @@ async def test_a_close_that_would_come_again_is_told_at_once(code: int, reason: 
 @pytest.mark.parametrize(
     ("code", "reason"), [(1008, "rate limit"), (1013, "slow consumer"), (1000, ""), (1011, "x")]
 )
+@pytest.mark.fast
 async def test_after_any_other_close_it_comes_back(code: int, reason: str) -> None:
     diary = Diary()
     async with closing_with(code, reason) as url, Client(url, on_event=diary.note):
         await diary.wait_for(Connected, number=2)
 
 
+@pytest.mark.fast
 async def test_waits_grow_twofold_by_chance_and_up_to_half_a_minute() -> None:
     for attempt in range(200):
         most = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
@@ -651,6 +656,7 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
         ),
     ],
 )
+@pytest.mark.fast
 async def test_an_answer_that_makes_no_sense_is_told(
     answer: bytes, kind: type[Exception], words: str
 ) -> None:
@@ -660,6 +666,7 @@ async def test_an_answer_that_makes_no_sense_is_told(
                 pass
 
 
+@pytest.mark.fast
 async def test_a_welcome_that_makes_no_sense_is_told() -> None:
     async def welcome(websocket: ServerConnection) -> None:
         await websocket.send("\n" + "[" * 500_000)
@@ -694,6 +701,7 @@ async def test_a_proxy_that_can_t_be_used_is_told(
     "url",
     [*NO_ADDRESSES, "ws://one..two/?access_token=secret", "ws://localhost/?history=secret"],
 )
+@pytest.mark.fast
 def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
     with pytest.raises(AddressError) as raised:
         Client(url)
@@ -701,6 +709,7 @@ def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.fast
 async def test_what_is_no_token_is_not_sent() -> None:
     with pytest.raises(AddressError) as raised:
         async with Client("ws://127.0.0.1:1/", token="se\r\ncret"):

@@ -217,6 +217,7 @@ def test_the_settings_of_the_relays_are_settings(tmp_path: Path) -> None:
     assert 'url: "redis://redis:6379/0"' in done.stdout
 
 
+@pytest.mark.fast
 def test_the_relays_are_alike_and_only_nginx_can_be_reached() -> None:
     assert len(RELAYS) == 2
     assert SERVICES[RELAYS[0]] == SERVICES[RELAYS[1]]
@@ -226,6 +227,7 @@ def test_the_relays_are_alike_and_only_nginx_can_be_reached() -> None:
     assert SERVICES["redis"]["networks"] == ["broker"]
 
 
+@pytest.mark.fast
 def test_nobody_may_do_more_than_needed() -> None:
     for service in SERVICES.values():
         assert service["read_only"] is True
@@ -233,6 +235,7 @@ def test_nobody_may_do_more_than_needed() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
+@pytest.mark.fast
 def test_the_relays_believe_nginx_and_nobody_else() -> None:
     (pool,) = COMPOSE["networks"]["front"]["ipam"]["config"]
     address = ipaddress.ip_address(SERVICES["nginx"]["networks"]["front"]["ipv4_address"])
@@ -242,6 +245,7 @@ def test_the_relays_believe_nginx_and_nobody_else() -> None:
         assert environment_of(name)["RELAY__SERVER__TRUSTED_PROXIES"] == str(address)
 
 
+@pytest.mark.fast
 def test_the_times_fit_together() -> None:
     settings = Settings.model_construct()
     for name in (*RELAYS, "nginx"):
@@ -250,6 +254,7 @@ def test_the_times_fit_together() -> None:
     assert nginx_value("client_max_body_size") == f"{settings.limits.max_message_bytes >> 20}m"
 
 
+@pytest.mark.fast
 def test_nginx_asks_the_relays_that_there_are() -> None:
     assert sorted(re.findall(r"server (\S+):8443 resolve", NGINX_CONF.read_text())) == RELAYS
     assert SERVICES["nginx"]["volumes"] == ["./examples/nginx.conf:/etc/nginx/nginx.conf:ro"]

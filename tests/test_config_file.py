@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from service.settings import Settings, default_file, load
+
+pytestmark = pytest.mark.fast
 
 CONFIG_FILE = Path(__file__).parents[1] / "config.yaml"
 

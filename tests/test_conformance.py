@@ -51,6 +51,7 @@ async def test_a_breach_ends_the_connection_with_its_first_wrong_octet(
 
 
 @pytest.mark.parametrize("case", ALL)
+@pytest.mark.fast
 def test_the_reference_agrees_with_the_cases(case: Case) -> None:
     reference = Reference(MIB)
     reference.hear(b"".join(case.sent))

@@ -18,6 +18,8 @@ from tests.programs import ANY_REDIS, needed
 from tests.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing
 from tests.relay_process import Metrics, Relay, receive
 
+pytestmark = pytest.mark.fast
+
 FILE = CHART / "files" / "dashboard.json"
 ALERTS = CHART / "files" / "alerts.yaml"
 DASHBOARD: Mapping[str, Any] = json.loads(FILE.read_text())
@@ -121,6 +123,7 @@ def test_alerts_that_panels_speak_of_exist() -> None:
     assert told <= set(re.findall(r"alert: (\w+)", ALERTS.read_text()))
 
 
+@pytest.mark.processes
 def test_the_chart_brings_it_to_grafana_s_sidecar() -> None:
     values = {"dashboard": {"enabled": True, "namespace": "watch", "annotations": {"a": "b"}}}
     made = one(newest_helm().objects(values=values), "ConfigMap", "websocket-relay-dashboard")
@@ -146,6 +149,7 @@ def pair() -> Pair:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.processes
 async def test_a_real_prometheus_answers_each_query(
     tls_relay_with: StartRelay, tmp_path: Path
 ) -> None:

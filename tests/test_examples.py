@@ -102,6 +102,7 @@ def assert_kept_secret(relay: Relay, token: str) -> None:
     assert all(part not in log for part in token.split("."))
 
 
+@pytest.mark.fast
 def test_both_examples_know_the_relay_s_default_address() -> None:
     url = f"ws://localhost:{Settings().server.port}/"
     assert f'DEFAULT_URL = "{url}"' in CLIENT_PY.read_text()
@@ -561,5 +562,6 @@ async def test_client_html_is_readable_on_a_phone(
         assert (text < ground) is (scheme == "light")
 
 
+@pytest.mark.fast
 def test_client_html_names_no_outside_resource() -> None:
     assert re.findall(r"(?:src|href)=|https?://|@import|url\(", CLIENT_HTML.read_text()) == []

@@ -30,6 +30,7 @@ def told(metrics_port: int | None = 9090, **settings: Any) -> dict[str, str]:
     return {word: what.strip() for word, _, what in (line.strip().partition(" ") for line in lines)}
 
 
+@pytest.mark.fast
 def test_addresses_are_those_that_a_client_on_the_same_machine_uses() -> None:
     lines = told()
     assert lines["clients"] == "ws://localhost:8443/ and ws://localhost:8443/channels/NAME"
@@ -49,23 +50,27 @@ def test_addresses_are_those_that_a_client_on_the_same_machine_uses() -> None:
         ("relay.example.com", "relay.example.com"),
     ],
 )
+@pytest.mark.fast
 def test_a_host_is_shown_as_it_stands_in_an_address(host: str, shown: str) -> None:
     lines = told(server={"host": host}, metrics={"host": host})
     assert lines["console"] == f"http://{shown}:8443/"
     assert lines["metrics"] == f"http://{shown}:9090/metrics"
 
 
+@pytest.mark.fast
 def test_addresses_have_the_base_path() -> None:
     lines = told(server={"base_path": "/relay"})
     assert lines["clients"].startswith("ws://localhost:8443/relay/ and")
     assert lines["console"] == "http://localhost:8443/relay/"
 
 
+@pytest.mark.fast
 def test_what_is_switched_off_is_not_shown() -> None:
     assert "console" not in told(console={"enabled": False})
     assert "metrics" not in told(metrics_port=None)
 
 
+@pytest.mark.fast
 def test_commands_have_a_place_for_the_token_where_one_is_required() -> None:
     lines = told(auth={"mode": "jwt", "jwt": {"secret": "s" * 32}})
     assert " listen --token-file FILE ws://" in lines["receive"]

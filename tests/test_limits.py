@@ -286,6 +286,7 @@ def test_an_address_stands_for_its_network(host: str | None, network: str) -> No
     assert network_of(host) == network
 
 
+@pytest.mark.fast
 def test_nothing_is_kept_of_an_address_once_its_clients_have_left() -> None:
     addresses = Addresses(3)
     hosts = [network_of(f"2001:db8:{number:x}::1") for number in range(1000)]
@@ -432,6 +433,7 @@ async def test_only_whole_messages_of_its_own_count(relay_with: StartRelay, chan
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(1, 1), (5, 10), (1000, 2000), (0.1, 5)])
+@pytest.mark.fast
 def test_a_rate_lets_a_burst_pass_and_then_so_much_a_second(rate: float, burst: float) -> None:
     now = 1e6
     bucket = Rate(rate, burst)
@@ -442,6 +444,7 @@ def test_a_rate_lets_a_burst_pass_and_then_so_much_a_second(rate: float, burst: 
     assert sum(bucket.take(now + 1e5) for _ in range(5000)) == burst, "a rest fills it, no more"
 
 
+@pytest.mark.fast
 def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
     now = 1e6
     bucket = Rate(100, 200)
@@ -451,6 +454,7 @@ def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
     assert sum(bucket.take(now + 4) for _ in range(5_000)) == 100, "and the same rate from then on"
 
 
+@pytest.mark.fast
 def test_a_rate_makes_good_once_and_not_for_an_age() -> None:
     now = 1e6
     bucket = Rate(100, 200)
@@ -489,6 +493,7 @@ class Guest:
         ({"max_connections_per_ip": 1}, ["lost"]),
     ],
 )
+@pytest.mark.fast
 async def test_nothing_watches_a_client_for_a_limit_that_is_off(
     limits: dict[str, int], asked: list[str]
 ) -> None:

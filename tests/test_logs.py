@@ -115,11 +115,13 @@ def test_every_event_stands_in_the_table_as_it_is_logged() -> None:
     assert set(rows) == set(logged())
 
 
+@pytest.mark.fast
 def test_the_table_is_sorted() -> None:
     rows = [event.text for event in documented()]
     assert rows == sorted(rows)
 
 
+@pytest.mark.fast
 def test_nobody_logs_in_another_way() -> None:
     for file in (ROOT / "service").rglob("*.py"):
         if "commands" in file.parts or file.name in {"cli.py", "greeting.py"}:

@@ -71,6 +71,7 @@ def by_name(texts: Iterable[str]) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
+@pytest.mark.fast
 def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
     distributions = packages_distributions()
     wanted = declared().keys() | of_extras().keys()
@@ -79,6 +80,7 @@ def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> Non
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+@pytest.mark.fast
 def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
     text = lock.read_text()
     entries = [entry for entry in re.split(r"\n(?=\S)", text) if "==" in entry]
@@ -88,6 +90,7 @@ def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
     assert "index-url" not in text
 
 
+@pytest.mark.fast
 def test_the_locks_fit_the_project() -> None:
     run, otel, dev = (locked(ROOT / f"requirements/{name}.lock") for name in ("run", "otel", "dev"))
     assert all(wanted.specifier.contains(run[name]) for name, wanted in declared().items())

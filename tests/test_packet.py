@@ -18,6 +18,8 @@ from service.backplane.packet import (
     unpack,
 )
 
+pytestmark = pytest.mark.fast
+
 ORIGINS = st.integers(0, 2**64 - 1)
 NUMBERS = st.integers(0, 2**64 - 1)
 CHANNELS = st.text("abc:._-XYZ019", min_size=1, max_size=128)

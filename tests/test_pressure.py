@@ -80,6 +80,7 @@ async def test_what_is_a_clients_own_fault_is_not_told(
     assert [event["level"] for event in relay.log_events if event["level"] != "info"] == []
 
 
+@pytest.mark.fast
 async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

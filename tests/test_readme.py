@@ -230,6 +230,7 @@ def rows(first_cell: str) -> set[tuple[str, str]]:
     return {(row[0], row[1]) for row in found if re.fullmatch(first_cell, row[0])}
 
 
+@pytest.mark.fast
 def test_the_closes_are_those_of_the_relay() -> None:
     vanished = Close.VANISHED  # nobody is told
     sent = {(str(close.code), close.reason) for close in Close if close is not vanished}
@@ -237,6 +238,7 @@ def test_the_closes_are_those_of_the_relay() -> None:
     assert told == sent
 
 
+@pytest.mark.fast
 def test_the_refusals_are_those_of_the_relay() -> None:
     refused = {(str(int(refusal.status)), refusal.reason) for refusal in Refusal}
     plain_http_s_own = {(status, "") for status in ("405", "426", "429", "431", "505")}
@@ -255,6 +257,7 @@ async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) ->
     assert ours - counters == told
 
 
+@pytest.mark.fast
 def test_every_link_leads_somewhere() -> None:
     texts = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
     links = {
@@ -274,6 +277,7 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.fast
 def test_every_link_to_a_heading_finds_one() -> None:
     lost = set()
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
@@ -289,6 +293,7 @@ def shown_by(page: str) -> list[tuple[str, str]]:
     return re.findall(r"`(\w+): ([a-z0-9_ ]+)`", page)
 
 
+@pytest.mark.fast
 def test_the_tests_that_show_what_holds_are_there() -> None:
     named = shown_by(SECURITY)
     assert named
@@ -301,12 +306,14 @@ def test_the_tests_that_show_what_holds_are_there() -> None:
     assert absent == []
 
 
+@pytest.mark.fast
 def test_what_holds_is_shown_by_a_test() -> None:
     attacks = [row for row in table_rows(SECURITY) if len(row) == 4 and row[0].strip("-")]
     assert len(attacks) > 20
     assert [row[0] for row in attacks if not shown_by(f"`{row[3]}`")] == ["tries to", "tries to"]
 
 
+@pytest.mark.fast
 def test_the_reasons_of_an_attack_s_end_are_the_relay_s() -> None:
     labels = {why.label for why in (*Close, *Refusal)}
     attacks = [row for row in table_rows(SECURITY) if len(row) == 4 and row[0].strip("-")]

@@ -19,6 +19,8 @@ from tests.issuer import Signer, signer
 from tests.relay_process import Finished, Relay, environment, run_command
 from tests.test_handshake import refused
 
+pytestmark = pytest.mark.fast
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
         "host": "0.0.0.0",
@@ -235,6 +237,7 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(check
     assert settings["metrics"]["port"] == 9090
 
 
+@pytest.mark.processes
 def test_a_named_file_is_read_instead_of_the_one_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("server: {port: 1111}\n")
     (tmp_path / "other.yaml").write_text("server: {port: 2222}\n")
@@ -404,6 +407,7 @@ def test_every_problem_has_its_own_line(check: Check) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["check"]])
+@pytest.mark.processes
 def test_a_named_file_that_is_missing_stops_every_command(
     tmp_path: Path, command: list[str]
 ) -> None:
@@ -411,12 +415,14 @@ def test_a_named_file_that_is_missing_stops_every_command(
     assert_refused(done, "missing.yaml")
 
 
+@pytest.mark.processes
 def test_a_named_directory_is_no_file(tmp_path: Path) -> None:
     done = run_command("check", "--config-file", str(tmp_path), directory=tmp_path)
     assert_refused(done, str(tmp_path))
 
 
 @pytest.mark.parametrize("command", [[], ["serve"]])
+@pytest.mark.processes
 def test_the_relay_does_not_start_with_a_faulty_setting(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "config.yaml").write_text("server: {port: 70000}\n")
     done = run_command(*command, directory=tmp_path)
@@ -458,6 +464,7 @@ def write_tls_files(directory: Path, fault: str) -> None:
         "swapped",
     ],
 )
+@pytest.mark.processes
 def test_tls_with_files_that_do_not_serve_is_refused_with_one_line(
     tmp_path: Path, fault: str
 ) -> None:
@@ -469,6 +476,7 @@ def test_tls_with_files_that_do_not_serve_is_refused_with_one_line(
 
 
 @pytest.mark.parametrize("proxy", ["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "127.0.0.0/8"])
+@pytest.mark.processes
 async def test_a_trusted_proxy_may_be_written_in_either_form_of_its_address(
     relay_with: StartRelay, proxy: str
 ) -> None:
@@ -557,6 +565,7 @@ def test_without_tokens_nothing_is_asked_of_their_keys(check: Check) -> None:
         {"secret": SECRET, "jwks_url": "https://issuer.example/"},
     ],
 )
+@pytest.mark.processes
 def test_keys_that_nobody_is_asked_for_are_a_warning(
     check: Check, tmp_path: Path, of_jwt: dict[str, Any]
 ) -> None:
@@ -617,6 +626,7 @@ def test_a_key_file_that_does_not_do_is_refused_with_one_line(
     assert_refused(done, "config.yaml: auth.jwt.public_key_file: jwt.pem: ", *words)
 
 
+@pytest.mark.processes
 def test_the_relay_does_not_start_with_a_key_file_that_does_not_do(tmp_path: Path) -> None:
     file = guarding(algorithms=["RS256"], public_key_file="missing.pem")
     (tmp_path / "config.yaml").write_text(file)
@@ -736,6 +746,7 @@ def test_a_stream_has_a_name_that_every_broker_takes(check: Check, name: str) ->
 
 @pytest.mark.parametrize("secret", [f"{SECRET}\n", f"{SECRET}\r\n", f" {SECRET}", f"{SECRET}\t"])
 @pytest.mark.parametrize("command", [[], ["check"]])
+@pytest.mark.processes
 def test_a_secret_with_white_space_at_an_end_is_refused(
     tmp_path: Path, command: list[str], secret: str
 ) -> None:
@@ -768,6 +779,7 @@ def test_a_secret_that_is_no_text_is_refused(check: Check) -> None:
     ("algorithm", "length", "warns"),
     [("HS256", 31, True), ("HS256", 32, False), ("HS384", 47, True), ("HS512", 64, False)],
 )
+@pytest.mark.processes
 def test_a_short_secret_is_a_warning(
     check: Check, tmp_path: Path, algorithm: str, length: int, warns: bool
 ) -> None:

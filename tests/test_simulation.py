@@ -20,6 +20,8 @@ from service.relay.drain import RETRY_WINDOW_S, STEP_S, close_all
 from service.wire.shared import Clients
 from tests.relay_process import ROOT
 
+pytestmark = pytest.mark.fast
+
 RATE = 4000
 FLEET = Fleet(clients=9_000, replicas=9, handshakes_per_s=RATE, refusals_per_s=5000)
 SMALL = replace(FLEET, clients=3_000, replicas=3, handshakes_per_s=400, refusals_per_s=500)

@@ -3,7 +3,11 @@
 import asyncio
 from time import perf_counter
 
+import pytest
+
 from service.wire.turns import Turns
+
+pytestmark = pytest.mark.fast
 
 
 async def test_tasks_that_wake_each_other_get_through_between_two_slices() -> None:

@@ -140,6 +140,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 @each_workflow
+@pytest.mark.fast
 def test_a_workflow_runs_what_was_pinned(workflow: Path) -> None:
     used = re.findall(r"uses: (.*)", workflow.read_text())
     assert used
@@ -150,6 +151,7 @@ def test_a_workflow_runs_what_was_pinned(workflow: Path) -> None:
             assert (ROOT / action).exists()
 
 
+@pytest.mark.fast
 def test_an_action_has_one_version_everywhere() -> None:
     text = "".join(workflow.read_text() for workflow in WORKFLOWS)
     used = {found.partition("@")[0]: found for found in re.findall(r"uses: (\S+@\S+.*)", text)}
@@ -157,6 +159,7 @@ def test_an_action_has_one_version_everywhere() -> None:
 
 
 @each_workflow
+@pytest.mark.fast
 def test_a_job_may_write_only_what_it_has_to(workflow: Path) -> None:
     found = content(workflow)
     assert found["permissions"] in (READ, {})
@@ -168,6 +171,7 @@ def test_a_job_may_write_only_what_it_has_to(workflow: Path) -> None:
 
 
 @each_workflow
+@pytest.mark.fast
 def test_a_workflow_ends_and_makes_way(workflow: Path) -> None:
     found = content(workflow)
     assert found["concurrency"]["group"]
@@ -176,6 +180,7 @@ def test_a_workflow_ends_and_makes_way(workflow: Path) -> None:
 
 
 @each_workflow
+@pytest.mark.fast
 def test_a_checkout_leaves_no_token_behind(workflow: Path) -> None:
     for job in content(workflow)["jobs"].values():
         for action in job.get("steps", []):
@@ -184,16 +189,19 @@ def test_a_checkout_leaves_no_token_behind(workflow: Path) -> None:
 
 
 @each_workflow
+@pytest.mark.fast
 def test_only_a_release_is_told_secrets(workflow: Path) -> None:
     if workflow.name != "release.yml":
         assert "secrets." not in workflow.read_text()
 
 
+@pytest.mark.fast
 def test_a_command_gets_what_others_say_as_variables() -> None:
     assert not [found for found in steps() if "${{" in found.script]
 
 
 @each_workflow
+@pytest.mark.fast
 def test_no_registry_is_named(workflow: Path) -> None:
     text = workflow.read_text()
     hosts = set(re.findall(r"\b([\w.-]+\.(?:io|com|dev|net))/\w", text))
@@ -201,12 +209,14 @@ def test_no_registry_is_named(workflow: Path) -> None:
     assert set(re.findall(r"\w+://[^\s\"]*", text)) <= {"oci://$CHARTS", "oci://%s/websocket-relay"}
 
 
+@pytest.mark.fast
 def test_every_kind_of_dependency_is_looked_after_where_it_is() -> None:
     for update in yaml.safe_load((GITHUB / "dependabot.yml").read_text())["updates"]:
         for directory in update.get("directories", [update.get("directory")]):
             assert (ROOT / f".{directory}" / MANIFESTS[update["package-ecosystem"]]).exists()
 
 
+@pytest.mark.fast
 def test_new_packages_are_tried_by_all_that_tries_a_change() -> None:
     script = step("update.yml", "Propose them").script
     (asked,) = re.findall(r"^for workflow in (.*); do$", script, re.MULTILINE)
