@@ -64,10 +64,13 @@ def _serve(config_file: Path | None) -> None:
 
     loaded = settings.load(config_file, os.environ)
     logs.configure(loaded.logging)
+    failure: BaseException | None = None
     try:
         server.run(loaded)
     except* StartError as group:
-        raise group.exceptions[0] from None
+        failure = group.exceptions[0]  # Python before 3.11.4 wraps what is raised here in a group
+    if failure is not None:
+        raise failure
 
 
 def _check(config_file: Path | None) -> None:

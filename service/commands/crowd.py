@@ -314,11 +314,15 @@ async def gather(
             await client.opened
             return client
 
+    fault = None
+    connecting: list[asyncio.Task[Client]] = []
     try:
         async with asyncio.TaskGroup() as tasks:
-            connecting = [tasks.create_task(connect(make)) for make in clients]
+            connecting += [tasks.create_task(connect(make)) for make in clients]
     except* (OSError, EOFError, InvalidHandshake) as group:
-        raise fault_of(_first(group), is_secure=secure) from None
+        fault = fault_of(_first(group), is_secure=secure)
+    if fault is not None:  # Python before 3.11.4 wraps what is raised above in a group
+        raise fault
     return [task.result() for task in connecting]
 
 
