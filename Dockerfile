@@ -40,8 +40,9 @@ EXPOSE 8443 9090
 # Whether the event loop turns, and no more: a relay that drains, or that waits for its broker, is
 # not to be restarted for that. /readyz says whether clients are welcome.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15s CMD ["websocket-relay", "healthcheck"]
-# The relay is process 1: it heeds SIGTERM itself, and has no children.
-ENTRYPOINT ["websocket-relay"]
+# The relay is process 1, and has no children. The kernel discards a signal that process 1 has no handler
+# for, but keeps one that is blocked: the relay takes it as soon as its interpreter runs.
+ENTRYPOINT ["env", "--block-signal=TERM", "--block-signal=INT", "websocket-relay"]
 LABEL org.opencontainers.image.title="websocket-relay" \
       org.opencontainers.image.description="What one client sends, every client of its channel receives" \
       org.opencontainers.image.licenses="Apache-2.0"

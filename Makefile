@@ -6,6 +6,7 @@
 # ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
 # PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
 # BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
+# STOPS_ARGS=… arguments for the stops:            make stops STOPS_ARGS="--count 40"
 # IMAGE=…       what the image is called:           make image IMAGE=websocket-relay:mine
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas simulation config chart format lock clean venv
+.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas stops simulation config chart format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -85,6 +86,11 @@ bench: $(VENV)/.bench  ## measure; results go to bench/results
 
 replicas: $(VENV)/.bench  ## measure several relays on one broker; results go to bench/results
 	@exec $(BIN)/python -m bench.replicas $(BENCH_ARGS)
+
+# Not a part of `test`, which stops a few relays in each condition: this takes some ten minutes.
+STOPS_ARGS ?=
+stops: $(VENV)/.dev  ## stop 400 relays while their broker misbehaves; each has to end in time
+	@exec $(BIN)/python -m tests.stops $(STOPS_ARGS)
 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation

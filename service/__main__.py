@@ -1,8 +1,25 @@
-"""Run the command line as `python -m service`."""
+"""Start the command line: `websocket-relay`, or `python -m service`."""
 
 import sys
 
-from service.cli import main
+from service import signals
+
+OTHER_COMMANDS = frozenset({"check", "healthcheck", "dev-cert", "listen", "send", "bench"})
+"""Commands that are not the relay: signals do there what they do by default."""
+
+
+def main() -> int:
+    """Run a command and return the exit status."""
+    # Before the imports that take time, so that a signal is received meanwhile.
+    stop = None
+    if OTHER_COMMANDS.intersection(sys.argv):
+        signals.unblock()
+    else:
+        stop = signals.Stop()
+    from service import cli
+
+    return cli.main(stop=stop)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,26 +8,43 @@ server, and Ctrl-C ends that well, too.
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn, cast
 
 from service.errors import SettingsError, StartError, UnfitError, UnhealthyError
+from service.signals import Stop, leave
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status."""
+def main(arguments: Sequence[str] | None = None, *, stop: Stop | None = None) -> int:
+    """Run a command and return the exit status; the relay's own command ends the process.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+        stop: receives signals already.
+    """
     try:
-        return _run(arguments)
-    except KeyboardInterrupt:  # where nobody else heeds it: while something is imported, say
+        options = _parser().parse_args(arguments)
+        if options.command in (None, "serve"):
+            _be_the_relay(options, stop or Stop())
+        return _run(options)
+    except KeyboardInterrupt:  # that nothing else handled: during an import, say
         return 130
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+def _be_the_relay(options: argparse.Namespace, stop: Stop) -> NoReturn:
+    try:
+        status = _run(options, stop)
+    except Exception:  # noqa: BLE001 - with signals blocked, nothing else may end the process
+        sys.excepthook(*cast(Any, sys.exc_info()))
+        status = 1
+    leave(status)
+
+
+def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
     try:
         match options.command:
             case "check":
@@ -40,7 +57,8 @@ def _run(arguments: Sequence[str] | None) -> int:
                 status: int = options.run(options)
                 return status
             case _:
-                _serve(options.config_file)
+                assert stop is not None
+                _serve(options.config_file, stop)
     except SettingsError as error:
         for problem in error.problems:
             print(f"websocket-relay: {problem}", file=sys.stderr)
@@ -57,16 +75,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _serve(config_file: Path | None) -> None:
-    # Process 1 of a container has no default for it: until the event loop heeds it, nobody would.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+def _serve(config_file: Path | None, stop: Stop) -> None:
     from service import logs, server, settings
 
     loaded = settings.load(config_file, os.environ)
     logs.configure(loaded.logging)
     failure: BaseException | None = None
     try:
-        server.run(loaded)
+        server.run(loaded, stop)
     except* StartError as group:
         failure = group.exceptions[0]  # Python before 3.11.4 wraps what is raised here in a group
     if failure is not None:

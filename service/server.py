@@ -9,11 +9,17 @@ import logging
 import os
 import random
 import resource
-import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +34,8 @@ from service.health import Phase
 from service.relay.drain import close_all, wait_until_gone
 from service.relay.keepalive import keep_alive
 from service.settings import Settings
+from service.signals import Stop
+from service.tasks import cancellable
 from service.tls import Certificates
 from service.wire.http import RequestProtocol
 from service.wire.protocol import RelayProtocol
@@ -48,14 +56,17 @@ slow client before the relay sees that it is behind, and then it sees in steps o
 whether it moves."""
 
 CUT_OFF_RESERVE_S = 0.5
-"""What is left of shutdown.timeout_s to cut off who has not gone and to end: uvicorn
-looks whether it should stop every 0.1 seconds, and FINISH_S come on top."""
+"""The part of shutdown.timeout_s that is kept to close the ports (FINISH_S) and to end. The rest of
+it is room for a busy machine: at the deadline the process is ended as it is, with status 1."""
 
 FINISH_S = 0.1
 """What answers to plain requests have to get out when the ports close."""
 
 LAST_TRACES_S = 1.0
 """What a collector has at most to take the last spans, within shutdown.timeout_s."""
+
+EXIT_S = 0.1
+"""The part of shutdown.timeout_s that is kept for the end of the process itself."""
 
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -67,8 +78,11 @@ GC_THRESHOLDS = (50_000, 20, 50)
 a storm of arrivals has the collector walk over all of them again and again."""
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, stop: Stop) -> None:
     """Run the relay until a signal stops it.
+
+    The event loop is not closed: that would wait for names that are still looked up. The process
+    has to end without it (`signals.leave`).
 
     Raises:
         SettingsError: the certificate can't be served.
@@ -82,9 +96,10 @@ def run(settings: Settings) -> None:
     _raise_file_limit()
     gc.set_threshold(*GC_THRESHOLDS)
     tracing = load_tracing(os.environ)
-    until = uvloop.run(_serve(settings, certificates, tokens, tracing))
+    loop = uvloop.new_event_loop()
+    until = loop.run_until_complete(_serve(settings, certificates, tokens, tracing, stop))
     if tracing is not None:
-        tracing.close(max(0.0, min(LAST_TRACES_S, until - time.monotonic())))
+        tracing.close(max(0.0, min(LAST_TRACES_S, until - EXIT_S - time.monotonic())))
     log.info("stopped")
 
 
@@ -271,62 +286,90 @@ async def _serve(
     certificates: Certificates | None,
     tokens: "Tokens | None",
     tracing: "Tracing | None",
+    stop: Stop,
 ) -> float:
-    """Serve until a signal comes, and return when the stop has to be over, by `time.monotonic`."""
+    """Serve until a stop is asked for; return its deadline, by `time.monotonic`."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    timeout_s = settings.shutdown.timeout_s
+    stop.attach(
+        functools.partial(loop.call_soon_threadsafe, asked.set), timeout_s, _unfinished(loop)
+    )
     relay = build(settings, certificates, tokens, tracing)
-    stop = Stop()
-    with stop.on_signals():
-        metrics_port = _metrics_listener(settings, relay)
-        relay_port = _relay_listener(settings, relay)
-        async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
-            background = [
-                group.create_task(
-                    keep_alive(
-                        relay.shared.clients,
-                        ping_interval_s=settings.keepalive.ping_interval_s,
-                        ping_timeout_s=settings.keepalive.ping_timeout_s,
-                    )
-                ),
-                group.create_task(relay.metrics.measure_loop_lag()),
-                group.create_task(relay.history.grow_old()),
-                group.create_task(relay.backplane.run()),
-            ]
-            if certificates is not None:
-                background.append(group.create_task(certificates.watch()))
-            if metrics_port is not None:
-                await metrics_port.listen()
-                host, port = metrics_port.address
-                log.info("metrics listening", extra={"host": host, "port": port})
-                group.create_task(metrics_port.serve())
-            if tokens is not None and tokens.jwks is not None:
-                # Gets its keys below: what holds them up holds up neither port nor stop.
-                await owned.enter_async_context(tokens.jwks)
-            await relay_port.listen()
-            host, port = relay_port.address
-            log.info(
-                "relay listening",
-                extra={"host": host, "port": port, "tls": certificates is not None},
-            )
-            group.create_task(relay_port.serve())
-            gc.freeze()  # what is here now stays: the collector need not look at it
-            becoming_ready = group.create_task(
-                _become_ready(relay, functools.partial(_greet, settings, relay_port, metrics_port))
-            )
-            await stop.asked.wait()
-            becoming_ready.cancel()  # before the phase changes
-            until = time.monotonic() + settings.shutdown.timeout_s
-            await _drain(settings, relay)
-            relay_port.should_exit = True
-            if metrics_port is not None:
-                metrics_port.should_exit = True
-            for task in background:
-                task.cancel()
+    async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
+        if tokens is not None and tokens.jwks is not None:
+            await owned.enter_async_context(tokens.jwks)  # the ports open before it has keys
+        # Before the broker's name is looked up: uvloop looks up two at a time, "127.0.0.1" too.
+        relay_port, metrics_port = await _open_ports(settings, relay)
+        ports = [port for port in (metrics_port, relay_port) if port is not None]
+        begins = [*(port.serve for port in ports), *_background(settings, relay)]
+        background = [group.create_task(cancellable(begin)) for begin in begins]
+        gc.freeze()  # what is here now stays: the collector need not look at it
+        tell = functools.partial(_greet, settings, relay_port, metrics_port)
+        becoming_ready = group.create_task(_become_ready(relay, tell))
+        await asked.wait()
+        becoming_ready.cancel()  # before the phase changes
+        asked_at = stop.asked_at
+        assert asked_at is not None
+        until = asked_at + timeout_s
+        await _drain(settings, relay, until)
+        await asyncio.gather(*(port.shutdown() for port in ports))
+        for task in background:
+            task.cancel()
     return until
+
+
+def _background(
+    settings: Settings, relay: Relay
+) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
+    """Yield what begins each of the tasks that run as long as the relay does."""
+    keepalive = settings.keepalive
+    yield lambda: keep_alive(
+        relay.shared.clients,
+        ping_interval_s=keepalive.ping_interval_s,
+        ping_timeout_s=keepalive.ping_timeout_s,
+    )
+    yield relay.metrics.measure_loop_lag
+    yield relay.history.grow_old
+    yield relay.backplane.run
+    if relay.certificates is not None:
+        yield relay.certificates.watch
+
+
+async def _open_ports(settings: Settings, relay: Relay) -> tuple[Listener, Listener | None]:
+    """Open the metrics port, where there is one, and the relay's; return them the other way round.
+
+    Raises:
+        StartError: an address can't be had.
+    """
+    metrics_port = _metrics_listener(settings, relay)
+    if metrics_port is not None:
+        await metrics_port.listen()
+        host, port = metrics_port.address
+        log.info("metrics listening", extra={"host": host, "port": port})
+    relay_port = _relay_listener(settings, relay)
+    await relay_port.listen()
+    host, port = relay_port.address
+    log.info(
+        "relay listening",
+        extra={"host": host, "port": port, "tls": relay.certificates is not None},
+    )
+    return relay_port, metrics_port
 
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
     metrics = metrics_port.address[1] if metrics_port is not None else None
     greet(settings, relay_port.address[1], metrics)
+
+
+def _unfinished(loop: asyncio.AbstractEventLoop) -> Callable[[], dict[str, object]]:
+    """Return what lists the tasks that run, for the log."""
+
+    def describe() -> dict[str, object]:
+        running = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)}
+        return {"tasks": ", ".join(sorted(running))}
+
+    return describe
 
 
 async def _become_ready(relay: Relay, tell: Callable[[], None]) -> None:
@@ -372,33 +415,11 @@ def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
     return Listener(relay.metrics_app, metrics.host, metrics.port, http=http, ws="none")
 
 
-class Stop:
-    """The wish to stop, as signals bring it."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Listen to SIGTERM and SIGINT; a second SIGINT ends the process at once."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.asked.set)
-        loop.add_signal_handler(signal.SIGINT, self._interrupted)
-        yield
-
-    def _interrupted(self) -> None:
-        if self.asked.is_set():
-            log.warning("stopped at once")
-            os._exit(1)
-        self.asked.set()
-
-
-async def _drain(settings: Settings, relay: Relay) -> None:
-    """Let everybody go, in the time there is."""
+async def _drain(settings: Settings, relay: Relay, deadline: float) -> None:
+    """Close all clients before the deadline, which is by `time.monotonic`."""
     loop = asyncio.get_running_loop()
     shutdown, clients = settings.shutdown, relay.shared.clients
-    reserve_s = min(CUT_OFF_RESERVE_S, shutdown.timeout_s)
-    until = loop.time() + shutdown.timeout_s - reserve_s
+    until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
     # Nobody was sent to a relay that was never ready.
     readiness_delay_s = shutdown.readiness_delay_s if relay.health.ready else 0
     relay.health.phase = Phase.DRAINING

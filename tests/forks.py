@@ -178,12 +178,12 @@ def _become(request: Mapping[str, object], stderr: int) -> None:
 
 def main() -> int:
     """Serve; in a fork, run the relay."""
-    from service import cli
+    from service.__main__ import main as run
 
     # What the relay imports only where settings ask for it, too.
-    for module in ("server", "backplane.nats", "backplane.redis", "admission.tokens"):
+    for module in ("cli", "server", "backplane.nats", "backplane.redis", "admission.tokens"):
         __import__(f"service.{module}")
-    return cli.main() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
+    return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
 
 
 if __name__ == "__main__":

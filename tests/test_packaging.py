@@ -114,7 +114,7 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert b"websocket-relay = service.cli:main" in archive.read(entry_points)
+        assert b"websocket-relay = service.__main__:main" in archive.read(entry_points)
     metadata = wheel.name.rpartition("-py3")[0] + ".dist-info"
     assert {name.partition("/")[0] for name in names} == {"service", metadata}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "service").rglob("*.py")}

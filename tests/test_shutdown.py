@@ -354,15 +354,6 @@ async def test_a_stop_while_it_starts_is_a_clean_stop(starting_relay: Relay) -> 
     assert await starting_relay.stop(SIGTERM) == 0
 
 
-@pytest.mark.parametrize("tenths", range(8))
-async def test_a_stop_at_any_moment_of_the_start_ends_the_process(
-    starting_relay: Relay, tenths: int
-) -> None:
-    await asyncio.sleep(tenths / 10)
-    # Before the interpreter has come to the relay's own handler the signal's default applies.
-    assert await starting_relay.stop(SIGTERM) in (0, -SIGTERM)
-
-
 async def test_a_stop_before_the_settings_are_read_is_a_clean_stop(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     relay = await asyncio.create_subprocess_exec(

@@ -22,6 +22,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from service.admission.keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
 from service.errors import Refusal, RefusedError, RelayError
 from service.rate import Rate
+from service.tasks import Deadline, cancel
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ class Jwks:
         trace: TracebackType | None,
     ) -> None:
         if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.wait({self._fetching})
+            await cancel(self._fetching)
         await self._http.aclose()
 
     async def get_first(self) -> None:
@@ -177,7 +177,7 @@ class Jwks:
         body = bytearray()
         try:
             async with (
-                asyncio.timeout(FETCH_S),
+                Deadline(FETCH_S),
                 self._http.stream("GET", self._url, headers=headers) as response,
             ):
                 if response.status_code != httpx2.codes.OK:

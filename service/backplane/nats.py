@@ -23,6 +23,7 @@ from nats.errors import NoRespondersError
 
 from service.backplane.packet import Packet, pack
 from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.tasks import Deadline
 from service.urls import secrets_of, unusable
 
 WAIT_S = 1.0
@@ -30,6 +31,9 @@ WAIT_S = 1.0
 
 ANSWER_S = 2.0
 """What a request may take besides."""
+
+HANG_UP_S = 0.2
+"""A connection that was aborted needs some turns of the event loop to end."""
 
 CREDIT = 32
 """Entries that the broker may send ahead."""
@@ -245,7 +249,7 @@ class Link:
         if self._stream is not None:
             self._stream.transport.abort()
         with suppress(Exception):  # whatever it says: it is over
-            async with asyncio.timeout(0.5):
+            async with Deadline(HANG_UP_S):
                 await self._client.close()
 
     async def _note_error(self, error: Exception) -> None:
@@ -455,7 +459,7 @@ class NatsStream:
             BrokerError: they can't be had now.
         """
         try:
-            async with asyncio.timeout(WAIT_S + ANSWER_S):
+            async with Deadline(WAIT_S + ANSWER_S):
                 if self._is_doubtful:
                     self._is_doubtful = False
                     await self._drop_reader()
@@ -474,8 +478,10 @@ class NatsStream:
 
     async def close(self) -> None:
         """Let go of both connections."""
-        await self._drop_writer()
-        await self._drop_reader()
+        try:
+            await self._drop_writer()
+        finally:
+            await self._drop_reader()
 
     async def _connect(self) -> Link:
         """Return a connection to one of the servers: to the next one, whenever one has failed."""

@@ -16,6 +16,7 @@ from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseEr
 
 from service.backplane.packet import Packet, pack
 from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.tasks import Deadline
 from service.urls import secrets_of, unusable
 
 WAIT_S = 1.0
@@ -204,7 +205,7 @@ class RedisStream:
             BrokerError: they can't be had now.
         """
         try:
-            async with asyncio.timeout(WAIT_S + ANSWER_S):
+            async with Deadline(WAIT_S + ANSWER_S):
                 return await self._read(after)
         except BaseException as error:
             await self._reader.hang_up()
@@ -262,8 +263,10 @@ class RedisStream:
 
     async def close(self) -> None:
         """Let go of both connections."""
-        await self._writer.hang_up()
-        await self._reader.hang_up()
+        try:
+            await self._writer.hang_up()
+        finally:
+            await self._reader.hang_up()
 
     def _failed(self, error: Exception) -> BrokerError:
         if isinstance(error, AskError):  # MovedError is one

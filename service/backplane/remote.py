@@ -42,6 +42,7 @@ from service.backplane.packet import (
 )
 from service.errors import RelayError
 from service.ledger import LogBooks
+from service.tasks import Deadline, cancellable
 from service.urls import without
 
 log = logging.getLogger(__name__)
@@ -374,9 +375,8 @@ class RemoteBackplane:
         """Write, read and send canaries, until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._write())
-                group.create_task(self._read())
-                group.create_task(self._watch())
+                for begin in (self._write, self._read, self._watch):
+                    group.create_task(cancellable(begin))
         finally:
             await self._stream.close()
 
@@ -431,7 +431,7 @@ class RemoteBackplane:
             try:
                 # The broker may take less now than before it was restarted.
                 for part in in_parts(data, origin, number, self._stream.max_entry_bytes):
-                    async with asyncio.timeout(APPEND_S):
+                    async with Deadline(APPEND_S):
                         await self._stream.append(part)
             except (BrokerError, TimeoutError) as error:
                 self._note_failure("append", error)

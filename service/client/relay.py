@@ -29,6 +29,7 @@ from service.client.events import Abandoned, Connected, Disconnected, Event, Mes
 from service.client.faults import AwayError, DeniedError, UnsentError
 from service.client.link import Data, Ending, Link, ending_of, open_link
 from service.client.outbox import MESSAGE_BYTES, Outbox, size_of
+from service.tasks import cancel
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # at most, and doubled each time; half of it is by chance
 LASTING_S = 10.0
@@ -268,8 +269,7 @@ class Relay:
 
     async def _end(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await cancel(self._task)
 
     # From connection to connection
 
@@ -346,8 +346,7 @@ class Relay:
         finally:
             self._is_connected = False
             link.leave()
-            writer.cancel()
-            await asyncio.wait([writer])
+            await cancel(writer)
         if not writer.cancelled():
             writer.result()
         if ending.is_goodbye:

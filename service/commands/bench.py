@@ -33,6 +33,7 @@ from service.commands.terminal import (
     token_of,
     trust_of,
 )
+from service.tasks import cancel
 
 DESCRIPTION = f"""\
 Put a load on a relay and measure it.
@@ -261,8 +262,7 @@ class Run:
             await self._watch()
         finally:
             self._is_over = True
-            for task in tasks:
-                task.cancel()
+            await cancel(*tasks)
             self._note_cpu()
 
     @property

@@ -22,6 +22,7 @@ from service.commands.terminal import (
     token_of,
     trust_of,
 )
+from service.tasks import cancel
 
 DESCRIPTION = """\
 Send one message to a channel, or every line of standard input.
@@ -137,8 +138,7 @@ async def _send_lines(relay: Relay) -> None:
         await asyncio.wait({reading, failing}, return_when=asyncio.FIRST_COMPLETED)
         await (reading if reading.done() else failing)
     finally:
-        reading.cancel()
-        failing.cancel()
+        await cancel(reading, failing)
 
 
 async def _hear_nothing(relay: Relay) -> None:

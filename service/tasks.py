@@ -1,0 +1,100 @@
+"""End tasks and calls in time, also where a library loses a cancellation.
+
+asyncio cancels a task once. Python 3.11's `asyncio.wait_for` drops that cancellation where its
+result comes in the same turn of the event loop (https://github.com/python/cpython/issues/86296),
+nats-py waits by it, and some libraries catch CancelledError. The task then runs on as if nothing
+had happened. So a cancellation is repeated here until the task is done, or the block is left.
+
+Knows no connection and no broker.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+AGAIN_S = 0.1
+"""A cancelled task has this time to clean up; then it is cancelled again."""
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until all of them are done.
+
+    Raises:
+        CancelledError: the caller was cancelled meanwhile. The tasks are done then, too.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        try:
+            await asyncio.wait(pending, timeout=AGAIN_S)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+async def cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run a coroutine so that one cancellation ends it.
+
+    Args:
+        begin: makes the coroutine. A coroutine that exists already would never be awaited where the
+            cancellation comes before the first step.
+    """
+    task = asyncio.create_task(begin())
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        with suppress(asyncio.CancelledError):
+            await cancel(task)
+        if task.cancelled() or task.exception() is None:
+            raise
+    return task.result()
+
+
+class Deadline:
+    """Raise TimeoutError in a block that takes longer.
+
+    It is `asyncio.timeout`, except that the cancellation is repeated until the block is left: a
+    block that lost it would run on without a deadline.
+
+    Args:
+        after_s: how long the block may take.
+    """
+
+    __slots__ = ("_after_s", "_cancelled_before", "_cancels", "_task", "_timer")
+
+    def __init__(self, after_s: float) -> None:
+        self._after_s = after_s
+        self._cancels = 0
+
+    async def __aenter__(self) -> None:
+        """Start the clock."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelled_before = task.cancelling()
+        self._timer = asyncio.get_running_loop().call_later(self._after_s, self._expire)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the clock; take back the cancellations that are the deadline's."""
+        self._timer.cancel()
+        for _ in range(self._cancels):
+            self._task.uncancel()
+        is_cancelled = self._task.cancelling() > self._cancelled_before
+        if self._cancels and kind is asyncio.CancelledError and not is_cancelled:
+            raise TimeoutError from error
+
+    def _expire(self) -> None:
+        self._cancels += 1
+        self._task.cancel()
+        self._timer = asyncio.get_running_loop().call_later(AGAIN_S, self._expire)
