@@ -292,9 +292,8 @@ async def _serve(
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     timeout_s = settings.shutdown.timeout_s
-    stop.attach(
-        functools.partial(loop.call_soon_threadsafe, asked.set), timeout_s, _unfinished(loop)
-    )
+    begin = functools.partial(loop.call_soon_threadsafe, asked.set)
+    stop.attach(begin, timeout_s, functools.partial(_running, loop))
     relay = build(settings, certificates, tokens, tracing)
     async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
         if tokens is not None and tokens.jwks is not None:
@@ -362,14 +361,10 @@ def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | No
     greet(settings, relay_port.address[1], metrics)
 
 
-def _unfinished(loop: asyncio.AbstractEventLoop) -> Callable[[], dict[str, object]]:
-    """Return what lists the tasks that run, for the log."""
-
-    def describe() -> dict[str, object]:
-        running = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)}
-        return {"tasks": ", ".join(sorted(running))}
-
-    return describe
+def _running(loop: asyncio.AbstractEventLoop) -> str:
+    """List the tasks that run, for the log."""
+    names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)}
+    return ", ".join(sorted(names))
 
 
 async def _become_ready(relay: Relay, tell: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -60,7 +60,7 @@ class Stop:
         self._asked = threading.Event()
         self._begin: Callable[[], object] | None = None
         self._timeout_s = 0.0
-        self._describe: Callable[[], Mapping[str, object]] = dict
+        self._tasks: Callable[[], str] = str
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         # Started now: when a stop begins there may be no room for another thread.
         for target in (self._receive, self._enforce):
@@ -70,16 +70,16 @@ class Stop:
         self,
         begin: Callable[[], object],
         timeout_s: float,
-        describe: Callable[[], Mapping[str, object]],
+        tasks: Callable[[], str],
     ) -> None:
         """Have the first signal begin a stop.
 
         Args:
             begin: begins it; called in another thread.
             timeout_s: the process is ended so long after the signal.
-            describe: says what was not done by then; called in another thread.
+            tasks: lists what runs still, for the log; called in another thread.
         """
-        self._timeout_s, self._describe = timeout_s, describe
+        self._timeout_s, self._tasks = timeout_s, tasks
         self._begin = begin
 
     def _receive(self) -> None:
@@ -102,7 +102,11 @@ class Stop:
         _end(1, self._log_unfinished)
 
     def _log_unfinished(self) -> None:
-        facts = {"timeout_s": self._timeout_s, "main_thread": _main_stack(), **self._describe()}
+        facts = {
+            "timeout_s": self._timeout_s,
+            "main_thread": _main_stack(),
+            "tasks": self._tasks(),
+        }
         log.error("stop not finished in time", extra=facts)
 
 

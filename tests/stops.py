@@ -30,7 +30,7 @@ from pathlib import Path
 from tests.brokers import free_port
 from tests.logs_kept import NatsLog, RedisLog, broker_of
 from tests.proxy import HOST, READ_BYTES, Connection, Proxy, pass_on
-from tests.relay_process import Relay
+from tests.relay_process import POLL_S, Relay
 
 KINDS = ("nats", "redis")
 
@@ -42,6 +42,8 @@ SCHEDULING_S = 1.0
 
 HUNG_S = 5.0
 """A process that runs for so long after its deadline is killed and reported."""
+
+START_S = 100.0
 
 START_SPAN_S = 1.5
 RUN_SPAN_S = 2.5
@@ -269,7 +271,7 @@ async def stopped(
             with blocked_signals():
                 relay.launch()
             if is_listening:
-                await relay.wait_for_log("relay listening")
+                await has_started(relay)
             await asyncio.sleep(after_s)
             started = time.monotonic()
             for number in signals:
@@ -280,6 +282,15 @@ async def stopped(
         finally:
             await asyncio.to_thread(relay.end)
     return End(status, took_s, "\n".join(relay.log_lines))
+
+
+async def has_started(relay: Relay) -> None:
+    """Wait until a relay listens, also where many start at a time."""
+    async with asyncio.timeout(START_S):
+        while "relay listening" not in (  # noqa: ASYNC110 - a log has no event
+            event["event"] for event in relay.log_events
+        ):
+            await asyncio.sleep(POLL_S)
 
 
 def _status_within(relay: Relay, timeout_s: float) -> int | None:

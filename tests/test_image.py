@@ -216,7 +216,8 @@ print(json.dumps({d.metadata["Name"].lower(): d.version for d in known.distribut
 def test_what_an_image_says_of_itself(engine: Engine, image: str) -> None:
     config = engine.inspect(image)["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["websocket-relay"]
+    env = ["env", "--block-signal=TERM", "--block-signal=INT"]
+    assert config["Entrypoint"] == [*env, "websocket-relay"]
     assert sorted(config["ExposedPorts"]) == ["8443/tcp", "9090/tcp"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()
               if name.startswith("org.opencontainers.image.")}  # fmt: skip

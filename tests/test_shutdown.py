@@ -308,7 +308,7 @@ async def test_a_second_interrupt_ends_it_now(relay_with: StartRelay) -> None:
         relay.signal(SIGINT)
         await relay.wait_for_log("draining")
         relay.signal(SIGINT)
-        await relay.exit_code()
+        assert await relay.exit_code() == 0
         assert time.monotonic() - started < 15
 
 
