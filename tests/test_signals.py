@@ -16,9 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
+from service.__main__ import OTHER_COMMANDS
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import QUIET_SETTINGS, ROOT, Relay, environment
+from tests.relay_process import (
+    QUIET_SETTINGS,
+    ROOT,
+    Relay,
+    environment,
+    run_command,
+    somebody_reads,
+)
 from tests.stops import blocked_signals
 
 OFFSETS_MS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -134,17 +142,37 @@ async def test_a_name_that_is_still_looked_up_does_not_hold_up_the_stop(tmp_path
         relay.end()
 
 
+async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    with blocked_signals():
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "service", "check"), cwd=tmp_path, env=environment()
+        )
+    async with somebody_reads(tmp_path / "config.yaml"), asyncio.timeout(PATIENCE_S):
+        command.terminate()
+        assert await command.wait() == -SIGTERM
+
+
+def test_every_command_is_the_relay_or_one_that_signals_end(tmp_path: Path) -> None:
+    listed = run_command("--help", directory=tmp_path).stdout
+    commands = re.findall(r"^    ([a-z-]+) ", listed, re.MULTILINE)
+    assert {*commands} == OTHER_COMMANDS | {"serve"}
+
+
 # As process 1, as in a container
 
 
 def process_1() -> Sequence[str]:
     """Return what runs a command as process 1 of a namespace, or skip."""
-    command = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
     if sys.platform != "linux" or shutil.which("unshare") is None:
         pytest.skip("unshare of util-linux is not here")
-    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not make a PID namespace")
-    return command
+    for user in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *user, "--fork", "--pid", "--mount-proc", "--kill-child"]
+        if not subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+            return command
+    pytest.skip("this user may not make a PID namespace")
 
 
 def entrypoint() -> list[str]:
