@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -58,6 +58,7 @@ class Replica:
     def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
         self.entries: list[Entry] = []
         self.whole_from: list[Position] = []
+        self.heard_before: list[int] = []  # how much it had heard when it was told each of them
         self.pending = Pending()
         self.speaker = Speaker()
         self.lags_s: list[float] = []
@@ -73,7 +74,7 @@ class Replica:
             observe_append=lambda _: None,
             observe_lag=self.lags_s.append,
         )
-        self.backplane.tail(self.entries.append, self.whole_from.append)
+        self.backplane.tail(self.entries.append, self._lost)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -92,6 +93,10 @@ class Replica:
         async with asyncio.timeout(1.5):
             with suppress(asyncio.CancelledError):
                 await task
+
+    def _lost(self, position: Position) -> None:
+        self.whole_from.append(position)
+        self.heard_before.append(len(self.entries))
 
     @property
     def payloads(self) -> list[bytes]:
@@ -184,8 +189,16 @@ class BrokerLog(Log):
         """Delete all entries of the stream."""
         raise NotImplementedError
 
+    async def remove(self, position: Position) -> None:
+        """Delete one entry of the stream."""
+        raise NotImplementedError
+
     async def go_back(self, replica: Replica) -> None:
         """Make the stream count from before what a replica read of it."""
+        raise NotImplementedError
+
+    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
+        """Let something happen, then let the stream be as it was before, as after a failover."""
         raise NotImplementedError
 
 
@@ -211,6 +224,14 @@ class RedisLog(BrokerLog):
 
     async def empty(self) -> None:
         await self.command("XTRIM", self.stream, "MAXLEN", "=", 0)
+
+    async def remove(self, position: Position) -> None:
+        await self.command("XDEL", self.stream, f"{position.major}-{position.minor}")
+
+    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
+        dumped = await self.command("DUMP", self.stream)
+        await happens()
+        await self.command("RESTORE", self.stream, 0, dumped, "REPLACE")
 
     async def go_back(self, replica: Replica) -> None:
         # As if the clock of the broker, before it was replaced, had been ahead.
@@ -244,17 +265,27 @@ class NatsLog(BrokerLog):
         await self.ask(f"$JS.API.STREAM.PURGE.{self.stream}")
 
     async def go_back(self, replica: Replica) -> None:
+        async def happens() -> None:
+            await replica.is_up()
+            heard = len(replica.entries)
+            for number in range(20):
+                replica.say(b"will be lost")
+                await replica.heard(heard + number + 1)
+
+        await self.forget(happens)
+
+    async def remove(self, position: Position) -> None:
+        request = json.dumps({"seq": position.minor}).encode()
+        await self.ask(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", request)
+
+    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
         # As if the machine had lost power before it wrote the last entries.
         streams = self.broker.directory / "streams"
         copy = self.broker.directory / "copy"
         self.broker.stop()
         shutil.copytree(streams, copy)
         await self.broker.start()
-        await replica.is_up()
-        heard = len(replica.entries)
-        for number in range(20):
-            replica.say(b"will be lost")
-            await replica.heard(heard + number + 1)
+        await happens()
         self.broker.kill()
         shutil.rmtree(streams)
         copy.rename(streams)

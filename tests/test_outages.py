@@ -87,7 +87,7 @@ class Wire(Proxy):
         self._appending.discard(connection)
 
     def asks(self, data: bytes, connection: Connection) -> bytes:
-        if b"XADD" in data or b"PUB relay " in data:
+        if b"EVAL" in data or b"PUB relay " in data:
             self._appending.add(connection)
         return data
 
@@ -237,6 +237,82 @@ async def test_what_is_said_alone_stands_behind_what_may_be_missing(
     assert replica.positions[-1] > max(replica.whole_from), "or who comes then is sent away"
 
 
+async def said_and_heard(replica: Replica, *payloads: bytes) -> None:
+    """Have a replica say messages, each in a packet of its own."""
+    for payload in payloads:
+        replica.say(payload)
+        await replica.hears(payload)
+
+
+def assert_told_before(replica: Replica, payload: bytes) -> None:
+    """Insist that a replica was told of a loss between a message and the one before it."""
+    index = replica.payloads.index(payload)
+    assert replica.heard_before[-1] == index
+    assert replica.whole_from[-1] < replica.positions[index]
+    if index:
+        assert replica.whole_from[-1] >= replica.positions[index - 1]
+
+
+async def test_an_entry_deleted_before_it_was_read_is_reported_before_the_next_message(
+    kept: BrokerLog, wire: Wire
+) -> None:
+    speaker, other = await kept.replicas(2)
+    behind = await kept.replica(url=wire.broker_url())
+    await said_and_heard(speaker, b"both")
+    await behind.hears(b"both")
+    wire.stall()
+    await said_and_heard(speaker, b"kept", b"deleted")
+    await kept.remove(speaker.positions[-1])
+    await said_and_heard(other, b"after")
+    wire.cut()
+    await behind.hears(b"after")
+    assert behind.payloads == [b"both", b"kept", b"after"]
+    assert_told_before(behind, b"after")
+    assert behind.backplane.books.gaps == 1
+    for each in (speaker, other):
+        assert each.payloads == [b"both", b"kept", b"deleted", b"after"]
+        assert each.backplane.books.gaps == each.backplane.books.lost == 0, "it had read that"
+
+
+async def test_what_a_broker_lost_is_reported_by_a_replica_that_had_read_it(
+    kept: BrokerLog, wire: Wire
+) -> None:
+    speaker, witness = await kept.replicas(2)
+    behind = await kept.replica(url=wire.broker_url())
+    await said_and_heard(speaker, b"both")
+    await behind.hears(b"both")
+    wire.stall()
+
+    async def happens() -> None:
+        await speaker.is_up()
+        await said_and_heard(speaker, b"lost")
+        await witness.hears(b"lost")
+        await speaker.stop()  # or it would find out by itself
+
+    await kept.forget(happens)
+    await witness.is_up()
+    await said_and_heard(witness, b"after")
+    wire.cut()
+    await behind.hears(b"after")
+    assert behind.payloads == [b"both", b"after"]
+    assert_told_before(behind, b"after")
+    assert_growing(witness.positions)
+
+
+async def test_a_message_whose_middle_is_lost_is_reported_before_the_next_one(
+    kept: BrokerLog,
+) -> None:
+    replica = await kept.replica()
+    await kept.put(pack(Packet(7, 0, ["default"], b"\1", [b"before"])))
+    first, _, last = in_parts(pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 7, 1, 80)
+    await kept.put(first)
+    await kept.put(last)
+    replica.say(b"after")
+    await replica.hears(b"after")
+    assert replica.payloads == [b"before", b"after"]
+    assert_told_before(replica, b"after")
+
+
 @pytest.fixture
 def relay_on(kept: BrokerLog, tmp_path: Path) -> Iterator[StartRelay]:
     """Start a relay on the broker, without waiting until it is ready."""
@@ -316,13 +392,15 @@ async def test_what_waits_takes_no_more_memory_than_it_is_taken_for(kept: Broker
 # What a user of the broker has to have, as the docs say
 
 
-async def test_a_user_of_redis_needs_four_commands_and_one_key(
-    stack: AsyncExitStack, tmp_path: Path
+@pytest.mark.parametrize("kind", ["redis", "redis-6.2"])
+async def test_a_user_of_redis_needs_six_commands_and_one_key(
+    stack: AsyncExitStack, tmp_path: Path, kind: str
 ) -> None:
-    broker = await stack.enter_async_context(broker_of("redis", tmp_path / "broker"))
+    broker = await stack.enter_async_context(broker_of(kind, tmp_path / "broker"))
     log = log_of("redis", stack, broker)
     assert isinstance(log, RedisLog)
-    rights = ["~relay", "+xadd", "+xread", "+xrange", "+info"]
+    commands = ["eval", "xadd", "xread", "xgroup", "xinfo", "info"]
+    rights = ["~relay", *(f"+{command}" for command in commands)]
     await log.command("ACL", "SETUSER", "relay", "on", ">pass", *rights)
     replica = await log.replica(url=broker.url_with("relay:pass"))
     replica.say(b"before")

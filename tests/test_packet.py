@@ -173,7 +173,7 @@ def test_a_part_whose_first_ones_are_gone_is_known_for_that() -> None:
     joiner = Joiner(ROOM)
     parts = parts_of(b"x" * 1000, origin=9)
     assert joiner.join(parts[1]) is None
-    assert joiner.stray == 9
+    assert joiner.stray == (9, 0)
     assert joiner.join(parts[0]) is None
     assert joiner.stray is None
 

@@ -21,8 +21,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
-from service.backplane.packet import Packet, pack
-from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.backplane.packet import HOLE
+from service.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
 from service.tasks import Deadline
 from service.urls import secrets_of, unusable
 
@@ -279,8 +279,9 @@ class RefusedError(BrokerError):
 class Writer:
     """The connection that appends, one entry at a time."""
 
-    def __init__(self, link: Link, subject: str) -> None:
+    def __init__(self, link: Link, subject: str, major: int) -> None:
         self.link = link
+        self.major = major
         self._subject = subject
         self._inbox = ""
         self._number = 0
@@ -291,8 +292,8 @@ class Writer:
         self.link.when_failed = self._fail
         self._inbox = await self.link.subscribe(self._take)
 
-    async def append(self, data: bytes) -> None:
-        """Add an entry, and wait until the broker says that it has it.
+    async def append(self, data: bytes) -> int:
+        """Add an entry, and wait until the broker says that it has it; return its sequence.
 
         Raises:
             BrokerError: it does not say so.
@@ -308,6 +309,7 @@ class Writer:
         found = json.loads(message.data)
         if "error" in found:
             raise RefusedError(found["error"])
+        return int(found["seq"])
 
     async def _take(self, message: Msg) -> None:
         answer = self._answer
@@ -323,29 +325,59 @@ class Writer:
             self._answer.set_result(None)
 
 
-class Reader:
-    """The connection that reads."""
+class Entry(NamedTuple):
+    """An entry of a stream.
 
-    def __init__(self, link: Link, name: str, major: int, after: int) -> None:
+    Attributes:
+        sequence: its number.
+        time: when the broker took it, in its words.
+        following: how many more there are.
+        data: its bytes.
+    """
+
+    sequence: int
+    time: str
+    following: int
+    data: bytes
+
+
+class Reader:
+    """The connection that reads.
+
+    It begins with the entry that was read last by the connection before. A broker that lost its
+    latest entries gives their numbers to others; so the number alone does not say that this is the
+    same stream still, but the time does.
+
+    Args:
+        link: the connection.
+        name: of the stream.
+        major: what its ids begin with.
+        after: the sequence that was read last; 0: none.
+        time: when the broker took that.
+    """
+
+    def __init__(self, link: Link, name: str, major: int, after: int, time: str) -> None:
         self.link = link
         self.major = major
-        self.after = after  # the sequence that was given last
+        self.after = after
+        self.time = time
         self._name = name
+        self._follows = False  # whether nothing is missing after `after`
         self._inbox = ""
         self._next = ""  # where to ask for more
         self._asked = 0
         self._credit = 0
-        self._come: deque[tuple[int, int, bytes]] = deque()  # sequence, how many follow, entry
+        self._come: deque[Entry] = deque()
         self._has_come = asyncio.Event()
         self._failure = ""
 
     async def open(self) -> None:
-        """Begin behind what was read."""
+        """Begin with what was read last."""
         self.link.when_failed = self._fail
         self._inbox = await self.link.subscribe(self._take)
         config = {
             "deliver_policy": "by_start_sequence",
-            "opt_start_seq": self.after + 1,
+            "opt_start_seq": max(1, self.after),
             "ack_policy": "none",
             "replay_policy": "instant",
             "inactive_threshold": round(IDLE_S * 1e9),
@@ -365,15 +397,18 @@ class Reader:
             await self._has_come.wait()
         if self._failure:
             raise BrokerError(self._failure)
-        entries: list[tuple[Id, bytes]] = []
-        is_complete, following = True, 0
+        entries: list[Found] = []
+        following = 0
         while self._come and len(entries) < CREDIT // 2:
-            sequence, following, data = self._come.popleft()
+            sequence, time, following, data = self._come.popleft()
+            if sequence <= self.after:
+                self._follows = (sequence, time) == (self.after, self.time)
+                continue
             # Entries can be taken out of a stream from the middle, too.
-            is_complete = is_complete and (not self.after or sequence == self.after + 1)
-            self.after = sequence
-            entries.append(((self.major, sequence), data))
-        return Read(entries, is_complete, is_last=not following)
+            follows = self._follows and sequence == self.after + 1
+            self.after, self.time, self._follows = sequence, time, True
+            entries.append(Found((self.major, sequence), data, follows))
+        return Read(entries, is_last=not following)
 
     async def _ask_for_more(self) -> None:
         self._asked += 1
@@ -391,7 +426,9 @@ class Reader:
             fields = message.reply.split(".")
             at = 5 if len(fields) == 9 else 7
             self._credit -= 1
-            self._come.append((int(fields[at]), int(fields[at + 3]), message.data))
+            self._come.append(
+                Entry(int(fields[at]), fields[at + 2], int(fields[at + 3]), message.data)
+            )
         self._has_come.set()
 
     def _take_status(self, headers: Mapping[str, str]) -> None:
@@ -432,6 +469,8 @@ class NatsStream:
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._is_doubtful = False  # whether the reader's connection is still to the right broker
+        self._read_time = ""  # when the broker took the entry that was read last
+        self._known: Id = (0, 0)  # the last entry that was read or confirmed
 
     async def append(self, data: bytes) -> None:
         """Add an entry.
@@ -445,7 +484,8 @@ class NatsStream:
                 self._writer = await self._open_writer()
             if len(data) > self.max_entry_bytes:
                 raise BrokerError("the broker takes less at once than it did")
-            await self._writer.append(data)
+            writer = self._writer
+            self._know((writer.major, await writer.append(data)))
         except BaseException as error:
             await self._drop_writer()
             if not isinstance(error, Exception):
@@ -464,8 +504,12 @@ class NatsStream:
                     self._is_doubtful = False
                     await self._drop_reader()
                 if self._reader is None:
-                    return await self._open_reader(after)
-                return await self._reader.read()
+                    self._reader = await self._open_reader(after)
+                    return Read((), is_last=False)
+                read = await self._reader.read()
+                self._know((self._reader.major, self._reader.after))
+                self._read_time = self._reader.time
+                return read
         except BaseException as error:
             await self._drop_reader()
             if not isinstance(error, Exception):
@@ -499,35 +543,38 @@ class NatsStream:
     async def _open_writer(self) -> Writer:
         link = await self._connect()
         try:
-            await self._stream_by(link)
-            writer = Writer(link, self._name)
+            writer = Writer(link, self._name, await self._find(link))
             await writer.open()
         except BaseException:
             await link.hang_up()
             raise
         return writer
 
-    async def _open_reader(self, after: Id) -> Read:
+    async def _open_reader(self, after: Id) -> Reader:
         link = await self._connect()
         try:
-            found = await self._stream_by(link)
-            major = _ms(found["created"])
-            first, last = found["state"]["first_seq"], found["state"]["last_seq"]
-            if major < after[0]:
-                raise BrokerError("the stream is older than the one before: check the clocks")
+            major = await self._find(link)
             sequence = after[1] if major == after[0] else 0
-            if last < sequence:
-                await self._lift(link, sequence - last)
-            reader = Reader(link, self._name, major, sequence)
+            reader = Reader(link, self._name, major, sequence, self._read_time)
             await reader.open()
         except BaseException:
             await link.hang_up()
             raise
-        self._reader = reader
-        is_complete = after == (0, 0) or (major == after[0] and first <= sequence + 1 <= last + 1)
-        if not is_complete:
-            reader.after = 0  # it is known that it jumps
-        return Read((), is_complete, is_last=False)
+        return reader
+
+    async def _find(self, link: Link) -> int:
+        """Return what the ids of the stream begin with; let it go on after what is known of it."""
+        known_major, known = self._known  # before the stream is asked: it grows meanwhile
+        found = await self._stream_by(link)
+        major, last = _ms(found["created"]), found["state"]["last_seq"]
+        if major < known_major:
+            raise BrokerError("the stream is older than the one before: check the clocks")
+        if major == known_major and last < known:
+            await self._lift(link, known - last)
+        return major
+
+    def _know(self, identity: Id) -> None:
+        self._known = max(self._known, identity)
 
     async def _stream_by(self, link: Link) -> Any:
         """Return what JetStream says of the stream; make it where it is absent."""
@@ -568,16 +615,15 @@ class NatsStream:
         }
 
     async def _lift(self, link: Link, count: int) -> None:
-        """Let a stream that has gone back go on behind what was read of it.
+        """Let a stream that has gone back go on after what is known of it.
 
         A broker that loses power loses what it had not written, and numbers what comes next as it
         did that.
         """
         if count > MAX_LIFT:
             raise BrokerError(f"the stream is {count} entries behind what was read of it")
-        nothing = pack(Packet(0, 0, (), b"", ()))
         for number in range(count):
-            await link.publish(self._name, nothing)
+            await link.publish(self._name, HOLE)
             if not number % 1000:
                 await asyncio.sleep(0)
         await link.ask(f"STREAM.INFO.{self._name}")  # answered when they are through

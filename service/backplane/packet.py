@@ -81,6 +81,10 @@ def pack(packet: Packet) -> bytes:
     )
 
 
+HOLE = pack(Packet(0, 0, (), b"", ()))
+"""Stands in a stream in the place of entries that the broker lost."""
+
+
 def unpack(data: bytes) -> Packet:
     """Return the packet that these bytes are.
 
@@ -168,12 +172,12 @@ class Joiner:
 
     Attributes:
         dropped: packets of which some parts came, and never the rest.
-        stray: where the part that came last is from, if those before it did not come.
+        stray: origin and number of the part that came last, if those before it did not come.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.dropped = 0
-        self.stray: int | None = None
+        self.stray: tuple[int, int] | None = None
         self.bytes = 0
         self._max_bytes = max_bytes
         # By origin, each has one packet on its way; the one that was heard of last is the last.
@@ -194,7 +198,8 @@ class Joiner:
         if kind != PART or index >= count:
             raise FormatError("of a kind that is not known")
         unfinished = self._find(origin, number, index, count)
-        self.stray = origin if unfinished is None or index > len(unfinished.parts) else None
+        is_stray = unfinished is None or index > len(unfinished.parts)
+        self.stray = (origin, number) if is_stray else None
         if unfinished is None or index != len(unfinished.parts):
             return None
         part = data[HEAD.size :]

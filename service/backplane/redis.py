@@ -1,11 +1,13 @@
 """Keep the log in a Redis stream (Redis 6.2 and newer, Valkey). The only room that knows redis.
 
 Two connections: one waits in XREAD for what comes next, one appends.
+
+Ids of a stream leave room between them, so an entry that is gone leaves no trace. Therefore each
+entry names the one before it, and a reader that finds another name there knows that it missed some.
 """
 
 import asyncio
 import re
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +16,7 @@ from typing import Any
 from redis.asyncio import Connection, ConnectionPool
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
-from service.backplane.packet import Packet, pack
-from service.backplane.remote import BrokerError, Id, Read, failure, set_abrupt
+from service.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
 from service.tasks import Deadline
 from service.urls import secrets_of, unusable
 
@@ -30,10 +31,63 @@ READ_ENTRIES = 16  # at once
 MAX_ENTRY_BYTES = 1_048_576
 """Far below what a value may have (512 MB): a read is no more than 16 of them."""
 
-SURE_S = 0.5
-"""What was read so long ago may have been trimmed, and what followed it, too."""
-
 FIELD = b"d"
+BEFORE = b"p"
+
+APPEND = """
+local key, known, following, oldest, data = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local function is_less(one, other)
+  local ms, number = one:match('(%d+)-(%d+)')
+  local other_ms, other_number = other:match('(%d+)-(%d+)')
+  ms, other_ms = tonumber(ms), tonumber(other_ms)
+  return ms < other_ms or ms == other_ms and tonumber(number) < tonumber(other_number)
+end
+
+local before, id = '0-0', '*'
+local groups = redis.pcall('XINFO', 'GROUPS', key)
+if groups.err then
+  if not groups.err:find('no such key') then return groups end
+  groups = {}
+end
+for _, group in ipairs(groups) do
+  local facts = {}
+  for at = 1, #group, 2 do facts[group[at]] = group[at + 1] end
+  if facts.name == 'last' then before = facts['last-delivered-id'] end
+end
+if is_less(before, known) then before, id = 'lost', following end
+
+local function add()
+  return redis.pcall('XADD', key, 'MINID', '~', oldest, id, 'd', data, 'p', before)
+end
+
+local added = add()
+if added.err and id ~= '*' then
+  id = '*'
+  added = add()
+end
+if not added.err and redis.pcall('XGROUP', 'SETID', key, 'last', '$').err then
+  redis.call('XGROUP', 'CREATE', key, 'last', '$')
+end
+return added
+"""
+"""Add an entry that names the one before it, and trim what is too old; return the entry's id.
+
+A consumer group, `last`, keeps the id of the latest entry, also when that one is deleted. XINFO
+STREAM would tell the stream's last id, too, but together with two whole entries. The entry is added
+before the group is moved: once a script has written, Redis does not ask any more whether there is
+memory for the rest.
+
+An entry that this replica knows of and the stream does not is lost: the broker went back, or began
+anew. The new entry then stands after the lost one, so positions never go back, and names no entry,
+for there may be others that were added before it and will never be read.
+"""
+
+SCRIPT = re.compile(
+    r"Error running script \(call to \w+\): |@user_script: ?\d+: (-\w+ )?"
+    r"| script: \w+, on @user_script:\d+\."
+)
+"""What Redis says of the script around an error of a command in it."""
 
 KEEP_STEP_BYTES = 1_048_576
 KEEP_STEPS = 8
@@ -177,7 +231,7 @@ class RedisStream:
         except (ValueError, TypeError, RedisError):
             # What they say may quote a part of the URL.
             raise unusable(url, "not a URL that redis-py understands") from None
-        self._read_at = 0.0  # when the last entry was; 0: that is long ago
+        self._known: Id = (0, 0)  # the last entry that was read or confirmed
         self._is_doubtful = False  # whether the reader's connection is still to the right broker
 
     async def append(self, data: bytes) -> None:
@@ -186,10 +240,13 @@ class RedisStream:
         Raises:
             BrokerError: it may be there and it may not.
         """
-        oldest = _text(self._kept.from_id)
+        major, minor = self._known
+        bounds = [(major, minor), (major, minor + 1), self._kept.from_id]
         try:
             await self._writer.open()
-            await self._writer.ask(("XADD", self._name, "MINID", "~", oldest, "*", FIELD, data))
+            command = ("EVAL", APPEND, 1, self._name, *map(_text, bounds), data)
+            (added,) = await self._writer.ask(command)
+            self._know(_id(added))
         except BaseException as error:
             # Cancelled: the answer would be taken for the next one's. Also where it only said no:
             # what was the primary may be a replica now.
@@ -209,7 +266,6 @@ class RedisStream:
                 return await self._read(after)
         except BaseException as error:
             await self._reader.hang_up()
-            self._read_at = 0.0
             if not isinstance(error, Exception):
                 raise
             raise self._failed(error) from None
@@ -222,44 +278,21 @@ class RedisStream:
         if self._is_doubtful:
             self._is_doubtful = False
             await self._reader.hang_up()
-        if not self._reader.is_open:
-            self._read_at = 0.0
-            await self._reader.open()
-        since = _text(after)
+        await self._reader.open()
         wait_ms = round(WAIT_S * 1000)
-        commands: list[tuple[Any, ...]] = [
-            ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", wait_ms, "STREAMS", self._name, since)
-        ]
-        is_sure = after == (0, 0) or time.monotonic() - self._read_at < SURE_S
-        if not is_sure:
-            # The oldest goes first: while the one that was read last is there, so is all that came
-            # since. Asked after the reading, for it may go at any moment.
-            commands.append(("XRANGE", self._name, since, since))
-        found, *kept = await self._reader.ask(*commands)
-        is_complete = is_sure or bool(kept[0])
-        if not is_complete:
-            await self._lift(after)
+        (found,) = await self._reader.ask(
+            ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", wait_ms, "STREAMS", self._name, _text(after))
+        )
         entries = []
-        for identity, data in _entries(found):
-            entries.append((identity, data))
+        for identity, data, before in _entries(found):
+            entries.append(Found(identity, data, follows=before == _text(after).encode()))
             self._kept.note(identity, len(data))
-        if entries:
-            self._read_at = time.monotonic()
-        return Read(entries, is_complete, is_last=len(entries) < READ_ENTRIES)
+            after = identity
+        self._know(after)
+        return Read(entries, is_last=len(entries) < READ_ENTRIES)
 
-    async def _lift(self, after: Id) -> None:
-        """Let the stream go on behind what was read of it.
-
-        A stream that was lost and begun anew counts from the clock of a broker, maybe another's,
-        and that may be behind.
-        """
-        behind = _text((after[0], after[1] + 1))
-        nothing = pack(Packet(0, 0, (), b"", ()))
-        try:
-            await self._reader.ask(("XADD", self._name, behind, FIELD, nothing))
-        except ResponseError as error:
-            if "equal or smaller" not in str(error):  # which is as it should be
-                raise
+    def _know(self, identity: Id) -> None:
+        self._known = max(self._known, identity)
 
     async def close(self) -> None:
         """Let go of both connections."""
@@ -271,16 +304,26 @@ class RedisStream:
     def _failed(self, error: Exception) -> BrokerError:
         if isinstance(error, AskError):  # MovedError is one
             error = BrokerError(f"in this Redis Cluster the key is elsewhere: {error}")
+        if isinstance(error, ResponseError):
+            error = BrokerError(SCRIPT.sub("", str(error)))
         is_usual = isinstance(error, BrokerError | RedisError | OSError)  # TimeoutError, too
         return failure(error, self._secrets, is_usual=is_usual)
 
 
-def _entries(found: Any) -> Iterator[tuple[Id, bytes]]:
-    """Yield what XREAD found: ids and what the relay put there; nothing where others did."""
+def _entries(found: Any) -> Iterator[tuple[Id, bytes, bytes]]:
+    """Yield what XREAD found: ids, what the relay put there, and which ids it says come before.
+
+    Both are empty in entries that others put there.
+    """
     for _, entries in found or ():
         for identity, fields in entries:
-            major, _, minor = identity.partition(b"-")
-            yield (int(major), int(minor)), fields[1] if fields and fields[0] == FIELD else b""
+            named = dict(zip(fields[::2], fields[1::2], strict=False))
+            yield _id(identity), named.get(FIELD, b""), named.get(BEFORE, b"")
+
+
+def _id(text: bytes) -> Id:
+    major, _, minor = text.partition(b"-")
+    return int(major), int(minor)
 
 
 def _text(identity: Id) -> str:

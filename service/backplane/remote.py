@@ -32,6 +32,7 @@ from service.backplane.base import (
     State,
 )
 from service.backplane.packet import (
+    HOLE,
     MESSAGE_BYTES,
     FormatError,
     Joiner,
@@ -109,17 +110,29 @@ class BrokerError(RelayError):
     """The broker can't be reached or did not do what it was asked. It may the next time."""
 
 
+class Found(NamedTuple):
+    """An entry of a stream.
+
+    Attributes:
+        identity: its id.
+        data: its bytes.
+        follows: whether the stream never held another one between this and the one read before.
+    """
+
+    identity: Id
+    data: bytes
+    follows: bool
+
+
 class Read(NamedTuple):
     """What a stream gives.
 
     Attributes:
-        entries: ids and bytes, in their order.
-        is_complete: False where some of what came before them is not there any more.
+        entries: in their order.
         is_last: whether there was nothing more to read.
     """
 
-    entries: Sequence[tuple[Id, bytes]]
-    is_complete: bool = True
+    entries: Sequence[Found]
     is_last: bool = True
 
 
@@ -203,10 +216,11 @@ class Origins:
         latest, following = self._next.get(replica, (life, 0))
         return following if life == latest else 0
 
-    def knows(self, origin: int) -> bool:
-        """Tell whether a packet of this life was read."""
+    def awaits(self, origin: int, number: int) -> bool:
+        """Tell whether a packet that begins with this message is not read yet, and may be."""
         replica, life = divmod(origin, LIVES)
-        return replica in self._next and self._next[replica][0] == life
+        latest, following = self._next.get(replica, (life, number))
+        return life > latest or (life == latest and number >= following)
 
     def note(self, origin: int, number: int, count: int) -> int:
         """Take note of a packet; return how many messages before it are missing.
@@ -285,7 +299,7 @@ class RemoteBackplane:
         self._awaiting: deque[tuple[int, Callable[[Position], object]]] = (
             deque()
         )  # which number comes next
-        self._is_whole = False  # nothing is missing before what is read next
+        self._is_whole = False  # nothing is missing before what is read next; nor was said before
         self._origins = Origins()
         self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
         self._joiner = Joiner(max_message_bytes + LARGEST_PACKET_BYTES)
@@ -460,13 +474,10 @@ class RemoteBackplane:
                 continue
             self._note_success("read")
             pause_s = PAUSE_S[0]
-            if not read.is_complete:
-                self._note_gap()
-            for identity, data in read.entries:
+            for found in read.entries:
                 if not self._has_room.is_set():
                     await self._has_room.wait()
-                self._after = identity
-                self._take(identity, data)
+                self._take(found)
                 if not read.is_last:
                     self._behind_at = time.monotonic()
                 # A packet takes a millisecond or two. And what it brought is written to clients
@@ -475,24 +486,17 @@ class RemoteBackplane:
             if not self._has_room.is_set():
                 await self._has_room.wait()
 
-    def _note_gap(self) -> None:
-        self.books.gaps += 1
-        self._is_whole = False
-        major, minor = self._after
-        log.error("backplane lost messages", extra={"after": f"{major}-{minor}"})
-        # Until it is known where it goes on, nothing that was delivered leads up to it.
-        self._lose_up_to(major, minor)
-
-    def _lose_up_to(self, major: int, minor: int) -> None:
-        # What is said from now on, in an outage on this replica alone, comes behind that.
-        self._position = Position(major, minor, BEHIND_ALL)
-        self._lost(self._position)
-
-    def _take(self, identity: Id, data: bytes) -> None:
-        major, minor = identity
+    def _take(self, found: Found) -> None:
+        (major, minor), data, follows = found
+        before, self._after = self._after, found.identity
         self._position = Position(major, minor, -1)  # and nothing of it yet
+        self._is_whole = self._is_whole and follows and data != HOLE
+        if data == HOLE:  # as a rule it is one of many
+            return
         if not self._is_whole:
             self._is_whole = True
+            if self._origins.is_current:
+                self._note_gap(before)
             self._lost(Position(major, minor, 0).before())
         try:
             whole = self._joiner.join(data)
@@ -500,15 +504,26 @@ class RemoteBackplane:
         except FormatError as error:
             self.books.unreadable += 1
             log.debug("entry not readable", extra={"error": str(error)})
+            self._lose(found.identity)  # it may be messages of a newer version
             return
         if self._joiner.dropped:
             self.books.unreadable += self._joiner.dropped
             self._joiner.dropped = 0
         if packet is not None:
             self._take_packet(major, minor, packet)
-        elif self._joiner.stray is not None and not self._origins.knows(self._joiner.stray):
-            # The first parts are gone, and what was said in them: nothing else will tell.
-            self._lose_up_to(major, minor)
+        elif self._joiner.stray is not None and self._origins.awaits(*self._joiner.stray):
+            # Its first parts are gone. Its messages would have stood where its last part stands.
+            self._lose(found.identity)
+
+    def _note_gap(self, after: Id) -> None:
+        self.books.gaps += 1
+        log.error("backplane lost messages", extra={"after": f"{after[0]}-{after[1]}"})
+
+    def _lose(self, identity: Id) -> None:
+        """Take note that an entry may have held messages, which nobody hears."""
+        # What is said from now on, in an outage on this replica alone, comes after that.
+        self._position = Position(*identity, BEHIND_ALL)
+        self._lost(self._position)
 
     def _take_packet(self, major: int, minor: int, packet: Packet) -> None:
         origin, number, channels, opcodes, payloads, note = packet
