@@ -146,6 +146,38 @@ class Proxy:
         return b""
 
 
+class HeldReads(Proxy):
+    """A way to a broker on which, while it is told so, nothing of a stream can be read.
+
+    Args:
+        port: the broker's.
+
+    Attributes:
+        is_held: whether it is.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.is_held = False
+        self._reading: set[Connection] = set()
+
+    def release(self) -> None:
+        """Let the stream be read again."""
+        self.is_held = False
+        self.cut()  # what was lost of an answer would be missing in the next one
+
+    def closed(self, connection: Connection) -> None:
+        self._reading.discard(connection)
+
+    def asks(self, data: bytes, connection: Connection) -> bytes:
+        if b"XREAD" in data or b".CONSUMER.MSG.NEXT." in data:
+            self._reading.add(connection)
+        return data
+
+    def answers(self, data: bytes, connection: Connection) -> bytes:
+        return self._lose() if self.is_held and connection in self._reading else data
+
+
 async def pass_on(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,

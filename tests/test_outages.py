@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from service.backplane import remote
+from service.backplane.base import Position
 from service.backplane.packet import Packet, in_parts, pack
 from service.backplane.remote import LIVES, RESET
 from tests.brokers import Broker
@@ -27,7 +28,7 @@ from tests.logs_kept import (
     log_of,
     until,
 )
-from tests.proxy import Connection, Proxy
+from tests.proxy import Connection, HeldReads, Proxy
 from tests.relay_process import Relay, eventually, merged, receive
 from tests.test_backplane import assert_growing
 
@@ -311,6 +312,90 @@ async def test_a_message_whose_middle_is_lost_is_reported_before_the_next_one(
     await replica.hears(b"after")
     assert replica.payloads == [b"before", b"after"]
     assert_told_before(replica, b"after")
+
+
+@pytest.fixture
+async def way(kept: BrokerLog, stack: AsyncExitStack) -> HeldReads:
+    """A way to the broker on which reading can be held."""
+    return await stack.enter_async_context(HeldReads(kept.broker.port))
+
+
+class Waiting:
+    """What those are told who wait for their messages, and when."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.told: list[Position | None] = []
+        self.settled: list[int] = []  # how much had been heard by then
+
+    def say(self, *payloads: bytes) -> None:
+        """Say messages, wait for each, and for all of them."""
+        for payload in payloads:
+            self.replica.say(payload)
+            self.replica.backplane.when_delivered(self.told.append)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for all that was said so far."""
+        heard = self.replica.entries
+        self.replica.backplane.when_settled(lambda: self.settled.append(len(heard)))
+
+
+async def held_until_out(
+    kept: BrokerLog, way: HeldReads, on_outage: str
+) -> tuple[Replica, Waiting]:
+    """Return a replica in an outage whose last two messages are in the log, and were not read."""
+    url = kept.url.replace(str(kept.broker.port), str(way.port))
+    replica, other = await kept.replica(url=url, on_outage=on_outage), await kept.replica()
+    await said_and_heard(replica, b"before")
+    waiting = Waiting(replica)
+    way.is_held = True
+    waiting.say(b"0", b"1")
+    await other.hears(b"before", b"0", b"1")
+    await replica.is_out()
+    assert (waiting.told, waiting.settled) == ([], [])
+    return replica, waiting
+
+
+@pytest.mark.parametrize("on_outage", ["reject", "local"])
+async def test_what_was_confirmed_before_an_outage_is_awaited_until_it_is_read(
+    kept: BrokerLog, way: HeldReads, hasty: None, on_outage: str
+) -> None:
+    replica, waiting = await held_until_out(kept, way, on_outage)
+    waiting.say(b"meanwhile")
+    assert waiting.settled == [], "what was said before comes first"
+    (own,) = waiting.told
+    alone = replica.payloads == [b"before", b"meanwhile"]
+    assert own == (replica.positions[-1] if alone else None)
+    way.release()
+    await replica.hears(b"0", b"1")
+    heard = dict(zip(replica.payloads, replica.positions, strict=True))
+    assert waiting.told == [own, heard[b"0"], heard[b"1"]]
+    assert waiting.settled == [len(replica.entries)] * 2
+    assert alone == (on_outage == "local")
+
+
+async def test_what_is_confirmed_and_does_not_come_back_in_time_is_in_doubt(
+    kept: BrokerLog, way: HeldReads, hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "READ_BACK_S", 0.3)
+    replica, waiting = await held_until_out(kept, way, "reject")
+    await until(lambda: waiting.told)
+    assert waiting.told == [None, None]
+    assert waiting.settled == [1]
+    assert replica.speaker.told == 0
+
+
+async def test_what_is_confirmed_and_lost_in_an_outage_is_in_doubt(
+    kept: BrokerLog, way: HeldReads, hasty: None
+) -> None:
+    replica, waiting = await held_until_out(kept, way, "reject")
+    await kept.delete()
+    way.release()
+    await replica.is_up()
+    assert waiting.told == [None, None]
+    assert waiting.settled == [1]
+    assert replica.payloads == [b"before"]
 
 
 @pytest.fixture

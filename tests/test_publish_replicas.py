@@ -9,12 +9,13 @@ import pytest
 
 from tests.brokers import Broker
 from tests.conftest import StartRelay, StartReplicas
-from tests.proxy import Connection, Proxy
-from tests.raw_client import PATIENCE_S
+from tests.proxy import Connection, HeldReads, Proxy
+from tests.raw_client import CLOSE, PATIENCE_S, close_payload, frame
+from tests.raw_client import TEXT as TEXT_FRAME
 from tests.relay_process import PLAIN, Relay, receive, receive_many
 from tests.test_publish import BATCH, TEXT, post
 from tests.test_publish_bounds import MIB, posting
-from tests.test_resume import numbers, resuming
+from tests.test_resume import numbers, resuming, wanting
 
 
 class Hush(Proxy):
@@ -155,6 +156,47 @@ async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
         while heard[-1] != "after":
             heard.append(await receive(listener))
         assert heard in (['"in doubt"', '"too"', "after"], ["after"]), "all of it or nothing"
+
+
+async def test_what_the_broker_confirmed_before_an_outage_is_told_its_own_position(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    """And a close that waits for its sender's last message is not answered before that."""
+    async with AsyncExitStack() as stack:
+        way = await stack.enter_async_context(HeldReads(broker.port))
+        url = broker.url.replace(str(broker.port), str(way.port))
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": url})
+        listener = await stack.enter_async_context(resuming(relay, "news"))
+        assert (await post(relay, "news", b"before", TEXT)).status_code == 202
+        assert await listener.message() == "before"
+        leaving = await stack.enter_async_context(await relay.tcp())
+        await leaving.upgrade(wanting("other"))
+        way.is_held = True
+        async with asyncio.TaskGroup() as group:
+            posting = [group.create_task(post(relay, "news", b"%d" % n, TEXT)) for n in range(2)]
+            await leaving.send(
+                frame(TEXT_FRAME, b"last") + frame(CLOSE, close_payload(4000)),
+            )
+            await relay.metric_is("websocket_backplane_up", 0)
+            way.release()
+        told = {each.result().json()["position"]: f"{n}" for n, each in enumerate(posting)}
+        assert [each.result().status_code for each in posting] == [202, 202]
+        for _ in range(2):
+            message = await listener.message()
+            assert told[listener.position] == message
+        assert await leaving.message() == "last"
+        assert (await leaving.close_frame())[0] == 4000
+        await relay.metric_is("websocket_backplane_up", 1)
+
+
+async def test_the_position_of_an_empty_batch_is_one_to_come_back_with(
+    replicas_with: StartReplicas,
+) -> None:
+    (relay,) = replicas_with(1)
+    answer = await post(relay, "news", b"", BATCH)
+    assert answer.json()["messages"] == 0
+    async with resuming(relay, "news", since=answer.json()["position"]) as client:
+        assert client.welcome["recovered"] is True
 
 
 @asynccontextmanager

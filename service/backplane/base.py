@@ -140,11 +140,14 @@ class Backplane(Protocol):
             publisher: as above.
         """
 
-    def when_delivered(self, act: Callable[[Position], object]) -> None:
-        """Call `act` once all that was appended so far has been delivered here, or given up.
+    def when_delivered(self, answer: Callable[[Position | None], object]) -> None:
+        """Call `answer` once the message that was appended last has been delivered here.
 
-        It is told where the last of that stands.
+        It is told the position of that message; None where it was not relayed, or nobody knows.
         """
+
+    def when_settled(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was appended so far has been delivered here, or given up."""
 
     def pause_reading(self) -> None:
         """Deliver no more until `resume_reading`: too much waits to be written."""

@@ -52,9 +52,13 @@ class MemoryBackplane:
         for opcode, payload in said:
             self.append(channel, opcode, payload, publisher)
 
-    def when_delivered(self, act: Callable[[Position], object]) -> None:
+    def when_delivered(self, answer: Callable[[Position | None], object]) -> None:
+        """Call it: the message has been."""
+        answer(Position(self._major, self._minor, 0))
+
+    def when_settled(self, act: Callable[[], None]) -> None:
         """Call it: all has been."""
-        act(Position(self._major, self._minor, 0))
+        act()
 
     def pause_reading(self) -> None:
         """Go on: nothing waits here, and publishers are held elsewhere."""

@@ -22,6 +22,7 @@ from functools import partial
 from itertools import repeat
 from typing import NamedTuple, Protocol
 
+from service.backplane.awaiting import Answer, Awaiting, Waiter
 from service.backplane.base import (
     START,
     Deliver,
@@ -70,6 +71,10 @@ HEARD_OF_S = 5.0
 OUTAGE_AFTER_S = 3.0
 """A broker that is restarted, or fails over, is back by then as a rule; a client that waits for its
 own message has not given up."""
+
+READ_BACK_S = 5.0
+"""So long after the beginning of an outage may still come back what the broker had confirmed before
+it. Then nobody waits for it any more: clients give up after ten seconds as a rule."""
 
 LOOK_S = 0.1
 """How often is looked whether there is an outage."""
@@ -296,9 +301,9 @@ class RemoteBackplane:
         # Reading
         self._after: Id = (0, 0)
         self._position = START
-        self._awaiting: deque[tuple[int, Callable[[Position], object]]] = (
-            deque()
-        )  # which number comes next
+        self._publishers = Awaiting()  # who want positions of their own messages
+        self._settling = Awaiting()  # who want nothing of this replica to be under way any more
+        self._read_back_until = 0.0  # for those who wait for messages of earlier lives
         self._is_whole = False  # nothing is missing before what is read next; nor was said before
         self._origins = Origins()
         self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
@@ -357,13 +362,27 @@ class RemoteBackplane:
         if outgoing.size >= PACKET_BYTES:
             self._begin_packet()
 
-    def when_delivered(self, act: Callable[[Position], object]) -> None:
-        """Call `act` once all that was appended so far has come back, or was given up."""
-        following = self._number + sum(len(each.payloads) for each in self._outbox)
-        if self._origins.next_of(self._origin) >= following:
-            act(self._position)
+    def when_delivered(self, answer: Answer) -> None:
+        """Call `answer` once the message that was appended last has come back, or won't."""
+        if self._is_out:  # it was delivered here alone, or turned away
+            answer(self._position if self._relays_locally else None)
         else:
-            self._awaiting.append((following, act))
+            self._publishers.add(self._origin, self._following, answer)
+
+    def when_settled(self, act: Callable[[], None]) -> None:
+        """Call `act` once all that was appended so far has come back, or was given up."""
+        following = self._following
+        if self._origins.next_of(self._origin) < following:
+            self._settling.add(self._origin, following, lambda _: act())
+        elif self._settling:  # for messages of an earlier life
+            self._settling.add_to_last(lambda _: act())
+        else:
+            act()
+
+    @property
+    def _following(self) -> int:
+        """The number that the message gets which is appended next."""
+        return self._number + sum(len(each.payloads) for each in self._outbox)
 
     def pause_reading(self) -> None:
         """Read no more of the stream until `resume_reading`: too much waits to be written."""
@@ -547,10 +566,11 @@ class RemoteBackplane:
                 deliver(entry)
         if note is not None:
             self._hear_of(origin, note)
-        if origin == self._origin:
-            self._tell_delivered(number)
-            if note is not None:
-                self._came_back()
+        if origin // LIVES == self._origin // LIVES:
+            self._publishers.on_packet(origin, number, self._position)
+            self._settling.on_packet(origin, number, self._position)
+        if origin == self._origin and note is not None:
+            self._came_back()
 
     def _hear_of(self, origin: int, note: bytes) -> None:
         replicas = self._replicas
@@ -559,18 +579,6 @@ class RemoteBackplane:
         replicas.move_to_end(replica)
         if len(replicas) > MAX_ORIGINS:
             replicas.popitem(last=False)
-
-    def _tell_delivered(self, number: int) -> None:
-        """Tell those who wait for messages of a packet that was delivered last.
-
-        Args:
-            number: of its first message.
-        """
-        awaiting = self._awaiting
-        major, minor, last = self._position
-        while awaiting and awaiting[0][0] <= number + last + 1:
-            following, act = awaiting.popleft()
-            act(Position(major, minor, following - 1 - number))
 
     # How things stand
 
@@ -584,6 +592,8 @@ class RemoteBackplane:
             if now - looked_at > 2 * LOOK_S:  # the relay itself stood still, or was out of time
                 self._excuse(now - looked_at)
             looked_at = now
+            if now > self._read_back_until:
+                self._expire_earlier()
             if not self._sent_at:
                 if now >= due:
                     self._send_canary(now)
@@ -634,8 +644,12 @@ class RemoteBackplane:
             self.up.set()
 
     def _begin_outage(self, now: float) -> None:
-        """Give up what waits: who said it is told, or those who are here hear it alone."""
+        """Give up what waits: who said it is told, or those who are here hear it alone.
+
+        What the broker confirmed and did not give back yet is awaited for a while.
+        """
         log.error("backplane outage", extra={"broker": self._address, "on_outage": self._on_outage})
+        self._expire_earlier()
         self.books.outages += 1
         self.state = State.OUTAGE
         self._is_out = True
@@ -644,39 +658,66 @@ class RemoteBackplane:
         given_up = self._waiting
         self._outbox.clear()
         self._filled.clear()
-        number = self._number
+        origin, number = self._origin, self._number
         if self._in_flight is not None and not self._in_flight.is_given_up:
             self._in_flight.is_given_up = True
             number = self._in_flight.number
-            if self._origins.next_of(self._origin) > number:  # it did get there
+            if self._origins.next_of(origin) > number:  # it did get there
                 self._pending.drained(given_up.pop(0).kept_bytes)
                 number = self._number
         if self._relays_locally:
-            self._left_out[self._origin] = number
+            self._left_out[origin] = number
             if len(self._left_out) > MAX_ORIGINS:
                 self._left_out.popitem(last=False)
         # What was given up leaves a hole in the numbers that nobody should take for a loss.
-        self._origin, self._number = _next_life(self._origin), 0
-        for outgoing in given_up:
-            self._give_up(outgoing, number)
-            number += len(outgoing.payloads)
+        self._origin, self._number = _next_life(origin), 0
+        self._give_up_from(origin, number, given_up)
         self._settled.set()
-        while self._awaiting:
-            self._awaiting.popleft()[1](self._position)
+        self._read_back_until = now + READ_BACK_S
         self._send_canary(now)
+
+    def _give_up_from(self, origin: int, number: int, given_up: Sequence[Outgoing]) -> None:
+        """Give up packets, and let nobody wait for them any more.
+
+        Args:
+            origin, number: of their first message.
+            given_up: the packets.
+        """
+        publishers = deque(self._publishers.take_given_up(origin, number))
+        settling = self._settling.take_given_up(origin, number)
+        following = number
+        for outgoing in given_up:
+            self._give_up(outgoing, following, publishers)
+            following += len(outgoing.payloads)
+        for waiter in publishers:
+            waiter.answer(None)
+        is_read = self._origins.next_of(origin) >= number
+        for waiter in settling:
+            if is_read:
+                waiter.answer(None)
+            else:
+                self._settling.add(origin, number, waiter.answer)
+        if not is_read:
+            # Whoever comes from now on waits for the messages of this life, too.
+            self._settling.add(origin, number, lambda _: None)
+
+    def _expire_earlier(self) -> None:
+        """Let nobody wait any more for messages of earlier lives."""
+        self._publishers.expire(self._origin)
+        self._settling.expire(self._origin)
 
     @property
     def _on_outage(self) -> str:
         return "local" if self._relays_locally else "reject"
 
-    def _give_up(self, outgoing: Outgoing, number: int) -> None:
+    def _give_up(self, outgoing: Outgoing, number: int, publishers: deque[Waiter]) -> None:
         self._pending.drained(outgoing.kept_bytes)
         if self._relays_locally:
             columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
             for following, message in enumerate(columns, number + 1):
                 self._deliver_here(*message)
-                while self._awaiting and self._awaiting[0][0] <= following:
-                    self._awaiting.popleft()[1](self._position)
+                while publishers and publishers[0].following <= following:
+                    publishers.popleft().answer(self._position)
         else:
             self.books.unavailable += len(outgoing.payloads)
             in_doubt = outgoing is self._in_flight

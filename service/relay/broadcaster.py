@@ -104,11 +104,13 @@ class Broadcaster:
         """Relay what somebody says who is no client: opcodes and payloads.
 
         Returns:
-            Where the last of it stands, once it is there.
+            Where the last of it stands, once it is there; of nothing, where a message stood.
 
         Raises:
             RefusedError: it could not be relayed.
         """
+        if not said:
+            return self._history.newest
         ledger = self.shared.ledger
         ledger.messages += len(said)
         ledger.received_bytes += sum(len(payload) for _, payload in said)

@@ -159,7 +159,7 @@ class Channel:
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
-        self._backplane.when_delivered(lambda _: self._when_queue_is_written(act))
+        self._backplane.when_settled(lambda: self._when_queue_is_written(act))
 
     def _when_queue_is_written(self, act: Callable[[], None]) -> None:
         if not self._queue:

@@ -40,9 +40,9 @@ class Courier:
             RefusedError: they could not be relayed.
         """
         backplane.append_all(channel, said, self)
-        back: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        back: asyncio.Future[Position | None] = asyncio.get_running_loop().create_future()
 
-        def tell(position: Position) -> None:
+        def tell(position: Position | None) -> None:
             if not back.done():  # nobody waits any more
                 back.set_result(position)
 
@@ -50,6 +50,8 @@ class Courier:
         position = await back
         if self._fault is not None:
             raise RefusedError(self._fault)
+        if position is None:  # the broker took them, and did not give them back
+            raise RefusedError(Refusal.IN_DOUBT)
         return position
 
     def pause_reading(self) -> None:
