@@ -65,7 +65,7 @@ class Close(Enum):
     INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
-    UNAVAILABLE = (1013, "backplane unavailable")  # its message could not be relayed
+    UNAVAILABLE = (1013, "backplane unavailable")  # its message can't be relayed, or its past read
     UNFINISHED = (1013, "unfinished message")  # all clients' unfinished messages come to too much
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 

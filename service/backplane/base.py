@@ -105,6 +105,7 @@ class Backplane(Protocol):
         begun: set once `state` is not STARTING any more.
         up: set while it is UP.
         turns: of the event loop that a message needs on its way through the backplane's tasks.
+        relays_locally: whether messages are relayed on this replica alone during an outage.
     """
 
     books: LogBooks
@@ -112,6 +113,15 @@ class Backplane(Protocol):
     begun: asyncio.Event
     up: asyncio.Event
     turns: int
+    relays_locally: bool
+
+    @property
+    def position(self) -> Position:
+        """Up to where everything has been delivered here."""
+
+    @property
+    def complete_until(self) -> float:
+        """When, by `time.monotonic`, nothing stood in the log that was not delivered here."""
 
     def replicas(self) -> Sequence[bytes]:
         """Return what the replicas say of themselves that are there now, this one included."""

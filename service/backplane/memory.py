@@ -12,6 +12,7 @@ class MemoryBackplane:
     """`memory://`: an entry is delivered before `append` returns."""
 
     turns = 0
+    relays_locally = True
 
     def __init__(self, describe: Callable[[], bytes]) -> None:
         self._describe = describe
@@ -24,6 +25,16 @@ class MemoryBackplane:
         self._major = time.time_ns() // 1_000_000
         self._minor = 0
         self._deliver: Deliver | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the latest message stands."""
+        return Position(self._major, self._minor, 0)
+
+    @property
+    def complete_until(self) -> float:
+        """Now: every message is delivered at once."""
+        return time.monotonic()
 
     def replicas(self) -> Sequence[bytes]:
         """Return what this one says of itself."""
@@ -54,7 +65,7 @@ class MemoryBackplane:
 
     def when_delivered(self, answer: Callable[[Position | None], object]) -> None:
         """Call it: the message has been."""
-        answer(Position(self._major, self._minor, 0))
+        answer(self.position)
 
     def when_settled(self, act: Callable[[], None]) -> None:
         """Call it: all has been."""

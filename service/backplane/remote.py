@@ -101,6 +101,9 @@ MAX_TEXTS = 8
 BEHIND_ALL = 1 << 32
 """No packet has so many messages."""
 
+STAMP = struct.Struct("<d")
+"""What a canary's note begins with: when it was sent, by the clock of its origin."""
+
 RESET = struct.pack("ii", 1, 0)
 """Of SO_LINGER: what was not sent is thrown away."""
 
@@ -282,7 +285,7 @@ class RemoteBackplane:
         self._stream = stream
         self._address = address
         self._pending = pending
-        self._relays_locally = relays_locally
+        self.relays_locally = relays_locally
         self._describe = describe
         self._observe_append = observe_append
         self._observe_lag = observe_lag
@@ -313,6 +316,7 @@ class RemoteBackplane:
         # The canary: when it was sent and when that was answered; 0: none is out.
         self._sent_at = 0.0
         self._answered_at = 0.0
+        self._complete_until = 0.0
         self._behind_at = 0.0  # when there was more to read, the last time
         self._failures: dict[str, set[str]] = {}
 
@@ -365,7 +369,7 @@ class RemoteBackplane:
     def when_delivered(self, answer: Answer) -> None:
         """Call `answer` once the message that was appended last has come back, or won't."""
         if self._is_out:  # it was delivered here alone, or turned away
-            answer(self._position if self._relays_locally else None)
+            answer(self._position if self.relays_locally else None)
         else:
             self._publishers.add(self._origin, self._following, answer)
 
@@ -383,6 +387,16 @@ class RemoteBackplane:
     def _following(self) -> int:
         """The number that the message gets which is appended next."""
         return self._number + sum(len(each.payloads) for each in self._outbox)
+
+    @property
+    def position(self) -> Position:
+        """Up to where everything has been delivered here."""
+        return self._position
+
+    @property
+    def complete_until(self) -> float:
+        """When the latest canary was sent that came back: what stood before it has been read."""
+        return self._complete_until
 
     def pause_reading(self) -> None:
         """Read no more of the stream until `resume_reading`: too much waits to be written."""
@@ -448,16 +462,9 @@ class RemoteBackplane:
         origin, number = self._origin, self._number
         outgoing.number = number
         self._number += len(outgoing.payloads)
-        data = pack(
-            Packet(
-                origin,
-                number,
-                outgoing.channels,
-                bytes(outgoing.opcodes),
-                outgoing.payloads,
-                self._describe() if outgoing.is_canary else None,
-            )
-        )
+        note = STAMP.pack(self._sent_at) + self._describe() if outgoing.is_canary else None
+        opcodes = bytes(outgoing.opcodes)
+        data = pack(Packet(origin, number, outgoing.channels, opcodes, outgoing.payloads, note))
         pause_s = PAUSE_S[0]
         while not outgoing.is_given_up:
             started = time.perf_counter()
@@ -565,12 +572,12 @@ class RemoteBackplane:
             for entry in map(_new_entry, columns):
                 deliver(entry)
         if note is not None:
-            self._hear_of(origin, note)
+            self._hear_of(origin, note[STAMP.size :])
         if origin // LIVES == self._origin // LIVES:
             self._publishers.on_packet(origin, number, self._position)
             self._settling.on_packet(origin, number, self._position)
         if origin == self._origin and note is not None:
-            self._came_back()
+            self._came_back(note)
 
     def _hear_of(self, origin: int, note: bytes) -> None:
         replicas = self._replicas
@@ -629,7 +636,9 @@ class RemoteBackplane:
         if self._answered_at:
             self._answered_at += late_s
 
-    def _came_back(self) -> None:
+    def _came_back(self, note: bytes) -> None:
+        if len(note) >= STAMP.size:
+            self._complete_until = max(self._complete_until, *STAMP.unpack_from(note))
         if self._sent_at:
             self._observe_lag(time.monotonic() - self._sent_at)
             self._sent_at = 0.0
@@ -665,7 +674,7 @@ class RemoteBackplane:
             if self._origins.next_of(origin) > number:  # it did get there
                 self._pending.drained(given_up.pop(0).kept_bytes)
                 number = self._number
-        if self._relays_locally:
+        if self.relays_locally:
             self._left_out[origin] = number
             if len(self._left_out) > MAX_ORIGINS:
                 self._left_out.popitem(last=False)
@@ -708,11 +717,11 @@ class RemoteBackplane:
 
     @property
     def _on_outage(self) -> str:
-        return "local" if self._relays_locally else "reject"
+        return "local" if self.relays_locally else "reject"
 
     def _give_up(self, outgoing: Outgoing, number: int, publishers: deque[Waiter]) -> None:
         self._pending.drained(outgoing.kept_bytes)
-        if self._relays_locally:
+        if self.relays_locally:
             columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
             for following, message in enumerate(columns, number + 1):
                 self._deliver_here(*message)
@@ -725,7 +734,7 @@ class RemoteBackplane:
                 publisher.tell_unavailable(in_doubt=in_doubt)
 
     def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
-        if self._relays_locally:
+        if self.relays_locally:
             self._deliver_here(channel, opcode, payload)
         else:
             self.books.unavailable += 1

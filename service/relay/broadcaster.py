@@ -135,6 +135,8 @@ class Broadcaster:
 
     def _lose(self, position: Position) -> None:
         """Take note that something before a position may have been said and not delivered."""
+        if position <= self._history.floor:  # told already
+            return
         self._history.begin_after(position)
         for channel in list(self._channels.values()):
             channel.tell({"type": "gap", "position": str(position)})

@@ -131,6 +131,11 @@ class History:
         max_channels: of so many channels that lost all their messages, the latest, is known from
             where on they are complete.
         clock: seconds, growing.
+
+    Attributes:
+        floor: the log may have lost messages of any channel up to this position.
+        newest: the position that was read last.
+        bytes: what is kept takes so much memory.
     """
 
     def __init__(
@@ -157,7 +162,7 @@ class History:
         # Where channels are complete of which nothing is kept: each of the latest, and all others.
         self._emptied: OrderedDict[str, Position] = OrderedDict()
         self._emptied_before = START
-        self._gap = START  # no channel is complete before it
+        self.floor = START
         self._messages = 0
         self.newest = START
         self.bytes = 0
@@ -213,15 +218,15 @@ class History:
 
     def begin_after(self, position: Position) -> None:
         """Take note that something up to this position may be missing, and nothing behind it."""
-        self._gap = max(self._gap, position)
+        self.floor = max(self.floor, position)
         self.newest = max(self.newest, position)
 
     def known_after(self, channel: str) -> Position:
         """Return a position behind which nothing is missing of a channel."""
         past = self._channels.get(channel)
         if past is not None:
-            return max(self._gap, past.floor)
-        return max(self._gap, self._emptied.get(channel, self._emptied_before))
+            return max(self.floor, past.floor)
+        return max(self.floor, self._emptied.get(channel, self._emptied_before))
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """Tell whether nothing is missing of a channel behind a position."""

@@ -5,11 +5,11 @@ The client is no member until it has heard all of it, so there is no gap between
 and what comes live, nothing twice, and no second queue: it reads on in the history at its own pace.
 """
 
-from collections.abc import Callable, Sequence
-from time import perf_counter
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic, perf_counter
 from typing import NamedTuple
 
-from service.backplane.base import Entry, Position
+from service.backplane.base import Entry, Position, State
 from service.errors import Close
 from service.relay.batch import announced, encoded, form_of
 from service.relay.channel import Channel, Office
@@ -19,10 +19,9 @@ from service.wire.client import Client, Speaker
 PIECE_BYTES = 65_536  # of messages that are written in one go
 PIECE_MESSAGES = 256
 
-AHEAD_S = 2.0
-"""A client may come from a replica that read more of the log than this one has: so long it may take
-this one to get there."""
 AHEAD_LOOK_S = 0.02
+"""A client may come from a replica that has read more of the log than this one: how often is looked
+whether this one got there."""
 
 
 class Wish(NamedTuple):
@@ -69,15 +68,14 @@ class Replay:
         self._cursor: Position | None = None  # all up to there was sent; None: undecided
         self._is_recovered = True
         self._owes_welcome = wish.tells_positions
-        self._patience_until = perf_counter() + AHEAD_S
+        self._began_at = monotonic()
         self._is_behind = False
         self._is_over = False
         self._in_turns = False
         channel.expect(client)
         if not self._is_ahead():
-            self._cursor = (
-                self._decided()
-            )  # now: what the client says itself comes behind what it missed
+            # Now: what the client says itself comes after what it missed.
+            self._cursor = self._decided()
 
     def begin(self) -> None:
         """Get turns to write."""
@@ -135,7 +133,7 @@ class Replay:
         while not self._is_over and not self._is_behind:
             if self._cursor is None:
                 if self._is_ahead():
-                    self._office.call_later(AHEAD_LOOK_S, self._go_on_soon)
+                    self._wait_to_get_there()
                     return True
                 self._cursor = self._decided()
             if self._owes_welcome:
@@ -148,19 +146,34 @@ class Replay:
         return True
 
     def _is_ahead(self) -> bool:
-        since = self._wish.since
-        is_ahead = since is not None and since > self._history.newest
-        return is_ahead and perf_counter() < self._patience_until
+        """Tell whether the log may hold what the client heard last, and it was not read here yet.
+
+        Once all has been read that the log held when the client came, it holds nothing further.
+        """
+        since, backplane = self._wish.since, self._office.backplane
+        if since is None or since <= backplane.position:
+            return False
+        if backplane.relays_locally and backplane.state is State.OUTAGE:
+            return False  # this replica goes on without the log
+        return backplane.complete_until < self._began_at
+
+    def _wait_to_get_there(self) -> None:
+        if self._office.backplane.state is State.OUTAGE:
+            # Whatever it were told now could be wrong. It is like a newcomer's: another replica's.
+            self._client.close(Close.UNAVAILABLE)
+        else:
+            self._office.call_later(AHEAD_LOOK_S, self._go_on_soon)
 
     def _decided(self) -> Position:
         """Decide from where on the client is sent messages."""
         history, name, since = self._history, self._channel.name, self._wish.since
         if since is not None:
-            self._is_recovered = since <= history.newest and history.has_all_after(name, since)
+            is_in_log = since <= self._office.backplane.position
+            self._is_recovered = is_in_log and history.has_all_after(name, since)
             ledger = self._office.shared.ledger
             ledger.recovered += self._is_recovered
             ledger.not_recovered += not self._is_recovered
-            return min(max(since, history.known_after(name)), history.newest)
+            return max(since, history.known_after(name)) if is_in_log else history.newest
         last = history.last(name, self._wish.last) if self._wish.last else ()
         if not last:
             return history.newest
@@ -168,6 +181,9 @@ class Replay:
 
     def _welcome(self, position: Position) -> None:
         said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
+        self._tell(said)
+
+    def _tell(self, said: Mapping[str, object]) -> None:
         data = announced(said, form_of(self._client))
         self._office.shared.write([self._client], data, messages=0)
 
@@ -177,7 +193,12 @@ class Replay:
         Returns:
             What it has heard then.
         """
-        name = self._channel.name
+        name, floor = self._channel.name, self._history.floor
+        if floor > cursor:
+            # The log lost something meanwhile, here or further on: nothing up to there is whole.
+            cursor = floor
+            if self._wish.tells_positions:
+                self._tell({"type": "gap", "position": str(floor)})
         if not self._history.has_all_after(name, cursor):
             # It was forgotten faster than the client took it.
             self._client.close(Close.SLOW_CONSUMER)
