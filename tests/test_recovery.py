@@ -8,6 +8,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from service.backplane.base import Position
+from service.client import Relay as Client
 from tests.brokers import Broker, NatsBroker
 from tests.conftest import StartReplicas
 from tests.logs_kept import BrokerLog, NatsLog, RedisLog
@@ -184,6 +185,19 @@ async def test_only_a_replica_that_had_read_a_lost_message_has_recovered_it(
             if is_recovered:
                 assert await client.message() == "lost"
             assert await client.message() == "after"
+
+
+async def test_a_python_client_is_told_of_a_gap_with_the_next_message(
+    log: BrokerLog, replicas_with: StartReplicas
+) -> None:
+    (relay,) = await asyncio.to_thread(replicas_with, 1)
+    async with asyncio.timeout(PATIENCE_S), Client(relay.ws_url("/channels/news")) as client:
+        await said(relay, "before")
+        assert not (await anext(client)).after_gap
+        await log.put(b"no packet")
+        await relay.metric_is("websocket_backplane_unreadable_total", 1)
+        await said(relay, "after")
+        assert (await anext(client)).after_gap
 
 
 async def test_who_is_amid_its_history_is_told_of_a_gap_and_stays(

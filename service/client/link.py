@@ -217,6 +217,14 @@ def _heard(said: Data) -> Heard:
     return Heard(head.decode("ascii", "replace"), payload)
 
 
+def is_gap(data: Data) -> bool:
+    """Tell whether the relay says, for itself, that its log lost messages."""
+    try:
+        return bool(json.loads(data)["type"] == "gap")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 def _welcome(heard: Heard) -> Welcome:
     try:
         said = json.loads(heard.data)

@@ -3,7 +3,8 @@
 What is promised:
 
 - Heard: every message once, in the channel's one order, as long as the relay remembers what was
-  missed between two connections. Where it does not, the client is told: `Message.after_gap`.
+  missed between two connections. Where it does not, or its log lost some, the client is told:
+  `Message.after_gap`.
 - Sent: in order, and never twice what is known to have been relayed. A message is known to have
   been relayed when it came back. When a connection ends before, the client looks for it among what
   it missed; and some closes tell: behind all that was relayed (a limit), or that all is (a drain).
@@ -27,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from service.client.address import Address, authorization
 from service.client.events import Abandoned, Connected, Disconnected, Event, Message
 from service.client.faults import AwayError, DeniedError, UnsentError
-from service.client.link import Data, Ending, Link, ending_of, open_link
+from service.client.link import Data, Ending, Link, ending_of, is_gap, open_link
 from service.client.outbox import MESSAGE_BYTES, Outbox, size_of
 from service.tasks import cancel
 
@@ -359,6 +360,8 @@ class Relay:
                 position, data = await link.receive()
                 if position:  # what has none the relay says for itself
                     self._hear(position, data)
+                elif is_gap(data):
+                    self._has_gap = True
                 if self._is_full:
                     await self._until(lambda: not self._is_full or self._is_leaving)
         except ConnectionClosed as closed:
