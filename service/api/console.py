@@ -1,6 +1,6 @@
 """Serve the console and the browser's client, which are files, and the figures that it shows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from service.admission.door import Admission
 from service.api.asked import TOKEN_PARAMETER, Refusals, refused, upgrade_of
 from service.errors import RefusedError
+from service.pages import Pages
 
 FILES = resources.files("service.console")
 
@@ -67,12 +68,17 @@ def console_router(
         base_path: what stands before the paths.
     """
 
+    pages = Pages()
+
+    def rendered() -> bytes:
+        return bytes(JSONResponse(figures()).body)
+
     async def stats(request: Request) -> Response:
         try:
             await admission.admit_viewer(upgrade_of(request))
         except RefusedError as error:
             return refusals.answer(error)
-        return JSONResponse(figures())
+        return Response(await pages.get("stats", rendered), media_type="application/json")
 
     router = APIRouter()
     page = _file(PAGE, "text/html", {"Content-Security-Policy": POLICY})
@@ -91,10 +97,13 @@ def console_router(
     return router
 
 
-def _file(name: str, kind: str, headers: Mapping[str, str]) -> Callable[[Request], Response]:
+def _file(
+    name: str, kind: str, headers: Mapping[str, str]
+) -> Callable[[Request], Awaitable[Response]]:
     content = (FILES / name).read_bytes()
 
-    def serve(request: Request) -> Response:
+    # Not a plain function: each request would go through a thread.
+    async def serve(request: Request) -> Response:
         return Response(content, headers=dict(headers), media_type=kind)
 
     return serve

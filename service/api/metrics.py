@@ -11,7 +11,7 @@ def metrics_router(metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics")
     async def page(request: Request) -> Response:
-        body, content_type = metrics.page(request.headers.get("accept", ""))
+        body, content_type = await metrics.page(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     return router
