@@ -25,6 +25,7 @@ from service.api.publish import publish_router
 from service.api.websocket import add_websocket_routes, upgrade_router
 from service.backplane.base import Backplane, State
 from service.backplane.open import open_backplane
+from service.errors import Refusal
 from service.health import Health, Phase
 from service.ledger import Ledger
 from service.metrics import Gauges, Metrics
@@ -35,6 +36,7 @@ from service.settings import Settings
 from service.tls import Certificates
 from service.wire.backlog import Backlogs
 from service.wire.deflate import INFLATER_BYTES
+from service.wire.plain import PlainConnections
 from service.wire.shared import Shared
 from service.wire.unfinished import Unfinished
 
@@ -50,6 +52,10 @@ APPENDS_PART = 16
 tenth of a second."""
 
 
+METRICS_CONNECTIONS = 32
+"""Connections of the metrics port at a time: those of some Prometheus servers and of probes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Relay:
     """What `server` runs.
@@ -58,6 +64,8 @@ class Relay:
         app: the relay's port.
         metrics_app: the metrics port.
         shared: what the connections of the relay's port are given.
+        plain: those of them that are no clients.
+        metrics_plain: the metrics port's connections.
         backplane: the log.
         history: what is kept for clients that come back.
         certificates: what is served there, or None for plain ws://.
@@ -67,6 +75,8 @@ class Relay:
     app: ASGIApp
     metrics_app: ASGIApp
     shared: Shared
+    plain: PlainConnections
+    metrics_plain: PlainConnections
     backplane: Backplane
     history: History
     health: Health
@@ -137,6 +147,11 @@ def build(
         history=history,
         written=metrics.observe_delivery,
     )
+    refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
+    plain = PlainConnections(limits.max_http_connections, Refusal.HTTP_CONNECTIONS, refusals.count)
+    metrics_plain = PlainConnections(
+        METRICS_CONNECTIONS, Refusal.METRICS_CONNECTIONS, refusals.count
+    )
     admission = Admission(
         allowed_origins=settings.server.allowed_origins,
         max_connections=limits.max_connections,
@@ -152,6 +167,8 @@ def build(
         ledger,
         Gauges(
             max_connections=limits.max_connections,
+            http_connections=lambda: {"relay": len(plain), "metrics": len(metrics_plain)},
+            http_evictions=lambda: plain.evictions + metrics_plain.evictions,
             total_backlog_bytes=limits.total_backlog_bytes,
             ready=lambda: health.ready,
             channels=lambda: len(broadcaster),
@@ -186,7 +203,6 @@ def build(
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
-    refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
     app.include_router(health_router(health))
     for router in _routers(settings, admission, broadcaster, refusals, figures):
@@ -207,6 +223,8 @@ def build(
         tracing.traced(safe_app) if tracing else safe_app,
         SafeHeaders(metrics_app),
         shared,
+        plain,
+        metrics_plain,
         backplane,
         history,
         health,

@@ -4,6 +4,7 @@ One table of facts each: the wire, the metrics, the logs and the docs read them 
 Knows no connection, no channel and no library.
 """
 
+import random
 from collections.abc import Sequence
 from enum import Enum, StrEnum
 from http import HTTPStatus
@@ -91,6 +92,8 @@ class Refusal(Enum):
     NO_STATS = (HTTPStatus.FORBIDDEN, "no right to the figures")
     PATH = (HTTPStatus.NOT_FOUND, "no such channel")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
+    HTTP_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many HTTP connections")
+    METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections to this port")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
     CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
@@ -104,6 +107,15 @@ class Refusal(Enum):
         self.status = status
         self.reason = reason
         self.label = self.name.lower()
+
+
+RETRY_AFTER_S = (1, 5)
+"""Between these a refused client is told to come back, at random, so that not all do at once."""
+
+
+def retry_after_s() -> int:
+    """Return when a client that was refused for now should come back."""
+    return random.randint(*RETRY_AFTER_S)
 
 
 class TokenFault(StrEnum):

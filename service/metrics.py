@@ -38,6 +38,8 @@ class Gauges:
     """What is read off the parts when the page is asked for."""
 
     max_connections: int
+    http_connections: Callable[[], dict[str, int]]
+    http_evictions: Callable[[], int]
     total_backlog_bytes: int
     ready: Callable[[], bool]
     channels: Callable[[], int]
@@ -153,6 +155,14 @@ class _Books(Collector):
         connected = books.connections - books.disconnections
         yield _gauge("connected_clients", "Clients connected now", connected)
         yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections)
+        open_now = GaugeMetricFamily(
+            "websocket_http_connections", "Connections that are no clients", labels=["port"]
+        )
+        for port, count in now.http_connections().items():
+            open_now.add_metric([port], count)
+        yield open_now
+        text = "Idle HTTP connections closed for the sake of others"
+        yield _counter("http_evictions", text, now.http_evictions())
         yield _counter("connections", "Connections established", books.connections)
         yield _counter("disconnections", "Connections ended", books.disconnections)
         yield _counter("messages", "Messages taken from clients and relayed", books.messages)

@@ -397,7 +397,7 @@ def _relay_listener(settings: Settings, relay: Relay) -> Listener:
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
-        http=functools.partial(RequestProtocol, shared=relay.shared),
+        http=functools.partial(RequestProtocol, shared=relay.shared, plain=relay.plain),
         ws=functools.partial(RelayProtocol, shared=relay.shared),
     )
 
@@ -406,7 +406,7 @@ def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
     metrics = settings.metrics
     if not metrics.enabled:
         return None
-    http = functools.partial(RequestProtocol, shared=relay.shared)
+    http = functools.partial(RequestProtocol, shared=relay.shared, plain=relay.metrics_plain)
     return Listener(relay.metrics_app, metrics.host, metrics.port, http=http, ws="none")
 
 

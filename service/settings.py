@@ -211,6 +211,9 @@ class Limits(Section):
         1_048_576, description="a larger message closes its sender (1009)"
     )
     max_connections: Count = Field(0, description="clients at a time; 0: no limit of its own")
+    max_http_connections: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        1000, description="connections at a time that are no clients (yet); the idlest makes room"
+    )
     max_connections_per_ip: Count = Field(
         0, description="clients at a time from one address, or one IPv6 /64; 0: no limit"
     )

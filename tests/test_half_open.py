@@ -78,8 +78,8 @@ async def seconds_to_come_in(relay: Relay) -> float:
 async def test_thousands_of_unfinished_heads_take_little_memory_and_are_ended(
     relay_with: StartRelay,
 ) -> None:
-    relay = relay_with(limits={"handshake_timeout_s": 6})
     count = MOST_CLIENTS
+    relay = relay_with(limits={"handshake_timeout_s": 6, "max_http_connections": count})
     async with relay.client("news") as client:
         started_rss, started_descriptors = relay.rss_bytes(), relay.descriptors()
         async with connections(relay, count, b"", b"GET", SLOW_HEAD) as opened:
@@ -98,7 +98,7 @@ async def test_with_1000_slow_headers_a_good_client_connects_within_a_second(
     relay_with: StartRelay,
 ) -> None:
     """They are never silent: each says one more byte again and again."""
-    relay = relay_with(limits={"handshake_timeout_s": 30})
+    relay = relay_with(limits={"handshake_timeout_s": 30, "max_http_connections": 2_000})
 
     async def dribble(opened: Sequence[RawClient]) -> None:
         for raw in itertools.cycle(opened):

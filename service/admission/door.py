@@ -1,6 +1,5 @@
 """Decide who may come in. Knows no HTTP framework; a refusal is a fact for others to tell."""
 
-import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,6 @@ CHANNEL_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 """Not . and .., which browsers take out of a path before they ask for it."""
 
 DEFAULT_CHANNEL = "default"
-
-RETRY_AFTER_S = (1, 5)
-"""Between these a refused client is told to come back, at random, so that not all do at once."""
 
 MESSAGE_BURST_S = 2
 """So many seconds' worth of messages a client may send at once."""
@@ -230,8 +226,3 @@ def _time_left(rights: Rights) -> float | None:
     if left_s <= 0:
         raise RefusedError(Refusal.BAD_TOKEN, TokenFault.EXPIRED)
     return left_s
-
-
-def retry_after_s() -> int:
-    """Return when a client that was refused for now should come back."""
-    return random.randint(*RETRY_AFTER_S)

@@ -11,6 +11,8 @@ INTERVAL_S = 60.0
 """How often the log hears of one limit at most."""
 
 SETTINGS = {
+    Refusal.HTTP_CONNECTIONS: "limits.max_http_connections",
+    Refusal.METRICS_CONNECTIONS: "metrics.host",
     Refusal.CONNECTIONS: "limits.max_connections",
     Refusal.CONNECTIONS_PER_IP: "limits.max_connections_per_ip",
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",

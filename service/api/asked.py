@@ -11,10 +11,10 @@ from fastapi import Response
 from fastapi.responses import PlainTextResponse
 from starlette.requests import HTTPConnection
 
-from service.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, Upgrade, retry_after_s
+from service.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, Upgrade
 from service.admission.pressure import Pressure
 from service.backplane.base import Position
-from service.errors import Refusal, RefusedError
+from service.errors import Refusal, RefusedError, retry_after_s
 from service.ledger import Ledger
 from service.relay.replay import Wish
 
@@ -51,12 +51,16 @@ TOLD: Mapping[int, Mapping[str, Any]] = {
 """What refusals say besides, by their status."""
 
 
+ELSEWHERE = (Refusal.HANDSHAKE, Refusal.METRICS_CONNECTIONS)
+"""No request that is described is refused for these."""
+
+
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what the description of a route says of its refusals."""
     text = {"text/plain": {"schema": {"type": "string"}}}
     reasons: dict[int, list[str]] = {status: [] for status in statuses}
     for why in Refusal:
-        if why.status in reasons and why is not Refusal.HANDSHAKE:
+        if why.status in reasons and why not in ELSEWHERE:
             reasons[why.status].append(why.reason)
     return {
         status: {"description": "; ".join(said), "content": text, "headers": TOLD.get(status, {})}
@@ -83,10 +87,14 @@ class Refusals:
         self._pressure = pressure
         self._trace = trace
 
+    def count(self, why: Refusal) -> None:
+        """Count a refusal that is answered elsewhere, or not at all."""
+        self._ledger.refusals[why] += 1
+        self._pressure.note(why)
+
     def answer(self, refused: RefusedError) -> Response:
         """Return the answer to a refusal, which is counted."""
-        self._ledger.refusals[refused.why] += 1
-        self._pressure.note(refused.why)
+        self.count(refused.why)
         if self._trace is not None:
             self._trace(refused)
         log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})

@@ -10,6 +10,7 @@ import email.utils
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from websockets.utils import accept_key
 
 from service.errors import Close, Refusal
 from service.wire.deflate import PLAIN, negotiate
+from service.wire.plain import PlainConnections
 from service.wire.protocol import RelayProtocol
 from service.wire.safe_headers import SAFE_HEADERS
 from service.wire.shared import Shared
@@ -154,11 +156,13 @@ class Handshake:
     Args:
         client: the connection that asks.
         shared: bounds and books.
+        plain: where the connection counts again once it was refused.
     """
 
-    def __init__(self, client: RelayProtocol, shared: Shared) -> None:
+    def __init__(self, client: RelayProtocol, shared: Shared, plain: PlainConnections) -> None:
         self._client = client
         self._shared = shared
+        self._plain = plain
         self._agreement: Agreement | None = None
         self._denial: tuple[int, list[tuple[str, str]]] | None = None
         self._denial_body = b""
@@ -238,7 +242,29 @@ class Handshake:
             ("Connection", "close"),
             ("Content-Length", str(len(body))),
         ]
-        self._client.refuse(_head(HTTPStatus(status), headers) + body)
+        if self._client.in_handshake:
+            self._client.refuse(_head(HTTPStatus(status), headers) + body)
+            Refused(self._client, self._plain)
+
+
+class Refused:
+    """A connection whose handshake was refused, until its client has taken the answer and is gone.
+
+    Args:
+        client: the connection.
+        plain: where it counts.
+    """
+
+    def __init__(self, client: RelayProtocol, plain: PlainConnections) -> None:
+        self._client = client
+        if plain.enter(self):
+            client.when_lost(partial(plain.leave, self))
+        else:
+            self.make_room(plain.why)
+
+    def make_room(self, why: Refusal) -> None:
+        """Cut the client off: it has had its answer."""
+        self._client.abort(Close.VANISHED)
 
 
 PLAIN_TEXT = ("Content-Type", "text/plain; charset=utf-8")

@@ -8,6 +8,7 @@ behind the upgrade request.
 import asyncio
 import re
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import unquote
@@ -22,9 +23,10 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from service.errors import Refusal
+from service.errors import Refusal, retry_after_s
 from service.wire.framing import Framing
 from service.wire.handshake import Handshake
+from service.wire.plain import PlainConnections
 from service.wire.protocol import RelayProtocol
 from service.wire.safe_headers import SAFE_HEADERS
 from service.wire.shared import Shared
@@ -37,6 +39,9 @@ MAX_FIELDS = 256
 
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answers to those before them."""
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+"""They change nothing (RFC 9110 section 9.2.1), so they may be refused at any time."""
 
 CONNECTION_KEY = "relay.connection"
 """Where an endpoint finds the connection that it answers, in the ASGI scope."""
@@ -67,6 +72,7 @@ class RequestProtocol(HttpToolsProtocol):
     Args:
         config, server_state, app_state, _loop: what uvicorn gives an HTTP protocol.
         shared: bounds and books.
+        plain: the port's connections of this kind.
     """
 
     def __init__(
@@ -77,17 +83,20 @@ class RequestProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         shared: Shared,
+        plain: PlainConnections,
     ) -> None:
         # With TLS this object is made at TCP accept, connection_made comes after the TLS handshake,
         # and where that fails nothing comes: uvicorn's part, which holds a parser that holds it in
         # turn, would be garbage for the collector, and floods of such handshakes a lot of it.
         self._made_with = (config, server_state, app_state, _loop)
         self._shared = shared
+        self._plain = plain
         self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
         self._deadline: asyncio.TimerHandle | None = None
         self._framing = Framing()
         self._head_bytes = 0
         self._field_bytes = 0
+        self._is_safe = True  # whether no request under way changes anything
         self._upgrades = False  # whether the request under way asks for a WebSocket
         self._receiving: RequestResponseCycle | None = None
         self._answering: RequestResponseCycle | None = None
@@ -96,16 +105,21 @@ class RequestProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().__init__(*self._made_with)
         super().connection_made(transport)
+        if not self._plain.enter(self):
+            self._refuse_for_now(self._plain.why)
+            return
         self._deadline = self.loop.call_at(self._due_at, self._time_out)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
         self._cancel_reader_deadline()
         self._disconnect_answer()
+        self._plain.leave(self)
         super().connection_lost(exc)
         # A request that waits for its turn holds this object, and this object it.
         self.pipeline.clear()
-        self.cycle = self._receiving = None  # type: ignore[assignment]  # None is its first value
+        self.cycle = None  # type: ignore[assignment]  # None is its first value
+        self._receiving = self._answering = None
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -140,10 +154,12 @@ class RequestProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._set_reader_deadline()
+        self._note_whose_turn()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._cancel_reader_deadline()
+        self._note_whose_turn()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -153,6 +169,7 @@ class RequestProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._set_reader_deadline()
+        self._note_whose_turn()
 
     def _set_reader_deadline(self) -> None:
         self._cancel_reader_deadline()
@@ -167,7 +184,11 @@ class RequestProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         cast(dict[str, Any], cycle.scope)[CONNECTION_KEY] = self
-        super()._start_asgi_task(cycle, app)
+        self._plain.start(partial(self._run, cycle, app))
+
+    def _run(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if not cycle.disconnected:
+            super()._start_asgi_task(cycle, app)
 
     def _disconnect_answer(self) -> None:
         # uvicorn tells only the newest of pipelined requests that nobody listens any more; the
@@ -290,9 +311,42 @@ class RequestProtocol(HttpToolsProtocol):
         super().on_message_complete()
         if not self._upgrades:
             self._cancel_deadline()
+            self._is_safe &= self.scope["method"] in SAFE_METHODS
+            self._note_whose_turn()
 
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    def _note_whose_turn(self) -> None:
+        if (
+            self._receiving is not None
+            or self._between_requests()
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            self._is_safe = True
+            self._plain.await_peer(self)
+        else:
+            self._plain.await_relay(self, is_safe=self._is_safe)
+
+    def make_room(self, why: Refusal) -> None:
+        """End, so that another connection may come.
+
+        One that is idle ends without a word, as it might at any time (RFC 9112 section 9.5). TLS
+        has no quick end but this: its own waits for the peer.
+        """
+        has_quick_end = self.scheme == "http" and not self.transport.get_write_buffer_size()
+        if self.transport.is_closing() or self._is_idle():
+            self._plain.evictions += 1
+            (self.transport.close if has_quick_end else self.transport.abort)()
+        elif has_quick_end:
+            self._refuse_for_now(why)
+        else:
+            self._plain.refused(why)
+            self.transport.abort()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete and self._deadline is None
 
     def leave_open(self) -> None:
         """Let the answer that is about to be sent end with the connection (RFC 9112 6.3)."""
@@ -320,6 +374,7 @@ class RequestProtocol(HttpToolsProtocol):
         cycle.response_complete = cycle.disconnected = True
         self.flow.resume_reading()  # a body, or a request behind this one, may have paused it
         self.connections.discard(self)
+        self._plain.leave(self)
         self._cancel_deadline()
         self._cancel_reader_deadline()
         self._unset_keepalive_if_required()
@@ -342,6 +397,7 @@ class RequestProtocol(HttpToolsProtocol):
             return
         method, version = self.scope["method"], self.parser.get_http_version()
         self.connections.discard(self)
+        self._plain.leave(self)
         self._cancel_deadline()
         self._cancel_reader_deadline()
         client = cast(Callable[..., RelayProtocol], self.ws_protocol_class)(
@@ -352,7 +408,7 @@ class RequestProtocol(HttpToolsProtocol):
         self.parser = None  # type: ignore[assignment]  # it holds this object, and this object it
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
-        handshake = Handshake(client, self._shared)
+        handshake = Handshake(client, self._shared, self._plain)
         agreement = handshake.agree(method, version, self.headers)
         if agreement is None:
             return
@@ -400,8 +456,15 @@ class RequestProtocol(HttpToolsProtocol):
         status, text = MALFORMED
         self._refuse(status, Refusal.HANDSHAKE, text)
 
+    def _refuse_for_now(self, why: Refusal) -> None:
+        self._plain.refused(why)
+        self._end_with(why.status, f"{why.reason}\n", f"retry-after: {retry_after_s()}\r\n")
+
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
         self._shared.ledger.refusals[why] += 1
+        self._end_with(status, text)
+
+    def _end_with(self, status: HTTPStatus, text: str, field: str = "") -> None:
         self._cancel_deadline()
         if self._may_answer():
             defaults = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
@@ -410,12 +473,13 @@ class RequestProtocol(HttpToolsProtocol):
                 STATUS_LINE[status]
                 + b"".join([*defaults, *safe])
                 + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
-                + f"content-length: {len(text)}\r\n\r\n{text}".encode()
+                + f"{field}content-length: {len(text)}\r\n\r\n{text}".encode()
             )
         self._disconnect_answer()
         self.pipeline.clear()
         self.transport.close()
         self._set_reader_deadline()
+        self._note_whose_turn()
 
     def _may_answer(self) -> bool:
         """Tell whether an answer would be read as one.
