@@ -25,6 +25,7 @@ from service.api.publish import publish_router
 from service.api.websocket import add_websocket_routes, upgrade_router
 from service.backplane.base import Backplane, State
 from service.backplane.open import open_backplane
+from service.descriptors import OF_METRICS, Descriptors
 from service.errors import Refusal
 from service.health import Health, Phase
 from service.ledger import Ledger
@@ -50,10 +51,6 @@ REPLICA = socket.gethostname()
 APPENDS_PART = 16
 """Of limits.total_backlog_bytes, this part may wait to get into the log: what a broker takes in a
 tenth of a second."""
-
-
-METRICS_CONNECTIONS = 32
-"""Connections of the metrics port at a time: those of some Prometheus servers and of probes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +145,17 @@ def build(
         written=metrics.observe_delivery,
     )
     refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
-    plain = PlainConnections(limits.max_http_connections, Refusal.HTTP_CONNECTIONS, refusals.count)
-    metrics_plain = PlainConnections(
-        METRICS_CONNECTIONS, Refusal.METRICS_CONNECTIONS, refusals.count
+    metrics_plain = PlainConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
+    descriptors = Descriptors(
+        connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
+        of_requests=lambda: len(plain),
+        of_metrics=lambda: len(metrics_plain),
+    )
+    plain = PlainConnections(
+        limits.max_http_connections,
+        Refusal.HTTP_CONNECTIONS,
+        refusals.count,
+        has_descriptors=descriptors.fit_request,
     )
     admission = Admission(
         allowed_origins=settings.server.allowed_origins,
@@ -160,6 +165,7 @@ def build(
         max_messages_per_s=limits.max_messages_per_s,
         tokens=tokens,
         connections=lambda: len(shared.clients),
+        has_descriptor=descriptors.fit_client,
         has_room=broadcaster.has_room,
         health=health,
     )
@@ -167,6 +173,7 @@ def build(
         ledger,
         Gauges(
             max_connections=limits.max_connections,
+            free_descriptors=lambda: descriptors.free,
             http_connections=lambda: {"relay": len(plain), "metrics": len(metrics_plain)},
             http_evictions=lambda: plain.evictions + metrics_plain.evictions,
             total_backlog_bytes=limits.total_backlog_bytes,

@@ -94,7 +94,7 @@ def _check(config_file: Path | None) -> None:
 
     loaded = settings.load(config_file, os.environ)
     app.build(loaded, server.load_certificates(loaded), server.load_tokens(loaded))
-    for doubt in loaded.doubts():
+    for doubt in server.doubts(loaded):
         print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
     print(settings.render(loaded), end="")
 

@@ -94,6 +94,7 @@ class Refusal(Enum):
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     HTTP_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many HTTP connections")
     METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections to this port")
+    DESCRIPTORS = (HTTPStatus.SERVICE_UNAVAILABLE, "too few file descriptors")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
     CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")

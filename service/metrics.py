@@ -38,6 +38,7 @@ class Gauges:
     """What is read off the parts when the page is asked for."""
 
     max_connections: int
+    free_descriptors: Callable[[], int]
     http_connections: Callable[[], dict[str, int]]
     http_evictions: Callable[[], int]
     total_backlog_bytes: int
@@ -155,6 +156,8 @@ class _Books(Collector):
         connected = books.connections - books.disconnections
         yield _gauge("connected_clients", "Clients connected now", connected)
         yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections)
+        free = now.free_descriptors()
+        yield _gauge("free_descriptors", "File descriptors that may still be opened", free)
         open_now = GaugeMetricFamily(
             "websocket_http_connections", "Connections that are no clients", labels=["port"]
         )

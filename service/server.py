@@ -8,7 +8,6 @@ import ipaddress
 import logging
 import os
 import random
-import resource
 import socket
 import ssl
 import time
@@ -28,17 +27,20 @@ import uvloop
 
 from service import logs
 from service.app import Relay, build
+from service.descriptors import AT_START, RESERVED, most_possible, raise_limit
 from service.errors import StartError
 from service.greeting import greet
 from service.health import Phase
 from service.relay.drain import close_all, wait_until_gone
 from service.relay.keepalive import keep_alive
-from service.settings import Settings
+from service.settings import Doubt, Settings
 from service.signals import Stop
 from service.tasks import cancellable
 from service.tls import Certificates
 from service.wire.http import RequestProtocol
+from service.wire.plain import PlainConnections
 from service.wire.protocol import RelayProtocol
+from service.wire.tls_handshake import TlsHandshake
 
 if TYPE_CHECKING:
     from service.admission.tokens import Tokens
@@ -91,9 +93,9 @@ def run(settings: Settings, stop: Stop) -> None:
     """
     certificates = load_certificates(settings)
     tokens = load_tokens(settings)
-    for doubt in settings.doubts():
+    for doubt in doubts(settings):
         log.warning(doubt.text, extra=doubt.facts)
-    _raise_file_limit()
+    raise_limit()
     gc.set_threshold(*GC_THRESHOLDS)
     tracing = load_tracing(os.environ)
     loop = uvloop.new_event_loop()
@@ -103,11 +105,13 @@ def run(settings: Settings, stop: Stop) -> None:
     log.info("stopped")
 
 
-def _raise_file_limit() -> None:
-    """Take all the file descriptors there are: every client is one, and shells start with 1,024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS refuses "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def doubts(settings: Settings) -> Iterator[Doubt]:
+    """Yield what the operator should look at, in the settings and on this machine."""
+    yield from settings.doubts()
+    limit = most_possible()
+    needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
+    if limit < needed:
+        yield Doubt("too few file descriptors", {"limit": limit, "needed": needed})
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
@@ -173,6 +177,7 @@ class Listener(uvicorn.Server):
     Args:
         app: what answers there.
         host, port: where; port 0 takes any free one.
+        plain: its connections that speak HTTP.
         context: for TLS, or None.
         handshake_timeout_s: for TLS handshakes.
         trusted_proxies: whose X-Forwarded-For and -Proto are believed.
@@ -185,6 +190,7 @@ class Listener(uvicorn.Server):
         host: str,
         port: int,
         *,
+        plain: PlainConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
         trusted_proxies: Sequence[str] = (),
@@ -203,6 +209,7 @@ class Listener(uvicorn.Server):
             **protocols,
         )
         super().__init__(config)
+        self._plain = plain
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
 
@@ -220,16 +227,12 @@ class Listener(uvicorn.Server):
         """
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
-        tls: dict[str, Any] = {}
-        if self._context is not None:
-            tls = {"ssl": self._context, "ssl_handshake_timeout": self._handshake_timeout_s}
         try:
             server = await asyncio.get_running_loop().create_server(
                 self._protocol,
                 self.config.host,
                 self.config.port,
                 backlog=LISTEN_BACKLOG,
-                **tls,
             )
         except (OSError, UnicodeError) as error:  # the latter of a host that is no name at all
             number = getattr(error, "errno", None)
@@ -244,7 +247,10 @@ class Listener(uvicorn.Server):
 
     def _protocol(self) -> asyncio.Protocol:
         make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
-        return make(config=self.config, server_state=self.server_state, app_state={})
+        protocol = make(config=self.config, server_state=self.server_state, app_state={})
+        if self._context is None:
+            return protocol
+        return TlsHandshake(protocol, self._plain, self._context, self._handshake_timeout_s)
 
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` did it."""
@@ -394,6 +400,7 @@ def _relay_listener(settings: Settings, relay: Relay) -> Listener:
         relay.app,
         server.host,
         server.port,
+        plain=relay.plain,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
@@ -407,7 +414,14 @@ def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
     if not metrics.enabled:
         return None
     http = functools.partial(RequestProtocol, shared=relay.shared, plain=relay.metrics_plain)
-    return Listener(relay.metrics_app, metrics.host, metrics.port, http=http, ws="none")
+    return Listener(
+        relay.metrics_app,
+        metrics.host,
+        metrics.port,
+        plain=relay.metrics_plain,
+        http=http,
+        ws="none",
+    )
 
 
 async def _drain(settings: Settings, relay: Relay, deadline: float) -> None:

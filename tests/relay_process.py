@@ -71,6 +71,11 @@ class Finished:
     def error_lines(self) -> list[str]:
         return [line for line in self.stderr.splitlines() if line.strip()]
 
+    @property
+    def faults(self) -> list[str]:
+        """Return what is wrong anywhere; this machine may have too few descriptors."""
+        return [line for line in self.error_lines if "too few file descriptors" not in line]
+
 
 def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
     """Run the command line to its end."""

@@ -100,7 +100,7 @@ def test_the_relay_takes_the_settings_that_the_chart_writes(values: Path, tmp_pa
         directory=tmp_path,
         env=release.relay_pod.environment,
     )
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert (done.exit_code, done.faults) == (0, [])
     assert "pa55word" not in release.config_file.read_text()
 
 

@@ -118,7 +118,7 @@ async def test_with_1000_slow_headers_a_good_client_connects_within_a_second(
 async def test_with_1000_slow_tls_handshakes_a_good_client_connects_within_a_second(
     tls_relay_with: StartRelay,
 ) -> None:
-    relay = tls_relay_with(limits={"handshake_timeout_s": 30})
+    relay = tls_relay_with(limits={"handshake_timeout_s": 30, "max_http_connections": 2_000})
     count = 1_000
     started_rss, started_descriptors = relay.rss_bytes(), relay.descriptors()
     async with connections(relay, count, b"", HALF_A_HELLO):

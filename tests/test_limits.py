@@ -509,6 +509,7 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
         **(off | limits),
         tokens=None,
         connections=lambda: 0,
+        has_descriptor=lambda: True,
         has_room=lambda channel: True,
         health=Health(),
     )

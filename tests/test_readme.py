@@ -212,7 +212,7 @@ async def test_the_lines_in_javascript_run(relay: Relay, block: str) -> None:
 def test_the_settings_are_settings(tmp_path: Path, block: str) -> None:
     (tmp_path / "my.yaml").write_text(block)
     done = run_command("check", "--config-file", "my.yaml", directory=tmp_path)
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert (done.exit_code, done.faults) == (0, [])
 
 
 def cells(row: str) -> tuple[str, ...]:

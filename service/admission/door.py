@@ -87,6 +87,7 @@ class Admission:
         max_messages_per_s: what one client may send; 0 for no limit.
         tokens: checks tokens; None lets everybody in.
         connections: tells how many there are.
+        has_descriptor: tells whether there is a file descriptor for another client.
         has_room: tells whether a channel may be joined.
         health: tells whether the relay stops.
     """
@@ -101,6 +102,7 @@ class Admission:
         max_messages_per_s: int,
         tokens: "Tokens | None",
         connections: Callable[[], int],
+        has_descriptor: Callable[[], bool],
         has_room: Callable[[str], bool],
         health: Health,
     ) -> None:
@@ -114,6 +116,7 @@ class Admission:
         self._max_messages_per_s = max_messages_per_s
         self._tokens = tokens
         self._connections = connections
+        self._has_descriptor = has_descriptor
         self._has_room = has_room
         self._health = health
 
@@ -213,6 +216,8 @@ class Admission:
         self._see_whether_open()  # still, since the token was looked at
         if self._max_connections and self._connections() >= self._max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
+        if not self._has_descriptor():
+            raise RefusedError(Refusal.DESCRIPTORS)
         if self._addresses is not None and not self._addresses.has_room(network):
             raise RefusedError(Refusal.CONNECTIONS_PER_IP)
         if not self._has_room(channel):

@@ -13,6 +13,7 @@ INTERVAL_S = 60.0
 SETTINGS = {
     Refusal.HTTP_CONNECTIONS: "limits.max_http_connections",
     Refusal.METRICS_CONNECTIONS: "metrics.host",
+    Refusal.DESCRIPTORS: "ulimit -n",
     Refusal.CONNECTIONS: "limits.max_connections",
     Refusal.CONNECTIONS_PER_IP: "limits.max_connections_per_ip",
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",

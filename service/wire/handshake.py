@@ -183,12 +183,15 @@ class Handshake:
     async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
         """Ask the application."""
         cast(dict[str, Any], scope)[CLIENT_KEY] = self._client
+        self._plain.deciding += 1
         try:
             await app(scope, self._receive, self._send)
         except ClientGoneError:
             pass
         except Exception:
             log.exception("endpoint failed")
+        finally:
+            self._plain.deciding -= 1
         if self._client.in_handshake:
             self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [PLAIN_TEXT], b"internal error\n")
         elif not self._client.has_sink:
@@ -257,10 +260,11 @@ class Refused:
 
     def __init__(self, client: RelayProtocol, plain: PlainConnections) -> None:
         self._client = client
-        if plain.enter(self):
+        why = plain.enter(self)
+        if why is None:
             client.when_lost(partial(plain.leave, self))
         else:
-            self.make_room(plain.why)
+            self.make_room(why)
 
     def make_room(self, why: Refusal) -> None:
         """Cut the client off: it has had its answer."""

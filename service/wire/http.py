@@ -105,8 +105,8 @@ class RequestProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().__init__(*self._made_with)
         super().connection_made(transport)
-        if not self._plain.enter(self):
-            self._refuse_for_now(self._plain.why)
+        if (why := self._plain.enter(self)) is not None:
+            self._refuse_for_now(why)
             return
         self._deadline = self.loop.call_at(self._due_at, self._time_out)
 

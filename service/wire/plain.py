@@ -25,8 +25,8 @@ class PlainConnection(Protocol):
 class PlainConnections:
     """The connections of one port that are neither WebSockets nor event streams.
 
-    A connection counts from TCP accept, or the end of the TLS handshake, to its upgrade or end; a
-    handshake that was refused counts until its client is gone. Where there are too many, one makes
+    A connection counts from TCP accept to its upgrade or end; a handshake that was refused counts
+    until its client is gone. Where there are too many, one makes
     room for the new one: the one whose peer has kept the relay waiting longest, for the rest of a
     request, for the next one or to read an answer; and where none does, the one whose request has
     waited longest for the relay, unless it may have changed something. So nobody who holds
@@ -36,13 +36,23 @@ class PlainConnections:
         limit: how many there may be at a time.
         why: what is said where there are more.
         refused: counts what is refused, and has it logged.
+        has_descriptors: tells whether there are file descriptors for those that there are.
     """
 
-    def __init__(self, limit: int, why: Refusal, refused: Callable[[Refusal], None]) -> None:
-        self.why = why
+    def __init__(
+        self,
+        limit: int,
+        why: Refusal,
+        refused: Callable[[Refusal], None],
+        *,
+        has_descriptors: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.refused = refused
+        self.deciding = 0  # handshakes that are neither accepted nor refused yet
         self.evictions = 0  # of connections that owed nobody an answer
         self._limit = limit
+        self._why = why
+        self._has_descriptors = has_descriptors
         self._members: set[PlainConnection] = set()
         # Longest first: those that wait for their peers, and those whose peers wait.
         self._idle: OrderedDict[PlainConnection, None] = OrderedDict()
@@ -54,13 +64,22 @@ class PlainConnections:
     def __len__(self) -> int:
         return len(self._members)
 
-    def enter(self, connection: PlainConnection) -> bool:
-        """Count a connection, which waits for its peer; tell whether there was room for it."""
-        if len(self._members) >= self._limit and not self.end_one(self.why):
-            return False
+    def enter(self, connection: PlainConnection) -> Refusal | None:
+        """Count a connection, which waits for its peer.
+
+        Returns:
+            Why it must be refused, where no other one makes room for it.
+        """
+        why = None
+        if len(self._members) >= self._limit:
+            why = self._why
+        elif not self._has_descriptors():
+            why = Refusal.DESCRIPTORS
+        if why is not None and not self._end_one(why):
+            return why
         self._members.add(connection)
         self._idle[connection] = None
-        return True
+        return None
 
     def await_peer(self, connection: PlainConnection) -> None:
         """Take note that a connection can't go on before its peer does."""
@@ -86,7 +105,7 @@ class PlainConnections:
         self._idle.pop(connection, None)
         self._busy.pop(connection, None)
 
-    def end_one(self, why: Refusal) -> bool:
+    def _end_one(self, why: Refusal) -> bool:
         """End the connection that can be spared most; tell whether there was one."""
         spared = self._idle or self._busy
         if not spared:
