@@ -38,7 +38,12 @@ BROKERS = {
     "nats": (NatsBroker, (NATS,)),
 }
 
-LIKE_THE_RELAY = {"tests.test_backplane", "tests.test_cancellation", "tests.test_outages"}
+LIKE_THE_RELAY = {
+    "tests.test_backplane",
+    "tests.test_cancellation",
+    "tests.test_outages",
+    "tests.test_writes",
+}
 """Tests that run the relay's parts themselves, in the loop that it runs them in: what that makes of
 a lost connection is its own."""
 

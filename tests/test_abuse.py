@@ -253,6 +253,30 @@ async def test_many_who_send_and_never_read_fill_no_memory(relay_with: StartRela
     assert watch.grew_bytes < 96 * MIB
 
 
+async def test_many_who_leave_the_end_of_a_message_unread_hold_no_more_than_all_may(
+    relay_with: StartRelay,
+) -> None:
+    """A write that has left in part is there as a whole: that counts, not what is left of it."""
+    limits = {"total_backlog_bytes": 12 * MIB, "handshake_timeout_s": 2}
+    relay = relay_with(limits=limits, history={"max_messages": 0})
+    count = 64
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(
+                relay.raw_client(f"of-{number}", receive_buffer_bytes=16 * KIB)
+            )
+            for number in range(count)
+        ]
+        before_bytes = relay.rss_bytes()
+        for raw in clients:
+            await raw.send(frame(BINARY, bytes(MIB - 16)))
+            await raw.exactly(MIB - 260 * KIB)
+        assert relay.rss_bytes() < before_bytes + 36 * MIB
+        assert 11 * MIB < await relay.metric("websocket_backlog_bytes") <= 12 * MIB
+        assert await relay.metric("websocket_closes_total", reason="slow_consumer") == count - 11
+    await relay.metric_is("websocket_backlog_bytes", 0)
+
+
 @pytest.mark.parametrize(
     ("last", "code"),
     [

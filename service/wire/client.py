@@ -6,6 +6,7 @@ What a client is sent, and how it says goodbye, is its protocol's: see `protocol
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol, cast
@@ -17,7 +18,11 @@ from service.wire.shared import Shared
 
 log = logging.getLogger(__name__)
 
+PIECE_BYTES = 65_536
+"""What a transport is given at a time of a client's backlog."""
+
 RECORD_BYTES = 16_384
+"""The same with TLS: what a record holds at most (RFC 8446 section 5.1)."""
 
 
 class Speaker(Protocol):
@@ -102,6 +107,7 @@ class Client(asyncio.Protocol):
         "_expiry",
         "_is_member",
         "_on_lost",
+        "_piece_bytes",
         "_sends_no_more",
         "_shared",
         "_sink",
@@ -114,8 +120,7 @@ class Client(asyncio.Protocol):
     )
 
     # The fan-out's way in: the transport's own write while nothing waits, ours while something
-    # does, and a count of what was missed once the client has left. Never blocks, never raises
-    # but RuntimeError where the transport was closed under it.
+    # does, and a count of what was missed once the client has left. Never blocks.
     write: Callable[[bytes], None]
 
     @staticmethod
@@ -128,6 +133,7 @@ class Client(asyncio.Protocol):
         self._state = State.HANDSHAKE
         self._transport: asyncio.Transport
         self._write_now: Callable[[bytes], None]
+        self._piece_bytes = PIECE_BYTES
         self._sink: Sink | None = None
         self._is_member = False  # of the sink: it writes to the client
         self._backlog: Backlog | None = None
@@ -152,6 +158,7 @@ class Client(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         is_tls = transport.get_extra_info("ssl_object") is not None
         self._write_now = self._write_records if is_tls else self._transport.write
+        self._piece_bytes = RECORD_BYTES if is_tls else PIECE_BYTES
 
     def open(self, response: bytes, encoding: int) -> None:
         """Send the head of the answer, and be a client from now on.
@@ -172,7 +179,6 @@ class Client(asyncio.Protocol):
         # that the time a slice takes is the time its system calls take.
         self._transport.set_write_buffer_limits(high=1, low=0)
         if self._backlog is not None:  # answers from before the upgrade fill the socket
-            shared.fell_behind.remove(self)
             self.note_backlog(response, 0)
 
     def hand_over(self, sink: Sink) -> None:
@@ -214,7 +220,7 @@ class Client(asyncio.Protocol):
         self._cancel_deadline()
         if self._backlog is not None:
             # How much of it left before the loss nobody knows: what was not seen to go is missed.
-            self._settle(self._backlog, self._backlog.noted_bytes)
+            self._settle(self._backlog, sys.maxsize)
 
     # What the relay says
 
@@ -250,41 +256,61 @@ class Client(asyncio.Protocol):
 
     @property
     def backlog_bytes(self) -> int:
-        """What waits in the transport for the client to read on."""
-        return self._transport.get_write_buffer_size()
+        """What waits for the client to read on."""
+        waiting = self._transport.get_write_buffer_size()
+        return waiting if self._backlog is None else self._backlog.unsent(waiting)
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that this takes: a write that has left in part is held whole."""
+        return self._backlog.held_bytes if self._backlog is not None else 0
 
     @property
     def drained_bytes(self) -> int:
         """How much was seen to leave for the client's socket since it is behind; 0 if it is not."""
         backlog = self._backlog
-        return backlog.drained(self.backlog_bytes) if backlog is not None else 0
+        if backlog is None:
+            return 0
+        return backlog.drained(self._transport.get_write_buffer_size())
 
     def pause_writing(self) -> None:
         """Take note that the write under way filled the socket: the client is behind now."""
+        if self._backlog is not None:
+            self._backlog.is_stuck = True
+            return
         self._backlog = Backlog(self.count_whole)
         if self._is_member and self._sink is not None:
             self.write = self._write_behind
             self._sink.fell_behind(self)
-        self._shared.fell_behind.append(self)
+        if self._shared.is_writing:
+            self._shared.fell_behind.append(self)
 
     def note_backlog(self, data: bytes, messages: int) -> None:
         """Note the write that made the client fall behind. `pause_writing` does not know it."""
         assert self._backlog is not None
-        self._backlog.note(data, messages, self.backlog_bytes)
+        self._backlog.begin(data, messages)
         self._shared.backlogs.add(self)
         if messages:
             self._shared.ledger.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
-        """Take note that all that waited has left for the socket."""
-        if self._backlog is None:
+        """Give the transport the next piece: what it had has left for the socket."""
+        backlog, transport, ledger = self._backlog, self._transport, self._shared.ledger
+        if backlog is None or transport.is_closing():
             return
-        if self in self._shared.fell_behind:  # within one write: it was never behind
-            self._shared.fell_behind.remove(self)
-        self._settle(self._backlog, 0)
+        backlog.is_stuck = False
+        ledger.deliveries += backlog.advance()
+        while piece := backlog.piece(self._piece_bytes):
+            transport.write(piece)
+            if backlog.is_stuck or transport.is_closing():
+                return
+            ledger.deliveries += backlog.advance()
+        self._settle(backlog, 0)
         if self._is_member and self._sink is not None:
             self.write = self._write_now
             self._sink.caught_up(self)
+        elif self._state is State.DISCARDING:
+            self._shut()
 
     def drop_backlog(self) -> None:
         """End the connection, so that what waits for it is freed."""
@@ -334,10 +360,29 @@ class Client(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self.expect_within(self._shared.deadline_s)
+        if self._backlog is None:  # otherwise once it has left: see resume_writing
+            self._shut()
+
+    def _shut(self) -> None:
         if self._transport.can_write_eof() and not self._sends_no_more:
             self._transport.write_eof()
         else:  # TLS has no half-close; its shutdown does the same
             self._transport.close()
+
+    def _outlasts_end(self) -> bool:
+        """Tell whether the connection stays open, the client having ended its side of it.
+
+        TCP's end leaves the other direction open for what waits. uvloop's TLS shuts both, and sends
+        no more than it has by now.
+        """
+        backlog = self._backlog
+        if backlog is None:
+            return False
+        if self._transport.can_write_eof():
+            return True
+        if rest := backlog.rest():
+            self._transport.write(rest)
+        return False
 
     def _put(self, data: bytes) -> None:
         """Write a control frame, behind whatever waits."""
@@ -352,27 +397,28 @@ class Client(asyncio.Protocol):
             ):
                 self.close(Close.SLOW_CONSUMER)
                 return
-            self._write_now(data)
-            backlog.note(data, 0, self.backlog_bytes)
-            shared.backlogs.grew(len(data))
+            shared.backlogs.grew(backlog.note(data, 0))
             return
         self._write_now(data)
         if self._backlog is not None:
-            shared.fell_behind.remove(self)
             self.note_backlog(data, 0)
 
     def _write_records(self, data: bytes) -> None:
         """Write to a TLS transport, a record's worth at a time (RFC 8446 section 5.1).
 
         What uvloop's TLS layer has passed to the TCP transport below is in nobody's count. It
-        passes on what it is given in one piece, whatever the size, until that one has 64 KiB.
+        passes on what it is given in one piece, whatever the size, until that one has 64 KiB: so it
+        is given no more than one record that it can't pass on.
         """
         if len(data) <= RECORD_BYTES:
             self._transport.write(data)
             return
         view = memoryview(data)
-        for start in range(0, len(data), RECORD_BYTES):
-            self._transport.write(view[start : start + RECORD_BYTES])
+        for end in range(RECORD_BYTES, len(data) + RECORD_BYTES, RECORD_BYTES):
+            self._transport.write(view[end - RECORD_BYTES : end])
+            if self._backlog is not None:
+                self._backlog.first_handed_bytes = min(end, len(data))
+                return
 
     def _write_behind(self, batch: bytes) -> None:
         """Write a batch to a client that is behind, or close it where that is too much."""
@@ -380,26 +426,24 @@ class Client(asyncio.Protocol):
         backlog = self._backlog
         assert backlog is not None
         waiting = self.backlog_bytes
-        shared.ledger.deliveries += backlog.trim(waiting)
         if waiting + len(batch) > shared.backlogs.limit_bytes:
             log.info("slow consumer closed", extra={"backlog_bytes": waiting})
             self.close(Close.SLOW_CONSUMER)
             self.write(batch)  # counts it, now that the client has left
             return
-        self._write_now(batch)
+        held = backlog.note(batch, shared.messages_in_hand)
         shared.withheld += 1
         shared.ledger.sent_bytes += len(batch)
-        backlog.note(batch, shared.messages_in_hand, self.backlog_bytes)
-        shared.backlogs.grew(len(batch))
+        shared.backlogs.grew(held)
 
     @property
     def _drop(self) -> Drop:
         slow = self._ending is Close.SLOW_CONSUMER
         return Drop.SLOW_CONSUMER if slow else Drop.DISCONNECTED
 
-    def _settle(self, backlog: Backlog, waiting: int) -> None:
+    def _settle(self, backlog: Backlog, unsent: int) -> None:
         """Enter into the books what of the backlog went and what never will."""
-        delivered, dropped = backlog.split(waiting)
+        delivered, dropped = backlog.split(unsent)
         self._shared.ledger.deliveries += delivered
         self._shared.ledger.drops[self._drop] += dropped
         self._shared.backlogs.discard(self)

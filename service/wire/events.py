@@ -106,7 +106,10 @@ class EventStream(Client):
     def eof_received(self) -> bool:
         """Take it for the end: who listens no more need not be written to."""
         self._leave(Close.VANISHED)
-        return False
+        self._state = State.DISCARDING
+        self._sends_no_more = True
+        self._end()
+        return self._outlasts_end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books."""

@@ -258,7 +258,7 @@ class RelayProtocol(Client):
             self._leave_sink()
         if self._deadline is None:
             self.expect_within(self._shared.deadline_s)
-        return False
+        return self._outlasts_end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books: whatever happened, this is called once and last.
@@ -274,6 +274,8 @@ class RelayProtocol(Client):
         self._leave(Close.VANISHED)
         self._state = State.DISCARDING
         self._hear_no_more()
+        if self._backlog is None:  # otherwise once it has left: see resume_writing
+            self._transport.close()
 
     def _finish(self) -> None:
         self._hear_no_more()

@@ -74,9 +74,10 @@ class Shared:
         self.clients = Clients()
         self.reading = Turns()  # of clients who said more in one read than is heard at once
         self.held = 0  # clients that are not read now, because they publish too fast
-        # The write that is being made, as the fan-out announces it: how many messages it holds;
-        # how many clients did not take it straight to their socket; and whose transport could not
-        # write all of it at once.
+        # The write that is being made, as the fan-out announces it: whether there is one; how many
+        # messages it holds; how many clients did not take it straight to their socket; and whose
+        # transport could not write all of it at once.
+        self.is_writing = False
         self.messages_in_hand = 0
         self.withheld = 0
         self.fell_behind: list[Client] = []
@@ -91,6 +92,7 @@ class Shared:
             data: whole frames.
             messages: how many messages they hold.
         """
+        self.is_writing = True
         self.messages_in_hand = messages
         self.withheld = 0
         writing = iter(clients)
@@ -110,6 +112,7 @@ class Shared:
                 client.note_backlog(data, messages)
             self.fell_behind.clear()
         taken = len(clients) - self.withheld
+        self.is_writing = False
         self.messages_in_hand = 0
         self.ledger.deliveries += taken * messages
         self.ledger.sent_bytes += taken * len(data)

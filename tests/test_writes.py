@@ -1,0 +1,129 @@
+"""Writes that leave in parts, in this process: what is held of them, and what is counted."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import pytest
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from service.ledger import Ledger
+from service.wire.backlog import WRITE_BYTES, Backlog, Backlogs
+from service.wire.client import Client, Speaker
+from service.wire.deflate import PLAIN
+from service.wire.frames import count_whole
+from service.wire.protocol import RelayProtocol
+from service.wire.shared import Shared
+from service.wire.unfinished import Unfinished
+from tests.raw_client import TEXT, RawClient, relayed_frame
+from tests.relay_process import HOST, eventually
+
+MIB = 1_048_576
+HELLO = relayed_frame(TEXT, b"hello")
+
+
+class Room:
+    """A sink that does nothing."""
+
+    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None: ...
+    def hold_back(self, client: Speaker) -> None: ...
+    def leave(self, client: Client) -> None: ...
+    def fell_behind(self, client: Client) -> None: ...
+    def caught_up(self, client: Client) -> None: ...
+    def when_written(self, act: Callable[[], None]) -> None: ...
+
+
+@pytest.fixture
+def shared() -> Shared:
+    return Shared(
+        max_message_bytes=MIB,
+        compresses=False,
+        deadline_s=5,
+        ledger=Ledger(),
+        backlogs=Backlogs(MIB, 8 * MIB),
+        unfinished=Unfinished(MIB),
+    )
+
+
+@asynccontextmanager
+async def connected(shared: Shared, count: int) -> AsyncIterator[list[tuple[Client, RawClient]]]:
+    """Give pairs: a connection as the relay has it, and what is at its other end."""
+    made: asyncio.Queue[Client] = asyncio.Queue()
+
+    class Connection(RelayProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.open(b"begun", PLAIN)
+            self.hand_over(Room())
+            made.put_nowait(self)
+
+    def connection() -> Connection:
+        return Connection(cast(Config, None), cast(ServerState, None), {}, shared=shared)
+
+    listening = socket.create_server((HOST, 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    server = await asyncio.get_running_loop().create_server(connection, sock=listening)
+    port = listening.getsockname()[1]
+    pairs = []
+    try:
+        for _ in range(count):
+            raw = await RawClient.to(HOST, port, receive_buffer_bytes=4096)
+            assert await raw.exactly(5) == b"begun"
+            pairs.append((await made.get(), raw))
+        yield pairs
+    finally:
+        for _, raw in pairs:
+            raw.socket.close()
+        server.close()
+
+
+async def test_a_write_that_has_left_in_part_is_held_whole(shared: Shared) -> None:
+    data = relayed_frame(TEXT, bytes(MIB - 100))
+    async with connected(shared, 1) as [(client, raw)]:
+        shared.write([client], data, messages=1)
+        assert client.backlog_bytes < client.held_bytes == len(data) + WRITE_BYTES
+        assert shared.backlogs.total_bytes == client.held_bytes
+        await raw.exactly(MIB * 3 // 4)
+
+        async def look() -> tuple[bool, object]:
+            return client.backlog_bytes <= MIB // 4, client.backlog_bytes
+
+        await eventually(look, "three quarters sent")
+        assert client.held_bytes == len(data) + WRITE_BYTES
+        assert shared.ledger.deliveries == 0
+        await raw.exactly(len(data) - MIB * 3 // 4)
+
+        async def is_free() -> tuple[bool, object]:
+            return not client.held_bytes, client.held_bytes
+
+        await eventually(is_free, "let go of")
+        assert client.backlog_bytes == 0
+        assert shared.ledger.deliveries == 1
+
+
+def test_small_writes_leave_together_and_large_ones_in_pieces() -> None:
+    backlog = Backlog(count_whole)
+    held = backlog.begin(bytes(10), 1)
+    held += sum(backlog.note(data, 1) for data in (b"a" * 3, b"b" * 4, b"c" * 20, b"d"))
+    assert backlog.held_bytes == held == 38 + 5 * WRITE_BYTES
+    assert backlog.unsent(10) == 38
+    assert backlog.advance() == 1
+    pieces, done = [], []
+    while piece := backlog.piece(8):
+        pieces.append(bytes(piece))
+        done.append(backlog.advance())
+    assert pieces == [b"aaabbbb", b"c" * 8, b"c" * 8, b"ccccd"]
+    assert done == [2, 0, 0, 2]
+    assert (backlog.held_bytes, backlog.unsent(0), backlog.drained(0)) == (0, 0, 38)
+
+
+@pytest.mark.parametrize(("unsent", "done"), [(0, 3), (1, 2), (8, 1), (14, 1), (15, 0), (22, 0)])
+def test_what_a_cut_connection_took_can_be_read_off_its_frames(unsent: int, done: int) -> None:
+    """Two writes: one of two frames of seven bytes and one of one; counted are whole ones."""
+    backlog = Backlog(count_whole)
+    backlog.begin(HELLO * 2, 2)
+    backlog.note(HELLO + b"", 1)
+    assert backlog.split(unsent) == (done, 3 - done)
