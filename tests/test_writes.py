@@ -1,6 +1,7 @@
-"""Writes that leave in parts, in this process: what is held of them, and what is counted."""
+"""Writes that fail, or leave in parts: what is counted, and who is ended. In this process."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from service.errors import Close, Drop
 from service.ledger import Ledger
 from service.wire.backlog import WRITE_BYTES, Backlog, Backlogs
 from service.wire.client import Client, Speaker
@@ -78,6 +80,58 @@ async def connected(shared: Shared, count: int) -> AsyncIterator[list[tuple[Clie
         for _, raw in pairs:
             raw.socket.close()
         server.close()
+
+
+async def closes_are(shared: Shared, why: Close, count: int) -> None:
+    async def look() -> tuple[bool, object]:
+        return shared.ledger.closes[why] == count, shared.ledger.closes
+
+    await eventually(look, f"{count} of {why}")
+
+
+async def test_a_write_that_fails_ends_its_client_and_no_other(
+    shared: Shared, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(shared, 3) as [(first, one), (failing, two), (last, three)]:
+        failing._transport.write_eof()  # what is written from now on raises
+        with caplog.at_level(logging.ERROR):
+            shared.write([first, failing, last], HELLO, messages=2)
+        assert await one.message() == await three.message() == "hello"
+        assert await two.ended() == b""
+        await closes_are(shared, Close.INTERNAL, 1)
+        assert len(shared.clients) == 2
+    assert shared.ledger.deliveries == 4
+    assert shared.ledger.sent_bytes == 2 * len(HELLO)
+    assert shared.ledger.drops[Drop.DISCONNECTED] == 2
+    assert {record.message for record in caplog.records} == {"write failed"}
+    assert all(record.exc_info is not None for record in caplog.records)
+
+
+async def test_a_client_that_can_still_be_told_is_told_that_a_write_failed(
+    shared: Shared, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(shared, 1) as [(client, raw)]:
+        shared.write([client], cast(bytes, "no bytes"), messages=1)
+        assert await raw.answer_close() == (1011, "internal error")
+        await closes_are(shared, Close.INTERNAL, 1)
+    assert shared.ledger.drops[Drop.DISCONNECTED] == 1
+    assert [record.message for record in caplog.records] == ["write failed"]
+
+
+async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(
+    shared: Shared, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(shared, 1) as [(client, raw)]:
+        write = client.write
+        raw.vanish()
+        await closes_are(shared, Close.VANISHED, 1)
+        with pytest.raises(RuntimeError, match="the handler is closed"):
+            write(HELLO)
+        client.write = write  # as if the write were under way
+        shared.write([client], HELLO, messages=1)
+    assert shared.ledger.drops[Drop.DISCONNECTED] == 1
+    assert shared.ledger.deliveries == 0
+    assert caplog.records == []
 
 
 async def test_a_write_that_has_left_in_part_is_held_whole(shared: Shared) -> None:

@@ -255,6 +255,11 @@ class Client(asyncio.Protocol):
     # Flow control
 
     @property
+    def is_closing(self) -> bool:
+        """Whether the transport is ending: what is written is lost, and `connection_lost` comes."""
+        return self._transport.is_closing()
+
+    @property
     def backlog_bytes(self) -> int:
         """What waits for the client to read on."""
         waiting = self._transport.get_write_buffer_size()
@@ -315,6 +320,14 @@ class Client(asyncio.Protocol):
     def drop_backlog(self) -> None:
         """End the connection, so that what waits for it is freed."""
         self.abort(Close.SLOW_CONSUMER)
+
+    def fail(self) -> None:
+        """End the connection: a write to it raised."""
+        try:
+            self.close(Close.INTERNAL)
+        except Exception:
+            log.exception("write failed")
+            self.abort(Close.INTERNAL)
 
     # Inside
 

@@ -1,6 +1,7 @@
 """Hold what all connections of a replica share: bounds, books, and who is connected."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from service.wire.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from service.wire.client import Client
+
+log = logging.getLogger(__name__)
 
 
 class Clients:
@@ -95,17 +98,16 @@ class Shared:
         self.is_writing = True
         self.messages_in_hand = messages
         self.withheld = 0
-        writing = iter(clients)
-        while True:
+        for client in clients:
+            # Two steps: CPython 3.11 has a fast path for reading a slot, and none for calling what
+            # it holds in the same breath. The try costs nothing there.
+            write = client.write
             try:
-                for client in writing:
-                    # Two steps: CPython 3.11 has a fast path for reading a slot, and none for
-                    # calling what it holds in the same breath.
-                    write = client.write
-                    write(data)
-                break
-            except RuntimeError:  # the transport was closed, connection_lost comes next
-                self._withhold(Drop.DISCONNECTED)
+                write(data)
+            except Exception:
+                if not client.is_closing:
+                    log.exception("write failed")
+                self._give_up(client)
         if self.fell_behind:
             self.withheld += len(self.fell_behind)
             for client in self.fell_behind:
@@ -124,6 +126,14 @@ class Shared:
     def withhold_slow(self, batch: bytes) -> None:
         """Count a batch that was owed to a client that was closed because it was slow."""
         self._withhold(Drop.SLOW_CONSUMER)
+
+    def _give_up(self, client: "Client") -> None:
+        """Count a batch that could not be written to a client, and end the client."""
+        if client in self.fell_behind:
+            self.fell_behind.remove(client)
+        self._withhold(Drop.DISCONNECTED)
+        if not client.is_closing:
+            client.fail()
 
     def _withhold(self, why: Drop) -> None:
         self.withheld += 1
