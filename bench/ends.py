@@ -23,8 +23,8 @@ from nats.js.api import StreamConfig
 from service.backplane.base import Entry
 from service.backplane.open import open_backplane
 from service.backplane.packet import Packet, pack, unpack
-from service.relay.gate import Gate
 from service.settings import Settings
+from service.wire.gate import Gate
 
 MESSAGE_BYTES = 128
 STAMP = struct.Struct("<q")

@@ -31,12 +31,12 @@ from service.health import Health, Phase
 from service.ledger import Ledger
 from service.metrics import Gauges, Metrics
 from service.relay.broadcaster import Broadcaster
-from service.relay.gate import Gate
 from service.relay.history import History
 from service.settings import Settings
 from service.tls import Certificates
 from service.wire.backlog import Backlogs
 from service.wire.deflate import INFLATER_BYTES
+from service.wire.gate import Gate
 from service.wire.plain import PlainConnections
 from service.wire.shared import Shared
 from service.wire.unfinished import Unfinished
@@ -48,9 +48,11 @@ if TYPE_CHECKING:
 
 REPLICA = socket.gethostname()
 
-APPENDS_PART = 16
-"""Of limits.total_backlog_bytes, this part may wait to get into the log: what a broker takes in a
-tenth of a second."""
+PENDING_PART, UNHEARD_PART, APPENDS_PART = 2, 4, 16
+"""What was said and is not written yet comes to limits.total_backlog_bytes at most: a half of it
+waits for its fan-out, a quarter was read and is not heard yet, and a sixteenth waits to get into
+the log, which is what a broker takes in a tenth of a second. The rest is for what is in work: with
+each of them one message may pass its part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,9 @@ def build(
         ledger=ledger,
         backlogs=backlogs,
         unfinished=unfinished,
+        unheard=Gate(limits.total_backlog_bytes // UNHEARD_PART),
+        appends=appends,
+        pending=Gate(limits.total_backlog_bytes // PENDING_PART),
     )
     history = History(
         max_messages=settings.history.max_messages,
@@ -135,11 +140,9 @@ def build(
     )
     broadcaster = Broadcaster(
         backplane=backplane,
-        appends=appends,
         shared=shared,
         max_channels=settings.channels.max_channels,
         pending_limit_bytes=limits.send_backlog_bytes,
-        total_pending_limit_bytes=limits.total_backlog_bytes,
         deflate_from_bytes=settings.compression.min_message_bytes,
         history=history,
         written=metrics.observe_delivery,

@@ -179,7 +179,7 @@ class _Books(Collector):
         yield _labelled("closes", "Connections ended", ["code", "reason"], closes)
         refusals = {(why.label,): count for why, count in books.refusals.items()}
         yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
-        yield _gauge("backlog_bytes", "Bytes waiting for slow clients", now.backlog_bytes())
+        yield _gauge("backlog_bytes", "Memory held for slow clients", now.backlog_bytes())
         text = "limits.total_backlog_bytes"
         yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes)
         unfinished = now.unfinished_bytes()

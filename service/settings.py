@@ -230,7 +230,9 @@ class Limits(Section):
         1_048_576, description="what one slow client may have waiting (1013 past it)"
     )
     total_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
-        268_435_456, description="what all of them together may have waiting; the worst goes first"
+        268_435_456,
+        description="memory held for all of them, the worst goes first; messages on their way take"
+        " up to twice as much again",
     )
 
 

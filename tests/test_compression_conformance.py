@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 import pytest
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 
+from service.wire.parser import HALF, PAUSE, Parser
 from tests.conformance import (
     CASES,
     MIB,
@@ -567,25 +568,56 @@ async def test_a_compression_bomb_is_too_big_before_it_fills_memory(
 
 
 async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
-    deflating_relay: Relay,
+    relay_with: StartRelay,
 ) -> None:
-    count = 300
+    """A hundred and fifty: nearly twenty times what all together may take."""
+    total, count = 8 * MIB, 150
+    relay = relay_with(
+        compression={"enabled": True},
+        limits={"total_backlog_bytes": total},
+        history={"max_messages": 0},
+    )
     one = frame(BINARY, bomb(MIB), reserved=RSV1)
     assert len(one) < 1_100
-    heard_before = await deflating_relay.metric("websocket_messages_total")
     async with AsyncExitStack() as stack:
         publishers = [
-            await stack.enter_async_context(deflating(deflating_relay, f"of-{number}"))
+            await stack.enter_async_context(deflating(relay, f"of-{number}"))
             for number in range(count)
         ]
-        deflating_relay.forget_peak()
-        before_bytes = deflating_relay.rss_bytes()
+        relay.forget_peak()
+        before_bytes = relay.rss_bytes()
         await asyncio.gather(*(publisher.send(one) for publisher in publishers))
-        await deflating_relay.metric_is("websocket_messages_total", heard_before + count)
+        await relay.metric_is("websocket_messages_total", count)
         for publisher in publishers:
             assert await publisher.message() == bytes(MIB)
-        # Each has begun, and one is whole at a time.
-        assert deflating_relay.peak_rss_bytes() < before_bytes + 64 * MIB
+        assert relay.peak_rss_bytes() < before_bytes + total + 16 * MIB
+        assert await relay.metric("websocket_disconnections_total") == 0
+        await relay.metric_is("websocket_paused_publishers", 0)
+        assert await relay.metric("websocket_unfinished_bytes") == 0
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+def test_a_message_that_was_let_go_of_is_inflated_again_from_its_start(opcode: int) -> None:
+    parser = Parser(MIB, inflates=True)
+    events = parser.feed(compressed_frame(opcode, bytes(MIB)) + frame(TEXT, b"next"))
+    assert next(events) is HALF
+    assert parser.kept_bytes > 0
+    assert parser.let_go()
+    assert parser.kept_bytes == 0
+    whole = [event for event in events if event is not HALF and event is not PAUSE]
+    assert whole == [(opcode, bytes(MIB)), (TEXT, b"next")]
+
+
+def test_a_message_of_which_a_part_was_fed_before_is_not_let_go_of() -> None:
+    parser = Parser(MIB, inflates=True)
+    payload = NOISE[:50_000] + bytes(MIB // 2)
+    wire = compressed_frame(BINARY, payload)
+    assert {*parser.feed(wire[:40_000])} <= {HALF, PAUSE}
+    events = parser.feed(wire[40_000:])
+    assert any(event is HALF for event in events)
+    assert not parser.let_go()
+    whole = [event for event in events if event is not HALF and event is not PAUSE]
+    assert whole == [(BINARY, payload)]
 
 
 async def test_blocks_that_end_the_stream_again_and_again_delay_nobody(

@@ -2,14 +2,16 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from signal import SIGCONT, SIGSTOP
 
 from websockets.asyncio.client import ClientConnection
 
 from tests.conftest import StartRelay
-from tests.raw_client import PONG, frame
+from tests.raw_client import PONG, TEXT, frame
 from tests.relay_process import receive, receive_many
 
 KIB = 1_024
+MIB = 1_048_576
 
 
 async def test_publishers_that_were_held_together_all_get_to_say_what_they_have(
@@ -46,3 +48,30 @@ async def test_a_flood_of_tiny_frames_keeps_nobody_waiting(relay_with: StartRela
             assert await receive(calm) == str(number)
         assert not flooding.done(), "twenty messages took as long as two million pongs"
         await flooding
+
+
+async def test_what_many_have_said_at_once_is_read_no_faster_than_it_is_heard(
+    relay_with: StartRelay,
+) -> None:
+    """They all have it ready while the relay stands still: what is read of it has a bound, too."""
+    total, count, size = 8 * MIB, 400, 96 * KIB
+    relay = relay_with(limits={"total_backlog_bytes": total}, keepalive={"ping_interval_s": 3_600})
+    pong = frame(PONG, bytes(125))
+    flood = pong * (size // len(pong)) + frame(TEXT, b"the end")
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(relay.raw_client(f"of-{number}"))
+            for number in range(count)
+        ]
+        relay.forget_peak()
+        before_bytes = relay.rss_bytes()
+        relay.signal(SIGSTOP)
+        sending = [asyncio.create_task(client.send(flood)) for client in clients]
+        await asyncio.sleep(0)  # all that the kernel takes
+        relay.signal(SIGCONT)
+        await asyncio.gather(*sending)
+        for client in clients:
+            assert await client.message() == "the end"
+        assert relay.peak_rss_bytes() < before_bytes + total + 4 * MIB
+        await relay.metric_is("websocket_paused_publishers", 0)
+        assert await relay.metric("websocket_disconnections_total") == 0

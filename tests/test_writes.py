@@ -17,6 +17,7 @@ from service.wire.backlog import WRITE_BYTES, Backlog, Backlogs
 from service.wire.client import Client, Speaker
 from service.wire.deflate import PLAIN
 from service.wire.frames import count_whole
+from service.wire.gate import Gate
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
 from service.wire.unfinished import Unfinished
@@ -47,6 +48,9 @@ def shared() -> Shared:
         ledger=Ledger(),
         backlogs=Backlogs(MIB, 8 * MIB),
         unfinished=Unfinished(MIB),
+        unheard=Gate(MIB),
+        appends=Gate(MIB),
+        pending=Gate(MIB),
     )
 
 

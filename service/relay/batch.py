@@ -73,6 +73,7 @@ class Batch:
         "_frames",
         "_group",
         "_parts",
+        "_parts_bytes",
         "_positions",
         "_tells_positions",
         "data",
@@ -87,7 +88,7 @@ class Batch:
     def __init__(self, audience: Audience, audience_bytes: int, opened_at: float) -> None:
         self._audience = audience
         self._group = 0
-        self.kept_bytes = audience_bytes  # what it takes in memory before it is encoded
+        self.kept_bytes = audience_bytes  # what it takes in memory now
         self.opened_at = opened_at
         self.owed = sum(len(recipients) for _, recipients in audience)  # for each message
         self.messages = 0
@@ -95,6 +96,7 @@ class Batch:
         self.next = 0  # the first of the group that was not written to yet
         self.data = b""  # all frames, once they are encoded for the group
         self._parts: list[bytes] = []  # heads and payloads, in turn
+        self._parts_bytes = 0  # what they take in memory
         self._tells_positions = any(form.tells_positions for form, _ in audience)
         self._positions: list[Position] = []  # where anybody is told
         self._frames: list[bytes] = []
@@ -112,6 +114,7 @@ class Batch:
         self.messages += 1
         kept = size + MESSAGE_BYTES
         self.kept_bytes += kept
+        self._parts_bytes += kept
         return kept
 
     @property
@@ -139,12 +142,14 @@ class Batch:
         form = self._audience[self._group][0]
         if form == PLAINLY:
             self.data = b"".join(self._parts)
+            self.kept_bytes += len(self.data)
         else:
             if self._encoder is None:
                 messages = zip(self._parts[::2], self._parts[1::2], strict=True)
                 self._encoder = _formed(messages, self._positions, form, min_bytes)
             for frame in self._encoder:
                 self._frames.append(frame)
+                self.kept_bytes += len(frame)
                 if perf_counter() > until:
                     return False
             self.data = b"".join(self._frames)
@@ -152,10 +157,12 @@ class Batch:
         if self._group == len(self._audience) - 1:
             self._parts.clear()
             self._positions.clear()
+            self.kept_bytes -= self._parts_bytes
         return True
 
     def next_group(self) -> bool:
         """Go on to the next group; tell whether there is one."""
+        self.kept_bytes -= len(self.data)
         self._group += 1
         self.next = 0
         self.data = b""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from service.backplane.base import Backplane, Entry, Position
 from service.relay.channel import Channel
 from service.relay.courier import Courier
-from service.relay.gate import Gate
 from service.relay.history import History
 from service.relay.replay import Replay, Wish
 from service.wire.client import Client
@@ -25,11 +24,9 @@ class Broadcaster:
 
     Args:
         backplane: the log.
-        appends: the bound on what waits to get into it.
         shared: what all connections share.
         max_channels: channels at a time.
         pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
-        total_pending_limit_bytes: the same for all channels together.
         deflate_from_bytes: shorter messages are not compressed.
         history: what is kept for those who come back.
         written: told, for each batch, the seconds from its first message to its last write.
@@ -39,19 +36,15 @@ class Broadcaster:
         self,
         *,
         backplane: Backplane,
-        appends: Gate,
         shared: Shared,
         max_channels: int,
         pending_limit_bytes: int,
-        total_pending_limit_bytes: int,
         deflate_from_bytes: int,
         history: History,
         written: Callable[[float], None],
     ) -> None:
         self.backplane = backplane
         self.shared = shared
-        self.gate = Gate(total_pending_limit_bytes)
-        self.appends = appends
         self.written = written
         self._max_channels = max_channels
         self._pending_limit_bytes = pending_limit_bytes
@@ -96,7 +89,10 @@ class Broadcaster:
     def courier(self, name: str) -> Courier:
         """Return one for somebody who is no client of a channel and wants to publish there."""
         channel = self._channels.get(name)
-        return Courier((self.gate, self.appends, *([channel.gate] if channel is not None else [])))
+        shared = self.shared
+        return Courier(
+            (shared.pending, shared.appends, *([channel.gate] if channel is not None else []))
+        )
 
     async def publish(
         self, name: str, said: Sequence[tuple[int, bytes]], courier: Courier
@@ -146,5 +142,6 @@ class Broadcaster:
         channel = self._channels.get(entry.channel)
         if channel is not None:
             channel.deliver(entry)
-            if self.gate.is_shut:
-                self.gate.hold(self.backplane)
+            pending = self.shared.pending
+            if pending.is_shut:
+                pending.hold(self.backplane)

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from service.backplane.base import Backplane, Entry
 from service.relay.batch import Audience, Batch, Form, announced, form_of
-from service.relay.gate import Gate
 from service.wire.client import Client, Speaker
+from service.wire.gate import Gate
 from service.wire.shared import Shared
 from service.wire.turns import Work
 
@@ -34,7 +34,7 @@ time in the long run."""
 STALLED_S = 2.0
 """A member that took nothing for this long is not slow but stalled, and not waited for. A full TCP
 window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 section 3.8.6.1), and with
-TLS what was passed down in one piece, a backlog's worth at most, is seen to go only as a whole."""
+TLS some 80 KiB that have left its layer are not seen to go."""
 
 
 class Office(Protocol):
@@ -42,8 +42,6 @@ class Office(Protocol):
 
     shared: Shared
     backplane: Backplane
-    gate: Gate
-    appends: Gate
 
     def schedule(self, work: Work) -> None:
         """Give somebody who is not in the queue turns to write."""
@@ -85,7 +83,7 @@ class Channel:
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._gate = Gate(pending_limit_bytes)
-        self._gates = (self._gate, office.gate, office.appends)
+        self._gates = (self._gate, self._shared.pending, self._shared.appends)
         self._members: dict[Form, dict[Client, None]] = {}
         self._expected: set[Client] = set()  # no members yet: they hear what was before
         self._snapshot: Audience | None = None  # of the members, until they change
@@ -177,7 +175,7 @@ class Channel:
         batch = self._open or self._begin()
         kept = batch.add(entry)
         self._gate.bytes += kept
-        self._office.gate.bytes += kept
+        self._shared.pending.bytes += kept
         self._shared.ledger.owed += batch.owed
         if batch.size >= self._batch_limit_bytes:
             self._open = None
@@ -213,7 +211,10 @@ class Channel:
             if self._behind and not batch.is_begun and self._must_hold(batch):
                 self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self.fan_out))
                 return True
-            if not self._write(batch, until):
+            kept = batch.kept_bytes
+            is_written = self._write(batch, until)
+            self._keep(batch.kept_bytes - kept)
+            if not is_written:
                 return False
             self._finish(batch)
             if perf_counter() > until:
@@ -226,13 +227,21 @@ class Channel:
         self._snapshot = None
         self._open = None
 
+    def _keep(self, size: int) -> None:
+        """Take note of memory that what waits for its fan-out takes, or that it gives back."""
+        if size > 0:
+            self._gate.bytes += size
+            self._shared.pending.bytes += size
+        elif size:
+            self._gate.drained(-size)
+            self._shared.pending.drained(-size)
+
     def _begin(self) -> Batch:
         audience_bytes = 0
         if self._snapshot is None:
             self._snapshot = [(form, list(group)) for form, group in self._members.items()]
             audience_bytes = POINTER_BYTES * len(self)
-            self._gate.bytes += audience_bytes
-            self._office.gate.bytes += audience_bytes
+            self._keep(audience_bytes)
         self._open = batch = Batch(self._snapshot, audience_bytes, perf_counter())
         if not self._queue:
             self._office.schedule(self.fan_out)
@@ -267,8 +276,7 @@ class Channel:
     def _finish(self, batch: Batch) -> None:
         self._queue.popleft()
         self._office.written(perf_counter() - batch.opened_at)
-        self._office.gate.drained(batch.kept_bytes)
-        self._gate.drained(batch.kept_bytes)
+        self._keep(-batch.kept_bytes)
 
     # Where a member is behind but moving, and the next batch would not fit into its backlog, the
     # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from service.backplane.base import Backplane, Position
 from service.errors import Refusal, RefusedError
-from service.relay.gate import Gate
+from service.wire.gate import Gate
 
 
 class Courier:

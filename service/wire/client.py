@@ -149,6 +149,11 @@ class Client(asyncio.Protocol):
     # From the upgrade on
 
     @property
+    def is_unheard(self) -> bool:
+        """Whether something was read from the client that is not heard yet."""
+        return False
+
+    @property
     def has_sink(self) -> bool:
         """Whether somebody took the connection over."""
         return self._sink is not None
@@ -278,6 +283,12 @@ class Client(asyncio.Protocol):
             return 0
         return backlog.drained(self._transport.get_write_buffer_size())
 
+    def pause_reading(self) -> None:
+        """Read no more from the client until `resume_reading` was called as often."""
+
+    def resume_reading(self) -> None:
+        """Read on, if nobody else holds the client back."""
+
     def pause_writing(self) -> None:
         """Take note that the write under way filled the socket: the client is behind now."""
         if self._backlog is not None:
@@ -360,6 +371,7 @@ class Client(asyncio.Protocol):
             self._expiry = None
         # A function that does not hold this object: a batch may still name it when it is gone.
         shared = self._shared
+        shared.unheard.release(self)
         slow = self._ending is Close.SLOW_CONSUMER
         self.write = shared.withhold_slow if slow else shared.withhold_disconnected
         if self._is_member and self._sink is not None:

@@ -74,6 +74,7 @@ class Parser:
     __slots__ = (
         "_decoder",
         "_fin",
+        "_fresh",
         "_head",
         "_inflater",
         "_inflates",
@@ -83,6 +84,8 @@ class Parser:
         "_message",
         "_opcode",
         "_raw_bytes",
+        "_restarts",
+        "_slices",
         "_work_bytes",
         "kept_bytes",
     )
@@ -102,6 +105,9 @@ class Parser:
         self._raw_bytes = 0  # its payloads as they came, compressed where they are
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
+        self._fresh = False  # whether what is being inflated began with what was fed last
+        self._slices: Generator[Event, None, None]
+        self._restarts = False  # whether it was let go of, and is inflated again
         self._work_bytes = 0  # of inflating, since the last pause
 
     # The hot path: every call that would make it shorter is a cost for every frame.
@@ -191,6 +197,7 @@ class Parser:
             self._decoder = _Utf8Decoder() if opcode == TEXT else None
             self._inflater = Inflater(self._max_bytes) if first & RSV1 else None
         self._raw_bytes += size
+        self._fresh = opcode != CONTINUATION
         self._left_bytes = size
         self._mask = mask
         self._fin = bool(first & FIN)
@@ -209,7 +216,7 @@ class Parser:
         if self._inflater is None:
             self._add(payload)
         else:
-            yield from self._inflate(payload, self._inflater)
+            yield from self._inflate(payload)
         if self._fin and not self._left_bytes:
             inflated_bytes = len(self._message) if self._inflater is not None else 0
             yield self._finished()
@@ -217,11 +224,41 @@ class Parser:
                 yield PAUSE
         return start + taken
 
-    def _inflate(self, payload: bytes, inflater: Inflater) -> Iterator[Event]:
+    def let_go(self) -> bool:
+        """Keep nothing of the message that paused with HALF, if it can be inflated from its start.
+
+        Returns:
+            Whether it can: all of it was fed last.
+        """
+        if self._fresh:
+            self._restarts = True
+            self._slices.close()
+            self._reset()
+        return self._fresh
+
+    def _reset(self) -> None:
+        self._message = bytearray()
+        self.kept_bytes = 0
+        self._decoder = self._inflater = None
+
+    def _inflate(self, payload: bytes) -> Iterator[Event]:
+        """Inflate what came of a message, and begin again where what it had come to was let go."""
+        while True:
+            self._slices = self._inflate_once(payload)
+            yield from self._slices
+            if not self._restarts:
+                break
+            self._restarts = False
+            self._decoder = _Utf8Decoder() if self._opcode == TEXT else None
+            self._inflater = Inflater(self._max_bytes)
+        self._fresh = False
+
+    def _inflate_once(self, payload: bytes) -> Generator[Event, None, None]:
+        assert self._inflater is not None
         pause = PAUSE
         for start in range(0, len(payload), DEFLATED_SLICE_BYTES):
             deflated = payload[start : start + DEFLATED_SLICE_BYTES]
-            for part in inflater.feed(deflated):
+            for part in self._inflater.feed(deflated):
                 if self._work_bytes > INFLATED_SLICE_BYTES:
                     self._work_bytes = 0
                     yield pause
@@ -252,9 +289,8 @@ class Parser:
         self._add(b"", final=True)
         opcode, payload = self._opcode, bytes(self._message)
         self._opcode = CONTINUATION
-        self._message = bytearray()
-        self._raw_bytes = self.kept_bytes = 0
-        self._decoder = self._inflater = None
+        self._raw_bytes = 0
+        self._reset()
         return opcode, payload
 
 

@@ -48,6 +48,7 @@ class RelayProtocol(Client):
         "_paused_at",
         "_unanswered_since",
         "_unheard",
+        "_unheard_bytes",
     )
 
     count_whole = staticmethod(count_whole)
@@ -70,6 +71,7 @@ class RelayProtocol(Client):
         self._paused_at = 0.0  # since when it is not read; 0: it is
         self._unanswered_since = 0.0
         self._unheard: Iterator[Event] | None = None  # what is left of the last read
+        self._unheard_bytes = 0  # as the others were told; it counts as a whole until it is heard
         self._in_turns = False  # whether read_on is called again, or being called
         self._is_first = False  # before the others who wait: to finish a message
         self._goodbye = b""
@@ -115,13 +117,33 @@ class RelayProtocol(Client):
             self._keep_early(data)
             return
         events = self._parser.feed(data)
-        if self._hear(events) is not None:
+        shared = self._shared
+        pending, appends = shared.pending, shared.appends
+        if pending.bytes > pending.limit_bytes or appends.bytes > appends.limit_bytes:
+            self._set_aside(events, len(data))
+        elif (pause := self._hear(events)) is not None:
             # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
             # Tiny frames by the ten thousand, or what inflates to a thousand times as much, would
             # keep everybody waiting.
-            self._unheard = events
-            self._read_no_more()
-            self._hear_soon()
+            if pause is HALF and (self._is_held or shared.reading.is_busy):
+                self._let_go()
+            self._set_aside(events, len(data))
+
+    def _set_aside(self, events: Iterator[Event], size: int) -> None:
+        """Hear what was read later, in turns, and read no more until then."""
+        shared = self._shared
+        self._unheard = events
+        self._unheard_bytes = size
+        shared.unheard.bytes += size
+        self._read_no_more()
+        self._hear_soon()
+        if shared.unheard.is_shut:
+            shared.read_nobody()
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether something was read from the client that is not heard yet."""
+        return self._unheard is not None
 
     def read_on(self, until: float) -> bool:
         """Hear some more of what was read.
@@ -136,7 +158,7 @@ class RelayProtocol(Client):
         try:
             is_done = self._read_on(until)
         except BaseException:  # as uvloop does where data_received raises
-            self._unheard = None
+            self._note_heard()
             self._in_turns = False
             self.abort(Close.INTERNAL)
             raise
@@ -148,26 +170,46 @@ class RelayProtocol(Client):
 
     def _read_on(self, until: float) -> bool:
         while self._unheard is not None:
-            if self._holds:
+            if self._must_wait():
                 return True  # resume_reading comes back here
             pause = self._hear(self._unheard)
             if pause is None:
-                self._unheard = None
-            elif pause is HALF:
-                # All of them half inflated would fill the memory.
-                if perf_counter() > until and not self._holds:
-                    self._is_first = True
-                    return False
-            elif self._is_first or perf_counter() > until:
-                self._is_first = False
-                return self._holds > 0
+                self._note_heard()
+            elif pause is HALF and self._is_held:
+                self._let_go()
+            elif perf_counter() > until or (self._is_first and pause is PAUSE):
+                self._is_first = pause is HALF  # all of them half inflated would fill the memory
+                return self._is_held
         if self._transport is GONE:
             self._finish()
         elif self._sends_no_more and self._parser is not None:
             self._vanish()
-        elif not self._holds:
+        elif self._shared.unheard.is_shut:
+            self._shared.unheard.hold(self)
+        elif not self._is_held:
             self._read_again()
         return True
+
+    @property
+    def _is_held(self) -> bool:
+        return self._holds > 0
+
+    def _must_wait(self) -> bool:
+        """Tell whether the client is held back, now that it is about to be heard."""
+        assert self._sink is not None
+        self._sink.hold_back(self)
+        return self._is_held
+
+    def _note_heard(self) -> None:
+        self._unheard = None
+        if self._unheard_bytes:
+            self._shared.unheard.drained(self._unheard_bytes)
+            self._unheard_bytes = 0
+
+    def _let_go(self) -> None:
+        """Keep nothing of a message that is half inflated, where it can be inflated again."""
+        if self._parser is not None and self._parser.let_go():
+            self._note_kept(0)
 
     def _hear_soon(self) -> None:
         if not self._holds and not self._in_turns:
@@ -387,7 +429,8 @@ class RelayProtocol(Client):
             self._finish()
 
     def _hear_no_more(self) -> None:
-        self._parser = self._unheard = None
+        self._parser = None
+        self._note_heard()
         if self._kept_bytes:
             self._note_kept(0)
 

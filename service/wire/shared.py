@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from service.errors import Drop
 from service.ledger import Ledger
 from service.wire.backlog import Backlogs
+from service.wire.gate import Gate
 from service.wire.turns import Turns
 from service.wire.unfinished import Unfinished
 
@@ -56,6 +57,9 @@ class Shared:
         ledger: where it is counted.
         backlogs: who is behind, and the bounds on that.
         unfinished: what was begun to be said, and the bound on that.
+        unheard: the bound on what was read and is not heard yet.
+        appends: the bound on what waits to get into the log.
+        pending: the bound on what waits for its fan-out.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class Shared:
         ledger: Ledger,
         backlogs: Backlogs,
         unfinished: Unfinished,
+        unheard: Gate,
+        appends: Gate,
+        pending: Gate,
     ) -> None:
         self.max_message_bytes = max_message_bytes
         self.compresses = compresses
@@ -74,6 +81,9 @@ class Shared:
         self.ledger = ledger
         self.backlogs = backlogs
         self.unfinished = unfinished
+        self.unheard = unheard
+        self.appends = appends
+        self.pending = pending
         self.clients = Clients()
         self.reading = Turns()  # of clients who said more in one read than is heard at once
         self.held = 0  # clients that are not read now, because they publish too fast
@@ -118,6 +128,12 @@ class Shared:
         self.messages_in_hand = 0
         self.ledger.deliveries += taken * messages
         self.ledger.sent_bytes += taken * len(data)
+
+    def read_nobody(self) -> None:
+        """Hold all clients but those that have something to be heard, until less of it waits."""
+        for client in self.clients:
+            if not client.is_unheard:
+                self.unheard.hold(client)
 
     def withhold_disconnected(self, batch: bytes) -> None:
         """Count a batch that was owed to a client that has gone since."""

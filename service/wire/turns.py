@@ -31,6 +31,11 @@ class Turns:
         self._workers: deque[Work] = deque()
         self._is_scheduled = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return self._is_scheduled
+
     def add(self, work: Work, *, first: bool = False) -> None:
         """Give somebody turns. It must not be in the queue already.
 

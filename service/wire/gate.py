@@ -17,14 +17,12 @@ class Publisher(Protocol):
 class Gate:
     """A bound on bytes that wait, and the publishers who wait for them to be fewer.
 
-    What passes the bound is at most one read of each publisher: it is paused in the act.
-
     Args:
         limit_bytes: publishers are held from here on.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._held: dict[Publisher, None] = {}
         self._is_opening = False
         self.bytes = 0
@@ -32,7 +30,7 @@ class Gate:
     @property
     def is_shut(self) -> bool:
         """Whether more waits than should."""
-        return self.bytes > self._limit_bytes
+        return self.bytes > self.limit_bytes
 
     def hold(self, publisher: Publisher) -> bool:
         """Pause a publisher, if it is not paused here already; tell whether it was news."""
@@ -57,7 +55,7 @@ class Gate:
 
     @property
     def _room(self) -> int:
-        return self._limit_bytes // 2 - self.bytes
+        return self.limit_bytes // 2 - self.bytes
 
     def _open(self) -> None:
         # In the order they were held, and in one turn of the loop only as many as there is room
