@@ -192,6 +192,27 @@ async def test_a_client_that_stalls_for_a_while_within_its_backlog_is_not_closed
         assert await relay.metric("websocket_disconnections_total") == 0
 
 
+async def test_a_client_that_says_nothing_more_still_gets_what_waits_for_it(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(limits={"send_backlog_bytes": 32 * MIB}, keepalive=NEVER)
+    count = 40
+    async with (
+        relay.raw_client("news", receive_buffer_bytes=SMALL_BUFFER) as leaving,
+        relay.raw_client("news") as publisher,
+    ):
+        for number in range(count):
+            await publish_and_hear(publisher, numbered(number))
+        assert await relay.metric("websocket_slow_clients") == 1
+        leaving.finish()
+        for number in range(count):
+            assert await leaving.message() == numbered(number)
+        assert await leaving.ended() == b""
+        await relay.metric_is("websocket_closes_total", 1, reason="vanished")
+        assert await relay.metric("websocket_drops_total") == 0
+    await assert_books_balance(relay)
+
+
 async def test_the_worst_goes_first_where_all_backlogs_together_are_too_many(
     relay_with: StartRelay,
 ) -> None:
