@@ -590,7 +590,8 @@ async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
         await relay.metric_is("websocket_messages_total", count)
         for publisher in publishers:
             assert await publisher.message() == bytes(MIB)
-        assert relay.peak_rss_bytes() < before_bytes + total + 16 * MIB
+        # What malloc keeps, and copies of the one message that is in work, come on top.
+        assert relay.peak_rss_bytes() < before_bytes + total + 24 * MIB
         assert await relay.metric("websocket_disconnections_total") == 0
         await relay.metric_is("websocket_paused_publishers", 0)
         assert await relay.metric("websocket_unfinished_bytes") == 0
