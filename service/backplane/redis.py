@@ -55,7 +55,12 @@ for _, group in ipairs(groups) do
   for at = 1, #group, 2 do facts[group[at]] = group[at + 1] end
   if facts.name == 'last' then before = facts['last-delivered-id'] end
 end
-if is_less(before, known) then before, id = 'lost', following end
+if is_less(before, known) then
+  before = 'lost'
+  local now = redis.call('TIME')
+  local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+  if not is_less(known, string.format('%.0f-0', ms)) then id = following end
+end
 
 local function add()
   return redis.pcall('XADD', key, 'MINID', '~', oldest, id, 'd', data, 'p', before)

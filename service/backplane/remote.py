@@ -503,7 +503,7 @@ class RemoteBackplane:
             for found in read.entries:
                 if not self._has_room.is_set():
                     await self._has_room.wait()
-                self._take(found)
+                self.on_entry(found)
                 if not read.is_last:
                     self._behind_at = time.monotonic()
                 # A packet takes a millisecond or two. And what it brought is written to clients
@@ -512,7 +512,8 @@ class RemoteBackplane:
             if not self._has_room.is_set():
                 await self._has_room.wait()
 
-    def _take(self, found: Found) -> None:
+    def on_entry(self, found: Found) -> None:
+        """Deliver what the next entry holds, and tell first what is missing before it."""
         (major, minor), data, follows = found
         before, self._after = self._after, found.identity
         self._position = Position(major, minor, -1)  # and nothing of it yet
