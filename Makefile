@@ -24,7 +24,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas stops simulation config chart format lock clean venv
+.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas stops chaos simulation config chart format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -94,6 +94,9 @@ stops: $(VENV)/.dev  ## stop 400 relays while their broker misbehaves; each has 
 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation
+
+chaos: $(VENV)/.dev  ## break relays and brokers at random, and check what clients observe
+	@exec $(BIN)/python -m bench.chaos $(BENCH_ARGS)
 
 config: $(VENV)/.dev  ## write config.yaml anew from the settings
 	@$(BIN)/python -c 'from service.settings import default_file; print(default_file(), end="")' > $(VENV)/config

@@ -186,7 +186,8 @@ class RedisBroker(Broker):
     """A Redis that has what it acknowledged on the disk (AOF), or says that it has not.
 
     Args:
-        fsync: `always` loses nothing that it acknowledged; `everysec` is what others run.
+        fsync: `always` loses nothing that it acknowledged; `everysec` is what others run; without
+            any it keeps nothing over a restart.
     """
 
     schemes = ("redis", "rediss")
@@ -204,9 +205,10 @@ class RedisBroker(Broker):
             "bind 127.0.0.1 ::1",
             f"port {0 if self.pair else self.port}",
             'save ""',
-            "appendonly yes",
-            f"appendfsync {self._fsync}",
+            f"appendonly {'yes' if self._fsync else 'no'}",
         ]
+        if self._fsync:
+            lines += [f"appendfsync {self._fsync}"]
         if self.pair:
             lines += [
                 f"tls-port {self.port}",

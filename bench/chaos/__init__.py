@@ -1,0 +1,1 @@
+"""Break brokers, relays and connections at random, and check what clients observed."""

@@ -1,0 +1,159 @@
+"""The command: break relays and their broker again and again, and check what clients observe.
+
+usage: python -m bench.chaos [--runs N] [--seconds S] [--broker redis|nats|both] [--seed N] [-v]
+"""
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from bench import machine, prepare
+from bench.chaos.faults import plan_of
+from bench.chaos.scenario import Outcome, Run
+from bench.report import origin, table
+from bench.servers import FailedError
+
+RESULTS = prepare.HERE / "results"
+BROKERS = {"redis": ("redis",), "nats": ("nats",), "both": ("redis", "nats")}
+FULL_RUNS, FULL_SECONDS = 30, 45.0
+SHOWN = 3
+"""Violations of a kind that are shown for a run; all of them are in its directory."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.chaos",
+        description="Break relays, their broker and connections at random. See bench/README.md.",
+        epilog="Only a full run writes to bench/results; any other to bench/build/results.",
+    )
+    parser.add_argument("--runs", type=int, default=FULL_RUNS, metavar="N")
+    parser.add_argument("--seconds", type=float, default=FULL_SECONDS, help="of each run")
+    parser.add_argument("--broker", choices=BROKERS, default="both")
+    parser.add_argument("--seed", type=int, help="of the first run; the others count from there")
+    parser.add_argument("--tree", type=Path, metavar="DIR", help="run relays from that source tree")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write the result")
+    parser.add_argument("--keep", action="store_true", help="keep the logs of passed runs, too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show each event")
+    return parser
+
+
+def _run(seed: int, broker: str, options: argparse.Namespace) -> Outcome:
+    plan = plan_of(seed, broker, options.seconds)
+    kept = prepare.BUILD / "chaos"
+    kept.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{broker}-{seed}-", dir=kept))
+    show_event = print if options.verbose else None
+
+    async def run() -> Outcome:
+        return await Run(plan, directory, options.tree, show_event).outcome()
+
+    outcome = uvloop.run(run())
+    if outcome.passed and not options.keep:
+        shutil.rmtree(directory)
+    return outcome
+
+
+def _line(outcome: Outcome) -> str:
+    plan, figures = outcome.plan, outcome.figures
+    answers = ", ".join(f"{count} {status}" for status, count in sorted(figures["answers"].items()))
+    how = f"{plan.broker} {plan.persistence}{' deletions' if plan.deletes else ''}"
+    reports = f"{figures['gaps']} gaps, {figures['not_recovered']} not recovered"
+    return (
+        f"{'PASS' if outcome.passed else 'FAIL'} seed {plan.seed} {how}, {plan.relays} relays,"
+        f" {len(plan.faults)} faults: {figures['published']} published, {answers}, {reports},"
+        f" {outcome.verdict.false_alarms} false alarms"
+    )
+
+
+def _show(outcome: Outcome) -> None:
+    print(_line(outcome), flush=True)
+    shown: Counter[str] = Counter()
+    for each in outcome.verdict.violations:
+        shown[each.kind.name] += 1
+        if shown[each.kind.name] <= SHOWN:
+            print(f"  {each.kind.value}: {each.at_s:.3f} {each.text}")
+    if not outcome.passed:
+        plan = outcome.plan
+        again = f"--runs 1 --seed {plan.seed} --broker {plan.broker} --seconds {plan.seconds:g}"
+        print(f'  again: make chaos BENCH_ARGS="{again}"\n  logs: {outcome.directory}', flush=True)
+
+
+def _page(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
+    rows = [["seed", "broker", "faults", "published", "202", "503", "504", "broken off"]]
+    rows[0] += ["resumed", "not recovered", "gaps", "false alarms", "grown, MiB", "violations"]
+    for each in outcomes:
+        plan, figures = each.plan, each.figures
+        counts = each.verdict.counts()
+        broker = f"{plan.broker} {plan.persistence}{', deletions' if plan.deletes else ''}"
+        cells = [str(plan.seed), broker, str(len(plan.faults)), str(figures["published"])]
+        cells += [str(figures["answers"].get(status, 0)) for status in ("202", "503", "504", "0")]
+        cells += [str(figures["recovered"] + figures["not_recovered"])]
+        cells += [str(figures["not_recovered"]), str(figures["gaps"])]
+        cells += [str(each.verdict.false_alarms), f"{max(figures['grown_mib'], default=0):.0f}"]
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        rows.append([*cells, found or "none"])
+    passed = sum(each.passed for each in outcomes)
+    lines = ["# What `make chaos` found", "", *(f"{line}  " for line in origin(facts)), ""]
+    lines += [f"{passed} of {len(outcomes)} runs passed. How: [bench/README.md](../README.md)."]
+    return "\n".join([*lines, "", *table(rows), ""])
+
+
+def _document(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        **facts,
+        "runs": [
+            {
+                **asdict(each.plan),
+                **each.figures,
+                "passed": each.passed,
+                "false_alarms": each.verdict.false_alarms,
+                "covered_holes": each.verdict.covered_holes,
+                "violations": [
+                    {"kind": one.kind.name.lower(), "text": one.text, "at_s": one.at_s}
+                    for one in each.verdict.violations
+                ],
+            }
+            for each in outcomes
+        ],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit status is 1 where a promise was not kept, 2 where a broker is not installed."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    seed = options.seed if options.seed is not None else random.randrange(1_000_000)
+    print(f"seed {seed}", flush=True)
+    logging.getLogger("nats").setLevel(logging.CRITICAL)  # a broker that is down is no news
+    facts = machine.facts()
+    brokers = BROKERS[options.broker]
+    outcomes = []
+    for number in range(options.runs):
+        try:
+            outcomes.append(_run(seed + number, brokers[number % len(brokers)], options))
+        except FailedError as error:
+            parser.exit(2, f"{error}\n")
+        _show(outcomes[-1])
+    is_full = options.runs >= FULL_RUNS and options.seconds >= FULL_SECONDS
+    folder = options.output or (RESULTS if is_full else prepare.BUILD / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    page = _page(facts, outcomes)
+    (folder / "chaos.md").write_text(page)
+    (folder / "chaos.json").write_text(json.dumps(_document(facts, outcomes), indent=1) + "\n")
+    print(f"\n{page}\nwritten: {folder}/chaos.json, {folder}/chaos.md")
+    return 0 if all(each.passed for each in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""Subscribe and publish as clients do; keep what they observe. Knows no process and no fault."""
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import httpx2
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import WebSocketException
+from websockets.typing import Subprotocol
+
+from bench.chaos.observations import (
+    Answer,
+    Connected,
+    Delivered,
+    Disconnected,
+    GapReported,
+    Record,
+    Trace,
+    name_of,
+    named,
+    payload_of,
+)
+from service.backplane.base import Position
+from tests.events_client import Event, Events
+from tests.proxy import HOST
+from tests.relay_process import PLAIN
+
+RELAY_V1 = Subprotocol("relay.v1")
+
+OPEN_S = 3.0
+SILENCE_S = 6.0
+"""An event stream that is silent for so long is opened again; comments come every 2 s."""
+
+RETURN_S = (0.05, 0.5)
+SESSION_S = 8.0
+"""The mean after which a client that moves about reconnects by itself."""
+
+POST_S = 12.0
+LOOK_S = 0.05
+SMALL_BUFFER_BYTES = 16_384
+
+SIZES = ((0.90, 20, 200), (0.095, 1_000, 8_000), (0.0045, 50_000, 150_000), (0.0005, 900_000, 0))
+"""Shares of messages, and how long they are: from, and to."""
+
+MAX_BYTES = 1_048_000
+
+WEBSOCKET_PAUSE_S = 0.04
+POST_PAUSE_S = 0.12
+BATCH_SHARE = 0.1
+
+
+class Place(Protocol):
+    """Where a client can connect."""
+
+    @property
+    def name(self) -> str:
+        """Which relay is there now."""
+
+    @property
+    def port(self) -> int:
+        """Of its proxy."""
+
+    @property
+    def direct_port(self) -> int:
+        """Of the relay itself."""
+
+
+class Surroundings(Protocol):
+    """What a client knows of the run."""
+
+    record: Record
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """Return where clients can connect."""
+
+    def now_s(self) -> float:
+        """Return seconds since the run's start."""
+
+
+class RefusedSubscriptionError(Exception):
+    """The relay refused an event stream."""
+
+
+BROKEN = (OSError, EOFError, TimeoutError, WebSocketException, RefusedSubscriptionError)
+"""How a connection ends that something broke; httpx2 has errors of its own."""
+
+
+def size_of(chance: random.Random) -> int:
+    """Return how long the next message is."""
+    share = chance.random()
+    for part, least, most in SIZES:
+        share -= part
+        if share < 0:
+            return chance.randint(least, most or MAX_BYTES)
+    return SIZES[0][1]
+
+
+class Subscriber:
+    """A client that stays subscribed to one channel, whatever breaks.
+
+    Args:
+        moves: it reconnects by itself now and then, to any relay.
+    """
+
+    resumes = True
+
+    def __init__(self, run: Surroundings, name: str, channel: str, *, moves: bool) -> None:
+        self.trace = Trace(name, channel, self.resumes)
+        self.names: set[str] = set()
+        self._run = run
+        self._chance = random.Random(name)
+        self._moves = moves
+        self._is_over = asyncio.Event()
+        run.record.traces.append(self.trace)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it is connected, as far as it knows."""
+        return bool(self.trace.steps) and not isinstance(self.trace.steps[-1], Disconnected)
+
+    def end(self) -> None:
+        """Leave."""
+        self._is_over.set()
+
+    async def run(self) -> None:
+        """Connect again and again, until `end`."""
+        while not self._is_over.is_set():
+            reason = await self._one_session()
+            self.trace.steps.append(Disconnected(reason, self._run.now_s()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._chance.uniform(*RETURN_S)):
+                    await self._is_over.wait()
+
+    async def _one_session(self) -> str:
+        """Return why it ended."""
+        place = self._chance.choice(self._run.places)
+        session = asyncio.create_task(self._session(place))
+        over = asyncio.create_task(self._is_over.wait())
+        lasts_s = self._chance.expovariate(1 / SESSION_S) if self._moves else None
+        try:
+            await asyncio.wait(
+                (session, over), timeout=lasts_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            over.cancel()
+            if not session.done():
+                session.cancel()
+        try:
+            return await session
+        except asyncio.CancelledError:
+            return "left"
+        except BROKEN as error:
+            return str(error)[:100] or type(error).__name__
+
+    async def _session(self, place: Place) -> str:
+        raise NotImplementedError
+
+    def _deliver(self, payload: str | bytes, position: Position | None) -> None:
+        text = payload if isinstance(payload, str) else payload.decode(errors="replace")
+        name = name_of(text.strip('"')) or ""
+        self.names.add(name)
+        self.trace.steps.append(Delivered(name, position, self._run.now_s()))
+
+
+class Resuming(Subscriber):
+    """A subscriber that receives positions, and resumes from the last one.
+
+    Args:
+        heeds_gaps: it resumes from a gap's position, as relay.js does; otherwise from the last
+            message's.
+    """
+
+    def __init__(self, *arguments: Any, heeds_gaps: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._heeds_gaps = heeds_gaps
+        self.position: Position | None = None
+
+    def _advance(self, position: Position) -> None:
+        self.position = position if self.position is None else max(self.position, position)
+
+    def _welcomed(self, relay: str, since: Position | None, welcome: dict[str, Any]) -> None:
+        position = Position.parse(welcome["position"])
+        step = Connected(relay, since, welcome["recovered"], position, self._run.now_s())
+        self.trace.steps.append(step)
+        self._advance(position)
+
+    def _gap(self, position: Position) -> None:
+        self.trace.steps.append(GapReported(position, self._run.now_s()))
+        if self._heeds_gaps:
+            self._advance(position)
+
+    def _message(self, position: Position, payload: str | bytes) -> None:
+        self._deliver(payload, position)
+        self._advance(position)
+
+
+class WebSocketSubscriber(Resuming):
+    """It speaks relay.v1."""
+
+    async def _session(self, place: Place) -> str:
+        since = self.position
+        query = f"?since={since}" if since else ""
+        url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}{query}"
+        async with connect(url, subprotocols=[RELAY_V1], **self._options(place)) as connection:
+            relay = place.name
+            try:
+                async for data in connection:
+                    self._take(relay, since, data)
+                    await self._before_next()
+            except asyncio.CancelledError:
+                if self._chance.random() < 0.5:
+                    connection.transport.abort()
+                raise
+            return _end_of(connection)
+
+    def _options(self, place: Place) -> dict[str, Any]:
+        return websocket_options()
+
+    async def _before_next(self) -> None:
+        """Wait, where it reads slowly."""
+
+    def _take(self, relay: str, since: Position | None, data: str | bytes) -> None:
+        text = data if isinstance(data, str) else data.decode(errors="replace")
+        position, _, payload = text.partition("\n")
+        if position:
+            self._message(Position.parse(position), payload)
+            return
+        control = json.loads(payload)
+        if control["type"] == "welcome":
+            self._welcomed(relay, since, control)
+        elif control["type"] == "gap":
+            self._gap(Position.parse(control["position"]))
+
+
+class SlowSubscriber(WebSocketSubscriber):
+    """One that can be made to read nothing for a while; its own buffer is small."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._reads = asyncio.Event()
+        self._reads.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Read nothing for so long."""
+        self._reads.clear()
+        await asyncio.sleep(seconds)
+        self._reads.set()
+
+    def _options(self, place: Place) -> dict[str, Any]:
+        end = socket.socket()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER_BYTES)
+        try:
+            end.connect((HOST, place.direct_port))
+        except OSError:
+            end.close()
+            raise
+        slow = {"sock": end, "max_queue": 4, "ping_interval": None}
+        return {**websocket_options(), **slow}
+
+    async def _before_next(self) -> None:
+        await self._reads.wait()
+
+
+class EventSubscriber(Resuming):
+    """It listens to server-sent events, as a browser does."""
+
+    async def _session(self, place: Place) -> str:
+        since = self.position
+        async with asyncio.timeout(OPEN_S):
+            reader, writer = await asyncio.open_connection(HOST, place.port, limit=1 << 24)
+        relay = place.name
+        try:
+            writer.write(self._request(since))
+            events = Events(reader, writer)
+            async with asyncio.timeout(OPEN_S):
+                await events.head()
+            if events.status != 200:
+                raise RefusedSubscriptionError(f"refused: {events.status}")
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    event = await events.event()
+                if event.name == "close":
+                    return f"close {event.said['code']} {event.said['reason'].partition(';')[0]}"
+                self._take(relay, since, event)
+        finally:
+            writer.transport.abort()
+
+    def _request(self, since: Position | None) -> bytes:
+        resume = f"Last-Event-ID: {since}\r\n" if since else ""
+        path = f"/channels/{self.trace.channel}/events"
+        return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{resume}\r\n".encode()
+
+    def _take(self, relay: str, since: Position | None, event: Event) -> None:
+        if event.name == "welcome":
+            self._welcomed(relay, since, event.said)
+        elif event.name == "gap":
+            self._gap(Position.parse(event.said["position"]))
+        else:
+            self._message(Position.parse(event.id), event.data)
+
+
+class PlainPublisher(Subscriber):
+    """A plain WebSocket client: it publishes, and receives its channel without positions."""
+
+    resumes = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.publishes = asyncio.Event()
+        self.published = 0
+        self._connection = 0
+
+    async def _session(self, place: Place) -> str:
+        url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}"
+        async with connect(url, **websocket_options()) as connection:
+            self.trace.steps.append(Connected(place.name, at_s=self._run.now_s()))
+            publishing = asyncio.create_task(self._publish(connection))
+            try:
+                async for data in connection:
+                    self._deliver(data, None)
+            finally:
+                publishing.cancel()
+                await asyncio.gather(publishing, return_exceptions=True)
+            return _end_of(connection)
+
+    async def _publish(self, connection: ClientConnection) -> None:
+        self._connection += 1
+        number = 0
+        while True:
+            await asyncio.sleep(WEBSOCKET_PAUSE_S * self._chance.uniform(0.5, 1.5))
+            await self.publishes.wait()
+            number += 1
+            channel, source = self.trace.channel, self.trace.subscriber
+            name = named(channel, source, self._connection, number)
+            await connection.send(payload_of(name, size_of(self._chance)))
+            self.published += 1
+
+
+class Poster:
+    """A backend: it publishes by POST, one request after the other, to any relay."""
+
+    def __init__(self, run: Surroundings, name: str, channel: str) -> None:
+        self.name = name
+        self.channel = channel
+        self._run = run
+        self._chance = random.Random(name)
+        self._connection = 0
+        self._number = 0
+        self._is_over = False
+        self._http = httpx2.AsyncClient(
+            verify=PLAIN, trust_env=False, timeout=httpx2.Timeout(POST_S, connect=OPEN_S)
+        )
+
+    def end(self) -> None:
+        """Publish no more."""
+        self._is_over = True
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def run(self) -> None:
+        """Publish, until `end`."""
+        while not self._is_over:
+            await asyncio.sleep(POST_PAUSE_S * self._chance.uniform(0.5, 1.5))
+            place = self._chance.choice(self._run.places)
+            is_batch = self._chance.random() < BATCH_SHARE
+            count = self._chance.randint(2, 10) if is_batch else 1
+            size = 100 if is_batch else size_of(self._chance)
+            await self.post(place, count, size)
+
+    async def post(self, place: Place, count: int = 1, size: int = 100) -> Answer:
+        """Publish some messages with one request."""
+        names = [self._next_name() for _ in range(count)]
+        payloads = [payload_of(name, size) for name in names]
+        body = payloads[0] if count == 1 else "".join(f'"{each}"\n' for each in payloads)
+        kind = "text/plain" if count == 1 else "application/x-ndjson"
+        relay = place.name
+        url = f"http://{HOST}:{place.port}/channels/{self.channel}"
+        status, position = await self._ask(url, body, kind)
+        answer = Answer(tuple(names), status, position, relay, self._run.now_s())
+        self._run.record.answers.append(answer)
+        if status != 202:  # what is published next may overtake it
+            self._connection += 1
+        return answer
+
+    async def _ask(self, url: str, body: str, kind: str) -> tuple[int, str]:
+        try:
+            found = await self._http.post(url, content=body, headers={"Content-Type": kind})
+            position = found.json()["position"] if found.status_code == 202 else ""
+        except (httpx2.HTTPError, OSError):
+            return 0, ""
+        if found.status_code not in {202, 503, 504}:
+            text = f"POST answered {found.status_code}: {found.text[:100]}"
+            self._run.record.failures.append(text)
+        return found.status_code, position
+
+    def _next_name(self) -> str:
+        self._number += 1
+        return named(self.channel, self.name, self._connection, self._number)
+
+
+def websocket_options() -> dict[str, Any]:
+    """Return options of `connect` for a client that notices a dead connection in seconds."""
+    return {
+        "proxy": None,
+        "compression": None,
+        "open_timeout": OPEN_S,
+        "close_timeout": 0.5,
+        "ping_interval": 2,
+        "ping_timeout": 3,
+        "max_size": None,
+        "max_queue": None,
+    }
+
+
+def _end_of(connection: ClientConnection) -> str:
+    frame = connection.protocol.close_rcvd
+    return f"close {frame.code} {frame.reason.partition(';')[0]}" if frame else "cut off"
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Look until something is so, for a while; return whether it came to be."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not condition():
+        if loop.time() > deadline:
+            return False
+        await asyncio.sleep(LOOK_S)
+    return True

@@ -1,0 +1,132 @@
+"""Own the connections that a run breaks: proxies that hold, lose, tear and reset what they pass.
+
+Knows no broker and no relay.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from enum import Enum
+
+from tests.proxy import Connection, Proxy
+
+RESET = struct.pack("ii", 1, 0)
+"""Of SO_LINGER: a connection that is aborted sends RST, and drops what was not sent."""
+
+ABORT_AFTER_S = 0.1
+"""What is left of a frame has reached the client by then."""
+
+
+class Direction(Enum):
+    """Which half of a connection is meant."""
+
+    REQUESTS = "requests"
+    REPLIES = "replies"
+
+
+class BreakableProxy(Proxy):
+    """A proxy in front of a server.
+
+    Args:
+        port: of the server; None: connections end at once.
+        roles: what connections are for, by a text that one of their requests contains.
+    """
+
+    def __init__(self, port: int | None = None, roles: Mapping[str, bytes] | None = None) -> None:
+        super().__init__(port)
+        self._markers = dict(roles or {})
+        self._roles: dict[Connection, str] = {}
+        self._held_role = ""
+        self._held: dict[tuple[Connection, Direction], list[bytes]] = {}
+        self._torn: set[Connection] = set()
+        self._is_partitioned = False
+
+    def hold(self, connections: Iterable[Connection], *directions: Direction) -> None:
+        """Deliver nothing until `release`, and lose nothing."""
+        for connection in connections:
+            for direction in directions:
+                self._held.setdefault((connection, direction), [])
+
+    def hold_role(self, role: str) -> None:
+        """Deliver no replies on connections of a role, new ones too, until `release`."""
+        self._held_role = role
+
+    def release(self) -> None:
+        """Deliver all that is held, in order."""
+        self._held_role = ""
+        held, self._held = self._held, {}
+        for (connection, direction), pieces in held.items():
+            replies = direction is Direction.REPLIES
+            writer = connection.client if replies else connection.server
+            if writer is not None and not writer.is_closing():
+                writer.write(b"".join(pieces))
+
+    def tear(self) -> None:
+        """Close each connection in the middle of the next reply."""
+        self._torn.update(self.connections)
+
+    def reset(self, connections: Iterable[Connection]) -> None:
+        """End connections with RST, on both sides."""
+        for connection in connections:
+            for writer in (connection.client, connection.server):
+                if writer is not None and not writer.transport.is_closing():
+                    end = writer.get_extra_info("socket")
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            connection.abort()
+
+    def partition(self) -> None:
+        """Lose everything, on new connections too, until `reconnect`."""
+        self._is_partitioned = True
+        self.stall()
+
+    def reconnect(self) -> None:
+        """End what was partitioned; new connections are whole."""
+        if self._is_partitioned:
+            self._is_partitioned = False
+            self.reset(self.connections)
+
+    def heal(self) -> None:
+        """Undo everything."""
+        self.release()
+        self._torn.clear()
+        self.reconnect()
+        self.reset(each for each in self.connections if each.is_muted or each.is_deaf)
+
+    # What the proxy asks
+
+    def opened(self, connection: Connection) -> None:
+        """Let a new connection share the partition."""
+        connection.is_muted = connection.is_deaf = self._is_partitioned
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a connection."""
+        self._torn.discard(connection)
+        self._roles.pop(connection, None)
+        for direction in Direction:
+            self._held.pop((connection, direction), None)
+
+    def asks(self, data: bytes, connection: Connection) -> bytes | None:
+        """Pass on a request, unless it is held."""
+        for role, marker in self._markers.items():
+            if marker in data:
+                self._roles[connection] = role
+        return self._unless_held(data, connection, Direction.REQUESTS)
+
+    def answers(self, data: bytes, connection: Connection) -> bytes | None:
+        """Pass on a reply, unless it is held or torn."""
+        if connection in self._torn:
+            connection.client.write(data[: len(data) // 2])
+            asyncio.get_running_loop().call_later(ABORT_AFTER_S, connection.abort)
+            return None
+        return self._unless_held(data, connection, Direction.REPLIES)
+
+    def _unless_held(self, data: bytes, connection: Connection, direction: Direction) -> bytes:
+        is_role_held = bool(self._held_role) and self._roles.get(connection) == self._held_role
+        if is_role_held and direction is Direction.REPLIES:
+            self.hold([connection], direction)
+        pieces = self._held.get((connection, direction))
+        if pieces is None:
+            return data
+        pieces.append(data)
+        return b""

@@ -1,0 +1,154 @@
+"""Define what one run observed: the values that the checker judges. Knows no socket.
+
+A message is known by its name, `CHANNEL/SOURCE.CONNECTION:NUMBER`. A source publishes each name
+once; within one connection the numbers grow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from service.backplane.base import Position
+
+FILLER = "."
+
+
+def named(channel: str, source: str, connection: int, number: int) -> str:
+    """Return the name of a message."""
+    return f"{channel}/{source}.{connection}:{number}"
+
+
+def payload_of(name: str, size: int) -> str:
+    """Return a payload of about `size` characters that holds its name and its own length."""
+    text = f"{name} {size} "
+    return text + FILLER * max(0, size - len(text))
+
+
+def name_of(payload: str) -> str | None:
+    """Return the name in a payload; None where the payload is not as it was sent."""
+    name, _, rest = payload.partition(" ")
+    size = rest.partition(" ")[0]
+    is_whole = size.isdecimal() and payload == payload_of(name, int(size))
+    return name if is_whole else None
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A subscription began.
+
+    Attributes:
+        relay: the process that it is connected to.
+        since: the position that it resumed from; None: it did not resume.
+        is_recovered, position: of the welcome; a plain subscriber receives none.
+    """
+
+    relay: str
+    since: Position | None = None
+    is_recovered: bool = True
+    position: Position | None = None
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A message was delivered; a plain subscriber receives no position."""
+
+    message: str
+    position: Position | None = None
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GapReported:
+    """The relay reported that messages up to this position may be missing."""
+
+    position: Position
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """A connection ended, or was refused."""
+
+    reason: str
+    at_s: float = 0.0
+
+
+Step = Connected | Delivered | GapReported | Disconnected
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one subscriber observed, in order, over all its connections.
+
+    Attributes:
+        resumes: it receives positions, and resumes from them.
+    """
+
+    subscriber: str
+    channel: str
+    resumes: bool
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a POST was answered.
+
+    Attributes:
+        messages: the names that it published, in order.
+        status: of the response; 0: the connection broke first.
+        position: of the last message, as the response has it.
+    """
+
+    messages: tuple[str, ...]
+    status: int
+    position: str = ""
+    relay: str = ""
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A relay was sent SIGTERM.
+
+    Attributes:
+        exit_status: None: it did not end within `limit_s`.
+    """
+
+    relay: str
+    exit_status: int | None
+    seconds: float
+    limit_s: float
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A relay's counters and memory once all clients have left."""
+
+    relay: str
+    counters: Mapping[str, float]
+    ready_rss_bytes: int
+    end_rss_bytes: int
+
+
+@dataclass(slots=True)
+class Record:
+    """All that one run observed.
+
+    Attributes:
+        keeps_all: the broker lost nothing and no operator deleted anything, so no loss may be
+            reported.
+        relays_with_losses: processes whose log reports lost messages.
+        complaints: tracebacks, and other lines of relays' logs that are no events.
+        failures: what the run itself found wrong: a relay that is not ready again, say.
+    """
+
+    keeps_all: bool
+    traces: list[Trace] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
+    rests: list[Rest] = field(default_factory=list)
+    relays_with_losses: set[str] = field(default_factory=set)
+    complaints: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
