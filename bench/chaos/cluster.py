@@ -26,7 +26,8 @@ from bench.chaos.network import BreakableProxy, Direction
 from bench.chaos.observations import Record, Rest, Stop, name_of
 from bench.servers import FailedError
 from service.backplane.packet import FormatError, unpack
-from tests.brokers import Broker, NatsBroker, RedisBroker, find_nats, find_redis
+from tests.brokers import Broker, NatsBroker, RedisBroker
+from tests.programs import ANY_REDIS, NATS, find
 from tests.proxy import HOST
 from tests.relay_process import PLAIN, Metrics, Relay
 
@@ -71,12 +72,12 @@ FIGURES = ("backplane_outages", "backplane_gaps", "backplane_lost", "backplane_d
 def broker_for(plan: Plan, directory: Path) -> Broker:
     """Return the broker of a plan, not started."""
     if plan.broker == "redis":
-        program = find_redis()
+        program = find(*ANY_REDIS)
         if program is None:
             raise FailedError("redis: no server on this machine")
         fsync = "" if plan.persistence == "none" else plan.persistence
         return RedisBroker(program, directory, fsync=fsync)
-    program = find_nats()
+    program = find(NATS)
     if program is None:
         raise FailedError("nats: no server on this machine")
     return NatsBroker(program, directory, max_payload=plan.max_payload)
