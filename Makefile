@@ -6,7 +6,7 @@
 # ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
 # PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
 # BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
-# STOPS_ARGS=… arguments for the stops:            make stops STOPS_ARGS="--count 40"
+# STOPS_ARGS=…  arguments for the stops:           make stops STOPS_ARGS="--count 40"
 # IMAGE=…       what the image is called:           make image IMAGE=websocket-relay:mine
 
 .DEFAULT_GOAL := help

@@ -170,6 +170,9 @@ async def open_link(
     except ConnectionClosed as closed:
         ending = ending_of(closed)
         raise ending.denial or AwayError(ending.reason, ending.retry_after_s) from None
+    except BaseException:  # cancelled, or no welcome: nobody else knows of the connection
+        connection.transport.abort()
+        raise
 
 
 def ending_of(closed: ConnectionClosed) -> Ending:
