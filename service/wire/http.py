@@ -318,13 +318,14 @@ class RequestProtocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _note_whose_turn(self) -> None:
+        awaits_request = self._between_requests()
+        self._is_safe |= awaits_request
         if (
-            self._receiving is not None
-            or self._between_requests()
+            awaits_request
+            or self._receiving is not None
             or self.flow.write_paused
             or self.transport.is_closing()
         ):
-            self._is_safe = True
             self._plain.await_peer(self)
         else:
             self._plain.await_relay(self, is_safe=self._is_safe)

@@ -26,11 +26,11 @@ class PlainConnections:
     """The connections of one port that are neither WebSockets nor event streams.
 
     A connection counts from TCP accept to its upgrade or end; a handshake that was refused counts
-    until its client is gone. Where there are too many, one makes
-    room for the new one: the one whose peer has kept the relay waiting longest, for the rest of a
-    request, for the next one or to read an answer; and where none does, the one whose request has
-    waited longest for the relay, unless it may have changed something. So nobody who holds
-    connections open, or keeps them busy, keeps others out.
+    until its client is gone. Where there are too many, one makes room for the new one: the one
+    whose peer has kept the relay waiting longest, for the rest of a request, for the next one or to
+    read an answer; and where none does, the one whose request has waited longest for the relay,
+    unless it may have changed something. So nobody who holds connections open, or keeps them busy,
+    keeps others out.
 
     Args:
         limit: how many there may be at a time.

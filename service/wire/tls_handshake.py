@@ -54,10 +54,9 @@ class TlsHandshake(asyncio.Protocol):
 
     def _pass_on_early(self) -> None:
         records, self._early = b"".join(self._early), []
-        protocol = self._transport.get_protocol()
-        if protocol is self:  # it has ended
+        if self._transport.is_closing():
             return
-        tls = cast(Any, protocol)  # an asyncio.BufferedProtocol
+        tls = cast(Any, self._transport.get_protocol())  # an asyncio.BufferedProtocol
         while records:
             buffer = tls.get_buffer(len(records))
             size = min(len(buffer), len(records))
@@ -76,6 +75,8 @@ class TlsHandshake(asyncio.Protocol):
 
     async def _agree(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._transport.is_closing():
+            return
         try:
             secured = await loop.start_tls(
                 self._transport,
