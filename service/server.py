@@ -255,6 +255,22 @@ class Listener(uvicorn.Server):
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` did it."""
 
+    async def answer_all(self, *, until: float) -> int:
+        """Wait for the requests that are in progress: a POST may wait for its message's position.
+
+        Args:
+            until: no longer than this, by the event loop's clock.
+
+        Returns:
+            How many are not answered by then.
+        """
+        requests = list(self.server_state.tasks)
+        if not requests:
+            return 0
+        left_s = until - asyncio.get_running_loop().time()
+        _, unanswered = await asyncio.wait(requests, timeout=max(0.0, left_s))
+        return len(unanswered)
+
     async def shutdown(self, sockets: object = None) -> None:
         """Close the port, and after a moment cut off who has not taken its answer.
 
@@ -317,7 +333,7 @@ async def _serve(
         asked_at = stop.asked_at
         assert asked_at is not None
         until = asked_at + timeout_s
-        await _drain(settings, relay, until)
+        await _drain(settings, relay, relay_port, until)
         await asyncio.gather(*(port.shutdown() for port in ports))
         for task in background:
             task.cancel()
@@ -424,8 +440,8 @@ def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
     )
 
 
-async def _drain(settings: Settings, relay: Relay, deadline: float) -> None:
-    """Close all clients before the deadline, which is by `time.monotonic`."""
+async def _drain(settings: Settings, relay: Relay, port: Listener, deadline: float) -> None:
+    """Close all clients and answer all requests before the deadline, by `time.monotonic`."""
     loop = asyncio.get_running_loop()
     shutdown, clients = settings.shutdown, relay.shared.clients
     until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
@@ -446,3 +462,5 @@ async def _drain(settings: Settings, relay: Relay, deadline: float) -> None:
             await relay.backplane.flush()
     except TimeoutError:
         log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
+    if unanswered := await port.answer_all(until=until):
+        log.warning("requests cut off", extra={"requests": unanswered})

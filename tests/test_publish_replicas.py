@@ -189,6 +189,46 @@ async def test_what_the_broker_confirmed_before_an_outage_is_told_its_own_positi
         await relay.metric_is("websocket_backplane_up", 1)
 
 
+async def test_a_relay_that_stops_answers_a_post_whose_message_is_not_read_back_yet(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    async with HeldReads(broker.port) as way, asyncio.TaskGroup() as group:
+        url = broker.url.replace(str(broker.port), str(way.port))
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": url})
+        way.is_held = True
+        posting = group.create_task(post(relay, "news", b"last", TEXT))
+        await relay.metric_is("websocket_messages_total", 1)
+        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        relay.signal()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):  # it takes a fifth of that with nothing to wait for
+                await relay.exit_code()
+        way.release()
+        assert await relay.exit_code() == 0
+        assert (await posting).status_code == 202
+
+
+async def test_a_relay_whose_stop_takes_too_long_cuts_off_requests_and_logs_how_many(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    async with HeldReads(broker.port) as way, asyncio.TaskGroup() as group:
+        url = broker.url.replace(str(broker.port), str(way.port))
+        settings = {"backplane": {"url": url}, "shutdown": {"timeout_s": 1}}
+        (relay,) = await asyncio.to_thread(replicas_with, 1, **settings)
+        way.is_held = True
+        posting = group.create_task(assert_cut_off(relay))
+        await relay.metric_is("websocket_messages_total", 1)
+        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        assert await relay.stop() == 0
+        await posting
+        assert relay.await_log("requests cut off")["requests"] == 1
+
+
+async def assert_cut_off(relay: Relay) -> None:
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await post(relay, "news", b"last", TEXT)
+
+
 async def test_the_position_of_an_empty_batch_is_one_to_come_back_with(
     replicas_with: StartReplicas,
 ) -> None:
