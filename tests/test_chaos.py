@@ -208,6 +208,7 @@ BROKEN: Sequence[tuple[Kind, Record]] = [
     ),
     (Kind.STOP, record_of(stops=[Stop("r0", None, 6.5, 5.0)])),
     (Kind.STOP, record_of(stops=[Stop("r0", 143, 0.1, 5.0)])),
+    (Kind.STOP, record_of(stops=[Stop("r0", 0, 6.8, 5.0)])),
     (Kind.LOG, record_of(complaints=["r0: KeyError"])),
     (Kind.RUN, record_of(failures=["r0 is not ready"])),
 ]

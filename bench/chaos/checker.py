@@ -32,6 +32,9 @@ moment, which the allocator keeps."""
 HISTORY_FACTOR = 2
 """Memory per byte that the history counts, at most."""
 
+STOP_GRACE_S = 1.5
+"""Beside `shutdown.timeout_s`, for a machine whose cores are busy."""
+
 LEFT_AT_REST = (
     "connected_clients",
     "channels",
@@ -264,7 +267,7 @@ class Checker:
     # Relays
 
     def _check_stop(self, stop: Stop) -> None:
-        if stop.exit_status != 0:
+        if stop.exit_status != 0 or stop.seconds > stop.limit_s + STOP_GRACE_S:
             ended = "did not end" if stop.exit_status is None else f"status {stop.exit_status}"
             text = f"{stop.relay}: {ended} after {stop.seconds:.1f} s of {stop.limit_s:g}"
             self._report(Kind.STOP, text, stop.at_s)

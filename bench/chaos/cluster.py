@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
 from redis.exceptions import RedisError
 
-from bench.chaos.checker import LEFT_AT_REST
+from bench.chaos.checker import LEFT_AT_REST, STOP_GRACE_S
 from bench.chaos.faults import Fault, FaultKind, Plan
 from bench.chaos.network import BreakableProxy, Direction
 from bench.chaos.observations import Record, Rest, Stop, name_of
@@ -41,9 +41,6 @@ ROLES: dict[type[Broker], dict[str, bytes]] = {
 
 POLL_S = 0.05
 READY_S = 30.0
-STOP_GRACE_S = 1.5
-"""Beside `shutdown.timeout_s`, for a machine whose cores are busy."""
-
 ENTRIES_PER_S = 100  # of the stream, about
 
 OPERATOR_S = 2.0
@@ -176,7 +173,7 @@ class RelaySlot:
         at_s = self.now_s()
         self.process.signal(signal.SIGTERM)
         status: int | None = None
-        while time.monotonic() - started < limit_s + STOP_GRACE_S and status is None:
+        while time.monotonic() - started <= limit_s + STOP_GRACE_S and status is None:
             await asyncio.sleep(POLL_S)
             status = self.process.process.poll()
         seconds = time.monotonic() - started
