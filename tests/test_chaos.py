@@ -145,6 +145,11 @@ KEPT: Mapping[str, Record] = {
         answers=[accepted(9, "1-9-0")],
         keeps_all=False,
     ),
+    "a copy that stands in for a deleted message": record_of(
+        resuming(welcome(0), *messages(1, 2), gap(3), *messages(4, 5, 6, 7, 8), message(3, 9)),
+        answers=[accepted(3, "1-9-0")],
+        keeps_all=False,
+    ),
     "relays": record_of(stops=[Stop("r0", 0, 1.0, 5.0)], rests=[REST]),
 }
 

@@ -21,7 +21,7 @@ from tests.relay_process import Relay, eventually, path_of, receive
 
 KIB = 1_024
 MIB = 1_048_576
-MOST_CLIENTS = 3_500
+MOST_CLIENTS = 2_000
 SLOW_HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
 HALF_A_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)  # RFC 8446 section 4
 TLS_CONNECTION_BYTES = 96 * KIB  # most of it is what OpenSSL has for the handshake
@@ -75,10 +75,10 @@ async def seconds_to_come_in(relay: Relay) -> float:
 # Unfinished handshakes
 
 
-async def test_thousands_of_unfinished_heads_take_little_memory_and_are_ended(
+async def test_a_thousand_unfinished_heads_take_little_memory_and_are_ended(
     relay_with: StartRelay,
 ) -> None:
-    count = MOST_CLIENTS
+    count = 1_200  # a busy machine, too, opens so many within the time-out
     relay = relay_with(limits={"handshake_timeout_s": 6, "max_http_connections": count})
     async with relay.client("news") as client:
         started_rss, started_descriptors = relay.rss_bytes(), relay.descriptors()
