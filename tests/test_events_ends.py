@@ -241,3 +241,16 @@ async def test_a_listener_that_hangs_up_is_seen_though_it_said_more_than_it_shou
         await relay.metric_is("websocket_connected_clients", 0)
         await raw.ended()
         raw.vanish()
+
+
+async def test_a_listener_that_is_gone_before_its_answer_is_no_error(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with()
+    for _ in range(20):
+        raw = await relay.tcp()
+        await raw.send(ASK)
+        raw.vanish()
+    await relay.metric_is("websocket_http_connections", 0, port="relay")
+    assert await relay.stop() == 0
+    assert [event for event in relay.log_events if event["level"] == "error"] == []

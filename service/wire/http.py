@@ -370,7 +370,9 @@ class RequestProtocol(HttpToolsProtocol):
             None where the client has gone.
         """
         cycle, transport = self._answering, self.transport
-        if cycle is None or cycle.disconnected or transport.is_closing():
+        if transport.is_closing():  # uvicorn learns it from connection_lost, which is still to come
+            self._disconnect_answer()
+        if cycle is None or cycle.disconnected:
             return None
         cycle.response_complete = cycle.disconnected = True
         self.flow.resume_reading()  # a body, or a request behind this one, may have paused it
