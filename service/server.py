@@ -314,8 +314,6 @@ async def _serve(
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     timeout_s = settings.shutdown.timeout_s
-    begin = functools.partial(loop.call_soon_threadsafe, asked.set)
-    stop.attach(begin, timeout_s, functools.partial(_running, loop))
     relay = build(settings, certificates, tokens, tracing)
     async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
         if tokens is not None and tokens.jwks is not None:
@@ -323,6 +321,10 @@ async def _serve(
         # Before the broker's name is looked up: uvloop looks up two at a time, "127.0.0.1" too.
         relay_port, metrics_port = await _open_ports(settings, relay)
         ports = [port for port in (metrics_port, relay_port) if port is not None]
+        # Not before: while an address is looked up there is nothing to stop, and no way to.
+        ask = functools.partial(loop.call_soon_threadsafe, asked.set)
+        stop.attach(ask, timeout_s, functools.partial(_running, loop))
+        _log_ports(relay, relay_port, metrics_port)
         begins = [*(port.serve for port in ports), *_background(settings, relay)]
         background = [group.create_task(cancellable(begin)) for begin in begins]
         gc.freeze()  # what is here now stays: the collector need not look at it
@@ -366,16 +368,20 @@ async def _open_ports(settings: Settings, relay: Relay) -> tuple[Listener, Liste
     metrics_port = _metrics_listener(settings, relay)
     if metrics_port is not None:
         await metrics_port.listen()
-        host, port = metrics_port.address
-        log.info("metrics listening", extra={"host": host, "port": port})
     relay_port = _relay_listener(settings, relay)
     await relay_port.listen()
+    return relay_port, metrics_port
+
+
+def _log_ports(relay: Relay, relay_port: Listener, metrics_port: Listener | None) -> None:
+    if metrics_port is not None:
+        host, port = metrics_port.address
+        log.info("metrics listening", extra={"host": host, "port": port})
     host, port = relay_port.address
     log.info(
         "relay listening",
         extra={"host": host, "port": port, "tls": relay.certificates is not None},
     )
-    return relay_port, metrics_port
 
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:

@@ -142,6 +142,22 @@ async def test_a_name_that_is_still_looked_up_does_not_hold_up_the_stop(tmp_path
         relay.end()
 
 
+async def test_a_signal_while_the_address_to_listen_on_is_looked_up_ends_the_relay_with_0(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "aliases")
+    settings = {"server": {"host": "elsewhere"}, "shutdown": {"timeout_s": 20}}
+    relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
+    try:
+        relay.launch()
+        async with somebody_reads(tmp_path / "aliases"):
+            started = time.monotonic()
+            assert await relay.stop() == 0
+            assert time.monotonic() - started < 5
+    finally:
+        relay.end()
+
+
 async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
     tmp_path: Path,
 ) -> None:
