@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 import pytest
@@ -16,7 +17,7 @@ from service.ledger import Ledger
 from service.wire.backlog import WRITE_BYTES, Backlog, Backlogs
 from service.wire.client import Client, Speaker
 from service.wire.deflate import PLAIN
-from service.wire.frames import count_whole
+from service.wire.frames import close, count_whole
 from service.wire.gate import Gate
 from service.wire.protocol import RelayProtocol
 from service.wire.shared import Shared
@@ -120,6 +121,20 @@ async def test_a_client_that_can_still_be_told_is_told_that_a_write_failed(
         await closes_are(shared, Close.INTERNAL, 1)
     assert shared.ledger.drops[Drop.DISCONNECTED] == 1
     assert [record.message for record in caplog.records] == ["write failed"]
+
+
+async def test_where_a_write_fails_and_the_close_frame_fills_the_socket_it_alone_waits(
+    shared: Shared,
+) -> None:
+    async with connected(shared, 1) as [(client, _)]:
+        connection = client._transport.get_extra_info("socket")
+        with suppress(BlockingIOError):
+            while True:
+                os.write(connection.fileno(), bytes(1))
+        shared.write([client], cast(bytes, "no bytes"), messages=1)
+        assert client.held_bytes == len(close(1011, "internal error")) + WRITE_BYTES
+    assert shared.ledger.deliveries == 0
+    assert shared.ledger.drops[Drop.DISCONNECTED] == 1
 
 
 async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(

@@ -145,11 +145,11 @@ class Shared:
 
     def _give_up(self, client: "Client") -> None:
         """Count a batch that could not be written to a client, and end the client."""
-        if client in self.fell_behind:
-            self.fell_behind.remove(client)
         self._withhold(Drop.DISCONNECTED)
         if not client.is_closing:
             client.fail()
+        if client in self.fell_behind:  # by the write that failed, or by the close frame
+            self.fell_behind.remove(client)
 
     def _withhold(self, why: Drop) -> None:
         self.withheld += 1
