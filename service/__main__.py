@@ -14,7 +14,7 @@ def main() -> int:
     stop = None
     if OTHER_COMMANDS.intersection(sys.argv):
         signals.unblock()
-    else:
+    elif signals.CAN_BLOCK:
         stop = signals.Stop()
     from service import cli
 

@@ -26,10 +26,13 @@ LOG_S = 0.2
 
 STACK_FRAMES = 3
 
+CAN_BLOCK = hasattr(signal, "pthread_sigmask")
+"""Not on Windows, where the clients' commands run, too."""
+
 
 def unblock() -> None:
     """Let signals do what they do by default, where the process was started with them blocked."""
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows, where the client's commands run too
+    if CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

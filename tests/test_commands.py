@@ -757,6 +757,24 @@ def test_bad_usage_ends_with_2_and_says_why(tmp_path: Path, arguments: list[str]
     assert done.error_lines[-1].startswith(f"websocket-relay {arguments[0]}: error: ")
 
 
+AS_ON_WINDOWS = """
+import signal, sys
+sys.modules |= dict.fromkeys(["resource", "uvloop"])
+del signal.pthread_sigmask, signal.sigwait
+from service.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("listen", "--help"), ("bench", "--help")])
+def test_commands_start_without_modules_that_windows_does_not_have(
+    tmp_path: Path, arguments: Sequence[str]
+) -> None:
+    done = run_python("-c", AS_ON_WINDOWS, *arguments, directory=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
 def test_a_command_does_not_wait_for_a_server_to_be_imported(tmp_path: Path) -> None:
     code = (
         "import sys, service.cli as cli; print({'asyncio', 'websockets'} & {*sys.modules});"

@@ -4,17 +4,13 @@ import asyncio
 import json
 import math
 import os
-import resource
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns, process_time
 from typing import Any
-
-import uvloop
 
 from service.client.address import Address, authorization
 from service.commands import chart
@@ -80,7 +76,7 @@ def add_to(commands: Any) -> None:
         "--json", type=Path, metavar="FILE", help="write all figures to a file, too"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the run as an SVG picture")
-    parser.set_defaults(run=lambda options: run(bench, options, uvloop.new_event_loop))
+    parser.set_defaults(run=lambda options: run(bench, options, _loop_factory()))
 
 
 def _add_load(parser: ArgumentParser) -> None:
@@ -158,7 +154,7 @@ def load_of(options: Namespace) -> Load:
 
 async def bench(options: Namespace) -> int:
     """Measure, and tell."""
-    _raise_file_limit()
+    _raise_limit()
     for file in filter(None, (options.json, options.plot)):
         file.touch()  # or a wrong path would be told when all is measured
     run_ = Run(load_of(options), _show if sys.stderr.isatty() else lambda _: None)
@@ -353,8 +349,17 @@ def _show(line: str) -> None:
     print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
-def _raise_file_limit() -> None:
-    """Take all the file descriptors there are: every client is one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS refuses "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # on Windows
+        return None
+    return uvloop.new_event_loop
+
+
+def _raise_limit() -> None:
+    try:
+        from service.descriptors import raise_limit
+    except ImportError:  # the same
+        return
+    raise_limit()
