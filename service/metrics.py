@@ -17,7 +17,8 @@ from prometheus_client import (
     ProcessCollector,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from service.ledger import Ledger, LogBooks
@@ -31,6 +32,9 @@ BACKPLANE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.
 LAG_LOOK_S = 0.05
 
 OURS = "websocket_"
+
+OPENMETRICS = "application/openmetrics-text"
+DRAFT = "version=0.0.1"  # of that; old Prometheus asks for it before the text format
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,12 @@ class Metrics:
 
     async def page(self, accept: str) -> tuple[bytes, str]:
         """Return the page and its content type, in the format that an Accept header asks for."""
-        encode, content_type = choose_encoder(accept)
+        # Not prometheus_client's choose_encoder: it makes a format of each version that a client
+        # may name, so that requests would not share a page, and fails for those that are no number.
+        encode: Callable[[Collector], bytes] = generate_latest
+        content_type = CONTENT_TYPE_PLAIN_0_0_4
+        if _is_openmetrics(accept):
+            encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         return await self._pages.get(content_type, lambda: encode(self.registry)), content_type
 
     def figures(self) -> dict[str, Any]:
@@ -126,6 +135,14 @@ class Metrics:
             due = loop.time() + LAG_LOOK_S
             await asyncio.sleep(LAG_LOOK_S)
             self._observe_lag(max(0.0, loop.time() - due))
+
+
+def _is_openmetrics(accept: str) -> bool:
+    for offer in accept.split(","):
+        kind, *parameters = map(str.strip, offer.split(";"))
+        if kind == OPENMETRICS and DRAFT not in parameters:
+            return True
+    return False
 
 
 def _plain(family: Metric) -> Any:

@@ -4,12 +4,15 @@ import asyncio
 import subprocess
 from contextlib import AsyncExitStack
 
+import httpx2
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import service.metrics
 from tests.conftest import StartRelay
 from tests.programs import PROMTOOL, needed
 from tests.raw_client import TEXT, frame
-from tests.relay_process import Metrics, Relay, closed, receive, receive_many
+from tests.relay_process import HOST, PLAIN, Metrics, Relay, closed, receive, receive_many
 
 FOUR = (
     "websocket_connected_clients",
@@ -229,3 +232,38 @@ async def test_promtool_finds_no_fault_with_the_page(relay: Relay) -> None:
     faults = [line for line in verdict.stderr.splitlines() if "websocket_" in line]
     assert faults == []
     assert verdict.returncode in (0, 3)  # 3: advice, here only for others' metrics
+
+
+TEXT_FORMAT, OPENMETRICS = (
+    "text/plain; version=0.0.4;",
+    "application/openmetrics-text; version=1.0.0;",
+)
+
+
+@pytest.mark.parametrize(
+    ("accept", "format_"),
+    [
+        ("*/*", TEXT_FORMAT),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3", TEXT_FORMAT),
+        ("text/plain; version=none", TEXT_FORMAT),
+        ("application/openmetrics-text;version=0.0.1,text/plain;version=0.0.4", TEXT_FORMAT),
+        ("application/openmetrics-text", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2", OPENMETRICS),
+        ("application/openmetrics-text; version=none", OPENMETRICS),
+    ],
+)
+async def test_the_page_has_the_format_that_is_asked_for(
+    relay: Relay, accept: str, format_: str
+) -> None:
+    async with httpx2.AsyncClient(verify=PLAIN) as http:
+        url = f"http://{HOST}:{relay.metrics_port}/metrics"
+        answer = await http.get(url, headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith(format_)
+
+
+async def test_requests_share_a_page_whatever_versions_of_a_format_they_name() -> None:
+    metrics = service.metrics.Metrics()
+    accepts = [f"application/openmetrics-text; version=1.0.{number}" for number in range(20)]
+    pages = await asyncio.gather(*map(metrics.page, accepts))
+    assert all(page is pages[0][0] for page, _ in pages)
