@@ -24,6 +24,7 @@ from tests.logs_kept import (
     NatsLog,
     RedisLog,
     Replica,
+    Speaker,
     broker_of,
     log_of,
     until,
@@ -375,6 +376,39 @@ async def test_what_was_confirmed_before_an_outage_is_awaited_until_it_is_read(
     assert waiting.told == [own, heard[b"0"], heard[b"1"]]
     assert waiting.settled == [len(replica.entries)] * 2
     assert alone == (on_outage == "local")
+
+
+class Leaving(Speaker):
+    """A client that leaves when its message can't be relayed, and is owed what it said before."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def tell_unavailable(self, *, in_doubt: bool) -> None:
+        super().tell_unavailable(in_doubt=in_doubt)
+        self._waiting.wait()
+
+
+async def test_who_is_refused_a_message_is_not_let_go_before_its_confirmed_ones_are_read(
+    kept: BrokerLog, way: HeldReads, hasty: None
+) -> None:
+    url = kept.url.replace(str(kept.broker.port), str(way.port))
+    replica = await kept.replica(url=url)
+    await said_and_heard(replica, b"before")
+    waiting = Waiting(replica)
+    replica.speaker = Leaving(waiting)
+    way.is_held = True
+    replica.say(b"confirmed")
+    await replica.backplane.flush()
+    kept.broker.freeze()
+    replica.say(b"in doubt")
+    await replica.is_out()
+    assert (replica.speaker.told, waiting.settled) == (1, [])
+    kept.broker.thaw()
+    way.release()
+    await replica.hears(b"confirmed")
+    assert waiting.settled == [2]
 
 
 async def test_what_is_confirmed_and_does_not_come_back_in_time_is_in_doubt(

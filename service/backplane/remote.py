@@ -695,21 +695,21 @@ class RemoteBackplane:
         """
         publishers = deque(self._publishers.take_given_up(origin, number))
         settling = self._settling.take_given_up(origin, number)
+        is_read = self._origins.next_of(origin) >= number
+        if not is_read:
+            # Whoever comes from now on waits for the messages of this life, too: also a client
+            # that leaves because it is told below that its message is given up.
+            for waiter in (*settling, Waiter(origin, number, lambda _: None)):
+                self._settling.add(origin, number, waiter.answer)
         following = number
         for outgoing in given_up:
             self._give_up(outgoing, following, publishers)
             following += len(outgoing.payloads)
         for waiter in publishers:
             waiter.answer(None)
-        is_read = self._origins.next_of(origin) >= number
-        for waiter in settling:
-            if is_read:
+        if is_read:
+            for waiter in settling:
                 waiter.answer(None)
-            else:
-                self._settling.add(origin, number, waiter.answer)
-        if not is_read:
-            # Whoever comes from now on waits for the messages of this life, too.
-            self._settling.add(origin, number, lambda _: None)
 
     def _expire_earlier(self) -> None:
         """Let nobody wait any more for messages of earlier lives."""
