@@ -168,7 +168,7 @@ async def test_only_a_replica_that_had_read_a_lost_message_has_recovered_it(
 ) -> None:
     first, second = pair_of_relays
     async with resuming(second, "news") as member:
-        before = await said(second, "before")
+        before = await said(first, "before")  # so both have read it
         assert await member.message() == "before"
         way.is_held = True
         async with resuming(first, "news") as client:
