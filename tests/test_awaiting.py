@@ -1,8 +1,12 @@
 """Those who wait until messages of a replica come back from the log."""
 
+import pytest
+
 from service.backplane.awaiting import Awaiting
 from service.backplane.base import Position
 from service.backplane.remote import LIVES
+
+pytestmark = pytest.mark.fast
 
 LIFE = 7 * LIVES
 NEXT_LIFE = LIFE + 1
