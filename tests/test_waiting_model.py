@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from service.backplane import remote
 from service.backplane.base import Entry, Position, State
+from service.backplane.packet import unpack
 from service.backplane.remote import BrokerError, Found, RemoteBackplane
 from tests.logs_kept import Pending
 
@@ -62,6 +63,19 @@ class Broker:
             raise BrokerError("no answer")
 
 
+def backplane_on(broker: Broker, pending: Pending, *, relays_locally: bool) -> RemoteBackplane:
+    return RemoteBackplane(
+        broker,  # type: ignore[arg-type]
+        address="model",
+        pending=pending,
+        relays_locally=relays_locally,
+        max_message_bytes=1000,
+        describe=lambda: b"",
+        observe_append=lambda _: None,
+        observe_lag=lambda _: None,
+    )
+
+
 class Sayer:
     """A client with one message. It leaves where that can't be relayed, as WebSocket clients do."""
 
@@ -87,16 +101,7 @@ class Run:
         self.leaving = self.left = 0
         self.owed: list[tuple[list[Sayer], set[bytes]]] = []  # to who left, and what was delivered
         self.pending = Pending()
-        self.backplane = RemoteBackplane(
-            self.broker,  # type: ignore[arg-type]
-            address="model",
-            pending=self.pending,
-            relays_locally=relays_locally,
-            max_message_bytes=1000,
-            describe=lambda: b"",
-            observe_append=lambda _: None,
-            observe_lag=lambda _: None,
-        )
+        self.backplane = backplane_on(self.broker, self.pending, relays_locally=relays_locally)
         self.backplane.tail(self._deliver, lambda _: None)
         self.backplane._send_canary(1.0)
 
@@ -169,6 +174,16 @@ class Run:
                 is_late = sayer.name in self.delivered and sayer.name not in delivered
                 assert sayer.is_in_doubt or not is_late, "let go too early"
         assert self.pending.bytes == 0
+        assert self.lost_without() == 0, "what was given up is no loss"
+
+    def lost_without(self, *payloads: bytes) -> int:
+        """Return how many messages another replica misses that does not read those with these."""
+        other = backplane_on(Broker(), Pending(), relays_locally=False)
+        other.tail(lambda _: None, lambda _: None)
+        for number, data in enumerate(self.broker.entries):
+            if not set(payloads) & set(unpack(data).payloads):
+                other.on_entry(Found((1, number), data, follows=True))
+        return other.books.lost
 
 
 async def turn(count: int) -> None:
@@ -218,3 +233,16 @@ def test_everyone_who_waits_is_told_what_is_true_once_and_in_time(
     steps: list[Step], relays_locally: bool
 ) -> None:
     asyncio.run(run_through(steps, relays_locally=relays_locally))
+
+
+async def test_what_was_lost_before_an_outage_is_missed_after_it() -> None:
+    run = Run(relays_locally=False)
+    writing = asyncio.create_task(run.backplane._write())
+    try:
+        for step in (Step.TURN, Step.SAY, Step.TURN, Step.REFUSE, Step.SAY, Step.OUTAGE):
+            await run.take(step)
+        await run.end()
+    finally:
+        writing.cancel()
+        await asyncio.wait([writing])
+    assert run.lost_without(b"0") == 1

@@ -45,7 +45,8 @@ class Packet(NamedTuple):
 
     Attributes:
         origin: the life of a replica that it comes from.
-        number: of its first message, counted from the beginning of that life.
+        number: of its first message; counted over all lives of the replica, without what it gave
+            up.
         channels, opcodes, payloads: of its messages, in their order.
         note: what its origin says of itself, where it waits for the packet to come back (a canary).
     """

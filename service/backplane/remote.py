@@ -218,11 +218,11 @@ class Origins:
         self._next: OrderedDict[int, tuple[int, int]] = OrderedDict()  # by replica: life, number
         self.is_current = False  # whether a life that is not known has only begun
 
-    def next_of(self, origin: int) -> int:
-        """Return the number of the first message that was not read yet."""
+    def next_of(self, origin: int, first: int) -> int:
+        """Return the number of the next message to read of a life that begins with `first`."""
         replica, life = divmod(origin, LIVES)
-        latest, following = self._next.get(replica, (life, 0))
-        return following if life == latest else 0
+        latest, following = self._next.get(replica, (life, first))
+        return following if life == latest else first
 
     def awaits(self, origin: int, number: int) -> bool:
         """Tell whether a packet that begins with this message is not read yet, and may be."""
@@ -237,12 +237,13 @@ class Origins:
             Less than nothing where it was read before, or a later life has begun.
         """
         replica, life = divmod(origin, LIVES)
-        expected = 0 if self.is_current else number
+        expected = 0 if self.is_current and not life else number
         latest, following = self._next.get(replica, (life, expected))
         if life < latest:
             return -1
-        if life == latest:
-            expected = following
+        # A life goes on after what was confirmed in the one before. What was given up then may have
+        # been read all the same, and its numbers are used again.
+        expected = following if life == latest else min(following, number)
         self._next[replica] = life, max(number + count, expected)
         self._next.move_to_end(replica)
         if len(self._next) > MAX_ORIGINS:
@@ -300,7 +301,7 @@ class RemoteBackplane:
         self._settled = asyncio.Event()  # something does not wait any more
         self._replicas: OrderedDict[int, tuple[float, bytes]] = OrderedDict()  # when heard of, what
         self._origin = _first_life()
-        self._number = 0
+        self._number = self._first = 0  # of the next message; of the first one in this life
         # Reading
         self._after: Id = (0, 0)
         self._position = START
@@ -376,12 +377,17 @@ class RemoteBackplane:
     def when_settled(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was appended so far has come back, or was given up."""
         following = self._following
-        if self._origins.next_of(self._origin) < following:
+        if self._next_read < following:
             self._settling.add(self._origin, following, lambda _: act())
         elif self._settling:  # for messages of an earlier life
             self._settling.add_to_last(lambda _: act())
         else:
             act()
+
+    @property
+    def _next_read(self) -> int:
+        """The number of the first message of this life that was not read yet."""
+        return self._origins.next_of(self._origin, self._first)
 
     @property
     def _following(self) -> int:
@@ -672,30 +678,34 @@ class RemoteBackplane:
         if self._in_flight is not None and not self._in_flight.is_given_up:
             self._in_flight.is_given_up = True
             number = self._in_flight.number
-            if self._origins.next_of(origin) > number:  # it did get there
+            if self._next_read > number:  # it did get there
                 self._pending.drained(given_up.pop(0).kept_bytes)
                 number = self._number
         if self.relays_locally:
             self._left_out[origin] = number
             if len(self._left_out) > MAX_ORIGINS:
                 self._left_out.popitem(last=False)
+        is_read = self._next_read >= number
         # What was given up leaves a hole in the numbers that nobody should take for a loss.
-        self._origin, self._number = _next_life(origin), 0
-        self._give_up_from(origin, number, given_up)
+        self._origin, self._first = _next_life(origin, number)
+        self._number = self._first
+        self._give_up_from(origin, number, given_up, is_read=is_read)
         self._settled.set()
         self._read_back_until = now + READ_BACK_S
         self._send_canary(now)
 
-    def _give_up_from(self, origin: int, number: int, given_up: Sequence[Outgoing]) -> None:
+    def _give_up_from(
+        self, origin: int, number: int, given_up: Sequence[Outgoing], *, is_read: bool
+    ) -> None:
         """Give up packets, and let nobody wait for them any more.
 
         Args:
             origin, number: of their first message.
             given_up: the packets.
+            is_read: whether all messages before them were read.
         """
         publishers = deque(self._publishers.take_given_up(origin, number))
         settling = self._settling.take_given_up(origin, number)
-        is_read = self._origins.next_of(origin) >= number
         if not is_read:
             # Whoever comes from now on waits for the messages of this life, too: also a client
             # that leaves because it is told below that its message is given up.
@@ -795,9 +805,10 @@ def _first_life() -> int:
     return random.getrandbits(48) * LIVES
 
 
-def _next_life(origin: int) -> int:
+def _next_life(origin: int, number: int) -> tuple[int, int]:
+    """Return what follows on a life whose messages before a number are confirmed; and its first."""
     following = origin + 1
-    return following if following % LIVES else _first_life()
+    return (following, number) if following % LIVES else (_first_life(), 0)
 
 
 async def _pause(pause_s: float) -> float:
