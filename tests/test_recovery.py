@@ -216,3 +216,18 @@ async def test_who_is_amid_its_history_is_told_of_a_gap_and_stays(
             heard.append(str(await raw.message()))
         assert '"type":"gap"' in heard[-2], "nothing stands between it and what follows"
         assert 1 < len(heard) < 1_000
+
+
+async def test_a_plain_client_amid_its_history_is_sent_all_of_it_whatever_the_log_loses(
+    log: BrokerLog, replicas_with: StartReplicas
+) -> None:
+    (relay,) = await asyncio.to_thread(replicas_with, 1)
+    await say(relay, "news", *(f"{number} ".ljust(10_000, "x") for number in range(1_000)))
+    async with await relay.tcp(receive_buffer_bytes=4096) as raw:
+        await raw.upgrade(wanting("news", history=1_000))
+        await relay.metric_is("websocket_slow_clients", 1)
+        await log.put(b"no packet")
+        await relay.metric_is("websocket_backplane_unreadable_total", 1)
+        await said(relay, "after")
+        heard = [str(await raw.message()) for _ in range(1_001)]
+        assert [each.partition(" ")[0] for each in heard] == [*map(str, range(1_000)), "after"]

@@ -223,10 +223,14 @@ class History:
 
     def known_after(self, channel: str) -> Position:
         """Return a position behind which nothing is missing of a channel."""
+        return max(self.floor, self.kept_after(channel))
+
+    def kept_after(self, channel: str) -> Position:
+        """Return a position after which no message of a channel that was read is forgotten."""
         past = self._channels.get(channel)
         if past is not None:
-            return max(self.floor, past.floor)
-        return max(self.floor, self._emptied.get(channel, self._emptied_before))
+            return past.floor
+        return self._emptied.get(channel, self._emptied_before)
 
     def has_all_after(self, channel: str, position: Position) -> bool:
         """Tell whether nothing is missing of a channel behind a position."""

@@ -194,12 +194,12 @@ class Replay:
             What it has heard then.
         """
         name, floor = self._channel.name, self._history.floor
-        if floor > cursor:
+        if self._wish.tells_positions and floor > cursor:
             # The log lost something meanwhile, here or further on: nothing up to there is whole.
+            # Others are sent what there is, as all members are.
             cursor = floor
-            if self._wish.tells_positions:
-                self._tell({"type": "gap", "position": str(floor)})
-        if not self._history.has_all_after(name, cursor):
+            self._tell({"type": "gap", "position": str(floor)})
+        if cursor < self._history.kept_after(name):
             # It was forgotten faster than the client took it.
             self._client.close(Close.SLOW_CONSUMER)
             return cursor
