@@ -5,6 +5,7 @@
 # PYTHON=…      the interpreter for .venv, where the one that is found is not the one that is meant
 # ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
 # PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
+# TIMES=…       how often:                    make repeat TIMES=50 REPEAT_ARGS=tests/test_outages.py
 # BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
 # STOPS_ARGS=…  arguments for the stops:           make stops STOPS_ARGS="--count 40"
 # IMAGE=…       what the image is called:           make image IMAGE=websocket-relay:mine
@@ -24,7 +25,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test check fast lint types imports pytest bare-test audit bench replicas stops chaos simulation config chart format lock clean venv
+.PHONY: help run test check fast lint types imports pytest bare-test repeat audit bench replicas stops chaos simulation config chart format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -57,6 +58,10 @@ fast: $(VENV)/.dev
 # As root, with mmdebstrap.
 bare-test:  ## make run and make test on a Debian that has Python and make only
 	@tests/bare_machine.sh
+
+TIMES ?= 10
+repeat: $(VENV)/.dev  ## run the tests TIMES times beside a load that keeps all cores busy
+	@tests/repeat.sh $(TIMES) $(REPEAT_ARGS)
 
 .PHONY: image image-test
 IMAGE ?= websocket-relay
