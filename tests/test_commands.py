@@ -633,7 +633,7 @@ async def test_no_relay_is_one_line_and_1(command: Sequence[str]) -> None:
 async def test_ctrl_c_ends_a_command_that_is_still_being_loaded(
     command: Sequence[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "uvloop.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
+    (tmp_path / "websockets.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
     path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
     done = await typed(*with_url(command, AWAY), env={"PYTHONPATH": path})
     assert done == Finished(130, "", "")
