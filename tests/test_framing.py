@@ -4,7 +4,7 @@ import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.wire.framing import Framing
+from service.wire.framing import CHUNKS_AT_ONCE, Framing
 
 INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
 REQUESTS = {
@@ -63,3 +63,16 @@ def test_every_request_line_is_kept_as_it_came(
             parsed.feed(data[:size])
             data = data[size:]
     assert parsed.seen == lines
+
+
+def test_a_piece_has_a_bounded_number_of_chunks() -> None:
+    framing = Framing()
+    framing.begin_chunks()
+    chunk = b"1\r\na\r\n"
+    data = chunk * 10 * CHUNKS_AT_ONCE
+    start = pieces = 0
+    while start < len(data):
+        end = framing.pass_piece(data, start)
+        assert start < end <= start + CHUNKS_AT_ONCE * len(chunk)
+        start, pieces = end, pieces + 1
+    assert pieces >= 10

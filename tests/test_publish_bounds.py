@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S, RawClient
 from tests.relay_process import PLAIN, Relay, receive, receive_many
+from tests.test_http import get
 from tests.test_publish import BATCH, TEXT, post
 
 KIB = 1_024
@@ -51,6 +52,33 @@ async def test_bodies_that_stall_are_bounded_all_together(relay_with: StartRelay
         refused = await answered(stalled[0])
         assert refused == (503, b"too much is being said\n")
     await relay.metric_is("websocket_unfinished_bytes", 0)
+
+
+async def test_a_body_in_the_smallest_chunks_is_read_a_part_at_a_time_and_whole(
+    relay: Relay, channel: str
+) -> None:
+    head = f"POST /channels/{channel} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+    request = head.encode() + b"\r\n" + b"1\r\na\r\n" * 60_000 + b"0\r\n\r\n"
+    async with relay.client(channel) as listener, await relay.tcp() as raw:
+        for _ in range(2):  # the connection is read again after the first
+            await raw.send(request + get("/healthz"))
+            assert (await answered(raw))[0] == 202
+            assert (await answered(raw))[0] == 200
+            assert await receive(listener) == b"a" * 60_000
+
+
+async def test_a_client_that_leaves_amid_the_smallest_chunks_is_no_error(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with()
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for _ in range(20):
+        raw = await relay.tcp()
+        await raw.send(head + b"1\r\na\r\n" * 20_000)
+        raw.vanish()
+    await relay.metric_is("websocket_http_connections", 0, port="relay")
+    assert await relay.stop() == 0
+    assert [event for event in relay.log_events if event["level"] == "error"] == []
 
 
 async def test_a_body_that_is_longer_than_it_says_says_nothing(relay: Relay, channel: str) -> None:

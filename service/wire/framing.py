@@ -8,6 +8,9 @@ from enum import Enum, auto
 
 HEAD_END = b"\r\n\r\n"
 
+CHUNKS_AT_ONCE = 64
+"""A piece has so many at most: the smallest take 0.1 ms."""
+
 
 class Part(Enum):
     """What comes next."""
@@ -76,10 +79,10 @@ class Framing:
         return end
 
     def _pass_chunks(self, data: bytes, start: int) -> int:
-        while start < len(data):
-            if self._left:
-                start = self._pass_content(data, start)
-                continue
+        for _ in range(CHUNKS_AT_ONCE):
+            start = self._pass_content(data, start)
+            if start == len(data):
+                break
             end = _end_of_line(data, start)
             self._size += data[start:end]
             start = end

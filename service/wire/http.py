@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
+from time import perf_counter
 from typing import Any, cast
 from urllib.parse import unquote
 
 import httptools
 from uvicorn._types import ASGI3Application, WebSocketScope
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -30,6 +32,7 @@ from service.wire.plain import PlainConnections
 from service.wire.protocol import RelayProtocol
 from service.wire.safe_headers import SAFE_HEADERS
 from service.wire.shared import Shared
+from service.wire.turns import SLICE_S
 
 MAX_HEAD_BYTES = 65_536
 """What a request's head or its trailers may take: what common servers let in, and room to spare."""
@@ -66,6 +69,30 @@ MALFORMED = (HTTPStatus.BAD_REQUEST, "Invalid HTTP request.")
 NOT_IMPLEMENTED = (HTTPStatus.NOT_IMPLEMENTED, "Transfer coding not supported.")
 
 
+class Reading:
+    """A transport's reading, which goes on when all who paused it have resumed it.
+
+    Args:
+        transport: what is read.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._holds = 0
+
+    def pause_reading(self) -> None:
+        """Read no more until `resume_reading` was called as often."""
+        self._holds += 1
+        if self._holds == 1:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, if nobody else wants it paused."""
+        self._holds -= 1
+        if not self._holds and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+
 class RequestProtocol(HttpToolsProtocol):
     """A TCP connection until it is upgraded, or for as long as it speaks HTTP.
 
@@ -94,6 +121,8 @@ class RequestProtocol(HttpToolsProtocol):
         self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
         self._deadline: asyncio.TimerHandle | None = None
         self._framing = Framing()
+        self._unfed = b""  # what was read and waits for its turn to be fed to the parser
+        self._is_held = False  # whether it is not read because of that
         self._head_bytes = 0
         self._field_bytes = 0
         self._is_safe = True  # whether no request under way changes anything
@@ -105,6 +134,8 @@ class RequestProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().__init__(*self._made_with)
         super().connection_made(transport)
+        self._reading = Reading(transport)
+        self.flow = FlowControl(cast(asyncio.Transport, self._reading))
         if (why := self._plain.enter(self)) is not None:
             self._refuse_for_now(why)
             return
@@ -116,28 +147,63 @@ class RequestProtocol(HttpToolsProtocol):
         self._disconnect_answer()
         self._plain.leave(self)
         super().connection_lost(exc)
+        self._unfed = b""
         # A request that waits for its turn holds this object, and this object it.
         self.pipeline.clear()
         self.cycle = None  # type: ignore[assignment]  # None is its first value
         self._receiving = self._answering = None
 
     def data_received(self, data: bytes) -> None:
+        if self._is_held:
+            self._unfed += data
+            return
+        self._unfed = self._feed_some(data, perf_counter() + SLICE_S)
+        if self._unfed:
+            self._is_held = True
+            self._reading.pause_reading()
+            self._shared.reading.add(self._feed_more)
+
+    def _feed_more(self, until: float) -> bool:
+        """Feed some of what waits; tell whether that was all."""
+        data, self._unfed = self._unfed, b""
+        if data and not self.transport.is_closing():
+            try:
+                self._unfed = self._feed_some(data, until)
+            except BaseException:  # as uvloop does where data_received raises
+                self.transport.abort()
+                raise
+        if self._unfed:
+            return False
+        self._read_again()
+        return True
+
+    def _read_again(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._reading.resume_reading()
+
+    def _feed_some(self, data: bytes, until: float) -> bytes:
+        """Feed the parser until a time; return what is left then."""
         self._unset_keepalive_if_required()
         if self._deadline is None and self._between_requests():
             self._due_at = self.loop.time() + self._shared.deadline_s
             self._deadline = self.loop.call_at(self._due_at, self._time_out)
         try:
-            self._feed(data)
+            rest = self._feed(data, until)
         except httptools.HttpParserError as error:
             self._refuse_unparsed(error)
-        else:
-            if self._head_bytes > MAX_HEAD_BYTES:
-                status, text = TOO_LARGE
-                self._refuse(status, Refusal.HANDSHAKE, text)
+            return b""
+        if self._head_bytes > MAX_HEAD_BYTES:
+            status, text = TOO_LARGE
+            self._refuse(status, Refusal.HANDSHAKE, text)
+            return b""
+        return rest
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes, until: float) -> bytes:
         start = 0
         while start < len(data):
+            if start and perf_counter() > until:  # tiny chunks take long
+                return data[start:]
             end = self._framing.pass_piece(data, start)
             self._head_bytes += end - start
             try:
@@ -145,9 +211,10 @@ class RequestProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade:
                 if self._upgrades:
                     self._upgrade(data[end:])
-                    return
+                    return b""
                 # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
             start = end
+        return b""
 
     # A client that does not read its answers: uvicorn waits for it for ever.
 
@@ -376,6 +443,8 @@ class RequestProtocol(HttpToolsProtocol):
             return None
         cycle.response_complete = cycle.disconnected = True
         self.flow.resume_reading()  # a body, or a request behind this one, may have paused it
+        self._unfed = b""
+        self._read_again()
         self.connections.discard(self)
         self._plain.leave(self)
         self._cancel_deadline()
@@ -399,6 +468,7 @@ class RequestProtocol(HttpToolsProtocol):
             self._refuse_malformed()
             return
         method, version = self.scope["method"], self.parser.get_http_version()
+        self._read_again()  # before the client pauses it
         self.connections.discard(self)
         self._plain.leave(self)
         self._cancel_deadline()
