@@ -28,7 +28,7 @@ import uvloop
 from service import logs
 from service.app import Relay, build
 from service.descriptors import AT_START, RESERVED, most_possible, raise_limit
-from service.errors import StartError
+from service.errors import Refusal, StartError
 from service.greeting import greet
 from service.health import Phase
 from service.relay.drain import close_all, wait_until_gone
@@ -468,5 +468,6 @@ async def _drain(settings: Settings, relay: Relay, port: Listener, deadline: flo
             await relay.backplane.flush()
     except TimeoutError:
         log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
+    relay.plain.end_idle(Refusal.DRAINING)  # their peers may take any time to go on
     if unanswered := await port.answer_all(until=until):
         log.warning("requests cut off", extra={"requests": unanswered})

@@ -416,7 +416,9 @@ class Shutdown(Section):
         0, description="still serving while load balancers take the replica out"
     )
     spread_s: Seconds = Field(5, description="clients are closed one after another over this time")
-    timeout_s: SomeSeconds = Field(10, description="the whole stop takes no longer")
+    timeout_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = Field(
+        10, description="the whole stop takes no longer"
+    )
 
 
 class Logging(Section):

@@ -54,6 +54,20 @@ async def readiness_is(relay: Relay, status: int) -> None:
     await eventually(look, f"readiness {status}")
 
 
+async def test_a_request_whose_client_is_late_is_refused_and_holds_up_no_stop(
+    relay_with: StartRelay,
+) -> None:
+    """The time-out of the stop is longer than the test waits."""
+    relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 60})
+    async with await relay.tcp() as publisher:
+        await publisher.send(b"POST / HTTP/1.1\r\nHost: relay\r\nContent-Length: 5\r\n\r\nhel")
+        await relay.metric_is("websocket_unfinished_bytes", 3)
+        relay.signal()
+        assert (await publisher.response()).status == 503
+        assert await publisher.ended() == b"draining\n"
+        assert await relay.exit_code() == 0
+
+
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
 async def test_every_client_is_told_to_come_back_and_the_process_ends_cleanly(
     relay_with: StartRelay, number: Signals

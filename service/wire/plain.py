@@ -105,15 +105,23 @@ class PlainConnections:
         self._idle.pop(connection, None)
         self._busy.pop(connection, None)
 
+    def end_idle(self, why: Refusal) -> None:
+        """End all connections that wait for their peers; refuse what they have begun to send."""
+        while self._idle:
+            self._end_first(self._idle, why)
+
     def _end_one(self, why: Refusal) -> bool:
         """End the connection that can be spared most; tell whether there was one."""
         spared = self._idle or self._busy
         if not spared:
             return False
-        connection, _ = spared.popitem(last=False)
+        self._end_first(spared, why)
+        return True
+
+    def _end_first(self, waiting: OrderedDict[PlainConnection, None], why: Refusal) -> None:
+        connection, _ = waiting.popitem(last=False)
         self._members.discard(connection)
         connection.make_room(why)
-        return True
 
     def start(self, request: Callable[[], None]) -> None:
         """Start a request, after those that came before it, in this turn of the loop or later."""
