@@ -9,9 +9,6 @@ import resource
 import signal
 import socket
 import ssl
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -20,7 +17,7 @@ from pathlib import Path
 from bench import machine
 from bench.__main__ import RESULTS
 from bench.report import table
-from bench.servers import RELAY, ROOT, FailedError, Running, started
+from bench.servers import RELAY, FailedError, Running, started, with_tls
 
 CLIENTS = 3000
 WARM_CLIENTS = 300
@@ -134,18 +131,8 @@ def measure() -> dict[str, Figures]:
     found: dict[str, Figures] = {}
     with started(RELAY, SERVER_CORE) as server:
         found["ws"] = _cost(server, None)
-    with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "service", "dev-cert", "--directory", folder)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        tls = (
-            ("RELAY__SERVER__TLS__ENABLED", "true"),
-            ("RELAY__SERVER__TLS__CERT_FILE", f"{folder}/cert.pem"),
-            ("RELAY__SERVER__TLS__KEY_FILE", f"{folder}/key.pem"),
-        )
-        context = ssl.create_default_context(cafile=f"{folder}/cert.pem")
-        context.check_hostname = False
-        with started(replace(RELAY, environment=RELAY.environment + tls), SERVER_CORE) as server:
-            found["wss"] = _cost(server, context)
+    with with_tls(RELAY) as (relay, context), started(relay, SERVER_CORE) as server:
+        found["wss"] = _cost(server, context)
     with started(replace(RELAY, environment=(*RELAY.environment, nobody)), SERVER_CORE) as server:
         found["ws"] |= _refusal(server)
     return found

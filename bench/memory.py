@@ -9,19 +9,16 @@ import os
 import resource
 import socket
 import ssl
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from bench.report import table
-from bench.servers import RELAY, ROOT, FailedError, Running, Server, started
+from bench.servers import RELAY, FailedError, Running, started, with_tls
 
 MIB = 1_048_576
 UNREAD_BYTES = 160 * 1024
@@ -144,24 +141,6 @@ def measure(running: Running, attack: str, count: int, channels: int, connect: C
     print("\n".join(table(rows)))
 
 
-@contextmanager
-def _certified(enabled: bool) -> Iterator[tuple[Server, ssl.SSLContext | None]]:
-    if not enabled:
-        yield RELAY, None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "service", "dev-cert", "--directory", folder)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        tls = (
-            ("RELAY__SERVER__TLS__ENABLED", "true"),
-            ("RELAY__SERVER__TLS__CERT_FILE", f"{folder}/cert.pem"),
-            ("RELAY__SERVER__TLS__KEY_FILE", f"{folder}/key.pem"),
-        )
-        context = ssl.create_default_context(cafile=f"{folder}/cert.pem")
-        context.check_hostname = False
-        yield replace(RELAY, environment=RELAY.environment + tls), context
-
-
 def main() -> None:
     """Start a relay with its defaults, attack it, and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
@@ -173,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with _certified(options.tls) as (server, context):
+    with with_tls(RELAY) if options.tls else nullcontext((RELAY, None)) as (server, context):
         settings = [("RELAY__COMPRESSION__ENABLED", json.dumps(options.attack == "inflate"))]
         if options.total:
             settings.append(("RELAY__LIMITS__TOTAL_BACKLOG_BYTES", str(options.total)))

@@ -6,8 +6,10 @@ Knows no load.
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,6 +232,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
+def with_tls(server: Server) -> Iterator[tuple[Server, ssl.SSLContext]]:
+    """Make a certificate; yield the relay that serves it, and what its clients trust."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = (sys.executable, "-m", "service", "dev-cert", "--directory", folder)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        tls = (
+            ("RELAY__SERVER__TLS__ENABLED", "true"),
+            ("RELAY__SERVER__TLS__CERT_FILE", f"{folder}/cert.pem"),
+            ("RELAY__SERVER__TLS__KEY_FILE", f"{folder}/key.pem"),
+        )
+        context = ssl.create_default_context(cafile=f"{folder}/cert.pem")
+        context.check_hostname = False
+        yield replace(server, environment=server.environment + tls), context
+
+
+@contextmanager
 def started(server: Server, core: int | str) -> Iterator[Running]:
     """Run a server from its first accepted connection on.
 
@@ -239,6 +257,7 @@ def started(server: Server, core: int | str) -> Iterator[Running]:
     port, metrics_port = _free_ports(2)
     ports = {"port": port, "metrics_port": metrics_port}
     log = prepare.BUILD / f"{server.name}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["taskset", "-c", str(core), *(part.format(**ports) for part in server.command)],
