@@ -8,9 +8,9 @@ cd "$(dirname "$0")/.."
 
 times=${1:?"how many times?"}
 shift
-log=$(mktemp)
+logs=$(mktemp --directory)
 burning=()
-trap 'kill "${burning[@]}"; rm "$log"' EXIT
+trap 'kill "${burning[@]}"' EXIT
 for ((core = 0; core < $(nproc); core++)); do
   (while :; do :; done) &
   burning+=($!)
@@ -19,9 +19,10 @@ done
 failed=0
 for ((run = 1; run <= times; run++)); do
   SECONDS=0
+  log=$logs/$run.log
   .venv/bin/python -m pytest -q -n auto --dist loadgroup "$@" >"$log" 2>&1 || failed=$((failed + 1))
   echo "run $run of $times, $SECONDS s: $(tail -n 1 "$log")"
   grep --extended-regexp '^(FAILED|ERROR) ' "$log" || true
 done
-echo "$failed of $times runs failed"
+echo "$failed of $times runs failed; logs: $logs"
 exit $((failed > 0))
