@@ -1,6 +1,7 @@
 """Several relays on one broker: one channel for the clients of all of them, whatever breaks."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from signal import SIGCONT, SIGSTOP
@@ -107,9 +108,9 @@ async def test_in_an_outage_publishers_are_told_and_newcomers_are_refused(
     assert await one.metric("websocket_backplane_outages_total") == 1
 
 
-async def flood(relay: Relay, name: str, is_over: asyncio.Event) -> int:
-    """Say one thing after another, as fast as it is taken; return how often that was refused."""
-    number = refused = 0
+async def flood(relay: Relay, name: str, is_over: asyncio.Event, refused: Counter[str]) -> None:
+    """Publish one message after another, as fast as they are taken; count each refusal."""
+    number = 0
     while not is_over.is_set():
         try:
             async with relay.client("flood", max_queue=None) as client:
@@ -118,9 +119,8 @@ async def flood(relay: Relay, name: str, is_over: asyncio.Event) -> int:
                     number += 1
         except (ConnectionClosed, InvalidStatus, AttributeError):
             # The last is websockets', where a connection ends while it is written to.
-            refused += 1
+            refused[name] += 1
             await asyncio.sleep(0.1)
-    return refused
 
 
 def in_turn(heard: Sequence[Message]) -> bool:
@@ -139,18 +139,17 @@ async def test_a_broker_that_is_frozen_for_ten_seconds_fills_no_memory_and_repea
 ) -> None:
     relays = replicas_with(2, limits={"total_backlog_bytes": 16 << 20})
     is_over = asyncio.Event()
+    refused = Counter({f"{side}{one}": 0 for side in range(2) for one in range(3)})
     async with relays[1].client("flood", max_queue=None) as listener:
         async with asyncio.TaskGroup() as group:
-            flooding = [
-                group.create_task(flood(relay, f"{side}{one}", is_over))
-                for side, relay in enumerate(relays)
-                for one in range(3)
-            ]
+            for name in refused:
+                group.create_task(flood(relays[int(name[0])], name, is_over, refused))
             await receive_many(listener, 1_000)
             before = [relay.rss_bytes() for relay in relays]
             broker.freeze()
             until = asyncio.get_running_loop().time() + 10
-            while asyncio.get_running_loop().time() < until:
+            # On a busy machine it takes a while until a client reads that it is refused.
+            while asyncio.get_running_loop().time() < until or min(refused.values()) < 2:
                 for relay, size in zip(relays, before, strict=True):
                     assert await relay.metric("websocket_backplane_pending_bytes") < 2 << 20
                     assert relay.rss_bytes() < size + (64 << 20)
@@ -161,7 +160,6 @@ async def test_a_broker_that_is_frozen_for_ten_seconds_fills_no_memory_and_repea
             for relay in relays:
                 await relay.metric_is("websocket_backplane_up", 1)
             is_over.set()
-        assert all(task.result() > 1 for task in flooding)
         async with relays[0].client("flood", max_queue=None) as last:
             await last.send(f"last 0 {THE_END}")
         heard = [await receive(listener)]
