@@ -5,6 +5,7 @@ test.
 """
 
 import asyncio
+import select
 import socket
 import struct
 import zlib
@@ -219,6 +220,10 @@ class RawClient:
             return taken
         async with asyncio.timeout(PATIENCE_S):
             return await asyncio.get_running_loop().sock_recv(self._socket, max_bytes)
+
+    def has_received(self) -> bool:
+        """Tell whether there is something to read by now, or the end."""
+        return bool(self._received or select.select([self._socket], [], [], 0)[0])
 
     async def exactly(self, size: int) -> bytes:
         async with asyncio.timeout(PATIENCE_S):

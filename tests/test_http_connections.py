@@ -166,6 +166,9 @@ async def test_where_all_wait_for_the_relay_a_new_connection_is_refused(
             await asyncio.to_thread(server.await_requests, 2)
             await relay.metric_is("websocket_http_connections", 2, port="relay")
             async with await relay.tcp() as refused:
+                await relay.metric_is("websocket_refusals_total", 1, reason=TOO_MANY)
+                assert not refused.has_received(), "there is no answer before there is a request"
+                await refused.send(get("/healthz"))
                 answer = await refused.response()
                 assert answer.status == 503
                 assert 1 <= int(answer.headers["retry-after"]) <= 5

@@ -68,6 +68,17 @@ async def test_a_request_whose_client_is_late_is_refused_and_holds_up_no_stop(
         assert await relay.exit_code() == 0
 
 
+async def test_a_connection_that_has_asked_for_nothing_ends_without_an_answer(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with()
+    async with await relay.tcp() as silent:
+        await relay.metric_is("websocket_http_connections", 1, port="relay")
+        relay.signal()
+        assert await silent.ended() == b""
+        assert await relay.exit_code() == 0
+
+
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
 async def test_every_client_is_told_to_come_back_and_the_process_ends_cleanly(
     relay_with: StartRelay, number: Signals

@@ -129,6 +129,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._upgrades = False  # whether the request under way asks for a WebSocket
         self._receiving: RequestResponseCycle | None = None
         self._answering: RequestResponseCycle | None = None
+        self._refusal: Refusal | None = None  # what answers the first request
         self._reader_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -136,10 +137,10 @@ class RequestProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._reading = Reading(transport)
         self.flow = FlowControl(cast(asyncio.Transport, self._reading))
-        if (why := self._plain.enter(self)) is not None:
-            self._refuse_for_now(why)
-            return
         self._deadline = self.loop.call_at(self._due_at, self._time_out)
+        self._refusal = self._plain.enter(self)
+        if self._refusal is not None and not self._plain.keep_refused(self, self._refusal):
+            self._ask_to_come_back(self._refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
@@ -154,6 +155,9 @@ class RequestProtocol(HttpToolsProtocol):
         self._receiving = self._answering = None
 
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            self._ask_to_come_back(self._refusal)  # not before: see `make_room`
+            return
         if self._is_held:
             self._unfed += data
             return
@@ -400,11 +404,14 @@ class RequestProtocol(HttpToolsProtocol):
     def make_room(self, why: Refusal) -> None:
         """End, so that another connection may come.
 
-        One that is idle ends without a word, as it might at any time (RFC 9112 section 9.5). TLS
-        has no quick end but this: its own waits for the peer.
+        One that is idle ends without a word, as it might at any time (RFC 9112 section 9.5), and at
+        the stop so does one whose first request has not come: nginx 1.22 takes an answer that is
+        there before it has sent the request for a part of the next relay's. TLS has no quick end
+        but this: its own waits for the peer.
         """
         has_quick_end = self.scheme == "http" and not self.transport.get_write_buffer_size()
-        if self.transport.is_closing() or self._is_idle():
+        is_new = not self._head_bytes and self._receiving is self._answering is None
+        if self.transport.is_closing() or self._is_idle() or (is_new and why is Refusal.DRAINING):
             self._plain.evictions += 1
             (self.transport.close if has_quick_end else self.transport.abort)()
         elif has_quick_end:
@@ -531,6 +538,9 @@ class RequestProtocol(HttpToolsProtocol):
 
     def _refuse_for_now(self, why: Refusal) -> None:
         self._plain.refused(why)
+        self._ask_to_come_back(why)
+
+    def _ask_to_come_back(self, why: Refusal) -> None:
         self._end_with(why.status, f"{why.reason}\n", f"retry-after: {retry_after_s()}\r\n")
 
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:

@@ -14,6 +14,9 @@ STARTS_A_TURN = 4
 """Requests that start in one turn of the loop. What they do takes a fraction of a millisecond each;
 between two turns messages are read and delivered, and new connections accepted."""
 
+MAX_REFUSED = 256
+"""Connections that are refused, and kept until their request is there to be answered."""
+
 
 class PlainConnection(Protocol):
     """A connection that can end before its time."""
@@ -57,6 +60,7 @@ class PlainConnections:
         # Longest first: those that wait for their peers, and those whose peers wait.
         self._idle: OrderedDict[PlainConnection, None] = OrderedDict()
         self._busy: OrderedDict[PlainConnection, None] = OrderedDict()
+        self._refused: OrderedDict[PlainConnection, None] = OrderedDict()
         self._requests: deque[Callable[[], None]] = deque()
         self._starts_left = STARTS_A_TURN
         self._is_scheduled = False
@@ -81,6 +85,19 @@ class PlainConnections:
         self._idle[connection] = None
         return None
 
+    def keep_refused(self, connection: PlainConnection, why: Refusal) -> bool:
+        """Count a refusal; tell whether the connection may stay until its request can be answered.
+
+        Where there are too many of those, the oldest one ends.
+        """
+        self.refused(why)
+        if why is Refusal.DESCRIPTORS:
+            return False
+        self._refused[connection] = None
+        if len(self._refused) > MAX_REFUSED:
+            self._end_first(self._refused, why)
+        return True
+
     def await_peer(self, connection: PlainConnection) -> None:
         """Take note that a connection can't go on before its peer does."""
         self._busy.pop(connection, None)
@@ -104,11 +121,13 @@ class PlainConnections:
         self._members.discard(connection)
         self._idle.pop(connection, None)
         self._busy.pop(connection, None)
+        self._refused.pop(connection, None)
 
     def end_idle(self, why: Refusal) -> None:
         """End all connections that wait for their peers; refuse what they have begun to send."""
-        while self._idle:
-            self._end_first(self._idle, why)
+        for waiting in (self._idle, self._refused):
+            while waiting:
+                self._end_first(waiting, why)
 
     def _end_one(self, why: Refusal) -> bool:
         """End the connection that can be spared most; tell whether there was one."""
