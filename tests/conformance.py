@@ -6,11 +6,15 @@ groups; each holds the way it has to be and the ways in which it must not be.
 """
 
 import asyncio
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from service.errors import Close
+from service.wire.frames import BreachError
+from service.wire.parser import Parser
 from tests.raw_client import (
     BINARY,
     CLOSE,
@@ -82,6 +86,35 @@ async def play(raw: RawClient, case: Case, pieces: Pieces) -> None:
         await asyncio.sleep(0)
     heard, code = await heard_until_close(raw)
     assert (heard, code) == (list(case.heard), case.code)
+
+
+def chosen(cases: tuple[Case, ...]) -> list[Case]:
+    """Return one case for each way to end and each kind of frame that comes first."""
+    by_kind: dict[object, Case] = {}
+    for case in cases:
+        first = [one.opcode for one in case.heard[:1]]
+        by_kind.setdefault((case.code, case.is_breach, *first), case)
+    return list(by_kind.values())
+
+
+def parsed(pieces: Iterable[bytes], *, inflates: bool) -> tuple[list[Frame], int]:
+    """Feed a parser; return the messages and pongs that it calls for, and the code of the close.
+
+    Raises:
+        EOFError: it finds neither a close frame nor a breach.
+    """
+    parser = Parser(MIB, inflates=inflates)
+    heard: list[Frame] = []
+    try:
+        for event in itertools.chain.from_iterable(map(parser.feed, pieces)):
+            opcode, payload = event
+            if opcode == CLOSE:
+                return heard, int.from_bytes(payload[:2], "big") or Close.CLIENT.code
+            if opcode in (TEXT, BINARY, PING):
+                heard.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
+    except BreachError as breach:
+        return heard, breach.close.code
+    raise EOFError("the connection stays open")
 
 
 async def next_frame(raw: RawClient) -> Frame:
