@@ -97,13 +97,14 @@ def chosen(cases: tuple[Case, ...]) -> list[Case]:
     return list(by_kind.values())
 
 
-def parsed(pieces: Iterable[bytes], *, inflates: bool) -> tuple[list[Frame], int]:
+def parsed(
+    pieces: Iterable[bytes], *, inflates: bool, max_bytes: int = MIB
+) -> tuple[list[Frame], int | None]:
     """Feed a parser; return the messages and pongs that it calls for, and the code of the close.
 
-    Raises:
-        EOFError: it finds neither a close frame nor a breach.
+    The code is None where there is neither a close frame nor a breach.
     """
-    parser = Parser(MIB, inflates=inflates)
+    parser = Parser(max_bytes, inflates=inflates)
     heard: list[Frame] = []
     try:
         for event in itertools.chain.from_iterable(map(parser.feed, pieces)):
@@ -114,7 +115,7 @@ def parsed(pieces: Iterable[bytes], *, inflates: bool) -> tuple[list[Frame], int
                 heard.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
     except BreachError as breach:
         return heard, breach.close.code
-    raise EOFError("the connection stays open")
+    return heard, None
 
 
 async def next_frame(raw: RawClient) -> Frame:

@@ -1,7 +1,6 @@
 """Relays for the tests: one that all share, and as many of a test's own as it likes."""
 
 import asyncio
-import inspect
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from tests.issuer import SECRET
 from tests.programs import ANY_REDIS, NATS, needed
 from tests.relay_process import Relay, merged
 
-pytest_plugins = ["tests.fast", "tests.not_tested", "tests.time_limit"]
+pytest_plugins = ["tests.browser", "tests.fast", "tests.not_tested", "tests.time_limit"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in its background, and the commands under test would inherit it.
@@ -99,13 +98,7 @@ def channel() -> str:
 
 
 @pytest.fixture
-def may_fork(request: pytest.FixtureRequest) -> bool:
-    """Whether a test's relays may be forks: not where it measures memory, which forks share."""
-    return "rss_bytes" not in inspect.getsource(request.module)
-
-
-@pytest.fixture
-def relay_with(tmp_path: Path, may_fork: bool) -> Iterator[StartRelay]:
+def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
     """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
     started: list[Relay] = []
     with ExitStack() as stack:
@@ -113,7 +106,7 @@ def relay_with(tmp_path: Path, may_fork: bool) -> Iterator[StartRelay]:
         def start(env: dict[str, str] | None = None, **settings: Any) -> Relay:
             directory = tmp_path / f"relay-{len(started)}"
             directory.mkdir()
-            relay = Relay(directory, settings, env, may_fork=may_fork)
+            relay = Relay(directory, settings, env)
             started.append(relay)
             return stack.enter_context(relay)
 
@@ -181,7 +174,7 @@ async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 @pytest.fixture
-def replicas_with(broker: Broker, tmp_path: Path, may_fork: bool) -> Iterator[StartReplicas]:
+def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
     """Start relays on the broker."""
     with ExitStack() as stack:
         started: list[Relay] = []
@@ -191,11 +184,7 @@ def replicas_with(broker: Broker, tmp_path: Path, may_fork: bool) -> Iterator[St
             for _ in range(count):
                 directory = tmp_path / f"relay-{len(started)}"
                 directory.mkdir()
-                relay = Relay(
-                    directory,
-                    merged({"backplane": {"url": broker.url}}, settings),
-                    may_fork=may_fork,
-                )
+                relay = Relay(directory, merged({"backplane": {"url": broker.url}}, settings))
                 started.append(stack.enter_context(relay))
                 new.append(relay)
             return new

@@ -1,4 +1,4 @@
-"""Start relays as forks of a process that has imported the relay already.
+"""Run the relay and its commands as forks of a process that has imported the relay already.
 
 An interpreter that starts and imports the relay takes half a second of processor time; a fork takes
 a hundredth of a second. A fork is a process like any other: it has its own event loop, working
@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ MAX_DESCRIPTORS = 65_536
 
 
 class Forked:
-    """A relay's process, with what the tests need of `subprocess.Popen`.
+    """A process, with what the tests need of `subprocess.Popen`.
 
     Args:
         pid: of the process.
@@ -74,32 +75,53 @@ class Forked:
 
 
 class Forks:
-    """Starts relays; the process that forks is started when it is first needed."""
+    """Starts processes; the one that forks is started when it is first needed."""
 
     def __init__(self) -> None:
         self._control: socket.socket | None = None
         self._lock = threading.Lock()
 
-    def start(self, arguments: Sequence[str], directory: Path, env: Mapping[str, str]) -> Forked:
-        """Start a relay.
+    def run(
+        self, arguments: Sequence[str], directory: Path, env: Mapping[str, str], timeout_s: float
+    ) -> tuple[int, str, str]:
+        """Run a command to its end, which is at the time-out; see `start`.
+
+        Returns:
+            Its exit status, standard output and standard error.
+        """
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as stdout:
+            process = self.start(arguments, directory, env, stdout.fileno())
+            clock = threading.Timer(timeout_s, process.kill)
+            clock.start()
+            with process.stderr:
+                errors = process.stderr.read()
+            code = process.wait()
+            clock.cancel()
+            stdout.seek(0)
+            return code, stdout.read(), errors
+
+    def start(
+        self, arguments: Sequence[str], directory: Path, env: Mapping[str, str], stdout: int
+    ) -> Forked:
+        """Start a command.
 
         Args:
             arguments: of the command line.
             directory: where it works.
             env: all of its environment.
+            stdout: its standard output, which the caller closes.
         """
         status, write_status = os.pipe()
         stderr, write_stderr = os.pipe()
+        theirs = [write_stderr, write_status]
         request = {"arguments": arguments, "directory": str(directory), "env": dict(env)}
         with self._lock:
             if self._control is None:
                 self._control = self._launch()
-            socket.send_fds(
-                self._control, [json.dumps(request).encode()], [write_stderr, write_status]
-            )
+            socket.send_fds(self._control, [json.dumps(request).encode()], [stdout, *theirs])
             (pid,) = STATUS.unpack(self._control.recv(STATUS.size))
-        os.close(write_status)
-        os.close(write_stderr)
+        for descriptor in theirs:
+            os.close(descriptor)
         return Forked(pid, open(stderr, encoding="utf-8"), status)
 
     def _launch(self) -> socket.socket:
@@ -136,14 +158,15 @@ def serve(control: socket.socket) -> bool:
             os.read(awake, 1024)
             _tell_ends(running)
         if control.fileno() in ready:
-            content, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
+            content, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
             if not content:  # the tests have ended
                 return False
-            stderr, status = descriptors
+            stdout, stderr, status = descriptors
             pid = os.fork()
             if pid == 0:
-                _become(json.loads(content), stderr)
+                _become(json.loads(content), stdout, stderr)
                 return True
+            os.close(stdout)
             os.close(stderr)
             running[pid] = status
             control.send(STATUS.pack(pid))
@@ -160,10 +183,11 @@ def _tell_ends(running: dict[int, int]) -> None:
             os.close(pipe)
 
 
-def _become(request: Mapping[str, object], stderr: int) -> None:
+def _become(request: Mapping[str, object], stdout: int, stderr: int) -> None:
     """Be like a new interpreter that was started for the request."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.closerange(3, MAX_DESCRIPTORS)
     env, directory, arguments = request["env"], request["directory"], request["arguments"]
@@ -177,7 +201,7 @@ def _become(request: Mapping[str, object], stderr: int) -> None:
 
 
 def main() -> int:
-    """Serve; in a fork, run the relay."""
+    """Serve; in a fork, run the command."""
     from service.__main__ import main as run
 
     # What the relay imports only where settings ask for it, too.

@@ -39,7 +39,11 @@ class Program:
         return next((Path(path) for path in paths if path is not None), None)
 
 
-CHROMIUM = Program("Chromium", ("chromium", "chromium-browser", "google-chrome"), "chromium")
+CHROMIUM = Program(
+    "Chromium",
+    ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"),
+    "chromium-headless-shell",
+)
 CURL = Program("curl", ("curl",), "curl")
 HAPROXY = Program("HAProxy", ("haproxy",), "haproxy")
 MMDEBSTRAP = Program("mmdebstrap", ("mmdebstrap",), "mmdebstrap")

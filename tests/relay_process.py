@@ -78,8 +78,15 @@ class Finished:
 
 
 def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
-    """Run the command line to its end."""
-    return run_python("-m", "service", *arguments, directory=directory, env=env)
+    """Run the command line to its end, in the way that takes the least."""
+    if not _may_fork(env):
+        return run_python("-m", "service", *arguments, directory=directory, env=env)
+    return Finished(*FORKS.run(arguments, directory, environment(env), PATIENCE_S))
+
+
+def _may_fork(env: Mapping[str, str] | None) -> bool:
+    """Tell whether a process may be a fork (tests/forks.py): not where Python itself is told."""
+    return sys.platform == "linux" and not any(name.startswith("PYTHON") for name in env or {})
 
 
 def run_python(
@@ -133,7 +140,6 @@ class Relay:
         env: Mapping[str, str] | None = None,
         *,
         max_descriptors: int | None = None,
-        may_fork: bool = False,
     ) -> None:
         """Prepare a relay that listens on ports of the kernel's choice.
 
@@ -142,14 +148,12 @@ class Relay:
             settings: what differs from a quiet relay on the loopback interface.
             env: further environment variables.
             max_descriptors: what the process may have open at a time (RLIMIT_NOFILE, hard).
-            may_fork: whether `with` may start it as a fork (tests/forks.py).
         """
         self.settings = merged(QUIET_SETTINGS, settings or {})
         self._directory = directory
         self._env = environment(env)
         self._max_descriptors = max_descriptors
-        changes_python = any(name.startswith("PYTHON") for name in env or {})
-        self._forks = may_fork and sys.platform == "linux" and not changes_python
+        self._forks = max_descriptors is None and _may_fork(env)
         self._lines: list[str] = []
         self._log_ended = False
         self._log_grew = threading.Condition()
@@ -182,7 +186,8 @@ class Relay:
             self.launch()
             return
         arguments = ["--config-file", str(self._write_settings())]
-        self._process = FORKS.start(arguments, self._directory, self._env)
+        with open(os.devnull, "wb") as nothing:
+            self._process = FORKS.start(arguments, self._directory, self._env, nothing.fileno())
         self._read_log_beside()
 
     def launch(self) -> None:
@@ -244,16 +249,17 @@ class Relay:
         return await self.exit_code()
 
     def rss_bytes(self) -> int:
-        """Return the memory that the process has in RAM."""
-        return self._status_bytes("VmRSS")
+        """Return the memory of its own that the process has in RAM: libraries do not count."""
+        return self._status_bytes("RssAnon")
 
     def peak_rss_bytes(self) -> int:
         """Return the most memory that the process had in RAM since `forget_peak`."""
         return self._status_bytes("VmHWM")
 
-    def forget_peak(self) -> None:
-        """Have `peak_rss_bytes` begin anew (proc(5), clear_refs)."""
+    def forget_peak(self) -> int:
+        """Have `peak_rss_bytes` begin anew (proc(5), clear_refs), and return where it begins."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        return self.peak_rss_bytes()
 
     def _status_bytes(self, field: str) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()

@@ -70,8 +70,7 @@ async def watched(relay: Relay) -> AsyncIterator[Watch]:
     async with asyncio.TaskGroup() as group:
         talking = group.create_task(talk())
         await is_heard()
-        relay.forget_peak()
-        started_bytes = relay.rss_bytes()
+        started_bytes = relay.forget_peak()
         yield watch
         await is_heard()
         talking.cancel()

@@ -595,8 +595,7 @@ async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
             await stack.enter_async_context(deflating(relay, f"of-{number}"))
             for number in range(count)
         ]
-        relay.forget_peak()
-        before_bytes = relay.rss_bytes()
+        before_bytes = relay.forget_peak()
         await asyncio.gather(*(publisher.send(one) for publisher in publishers))
         await relay.metric_is("websocket_messages_total", count)
         for publisher in publishers:

@@ -23,6 +23,8 @@ from tests.issuer import EVERYTHING, SECRET, token
 from tests.programs import ANY_REDIS, needed
 from tests.relay_process import Relay, receive, receive_many
 
+pytestmark = browser.SHARED
+
 KEPT = 500
 """Messages that the page keeps."""
 

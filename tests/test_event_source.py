@@ -12,6 +12,8 @@ from tests.relay_process import Relay, eventually, path_of, receive
 from tests.test_relay_js import site
 from tests.test_resume import numbers
 
+pytestmark = browser.SHARED
+
 LISTEN = """url => {
     Object.assign(window, {heard: [], refused: false, source: new EventSource(url)});
     source.onmessage = ({data}) => heard.push(data);

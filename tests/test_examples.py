@@ -23,6 +23,8 @@ from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Finished, Relay, environment, receive
 
+pytestmark = browser.SHARED
+
 CLIENT_PY = ROOT / "examples" / "client.py"
 CLIENT_HTML = ROOT / "examples" / "client.html"
 MAKE_TOKEN_PY = ROOT / "examples" / "make_token.py"

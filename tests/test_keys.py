@@ -64,7 +64,7 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
         def launch(**settings: Any) -> Relay:
             relay = Relay(tmp_path, settings)
             stack.callback(relay.end)
-            relay.launch()
+            relay.start()
             relay.await_log("relay listening")
             return relay
 

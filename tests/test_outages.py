@@ -445,7 +445,7 @@ def relay_on(kept: BrokerLog, tmp_path: Path) -> Iterator[StartRelay]:
             backplane = {"backplane": {"url": kept.url}}
             relay = Relay(directory, merged(backplane, settings))
             stack.callback(relay.end)
-            relay.launch()
+            relay.start()
             return relay
 
         yield start

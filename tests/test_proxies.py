@@ -133,7 +133,7 @@ async def speak(client: Client, name: str, is_over: asyncio.Event) -> list[str]:
         while not is_over.is_set():
             said.append(f"{name} {len(said)}")
             await client.send(said[-1])
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
     return said
 
 
@@ -150,6 +150,7 @@ class Visits:
             try:
                 async with site.visitor("elsewhere"):
                     self.count += 1
+                await asyncio.sleep(0.02)
             except (InvalidStatus, OSError, EOFError):
                 self.refused += 1
 

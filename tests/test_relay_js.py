@@ -11,6 +11,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Page
 from websockets.asyncio.server import ServerConnection, serve
 
@@ -22,6 +23,8 @@ from tests.raw_client import PATIENCE_S
 from tests.relay_process import ROOT, Relay, path_of, receive, receive_many
 from tests.test_examples import a_token
 from tests.test_resume import RELAY_V1, numbers, say
+
+pytestmark = browser.SHARED
 
 RELAY_JS = ROOT / "service" / "console" / "relay.js"
 
@@ -168,7 +171,7 @@ async def a_tab() -> AsyncIterator[Tab]:
         yield await load(page, here.origin)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def tab() -> AsyncIterator[Tab]:
     async with a_tab() as opened:
         yield opened

@@ -30,13 +30,12 @@ async def say_steadily(client: ClientConnection, messages: Sequence[Message]) ->
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("count", [2, 4])
 async def test_what_is_said_on_any_replica_is_heard_on_all_in_one_order(
-    replicas_with: StartReplicas, count: int
+    replicas_with: StartReplicas,
 ) -> None:
-    relays = replicas_with(count)
-    total = 10_000
-    each = total // (2 * count)
+    relays = replicas_with(3)
+    each = 1_000
+    total = each * 2 * len(relays)
     async with AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(relay.client("news", max_queue=None))
@@ -59,7 +58,7 @@ async def test_a_broker_that_is_killed_and_started_again_loses_nothing(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     one, two = replicas_with(2)
-    count = 5_000
+    count = 2_000
     async with one.client("news", max_queue=None) as a, two.client("news", max_queue=None) as b:
 
         async def talk() -> None:
@@ -134,7 +133,7 @@ def in_turn(heard: Sequence[Message]) -> bool:
     return True
 
 
-async def test_a_broker_that_is_frozen_for_ten_seconds_fills_no_memory_and_repeats_nothing(
+async def test_a_broker_that_is_frozen_fills_no_memory_and_repeats_nothing(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     relays = replicas_with(2, limits={"total_backlog_bytes": 16 << 20})
@@ -147,7 +146,7 @@ async def test_a_broker_that_is_frozen_for_ten_seconds_fills_no_memory_and_repea
             await receive_many(listener, 1_000)
             before = [relay.rss_bytes() for relay in relays]
             broker.freeze()
-            until = asyncio.get_running_loop().time() + 10
+            until = asyncio.get_running_loop().time() + 5
             # On a busy machine it takes a while until a client reads that it is refused.
             while asyncio.get_running_loop().time() < until or min(refused.values()) < 2:
                 for relay, size in zip(relays, before, strict=True):
@@ -253,7 +252,7 @@ async def test_the_clients_of_a_relay_that_is_killed_go_on_at_another(
 ) -> None:
     one, two = relays = list(replicas_with(2))
     followers = await followers_of(two, 6)
-    count = 3_000
+    count = 1_000
 
     async def talk() -> None:
         async with two.client("news", max_queue=None) as client:
@@ -287,7 +286,7 @@ async def speak(relays: Sequence[Relay], name: str, is_over: asyncio.Event) -> S
                     message = f"{name}: {len(said)}"
                     await client.send(message)
                     said.append(message)
-                    await asyncio.sleep(0.001)
+                    await asyncio.sleep(0.005)
         except (OSError, ConnectionClosed, InvalidStatus, EOFError):
             await asyncio.sleep(0.05)
     return said

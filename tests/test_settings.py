@@ -577,7 +577,7 @@ def test_keys_that_nobody_is_asked_for_are_a_warning(
     done = check(yaml.safe_dump(settings))
     assert effective(done)
     assert done.error_lines == [f"websocket-relay: warning: {text} (unused: {unused})"]
-    with Relay(tmp_path, settings, may_fork=True) as relay:
+    with Relay(tmp_path, settings) as relay:
         (warning,) = (event for event in relay.log_events if event["level"] == "warning")
         assert (warning["event"], warning["unused"]) == (text, unused)
         assert SECRET not in "".join(relay.log_lines)
@@ -792,7 +792,7 @@ def test_a_short_secret_is_a_warning(
     facts = f"(algorithm: {algorithm}, min_bytes: {least})"
     line = f"websocket-relay: warning: auth.jwt.secret is short {facts}"
     assert (done.exit_code, done.error_lines) == (0, [line] * warns)
-    with Relay(tmp_path, settings, may_fork=True) as relay:
+    with Relay(tmp_path, settings) as relay:
         warnings = [event for event in relay.log_events if event["level"] == "warning"]
         assert [event["event"] for event in warnings] == ["auth.jwt.secret is short"] * warns
         assert [event["algorithm"] for event in warnings] == [algorithm] * warns
