@@ -230,8 +230,9 @@ async def test_the_worst_goes_first_where_all_backlogs_together_are_too_many(
         sent = dict.fromkeys(stalled, 0)
 
         async def publish(name: str) -> None:
-            await publish_and_hear(publishers[name], numbered(sent[name]))
-            sent[name] += 1
+            for _ in range(6):  # to look at the metrics takes longer
+                await publish_and_hear(publishers[name], numbered(sent[name]))
+                sent[name] += 1
 
         # Shares of 6, 3 and 3 and a bit make more than the 12 that all may have.
         for name, total in (("worst", 6 * MIB), ("second", 9 * MIB)):
@@ -289,10 +290,13 @@ async def read_stream(
 
 
 async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
-    """Publish as fast as the socket takes it, to three readers that are slower than that.
+    """Publish as fast as the socket takes it, to a reader that is slower than that.
+
+    It is half of its channel, so it is waited for. One of several who falls behind the others, as
+    on a busy machine one may, is waited for two seconds and then closed.
 
     Returns:
-        By how many bytes the publisher was ahead of the slowest reader, at most.
+        By how many bytes the publisher was ahead of the reader, at most.
     """
     wire = b"".join(frame(BINARY, payload) for payload in payloads)
     relayed = b"".join(relayed_frame(BINARY, payload) for payload in payloads)
@@ -303,7 +307,7 @@ async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
     started_rss = relay.rss_bytes()
     highest_rss = 0
     farthest_ahead = 0
-    progress = [0, 0, 0, 0]
+    progress = [0, 0]
 
     async def publish(publisher: RawClient) -> None:
         nonlocal farthest_ahead, highest_rss
@@ -314,17 +318,13 @@ async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
 
     async with (
         relay.raw_client("news") as publisher,
-        relay.raw_client("news", receive_buffer_bytes=MESSAGE_BYTES) as first,
-        relay.raw_client("news", receive_buffer_bytes=MESSAGE_BYTES) as second,
-        relay.raw_client("news", receive_buffer_bytes=MESSAGE_BYTES) as third,
+        relay.raw_client("news", receive_buffer_bytes=MESSAGE_BYTES) as reader,
     ):
         async with asyncio.TaskGroup() as group:
             group.create_task(publish(publisher))
             digests = [
                 group.create_task(read_stream(raw, total_bytes, progress, index, pause_s))
-                for index, (raw, pause_s) in enumerate(
-                    ((publisher, 0.0), (first, 0.001), (second, 0.001), (third, 0.001))
-                )
+                for index, (raw, pause_s) in enumerate(((publisher, 0.0), (reader, 0.001)))
             ]
         highest_rss = max(highest_rss, relay.rss_bytes())
         assert {digest.result() for digest in digests} == {expected.hexdigest()}
@@ -332,7 +332,7 @@ async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
         assert metrics.value("websocket_disconnections_total") == 0
         assert metrics.value("websocket_drops_total") == 0
         assert metrics.value("websocket_messages_total") == len(payloads) * repeats
-        assert metrics.value("websocket_owed_total") == 4 * len(payloads) * repeats
+        assert metrics.value("websocket_owed_total") == 2 * len(payloads) * repeats
     assert highest_rss < started_rss + 60 * MIB
     await assert_books_balance(relay)
     return farthest_ahead
@@ -432,14 +432,12 @@ async def test_a_flood_over_tls_is_slowed_and_nothing_is_lost(tls_relay_with: St
 
     async with (
         relay.client("news") as publisher,
-        relay.client("news", max_queue=4) as first,
-        relay.client("news", max_queue=4) as second,
+        relay.client("news", max_queue=4) as reader,  # half of the channel: see `flood`
     ):
         async with asyncio.TaskGroup() as group:
             group.create_task(publish(publisher))
             group.create_task(read(publisher, 0.0))
-            group.create_task(read(first, 0.001))
-            group.create_task(read(second, 0.001))
+            group.create_task(read(reader, 0.001))
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
     assert highest_rss < started_rss + 60 * MIB
