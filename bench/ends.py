@@ -3,7 +3,7 @@
 usage: python -m bench.ends log|bare URL
 
 Takes commands as lines of JSON on standard input, and answers each with one. Knows no measurement
-and no relay: a log is held as `service.app` holds it, with nobody on the other side.
+and no relay: a log is held as `websocket_relay.app` holds it, with nobody on the other side.
 """
 
 import asyncio
@@ -19,12 +19,11 @@ import nats
 import redis.asyncio as redis
 import uvloop
 from nats.js.api import StreamConfig
-
-from service.backplane.base import Entry
-from service.backplane.open import open_backplane
-from service.backplane.packet import Packet, pack, unpack
-from service.settings import Settings
-from service.wire.gate import Gate
+from websocket_relay.backplane.base import Entry
+from websocket_relay.backplane.open import open_backplane
+from websocket_relay.backplane.packet import Packet, pack, unpack
+from websocket_relay.settings import Settings
+from websocket_relay.wire.gate import Gate
 
 MESSAGE_BYTES = 128
 STAMP = struct.Struct("<q")

@@ -17,12 +17,13 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
+from websocket_relay.backplane.base import Entry, Position
+from websocket_relay.relay import history
+
 from bench import machine
 from bench.__main__ import RESULTS
 from bench.report import origin, table
 from bench.servers import ROOT
-from service.backplane.base import Entry, Position
-from service.relay import history
 
 PAYLOAD = b"." * 128
 MESSAGES = 60_000  # measured, after half as many that fill the history
@@ -69,7 +70,7 @@ def _cost_ns(module: ModuleType, entries: Sequence[Entry], bounds: tuple[int, in
 
 def _history_of(commit: str) -> ModuleType:
     """Load the module as it was at a commit."""
-    path = f"{commit}:service/relay/history.py"
+    path = f"{commit}:service/websocket_relay/relay/history.py"
     command = ("git", "show", path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     module = ModuleType("history_before")

@@ -114,7 +114,7 @@ def _relay(checkout: Path) -> Iterator[dict[str, int]]:
         file = Path(directory) / "relay.json"
         file.write_text(json.dumps(SETTINGS))  # JSON is YAML
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--config-file", str(file)],
+            [sys.executable, "-m", "websocket_relay", "--config-file", str(file)],
             cwd=checkout,
             env=os.environ | {"PYTHONPATH": str(checkout)},
             stderr=subprocess.PIPE,

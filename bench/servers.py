@@ -71,7 +71,7 @@ def _bearer() -> str:
 RELAY = Server(
     "relay",
     "websocket-relay",
-    (sys.executable, "-m", "service", "--config-file", str(prepare.HERE / "relay.yaml")),
+    (sys.executable, "-m", "websocket_relay", "--config-file", str(prepare.HERE / "relay.yaml")),
     _nothing,
     reference=True,
     environment=(
@@ -235,7 +235,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def with_tls(server: Server) -> Iterator[tuple[Server, ssl.SSLContext]]:
     """Make a certificate; yield the relay that serves it, and what its clients trust."""
     with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "service", "dev-cert", "--directory", folder)
+        command = (sys.executable, "-m", "websocket_relay", "dev-cert", "--directory", folder)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         tls = (
             ("RELAY__SERVER__TLS__ENABLED", "true"),

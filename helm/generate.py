@@ -1,8 +1,8 @@
 """Write what in chart and manifests follows from something else: `make chart`.
 
-Owns values.yaml's `config` and values.schema.json (from service/settings.py), the table in the
-chart's README (from the comments in values.yaml) and k8s/base (from the chart). Knows nothing of
-where Helm comes from.
+Owns values.yaml's `config` and values.schema.json (from the settings), the table in the chart's
+README (from the comments in values.yaml) and k8s/base (from the chart). Knows nothing of where Helm
+comes from.
 """
 
 import json
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from service import settings
+from websocket_relay import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "websocket-relay"

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from service.errors import Close
-from service.wire.frames import BreachError
-from service.wire.parser import Parser
+from websocket_relay.errors import Close
+from websocket_relay.wire.frames import BreachError
+from websocket_relay.wire.parser import Parser
+
 from tests.raw_client import (
     BINARY,
     CLOSE,

@@ -202,11 +202,11 @@ def _become(request: Mapping[str, object], stdout: int, stderr: int) -> None:
 
 def main() -> int:
     """Serve; in a fork, run the command."""
-    from service.__main__ import main as run
+    from websocket_relay.__main__ import main as run
 
     # What the relay imports only where settings ask for it, too.
     for module in ("cli", "server", "backplane.nats", "backplane.redis", "admission.tokens"):
-        __import__(f"service.{module}")
+        __import__(f"websocket_relay.{module}")
     return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
 
 

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import nats
 import redis.asyncio as redis
+from websocket_relay.backplane.base import Backplane, Entry, Position, State
+from websocket_relay.backplane.open import open_backplane
 
-from service.backplane.base import Backplane, Entry, Position, State
-from service.backplane.open import open_backplane
 from tests.brokers import (
     Broker,
     NatsBroker,

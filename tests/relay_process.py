@@ -30,6 +30,7 @@ from tests.forks import FORKS, Forked
 from tests.raw_client import PATIENCE_S, RawClient, raw_websocket
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "service" / "websocket_relay"
 POLL_S = 0.02
 HOST = "127.0.0.1"
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
@@ -80,7 +81,7 @@ class Finished:
 def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
     """Run the command line to its end, in the way that takes the least."""
     if not _may_fork(env):
-        return run_python("-m", "service", *arguments, directory=directory, env=env)
+        return run_python("-m", "websocket_relay", *arguments, directory=directory, env=env)
     return Finished(*FORKS.run(arguments, directory, environment(env), PATIENCE_S))
 
 
@@ -193,7 +194,7 @@ class Relay:
     def launch(self) -> None:
         """Start the process as an interpreter of its own, without waiting until it serves."""
         file = self._write_settings()
-        command = [sys.executable, "-m", "service", "--config-file", str(file)]
+        command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
         if self._max_descriptors is not None:
             limits = 'ulimit -Sn $0 && ulimit -Hn $0 && exec "$@"'
             command = ["/bin/sh", "-c", limits, str(self._max_descriptors), *command]

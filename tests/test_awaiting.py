@@ -1,10 +1,9 @@
 """Those who wait until messages of a replica come back from the log."""
 
 import pytest
-
-from service.backplane.awaiting import Awaiting
-from service.backplane.base import Position
-from service.backplane.remote import LIVES
+from websocket_relay.backplane.awaiting import Awaiting
+from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.remote import LIVES
 
 pytestmark = pytest.mark.fast
 

@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from websocket_relay.backplane import remote
+from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.open import open_backplane
+from websocket_relay.errors import UnfitError
 
-from service.backplane import remote
-from service.backplane.base import Position
-from service.backplane.open import open_backplane
-from service.errors import UnfitError
 from tests.certificates import make_pair
 from tests.logs_kept import (
     BrokerLog,
@@ -68,7 +68,7 @@ def nothing_goes_unnoticed(caplog: pytest.LogCaptureFixture) -> object:
     assert [
         record.getMessage()
         for record in caplog.records
-        if not record.name.startswith("service") and record.levelno > logging.WARNING
+        if not record.name.startswith("websocket_relay") and record.levelno > logging.WARNING
     ] == []
 
 
@@ -456,7 +456,7 @@ async def test_an_append_whose_answer_was_lost_is_there_once(
 async def test_a_stream_keeps_no_more_bytes_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.backplane.open.KEPT_BYTES", 2_000_000)
+    monkeypatch.setattr("websocket_relay.backplane.open.KEPT_BYTES", 2_000_000)
     replica = await kept.replica()
     said = [b"%d " % number + bytes(50_000) for number in range(200)]
     for number, payload in enumerate(said):
@@ -473,7 +473,7 @@ async def test_a_stream_keeps_no_more_bytes_than_it_should(
 async def test_a_stream_keeps_nothing_much_longer_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.backplane.open.KEPT_AGE_S", 1.0)
+    monkeypatch.setattr("websocket_relay.backplane.open.KEPT_AGE_S", 1.0)
     replica = await kept.replica()
     for number in range(10):
         replica.say(bytes(10_000))
@@ -697,7 +697,7 @@ def test_a_url_that_is_of_no_use_is_a_clear_error_without_its_secrets(url: str) 
 
 def test_no_library_is_loaded_that_is_not_asked_for() -> None:
     code = (
-        "import sys; import service.backplane.open; "
+        "import sys; import websocket_relay.backplane.open; "
         "sys.exit(any(name in sys.modules for name in ('redis', 'nats')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from websocket_relay.admission.jwks import Jwks
+from websocket_relay.client import Relay as Client
+from websocket_relay.metrics import Metrics
+from websocket_relay.relay.history import History
+from websocket_relay.relay.keepalive import keep_alive
+from websocket_relay.tasks import AGAIN_S, Deadline, cancel, cancellable
+from websocket_relay.tls import Certificates
+from websocket_relay.wire.shared import Clients
 
-from service.admission.jwks import Jwks
-from service.client import Relay as Client
-from service.metrics import Metrics
-from service.relay.history import History
-from service.relay.keepalive import keep_alive
-from service.tasks import AGAIN_S, Deadline, cancel, cancellable
-from service.tls import Certificates
-from service.wire.shared import Clients
 from tests.certificates import make_pair
 from tests.issuer import KeyServer, key_set, signer
 from tests.logs_kept import Replica, broker_of

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+from websocket_relay.backplane.base import Position
 
 from bench.chaos.checker import (
     HISTORY_FACTOR,
@@ -29,7 +30,6 @@ from bench.chaos.observations import (
     named,
     payload_of,
 )
-from service.backplane.base import Position
 
 AT_REST: Mapping[str, float] = {
     "owed_total": 10,

@@ -11,9 +11,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from websocket_relay.settings import LEAVES, Settings
 
 from helm.generate import files, rows
-from service.settings import LEAVES, Settings
 from tests.helm import (
     CHART,
     CHART_YAML,

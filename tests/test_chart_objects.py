@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from websocket_relay.settings import load
 
-from service.settings import load
 from tests.helm import (
     CHART,
     RELEASE,

@@ -10,9 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from websockets.asyncio.server import ServerConnection, serve
-
-from service.client import (
+from websocket_relay.client import (
     Abandoned,
     AddressError,
     AwayError,
@@ -22,9 +20,11 @@ from service.client import (
     Message,
     UnsentError,
 )
-from service.client import Relay as Client
-from service.client.outbox import Outbox, size_of
-from service.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
+from websocket_relay.client import Relay as Client
+from websocket_relay.client.outbox import Outbox, size_of
+from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
+from websockets.asyncio.server import ServerConnection, serve
+
 from tests.brokers import RedisBroker
 from tests.certificates import make_pair
 from tests.conftest import StartRelay

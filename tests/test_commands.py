@@ -18,12 +18,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from websocket_relay.client import MAX_MESSAGE_BYTES
+from websocket_relay.commands.crowd import Client, Form, control_frame, frame_head
+from websocket_relay.commands.summary import Load, Result, table
+from websocket_relay.commands.tally import Latencies, Tally
 from websockets.asyncio.client import ClientConnection
 
-from service.client import MAX_MESSAGE_BYTES
-from service.commands.crowd import Client, Form, control_frame, frame_head
-from service.commands.summary import Load, Result, table
-from service.commands.tally import Latencies, Tally
 from tests.conftest import StartRelay
 from tests.issuer import SECRET, token
 from tests.proxy import Proxy
@@ -93,7 +93,7 @@ async def running(
 ) -> AsyncIterator[Command]:
     """Run a command with a keyboard that a test types on."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", *arguments,
+        sys.executable, "-m", "websocket_relay", *arguments,
         stdin=stdin, stdout=stdout, stderr=stderr,
         env=environment({"no_proxy": "*"} | (env or {})),
     )  # fmt: skip
@@ -244,7 +244,7 @@ async def test_listen_ends_well_when_its_reader_has_had_enough(relay: Relay, cha
         for number in range(2_000):
             await other.send(str(number))
             await receive(other)
-    command = f"{sys.executable} -m service listen --history 2000 {url} | head -n 2"
+    command = f"{sys.executable} -m websocket_relay listen --history 2000 {url} | head -n 2"
     done = await asyncio.to_thread(
         subprocess.run,
         ["bash", "-o", "pipefail", "-c", command],
@@ -761,7 +761,7 @@ AS_ON_WINDOWS = """
 import signal, sys
 sys.modules |= dict.fromkeys(["resource", "uvloop"])
 del signal.pthread_sigmask, signal.sigwait
-from service.__main__ import main
+from websocket_relay.__main__ import main
 sys.exit(main())
 """
 

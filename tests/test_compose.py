@@ -17,10 +17,10 @@ from typing import Any, Self
 
 import pytest
 import yaml
+from websocket_relay.settings import Settings
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from service.settings import Settings
 from tests.brokers import RedisBroker, free_port
 from tests.programs import ANY_REDIS, NGINX, needed
 from tests.raw_client import PATIENCE_S

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
+from websocket_relay.wire.deflate import negotiate
+from websocket_relay.wire.parser import HALF, PAUSE, Parser
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 
-from service.wire.deflate import negotiate
-from service.wire.parser import HALF, PAUSE, Parser
 from tests.conformance import (
     CASES,
     MIB,

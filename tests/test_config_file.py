@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from service.settings import Settings, default_file, load
+from websocket_relay.settings import Settings, default_file, load
 
 pytestmark = pytest.mark.fast
 

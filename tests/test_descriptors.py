@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from websocket_relay import descriptors
+from websocket_relay.descriptors import AT_START, RESERVED, Descriptors, count_open
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
-from service import descriptors
-from service.descriptors import AT_START, RESERVED, Descriptors, count_open
 from tests.brokers import Broker
 from tests.certificates import Pair
 from tests.conftest import StartRelay

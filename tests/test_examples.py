@@ -15,9 +15,9 @@ from typing import Literal
 import jwt
 import pytest
 from playwright.async_api import Locator, Page, expect
+from websocket_relay.settings import Settings
 from websockets.asyncio.server import ServerConnection, serve
 
-from service.settings import Settings
 from tests import browser
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S

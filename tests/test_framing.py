@@ -3,8 +3,7 @@
 import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from service.wire.framing import CHUNKS_AT_ONCE, Framing
+from websocket_relay.wire.framing import CHUNKS_AT_ONCE, Framing
 
 INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
 REQUESTS = {

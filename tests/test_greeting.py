@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from websocket_relay.greeting import greeting
+from websocket_relay.settings import Settings
 
-from service.greeting import greeting
-from service.settings import Settings
 from tests.certificates import make_pair
 from tests.programs import BESIDE_PYTHON
 from tests.raw_client import PATIENCE_S
@@ -81,7 +81,7 @@ def started(directory: Path, settings: Mapping[str, Any]) -> Iterator["subproces
     """Start a relay whose standard output is read."""
     file = directory / "relay.yaml"
     file.write_text(yaml.safe_dump(merged(QUIET_SETTINGS, settings)))
-    command = [sys.executable, "-m", "service", "--config-file", str(file)]
+    command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
     with subprocess.Popen(
         command,
         env=environment(PATHS),

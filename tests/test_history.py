@@ -6,10 +6,15 @@ from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from service.backplane.base import START, Entry, Position
-from service.relay.history import CHANNEL_BYTES, ENTRY_BYTES, OLD_AT_ONCE, ROOM_PART, History
-from service.relay.ranking import PRECISION, STARTS, Ranking, Share
+from websocket_relay.backplane.base import START, Entry, Position
+from websocket_relay.relay.history import (
+    CHANNEL_BYTES,
+    ENTRY_BYTES,
+    OLD_AT_ONCE,
+    ROOM_PART,
+    History,
+)
+from websocket_relay.relay.ranking import PRECISION, STARTS, Ranking, Share
 
 AGE_S = 10.0
 

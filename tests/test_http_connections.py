@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from websocket_relay.errors import Refusal
+from websocket_relay.wire.plain import STARTS_A_TURN, PlainConnections
 
-from service.errors import Refusal
-from service.wire.plain import STARTS_A_TURN, PlainConnections
 from tests.conftest import StartRelay
 from tests.events_client import listening
 from tests.issuer import KeyServer, key_set, signer

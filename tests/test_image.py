@@ -257,7 +257,7 @@ def tree(tmp_path: Path) -> Path:
 def test_a_change_of_the_service_is_one_small_layer(
     engine: Engine, base: str, image: str, tree: Path
 ) -> None:
-    with (tree / "service" / "__init__.py").open("a") as file:
+    with (tree / "service" / "websocket_relay" / "__init__.py").open("a") as file:
         file.write("\n# changed\n")
     engine.make_image(f"{IMAGE}-changed", base, tree)
     before, after = (
@@ -275,7 +275,7 @@ def test_what_does_not_belong_there_is_not_sent_to_the_build(
     engine: Engine, tree: Path, tmp_path: Path
 ) -> None:
     others = (".git/config", ".venv/bin/python", "secret.txt", "key.pem", "tests/test.py",
-              "requirements/dev.lock", "service/__pycache__/cli.pyc")  # fmt: skip
+              "requirements/dev.lock", "service/websocket_relay/__pycache__/cli.pyc")  # fmt: skip
     for name in others:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("not for others")
@@ -288,5 +288,5 @@ def test_what_does_not_belong_there_is_not_sent_to_the_build(
     engine("rmi", name)
     with tarfile.open(tmp_path / "context.tar") as archive:
         sent = {member.name for member in archive if member.isfile()}
-    assert "service/cli.py" in sent
+    assert "service/websocket_relay/cli.py" in sent
     assert not sent & set(others)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, rsa
+from websocket_relay.admission import jwks
 from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
-from service.admission import jwks
 from tests.certificates import make_pair
 from tests.conftest import StartRelay
 from tests.issuer import (

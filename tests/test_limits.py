@@ -7,15 +7,15 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
+from websocket_relay.admission.addresses import Addresses, network_of
+from websocket_relay.admission.door import Admission, Upgrade
+from websocket_relay.health import Health
+from websocket_relay.rate import MAX_LATE_S, Rate
+from websocket_relay.wire.allowance import Allowance
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 
-from service.admission.addresses import Addresses, network_of
-from service.admission.door import Admission, Upgrade
-from service.health import Health
-from service.rate import MAX_LATE_S, Rate
-from service.wire.allowance import Allowance
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer
 from tests.raw_client import CONTINUATION, PING, TEXT, frame, upgrade_request
@@ -521,8 +521,8 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
 def test_a_relay_without_tokens_loads_no_code_for_them() -> None:
     script = """
 import sys
-from service import app, server
-from service.settings import Settings
+from websocket_relay import app, server
+from websocket_relay.settings import Settings
 app.build(Settings(), None, server.load_tokens(Settings()))
 print([name for name in ("jwt", "httpx2") if name in sys.modules])
 """

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from websocket_relay.backplane.base import Entry, Position
+from websocket_relay.backplane.packet import Packet, in_parts, pack
+from websocket_relay.backplane.remote import LIVES, Found, Id, RemoteBackplane, Stream
+from websocket_relay.relay.history import History
 
-from service.backplane.base import Entry, Position
-from service.backplane.packet import Packet, in_parts, pack
-from service.backplane.remote import LIVES, Found, Id, RemoteBackplane, Stream
-from service.relay.history import History
 from tests.logs_kept import Pending
 
 REPLICAS = st.integers(0, 2)

@@ -16,7 +16,7 @@ from websockets.exceptions import InvalidStatus
 from tests.conftest import StartRelay
 from tests.issuer import token
 from tests.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
-from tests.relay_process import HOST, PLAIN, ROOT, Relay, closed, environment, receive
+from tests.relay_process import HOST, PACKAGE, PLAIN, ROOT, Relay, closed, environment, receive
 from tests.test_tokens import guarding
 
 PAGE = ROOT / "docs" / "logs.md"
@@ -45,7 +45,7 @@ def documented() -> list[Event]:
 
 def logged() -> Iterator[Event]:
     """Yield what the code logs, from the calls that do."""
-    for file in sorted((ROOT / "service").rglob("*.py")):
+    for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())
         for scope in ast.walk(tree):
             if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -123,7 +123,7 @@ def test_the_table_is_sorted() -> None:
 
 @pytest.mark.fast
 def test_nobody_logs_in_another_way() -> None:
-    for file in (ROOT / "service").rglob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         if "commands" in file.parts or file.name in {"cli.py", "greeting.py"}:
             continue  # they answer who called them
         for node in ast.walk(ast.parse(file.read_text())):
@@ -215,7 +215,7 @@ async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> No
 
 SOME_PROGRAM = """
 import logging, sys, warnings
-from service import logs, settings
+from websocket_relay import logs, settings
 logs.configure(settings.Logging(format=sys.argv[1]))
 library = logging.getLogger("some.library")
 library.warning("%s is %d", "this", 1, extra={"more": [1]})

@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack
 
 import httpx2
 import pytest
+import websocket_relay.metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-import service.metrics
 from tests.conftest import StartRelay
 from tests.programs import PROMTOOL, needed
 from tests.raw_client import TEXT, frame
@@ -263,7 +263,7 @@ async def test_the_page_has_the_format_that_is_asked_for(
 
 
 async def test_requests_share_a_page_whatever_versions_of_a_format_they_name() -> None:
-    metrics = service.metrics.Metrics()
+    metrics = websocket_relay.metrics.Metrics()
     accepts = [f"application/openmetrics-text; version=1.0.{number}" for number in range(20)]
     pages = await asyncio.gather(*map(metrics.page, accepts))
     assert all(page is pages[0][0] for page, _ in pages)

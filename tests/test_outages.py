@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websocket_relay.backplane import remote
+from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.packet import Packet, in_parts, pack
+from websocket_relay.backplane.remote import LIVES, RESET
 
-from service.backplane import remote
-from service.backplane.base import Position
-from service.backplane.packet import Packet, in_parts, pack
-from service.backplane.remote import LIVES, RESET
 from tests.brokers import Broker
 from tests.conftest import StartRelay
 from tests.logs_kept import (
@@ -131,7 +131,7 @@ async def test_connections_that_are_reset_while_they_idle_cost_only_the_moment(
     assert replica.payloads == said
     assert replica.speaker.told == replica.backplane.books.lost == 0
     assert replica.backplane.books.outages == 0
-    complaints = [each for each in caplog.records if not each.name.startswith("service")]
+    complaints = [each for each in caplog.records if not each.name.startswith("websocket_relay")]
     assert [each.getMessage() for each in complaints if each.levelname == "ERROR"] == []
 
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import ROOT, Finished
+from tests.relay_process import PACKAGE, ROOT, Finished
 from tests.shell import persons_environment
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -47,13 +47,13 @@ def locked(lock: Path) -> dict[str, str]:
 def imported() -> set[str]:
     """Return the top-level modules that the service imports, its own and Python's left out."""
     found: set[str] = set()
-    for file in (ROOT / "service").rglob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names - {"service"}
+    return found - sys.stdlib_module_names - {"websocket_relay"}
 
 
 def declared() -> dict[str, Requirement]:
@@ -114,11 +114,11 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert b"websocket-relay = service.__main__:main" in archive.read(entry_points)
+        assert b"websocket-relay = websocket_relay.__main__:main" in archive.read(entry_points)
     metadata = wheel.name.rpartition("-py3")[0] + ".dist-info"
-    assert {name.partition("/")[0] for name in names} == {"service", metadata}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "service").rglob("*.py")}
-    assert sources | {"service/py.typed"} <= names
+    assert {name.partition("/")[0] for name in names} == {"websocket_relay", metadata}
+    sources = {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py")}
+    assert sources | {"websocket_relay/py.typed"} <= names
     assert f"{metadata}/licenses/LICENSE" in names
 
 
@@ -196,7 +196,7 @@ def test_make_says_in_one_line_that_a_python_is_too_old(tmp_path: Path) -> None:
 @pytest.mark.fast
 def test_nothing_is_raised_in_a_block_that_catches_a_group() -> None:
     """Python 3.11.0 to 3.11.3, Debian 12's among them, wraps it in a group that nobody catches."""
-    for file in (ROOT / "service").rglob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.TryStar):
                 within = [each for handler in node.handlers for each in ast.walk(handler)]

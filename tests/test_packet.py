@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.backplane.packet import (
+from websocket_relay.backplane.packet import (
     HEAD,
     MAX_NOTE_BYTES,
     PART,

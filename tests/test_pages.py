@@ -4,8 +4,7 @@ import asyncio
 import time
 
 import pytest
-
-from service.pages import BURST_S, COST_FACTOR, MAX_PAUSE_S, Pages
+from websocket_relay.pages import BURST_S, COST_FACTOR, MAX_PAUSE_S, Pages
 
 SLOW_S = 0.02
 

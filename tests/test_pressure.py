@@ -4,9 +4,9 @@ import logging
 from typing import Any
 
 import pytest
+from websocket_relay.admission import pressure
+from websocket_relay.errors import Refusal
 
-from service.admission import pressure
-from service.errors import Refusal
 from tests.conftest import StartRelay
 from tests.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, signer, token
 from tests.raw_client import upgrade_request
@@ -98,7 +98,7 @@ async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
 
         await eventually(look, f"{reason} told as {counts}")
 
-    with caplog.at_level(logging.WARNING, "service.admission.pressure"):
+    with caplog.at_level(logging.WARNING, "websocket_relay.admission.pressure"):
         for _ in range(8):
             limits.note(Refusal.HANDSHAKES)
         limits.note(Refusal.CHANNELS)

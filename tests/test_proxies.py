@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from websocket_relay.client import Connected, Disconnected
+from websocket_relay.client import Relay as Client
+from websocket_relay.client.events import Event
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from service.client import Connected, Disconnected
-from service.client import Relay as Client
-from service.client.events import Event
 from tests.brokers import RedisBroker, free_port
 from tests.certificates import make_pair
 from tests.programs import ANY_REDIS, needed

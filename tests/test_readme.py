@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import ConsoleMessage
+from websocket_relay.errors import Close, Refusal
 from websockets.sync.client import connect
 
-from service.errors import Close, Refusal
 from tests import browser
 from tests.conftest import StartRelay
 from tests.issuer import KeyServer, key_set, signer

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
+from websocket_relay.backplane.base import Position
+from websocket_relay.client import Relay as Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from service.backplane.base import Position
-from service.client import Relay as Client
 from tests.brokers import Broker, NatsBroker
 from tests.conftest import StartReplicas
 from tests.logs_kept import BrokerLog, NatsLog, RedisLog

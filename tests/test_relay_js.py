@@ -20,13 +20,13 @@ from tests.conftest import StartRelay
 from tests.programs import TYPESCRIPT, needed
 from tests.proxy import Connection, Proxy
 from tests.raw_client import PATIENCE_S
-from tests.relay_process import ROOT, Relay, path_of, receive, receive_many
+from tests.relay_process import PACKAGE, Relay, path_of, receive, receive_many
 from tests.test_examples import a_token
 from tests.test_resume import RELAY_V1, numbers, say
 
 pytestmark = browser.SHARED
 
-RELAY_JS = ROOT / "service" / "console" / "relay.js"
+RELAY_JS = PACKAGE / "console" / "relay.js"
 
 PAGE = """<!doctype html><title>a page</title><script type="module">
 import {Relay, RelayError} from "MODULE";

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from websocket_relay.cli import main
+from websocket_relay.errors import SettingsError
+from websocket_relay.settings import load
 
-from service.cli import main
-from service.errors import SettingsError
-from service.settings import load
 from tests.certificates import make_pair
 from tests.conftest import StartRelay
 from tests.issuer import Signer, signer

@@ -382,7 +382,7 @@ async def test_a_stop_while_it_starts_is_a_clean_stop(starting_relay: Relay) -> 
 async def test_a_stop_before_the_settings_are_read_is_a_clean_stop(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     relay = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", cwd=tmp_path, env=environment()
+        sys.executable, "-m", "websocket_relay", cwd=tmp_path, env=environment()
     )
     try:
         async with somebody_reads(tmp_path / "config.yaml"):

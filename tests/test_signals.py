@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from websocket_relay.__main__ import OTHER_COMMANDS
 
-from service.__main__ import OTHER_COMMANDS
 from tests.conftest import StartRelay
 from tests.raw_client import PATIENCE_S
 from tests.relay_process import (
@@ -101,7 +101,7 @@ def relay_process(
     """Start a relay with a command before it."""
     file = directory / "relay.yaml"
     file.write_text(yaml.safe_dump(QUIET_SETTINGS))
-    command = [*prefix, sys.executable, "-m", "service", "--config-file", str(file)]
+    command = [*prefix, sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
     return subprocess.Popen(command, cwd=directory, **options)
 
 
@@ -164,7 +164,7 @@ async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
     os.mkfifo(tmp_path / "config.yaml")
     with blocked_signals():
         command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "service", "check"), cwd=tmp_path, env=environment()
+            *(sys.executable, "-m", "websocket_relay", "check"), cwd=tmp_path, env=environment()
         )
     async with somebody_reads(tmp_path / "config.yaml"), asyncio.timeout(PATIENCE_S):
         command.terminate()

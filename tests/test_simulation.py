@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from websocket_relay.errors import Close
+from websocket_relay.relay.drain import RETRY_WINDOW_S, STEP_S, close_all
+from websocket_relay.wire.shared import Clients
 
 from bench.crowd import (
     FIRST_WAIT_S,
@@ -15,9 +18,6 @@ from bench.crowd import (
     Fleet,
     Outcome,
 )
-from service.errors import Close
-from service.relay.drain import RETRY_WINDOW_S, STEP_S, close_all
-from service.wire.shared import Clients
 from tests.relay_process import ROOT
 
 pytestmark = pytest.mark.fast

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from websocket_relay.client import Relay as Client
 from websockets.exceptions import InvalidStatus
 
-from service.client import Relay as Client
 from tests.collector import SOON, Collector, Span
 from tests.conftest import StartRelay
 from tests.issuer import token
@@ -23,8 +23,8 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 BUILD = """
 import sys
-from service import server, settings
-from service.app import build
+from websocket_relay import server, settings
+from websocket_relay.app import build
 made = build(settings.Settings(), None, None, server.load_tracing({}))
 loaded = ("opentelemetry.sdk", "opentelemetry.exporter", "google.protobuf", "requests")
 print(type(made.app).__name__, [name for name in sys.modules if name.startswith(loaded)])

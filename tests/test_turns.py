@@ -4,8 +4,7 @@ import asyncio
 from time import perf_counter
 
 import pytest
-
-from service.wire.turns import Turns
+from websocket_relay.wire.turns import Turns
 
 pytestmark = pytest.mark.fast
 

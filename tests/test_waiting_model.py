@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from websocket_relay.backplane import remote
+from websocket_relay.backplane.base import Entry, Position, State
+from websocket_relay.backplane.packet import unpack
+from websocket_relay.backplane.remote import BrokerError, Found, RemoteBackplane
 
-from service.backplane import remote
-from service.backplane.base import Entry, Position, State
-from service.backplane.packet import unpack
-from service.backplane.remote import BrokerError, Found, RemoteBackplane
 from tests.logs_kept import Pending
 
 pytestmark = pytest.mark.fast

@@ -11,17 +11,17 @@ from typing import cast
 import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
+from websocket_relay.errors import Close, Drop
+from websocket_relay.ledger import Ledger
+from websocket_relay.wire.backlog import WRITE_BYTES, Backlog, Backlogs
+from websocket_relay.wire.client import Client, Speaker
+from websocket_relay.wire.deflate import PLAIN
+from websocket_relay.wire.frames import close, count_whole
+from websocket_relay.wire.gate import Gate
+from websocket_relay.wire.protocol import RelayProtocol
+from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.unfinished import Unfinished
 
-from service.errors import Close, Drop
-from service.ledger import Ledger
-from service.wire.backlog import WRITE_BYTES, Backlog, Backlogs
-from service.wire.client import Client, Speaker
-from service.wire.deflate import PLAIN
-from service.wire.frames import close, count_whole
-from service.wire.gate import Gate
-from service.wire.protocol import RelayProtocol
-from service.wire.shared import Shared
-from service.wire.unfinished import Unfinished
 from tests.raw_client import TEXT, RawClient, relayed_frame
 from tests.relay_process import HOST, eventually
 

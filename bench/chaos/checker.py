@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from http import HTTPStatus
 
+from websocket_relay.backplane.base import Position
+
 from bench.chaos.observations import (
     Answer,
     Connected,
@@ -23,7 +25,6 @@ from bench.chaos.observations import (
     Stop,
     Trace,
 )
-from service.backplane.base import Position
 
 MEMORY_SLACK_BYTES = 32 << 20
 """Growth that a relay is allowed beside its history: fragments of what was pending at the worst

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import httpx2
+from websocket_relay.backplane.base import Position
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
@@ -25,7 +26,6 @@ from bench.chaos.observations import (
     named,
     payload_of,
 )
-from service.backplane.base import Position
 from tests.events_client import Event, Events
 from tests.proxy import HOST
 from tests.relay_process import PLAIN

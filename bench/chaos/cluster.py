@@ -19,13 +19,13 @@ import redis.asyncio as redis
 from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
 from redis.exceptions import RedisError
+from websocket_relay.backplane.packet import FormatError, unpack
 
 from bench.chaos.checker import LEFT_AT_REST, STOP_GRACE_S
 from bench.chaos.faults import Fault, FaultKind, Plan
 from bench.chaos.network import BreakableProxy, Direction
 from bench.chaos.observations import Record, Rest, Stop, name_of
 from bench.servers import FailedError
-from service.backplane.packet import FormatError, unpack
 from tests.brokers import Broker, NatsBroker, RedisBroker
 from tests.programs import ANY_REDIS, NATS, find
 from tests.proxy import HOST

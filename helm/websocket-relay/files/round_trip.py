@@ -12,9 +12,8 @@ import time
 import uuid
 
 import jwt
-
-from service.client import DeniedError, Relay
-from service.errors import RelayError
+from websocket_relay.client import DeniedError, Relay
+from websocket_relay.errors import RelayError
 
 PATIENCE_S = 60
 CHANNEL = f"helm-test-{uuid.uuid4().hex}"

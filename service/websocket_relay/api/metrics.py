@@ -1,0 +1,17 @@
+"""Answer Prometheus."""
+
+from fastapi import APIRouter, Request, Response
+
+from websocket_relay.metrics import Metrics
+
+
+def metrics_router(metrics: Metrics) -> APIRouter:
+    """Return the route of `/metrics`."""
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def page(request: Request) -> Response:
+        body, content_type = await metrics.page(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    return router
