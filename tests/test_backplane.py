@@ -14,7 +14,7 @@ import pytest
 from websocket_relay.backplane import remote
 from websocket_relay.backplane.base import Position
 from websocket_relay.backplane.open import open_backplane
-from websocket_relay.errors import UnfitError
+from websocket_relay.errors import UnusableSettingError
 
 from tests.certificates import make_pair
 from tests.logs_kept import (
@@ -687,7 +687,7 @@ async def test_a_frozen_broker_does_not_keep_a_relay_from_stopping(kept: BrokerL
 )
 @pytest.mark.fast
 def test_a_url_that_is_of_no_use_is_a_clear_error_without_its_secrets(url: str) -> None:
-    with pytest.raises(UnfitError) as caught:
+    with pytest.raises(UnusableSettingError) as caught:
         opened(url)
     problem = str(caught.value)
     assert problem.startswith("backplane.url: ")

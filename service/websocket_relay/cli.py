@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from websocket_relay.errors import SettingsError, StartError, UnfitError, UnhealthyError
+from websocket_relay.errors import SettingsError, StartError, UnhealthyError, UnusableSettingError
 from websocket_relay.signals import Stop, leave
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
         for problem in error.problems:
             print(f"websocket-relay: {problem}", file=sys.stderr)
         return 2
-    except UnfitError as error:
+    except UnusableSettingError as error:
         from websocket_relay import settings
 
         where = settings.where(error.setting, options.config_file, os.environ)

@@ -26,7 +26,7 @@ class SettingsError(RelayError):
         self.problems = tuple(problems)
 
 
-class UnfitError(RelayError):
+class UnusableSettingError(RelayError):
     """What the operator's settings name, or hold, can't be used.
 
     Args:
@@ -114,12 +114,12 @@ RETRY_AFTER_S = (1, 5)
 """Between these a refused client is told to come back, at random, so that not all do at once."""
 
 
-def retry_after_s() -> int:
+def random_retry_after_s() -> int:
     """Return when a client that was refused for now should come back."""
     return random.randint(*RETRY_AFTER_S)
 
 
-class TokenFault(StrEnum):
+class TokenProblem(StrEnum):
     """What is wrong with a token, as a refused client is told."""
 
     MALFORMED = "malformed"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import parse_qsl, unquote
 
-from websocket_relay.errors import UnfitError
+from websocket_relay.errors import UnusableSettingError
 
 HIDDEN = "***"
 
@@ -51,6 +51,6 @@ def without(secrets: Sequence[str], text: str) -> str:
     return " ".join(text.split())
 
 
-def unusable(url: str, reason: str) -> UnfitError:
+def unusable(url: str, reason: str) -> UnusableSettingError:
     """Return the error for a URL that no broker can be found by."""
-    return UnfitError("backplane.url", f"{shown(url)!r}: {reason}")
+    return UnusableSettingError("backplane.url", f"{shown(url)!r}: {reason}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from urllib.parse import unquote
 
-from websocket_relay.errors import Refusal, RefusedError, TokenFault
+from websocket_relay.errors import Refusal, RefusedError, TokenProblem
 
 SCHEME = "bearer"
 PARAMETER = b"access_token="
@@ -32,7 +32,7 @@ def token_of(authorization: Sequence[str], query: bytes, subprotocols: Sequence[
         RefusedError: there is more than one such line: a proxy might have looked at another.
     """
     if len(authorization) > 1:
-        raise RefusedError(Refusal.BAD_TOKEN, TokenFault.MALFORMED)
+        raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.MALFORMED)
     scheme, _, token = "".join(authorization).partition(" ")
     if scheme.lower() == SCHEME and (token := token.strip()):
         return token

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from websocket_relay.admission.addresses import Addresses, network_of
 from websocket_relay.admission.bearer import token_of
 from websocket_relay.admission.rights import Rights
-from websocket_relay.errors import Refusal, RefusedError, TokenFault
+from websocket_relay.errors import Refusal, RefusedError, TokenProblem
 from websocket_relay.health import Health
 from websocket_relay.rate import Rate
 from websocket_relay.wire.allowance import Allowance
@@ -229,5 +229,5 @@ def _time_left(rights: Rights) -> float | None:
         return None
     left_s = rights.expires_at - time.time()
     if left_s <= 0:
-        raise RefusedError(Refusal.BAD_TOKEN, TokenFault.EXPIRED)
+        raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.EXPIRED)
     return left_s

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from websocket_relay.errors import UnfitError
+from websocket_relay.errors import UnusableSettingError
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
 
@@ -106,5 +106,5 @@ def _read(file: Path) -> PublicKey:
     return key
 
 
-def _unfit(file: Path, reason: str) -> UnfitError:
-    return UnfitError("auth.jwt.public_key_file", f"{file}: {reason}")
+def _unfit(file: Path, reason: str) -> UnusableSettingError:
+    return UnusableSettingError("auth.jwt.public_key_file", f"{file}: {reason}")

@@ -18,7 +18,7 @@ from jwt.warnings import InsecureKeyLengthWarning
 
 from websocket_relay.admission.keys import KeyFile, PublicKey, PublicKeys
 from websocket_relay.admission.rights import Rights
-from websocket_relay.errors import Refusal, RefusedError, TokenFault, UnfitError
+from websocket_relay.errors import Refusal, RefusedError, TokenProblem, UnusableSettingError
 from websocket_relay.settings import SECRET_BYTES, Jwt
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Tokens:
         assert self._keys is not None  # the settings have a key for every algorithm
         key = await self._keys.find(algorithm, kid)
         if key is None:
-            raise RefusedError(Refusal.BAD_TOKEN, TokenFault.UNKNOWN_KEY)
+            raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.UNKNOWN_KEY)
         return key
 
     def _check_types(self, claims: dict[str, Any]) -> None:
@@ -133,24 +133,24 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise RefusedError(Refusal.BAD_TOKEN, self._fault(error)) from None
 
-    def _fault(self, error: Exception) -> TokenFault:
+    def _fault(self, error: Exception) -> TokenProblem:
         match error:
             case jwt.ExpiredSignatureError():
-                return TokenFault.EXPIRED
+                return TokenProblem.EXPIRED
             case jwt.ImmatureSignatureError():
-                return TokenFault.NOT_YET_VALID
+                return TokenProblem.NOT_YET_VALID
             case jwt.InvalidAudienceError() if self._audience is None:
                 # RFC 7519 section 4.1.3: it is for somebody else.
-                return TokenFault.SURPLUS_AUDIENCE
+                return TokenProblem.SURPLUS_AUDIENCE
             case jwt.InvalidAudienceError() | jwt.MissingRequiredClaimError(claim="aud"):
-                return TokenFault.AUDIENCE
+                return TokenProblem.AUDIENCE
             case jwt.InvalidIssuerError() | jwt.MissingRequiredClaimError(claim="iss"):
-                return TokenFault.ISSUER
+                return TokenProblem.ISSUER
             case jwt.InvalidSignatureError():
-                return TokenFault.SIGNATURE
+                return TokenProblem.SIGNATURE
             case jwt.InvalidAlgorithmError():
-                return TokenFault.ALGORITHM
-        return TokenFault.MALFORMED
+                return TokenProblem.ALGORITHM
+        return TokenProblem.MALFORMED
 
 
 def _jwks(url: str) -> "Jwks":
@@ -164,11 +164,11 @@ def _prove_secret(secret: bytes) -> None:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
         problem = "a key in PEM, DER, SSH or JWK format, where a secret should be"
-        raise UnfitError("auth.jwt.secret", problem) from None
+        raise UnusableSettingError("auth.jwt.secret", problem) from None
     if secret != secret.strip():
         # Who signs tokens has the secret without it, and would be let in nowhere.
         problem = "white space at an end, such as the newline of the file that it came from"
-        raise UnfitError("auth.jwt.secret", problem)
+        raise UnusableSettingError("auth.jwt.secret", problem)
 
 
 def _is_time(value: object) -> bool:

@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection
 from websocket_relay.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, Upgrade
 from websocket_relay.admission.pressure import Pressure
 from websocket_relay.backplane.base import Position
-from websocket_relay.errors import Refusal, RefusedError, retry_after_s
+from websocket_relay.errors import Refusal, RefusedError, random_retry_after_s
 from websocket_relay.ledger import Ledger
 from websocket_relay.relay.replay import Wish
 
@@ -106,7 +106,7 @@ def answer_to(refused: RefusedError) -> Response:
     status = refused.why.status
     headers = {}
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = str(retry_after_s())
+        headers["Retry-After"] = str(random_retry_after_s())
     elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
         bad = refused.why is Refusal.BAD_TOKEN
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if bad else "Bearer"

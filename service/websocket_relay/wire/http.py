@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from websocket_relay.errors import Refusal, retry_after_s
+from websocket_relay.errors import Refusal, random_retry_after_s
 from websocket_relay.wire.framing import Framing
 from websocket_relay.wire.handshake import Handshake
 from websocket_relay.wire.plain import PlainConnections
@@ -541,7 +541,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._ask_to_come_back(why)
 
     def _ask_to_come_back(self, why: Refusal) -> None:
-        self._end_with(why.status, f"{why.reason}\n", f"retry-after: {retry_after_s()}\r\n")
+        self._end_with(why.status, f"{why.reason}\n", f"retry-after: {random_retry_after_s()}\r\n")
 
     def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
         self._shared.ledger.refusals[why] += 1
