@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from websocket_relay.rate import Rate
+from websocket_relay.rate import TokenBucket
 from websocket_relay.relay.drain import RETRY_WINDOW_S
 
 STEPS_PER_S = 100
@@ -87,7 +87,7 @@ class Replica:
 
     def __init__(self, max_handshakes_per_s: int) -> None:
         limit = max_handshakes_per_s
-        self.rate = Rate(limit, limit) if limit else None
+        self.rate = TokenBucket(limit, limit) if limit else None
         self.clients: list[int] = []
         self.size = 0  # clients, and those who ask to be
         self.free_at = 0.0

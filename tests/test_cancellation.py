@@ -20,7 +20,7 @@ from websocket_relay.client import Relay as Client
 from websocket_relay.metrics import Metrics
 from websocket_relay.relay.history import History
 from websocket_relay.relay.keepalive import keep_alive
-from websocket_relay.tasks import AGAIN_S, Deadline, cancel, cancellable
+from websocket_relay.tasks import AGAIN_S, Deadline, cancel_until_done, run_cancellable
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.shared import Clients
 
@@ -174,7 +174,7 @@ async def ended(task: asyncio.Task[Any], place: int, *, is_repeated: bool) -> No
         async with asyncio.timeout(ENDS_WITHIN_S):
             if is_repeated:
                 await asyncio.wait([task], timeout=AGAIN_S)
-                await cancel(task)
+                await cancel_until_done(task)
             else:
                 await asyncio.wait([task])
     except TimeoutError:
@@ -212,7 +212,7 @@ async def test_a_replica_ends_wherever_it_or_its_broker_s_library_waits(
     @asynccontextmanager
     async def run() -> AsyncIterator[Part]:
         replica = replica_on(url)
-        yield Part(lambda: cancellable(replica.backplane.run), lambda: replica.entries)
+        yield Part(lambda: run_cancellable(replica.backplane.run), lambda: replica.entries)
 
     assert await cancel_at_each_place(run, moment, counts_all=True) > 10
 
@@ -230,7 +230,7 @@ async def test_a_task_of_a_replica_ends_wherever_it_waits(
         try:
             yield Part(getattr(replica.backplane, method), lambda: replica.entries)
         finally:
-            await cancel(helping)
+            await cancel_until_done(helping)
             await replica.backplane._stream.close()  # type: ignore[attr-defined]
 
     assert await cancel_at_each_place(run, moment) > 2
@@ -245,7 +245,8 @@ async def test_a_replica_whose_stream_is_unfit_ends_wherever_it_waits(
         replica = replica_on(unfit_url)
         failures: dict[str, set[str]] = replica.backplane._failures  # type: ignore[attr-defined]
         yield Part(
-            lambda: cancellable(replica.backplane.run), lambda: {"read", "append"} <= {*failures}
+            lambda: run_cancellable(replica.backplane.run),
+            lambda: {"read", "append"} <= {*failures},
         )
 
     assert await cancel_at_each_place(run, moment, counts_all=True) > 10
@@ -266,7 +267,7 @@ async def test_the_keys_of_an_issuer_are_fetched_until_cancelled(moment: Moment)
                 async with jwks:
                     await jwks.get_first()
 
-            yield Part(lambda: cancellable(fetch), lambda: jwks.fetches["ok"])
+            yield Part(lambda: run_cancellable(fetch), lambda: jwks.fetches["ok"])
 
         assert await cancel_at_each_place(run, moment, counts_all=True) > 5
 
@@ -308,7 +309,7 @@ async def test_a_python_client_ends_wherever_it_waits(
                 await client.send("hello")
                 await anext(client)
 
-        yield Part(lambda: cancellable(converse), lambda: False)
+        yield Part(lambda: run_cancellable(converse), lambda: False)
 
     assert await cancel_at_each_place(run, moment, counts_all=True) > 5
 
@@ -327,14 +328,14 @@ async def loses_cancellations(count: int) -> None:
 async def test_tasks_are_cancelled_until_they_are_done() -> None:
     tasks = [asyncio.create_task(loses_cancellations(count)) for count in range(3)]
     await asyncio.sleep(0)
-    await cancel(*tasks)
+    await cancel_until_done(*tasks)
     assert all(task.cancelled() for task in tasks)
 
 
 async def test_who_is_cancelled_while_it_cancels_tasks_ends_when_they_are_done() -> None:
     task = asyncio.create_task(loses_cancellations(2))
     await asyncio.sleep(0)
-    cancelling = asyncio.create_task(cancel(task))
+    cancelling = asyncio.create_task(cancel_until_done(task))
     await asyncio.sleep(0)
     cancelling.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -343,7 +344,7 @@ async def test_who_is_cancelled_while_it_cancels_tasks_ends_when_they_are_done()
 
 
 async def test_one_cancellation_ends_what_loses_some() -> None:
-    task = asyncio.create_task(cancellable(lambda: loses_cancellations(2)))
+    task = asyncio.create_task(run_cancellable(lambda: loses_cancellations(2)))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -357,7 +358,7 @@ async def test_a_cancellation_before_the_first_step_begins_nothing() -> None:
         nonlocal has_begun
         has_begun = True
 
-    task = asyncio.create_task(cancellable(begin))
+    task = asyncio.create_task(run_cancellable(begin))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -377,7 +378,7 @@ async def test_what_a_cancelled_task_returns_is_no_result_and_what_it_raises_is_
             raise ValueError("while it cleaned up")
 
     for begin, error in ((returns, asyncio.CancelledError), (raises, ValueError)):
-        task = asyncio.create_task(cancellable(begin))
+        task = asyncio.create_task(run_cancellable(begin))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(error):
@@ -388,7 +389,7 @@ async def test_what_is_not_cancelled_gives_its_result() -> None:
     async def returns() -> str:
         return "done"
 
-    assert await cancellable(returns) == "done"
+    assert await run_cancellable(returns) == "done"
 
 
 async def test_a_deadline_holds_although_its_cancellation_is_lost() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from websocket_relay.admission.addresses import Addresses, network_of
 from websocket_relay.admission.door import Admission, Upgrade
-from websocket_relay.health import Health
-from websocket_relay.rate import MAX_LATE_S, Rate
+from websocket_relay.health import Lifecycle
+from websocket_relay.rate import MAX_LATE_S, TokenBucket
 from websocket_relay.wire.allowance import Allowance
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -436,7 +436,7 @@ async def test_only_whole_messages_of_its_own_count(relay_with: StartRelay, chan
 @pytest.mark.fast
 def test_a_rate_lets_a_burst_pass_and_then_so_much_a_second(rate: float, burst: float) -> None:
     now = 1e6
-    bucket = Rate(rate, burst)
+    bucket = TokenBucket(rate, burst)
     assert sum(bucket.take(now) for _ in range(5000)) == burst
     seconds = 20
     taken = sum(bucket.take(now + seconds * step / 100_000) for step in range(1, 100_001))
@@ -447,7 +447,7 @@ def test_a_rate_lets_a_burst_pass_and_then_so_much_a_second(rate: float, burst: 
 @pytest.mark.fast
 def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
     now = 1e6
-    bucket = Rate(100, 200)
+    bucket = TokenBucket(100, 200)
     assert sum(bucket.take(now) for _ in range(5_000)) == 200
     bucket.excuse(3)
     assert sum(bucket.take(now + 3) for _ in range(5_000)) == 300, "what came meanwhile, no more"
@@ -457,7 +457,7 @@ def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
 @pytest.mark.fast
 def test_a_rate_makes_good_once_and_not_for_an_age() -> None:
     now = 1e6
-    bucket = Rate(100, 200)
+    bucket = TokenBucket(100, 200)
     bucket.excuse(3)
     assert sum(bucket.take(now) for _ in range(5_000)) == 500
     assert sum(bucket.take(now + 1e3) for _ in range(5_000)) == 200
@@ -511,7 +511,7 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
         connections=lambda: 0,
         has_descriptor=lambda: True,
         has_room=lambda channel: True,
-        health=Health(),
+        health=Lifecycle(),
     )
     guest = Guest()
     admission.bind(guest, await admission.admit(Upgrade("news", {}, b"", [], "127.0.0.1")))

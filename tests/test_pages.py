@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from websocket_relay.pages import BURST_S, COST_FACTOR, MAX_PAUSE_S, Pages
+from websocket_relay.pages import BURST_S, COST_FACTOR, MAX_PAUSE_S, PageCache
 
 SLOW_S = 0.02
 
@@ -23,20 +23,20 @@ class Counter:
 
 
 async def test_all_who_ask_at_the_same_time_get_the_same_page() -> None:
-    pages, page = Pages(), Counter()
+    pages, page = PageCache(), Counter()
     answers = await asyncio.gather(*(pages.get("page", page) for _ in range(100)))
     assert answers == [b"1"] * 100
     assert len({id(answer) for answer in answers}) == 1
 
 
 async def test_a_page_is_never_older_than_the_request() -> None:
-    pages, page = Pages(), Counter()
+    pages, page = PageCache(), Counter()
     for number in range(1, 50):
         assert await pages.get("page", page) == str(number).encode()
 
 
 async def test_a_request_that_comes_after_the_rendering_gets_the_next_page() -> None:
-    pages, page = Pages(), Counter()
+    pages, page = PageCache(), Counter()
     first = [asyncio.create_task(pages.get("page", page)) for _ in range(20)]
     await first[0]
     assert not first[-1].done(), "not all are answered in one turn of the loop"
@@ -45,7 +45,7 @@ async def test_a_request_that_comes_after_the_rendering_gets_the_next_page() -> 
 
 
 async def test_rendering_takes_a_bounded_share_of_the_time_however_many_ask() -> None:
-    pages, page = Pages(), Counter(SLOW_S)
+    pages, page = PageCache(), Counter(SLOW_S)
     stopped = asyncio.Event()
 
     async def ask() -> None:
@@ -64,14 +64,14 @@ async def test_rendering_takes_a_bounded_share_of_the_time_however_many_ask() ->
 
 
 async def test_no_request_waits_much_longer_than_a_second() -> None:
-    pages, page = Pages(), Counter(5 * MAX_PAUSE_S / COST_FACTOR)
+    pages, page = PageCache(), Counter(5 * MAX_PAUSE_S / COST_FACTOR)
     for _ in range(3):  # the first two use up what is advanced
         await pages.get("page", page)
     assert page.rendered_at[2] - page.rendered_at[1] < 4 * MAX_PAUSE_S
 
 
 async def test_different_pages_share_the_time() -> None:
-    pages, page, other = Pages(), Counter(), Counter()
+    pages, page, other = PageCache(), Counter(), Counter()
     answers = await asyncio.gather(*(pages.get(n, p) for n, p in (("a", page), ("b", other)) * 2))
     assert answers == [b"1"] * 4
     assert len(page.rendered_at) == len(other.rendered_at) == 1
@@ -80,7 +80,7 @@ async def test_different_pages_share_the_time() -> None:
 async def test_a_page_that_can_not_be_rendered_fails_for_those_who_asked_and_not_for_others() -> (
     None
 ):
-    pages, page = Pages(), Counter()
+    pages, page = PageCache(), Counter()
 
     def broken() -> bytes:
         raise ValueError("broken")
@@ -93,7 +93,7 @@ async def test_a_page_that_can_not_be_rendered_fails_for_those_who_asked_and_not
 
 
 async def test_a_request_that_is_given_up_leaves_the_others_alone() -> None:
-    pages, page = Pages(), Counter()
+    pages, page = PageCache(), Counter()
     given_up = asyncio.create_task(pages.get("page", page))
     waiting = asyncio.create_task(pages.get("page", page))
     await asyncio.sleep(0)

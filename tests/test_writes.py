@@ -12,7 +12,7 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 from websocket_relay.errors import Close, Drop
-from websocket_relay.ledger import Ledger
+from websocket_relay.ledger import Counters
 from websocket_relay.wire.backlog import WRITE_BYTES, Backlog, Backlogs
 from websocket_relay.wire.client import Client, Speaker
 from websocket_relay.wire.deflate import PLAIN
@@ -46,7 +46,7 @@ def shared() -> Shared:
         max_message_bytes=MIB,
         compresses=False,
         deadline_s=5,
-        ledger=Ledger(),
+        ledger=Counters(),
         backlogs=Backlogs(MIB, 8 * MIB),
         unfinished=Unfinished(MIB),
         unheard=Gate(MIB),

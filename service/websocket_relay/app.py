@@ -25,10 +25,10 @@ from websocket_relay.api.publish import publish_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
 from websocket_relay.backplane.base import Backplane, State
 from websocket_relay.backplane.open import open_backplane
-from websocket_relay.descriptors import OF_METRICS, Descriptors
+from websocket_relay.descriptors import OF_METRICS, FileDescriptors
 from websocket_relay.errors import Refusal
-from websocket_relay.health import Health, Phase
-from websocket_relay.ledger import Ledger
+from websocket_relay.health import Lifecycle, Phase
+from websocket_relay.ledger import Counters
 from websocket_relay.metrics import Gauges, Metrics
 from websocket_relay.relay.broadcaster import Broadcaster
 from websocket_relay.relay.history import History
@@ -56,7 +56,7 @@ each of them one message may pass its part."""
 
 
 @dataclass(frozen=True, slots=True)
-class Relay:
+class Replica:
     """What `server` runs.
 
     Attributes:
@@ -78,7 +78,7 @@ class Relay:
     metrics_plain: PlainConnections
     backplane: Backplane
     history: History
-    health: Health
+    health: Lifecycle
     metrics: Metrics
     certificates: Certificates | None
     tokens: "Tokens | None"
@@ -89,10 +89,10 @@ def build(
     certificates: Certificates | None,
     tokens: "Tokens | None",
     tracing: "Tracing | None" = None,
-) -> Relay:
+) -> Replica:
     """Build one replica."""
     limits = settings.limits
-    ledger, metrics = Ledger(), Metrics()
+    ledger, metrics = Counters(), Metrics()
 
     def describe() -> bytes:
         clients = ledger.connections - ledger.disconnections
@@ -114,7 +114,7 @@ def build(
         observe_lag=metrics.observe_backplane_lag,
     )
     can_do_without = {State.UP, State.OUTAGE} if relays_locally else {State.UP}
-    health = Health(is_cut_off=lambda: backplane.state not in can_do_without)
+    health = Lifecycle(is_cut_off=lambda: backplane.state not in can_do_without)
     backlogs = Backlogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     # One message alone must have room.
     unfinished = Unfinished(
@@ -149,7 +149,7 @@ def build(
     )
     refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
     metrics_plain = PlainConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
-    descriptors = Descriptors(
+    descriptors = FileDescriptors(
         connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
         of_requests=lambda: len(plain),
         of_metrics=lambda: len(metrics_plain),
@@ -229,7 +229,7 @@ def build(
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
     safe_app = SafeHeaders(app)
-    return Relay(
+    return Replica(
         tracing.traced(safe_app) if tracing else safe_app,
         SafeHeaders(metrics_app),
         shared,

@@ -62,7 +62,7 @@ def count_open() -> int:
         return sys.maxsize if error.errno in (errno.EMFILE, errno.ENFILE) else 0
 
 
-class Descriptors:
+class FileDescriptors:
     """The file descriptors of the process.
 
     To look how many are open takes milliseconds on some systems where they are many. So connections

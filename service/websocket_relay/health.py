@@ -14,7 +14,7 @@ class Phase(StrEnum):
     DRAINING = "draining"
 
 
-class Health:
+class Lifecycle:
     """The relay's phase, and since when new upgrades are refused.
 
     Args:

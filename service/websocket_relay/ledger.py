@@ -12,7 +12,7 @@ from websocket_relay.errors import Close, Drop, Refusal
 
 
 @dataclass(slots=True)
-class Ledger:
+class Counters:
     """The books of one replica."""
 
     connections: int = 0
@@ -31,7 +31,7 @@ class Ledger:
 
 
 @dataclass(slots=True)
-class LogBooks:
+class BackplaneCounters:
     """The books of one replica's hold on the log."""
 
     outages: int = 0

@@ -21,8 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from websocket_relay.ledger import Ledger, LogBooks
-from websocket_relay.pages import Pages
+from websocket_relay.ledger import BackplaneCounters, Counters
+from websocket_relay.pages import PageCache
 
 DELIVERY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -52,7 +52,7 @@ class Gauges:
     backlog_bytes: Callable[[], int]
     unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
-    log_books: LogBooks
+    log_books: BackplaneCounters
     log_up: Callable[[], bool]
     appends_bytes: Callable[[], int]
     history_messages: Callable[[], int]
@@ -68,7 +68,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._pages = Pages()
+        self._pages = PageCache()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -101,9 +101,9 @@ class Metrics:
         self.observe_append: Callable[[float], None] = append.observe
         self.observe_backplane_lag: Callable[[float], None] = canary.observe
 
-    def watch(self, ledger: Ledger, gauges: Gauges) -> None:
+    def watch(self, ledger: Counters, gauges: Gauges) -> None:
         """Show these from now on."""
-        self.registry.register(_Books(ledger, gauges))
+        self.registry.register(_RelayCollector(ledger, gauges))
 
     async def page(self, accept: str) -> tuple[bytes, str]:
         """Return the page and its content type, in the format that an Accept header asks for."""
@@ -160,8 +160,8 @@ def _plain(family: Metric) -> Any:
     return sum(each.value for each in samples)
 
 
-class _Books(Collector):
-    def __init__(self, ledger: Ledger, gauges: Gauges) -> None:
+class _RelayCollector(Collector):
+    def __init__(self, ledger: Counters, gauges: Gauges) -> None:
         self._ledger = ledger
         self._gauges = gauges
 

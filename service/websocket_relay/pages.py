@@ -21,10 +21,10 @@ BURST_S = 1.0
 ANSWERS_A_TURN = 4
 """Requests that get their page in one turn of the loop. Each then writes it to its connection."""
 
-Render = Callable[[], bytes]
+RenderPage = Callable[[], bytes]
 
 
-class Pages:
+class PageCache:
     """Pages that share one budget of time.
 
     A request gets a page whose rendering began after the request came: it never sees a state that
@@ -32,12 +32,12 @@ class Pages:
     """
 
     def __init__(self) -> None:
-        self._wanted: dict[str, tuple[Render, list[asyncio.Future[bytes]]]] = {}
+        self._wanted: dict[str, tuple[RenderPage, list[asyncio.Future[bytes]]]] = {}
         self._rendered: deque[tuple[asyncio.Future[bytes], bytes]] = deque()
         self._is_scheduled = False
         self._next_at = 0.0
 
-    async def get(self, name: str, render: Render) -> bytes:
+    async def get(self, name: str, render: RenderPage) -> bytes:
         """Return the page.
 
         Args:

@@ -4,7 +4,7 @@ MAX_LATE_S = 10.0
 """Of the time in which it could not happen, so much is made good at most."""
 
 
-class Rate:
+class TokenBucket:
     """A token bucket, told by one number: when it will be full again (GCRA, ITU-T I.371).
 
     Args:

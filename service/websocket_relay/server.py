@@ -26,7 +26,7 @@ import uvicorn
 import uvloop
 
 from websocket_relay import logs
-from websocket_relay.app import Relay, build
+from websocket_relay.app import Replica, build
 from websocket_relay.descriptors import AT_START, RESERVED, most_possible, raise_limit
 from websocket_relay.errors import Refusal, StartError
 from websocket_relay.greeting import greet
@@ -35,7 +35,7 @@ from websocket_relay.relay.drain import close_all, wait_until_gone
 from websocket_relay.relay.keepalive import keep_alive
 from websocket_relay.settings import Doubt, Settings
 from websocket_relay.signals import Stop
-from websocket_relay.tasks import cancellable
+from websocket_relay.tasks import run_cancellable
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.http import RequestProtocol
 from websocket_relay.wire.plain import PlainConnections
@@ -328,7 +328,7 @@ async def _serve(
         stop.attach(ask, timeout_s, functools.partial(_running, loop))
         _log_ports(relay, relay_port, metrics_port)
         begins = [*(port.serve for port in ports), *_background(settings, relay)]
-        background = [group.create_task(cancellable(begin)) for begin in begins]
+        background = [group.create_task(run_cancellable(begin)) for begin in begins]
         gc.freeze()  # what is here now stays: the collector need not look at it
         tell = functools.partial(_greet, settings, relay_port, metrics_port)
         becoming_ready = group.create_task(_become_ready(relay, tell))
@@ -345,7 +345,7 @@ async def _serve(
 
 
 def _background(
-    settings: Settings, relay: Relay
+    settings: Settings, relay: Replica
 ) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
     """Yield what begins each of the tasks that run as long as the relay does."""
     keepalive = settings.keepalive
@@ -361,7 +361,7 @@ def _background(
         yield relay.certificates.watch
 
 
-async def _open_ports(settings: Settings, relay: Relay) -> tuple[Listener, Listener | None]:
+async def _open_ports(settings: Settings, relay: Replica) -> tuple[Listener, Listener | None]:
     """Open the metrics port, where there is one, and the relay's; return them the other way round.
 
     Raises:
@@ -375,7 +375,7 @@ async def _open_ports(settings: Settings, relay: Relay) -> tuple[Listener, Liste
     return relay_port, metrics_port
 
 
-def _log_ports(relay: Relay, relay_port: Listener, metrics_port: Listener | None) -> None:
+def _log_ports(relay: Replica, relay_port: Listener, metrics_port: Listener | None) -> None:
     if metrics_port is not None:
         host, port = metrics_port.address
         log.info("metrics listening", extra={"host": host, "port": port})
@@ -397,7 +397,7 @@ def _running(loop: asyncio.AbstractEventLoop) -> str:
     return ", ".join(sorted(names))
 
 
-async def _become_ready(relay: Relay, tell: Callable[[], None]) -> None:
+async def _become_ready(relay: Replica, tell: Callable[[], None]) -> None:
     """Say that clients are welcome, once all that they need is there.
 
     That is the backplane, with what was said before; and the keys that tell those with a good token
@@ -417,7 +417,7 @@ async def _become_ready(relay: Relay, tell: Callable[[], None]) -> None:
     tell()
 
 
-def _relay_listener(settings: Settings, relay: Relay) -> Listener:
+def _relay_listener(settings: Settings, relay: Replica) -> Listener:
     server = settings.server
     certificates = relay.certificates
     return Listener(
@@ -433,7 +433,7 @@ def _relay_listener(settings: Settings, relay: Relay) -> Listener:
     )
 
 
-def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
+def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
     metrics = settings.metrics
     if not metrics.enabled:
         return None
@@ -448,7 +448,7 @@ def _metrics_listener(settings: Settings, relay: Relay) -> Listener | None:
     )
 
 
-async def _drain(settings: Settings, relay: Relay, port: Listener, deadline: float) -> None:
+async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: float) -> None:
     """Close all clients and answer all requests before the deadline, by `time.monotonic`."""
     loop = asyncio.get_running_loop()
     shutdown, clients = settings.shutdown, relay.shared.clients

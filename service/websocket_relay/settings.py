@@ -35,7 +35,7 @@ from pydantic_settings import (
 )
 
 from websocket_relay.errors import SettingsError
-from websocket_relay.urls import shown
+from websocket_relay.urls import redacted
 
 DEFAULT_FILE = Path("config.yaml")
 ENV_PREFIX = "RELAY__"
@@ -268,7 +268,7 @@ class BrokerUrl(SecretStr):
     """An address that may hold a password. As a text it shows all but that."""
 
     def _display(self) -> str:
-        return shown(self.get_secret_value())
+        return redacted(self.get_secret_value())
 
 
 class Backplane(Section):
@@ -619,8 +619,10 @@ def _tidied(
             tidy[name] = _tidied(value, kind, file, (*path, name))
         elif value is not None:
             key_path = ".".join((*path, name))
-            shown = _shown(value, (*path, name))
-            raise SettingsError([f"{file}: {key_path}: {shown} is not allowed; allowed: {SECTION}"])
+            redacted = _shown(value, (*path, name))
+            raise SettingsError(
+                [f"{file}: {key_path}: {redacted} is not allowed; allowed: {SECTION}"]
+            )
     return tidy
 
 

@@ -20,7 +20,7 @@ AGAIN_S = 0.1
 """A cancelled task has this time to clean up; then it is cancelled again."""
 
 
-async def cancel(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_until_done(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks until all of them are done.
 
     Raises:
@@ -38,7 +38,7 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
         raise cancelled
 
 
-async def cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+async def run_cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run a coroutine so that one cancellation ends it.
 
     Args:
@@ -50,7 +50,7 @@ async def cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Resul
         await asyncio.wait([task])
     except asyncio.CancelledError:
         with suppress(asyncio.CancelledError):
-            await cancel(task)
+            await cancel_until_done(task)
         if task.cancelled() or task.exception() is None:
             raise
     return task.result()

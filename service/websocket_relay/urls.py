@@ -19,7 +19,7 @@ SHORTEST_SECRET = 3
 """A shorter one is not looked for in texts: it would be found in every word."""
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """Return a URL as it may be logged: where to, and not as whom."""
     if "://" not in url:
         return HIDDEN  # who knows what it is
@@ -44,13 +44,13 @@ def secrets_of(url: str) -> Sequence[str]:
     return sorted((each for each in found if len(each) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
-def without(secrets: Sequence[str], text: str) -> str:
+def redact(secrets: Sequence[str], text: str) -> str:
     """Return a text, on one line, with the secrets left out."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return " ".join(text.split())
 
 
-def unusable(url: str, reason: str) -> UnusableSettingError:
+def unusable_url(url: str, reason: str) -> UnusableSettingError:
     """Return the error for a URL that no broker can be found by."""
-    return UnusableSettingError("backplane.url", f"{shown(url)!r}: {reason}")
+    return UnusableSettingError("backplane.url", f"{redacted(url)!r}: {reason}")

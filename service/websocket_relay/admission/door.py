@@ -11,8 +11,8 @@ from websocket_relay.admission.addresses import Addresses, network_of
 from websocket_relay.admission.bearer import token_of
 from websocket_relay.admission.rights import Rights
 from websocket_relay.errors import Refusal, RefusedError, TokenProblem
-from websocket_relay.health import Health
-from websocket_relay.rate import Rate
+from websocket_relay.health import Lifecycle
+from websocket_relay.rate import TokenBucket
 from websocket_relay.wire.allowance import Allowance
 
 if TYPE_CHECKING:
@@ -104,14 +104,16 @@ class Admission:
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
         has_room: Callable[[str], bool],
-        health: Health,
+        health: Lifecycle,
     ) -> None:
         lowered = {origin.lower() for origin in allowed_origins}
         self._origins = None if "*" in lowered else lowered
         self._max_connections = max_connections
         self._addresses = Addresses(max_connections_per_ip) if max_connections_per_ip else None
         self._handshakes = (
-            Rate(max_handshakes_per_s, max_handshakes_per_s) if max_handshakes_per_s else None
+            TokenBucket(max_handshakes_per_s, max_handshakes_per_s)
+            if max_handshakes_per_s
+            else None
         )
         self._max_messages_per_s = max_messages_per_s
         self._tokens = tokens
@@ -170,7 +172,7 @@ class Admission:
         """Hold a client to its terms, and count it until its connection has ended."""
         most = self._max_messages_per_s
         if most or not terms.may_publish:
-            rate = Rate(most, most * MESSAGE_BURST_S) if most else None
+            rate = TokenBucket(most, most * MESSAGE_BURST_S) if most else None
             client.allow(Allowance(may_publish=terms.may_publish, rate=rate))
         if terms.expires_in_s is not None:
             client.expire_in(terms.expires_in_s)

@@ -21,8 +21,8 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from websocket_relay.admission.keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
 from websocket_relay.errors import Refusal, RefusedError, RelayError
-from websocket_relay.rate import Rate
-from websocket_relay.tasks import Deadline, cancel
+from websocket_relay.rate import TokenBucket
+from websocket_relay.tasks import Deadline, cancel_until_done
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Jwks:
         self._fetched_at = 0.0
         self._there = asyncio.Event()  # set once there are keys, for good
         self._reachable = False  # whether the last fetch was a good one
-        self._rate = Rate(1 / FETCH_INTERVAL_S, FETCH_BURST)
+        self._rate = TokenBucket(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
         self._http: httpx2.AsyncClient
 
@@ -101,7 +101,7 @@ class Jwks:
         trace: TracebackType | None,
     ) -> None:
         if self._fetching is not None:
-            await cancel(self._fetching)
+            await cancel_until_done(self._fetching)
         await self._http.aclose()
 
     async def get_first(self) -> None:

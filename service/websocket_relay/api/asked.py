@@ -15,7 +15,7 @@ from websocket_relay.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, Upgrad
 from websocket_relay.admission.pressure import Pressure
 from websocket_relay.backplane.base import Position
 from websocket_relay.errors import Refusal, RefusedError, random_retry_after_s
-from websocket_relay.ledger import Ledger
+from websocket_relay.ledger import Counters
 from websocket_relay.relay.replay import Wish
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Refusals:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Counters,
         pressure: Pressure,
         trace: Callable[[RefusedError], None] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from websocket_relay.admission.door import Admission
 from websocket_relay.api.asked import TOKEN_PARAMETER, Refusals, refused, upgrade_of
 from websocket_relay.errors import RefusedError
-from websocket_relay.pages import Pages
+from websocket_relay.pages import PageCache
 
 FILES = resources.files("websocket_relay.console")
 
@@ -68,7 +68,7 @@ def console_router(
         base_path: what stands before the paths.
     """
 
-    pages = Pages()
+    pages = PageCache()
 
     def rendered() -> bytes:
         return bytes(JSONResponse(figures()).body)

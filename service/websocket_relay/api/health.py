@@ -6,10 +6,10 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from websocket_relay.health import Health
+from websocket_relay.health import Lifecycle
 
 
-def health_router(health: Health) -> APIRouter:
+def health_router(health: Lifecycle) -> APIRouter:
     """Return the routes of the probes."""
     router = APIRouter()
     not_ready: dict[int | str, dict[str, Any]] = {

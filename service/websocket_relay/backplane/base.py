@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-from websocket_relay.ledger import LogBooks
+from websocket_relay.ledger import BackplaneCounters
 
 POSITION = re.compile(r"([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,10})", re.ASCII)
 
@@ -108,7 +108,7 @@ class Backplane(Protocol):
         relays_locally: whether messages are relayed on this replica alone during an outage.
     """
 
-    books: LogBooks
+    books: BackplaneCounters
     state: State
     begun: asyncio.Event
     up: asyncio.Event

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from websocket_relay.backplane.base import Deliver, Entry, Lost, Position, Publisher, State
-from websocket_relay.ledger import LogBooks
+from websocket_relay.ledger import BackplaneCounters
 
 
 class MemoryBackplane:
@@ -16,7 +16,7 @@ class MemoryBackplane:
 
     def __init__(self, describe: Callable[[], bytes]) -> None:
         self._describe = describe
-        self.books = LogBooks()
+        self.books = BackplaneCounters()
         self.state = State.UP
         self.begun, self.up = asyncio.Event(), asyncio.Event()
         self.begun.set()

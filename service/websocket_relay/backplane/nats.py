@@ -24,7 +24,7 @@ from nats.errors import NoRespondersError
 from websocket_relay.backplane.packet import HOLE
 from websocket_relay.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
 from websocket_relay.tasks import Deadline
-from websocket_relay.urls import secrets_of, unusable
+from websocket_relay.urls import secrets_of, unusable_url
 
 WAIT_S = 1.0
 """How long the broker waits for entries: so often is heard from one that has nothing to say."""
@@ -79,14 +79,14 @@ def address_of(url: str) -> Address:
     places, _, query = rest.partition("?")
     parameters = dict(parse_qsl(query))
     if unknown := parameters.keys() - PARAMETERS:
-        raise unusable(url, f"{', '.join(sorted(unknown))}: of {', '.join(sorted(PARAMETERS))}")
+        raise unusable_url(url, f"{', '.join(sorted(unknown))}: of {', '.join(sorted(PARAMETERS))}")
     servers, credentials = [], {}
     for place in places.rstrip("/").split(","):
         try:
             parts = urlsplit(f"{scheme}://{place.rpartition('://')[2]}")
             servers.append(f"{scheme}://{_bracketed(parts.hostname)}:{parts.port or 4222}")
         except ValueError:
-            raise unusable(url, "wants hosts and ports: nats://one:4222,two:4222") from None
+            raise unusable_url(url, "wants hosts and ports: nats://one:4222,two:4222") from None
         if parts.password is not None:
             user = unquote(parts.username or "")
             credentials = {"user": user, "password": unquote(parts.password)}
@@ -94,7 +94,7 @@ def address_of(url: str) -> Address:
             credentials = {"token": unquote(parts.username)}
     replicas = parameters.get("replicas", "1")
     if replicas not in {"1", "3", "5"}:
-        raise unusable(url, "replicas: 1, 3 or 5")
+        raise unusable_url(url, "replicas: 1, 3 or 5")
     return Address(servers, credentials, _tls(url, scheme, parameters), int(replicas))
 
 
@@ -116,7 +116,7 @@ def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext
         if certificate := parameters.get("ssl_certfile"):
             context.load_cert_chain(certificate, parameters.get("ssl_keyfile"))
     except OSError as error:  # SSLError is one
-        raise unusable(url, f"certificates: {error.strerror or error}") from None
+        raise unusable_url(url, f"certificates: {error.strerror or error}") from None
     return context
 
 

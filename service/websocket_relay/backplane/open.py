@@ -7,7 +7,7 @@ from typing import Any
 from websocket_relay.backplane.base import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
 from websocket_relay.backplane.remote import Pending, RemoteBackplane
-from websocket_relay.urls import is_ambiguous, shown, unusable
+from websocket_relay.urls import is_ambiguous, redacted, unusable_url
 
 KEPT_BYTES = 67_108_864
 KEPT_AGE_S = 60.0
@@ -50,17 +50,17 @@ def open_backplane(
         UnfitError: no broker can be found by this URL.
     """
     if is_ambiguous(url):
-        raise unusable(url, "in a password write %40 for @, %2F for /, %3F for ?, %23 for #")
+        raise unusable_url(url, "in a password write %40 for @, %2F for /, %3F for ?, %23 for #")
     scheme = url.partition("://")[0].lower()
     if scheme == "memory":
         return MemoryBackplane(describe)
     if scheme not in STREAMS:
-        raise unusable(url, "allowed: memory://, redis://, rediss://, unix://, nats://, tls://")
+        raise unusable_url(url, "allowed: memory://, redis://, rediss://, unix://, nats://, tls://")
     library, name = STREAMS[scheme]
     try:
         make: Any = getattr(importlib.import_module(f"websocket_relay.backplane.{library}"), name)
     except ModuleNotFoundError as error:
-        raise unusable(url, f"needs the Python package {error.name}") from None
+        raise unusable_url(url, f"needs the Python package {error.name}") from None
     return RemoteBackplane(
         make(
             url,
@@ -68,7 +68,7 @@ def open_backplane(
             max_bytes=max(history_bytes, KEPT_BYTES),
             max_age_s=max(history_age_s, KEPT_AGE_S),
         ),
-        address=shown(url),
+        address=redacted(url),
         pending=pending,
         relays_locally=relays_locally,
         max_message_bytes=max_message_bytes,

@@ -18,7 +18,7 @@ from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseEr
 
 from websocket_relay.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
 from websocket_relay.tasks import Deadline
-from websocket_relay.urls import secrets_of, unusable
+from websocket_relay.urls import secrets_of, unusable_url
 
 WAIT_S = 1.0
 """How long XREAD waits for entries: so often is heard from a broker that has nothing to say."""
@@ -235,7 +235,7 @@ class RedisStream:
             self._writer, self._reader = Link(pool), Link(pool)
         except (ValueError, TypeError, RedisError):
             # What they say may quote a part of the URL.
-            raise unusable(url, "not a URL that redis-py understands") from None
+            raise unusable_url(url, "not a URL that redis-py understands") from None
         self._known: Id = (0, 0)  # the last entry that was read or confirmed
         self._is_doubtful = False  # whether the reader's connection is still to the right broker
 

@@ -43,9 +43,9 @@ from websocket_relay.backplane.packet import (
     unpack,
 )
 from websocket_relay.errors import RelayError
-from websocket_relay.ledger import LogBooks
-from websocket_relay.tasks import Deadline, cancellable
-from websocket_relay.urls import without
+from websocket_relay.ledger import BackplaneCounters
+from websocket_relay.tasks import Deadline, run_cancellable
+from websocket_relay.urls import redact
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class RemoteBackplane:
         observe_append: Callable[[float], None],
         observe_lag: Callable[[float], None],
     ) -> None:
-        self.books = LogBooks()
+        self.books = BackplaneCounters()
         self.state = State.STARTING
         self.begun, self.up = asyncio.Event(), asyncio.Event()
         self._stream = stream
@@ -429,7 +429,7 @@ class RemoteBackplane:
         try:
             async with asyncio.TaskGroup() as group:
                 for begin in (self._write, self._read, self._watch):
-                    group.create_task(cancellable(begin))
+                    group.create_task(run_cancellable(begin))
         finally:
             await self._stream.close()
 
@@ -783,7 +783,7 @@ def failure(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> Brok
         text = "connection lost"
     elif not is_usual:
         text = f"not understood: {type(error).__name__}: {text}"
-    return BrokerError(without(secrets, text))
+    return BrokerError(redact(secrets, text))
 
 
 def set_abrupt(writer: asyncio.StreamWriter) -> None:

@@ -30,7 +30,7 @@ from websocket_relay.client.events import Abandoned, Connected, Disconnected, Ev
 from websocket_relay.client.faults import AwayError, DeniedError, UnsentError
 from websocket_relay.client.link import Data, Ending, Link, ending_of, is_gap, open_link
 from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
-from websocket_relay.tasks import cancel
+from websocket_relay.tasks import cancel_until_done
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # at most, and doubled each time; half of it is by chance
 LASTING_S = 10.0
@@ -270,7 +270,7 @@ class Relay:
 
     async def _end(self) -> None:
         if self._task is not None:
-            await cancel(self._task)
+            await cancel_until_done(self._task)
 
     # From connection to connection
 
@@ -347,7 +347,7 @@ class Relay:
         finally:
             self._is_connected = False
             link.leave()
-            await cancel(writer)
+            await cancel_until_done(writer)
         if not writer.cancelled():
             writer.result()
         if ending.is_goodbye:

@@ -29,7 +29,7 @@ from websocket_relay.commands.terminal import (
     token_of,
     trust_of,
 )
-from websocket_relay.tasks import cancel
+from websocket_relay.tasks import cancel_until_done
 
 DESCRIPTION = f"""\
 Put a load on a relay and measure it.
@@ -258,7 +258,7 @@ class Run:
             await self._watch()
         finally:
             self._is_over = True
-            await cancel(*tasks)
+            await cancel_until_done(*tasks)
             self._note_cpu()
 
     @property

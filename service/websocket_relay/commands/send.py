@@ -22,7 +22,7 @@ from websocket_relay.commands.terminal import (
     token_of,
     trust_of,
 )
-from websocket_relay.tasks import cancel
+from websocket_relay.tasks import cancel_until_done
 
 DESCRIPTION = """\
 Send one message to a channel, or every line of standard input.
@@ -138,7 +138,7 @@ async def _send_lines(relay: Relay) -> None:
         await asyncio.wait({reading, failing}, return_when=asyncio.FIRST_COMPLETED)
         await (reading if reading.done() else failing)
     finally:
-        await cancel(reading, failing)
+        await cancel_until_done(reading, failing)
 
 
 async def _hear_nothing(relay: Relay) -> None:

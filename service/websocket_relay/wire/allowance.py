@@ -3,7 +3,7 @@
 from time import monotonic
 
 from websocket_relay.errors import Close
-from websocket_relay.rate import Rate
+from websocket_relay.rate import TokenBucket
 
 
 class Allowance:
@@ -16,7 +16,7 @@ class Allowance:
 
     __slots__ = ("_may_publish", "_rate")
 
-    def __init__(self, *, may_publish: bool, rate: Rate | None) -> None:
+    def __init__(self, *, may_publish: bool, rate: TokenBucket | None) -> None:
         self._may_publish = may_publish
         self._rate = rate
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from websocket_relay.errors import Drop
-from websocket_relay.ledger import Ledger
+from websocket_relay.ledger import Counters
 from websocket_relay.wire.backlog import Backlogs
 from websocket_relay.wire.gate import Gate
 from websocket_relay.wire.turns import Turns
@@ -68,7 +68,7 @@ class Shared:
         max_message_bytes: int,
         compresses: bool,
         deadline_s: float,
-        ledger: Ledger,
+        ledger: Counters,
         backlogs: Backlogs,
         unfinished: Unfinished,
         unheard: Gate,
