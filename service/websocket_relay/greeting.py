@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from websocket_relay.settings import Server, Settings
+from websocket_relay.settings import ServerSettings, Settings
 
 NAME = "websocket-relay"
 
@@ -69,7 +69,7 @@ def _program(argv0: str) -> str:
     return NAME if is_a_module or shutil.which(NAME) else argv0
 
 
-def _is_self_signed(server: Server) -> bool:
+def _is_self_signed(server: ServerSettings) -> bool:
     """Return whether clients need the relay's own certificate in order to trust it."""
     if not server.tls.enabled:
         return False

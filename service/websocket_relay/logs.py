@@ -8,7 +8,7 @@ from types import TracebackType
 
 import structlog
 
-from websocket_relay.settings import Logging
+from websocket_relay.settings import LoggingSettings
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ ADDRESS_S_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
 """User, password and query: libraries write the address of a collector whole."""
 
 
-def configure(settings: Logging) -> None:
+def configure(settings: LoggingSettings) -> None:
     """Send all logs to standard error, in the format and from the level of the settings."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,

@@ -33,7 +33,7 @@ from websocket_relay.greeting import greet
 from websocket_relay.health import Phase
 from websocket_relay.relay.drain import close_all, wait_until_gone
 from websocket_relay.relay.keepalive import keep_alive
-from websocket_relay.settings import Doubt, Settings
+from websocket_relay.settings import Settings, SettingsWarning
 from websocket_relay.signals import Stop
 from websocket_relay.tasks import run_cancellable
 from websocket_relay.tls import Certificates
@@ -105,13 +105,13 @@ def run(settings: Settings, stop: Stop) -> None:
     log.info("stopped")
 
 
-def doubts(settings: Settings) -> Iterator[Doubt]:
+def doubts(settings: Settings) -> Iterator[SettingsWarning]:
     """Yield what the operator should look at, in the settings and on this machine."""
     yield from settings.doubts()
     limit = most_possible()
     needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
     if limit < needed:
-        yield Doubt("too few file descriptors", {"limit": limit, "needed": needed})
+        yield SettingsWarning("too few file descriptors", {"limit": limit, "needed": needed})
 
 
 def load_certificates(settings: Settings) -> Certificates | None:

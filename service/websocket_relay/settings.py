@@ -87,7 +87,7 @@ BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
+class SettingsWarning:
     """Settings that can be used and are hardly what was meant.
 
     Attributes:
@@ -128,7 +128,7 @@ def _is_web_address(url: str) -> bool:
     return bool(whole) and "@" not in parts.netloc and url.isprintable() and " " not in url
 
 
-class Tls(Section):
+class TlsSettings(Section):
     """wss:// and https://."""
 
     enabled: bool = Field(False, description="true: wss:// and https:// on server.port")
@@ -140,12 +140,12 @@ class Tls(Section):
     )
 
 
-class Server(Section):
+class ServerSettings(Section):
     """Where the relay listens and whom it lets in."""
 
     host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
     port: Port = Field(8443, description="port to listen on; 0: any free one")
-    tls: Tls = Tls()
+    tls: TlsSettings = TlsSettings()
     allowed_origins: Texts = Field(
         ("*",),
         description="browsers' Origin headers let in, like https://example.com; * lets all",
@@ -188,7 +188,7 @@ class Server(Section):
         return value
 
 
-class Metrics(Section):
+class MetricsSettings(Section):
     """The port that Prometheus scrapes."""
 
     enabled: bool = Field(True, description="false: nothing listens there")
@@ -196,7 +196,7 @@ class Metrics(Section):
     port: Port = Field(9090, description="port of /metrics, /healthz and /readyz; 0: any free one")
 
 
-class Channels(Section):
+class ChannelsSettings(Section):
     """The rooms that clients share."""
 
     max_channels: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
@@ -204,7 +204,7 @@ class Channels(Section):
     )
 
 
-class Limits(Section):
+class LimitsSettings(Section):
     """How much of everything."""
 
     max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = Field(
@@ -236,7 +236,7 @@ class Limits(Section):
     )
 
 
-class Keepalive(Section):
+class KeepaliveSettings(Section):
     """One sweep pings every connection."""
 
     ping_interval_s: SomeSeconds = Field(20, description="seconds between two pings")
@@ -245,14 +245,14 @@ class Keepalive(Section):
     )
 
 
-class Compression(Section):
+class CompressionSettings(Section):
     """permessage-deflate (RFC 7692), for the clients that offer it."""
 
     enabled: bool = Field(False, description="true: compressed once per message for all clients")
     min_message_bytes: Count = Field(256, description="shorter messages go as they are")
 
 
-class History(Section):
+class HistorySettings(Section):
     """What is kept of all channels together, for clients that come back."""
 
     max_messages: Count = Field(
@@ -271,7 +271,7 @@ class BrokerUrl(SecretStr):
         return redacted(self.get_secret_value())
 
 
-class Backplane(Section):
+class BackplaneSettings(Section):
     """What gives all replicas' messages one order."""
 
     url: BrokerUrl = Field(
@@ -310,7 +310,7 @@ SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
 """The algorithms that need the secret, and how long it should be (RFC 7518 section 3.2)."""
 
 
-class Jwt(Section):
+class JwtSettings(Section):
     """How tokens are checked. HS algorithms need the secret, all others the key file or the URL."""
 
     secret: SecretStr = Field(SecretStr(""), description="of HS256, HS384 and HS512")
@@ -370,16 +370,16 @@ class Jwt(Section):
                 yield algorithm, SECRET_BYTES[algorithm]
 
 
-class Auth(Section):
+class AuthSettings(Section):
     """Who may connect."""
 
     mode: Literal["none", "jwt"] = Field(
         "none", description="none: everybody; jwt: who has a token"
     )
-    jwt: Jwt = Jwt()
+    jwt: JwtSettings = JwtSettings()
 
     @model_validator(mode="after")
-    def _a_key_for_every_algorithm(self) -> "Auth":
+    def _a_key_for_every_algorithm(self) -> "AuthSettings":
         if self.mode == "none":
             return self
         with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
@@ -401,7 +401,7 @@ class Auth(Section):
         return self
 
 
-class Console(Section):
+class ConsoleSettings(Section):
     """The page that shows the relay at work."""
 
     enabled: bool = Field(
@@ -409,7 +409,7 @@ class Console(Section):
     )
 
 
-class Shutdown(Section):
+class ShutdownSettings(Section):
     """How a stop goes."""
 
     readiness_delay_s: Seconds = Field(
@@ -421,7 +421,7 @@ class Shutdown(Section):
     )
 
 
-class Logging(Section):
+class LoggingSettings(Section):
     """What is logged to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
@@ -437,31 +437,33 @@ class Settings(BaseSettings):
         extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
     )
 
-    server: Server = Server()
-    metrics: Metrics = Metrics()
-    channels: Channels = Channels()
-    limits: Limits = Limits()
-    keepalive: Keepalive = Keepalive()
-    compression: Compression = Compression()
-    history: History = History()
-    backplane: Backplane = Backplane()
-    auth: Auth = Auth()
-    console: Console = Console()
-    shutdown: Shutdown = Shutdown()
-    logging: Logging = Logging()
+    server: ServerSettings = ServerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    channels: ChannelsSettings = ChannelsSettings()
+    limits: LimitsSettings = LimitsSettings()
+    keepalive: KeepaliveSettings = KeepaliveSettings()
+    compression: CompressionSettings = CompressionSettings()
+    history: HistorySettings = HistorySettings()
+    backplane: BackplaneSettings = BackplaneSettings()
+    auth: AuthSettings = AuthSettings()
+    console: ConsoleSettings = ConsoleSettings()
+    shutdown: ShutdownSettings = ShutdownSettings()
+    logging: LoggingSettings = LoggingSettings()
 
-    def doubts(self) -> Iterator[Doubt]:
+    def doubts(self) -> Iterator[SettingsWarning]:
         """Yield what the operator had better look at; `check` and the start tell it."""
         jwt = self.auth.jwt
         if self.auth.mode == "none":
             named = [*(["secret"] if jwt.secret else []), *jwt.of_public_keys]
             if named:
                 unused = ", ".join(f"auth.jwt.{name}" for name in named)
-                yield Doubt("auth.mode is none, so everybody may connect", {"unused": unused})
+                yield SettingsWarning(
+                    "auth.mode is none, so everybody may connect", {"unused": unused}
+                )
             return
         for algorithm, least in jwt.short_secret():
             facts = {"algorithm": algorithm, "min_bytes": least}
-            yield Doubt("auth.jwt.secret is short", facts)
+            yield SettingsWarning("auth.jwt.secret is short", facts)
 
     @classmethod
     def settings_customise_sources(

@@ -19,7 +19,7 @@ from jwt.warnings import InsecureKeyLengthWarning
 from websocket_relay.admission.keys import KeyFile, PublicKey, PublicKeys
 from websocket_relay.admission.rights import Rights
 from websocket_relay.errors import Refusal, RefusedError, TokenProblem, UnusableSettingError
-from websocket_relay.settings import SECRET_BYTES, Jwt
+from websocket_relay.settings import SECRET_BYTES, JwtSettings
 
 if TYPE_CHECKING:
     from jwt.types import Options
@@ -55,7 +55,7 @@ class Tokens:
         UnfitError: the keys can't be used.
     """
 
-    def __init__(self, settings: Jwt) -> None:
+    def __init__(self, settings: JwtSettings) -> None:
         self._algorithms = frozenset[str](settings.algorithms)
         self._audience = settings.audience or None
         self._issuer = settings.issuer or None
