@@ -23,7 +23,7 @@ from websocket_relay.backplane.base import Entry
 from websocket_relay.backplane.open import open_backplane
 from websocket_relay.backplane.packet import Packet, pack, unpack
 from websocket_relay.settings import Settings
-from websocket_relay.wire.gate import Gate
+from websocket_relay.wire.gate import HighWaterMark
 
 MESSAGE_BYTES = 128
 STAMP = struct.Struct("<q")
@@ -83,7 +83,7 @@ class Log:
     def __init__(self, url: str) -> None:
         history = Settings().history
         self.latencies = Latencies()
-        self._gate = Gate(UNDER_WAY_BYTES)
+        self._gate = HighWaterMark(UNDER_WAY_BYTES)
         self._speaker = Speaker()
         self._mine = STAMP.pack(time.monotonic_ns())  # what its own messages begin with in a flood
         self._said = self._own = self._heard = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from websocket_relay.errors import Close
-from websocket_relay.wire.frames import BreachError
+from websocket_relay.wire.frames import ProtocolViolationError
 from websocket_relay.wire.parser import Parser
 
 from tests.raw_client import (
@@ -114,7 +114,7 @@ def parsed(
                 return heard, int.from_bytes(payload[:2], "big") or Close.CLIENT.code
             if opcode in (TEXT, BINARY, PING):
                 heard.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
-    except BreachError as breach:
+    except ProtocolViolationError as breach:
         return heard, breach.close.code
     return heard, None
 

@@ -22,7 +22,7 @@ from websocket_relay.relay.history import History
 from websocket_relay.relay.keepalive import keep_alive
 from websocket_relay.tasks import AGAIN_S, Deadline, cancel_until_done, run_cancellable
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.shared import Clients
+from websocket_relay.wire.shared import ConnectionRegistry
 
 from tests.certificates import make_pair
 from tests.issuer import KeyServer, key_set, signer
@@ -282,7 +282,7 @@ async def test_what_recurs_ends_while_it_sleeps(moment: Moment, tmp_path: Path) 
         Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").watch,
         Metrics().measure_loop_lag,
         history.grow_old,
-        lambda: keep_alive(Clients(), ping_interval_s=0.05, ping_timeout_s=0.05),
+        lambda: keep_alive(ConnectionRegistry(), ping_interval_s=0.05, ping_timeout_s=0.05),
     ]
 
     async def cancelled(begin: Begin) -> None:

@@ -3,7 +3,7 @@
 import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websocket_relay.wire.framing import CHUNKS_AT_ONCE, Framing
+from websocket_relay.wire.framing import CHUNKS_AT_ONCE, RequestFraming
 
 INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
 REQUESTS = {
@@ -22,7 +22,7 @@ class Lines:
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
-        self._framing = Framing()
+        self._framing = RequestFraming()
         self._parser = httptools.HttpRequestParser(self)
 
     def feed(self, data: bytes) -> None:
@@ -65,7 +65,7 @@ def test_every_request_line_is_kept_as_it_came(
 
 
 def test_a_piece_has_a_bounded_number_of_chunks() -> None:
-    framing = Framing()
+    framing = RequestFraming()
     framing.begin_chunks()
     chunk = b"1\r\na\r\n"
     data = chunk * 10 * CHUNKS_AT_ONCE

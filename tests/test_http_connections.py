@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from websocket_relay.errors import Refusal
-from websocket_relay.wire.plain import STARTS_A_TURN, PlainConnections
+from websocket_relay.wire.plain import STARTS_A_TURN, HttpConnections
 
 from tests.conftest import StartRelay
 from tests.events_client import listening
@@ -214,7 +214,7 @@ async def test_the_ports_have_bounds_of_their_own(relay_with: StartRelay) -> Non
 
 
 async def test_a_few_requests_start_in_one_turn_of_the_loop_in_their_order() -> None:
-    plain = PlainConnections(10, Refusal.HTTP_CONNECTIONS, lambda why: None)
+    plain = HttpConnections(10, Refusal.HTTP_CONNECTIONS, lambda why: None)
     started: list[int] = []
     count = 3 * STARTS_A_TURN
     for number in range(count):

@@ -11,7 +11,7 @@ from websocket_relay.admission.addresses import Addresses, network_of
 from websocket_relay.admission.door import Admission, Upgrade
 from websocket_relay.health import Lifecycle
 from websocket_relay.rate import MAX_LATE_S, TokenBucket
-from websocket_relay.wire.allowance import Allowance
+from websocket_relay.wire.allowance import PublishPolicy
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
@@ -474,7 +474,7 @@ class Guest:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def allow(self, allowance: Allowance) -> None:
+    def allow(self, allowance: PublishPolicy) -> None:
         self.asked.append("allow")
 
     def expire_in(self, seconds: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from websocket_relay.errors import Close
 from websocket_relay.relay.drain import RETRY_WINDOW_S, STEP_S, close_all
-from websocket_relay.wire.shared import Clients
+from websocket_relay.wire.shared import ConnectionRegistry
 
 from bench.crowd import (
     FIRST_WAIT_S,
@@ -126,7 +126,7 @@ class Leaving:
 
 
 async def test_a_relay_that_stops_tells_clients_what_is_simulated() -> None:
-    clients, leaving = Clients(), [Leaving() for _ in range(500)]
+    clients, leaving = ConnectionRegistry(), [Leaving() for _ in range(500)]
     for each in leaving:
         clients.add(each)  # type: ignore[arg-type]
     started_at = asyncio.get_running_loop().time()

@@ -4,13 +4,13 @@ import asyncio
 from time import perf_counter
 
 import pytest
-from websocket_relay.wire.turns import Turns
+from websocket_relay.wire.turns import TimeSlicer
 
 pytestmark = pytest.mark.fast
 
 
 async def test_tasks_that_wake_each_other_get_through_between_two_slices() -> None:
-    turns, slices = Turns(rest_turns=4), 0
+    turns, slices = TimeSlicer(rest_turns=4), 0
 
     def work(until: float) -> bool:
         nonlocal slices

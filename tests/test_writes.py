@@ -13,14 +13,14 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 from websocket_relay.errors import Close, Drop
 from websocket_relay.ledger import Counters
-from websocket_relay.wire.backlog import WRITE_BYTES, Backlog, Backlogs
-from websocket_relay.wire.client import Client, Speaker
+from websocket_relay.wire.backlog import WRITE_BYTES, SendBacklog, SendBacklogs
+from websocket_relay.wire.client import Connection, Publisher
 from websocket_relay.wire.deflate import PLAIN
 from websocket_relay.wire.frames import close, count_whole
-from websocket_relay.wire.gate import Gate
-from websocket_relay.wire.protocol import RelayProtocol
-from websocket_relay.wire.shared import Shared
-from websocket_relay.wire.unfinished import Unfinished
+from websocket_relay.wire.gate import HighWaterMark
+from websocket_relay.wire.protocol import WebSocketConnection
+from websocket_relay.wire.shared import ConnectionContext
+from websocket_relay.wire.unfinished import PartialMessages
 
 from tests.raw_client import TEXT, RawClient, relayed_frame
 from tests.relay_process import HOST, eventually
@@ -32,35 +32,37 @@ HELLO = relayed_frame(TEXT, b"hello")
 class Room:
     """A sink that does nothing."""
 
-    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None: ...
-    def hold_back(self, client: Speaker) -> None: ...
-    def leave(self, client: Client) -> None: ...
-    def fell_behind(self, client: Client) -> None: ...
-    def caught_up(self, client: Client) -> None: ...
+    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None: ...
+    def hold_back(self, client: Publisher) -> None: ...
+    def leave(self, client: Connection) -> None: ...
+    def fell_behind(self, client: Connection) -> None: ...
+    def caught_up(self, client: Connection) -> None: ...
     def when_written(self, act: Callable[[], None]) -> None: ...
 
 
 @pytest.fixture
-def shared() -> Shared:
-    return Shared(
+def shared() -> ConnectionContext:
+    return ConnectionContext(
         max_message_bytes=MIB,
         compresses=False,
         deadline_s=5,
         ledger=Counters(),
-        backlogs=Backlogs(MIB, 8 * MIB),
-        unfinished=Unfinished(MIB),
-        unheard=Gate(MIB),
-        appends=Gate(MIB),
-        pending=Gate(MIB),
+        backlogs=SendBacklogs(MIB, 8 * MIB),
+        unfinished=PartialMessages(MIB),
+        unheard=HighWaterMark(MIB),
+        appends=HighWaterMark(MIB),
+        pending=HighWaterMark(MIB),
     )
 
 
 @asynccontextmanager
-async def connected(shared: Shared, count: int) -> AsyncIterator[list[tuple[Client, RawClient]]]:
+async def connected(
+    shared: ConnectionContext, count: int
+) -> AsyncIterator[list[tuple[Connection, RawClient]]]:
     """Give pairs: a connection as the relay has it, and what is at its other end."""
-    made: asyncio.Queue[Client] = asyncio.Queue()
+    made: asyncio.Queue[Connection] = asyncio.Queue()
 
-    class Connection(RelayProtocol):
+    class Connection(WebSocketConnection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self.open(b"begun", PLAIN)
@@ -87,7 +89,7 @@ async def connected(shared: Shared, count: int) -> AsyncIterator[list[tuple[Clie
         server.close()
 
 
-async def closes_are(shared: Shared, why: Close, count: int) -> None:
+async def closes_are(shared: ConnectionContext, why: Close, count: int) -> None:
     async def look() -> tuple[bool, object]:
         return shared.ledger.closes[why] == count, shared.ledger.closes
 
@@ -95,7 +97,7 @@ async def closes_are(shared: Shared, why: Close, count: int) -> None:
 
 
 async def test_a_write_that_fails_ends_its_client_and_no_other(
-    shared: Shared, caplog: pytest.LogCaptureFixture
+    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(shared, 3) as [(first, one), (failing, two), (last, three)]:
         failing._transport.write_eof()  # what is written from now on raises
@@ -113,7 +115,7 @@ async def test_a_write_that_fails_ends_its_client_and_no_other(
 
 
 async def test_a_client_that_can_still_be_told_is_told_that_a_write_failed(
-    shared: Shared, caplog: pytest.LogCaptureFixture
+    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(shared, 1) as [(client, raw)]:
         shared.write([client], cast(bytes, "no bytes"), messages=1)
@@ -124,7 +126,7 @@ async def test_a_client_that_can_still_be_told_is_told_that_a_write_failed(
 
 
 async def test_where_a_write_fails_and_the_close_frame_fills_the_socket_it_alone_waits(
-    shared: Shared,
+    shared: ConnectionContext,
 ) -> None:
     async with connected(shared, 1) as [(client, _)]:
         connection = client._transport.get_extra_info("socket")
@@ -138,7 +140,7 @@ async def test_where_a_write_fails_and_the_close_frame_fills_the_socket_it_alone
 
 
 async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(
-    shared: Shared, caplog: pytest.LogCaptureFixture
+    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(shared, 1) as [(client, raw)]:
         write = client.write
@@ -153,7 +155,7 @@ async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(
     assert caplog.records == []
 
 
-async def test_a_write_that_has_left_in_part_is_held_whole(shared: Shared) -> None:
+async def test_a_write_that_has_left_in_part_is_held_whole(shared: ConnectionContext) -> None:
     data = relayed_frame(TEXT, bytes(MIB - 100))
     async with connected(shared, 1) as [(client, raw)]:
         shared.write([client], data, messages=1)
@@ -178,7 +180,7 @@ async def test_a_write_that_has_left_in_part_is_held_whole(shared: Shared) -> No
 
 
 def test_small_writes_leave_together_and_large_ones_in_pieces() -> None:
-    backlog = Backlog(count_whole)
+    backlog = SendBacklog(count_whole)
     held = backlog.begin(bytes(10), 1)
     held += sum(backlog.note(data, 1) for data in (b"a" * 3, b"b" * 4, b"c" * 20, b"d"))
     assert backlog.held_bytes == held == 38 + 5 * WRITE_BYTES
@@ -196,7 +198,7 @@ def test_small_writes_leave_together_and_large_ones_in_pieces() -> None:
 @pytest.mark.parametrize(("unsent", "done"), [(0, 3), (1, 2), (8, 1), (14, 1), (15, 0), (22, 0)])
 def test_what_a_cut_connection_took_can_be_read_off_its_frames(unsent: int, done: int) -> None:
     """Two writes: one of two frames of seven bytes and one of one; counted are whole ones."""
-    backlog = Backlog(count_whole)
+    backlog = SendBacklog(count_whole)
     backlog.begin(HELLO * 2, 2)
     backlog.note(HELLO + b"", 1)
     assert backlog.split(unsent) == (done, 3 - done)

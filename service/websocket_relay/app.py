@@ -34,12 +34,12 @@ from websocket_relay.relay.broadcaster import Broadcaster
 from websocket_relay.relay.history import History
 from websocket_relay.settings import Settings
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.backlog import Backlogs
+from websocket_relay.wire.backlog import SendBacklogs
 from websocket_relay.wire.deflate import INFLATER_BYTES
-from websocket_relay.wire.gate import Gate
-from websocket_relay.wire.plain import PlainConnections
-from websocket_relay.wire.shared import Shared
-from websocket_relay.wire.unfinished import Unfinished
+from websocket_relay.wire.gate import HighWaterMark
+from websocket_relay.wire.plain import HttpConnections
+from websocket_relay.wire.shared import ConnectionContext
+from websocket_relay.wire.unfinished import PartialMessages
 
 if TYPE_CHECKING:
     from websocket_relay.admission.tokens import Tokens
@@ -73,9 +73,9 @@ class Replica:
 
     app: ASGIApp
     metrics_app: ASGIApp
-    shared: Shared
-    plain: PlainConnections
-    metrics_plain: PlainConnections
+    shared: ConnectionContext
+    plain: HttpConnections
+    metrics_plain: HttpConnections
     backplane: Backplane
     history: History
     health: Lifecycle
@@ -99,7 +99,7 @@ def build(
         said = {"name": REPLICA[:64], "clients": clients, "messages": ledger.messages}
         return json.dumps(said).encode()
 
-    appends = Gate(limits.total_backlog_bytes // APPENDS_PART)
+    appends = HighWaterMark(limits.total_backlog_bytes // APPENDS_PART)
     relays_locally = settings.backplane.on_outage == "local"
     backplane = open_backplane(
         settings.backplane.url.get_secret_value(),
@@ -115,21 +115,21 @@ def build(
     )
     can_do_without = {State.UP, State.OUTAGE} if relays_locally else {State.UP}
     health = Lifecycle(is_cut_off=lambda: backplane.state not in can_do_without)
-    backlogs = Backlogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
+    backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     # One message alone must have room.
-    unfinished = Unfinished(
+    unfinished = PartialMessages(
         max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
     )
-    shared = Shared(
+    shared = ConnectionContext(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
         ledger=ledger,
         backlogs=backlogs,
         unfinished=unfinished,
-        unheard=Gate(limits.total_backlog_bytes // UNHEARD_PART),
+        unheard=HighWaterMark(limits.total_backlog_bytes // UNHEARD_PART),
         appends=appends,
-        pending=Gate(limits.total_backlog_bytes // PENDING_PART),
+        pending=HighWaterMark(limits.total_backlog_bytes // PENDING_PART),
     )
     history = History(
         max_messages=settings.history.max_messages,
@@ -148,13 +148,13 @@ def build(
         written=metrics.observe_delivery,
     )
     refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
-    metrics_plain = PlainConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
+    metrics_plain = HttpConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
     descriptors = FileDescriptors(
         connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
         of_requests=lambda: len(plain),
         of_metrics=lambda: len(metrics_plain),
     )
-    plain = PlainConnections(
+    plain = HttpConnections(
         limits.max_http_connections,
         Refusal.HTTP_CONNECTIONS,
         refusals.count,

@@ -37,9 +37,9 @@ from websocket_relay.settings import Settings, SettingsWarning
 from websocket_relay.signals import Stop
 from websocket_relay.tasks import run_cancellable
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.http import RequestProtocol
-from websocket_relay.wire.plain import PlainConnections
-from websocket_relay.wire.protocol import RelayProtocol
+from websocket_relay.wire.http import HttpProtocol
+from websocket_relay.wire.plain import HttpConnections
+from websocket_relay.wire.protocol import WebSocketConnection
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Listener(uvicorn.Server):
         host: str,
         port: int,
         *,
-        plain: PlainConnections,
+        plain: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
         trusted_proxies: Sequence[str] = (),
@@ -428,8 +428,8 @@ def _relay_listener(settings: Settings, relay: Replica) -> Listener:
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
-        http=functools.partial(RequestProtocol, shared=relay.shared, plain=relay.plain),
-        ws=functools.partial(RelayProtocol, shared=relay.shared),
+        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.plain),
+        ws=functools.partial(WebSocketConnection, shared=relay.shared),
     )
 
 
@@ -437,7 +437,7 @@ def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
     metrics = settings.metrics
     if not metrics.enabled:
         return None
-    http = functools.partial(RequestProtocol, shared=relay.shared, plain=relay.metrics_plain)
+    http = functools.partial(HttpProtocol, shared=relay.shared, plain=relay.metrics_plain)
     return Listener(
         relay.metrics_app,
         metrics.host,

@@ -13,7 +13,7 @@ from websocket_relay.admission.rights import Rights
 from websocket_relay.errors import Refusal, RefusedError, TokenProblem
 from websocket_relay.health import Lifecycle
 from websocket_relay.rate import TokenBucket
-from websocket_relay.wire.allowance import Allowance
+from websocket_relay.wire.allowance import PublishPolicy
 
 if TYPE_CHECKING:
     from websocket_relay.admission.tokens import Tokens
@@ -51,7 +51,7 @@ class Upgrade:
 class Client(Protocol):
     """What can be asked of a connection."""
 
-    def allow(self, allowance: Allowance) -> None:
+    def allow(self, allowance: PublishPolicy) -> None:
         """Hold the client to what it may send."""
 
     def expire_in(self, seconds: float) -> None:
@@ -173,7 +173,7 @@ class Admission:
         most = self._max_messages_per_s
         if most or not terms.may_publish:
             rate = TokenBucket(most, most * MESSAGE_BURST_S) if most else None
-            client.allow(Allowance(may_publish=terms.may_publish, rate=rate))
+            client.allow(PublishPolicy(may_publish=terms.may_publish, rate=rate))
         if terms.expires_in_s is not None:
             client.expire_in(terms.expires_in_s)
         if self._addresses is not None:

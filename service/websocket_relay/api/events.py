@@ -19,8 +19,8 @@ from websocket_relay.api.asked import (
 )
 from websocket_relay.errors import RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
-from websocket_relay.wire.events import EventStream
-from websocket_relay.wire.http import CONNECTION_KEY, RequestProtocol
+from websocket_relay.wire.events import SseConnection
+from websocket_relay.wire.http import CONNECTION_KEY, HttpProtocol
 
 HEAD = {
     "Cache-Control": "no-store, no-transform",  # what compresses would wait for more
@@ -66,14 +66,14 @@ class EventsResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, begin: Callable[[RequestProtocol], None]) -> None:
+    def __init__(self, begin: Callable[[HttpProtocol], None]) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
         self._begin = begin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, and hand the connection over."""
-        connection: RequestProtocol = scope[CONNECTION_KEY]
+        connection: HttpProtocol = scope[CONNECTION_KEY]
         connection.leave_open()
         await send(
             {
@@ -100,13 +100,13 @@ def events_router(
         broadcaster: where they go.
         refusals: what answers the others.
         base_path: what stands before both paths.
-        silence_s: see `EventStream`.
+        silence_s: see `SseConnection`.
     """
 
     async def listen(request: Request) -> Response:
         last_event_id = request.headers.get("last-event-id", "")
         query = request.scope["query_string"]
-        connection: RequestProtocol = request.scope[CONNECTION_KEY]
+        connection: HttpProtocol = request.scope[CONNECTION_KEY]
         try:
             wish = wish_of(query, tells_positions=True, last_event_id=last_event_id)
             await connection.answers_are_out()  # nothing waits from the look at the limits on
@@ -114,11 +114,11 @@ def events_router(
         except RefusedError as error:
             return refusals.answer(error)
 
-        def begin(connection: RequestProtocol) -> None:
+        def begin(connection: HttpProtocol) -> None:
             transport = connection.take_over()
             if transport is None:
                 return
-            client = EventStream(broadcaster.shared, silence_s)
+            client = SseConnection(broadcaster.shared, silence_s)
             transport.set_protocol(client)
             client.begin(transport)
             admission.bind(client, terms)

@@ -26,9 +26,9 @@ from websocket_relay.api.asked import (
 from websocket_relay.errors import Refusal, RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
 from websocket_relay.wire.frames import BINARY, TEXT
-from websocket_relay.wire.http import CONNECTION_KEY, RequestProtocol
-from websocket_relay.wire.turns import Turns
-from websocket_relay.wire.unfinished import Unfinished
+from websocket_relay.wire.http import CONNECTION_KEY, HttpProtocol
+from websocket_relay.wire.turns import TimeSlicer
+from websocket_relay.wire.unfinished import PartialMessages
 
 BATCH = "application/x-ndjson"
 JSON = "application/json"
@@ -141,7 +141,7 @@ class Parcel:
         unfinished: the bound.
     """
 
-    def __init__(self, unfinished: Unfinished) -> None:
+    def __init__(self, unfinished: PartialMessages) -> None:
         self._unfinished = unfinished
         self._scope = asyncio.timeout(None)
 
@@ -185,7 +185,7 @@ def _expect_no_coding(request: Request) -> None:
 
 def _expect_listener(request: Request) -> None:
     """See that somebody waits for the answer: who gave up may have said it elsewhere."""
-    connection: RequestProtocol = request.scope[CONNECTION_KEY]
+    connection: HttpProtocol = request.scope[CONNECTION_KEY]
     if connection.is_gone:
         raise ClientDisconnect
 
@@ -205,7 +205,7 @@ async def _body(request: Request, max_bytes: int, parcel: Parcel) -> bytes:
     return b"".join(parts)
 
 
-async def _said(kind: str, body: bytes, turns: Turns) -> list[Said]:
+async def _said(kind: str, body: bytes, turns: TimeSlicer) -> list[Said]:
     """Return the messages that a request brings.
 
     Raises:
@@ -220,7 +220,7 @@ async def _said(kind: str, body: bytes, turns: Turns) -> list[Said]:
     return [(TEXT, body)]
 
 
-async def _gathered(messages: Iterator[Said], turns: Turns) -> list[Said]:
+async def _gathered(messages: Iterator[Said], turns: TimeSlicer) -> list[Said]:
     """Return them all, looked at in turn with what else there is to read.
 
     Raises:

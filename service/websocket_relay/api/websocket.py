@@ -20,7 +20,7 @@ from websocket_relay.api.asked import (
 from websocket_relay.errors import Refusal, RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
 from websocket_relay.wire.handshake import CLIENT_KEY
-from websocket_relay.wire.protocol import RelayProtocol
+from websocket_relay.wire.protocol import WebSocketConnection
 
 
 def add_websocket_routes(
@@ -55,7 +55,7 @@ def add_websocket_routes(
         # Nothing waits from here on, accept() neither: who was let in is in before anybody else
         # is looked at.
         await websocket.accept(subprotocol=selected(offered))
-        client = cast(RelayProtocol, scope[CLIENT_KEY])
+        client = cast(WebSocketConnection, scope[CLIENT_KEY])
         admission.bind(client, terms)
         broadcaster.subscribe(channel_of(websocket), client, wish)
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from websocket_relay.backplane.base import Entry, Position
 from websocket_relay.wire import events
-from websocket_relay.wire.client import Client
-from websocket_relay.wire.deflate import PLAIN, deflated
-from websocket_relay.wire.events import EVENTS
+from websocket_relay.wire.client import Connection
+from websocket_relay.wire.deflate import PLAIN, deflate_messages
+from websocket_relay.wire.events import SSE
 from websocket_relay.wire.frames import OPCODE, TEXT, header
 
 MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
@@ -31,12 +31,12 @@ class Form(NamedTuple):
 PLAINLY = Form(PLAIN, tells_positions=False)
 
 
-def form_of(client: Client) -> Form:
+def form_of(client: Connection) -> Form:
     """Return how a client is sent messages."""
     return Form(client.encoding, client.tells_positions)
 
 
-Audience = list[tuple[Form, list[Client]]]
+Audience = list[tuple[Form, list[Connection]]]
 """The members of a channel by how they are sent messages."""
 
 HeadAndPayload = tuple[bytes, bytes]
@@ -50,7 +50,7 @@ def encoded(entries: Iterable[Entry], form: Form, min_bytes: int) -> Iterator[by
 
 def announced(said: Mapping[str, object], form: Form) -> bytes:
     """Return what the relay itself says; its `type` says what it is."""
-    if form.encoding == EVENTS:
+    if form.encoding == SSE:
         return events.event(str(said["type"]), said)
     payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
     return header(TEXT, len(payload)) + payload
@@ -123,7 +123,7 @@ class Batch:
         return self._group > 0 or self.next > 0
 
     @property
-    def recipients(self) -> list[Client]:
+    def recipients(self) -> list[Connection]:
         """The group whose turn it is."""
         return self._audience[self._group][1]
 
@@ -173,12 +173,12 @@ class Batch:
 def _formed(
     messages: Iterable[HeadAndPayload], positions: Iterable[Position], form: Form, min_bytes: int
 ) -> Iterator[bytes]:
-    if form.encoding == EVENTS:
+    if form.encoding == SSE:
         return events.encoded(messages, positions)
     if form.tells_positions:
         messages = _numbered(messages, positions)
     if form.encoding != PLAIN:
-        return deflated(messages, form.encoding, min_bytes)
+        return deflate_messages(messages, form.encoding, min_bytes)
     return (head + payload for head, payload in messages)
 
 

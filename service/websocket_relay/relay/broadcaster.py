@@ -11,9 +11,9 @@ from websocket_relay.relay.channel import Channel
 from websocket_relay.relay.courier import Courier
 from websocket_relay.relay.history import History
 from websocket_relay.relay.replay import Replay, Wish
-from websocket_relay.wire.client import Client
-from websocket_relay.wire.shared import Shared
-from websocket_relay.wire.turns import Turns, Work
+from websocket_relay.wire.client import Connection
+from websocket_relay.wire.shared import ConnectionContext
+from websocket_relay.wire.turns import SlicedWork, TimeSlicer
 
 BATCHES_PER_BACKLOG = 4
 """How many full batches fit into one client's backlog: one batch alone never closes a client."""
@@ -36,7 +36,7 @@ class Broadcaster:
         self,
         *,
         backplane: Backplane,
-        shared: Shared,
+        shared: ConnectionContext,
         max_channels: int,
         pending_limit_bytes: int,
         deflate_from_bytes: int,
@@ -50,7 +50,7 @@ class Broadcaster:
         self._pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
-        self._turns = Turns(backplane.turns)
+        self._turns = TimeSlicer(backplane.turns)
         self._history = history
         backplane.tail(self._deliver, self._lose)
 
@@ -62,7 +62,7 @@ class Broadcaster:
         """Tell whether a client may join a channel without there being too many of them."""
         return name in self._channels or len(self._channels) < self._max_channels
 
-    def subscribe(self, name: str, client: Client, wish: Wish | None = None) -> None:
+    def subscribe(self, name: str, client: Connection, wish: Wish | None = None) -> None:
         """Let a client into a channel, which comes to be with its first member.
 
         Args:
@@ -114,7 +114,7 @@ class Broadcaster:
 
     # What channels ask
 
-    def schedule(self, work: Work) -> None:
+    def schedule(self, work: SlicedWork) -> None:
         """Give somebody who is not in the queue turns to write."""
         self._turns.add(work)
 

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from websocket_relay.backplane.base import Backplane, Entry
 from websocket_relay.relay.batch import Audience, Batch, Form, announced, form_of
-from websocket_relay.wire.client import Client, Speaker
-from websocket_relay.wire.gate import Gate
-from websocket_relay.wire.shared import Shared
-from websocket_relay.wire.turns import Work
+from websocket_relay.wire.client import Connection, Publisher
+from websocket_relay.wire.gate import HighWaterMark
+from websocket_relay.wire.shared import ConnectionContext
+from websocket_relay.wire.turns import SlicedWork
 
 WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some microseconds
 BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
@@ -40,10 +40,10 @@ TLS some 80 KiB that have left its layer are not seen to go."""
 class Office(Protocol):
     """What a channel asks of the room it is in."""
 
-    shared: Shared
+    shared: ConnectionContext
     backplane: Backplane
 
-    def schedule(self, work: Work) -> None:
+    def schedule(self, work: SlicedWork) -> None:
         """Give somebody who is not in the queue turns to write."""
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
@@ -82,17 +82,17 @@ class Channel:
         self._backplane = office.backplane
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
-        self._gate = Gate(pending_limit_bytes)
+        self._gate = HighWaterMark(pending_limit_bytes)
         self._gates = (self._gate, self._shared.pending, self._shared.appends)
-        self._members: dict[Form, dict[Client, None]] = {}
-        self._expected: set[Client] = set()  # no members yet: they hear what was before
+        self._members: dict[Form, dict[Connection, None]] = {}
+        self._expected: set[Connection] = set()  # no members yet: they hear what was before
         self._snapshot: Audience | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members that are behind, with what they had taken when they were last seen to move.
-        self._behind: dict[Client, tuple[int, float]] = {}
+        self._behind: dict[Connection, tuple[int, float]] = {}
         # Members that were waited for, and when that will have been paid back at WAIT_SHARE.
-        self._indebted: dict[Client, float] = {}
+        self._indebted: dict[Connection, float] = {}
         self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Channel:
 
     # What members say: this is their sink
 
-    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None:
+    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
         """Relay a member's message to all members, on every replica."""
         ledger = self._shared.ledger
         ledger.messages += 1
@@ -108,28 +108,28 @@ class Channel:
         self._backplane.append(self.name, opcode, payload, client)
         self.hold_back(client)
 
-    def hold_back(self, client: Speaker) -> None:
+    def hold_back(self, client: Publisher) -> None:
         """Read a publisher no more while too much waits to be written."""
         for gate in self._gates:
             if gate.is_shut and gate.hold(client):
                 self._shared.ledger.publisher_pauses += 1
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> HighWaterMark:
         """The bound on what waits for its fan-out."""
         return self._gate
 
-    def expect(self, client: Client) -> None:
+    def expect(self, client: Connection) -> None:
         """Be there for a client that will join later, and may publish already."""
         self._expected.add(client)
 
-    def join(self, client: Client) -> None:
+    def join(self, client: Connection) -> None:
         """Let a client in: it gets all that is published from now on."""
         self._expected.discard(client)
         self._members.setdefault(form_of(client), {})[client] = None
         self._changed()
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Connection) -> None:
         """Let a client go; what it was still owed is counted when its turn comes."""
         if client in self._expected:
             self._expected.discard(client)
@@ -147,11 +147,11 @@ class Channel:
         if not self._members and not self._expected:
             self._office.forget(self)
 
-    def fell_behind(self, client: Client) -> None:
+    def fell_behind(self, client: Connection) -> None:
         """Take note that a member's socket is full."""
         self._behind[client] = (0, perf_counter())
 
-    def caught_up(self, client: Client) -> None:
+    def caught_up(self, client: Connection) -> None:
         """Take note that nothing waits for a member any more."""
         self._behind.pop(client, None)
 
@@ -295,7 +295,7 @@ class Channel:
         self._held_since = 0.0
         return False
 
-    def _may_wait(self, full: list[Client], half_is_behind: bool, now: float) -> bool:
+    def _may_wait(self, full: list[Connection], half_is_behind: bool, now: float) -> bool:
         self._held_since = self._held_since or now
         held_s = now - self._held_since
         if half_is_behind:
@@ -308,7 +308,7 @@ class Channel:
             self._indebted[client] = owed_until + HOLD_LOOK_S / WAIT_SHARE
         return True
 
-    def _moving(self, now: float) -> list[Client]:
+    def _moving(self, now: float) -> list[Connection]:
         """Return the members that are behind and took something of it lately."""
         moving = []
         for client, (seen, moved_at) in self._behind.items():

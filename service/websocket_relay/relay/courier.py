@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from websocket_relay.backplane.base import Backplane, Position
 from websocket_relay.errors import Refusal, RefusedError
-from websocket_relay.wire.gate import Gate
+from websocket_relay.wire.gate import HighWaterMark
 
 
 class Courier:
@@ -15,7 +15,7 @@ class Courier:
         gates: the bounds on what waits; it waits while one is shut.
     """
 
-    def __init__(self, gates: Iterable[Gate]) -> None:
+    def __init__(self, gates: Iterable[HighWaterMark]) -> None:
         self._gates = tuple(gates)
         self._fault: Refusal | None = None  # why a message could not be relayed
         self._holds = 0

@@ -4,7 +4,7 @@ import asyncio
 import random
 
 from websocket_relay.errors import Close
-from websocket_relay.wire.shared import Clients
+from websocket_relay.wire.shared import ConnectionRegistry
 
 STEP_S = 0.01  # clients that are due within one step are closed together
 
@@ -13,7 +13,7 @@ RETRY_WINDOW_S = 1.0
 them; this keeps those apart who were closed in the same moment (bench/results/simulation.md)."""
 
 
-async def close_all(clients: Clients, *, spread_s: float, rng: random.Random) -> None:
+async def close_all(clients: ConnectionRegistry, *, spread_s: float, rng: random.Random) -> None:
     """Close every client with 1001, evenly spread over time, each after all it is owed.
 
     Each is told in `retry_ms` when to come back, so that those who left together do not return
@@ -38,7 +38,7 @@ async def close_all(clients: Clients, *, spread_s: float, rng: random.Random) ->
         client.close_when_written(Close.DRAINING, f"{Close.DRAINING.reason}; retry_ms={retry_ms}")
 
 
-async def wait_until_gone(clients: Clients, *, until: float) -> int:
+async def wait_until_gone(clients: ConnectionRegistry, *, until: float) -> int:
     """Wait for the clients' answers; cut off who has not gone by then.
 
     Args:

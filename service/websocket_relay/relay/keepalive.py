@@ -6,12 +6,14 @@ from itertools import count
 
 from websocket_relay.errors import Close
 from websocket_relay.wire.frames import PING, control
-from websocket_relay.wire.shared import Clients
+from websocket_relay.wire.shared import ConnectionRegistry
 
 CLIENTS_PER_SLICE = 200  # some microseconds each; then the loop gets its turn
 
 
-async def keep_alive(clients: Clients, *, ping_interval_s: float, ping_timeout_s: float) -> None:
+async def keep_alive(
+    clients: ConnectionRegistry, *, ping_interval_s: float, ping_timeout_s: float
+) -> None:
     """Ping all clients every interval with one shared frame, and judge them a timeout later.
 
     Any bytes from a client count as life, for a pong waits its turn behind a long message.
@@ -34,7 +36,7 @@ async def keep_alive(clients: Clients, *, ping_interval_s: float, ping_timeout_s
         next_ping = max(next_ping + ping_interval_s, loop.time())
 
 
-async def _ping(clients: Clients, frame: bytes) -> float:
+async def _ping(clients: ConnectionRegistry, frame: bytes) -> float:
     """Ping everybody; return when the last one was pinged."""
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients, 1):
@@ -44,7 +46,7 @@ async def _ping(clients: Clients, frame: bytes) -> float:
     return loop.time()
 
 
-async def _judge(clients: Clients, since: float) -> None:
+async def _judge(clients: ConnectionRegistry, since: float) -> None:
     # A relay that was stopped for a while itself, with its machine, say, wakes up late: what came
     # in meanwhile is heard first.
     for _ in range(2):

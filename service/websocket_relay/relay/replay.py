@@ -14,7 +14,7 @@ from websocket_relay.errors import Close
 from websocket_relay.relay.batch import announced, encoded, form_of
 from websocket_relay.relay.channel import Channel, Office
 from websocket_relay.relay.history import History
-from websocket_relay.wire.client import Client, Speaker
+from websocket_relay.wire.client import Connection, Publisher
 
 PIECE_BYTES = 65_536  # of messages that are written in one go
 PIECE_MESSAGES = 256
@@ -52,7 +52,7 @@ class Replay:
 
     def __init__(
         self,
-        client: Client,
+        client: Connection,
         channel: Channel,
         wish: Wish,
         office: Office,
@@ -83,11 +83,11 @@ class Replay:
 
     # What the client says: this is its sink
 
-    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None:
+    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
         """Relay a message, though its sender does not hear it yet."""
         self._channel.publish(client, opcode, payload)
 
-    def hold_back(self, client: Speaker) -> None:
+    def hold_back(self, client: Publisher) -> None:
         """Read a publisher no more while too much waits to be written."""
         self._channel.hold_back(client)
 
@@ -95,16 +95,16 @@ class Replay:
         """Call `act` once all that was published so far has been written to the members."""
         self._channel.when_written(act)
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Connection) -> None:
         """Let a client go."""
         self._is_over = True
         self._channel.leave(client)
 
-    def fell_behind(self, client: Client) -> None:
+    def fell_behind(self, client: Connection) -> None:
         """Wait: the client's socket is full."""
         self._is_behind = True
 
-    def caught_up(self, client: Client) -> None:
+    def caught_up(self, client: Connection) -> None:
         """Go on."""
         self._is_behind = False
         self._go_on_soon()

@@ -6,7 +6,7 @@ from websocket_relay.errors import Close
 from websocket_relay.rate import TokenBucket
 
 
-class Allowance:
+class PublishPolicy:
     """What one client may send.
 
     Args:

@@ -15,7 +15,7 @@ WRITE_BYTES = 128
 """Memory that each write in a queue takes besides its bytes: an object, a pair and a place."""
 
 
-class Backlog:
+class SendBacklog:
     """The writes that one client is behind with, oldest first.
 
     Args:
@@ -142,7 +142,7 @@ class Backlog:
         return done, self.messages - done
 
 
-class Laggard(Protocol):
+class SlowConsumer(Protocol):
     """What is asked of a client that is behind."""
 
     @property
@@ -150,7 +150,7 @@ class Laggard(Protocol):
     def drop_backlog(self) -> None: ...
 
 
-class Backlogs:
+class SendBacklogs:
     """All clients that are behind, and the bound on the memory that is held for them together.
 
     Bytes that several clients are sent are counted for each of them, though they are there once.
@@ -163,7 +163,7 @@ class Backlogs:
     def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._total_limit_bytes = total_limit_bytes
-        self._laggards: dict[Laggard, None] = {}
+        self._laggards: dict[SlowConsumer, None] = {}
         # Never below the truth, so that the exact sum is taken only when it could matter, and
         # again only when a hundredth of the bound came on top: it walks over all of them.
         self._estimate_bytes = 0
@@ -172,7 +172,7 @@ class Backlogs:
     def __len__(self) -> int:
         return len(self._laggards)
 
-    def __iter__(self) -> Iterator[Laggard]:
+    def __iter__(self) -> Iterator[SlowConsumer]:
         return iter(self._laggards)
 
     @property
@@ -180,12 +180,12 @@ class Backlogs:
         """What is held for all clients now."""
         return sum(laggard.held_bytes for laggard in self._laggards)
 
-    def add(self, laggard: Laggard) -> None:
+    def add(self, laggard: SlowConsumer) -> None:
         """Watch a client that fell behind."""
         self._laggards[laggard] = None
         self.grew(laggard.held_bytes)
 
-    def discard(self, laggard: Laggard) -> None:
+    def discard(self, laggard: SlowConsumer) -> None:
         """Watch it no longer: it caught up or is gone."""
         self._laggards.pop(laggard, None)
 

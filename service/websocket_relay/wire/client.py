@@ -12,9 +12,9 @@ from enum import Enum, auto
 from typing import Protocol, cast
 
 from websocket_relay.errors import Close, Drop
-from websocket_relay.wire.backlog import Backlog
+from websocket_relay.wire.backlog import SendBacklog
 from websocket_relay.wire.deflate import PLAIN
-from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.shared import ConnectionContext
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ RECORD_BYTES = 16_384
 """The same with TLS: what a record holds at most (RFC 8446 section 5.1)."""
 
 
-class Speaker(Protocol):
+class Publisher(Protocol):
     """What is asked of a client that publishes."""
 
     def pause_reading(self) -> None:
@@ -38,29 +38,29 @@ class Speaker(Protocol):
         """Close it: its message could not be relayed."""
 
 
-class Sink(Protocol):
+class MessageSink(Protocol):
     """Where a connection's messages go, and what it says of itself. Never blocks, never raises."""
 
-    def publish(self, client: Speaker, opcode: int, payload: bytes) -> None:
+    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
         """Take a whole message from the client."""
 
-    def hold_back(self, client: Speaker) -> None:
+    def hold_back(self, client: Publisher) -> None:
         """Pause the client, who is about to say more, where too much waits to be written."""
 
-    def leave(self, client: "Client") -> None:
+    def leave(self, client: "Connection") -> None:
         """Write to the client no longer. Said once; it may still publish what it said before."""
 
-    def fell_behind(self, client: "Client") -> None:
+    def fell_behind(self, client: "Connection") -> None:
         """Take note that the client's socket is full."""
 
-    def caught_up(self, client: "Client") -> None:
+    def caught_up(self, client: "Connection") -> None:
         """Take note that nothing waits for the client any more."""
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
 
 
-class _Gone(asyncio.Transport):
+class _ClosedTransport(asyncio.Transport):
     """What stands for a transport that has ended. Nothing can be done to it, and nothing fails."""
 
     def is_closing(self) -> bool:
@@ -79,10 +79,10 @@ class _Gone(asyncio.Transport):
         pass
 
 
-GONE = _Gone()
+CLOSED_TRANSPORT = _ClosedTransport()
 
 
-class State(Enum):
+class ConnectionState(Enum):
     """Where a connection is in its life."""
 
     HANDSHAKE = auto()
@@ -93,7 +93,7 @@ class State(Enum):
     LOST = auto()
 
 
-class Client(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One client's connection, once it is one.
 
     Args:
@@ -128,15 +128,15 @@ class Client(asyncio.Protocol):
         """Return how many messages end within the first `end` bytes of a batch."""
         raise NotImplementedError
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: ConnectionContext) -> None:
         self._shared = shared
-        self._state = State.HANDSHAKE
+        self._state = ConnectionState.HANDSHAKE
         self._transport: asyncio.Transport
         self._write_now: Callable[[bytes], None]
         self._piece_bytes = PIECE_BYTES
-        self._sink: Sink | None = None
+        self._sink: MessageSink | None = None
         self._is_member = False  # of the sink: it writes to the client
-        self._backlog: Backlog | None = None
+        self._backlog: SendBacklog | None = None
         self._sends_no_more = False  # TCP's end came, or TLS's
         self._deadline: asyncio.TimerHandle | None = None
         self._ending: Close | None = None
@@ -173,7 +173,7 @@ class Client(asyncio.Protocol):
             encoding: of what the client is to be sent, see `relay.batch.Form`.
         """
         shared = self._shared
-        self._state = State.OPEN
+        self._state = ConnectionState.OPEN
         self.encoding = encoding
         self._cancel_deadline()
         shared.clients.add(self)
@@ -186,7 +186,7 @@ class Client(asyncio.Protocol):
         if self._backlog is not None:  # answers from before the upgrade fill the socket
             self.note_backlog(response, 0)
 
-    def hand_over(self, sink: Sink) -> None:
+    def hand_over(self, sink: MessageSink) -> None:
         """Let a sink write to the client."""
         self._sink = sink
         self._is_member = True
@@ -196,7 +196,7 @@ class Client(asyncio.Protocol):
             self.write = self._write_behind
             sink.fell_behind(self)
 
-    def pass_on(self, sink: Sink) -> None:
+    def pass_on(self, sink: MessageSink) -> None:
         """Give all further messages to another sink. The one before is asked nothing more."""
         self._sink = sink
         if self._backlog is not None:
@@ -219,8 +219,8 @@ class Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Settle the books: whatever happened, this is called once and last."""
         # Batches may name this object for a while: what TLS had waiting must not wait with it.
-        self._transport = GONE
-        self._write_now = GONE.write
+        self._transport = CLOSED_TRANSPORT
+        self._write_now = CLOSED_TRANSPORT.write
         self._leave_sink()
         self._cancel_deadline()
         if self._backlog is not None:
@@ -247,7 +247,7 @@ class Client(asyncio.Protocol):
 
     def close_when_written(self, why: Close, reason: str) -> None:
         """Close once the client was written all that it is owed so far."""
-        if self._sink is not None and self._state is State.OPEN:
+        if self._sink is not None and self._state is ConnectionState.OPEN:
             self._sink.when_written(lambda: self.close(why, reason))
 
     def abort(self, why: Close) -> None:
@@ -294,7 +294,7 @@ class Client(asyncio.Protocol):
         if self._backlog is not None:
             self._backlog.is_stuck = True
             return
-        self._backlog = Backlog(self.count_whole)
+        self._backlog = SendBacklog(self.count_whole)
         if self._is_member and self._sink is not None:
             self.write = self._write_behind
             self._sink.fell_behind(self)
@@ -325,7 +325,7 @@ class Client(asyncio.Protocol):
         if self._is_member and self._sink is not None:
             self.write = self._write_now
             self._sink.caught_up(self)
-        elif self._state is State.DISCARDING:
+        elif self._state is ConnectionState.DISCARDING:
             self._shut()
 
     def drop_backlog(self) -> None:
@@ -344,11 +344,11 @@ class Client(asyncio.Protocol):
 
     def _finish(self) -> None:
         """Say nothing more, and count the connection as ended."""
-        if self._state is State.LOST:
+        if self._state is ConnectionState.LOST:
             return
         shared = self._shared
         self._leave(Close.VANISHED)
-        self._state = State.LOST
+        self._state = ConnectionState.LOST
         self._cancel_deadline()
         if self._on_lost is not None:
             act, self._on_lost = self._on_lost, None
@@ -417,7 +417,7 @@ class Client(asyncio.Protocol):
         backlog = self._backlog
         if backlog is not None:
             if (
-                self._state is State.OPEN
+                self._state is ConnectionState.OPEN
                 and self.backlog_bytes + len(data) > shared.backlogs.limit_bytes
             ):
                 self.close(Close.SLOW_CONSUMER)
@@ -466,7 +466,7 @@ class Client(asyncio.Protocol):
         slow = self._ending is Close.SLOW_CONSUMER
         return Drop.SLOW_CONSUMER if slow else Drop.DISCONNECTED
 
-    def _settle(self, backlog: Backlog, unsent: int) -> None:
+    def _settle(self, backlog: SendBacklog, unsent: int) -> None:
         """Enter into the books what of the backlog went and what never will."""
         delivered, dropped = backlog.split(unsent)
         self._shared.ledger.deliveries += delivered

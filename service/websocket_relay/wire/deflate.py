@@ -13,7 +13,7 @@ from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFact
 from websockets.headers import build_extension, parse_extension
 
 from websocket_relay.errors import Close
-from websocket_relay.wire.frames import OPCODE, RSV1, BreachError, header
+from websocket_relay.wire.frames import OPCODE, RSV1, ProtocolViolationError, header
 
 PLAIN = 0
 """The encoding of clients without compression; all others are named by their window's bits."""
@@ -60,7 +60,7 @@ def negotiate(offers: str) -> tuple[str, int] | None:
     return None
 
 
-def deflated(
+def deflate_messages(
     messages: Iterable[tuple[bytes, bytes]], window_bits: int, min_bytes: int
 ) -> Iterator[bytes]:
     """Return frames with each message compressed where that makes it smaller.
@@ -119,10 +119,10 @@ class Inflater:
             try:
                 part = self._stream.decompress(data, most)
             except zlib.error:
-                raise BreachError(Close.BAD_DEFLATE) from None
+                raise ProtocolViolationError(Close.BAD_DEFLATE) from None
             self._room_bytes -= len(part)
             if self._room_bytes < 0:
-                raise BreachError(Close.TOO_BIG)
+                raise ProtocolViolationError(Close.TOO_BIG)
             yield part
             if self._stream.eof:
                 # A block may say it is the last one, and others may follow (section 7.2.3.4).
@@ -143,4 +143,4 @@ class Inflater:
             return
         surplus = any(self.feed(TAIL)) or any(self.feed(LAST_BLOCK))
         if surplus or self._stream is not None:
-            raise BreachError(Close.BAD_DEFLATE)
+            raise ProtocolViolationError(Close.BAD_DEFLATE)

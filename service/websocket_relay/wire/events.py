@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 from websocket_relay.errors import Close
-from websocket_relay.wire.allowance import Allowance
-from websocket_relay.wire.client import Client, State
+from websocket_relay.wire.allowance import PublishPolicy
+from websocket_relay.wire.client import Connection, ConnectionState
 from websocket_relay.wire.frames import BINARY, OPCODE
-from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.shared import ConnectionContext
 
-EVENTS = -1
+SSE = -1
 """What stands in the place of an encoding (see `deflate`) for a client of this kind."""
 
 LIFE_SIGN = b":\n\n"
@@ -27,7 +27,7 @@ all wait for the same few seconds."""
 RETRY_MS = re.compile(r"retry_ms=([0-9]+)")
 
 
-def event(name: str, said: Mapping[str, object]) -> bytes:
+def encode_event(name: str, said: Mapping[str, object]) -> bytes:
     """Return an event of the relay's own: JSON, under a name.
 
     The position that it tells is its id: who comes back before it has heard a message goes on from
@@ -38,7 +38,7 @@ def event(name: str, said: Mapping[str, object]) -> bytes:
     return f"{place}event: {name}\ndata: {text}\n\n".encode()
 
 
-def encoded(
+def encode_messages(
     messages: Iterable[tuple[bytes, bytes]], positions: Iterable[object]
 ) -> Iterator[bytes]:
     """Yield events.
@@ -69,7 +69,7 @@ def count_whole(batch: bytes, end: int) -> int:
     return batch.count(b"\n\n", 0, end)
 
 
-class EventStream(Client):
+class SseConnection(Connection):
     """One client's connection, from the answer's head to its end.
 
     Args:
@@ -82,11 +82,11 @@ class EventStream(Client):
 
     count_whole = staticmethod(count_whole)
 
-    def __init__(self, shared: Shared, silence_s: float) -> None:
+    def __init__(self, shared: ConnectionContext, silence_s: float) -> None:
         super().__init__(shared)
         self._silence_s = silence_s
 
-    def allow(self, allowance: Allowance) -> None:
+    def allow(self, allowance: PublishPolicy) -> None:
         """Take no notice: it says nothing."""
 
     def begin(self, transport: asyncio.Transport) -> None:
@@ -98,7 +98,7 @@ class EventStream(Client):
             silence_ms = round(self._silence_s * 1000)
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
-        self.open(b"retry: %d\n\n" % random.randint(*RETURN_MS), EVENTS)
+        self.open(b"retry: %d\n\n" % random.randint(*RETURN_MS), SSE)
 
     def data_received(self, data: bytes) -> None:
         """Take no notice."""
@@ -106,7 +106,7 @@ class EventStream(Client):
     def eof_received(self) -> bool:
         """Take it for the end: who listens no more need not be written to."""
         self._leave(Close.VANISHED)
-        self._state = State.DISCARDING
+        self._state = ConnectionState.DISCARDING
         self._sends_no_more = True
         self._end()
         return self._outlasts_end()
@@ -118,19 +118,21 @@ class EventStream(Client):
 
     def close(self, why: Close, reason: str = "") -> None:
         """Say goodbye, and end the answer."""
-        if self._state is not State.OPEN:
+        if self._state is not ConnectionState.OPEN:
             return
         said = reason or why.reason
         self._leave(why)
-        self._state = State.DISCARDING  # first: nothing that is put now closes it for its size
+        self._state = (
+            ConnectionState.DISCARDING
+        )  # first: nothing that is put now closes it for its size
         retry = RETRY_MS.search(said)
         told = f"retry: {retry[1]}\n".encode() if retry else b""
-        self._put(told + event("close", {"code": why.code, "reason": said}))
+        self._put(told + encode_event("close", {"code": why.code, "reason": said}))
         self._end()
 
     def ping(self, frame: bytes, now: float) -> None:
         """Send a comment, so that proxies see that the answer goes on."""
-        if self._state is State.OPEN:
+        if self._state is ConnectionState.OPEN:
             self._put(LIFE_SIGN)
 
     def is_silent(self, since: float) -> bool:

@@ -18,7 +18,7 @@ CONTROL = 0x08  # opcodes with this bit are control frames (section 5.5)
 MAX_CONTROL_BYTES = 125  # payload of a control frame (section 5.5)
 
 
-class BreachError(Exception):
+class ProtocolViolationError(Exception):
     """The client broke the protocol.
 
     Args:

@@ -12,7 +12,7 @@ CHUNKS_AT_ONCE = 64
 """A piece has so many at most: the smallest take 0.1 ms."""
 
 
-class Part(Enum):
+class RequestPart(Enum):
     """What comes next."""
 
     LINE = auto()  # the request line, or an empty one before it
@@ -21,7 +21,7 @@ class Part(Enum):
     CHUNKS = auto()
 
 
-class Framing:
+class RequestFraming:
     """Where a connection is in its requests.
 
     Attributes:
@@ -36,17 +36,17 @@ class Framing:
     def begin_request(self) -> None:
         """Expect a request."""
         self.line = b""
-        self._part = Part.LINE
+        self._part = RequestPart.LINE
         self._left = 0  # bytes of the content, or of a chunk and its line end
         self._size = b""  # the line before a chunk, as far as it has come
 
     def begin_content(self, size: int) -> None:
         """Expect so many bytes after the head."""
-        self._part, self._left = Part.CONTENT, size
+        self._part, self._left = RequestPart.CONTENT, size
 
     def begin_chunks(self) -> None:
         """Expect chunks after the head."""
-        self._part = Part.CHUNKS
+        self._part = RequestPart.CHUNKS
 
     def pass_piece(self, data: bytes, start: int) -> int:
         """Go past the next piece: no request ends within it, and none begins but at its start.
@@ -55,13 +55,13 @@ class Framing:
             Where it ends. Feed it to the parser before the next one is asked for.
         """
         match self._part:
-            case Part.LINE:
+            case RequestPart.LINE:
                 return self._pass_line(data, start)
-            case Part.FIELDS:
+            case RequestPart.FIELDS:
                 return _end_of_fields(data, start)
-            case Part.CONTENT:
+            case RequestPart.CONTENT:
                 return self._pass_content(data, start)
-            case Part.CHUNKS:
+            case RequestPart.CHUNKS:
                 return self._pass_chunks(data, start)
 
     def _pass_line(self, data: bytes, start: int) -> int:
@@ -70,7 +70,7 @@ class Framing:
         if self.line == b"\r\n":  # RFC 9112 section 2.2: robust servers ignore it
             self.line = b""
         elif self.line.endswith(b"\n"):
-            self._part = Part.FIELDS
+            self._part = RequestPart.FIELDS
         return end
 
     def _pass_content(self, data: bytes, start: int) -> int:
@@ -89,7 +89,7 @@ class Framing:
             if self._size.endswith(b"\n"):
                 size, self._size = _chunk_size(self._size), b""
                 if not size:
-                    self._part = Part.FIELDS
+                    self._part = RequestPart.FIELDS
                     break
                 self._left = size + len(b"\r\n")
         return start

@@ -7,14 +7,14 @@ import asyncio
 from typing import Protocol
 
 
-class Publisher(Protocol):
+class Pausable(Protocol):
     """What is asked of a client that publishes too fast."""
 
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
 
-class Gate:
+class HighWaterMark:
     """A bound on bytes that wait, and the publishers who wait for them to be fewer.
 
     Args:
@@ -23,7 +23,7 @@ class Gate:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._held: dict[Publisher, None] = {}
+        self._held: dict[Pausable, None] = {}
         self._is_opening = False
         self.bytes = 0
 
@@ -32,7 +32,7 @@ class Gate:
         """Whether more waits than should."""
         return self.bytes > self.limit_bytes
 
-    def hold(self, publisher: Publisher) -> bool:
+    def hold(self, publisher: Pausable) -> bool:
         """Pause a publisher, if it is not paused here already; tell whether it was news."""
         if publisher in self._held:
             return False

@@ -26,10 +26,10 @@ from websockets.utils import accept_key
 
 from websocket_relay.errors import Close, Refusal
 from websocket_relay.wire.deflate import PLAIN, negotiate
-from websocket_relay.wire.plain import PlainConnections
-from websocket_relay.wire.protocol import RelayProtocol
+from websocket_relay.wire.plain import HttpConnections
+from websocket_relay.wire.protocol import WebSocketConnection
 from websocket_relay.wire.safe_headers import SAFE_HEADERS
-from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.shared import ConnectionContext
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class HandshakeError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class HandshakeResult:
     """What a request asks for, once it is a handshake.
 
     Attributes:
@@ -82,7 +82,9 @@ class Agreement:
     encoding: int
 
 
-def agree(method: str, http_version: str, headers: Headers, *, compresses: bool) -> Agreement:
+def validate_handshake(
+    method: str, http_version: str, headers: Headers, *, compresses: bool
+) -> HandshakeResult:
     """Check a request that asks for a WebSocket (section 4.2.1).
 
     That it does ask, in Upgrade and Connection, was found by who calls.
@@ -123,7 +125,7 @@ def agree(method: str, http_version: str, headers: Headers, *, compresses: bool)
     if len(set(subprotocols)) < len(subprotocols):
         raise HandshakeError("a subprotocol is offered twice")
     extensions, encoding = agreed if agreed and compresses else ("", PLAIN)
-    return Agreement(accept, cast(list[str], subprotocols), extensions, encoding)
+    return HandshakeResult(accept, cast(list[str], subprotocols), extensions, encoding)
 
 
 def _offers(lines: list[bytes]) -> str:
@@ -146,7 +148,7 @@ def _accept(keys: list[bytes]) -> str:
     return accept_key(_text(keys[0]))
 
 
-class ClientGoneError(OSError):
+class ClientDisconnectedError(OSError):
     """The client left while the application decided; what ASGI wants raised on a late send."""
 
 
@@ -159,19 +161,23 @@ class Handshake:
         plain: where the connection counts again once it was refused.
     """
 
-    def __init__(self, client: RelayProtocol, shared: Shared, plain: PlainConnections) -> None:
+    def __init__(
+        self, client: WebSocketConnection, shared: ConnectionContext, plain: HttpConnections
+    ) -> None:
         self._client = client
         self._shared = shared
         self._plain = plain
-        self._agreement: Agreement | None = None
+        self._agreement: HandshakeResult | None = None
         self._denial: tuple[int, list[tuple[str, str]]] | None = None
         self._denial_body = b""
         self._connected = False
 
-    def agree(self, method: str, http_version: str, headers: Headers) -> Agreement | None:
+    def validate_handshake(
+        self, method: str, http_version: str, headers: Headers
+    ) -> HandshakeResult | None:
         """Return what the request asks for, or answer it where it is no handshake."""
         try:
-            self._agreement = agree(
+            self._agreement = validate_handshake(
                 method, http_version, headers, compresses=self._shared.compresses
             )
         except HandshakeError as error:
@@ -186,7 +192,7 @@ class Handshake:
         self._plain.deciding += 1
         try:
             await app(scope, self._receive, self._send)
-        except ClientGoneError:
+        except ClientDisconnectedError:
             pass
         except Exception:
             log.exception("endpoint failed")
@@ -207,7 +213,7 @@ class Handshake:
     async def _send(self, message: ASGISendEvent) -> None:
         event = cast(dict[str, Any], message)
         if not self._client.in_handshake:
-            raise ClientGoneError
+            raise ClientDisconnectedError
         match event["type"]:
             case "websocket.accept":
                 self._accept(event)
@@ -247,10 +253,10 @@ class Handshake:
         ]
         if self._client.in_handshake:
             self._client.refuse(_head(HTTPStatus(status), headers) + body)
-            Refused(self._client, self._plain)
+            RefusedConnection(self._client, self._plain)
 
 
-class Refused:
+class RefusedConnection:
     """A connection whose handshake was refused, until its client has taken the answer and is gone.
 
     Args:
@@ -258,7 +264,7 @@ class Refused:
         plain: where it counts.
     """
 
-    def __init__(self, client: RelayProtocol, plain: PlainConnections) -> None:
+    def __init__(self, client: WebSocketConnection, plain: HttpConnections) -> None:
         self._client = client
         why = plain.enter(self)
         if why is None:

@@ -26,12 +26,12 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.server import ServerState
 
 from websocket_relay.errors import Refusal, random_retry_after_s
-from websocket_relay.wire.framing import Framing
+from websocket_relay.wire.framing import RequestFraming
 from websocket_relay.wire.handshake import Handshake
-from websocket_relay.wire.plain import PlainConnections
-from websocket_relay.wire.protocol import RelayProtocol
+from websocket_relay.wire.plain import HttpConnections
+from websocket_relay.wire.protocol import WebSocketConnection
 from websocket_relay.wire.safe_headers import SAFE_HEADERS
-from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.shared import ConnectionContext
 from websocket_relay.wire.turns import SLICE_S
 
 MAX_HEAD_BYTES = 65_536
@@ -55,7 +55,7 @@ HOST = re.compile(
 """A Host field's value (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
 
 
-class UnacceptableError(Exception):
+class RequestError(Exception):
     """A request that goes no further. The parser's callbacks raise it, which stops the parser."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
@@ -69,7 +69,7 @@ MALFORMED = (HTTPStatus.BAD_REQUEST, "Invalid HTTP request.")
 NOT_IMPLEMENTED = (HTTPStatus.NOT_IMPLEMENTED, "Transfer coding not supported.")
 
 
-class Reading:
+class PausableReader:
     """A transport's reading, which goes on when all who paused it have resumed it.
 
     Args:
@@ -93,7 +93,7 @@ class Reading:
             self._transport.resume_reading()
 
 
-class RequestProtocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """A TCP connection until it is upgraded, or for as long as it speaks HTTP.
 
     Args:
@@ -109,8 +109,8 @@ class RequestProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
-        shared: Shared,
-        plain: PlainConnections,
+        shared: ConnectionContext,
+        plain: HttpConnections,
     ) -> None:
         # With TLS this object is made at TCP accept, connection_made comes after the TLS handshake,
         # and where that fails nothing comes: uvicorn's part, which holds a parser that holds it in
@@ -120,7 +120,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._plain = plain
         self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
         self._deadline: asyncio.TimerHandle | None = None
-        self._framing = Framing()
+        self._framing = RequestFraming()
         self._unfed = b""  # what was read and waits for its turn to be fed to the parser
         self._is_held = False  # whether it is not read because of that
         self._head_bytes = 0
@@ -135,7 +135,7 @@ class RequestProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().__init__(*self._made_with)
         super().connection_made(transport)
-        self._reading = Reading(transport)
+        self._reading = PausableReader(transport)
         self.flow = FlowControl(cast(asyncio.Transport, self._reading))
         self._deadline = self.loop.call_at(self._due_at, self._time_out)
         self._refusal = self._plain.enter(self)
@@ -282,13 +282,13 @@ class RequestProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._keep(name, value)
         if len(self.headers) >= MAX_FIELDS:
-            raise UnacceptableError(*TOO_LARGE)
+            raise RequestError(*TOO_LARGE)
         super().on_header(name, value.rstrip(b" \t"))  # llhttp leaves it (RFC 9112 section 5.1)
 
     def _keep(self, *parts: bytes) -> None:
         self._field_bytes += sum(map(len, parts))
         if self._field_bytes > MAX_HEAD_BYTES:
-            raise UnacceptableError(*TOO_LARGE)
+            raise RequestError(*TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
@@ -307,25 +307,25 @@ class RequestProtocol(HttpToolsProtocol):
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.0", "1.1"):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-            raise UnacceptableError(status, "HTTP/1.1 is spoken here.")
+            raise RequestError(status, "HTTP/1.1 is spoken here.")
         # llhttp takes several spaces for one, other line ends before the request line, and other
         # protocols' names (RFC 9112 section 3).
         if self._framing.line != b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode()):
-            raise UnacceptableError(*MALFORMED)
+            raise RequestError(*MALFORMED)
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version != "1.0"):  # RFC 9112 section 3.2
-            raise UnacceptableError(*MALFORMED)
+            raise RequestError(*MALFORMED)
         if hosts and not HOST.fullmatch(hosts[0]):
-            raise UnacceptableError(*MALFORMED)
+            raise RequestError(*MALFORMED)
         # Neither a proxy nor a server as a whole can be asked here, and fragments stay at home.
         if method == b"CONNECT" or self.url == b"*" or b"#" in self.url:
-            raise UnacceptableError(*MALFORMED)
+            raise RequestError(*MALFORMED)
         # httptools takes a request that offers an upgrade for one without a body. What is sent as
         # its body would be read as requests, which no proxy in front has seen.
         if self._expect_body(version) and self.parser.should_upgrade():
-            raise UnacceptableError(*MALFORMED)
+            raise RequestError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise UnacceptableError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
+            raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
 
     def _expect_body(self, version: str) -> bool:
         """Tell whether a body follows the head, and how it is framed.
@@ -344,8 +344,8 @@ class RequestProtocol(HttpToolsProtocol):
         elif codings:
             *others, last = (coding.strip() for coding in codings)
             if last == b"chunked" and any(others) and version == "1.1":
-                raise UnacceptableError(*NOT_IMPLEMENTED)
-            raise UnacceptableError(*MALFORMED)
+                raise RequestError(*NOT_IMPLEMENTED)
+            raise RequestError(*MALFORMED)
         elif length:
             self._framing.begin_content(length)
         return bool(codings or length)
@@ -480,7 +480,7 @@ class RequestProtocol(HttpToolsProtocol):
         self._plain.leave(self)
         self._cancel_deadline()
         self._cancel_reader_deadline()
-        client = cast(Callable[..., RelayProtocol], self.ws_protocol_class)(
+        client = cast(Callable[..., WebSocketConnection], self.ws_protocol_class)(
             self.config, self.server_state, self.app_state, self.loop
         )
         client.connection_made(self.transport)
@@ -527,7 +527,7 @@ class RequestProtocol(HttpToolsProtocol):
         # What a callback raised must not be named in data_received: its traceback holds that frame,
         # and with it the request would wait for the garbage collector.
         cause = error.__context__
-        if isinstance(cause, UnacceptableError):
+        if isinstance(cause, RequestError):
             self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
         else:
             self._refuse_malformed()

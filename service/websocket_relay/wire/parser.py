@@ -31,18 +31,18 @@ from websocket_relay.wire.frames import (
     RESERVED,
     RSV1,
     TEXT,
-    BreachError,
+    ProtocolViolationError,
 )
 
 _Utf8Decoder = getincrementaldecoder("utf-8")
 
-Event = tuple[int, bytes]
+ParserEvent = tuple[int, bytes]
 """The opcode and payload of a whole message, or of a control frame."""
 
-PAUSE: Event = (CONTINUATION, b"pause")
+PAUSE: ParserEvent = (CONTINUATION, b"pause")
 """This very object is yielded where so much was done that others should get a look at the loop."""
 
-HALF: Event = (CONTINUATION, b"half")
+HALF: ParserEvent = (CONTINUATION, b"half")
 """The same, where a message is growing fast: it had better be whole before others begin theirs."""
 
 PAUSE_BYTES = 2_048  # after these; of the smallest frames they hold some three hundred
@@ -106,12 +106,12 @@ class Parser:
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
         self._fresh = False  # whether what is being inflated began with what was fed last
-        self._slices: Generator[Event, None, None]
+        self._slices: Generator[ParserEvent, None, None]
         self._restarts = False  # whether it was let go of, and is inflated again
         self._work_bytes = 0  # of inflating, since the last pause
 
     # The hot path: every call that would make it shorter is a cost for every frame.
-    def feed(self, data: bytes) -> Iterator[Event]:  # noqa: C901
+    def feed(self, data: bytes) -> Iterator[ParserEvent]:  # noqa: C901
         """Yield what more bytes complete: opcode and payload of messages and control frames.
 
         Work that takes long has a PAUSE or a HALF every now and then, 0.1 to 0.5 ms apart. A close
@@ -169,25 +169,25 @@ class Parser:
         opcode, reserved = first & OPCODE, first & RESERVED
         compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
         if not second & MASKED:
-            raise BreachError(Close.PROTOCOL, "a frame without a mask")
+            raise ProtocolViolationError(Close.PROTOCOL, "a frame without a mask")
         if reserved and not compressed:
-            raise BreachError(Close.PROTOCOL, "reserved bits")
+            raise ProtocolViolationError(Close.PROTOCOL, "reserved bits")
         if opcode not in OPCODES:
-            raise BreachError(Close.PROTOCOL, "a reserved opcode")
+            raise ProtocolViolationError(Close.PROTOCOL, "a reserved opcode")
         if opcode & CONTROL:
             if not first & FIN:
-                raise BreachError(Close.PROTOCOL, "a control frame in fragments")
+                raise ProtocolViolationError(Close.PROTOCOL, "a control frame in fragments")
             if size > MAX_CONTROL_BYTES:
-                raise BreachError(Close.PROTOCOL, "a control frame that is too long")
+                raise ProtocolViolationError(Close.PROTOCOL, "a control frame that is too long")
             return
         if opcode == CONTINUATION and self._opcode == CONTINUATION:
-            raise BreachError(Close.PROTOCOL, "a continuation of nothing")
+            raise ProtocolViolationError(Close.PROTOCOL, "a continuation of nothing")
         if opcode != CONTINUATION and self._opcode != CONTINUATION:
-            raise BreachError(Close.PROTOCOL, "a message inside a message")
+            raise ProtocolViolationError(Close.PROTOCOL, "a message inside a message")
         may_shrink = compressed or self._inflater is not None
         max_bytes = _max_deflated_bytes(self._max_bytes) if may_shrink else self._max_bytes
         if self._raw_bytes + size > max_bytes:
-            raise BreachError(Close.TOO_BIG)
+            raise ProtocolViolationError(Close.TOO_BIG)
 
     def _begin(self, first: int, size: int, mask: bytes) -> None:
         """Begin a data frame that is not taken in one piece."""
@@ -202,7 +202,7 @@ class Parser:
         self._mask = mask
         self._fin = bool(first & FIN)
 
-    def _take(self, data: bytes, start: int) -> Generator[Event, None, int]:
+    def _take(self, data: bytes, start: int) -> Generator[ParserEvent, None, int]:
         """Take what is there of the frame's payload, and yield the message if that makes it whole.
 
         Returns:
@@ -241,7 +241,7 @@ class Parser:
         self.kept_bytes = 0
         self._decoder = self._inflater = None
 
-    def _inflate(self, payload: bytes) -> Iterator[Event]:
+    def _inflate(self, payload: bytes) -> Iterator[ParserEvent]:
         """Inflate what came of a message, and begin again where what it had come to was let go."""
         while True:
             self._slices = self._inflate_once(payload)
@@ -253,7 +253,7 @@ class Parser:
             self._inflater = Inflater(self._max_bytes)
         self._fresh = False
 
-    def _inflate_once(self, payload: bytes) -> Generator[Event, None, None]:
+    def _inflate_once(self, payload: bytes) -> Generator[ParserEvent, None, None]:
         assert self._inflater is not None
         pause = PAUSE
         for start in range(0, len(payload), DEFLATED_SLICE_BYTES):
@@ -272,17 +272,17 @@ class Parser:
             try:
                 self._decoder.decode(payload, final)
             except UnicodeDecodeError:
-                raise BreachError(Close.NOT_UTF8) from None
+                raise ProtocolViolationError(Close.NOT_UTF8) from None
             # Python's decoder waits for a surrogate's third octet; UTF-8 has none (RFC 3629).
             waiting, _ = self._decoder.getstate()
             if waiting[:1] == b"\xed" and waiting[1:] >= b"\xa0":
-                raise BreachError(Close.NOT_UTF8)
+                raise ProtocolViolationError(Close.NOT_UTF8)
         self._message += payload
         self.kept_bytes = len(self._message)
         if self._inflater is not None:
             self.kept_bytes += INFLATER_BYTES
 
-    def _finished(self) -> Event:
+    def _finished(self) -> ParserEvent:
         """Return the message that is whole now, and be ready for the next."""
         if self._inflater is not None:
             self._inflater.finish()
@@ -305,9 +305,9 @@ def _long_size(data: bytes, position: int, size: int) -> tuple[int, int]:
         return size, len(data) + 1
     size = int.from_bytes(length, "big")
     if size >> 63:
-        raise BreachError(Close.PROTOCOL, "a length with its top bit set")
+        raise ProtocolViolationError(Close.PROTOCOL, "a length with its top bit set")
     if size < 126 or (length_bytes == 8 and size < 65_536):
-        raise BreachError(Close.PROTOCOL, "a length that is not in its shortest form")
+        raise ProtocolViolationError(Close.PROTOCOL, "a length that is not in its shortest form")
     return size, position + 2 + length_bytes + MASK_BYTES
 
 
@@ -323,15 +323,15 @@ def _check_utf8(text: bytes) -> None:
     try:
         text.decode()
     except UnicodeDecodeError:
-        raise BreachError(Close.NOT_UTF8) from None
+        raise ProtocolViolationError(Close.NOT_UTF8) from None
 
 
-def _control(opcode: int, payload: bytes) -> Event:
+def _control(opcode: int, payload: bytes) -> ParserEvent:
     """Return a control frame, and check what it holds where it is a close (section 5.5.1)."""
     if opcode == CLOSE and payload:
         if len(payload) == 1:
-            raise BreachError(Close.PROTOCOL, "a close frame of one byte")
+            raise ProtocolViolationError(Close.PROTOCOL, "a close frame of one byte")
         if int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise BreachError(Close.PROTOCOL, "a close code that must not be sent")
+            raise ProtocolViolationError(Close.PROTOCOL, "a close code that must not be sent")
         _check_utf8(payload[2:])
     return opcode, payload

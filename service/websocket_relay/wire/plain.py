@@ -18,14 +18,14 @@ MAX_REFUSED = 256
 """Connections that are refused, and kept until their request is there to be answered."""
 
 
-class PlainConnection(Protocol):
+class HttpConnection(Protocol):
     """A connection that can end before its time."""
 
     def make_room(self, why: Refusal) -> None:
         """End, so that another connection may come."""
 
 
-class PlainConnections:
+class HttpConnections:
     """The connections of one port that are neither WebSockets nor event streams.
 
     A connection counts from TCP accept to its upgrade or end; a handshake that was refused counts
@@ -56,11 +56,11 @@ class PlainConnections:
         self._limit = limit
         self._why = why
         self._has_descriptors = has_descriptors
-        self._members: set[PlainConnection] = set()
+        self._members: set[HttpConnection] = set()
         # Longest first: those that wait for their peers, and those whose peers wait.
-        self._idle: OrderedDict[PlainConnection, None] = OrderedDict()
-        self._busy: OrderedDict[PlainConnection, None] = OrderedDict()
-        self._refused: OrderedDict[PlainConnection, None] = OrderedDict()
+        self._idle: OrderedDict[HttpConnection, None] = OrderedDict()
+        self._busy: OrderedDict[HttpConnection, None] = OrderedDict()
+        self._refused: OrderedDict[HttpConnection, None] = OrderedDict()
         self._requests: deque[Callable[[], None]] = deque()
         self._starts_left = STARTS_A_TURN
         self._is_scheduled = False
@@ -68,7 +68,7 @@ class PlainConnections:
     def __len__(self) -> int:
         return len(self._members)
 
-    def enter(self, connection: PlainConnection) -> Refusal | None:
+    def enter(self, connection: HttpConnection) -> Refusal | None:
         """Count a connection, which waits for its peer.
 
         Returns:
@@ -85,7 +85,7 @@ class PlainConnections:
         self._idle[connection] = None
         return None
 
-    def keep_refused(self, connection: PlainConnection, why: Refusal) -> bool:
+    def keep_refused(self, connection: HttpConnection, why: Refusal) -> bool:
         """Count a refusal; tell whether the connection may stay until its request can be answered.
 
         Where there are too many of those, the oldest one ends.
@@ -98,13 +98,13 @@ class PlainConnections:
             self._end_first(self._refused, why)
         return True
 
-    def await_peer(self, connection: PlainConnection) -> None:
+    def await_peer(self, connection: HttpConnection) -> None:
         """Take note that a connection can't go on before its peer does."""
         self._busy.pop(connection, None)
         if connection in self._members:
             self._idle.setdefault(connection)
 
-    def await_relay(self, connection: PlainConnection, *, is_safe: bool) -> None:
+    def await_relay(self, connection: HttpConnection, *, is_safe: bool) -> None:
         """Take note that a connection's peer has done its part.
 
         Args:
@@ -116,7 +116,7 @@ class PlainConnections:
         elif connection in self._members:
             self._busy.setdefault(connection)
 
-    def leave(self, connection: PlainConnection) -> None:
+    def leave(self, connection: HttpConnection) -> None:
         """Count a connection no longer."""
         self._members.discard(connection)
         self._idle.pop(connection, None)
@@ -137,7 +137,7 @@ class PlainConnections:
         self._end_first(spared, why)
         return True
 
-    def _end_first(self, waiting: OrderedDict[PlainConnection, None], why: Refusal) -> None:
+    def _end_first(self, waiting: OrderedDict[HttpConnection, None], why: Refusal) -> None:
         connection, _ = waiting.popitem(last=False)
         self._members.discard(connection)
         connection.make_room(why)

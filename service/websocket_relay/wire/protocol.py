@@ -1,6 +1,6 @@
 """Speak RFC 6455 with one client: bytes to messages, messages to bytes, and a clean end.
 
-uvicorn makes one `RelayProtocol` for each upgrade (`ws=`). The handshake goes through ASGI (see
+uvicorn makes one `WebSocketConnection` for each upgrade (`ws=`). The handshake goes through ASGI (see
 `handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left and
 each message goes to the sink by a plain call. Knows no channel: the sink is all it sees of the room
 above.
@@ -16,26 +16,26 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from websocket_relay.errors import Close, Refusal
-from websocket_relay.wire.allowance import Allowance
-from websocket_relay.wire.client import GONE, Client, Sink, State
+from websocket_relay.wire.allowance import PublishPolicy
+from websocket_relay.wire.client import CLOSED_TRANSPORT, Connection, ConnectionState, MessageSink
 from websocket_relay.wire.deflate import PLAIN
 from websocket_relay.wire.frames import (
     CLOSE,
     CONTROL,
     PING,
     PONG,
-    BreachError,
+    ProtocolViolationError,
     control,
     count_whole,
 )
 from websocket_relay.wire.frames import close as close_frame
-from websocket_relay.wire.parser import HALF, PAUSE, Event, Parser
-from websocket_relay.wire.shared import Shared
+from websocket_relay.wire.parser import HALF, PAUSE, Parser, ParserEvent
+from websocket_relay.wire.shared import ConnectionContext
 
 log = logging.getLogger(__name__)
 
 
-class RelayProtocol(Client):
+class WebSocketConnection(Connection):
     """One client's connection, from the upgrade to its end.
 
     Args:
@@ -68,7 +68,7 @@ class RelayProtocol(Client):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
-        shared: Shared,
+        shared: ConnectionContext,
     ) -> None:
         super().__init__(shared)
         self._parser: Parser | None = None
@@ -78,21 +78,21 @@ class RelayProtocol(Client):
         self._holds = 0
         self._paused_at = 0.0  # since when it is not read; 0: it is
         self._unanswered_since = 0.0
-        self._unheard: Iterator[Event] | None = None  # what is left of the last read
+        self._unheard: Iterator[ParserEvent] | None = None  # what is left of the last read
         self._unheard_bytes = 0  # as the others were told; it counts as a whole until it is heard
         self._in_turns = False  # whether read_on is called again, or being called
         self._is_first = False  # before the others who wait: to finish a message
         self._goodbye = b""
-        self._allowance: Allowance | None = None
+        self._allowance: PublishPolicy | None = None
 
     # The handshake's side
 
     @property
     def in_handshake(self) -> bool:
         """Whether the upgrade was neither accepted nor refused yet."""
-        return self._state is State.HANDSHAKE
+        return self._state is ConnectionState.HANDSHAKE
 
-    def hand_over(self, sink: Sink) -> None:
+    def hand_over(self, sink: MessageSink) -> None:
         """Give all further messages to the sink, those that came early first."""
         super().hand_over(sink)
         self._parser = Parser(self._shared.max_message_bytes, inflates=self.encoding != PLAIN)
@@ -101,15 +101,15 @@ class RelayProtocol(Client):
             self._transport.resume_reading()
             self.data_received(early)
 
-    def allow(self, allowance: Allowance) -> None:
+    def allow(self, allowance: PublishPolicy) -> None:
         """Hold the client to what it may send."""
         self._allowance = allowance
 
     def refuse(self, response: bytes) -> None:
         """Answer the upgrade with an HTTP response and end the connection."""
-        if self._state is State.LOST:
+        if self._state is ConnectionState.LOST:
             return
-        self._state = State.DISCARDING
+        self._state = ConnectionState.DISCARDING
         if self._early:
             self._early = b""
             self._transport.resume_reading()
@@ -137,7 +137,7 @@ class RelayProtocol(Client):
                 self._let_go()
             self._set_aside(events, len(data))
 
-    def _set_aside(self, events: Iterator[Event], size: int) -> None:
+    def _set_aside(self, events: Iterator[ParserEvent], size: int) -> None:
         """Hear what was read later, in turns, and read no more until then."""
         shared = self._shared
         self._unheard = events
@@ -188,7 +188,7 @@ class RelayProtocol(Client):
             elif perf_counter() > until or (self._is_first and pause is PAUSE):
                 self._is_first = pause is HALF  # all of them half inflated would fill the memory
                 return self._is_held
-        if self._transport is GONE:
+        if self._transport is CLOSED_TRANSPORT:
             self._finish()
         elif self._sends_no_more and self._parser is not None:
             self._vanish()
@@ -236,14 +236,14 @@ class RelayProtocol(Client):
             self._transport.resume_reading()
 
     # The hot path: one loop, no call but what a message needs.
-    def _hear(self, events: Iterator[Event]) -> Event | None:  # noqa: C901
+    def _hear(self, events: Iterator[ParserEvent]) -> ParserEvent | None:  # noqa: C901
         """Take events until the parser pauses; return how it does, or None at their end."""
         parser, sink = self._parser, self._sink
         assert parser is not None
         assert sink is not None
         pongs = []
         end: tuple[Close, bytes] | None = None
-        pause: Event | None = None
+        pause: ParserEvent | None = None
         try:
             for event in events:
                 opcode, payload = event
@@ -260,11 +260,11 @@ class RelayProtocol(Client):
                     break
                 else:
                     sink.publish(self, opcode, payload)
-        except BreachError as breach:
+        except ProtocolViolationError as breach:
             why = breach.close
             reason = f"{why.reason}: {breach.detail}" if breach.detail else why.reason
             end = why, close_frame(why.code, reason)
-        if pongs and self._state is State.OPEN:
+        if pongs and self._state is ConnectionState.OPEN:
             # Behind our own close frame nothing is said: pings are not answered any more.
             self._put(b"".join(pongs))
         if end is not None:
@@ -297,7 +297,7 @@ class RelayProtocol(Client):
             Whether the connection stays open for what the client is still owed.
         """
         self._sends_no_more = True
-        if self._state is State.PARTING and self._transport.can_write_eof():
+        if self._state is ConnectionState.PARTING and self._transport.can_write_eof():
             return True
         self._say_goodbye()
         if self._unheard is None:
@@ -322,7 +322,7 @@ class RelayProtocol(Client):
 
     def _vanish(self) -> None:
         self._leave(Close.VANISHED)
-        self._state = State.DISCARDING
+        self._state = ConnectionState.DISCARDING
         self._hear_no_more()
         if self._backlog is None:  # otherwise once it has left: see resume_writing
             self._transport.close()
@@ -345,10 +345,10 @@ class RelayProtocol(Client):
         """
         self._forget_lost()
         self._say_goodbye()
-        if self._state is not State.OPEN:
+        if self._state is not ConnectionState.OPEN:
             return
         self._leave(why)
-        self._state = State.CLOSING
+        self._state = ConnectionState.CLOSING
         self.expect_within(self._shared.deadline_s)
         self._put(close_frame(why.code, reason or why.reason))
 
@@ -359,7 +359,7 @@ class RelayProtocol(Client):
 
     def ping(self, frame: bytes, now: float) -> None:
         """Send the sweep's ping; the client's silence is timed from the first unanswered one."""
-        if self._state is State.OPEN:
+        if self._state is ConnectionState.OPEN:
             self._put(frame)
             if not self._unanswered_since:
                 self._unanswered_since = now
@@ -371,7 +371,7 @@ class RelayProtocol(Client):
         A client that the relay itself does not read, or whose socket took some of what it is
         behind with, is not silent: its time begins again with the next ping.
         """
-        if self._state is not State.OPEN or not 0.0 < self._unanswered_since <= since:
+        if self._state is not ConnectionState.OPEN or not 0.0 < self._unanswered_since <= since:
             return False
         if self._holds or self._unheard or self.drained_bytes != self._drained_at_ping:
             self._unanswered_since = 0.0
@@ -403,7 +403,7 @@ class RelayProtocol(Client):
         # RFC 6455 section 4.1 has clients wait for the 101, but bytes that came with the request
         # or while the endpoint decides are not lost: one read of them, then the rest stays with
         # TCP. Past the handshake there is no parser because nothing counts any more.
-        if self._state is State.HANDSHAKE and data:
+        if self._state is ConnectionState.HANDSHAKE and data:
             self._early += data
             self._transport.pause_reading()
 
@@ -419,21 +419,23 @@ class RelayProtocol(Client):
         """
         self._hear_no_more()
         self._ending = self._ending or why
-        if self._transport is GONE:
+        if self._transport is CLOSED_TRANSPORT:
             self._finish()
-        elif self._state is State.CLOSING:  # it has our close frame, and this is how it answers
-            self._state = State.DISCARDING
+        elif (
+            self._state is ConnectionState.CLOSING
+        ):  # it has our close frame, and this is how it answers
+            self._state = ConnectionState.DISCARDING
             self._end()
-        elif self._state is State.OPEN:
+        elif self._state is ConnectionState.OPEN:
             self._goodbye = goodbye
-            self._state = State.PARTING
+            self._state = ConnectionState.PARTING
             self.expect_within(self._shared.deadline_s)
             assert self._sink is not None
             self._sink.when_written(self._say_goodbye)
 
     def _forget_lost(self) -> None:
         """Give up what was not heard yet of a connection that has ended."""
-        if self._transport is GONE:
+        if self._transport is CLOSED_TRANSPORT:
             self._finish()
 
     def _hear_no_more(self) -> None:
@@ -443,10 +445,10 @@ class RelayProtocol(Client):
             self._note_kept(0)
 
     def _say_goodbye(self) -> None:
-        if self._state is State.PARTING:
+        if self._state is ConnectionState.PARTING:
             self._leave_sink()
             self._put(self._goodbye)
-            self._state = State.DISCARDING
+            self._state = ConnectionState.DISCARDING
             self._end()
 
     def _expire(self) -> None:
@@ -454,12 +456,12 @@ class RelayProtocol(Client):
         self._part_for(Close.TOKEN_EXPIRED)
 
     def _cut_off(self) -> None:
-        if self._state is State.PARTING and not self._transport.is_closing():
+        if self._state is ConnectionState.PARTING and not self._transport.is_closing():
             # What it is owed takes too long, maybe because of others; it is told why it goes.
             self._deadline = None
             self._say_goodbye()
             return
-        if self._state is State.HANDSHAKE:
+        if self._state is ConnectionState.HANDSHAKE:
             self._shared.ledger.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
         super()._cut_off()
 

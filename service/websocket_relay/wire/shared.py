@@ -7,38 +7,38 @@ from typing import TYPE_CHECKING
 
 from websocket_relay.errors import Drop
 from websocket_relay.ledger import Counters
-from websocket_relay.wire.backlog import Backlogs
-from websocket_relay.wire.gate import Gate
-from websocket_relay.wire.turns import Turns
-from websocket_relay.wire.unfinished import Unfinished
+from websocket_relay.wire.backlog import SendBacklogs
+from websocket_relay.wire.gate import HighWaterMark
+from websocket_relay.wire.turns import TimeSlicer
+from websocket_relay.wire.unfinished import PartialMessages
 
 if TYPE_CHECKING:
-    from websocket_relay.wire.client import Client
+    from websocket_relay.wire.client import Connection
 
 log = logging.getLogger(__name__)
 
 
-class Clients:
+class ConnectionRegistry:
     """The established connections."""
 
     def __init__(self) -> None:
-        self._clients: set[Client] = set()
+        self._clients: set[Connection] = set()
         self.none_left = asyncio.Event()
         self.none_left.set()
 
     def __len__(self) -> int:
         return len(self._clients)
 
-    def __iter__(self) -> Iterator["Client"]:
+    def __iter__(self) -> Iterator["Connection"]:
         """Iterate over a copy: clients come and go while somebody walks over them."""
         return iter(list(self._clients))
 
-    def add(self, client: "Client") -> None:
+    def add(self, client: "Connection") -> None:
         """Take in a client that got its 101."""
         self._clients.add(client)
         self.none_left.clear()
 
-    def discard(self, client: "Client") -> bool:
+    def discard(self, client: "Connection") -> bool:
         """Let go of one whose TCP connection ended; tell whether it was here."""
         was_here = client in self._clients
         self._clients.discard(client)
@@ -47,7 +47,7 @@ class Clients:
         return was_here
 
 
-class Shared:
+class ConnectionContext:
     """What every connection of one replica is given.
 
     Args:
@@ -69,11 +69,11 @@ class Shared:
         compresses: bool,
         deadline_s: float,
         ledger: Counters,
-        backlogs: Backlogs,
-        unfinished: Unfinished,
-        unheard: Gate,
-        appends: Gate,
-        pending: Gate,
+        backlogs: SendBacklogs,
+        unfinished: PartialMessages,
+        unheard: HighWaterMark,
+        appends: HighWaterMark,
+        pending: HighWaterMark,
     ) -> None:
         self.max_message_bytes = max_message_bytes
         self.compresses = compresses
@@ -84,8 +84,8 @@ class Shared:
         self.unheard = unheard
         self.appends = appends
         self.pending = pending
-        self.clients = Clients()
-        self.reading = Turns()  # of clients who said more in one read than is heard at once
+        self.clients = ConnectionRegistry()
+        self.reading = TimeSlicer()  # of clients who said more in one read than is heard at once
         self.held = 0  # clients that are not read now, because they publish too fast
         # The write that is being made, as the fan-out announces it: whether there is one; how many
         # messages it holds; how many clients did not take it straight to their socket; and whose
@@ -93,9 +93,9 @@ class Shared:
         self.is_writing = False
         self.messages_in_hand = 0
         self.withheld = 0
-        self.fell_behind: list[Client] = []
+        self.fell_behind: list[Connection] = []
 
-    def write(self, clients: "Sequence[Client]", data: bytes, messages: int) -> None:
+    def write(self, clients: "Sequence[Connection]", data: bytes, messages: int) -> None:
         """Write the same bytes to some clients, and do the books: the hot path's second half.
 
         No await, and no Python call but the write itself, for each client.
@@ -143,7 +143,7 @@ class Shared:
         """Count a batch that was owed to a client that was closed because it was slow."""
         self._withhold(Drop.SLOW_CONSUMER)
 
-    def _give_up(self, client: "Client") -> None:
+    def _give_up(self, client: "Connection") -> None:
         """Count a batch that could not be written to a client, and end the client."""
         self._withhold(Drop.DISCONNECTED)
         if not client.is_closing:

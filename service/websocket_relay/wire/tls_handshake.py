@@ -8,7 +8,7 @@ import ssl
 from typing import Any, cast
 
 from websocket_relay.errors import Refusal
-from websocket_relay.wire.plain import PlainConnections
+from websocket_relay.wire.plain import HttpConnections
 
 
 class TlsHandshake(asyncio.Protocol):
@@ -24,7 +24,7 @@ class TlsHandshake(asyncio.Protocol):
     def __init__(
         self,
         protocol: asyncio.Protocol,
-        plain: PlainConnections,
+        plain: HttpConnections,
         context: ssl.SSLContext,
         timeout_s: float,
     ) -> None:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 
-Work = Callable[[float], bool]
+SlicedWork = Callable[[float], bool]
 """Does some of the work, at least a little, and stops soon after the given `perf_counter` time.
 Returns whether all is done."""
 
@@ -17,7 +17,7 @@ SLICE_S = 0.001
 """How long all of them together work in one turn of the loop."""
 
 
-class Turns:
+class TimeSlicer:
     """A queue of workers, each called until it is done.
 
     Args:
@@ -28,7 +28,7 @@ class Turns:
 
     def __init__(self, rest_turns: int = 0) -> None:
         self._rest_turns = rest_turns
-        self._workers: deque[Work] = deque()
+        self._workers: deque[SlicedWork] = deque()
         self._is_scheduled = False
 
     @property
@@ -36,7 +36,7 @@ class Turns:
         """Whether somebody waits for a turn."""
         return self._is_scheduled
 
-    def add(self, work: Work, *, first: bool = False) -> None:
+    def add(self, work: SlicedWork, *, first: bool = False) -> None:
         """Give somebody turns. It must not be in the queue already.
 
         Args:

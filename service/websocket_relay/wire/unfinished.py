@@ -7,13 +7,13 @@ long and go silent would still fill the memory, and nothing else would end them:
 from typing import Protocol
 
 
-class Speaker(Protocol):
+class PartialSender(Protocol):
     """What is asked of a client that has begun a message."""
 
     def drop_unfinished(self) -> None: ...
 
 
-class Unfinished:
+class PartialMessages:
     """The messages that are not whole yet.
 
     Args:
@@ -22,10 +22,10 @@ class Unfinished:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._kept: dict[Speaker, int] = {}
+        self._kept: dict[PartialSender, int] = {}
         self.total_bytes = 0
 
-    def note(self, speaker: Speaker, kept_bytes: int) -> None:
+    def note(self, speaker: PartialSender, kept_bytes: int) -> None:
         """Take note of what is kept of a client's message; nothing once it is whole or lost."""
         self.total_bytes += kept_bytes - self._kept.pop(speaker, 0)
         if kept_bytes:
