@@ -14,7 +14,7 @@ from websocket_relay.relay.history import (
     ROOM_PART,
     History,
 )
-from websocket_relay.relay.ranking import PRECISION, STARTS, Ranking, Share
+from websocket_relay.relay.ranking import PRECISION, STARTS, Usage, UsageRanking
 
 AGE_S = 10.0
 
@@ -319,11 +319,11 @@ def test_classes_are_an_eighth_of_their_sizes_wide_and_have_no_gaps() -> None:
 def test_no_share_is_an_eighth_larger_than_the_one_that_is_found(
     changes: list[tuple[int, int, bool]],
 ) -> None:
-    shares: dict[int, Share] = {}
-    ranking = Ranking(lambda: [(share, number) for number, share in shares.items()])
+    shares: dict[int, Usage] = {}
+    ranking = UsageRanking(lambda: [(share, number) for number, share in shares.items()])
     for number, size, looks in changes:
         if number not in shares:
-            share = shares[number] = Share(size)
+            share = shares[number] = Usage(size)
             ranking.insert(share, number)
         elif size % 5 == 0:
             ranking.remove(shares.pop(number))

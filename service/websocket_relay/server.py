@@ -31,7 +31,7 @@ from websocket_relay.descriptors import AT_START, RESERVED, most_possible, raise
 from websocket_relay.errors import Refusal, StartError
 from websocket_relay.greeting import greet
 from websocket_relay.health import Phase
-from websocket_relay.relay.drain import close_all, wait_until_gone
+from websocket_relay.relay.drain import close_all, wait_until_closed
 from websocket_relay.relay.keepalive import keep_alive
 from websocket_relay.settings import Settings, SettingsWarning
 from websocket_relay.signals import Stop
@@ -462,7 +462,7 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
     # Clients need time to answer: what does not fit into the whole is taken off the spread.
     spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
     await close_all(clients, spread_s=spread_s, rng=random.Random())
-    cut_off = await wait_until_gone(clients, until=until)
+    cut_off = await wait_until_closed(clients, until=until)
     if cut_off:
         log.warning("clients cut off", extra={"clients": cut_off})
     try:

@@ -16,7 +16,7 @@ from websocket_relay.admission.pressure import Pressure
 from websocket_relay.backplane.base import Position
 from websocket_relay.errors import Refusal, RefusedError, random_retry_after_s
 from websocket_relay.ledger import Counters
-from websocket_relay.relay.replay import Wish
+from websocket_relay.relay.replay import ReplayRequest
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,9 @@ def upgrade_of(connection: HTTPConnection) -> Upgrade:
     )
 
 
-def wish_of(query: bytes, *, tells_positions: bool, last_event_id: str = "") -> Wish | None:
+def wish_of(
+    query: bytes, *, tells_positions: bool, last_event_id: str = ""
+) -> ReplayRequest | None:
     """Return what a client wants to hear first; None: nothing.
 
     Args:
@@ -156,7 +158,7 @@ def wish_of(query: bytes, *, tells_positions: bool, last_event_id: str = "") -> 
         since = _position([last_event_id])
     if since is None and not last and not tells_positions:
         return None
-    return Wish(since, last, tells_positions)
+    return ReplayRequest(since, last, tells_positions)
 
 
 def _parameters(query: bytes) -> dict[str, list[str]]:

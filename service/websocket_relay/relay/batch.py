@@ -15,7 +15,7 @@ from websocket_relay.wire.frames import OPCODE, TEXT, header
 MESSAGE_BYTES = 96  # what a message takes besides its frame: two objects and where they are listed
 
 
-class Form(NamedTuple):
+class DeliveryFormat(NamedTuple):
     """How a client is sent messages.
 
     Attributes:
@@ -28,27 +28,29 @@ class Form(NamedTuple):
     tells_positions: bool
 
 
-PLAINLY = Form(PLAIN, tells_positions=False)
+PLAIN_FORMAT = DeliveryFormat(PLAIN, tells_positions=False)
 
 
-def form_of(client: Connection) -> Form:
+def format_of(client: Connection) -> DeliveryFormat:
     """Return how a client is sent messages."""
-    return Form(client.encoding, client.tells_positions)
+    return DeliveryFormat(client.encoding, client.tells_positions)
 
 
-Audience = list[tuple[Form, list[Connection]]]
+Recipients = list[tuple[DeliveryFormat, list[Connection]]]
 """The members of a channel by how they are sent messages."""
 
 HeadAndPayload = tuple[bytes, bytes]
 
 
-def encoded(entries: Iterable[Entry], form: Form, min_bytes: int) -> Iterator[bytes]:
+def encode_entries(
+    entries: Iterable[Entry], form: DeliveryFormat, min_bytes: int
+) -> Iterator[bytes]:
     """Yield frames; see `wire.deflate.deflated`."""
     plain = ((header(e.opcode, len(e.payload)), e.payload) for e in entries)
     return _formed(plain, (e.position for e in entries), form, min_bytes)
 
 
-def announced(said: Mapping[str, object], form: Form) -> bytes:
+def encode_notice(said: Mapping[str, object], form: DeliveryFormat) -> bytes:
     """Return what the relay itself says; its `type` says what it is."""
     if form.encoding == SSE:
         return events.event(str(said["type"]), said)
@@ -85,7 +87,7 @@ class Batch:
         "size",
     )
 
-    def __init__(self, audience: Audience, audience_bytes: int, opened_at: float) -> None:
+    def __init__(self, audience: Recipients, audience_bytes: int, opened_at: float) -> None:
         self._audience = audience
         self._group = 0
         self.kept_bytes = audience_bytes  # what it takes in memory now
@@ -140,7 +142,7 @@ class Batch:
         if self.data:
             return True
         form = self._audience[self._group][0]
-        if form == PLAINLY:
+        if form == PLAIN_FORMAT:
             self.data = b"".join(self._parts)
             self.kept_bytes += len(self.data)
         else:
@@ -171,7 +173,10 @@ class Batch:
 
 
 def _formed(
-    messages: Iterable[HeadAndPayload], positions: Iterable[Position], form: Form, min_bytes: int
+    messages: Iterable[HeadAndPayload],
+    positions: Iterable[Position],
+    form: DeliveryFormat,
+    min_bytes: int,
 ) -> Iterator[bytes]:
     if form.encoding == SSE:
         return events.encoded(messages, positions)

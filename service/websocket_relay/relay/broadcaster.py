@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from websocket_relay.backplane.base import Backplane, Entry, Position
 from websocket_relay.relay.channel import Channel
-from websocket_relay.relay.courier import Courier
+from websocket_relay.relay.courier import OneShotPublisher
 from websocket_relay.relay.history import History
-from websocket_relay.relay.replay import Replay, Wish
+from websocket_relay.relay.replay import Recovery, ReplayRequest
 from websocket_relay.wire.client import Connection
 from websocket_relay.wire.shared import ConnectionContext
 from websocket_relay.wire.turns import SlicedWork, TimeSlicer
@@ -62,7 +62,7 @@ class Broadcaster:
         """Tell whether a client may join a channel without there being too many of them."""
         return name in self._channels or len(self._channels) < self._max_channels
 
-    def subscribe(self, name: str, client: Connection, wish: Wish | None = None) -> None:
+    def subscribe(self, name: str, client: Connection, wish: ReplayRequest | None = None) -> None:
         """Let a client into a channel, which comes to be with its first member.
 
         Args:
@@ -82,20 +82,20 @@ class Broadcaster:
             client.hand_over(channel)
             return
         client.tells_positions = wish.tells_positions
-        replay = Replay(client, channel, wish, self, self._history, self._deflate_from_bytes)
+        replay = Recovery(client, channel, wish, self, self._history, self._deflate_from_bytes)
         client.hand_over(replay)
         replay.begin()
 
-    def courier(self, name: str) -> Courier:
+    def courier(self, name: str) -> OneShotPublisher:
         """Return one for somebody who is no client of a channel and wants to publish there."""
         channel = self._channels.get(name)
         shared = self.shared
-        return Courier(
+        return OneShotPublisher(
             (shared.pending, shared.appends, *([channel.gate] if channel is not None else []))
         )
 
     async def publish(
-        self, name: str, said: Sequence[tuple[int, bytes]], courier: Courier
+        self, name: str, said: Sequence[tuple[int, bytes]], courier: OneShotPublisher
     ) -> Position:
         """Relay what somebody says who is no client: opcodes and payloads.
 

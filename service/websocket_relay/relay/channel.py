@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Protocol
 
 from websocket_relay.backplane.base import Backplane, Entry
-from websocket_relay.relay.batch import Audience, Batch, Form, announced, form_of
+from websocket_relay.relay.batch import Batch, DeliveryFormat, Recipients, encode_notice, format_of
 from websocket_relay.wire.client import Connection, Publisher
 from websocket_relay.wire.gate import HighWaterMark
 from websocket_relay.wire.shared import ConnectionContext
@@ -37,7 +37,7 @@ window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 sectio
 TLS some 80 KiB that have left its layer are not seen to go."""
 
 
-class Office(Protocol):
+class ChannelHost(Protocol):
     """What a channel asks of the room it is in."""
 
     shared: ConnectionContext
@@ -70,7 +70,7 @@ class Channel:
     def __init__(
         self,
         name: str,
-        office: Office,
+        office: ChannelHost,
         *,
         pending_limit_bytes: int,
         batch_limit_bytes: int,
@@ -84,9 +84,9 @@ class Channel:
         self._deflate_from_bytes = deflate_from_bytes
         self._gate = HighWaterMark(pending_limit_bytes)
         self._gates = (self._gate, self._shared.pending, self._shared.appends)
-        self._members: dict[Form, dict[Connection, None]] = {}
+        self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
         self._expected: set[Connection] = set()  # no members yet: they hear what was before
-        self._snapshot: Audience | None = None  # of the members, until they change
+        self._snapshot: Recipients | None = None  # of the members, until they change
         self._open: Batch | None = None  # takes messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members that are behind, with what they had taken when they were last seen to move.
@@ -126,7 +126,7 @@ class Channel:
     def join(self, client: Connection) -> None:
         """Let a client in: it gets all that is published from now on."""
         self._expected.discard(client)
-        self._members.setdefault(form_of(client), {})[client] = None
+        self._members.setdefault(format_of(client), {})[client] = None
         self._changed()
 
     def leave(self, client: Connection) -> None:
@@ -134,7 +134,7 @@ class Channel:
         if client in self._expected:
             self._expected.discard(client)
         else:
-            form = form_of(client)
+            form = format_of(client)
             group = self._members[form]
             del group[client]
             if not group:
@@ -187,7 +187,7 @@ class Channel:
     def _tell(self, said: Mapping[str, object]) -> None:
         for form, group in self._members.items():
             if form.tells_positions:
-                self._shared.write(list(group), announced(said, form), messages=0)
+                self._shared.write(list(group), encode_notice(said, form), messages=0)
 
     def fan_out(self, until: float) -> bool:
         """Write what is owed, for a slice of time.

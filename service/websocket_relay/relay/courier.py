@@ -8,7 +8,7 @@ from websocket_relay.errors import Refusal, RefusedError
 from websocket_relay.wire.gate import HighWaterMark
 
 
-class Courier:
+class OneShotPublisher:
     """Carries some messages to the log, and waits until they are back from there.
 
     Args:

@@ -38,7 +38,7 @@ async def close_all(clients: ConnectionRegistry, *, spread_s: float, rng: random
         client.close_when_written(Close.DRAINING, f"{Close.DRAINING.reason}; retry_ms={retry_ms}")
 
 
-async def wait_until_gone(clients: ConnectionRegistry, *, until: float) -> int:
+async def wait_until_closed(clients: ConnectionRegistry, *, until: float) -> int:
     """Wait for the clients' answers; cut off who has not gone by then.
 
     Args:

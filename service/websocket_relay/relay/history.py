@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from websocket_relay.backplane.base import START, Entry, Position
-from websocket_relay.relay.ranking import Ranking, Share
+from websocket_relay.relay.ranking import Usage, UsageRanking
 
 ENTRY_BYTES = 320
 """What a message takes besides its payload: the objects that it is made of, and its place in a
@@ -37,13 +37,13 @@ ROOM_PART = 64
 
 COMPACT_FROM = 64
 
-FORGOTTEN = Entry(START, "", 0, b"")
+EVICTED = Entry(START, "", 0, b"")
 
 _position_of = attrgetter("position")
 _newest_of = attrgetter("newest")
 
 
-class Past:
+class ChannelHistory:
     """What is kept of one channel, oldest first.
 
     Attributes:
@@ -55,13 +55,13 @@ class Past:
 
     __slots__ = ("_entries", "_gone", "bytes", "channel", "floor", "messages", "peers")
 
-    def __init__(self, channel: str, floor: Position, peers: "Peers") -> None:
+    def __init__(self, channel: str, floor: Position, peers: "SameAge") -> None:
         self.channel = channel
         self.floor = floor
         self.peers = peers
         peers[self] = None
-        self.messages = Share(0)
-        self.bytes = Share(0)
+        self.messages = Usage(0)
+        self.bytes = Usage(0)
         self._entries: list[Entry] = []
         self._gone = 0  # entries at the front that are forgotten and not taken out yet
 
@@ -84,7 +84,7 @@ class Past:
         """
         gone, entries = self._gone, self._entries
         self.floor, _, _, payload = entries[gone]
-        entries[gone] = FORGOTTEN
+        entries[gone] = EVICTED
         gone += 1
         if gone >= COMPACT_FROM and gone * 2 >= len(entries):
             del entries[:gone]
@@ -105,10 +105,10 @@ class Past:
         return self._entries[max(self._gone, len(self._entries) - count) :]
 
 
-Peers = OrderedDict[Past, None]
+SameAge = OrderedDict[ChannelHistory, None]
 
 
-class Step(NamedTuple):
+class AgeStep(NamedTuple):
     """A step of time.
 
     Attributes:
@@ -120,7 +120,7 @@ class Step(NamedTuple):
 
     ended_at: float
     newest: Position
-    peers: Peers
+    peers: SameAge
 
 
 class History:
@@ -152,13 +152,15 @@ class History:
         self._max_age_s = max_age_s
         self._max_channels = max_channels
         self._clock = clock
-        self._channels: dict[str, Past] = {}  # those of which something is kept
-        self._by_messages = Ranking(
+        self._channels: dict[str, ChannelHistory] = {}  # those of which something is kept
+        self._by_messages = UsageRanking(
             lambda: ((past.messages, past) for past in self._channels.values())
         )
-        self._by_bytes = Ranking(lambda: ((past.bytes, past) for past in self._channels.values()))
-        self._steps: list[Step] = []
-        self._peers = Peers()  # of the step that has not ended
+        self._by_bytes = UsageRanking(
+            lambda: ((past.bytes, past) for past in self._channels.values())
+        )
+        self._steps: list[AgeStep] = []
+        self._peers = SameAge()  # of the step that has not ended
         # Where channels are complete of which nothing is kept: each of the latest, and all others.
         self._emptied: OrderedDict[str, Position] = OrderedDict()
         self._emptied_before = START
@@ -199,8 +201,8 @@ class History:
             After every so many messages: others may do something then, and add messages.
         """
         now = self._clock()
-        self._steps.append(Step(now, self.newest, self._peers))
-        self._peers = Peers()
+        self._steps.append(AgeStep(now, self.newest, self._peers))
+        self._peers = SameAge()
         done = 0
         while self._steps and self._steps[0].ended_at <= now - self._max_age_s:
             _, too_old, peers = self._steps[0]
@@ -246,16 +248,16 @@ class History:
         past = self._channels.get(channel)
         return past.last(count) if past is not None else ()
 
-    def _begin(self, channel: str) -> Past:
+    def _begin(self, channel: str) -> ChannelHistory:
         """Begin to keep messages of a channel."""
         floor = self._emptied.pop(channel, self._emptied_before)
-        past = self._channels[channel] = Past(channel, floor, self._peers)
+        past = self._channels[channel] = ChannelHistory(channel, floor, self._peers)
         self._by_messages.insert(past.messages, past)
         self._by_bytes.insert(past.bytes, past)
         self.bytes += CHANNEL_BYTES
         return past
 
-    def _regroup(self, past: Past) -> None:
+    def _regroup(self, past: ChannelHistory) -> None:
         """Put a channel among those whose oldest message came in the same step."""
         step = bisect_left(self._steps, past.oldest, key=_newest_of)
         past.peers = self._steps[step].peers if step < len(self._steps) else self._peers
@@ -276,14 +278,14 @@ class History:
                 while self.bytes > target and past.bytes.surplus > 0:
                     self._forget_oldest(past)
 
-    def _forget_oldest(self, past: Past) -> None:
+    def _forget_oldest(self, past: ChannelHistory) -> None:
         """Forget the oldest message of a channel; of one that has no other, the channel, too."""
         self.bytes -= past.forget_oldest()
         self._messages -= 1
         if not past.messages.size:
             self._end(past)
 
-    def _end(self, past: Past) -> None:
+    def _end(self, past: ChannelHistory) -> None:
         """Keep of a channel only from where on it is complete."""
         del self._channels[past.channel], past.peers[past]
         self._by_messages.remove(past.messages)

@@ -23,11 +23,11 @@ STARTS = (
 T = TypeVar("T")
 
 
-class Share:
+class Usage:
     """What one channel uses of one bound.
 
     Attributes:
-        size: messages or bytes. Its owner changes it, and calls `Ranking.reclassify` at `end`.
+        size: messages or bytes. Its owner changes it, and calls `UsageRanking.reclassify` at `end`.
         rank: the class in which the ranking holds it: sizes from `start`, below `end`.
     """
 
@@ -44,7 +44,7 @@ class Share:
         return self.size - self.start + 1
 
 
-class Ranking(Generic[T]):
+class UsageRanking(Generic[T]):
     """All shares of one bound.
 
     A share that shrank stays in its class until `largest` finds it there: no class is too low.
@@ -53,22 +53,22 @@ class Ranking(Generic[T]):
         everybody: gives all shares that were not removed, and their owners.
     """
 
-    def __init__(self, everybody: Callable[[], Iterable[tuple[Share, T]]]) -> None:
+    def __init__(self, everybody: Callable[[], Iterable[tuple[Usage, T]]]) -> None:
         self._everybody = everybody
-        self._classes: list[OrderedDict[Share, T]] = []  # empty before the first `largest`
+        self._classes: list[OrderedDict[Usage, T]] = []  # empty before the first `largest`
         self._top = 0  # no share is in a class above it
 
-    def insert(self, share: Share, owner: T) -> None:
+    def insert(self, share: Usage, owner: T) -> None:
         """Add a share, behind the others of its class."""
         if self._classes:
             self._insert(share, owner)
 
-    def remove(self, share: Share) -> None:
+    def remove(self, share: Usage) -> None:
         """Remove a share."""
         if self._classes:
             del self._classes[share.rank][share]
 
-    def reclassify(self, share: Share) -> None:
+    def reclassify(self, share: Usage) -> None:
         """Move a share to the class of its size."""
         self._insert(share, self._classes[share.rank].pop(share))
 
@@ -91,7 +91,7 @@ class Ranking(Generic[T]):
                 return ranked[share]
             self.reclassify(share)
 
-    def _insert(self, share: Share, owner: T) -> None:
+    def _insert(self, share: Usage, owner: T) -> None:
         rank = share.rank = bisect_right(STARTS, share.size) - 1
         share.start = STARTS[rank]
         share.end = STARTS[rank + 1]

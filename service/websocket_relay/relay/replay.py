@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from websocket_relay.backplane.base import Entry, Position, State
 from websocket_relay.errors import Close
-from websocket_relay.relay.batch import announced, encoded, form_of
-from websocket_relay.relay.channel import Channel, Office
+from websocket_relay.relay.batch import encode_entries, encode_notice, format_of
+from websocket_relay.relay.channel import Channel, ChannelHost
 from websocket_relay.relay.history import History
 from websocket_relay.wire.client import Connection, Publisher
 
@@ -24,7 +24,7 @@ AHEAD_LOOK_S = 0.02
 whether this one got there."""
 
 
-class Wish(NamedTuple):
+class ReplayRequest(NamedTuple):
     """What a client wants to hear before what comes next.
 
     Attributes:
@@ -38,7 +38,7 @@ class Wish(NamedTuple):
     tells_positions: bool
 
 
-class Replay:
+class Recovery:
     """What one client is sent first. It is the sink of its connection meanwhile.
 
     Args:
@@ -54,8 +54,8 @@ class Replay:
         self,
         client: Connection,
         channel: Channel,
-        wish: Wish,
-        office: Office,
+        wish: ReplayRequest,
+        office: ChannelHost,
         history: History,
         deflate_from_bytes: int,
     ) -> None:
@@ -184,7 +184,7 @@ class Replay:
         self._tell(said)
 
     def _tell(self, said: Mapping[str, object]) -> None:
-        data = announced(said, form_of(self._client))
+        data = encode_notice(said, format_of(self._client))
         self._office.shared.write([self._client], data, messages=0)
 
     def _go_past(self, cursor: Position) -> Position:
@@ -212,7 +212,7 @@ class Replay:
 
     def _write(self, piece: Sequence[Entry]) -> None:
         shared = self._office.shared
-        data = b"".join(encoded(piece, form_of(self._client), self._deflate_from_bytes))
+        data = b"".join(encode_entries(piece, format_of(self._client), self._deflate_from_bytes))
         shared.ledger.owed += len(piece)
         shared.write([self._client], data, messages=len(piece))
 
