@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
-from websocket_relay.admission.addresses import Addresses, network_of
-from websocket_relay.admission.door import Admission, Upgrade
+from websocket_relay.admission.addresses import IpCounter, network_of
+from websocket_relay.admission.door import AdmissionPolicy, AdmissionRequest
 from websocket_relay.health import Lifecycle
 from websocket_relay.rate import MAX_LATE_S, TokenBucket
 from websocket_relay.wire.allowance import PublishPolicy
@@ -288,7 +288,7 @@ def test_an_address_stands_for_its_network(host: str | None, network: str) -> No
 
 @pytest.mark.fast
 def test_nothing_is_kept_of_an_address_once_its_clients_have_left() -> None:
-    addresses = Addresses(3)
+    addresses = IpCounter(3)
     hosts = [network_of(f"2001:db8:{number:x}::1") for number in range(1000)]
     for host in hosts * 3:
         assert addresses.has_room(host)
@@ -504,7 +504,7 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
         "max_handshakes_per_s": 0,
         "max_messages_per_s": 0,
     }
-    admission = Admission(
+    admission = AdmissionPolicy(
         allowed_origins=["*"],
         **(off | limits),
         tokens=None,
@@ -514,7 +514,7 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
         health=Lifecycle(),
     )
     guest = Guest()
-    admission.bind(guest, await admission.admit(Upgrade("news", {}, b"", [], "127.0.0.1")))
+    admission.bind(guest, await admission.admit(AdmissionRequest("news", {}, b"", [], "127.0.0.1")))
     assert guest.asked == asked
 
 

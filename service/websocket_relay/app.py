@@ -13,8 +13,8 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
 from websocket_relay import __version__
-from websocket_relay.admission.door import Admission
-from websocket_relay.admission.pressure import Pressure
+from websocket_relay.admission.door import AdmissionPolicy
+from websocket_relay.admission.pressure import RefusalLog
 from websocket_relay.api.asked import Refusals
 from websocket_relay.api.console import console_router, script_router
 from websocket_relay.api.events import events_router
@@ -42,7 +42,7 @@ from websocket_relay.wire.shared import ConnectionContext
 from websocket_relay.wire.unfinished import PartialMessages
 
 if TYPE_CHECKING:
-    from websocket_relay.admission.tokens import Tokens
+    from websocket_relay.admission.tokens import TokenVerifier
     from websocket_relay.tracing import Tracing
 
 
@@ -81,13 +81,13 @@ class Replica:
     health: Lifecycle
     metrics: Metrics
     certificates: Certificates | None
-    tokens: "Tokens | None"
+    tokens: "TokenVerifier | None"
 
 
 def build(
     settings: Settings,
     certificates: Certificates | None,
-    tokens: "Tokens | None",
+    tokens: "TokenVerifier | None",
     tracing: "Tracing | None" = None,
 ) -> Replica:
     """Build one replica."""
@@ -147,7 +147,7 @@ def build(
         history=history,
         written=metrics.observe_delivery,
     )
-    refusals = Refusals(ledger, Pressure(), tracing.note_refusal if tracing else None)
+    refusals = Refusals(ledger, RefusalLog(), tracing.note_refusal if tracing else None)
     metrics_plain = HttpConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
     descriptors = FileDescriptors(
         connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
@@ -160,7 +160,7 @@ def build(
         refusals.count,
         has_descriptors=descriptors.fit_request,
     )
-    admission = Admission(
+    admission = AdmissionPolicy(
         allowed_origins=settings.server.allowed_origins,
         max_connections=limits.max_connections,
         max_connections_per_ip=limits.max_connections_per_ip,
@@ -246,7 +246,7 @@ def build(
 
 def _routers(
     settings: Settings,
-    admission: Admission,
+    admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     refusals: Refusals,
     figures: Callable[[], dict[str, Any]],

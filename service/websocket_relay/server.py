@@ -43,7 +43,7 @@ from websocket_relay.wire.protocol import WebSocketConnection
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
 if TYPE_CHECKING:
-    from websocket_relay.admission.tokens import Tokens
+    from websocket_relay.admission.tokens import TokenVerifier
     from websocket_relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def load_certificates(settings: Settings) -> Certificates | None:
     return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
 
 
-def load_tokens(settings: Settings) -> "Tokens | None":
+def load_tokens(settings: Settings) -> "TokenVerifier | None":
     """Return what checks tokens, or None where everybody may come in.
 
     Raises:
@@ -133,10 +133,10 @@ def load_tokens(settings: Settings) -> "Tokens | None":
     if settings.auth.mode == "none":
         return None
     from websocket_relay.admission.tokens import (
-        Tokens,  # a fifth of a second that most starts need not
+        TokenVerifier,  # a fifth of a second that most starts need not
     )
 
-    return Tokens(settings.auth.jwt)
+    return TokenVerifier(settings.auth.jwt)
 
 
 def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
@@ -308,7 +308,7 @@ def _mapped(proxies: Iterable[str]) -> Iterator[str]:
 async def _serve(
     settings: Settings,
     certificates: Certificates | None,
-    tokens: "Tokens | None",
+    tokens: "TokenVerifier | None",
     tracing: "Tracing | None",
     stop: Stop,
 ) -> float:

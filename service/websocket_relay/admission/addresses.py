@@ -10,7 +10,7 @@ SITE_BITS = 64
 """Of an IPv6 address: a site has at least 2^64 addresses (RFC 6177), so one says nothing."""
 
 
-class Addresses:
+class IpCounter:
     """How many clients there are from each address.
 
     Args:

@@ -17,7 +17,9 @@ TOKEN_LIKE = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*")
 """A JSON Web Token: its first part is JSON, which begins with a brace and a quotation mark."""
 
 
-def token_of(authorization: Sequence[str], query: bytes, subprotocols: Sequence[str]) -> str | None:
+def find_token(
+    authorization: Sequence[str], query: bytes, subprotocols: Sequence[str]
+) -> str | None:
     """Return the token of a request, or None where it brings none.
 
     Looked for in the Authorization header and the query (RFC 6750 sections 2.1 and 2.3), then
@@ -43,7 +45,7 @@ def token_of(authorization: Sequence[str], query: bytes, subprotocols: Sequence[
     return next((token for token in _behind_bearer(subprotocols) if token), None)
 
 
-def selected(subprotocols: Sequence[str]) -> str | None:
+def select_subprotocol(subprotocols: Sequence[str]) -> str | None:
     """Return which of the offered subprotocols is answered; never a token.
 
     The relay is transparent to what its clients speak, so where they do not offer what it speaks

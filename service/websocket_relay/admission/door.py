@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from websocket_relay.admission.addresses import Addresses, network_of
-from websocket_relay.admission.bearer import token_of
-from websocket_relay.admission.rights import Rights
+from websocket_relay.admission.addresses import IpCounter, network_of
+from websocket_relay.admission.bearer import find_token
+from websocket_relay.admission.rights import Permissions
 from websocket_relay.errors import Refusal, RefusedError, TokenProblem
 from websocket_relay.health import Lifecycle
 from websocket_relay.rate import TokenBucket
 from websocket_relay.wire.allowance import PublishPolicy
 
 if TYPE_CHECKING:
-    from websocket_relay.admission.tokens import Tokens
+    from websocket_relay.admission.tokens import TokenVerifier
 
 CHANNEL_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
 """Not . and .., which browsers take out of a path before they ask for it."""
@@ -28,7 +28,7 @@ MESSAGE_BURST_S = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Upgrade:
+class AdmissionRequest:
     """What a client says that asks to be let in.
 
     Attributes:
@@ -48,7 +48,7 @@ class Upgrade:
     authorization: Sequence[str] = ()
 
 
-class Client(Protocol):
+class AdmittedClient(Protocol):
     """What can be asked of a connection."""
 
     def allow(self, allowance: PublishPolicy) -> None:
@@ -62,7 +62,7 @@ class Client(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Grant:
     """On what terms a client is let in.
 
     Attributes:
@@ -76,7 +76,7 @@ class Terms:
     network: str
 
 
-class Admission:
+class AdmissionPolicy:
     """The checks before an upgrade, in the order in which a client hears of them.
 
     Args:
@@ -100,7 +100,7 @@ class Admission:
         max_connections_per_ip: int,
         max_handshakes_per_s: int,
         max_messages_per_s: int,
-        tokens: "Tokens | None",
+        tokens: "TokenVerifier | None",
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
         has_room: Callable[[str], bool],
@@ -109,7 +109,7 @@ class Admission:
         lowered = {origin.lower() for origin in allowed_origins}
         self._origins = None if "*" in lowered else lowered
         self._max_connections = max_connections
-        self._addresses = Addresses(max_connections_per_ip) if max_connections_per_ip else None
+        self._addresses = IpCounter(max_connections_per_ip) if max_connections_per_ip else None
         self._handshakes = (
             TokenBucket(max_handshakes_per_s, max_handshakes_per_s)
             if max_handshakes_per_s
@@ -122,7 +122,7 @@ class Admission:
         self._has_room = has_room
         self._health = health
 
-    async def admit(self, upgrade: Upgrade) -> Terms:
+    async def admit(self, upgrade: AdmissionRequest) -> Grant:
         """Let a client in.
 
         The limits are looked at last. Accept and count the client without awaiting anything that
@@ -139,10 +139,10 @@ class Admission:
         network = network_of(upgrade.host) if self._addresses is not None else ""
         self._find_room(upgrade.channel, network)
         if rights is None:
-            return Terms(may_publish=True, expires_in_s=None, network=network)
-        return Terms(rights.may_publish(upgrade.channel), _time_left(rights), network)
+            return Grant(may_publish=True, expires_in_s=None, network=network)
+        return Grant(rights.may_publish(upgrade.channel), _time_left(rights), network)
 
-    async def admit_publisher(self, upgrade: Upgrade) -> None:
+    async def admit_publisher(self, upgrade: AdmissionRequest) -> None:
         """Let somebody publish who does not stay.
 
         Raises:
@@ -156,7 +156,7 @@ class Admission:
             _time_left(rights)
         self._see_whether_open()
 
-    async def admit_viewer(self, upgrade: Upgrade) -> None:
+    async def admit_viewer(self, upgrade: AdmissionRequest) -> None:
         """Let somebody see the relay's figures.
 
         Raises:
@@ -168,7 +168,7 @@ class Admission:
                 raise RefusedError(Refusal.NO_STATS)
             _time_left(rights)
 
-    def bind(self, client: Client, terms: Terms) -> None:
+    def bind(self, client: AdmittedClient, terms: Grant) -> None:
         """Hold a client to its terms, and count it until its connection has ended."""
         most = self._max_messages_per_s
         if most or not terms.may_publish:
@@ -180,14 +180,14 @@ class Admission:
             self._addresses.enter(terms.network)
             client.when_lost(partial(self._addresses.leave, terms.network))
 
-    def _look_at(self, upgrade: Upgrade) -> None:
+    def _look_at(self, upgrade: AdmissionRequest) -> None:
         """Check what costs nothing."""
         self._look_at_words(upgrade)
         self._see_whether_open()
         if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
             raise RefusedError(Refusal.HANDSHAKES)
 
-    def _look_at_words(self, upgrade: Upgrade) -> None:
+    def _look_at_words(self, upgrade: AdmissionRequest) -> None:
         if not CHANNEL_NAME.fullmatch(upgrade.channel):
             raise RefusedError(Refusal.PATH)
         if self._origins is not None:
@@ -201,15 +201,15 @@ class Admission:
         if self._health.is_cut_off:
             raise RefusedError(Refusal.UNAVAILABLE)
 
-    async def _rights(self, upgrade: Upgrade) -> Rights:
+    async def _rights(self, upgrade: AdmissionRequest) -> Permissions:
         rights = await self._checked(upgrade)
         if not rights.may_subscribe(upgrade.channel):
             raise RefusedError(Refusal.NO_RIGHT)
         return rights
 
-    async def _checked(self, upgrade: Upgrade) -> Rights:
+    async def _checked(self, upgrade: AdmissionRequest) -> Permissions:
         assert self._tokens is not None
-        token = token_of(upgrade.authorization, upgrade.query, upgrade.subprotocols)
+        token = find_token(upgrade.authorization, upgrade.query, upgrade.subprotocols)
         if token is None:
             raise RefusedError(Refusal.NO_TOKEN)
         return await self._tokens.rights(token)
@@ -226,7 +226,7 @@ class Admission:
             raise RefusedError(Refusal.CHANNELS)
 
 
-def _time_left(rights: Rights) -> float | None:
+def _time_left(rights: Permissions) -> float | None:
     if rights.expires_at is None:
         return None
     left_s = rights.expires_at - time.time()

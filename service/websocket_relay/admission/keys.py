@@ -28,7 +28,7 @@ MIN_RSA_BITS = 2048
 """RFC 7518 section 3.3. Shorter keys have been, or are about to be, factored."""
 
 
-class PublicKeys(Protocol):
+class KeySource(Protocol):
     """Where the keys come from."""
 
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
@@ -60,7 +60,7 @@ def is_short(key: PublicKey) -> bool:
     return isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS
 
 
-class KeyFile:
+class PublicKeyFile:
     """One public key from a file; a token's key id says nothing then.
 
     Args:

@@ -25,7 +25,7 @@ SETTINGS = {
 say is the client's own fault."""
 
 
-class Pressure:
+class RefusalLog:
     """Which limits were hit in the last minute, and how often since the log heard of it."""
 
     def __init__(self) -> None:

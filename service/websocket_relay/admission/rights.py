@@ -7,7 +7,7 @@ CLAIM = "relay"
 
 
 @dataclass(frozen=True, slots=True)
-class Rights:
+class Permissions:
     """Patterns of channels, and until when they count.
 
     A `*` at a pattern's end matches the rest; anywhere else it is a letter, which no channel has.
@@ -23,7 +23,7 @@ class Rights:
     stats: bool = False
 
     @classmethod
-    def of(cls, claims: dict[str, Any], expires_at: float | None) -> "Rights":
+    def of(cls, claims: dict[str, Any], expires_at: float | None) -> "Permissions":
         """Return the rights that the claim `relay` gives: none where it is not as it should be."""
         claim = claims.get(CLAIM)
         if not isinstance(claim, dict):

@@ -16,8 +16,8 @@ import jwt
 from jwt.algorithms import HMACAlgorithm
 from jwt.warnings import InsecureKeyLengthWarning
 
-from websocket_relay.admission.keys import KeyFile, PublicKey, PublicKeys
-from websocket_relay.admission.rights import Rights
+from websocket_relay.admission.keys import KeySource, PublicKey, PublicKeyFile
+from websocket_relay.admission.rights import Permissions
 from websocket_relay.errors import Refusal, RefusedError, TokenProblem, UnusableSettingError
 from websocket_relay.settings import SECRET_BYTES, JwtSettings
 
@@ -45,7 +45,7 @@ FAR_FUTURE = 253_402_300_800  # the year 10000
 """A token that expires there or beyond does not."""
 
 
-class Tokens:
+class TokenVerifier:
     """What is asked of tokens.
 
     Args:
@@ -64,13 +64,13 @@ class Tokens:
             _prove_secret(self._secret)
         public = self._algorithms - SECRET_BYTES.keys()
         self.jwks = _jwks(settings.jwks_url) if public and settings.jwks_url else None
-        self._keys: PublicKeys | None = self.jwks
+        self._keys: KeySource | None = self.jwks
         if public and self.jwks is None:
-            self._keys = KeyFile(Path(settings.public_key_file), public)
+            self._keys = PublicKeyFile(Path(settings.public_key_file), public)
         # PyJWT would say it to standard error, for every token; it is said once, at the start.
         warnings.simplefilter("ignore", InsecureKeyLengthWarning)
 
-    async def rights(self, token: str) -> Rights:
+    async def rights(self, token: str) -> Permissions:
         """Return what a token allows.
 
         Raises:
@@ -90,7 +90,7 @@ class Tokens:
                 leeway=NOT_BEFORE_LEEWAY_S,
             )
             self._check_types(claims)
-            return Rights.of(claims, _expiry(claims))
+            return Permissions.of(claims, _expiry(claims))
 
     def _header(self, token: str) -> tuple[str, str | None]:
         if len(token) > MAX_CHARACTERS:

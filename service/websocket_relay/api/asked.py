@@ -11,8 +11,8 @@ from fastapi import Response
 from fastapi.responses import PlainTextResponse
 from starlette.requests import HTTPConnection
 
-from websocket_relay.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, Upgrade
-from websocket_relay.admission.pressure import Pressure
+from websocket_relay.admission.door import CHANNEL_NAME, DEFAULT_CHANNEL, AdmissionRequest
+from websocket_relay.admission.pressure import RefusalLog
 from websocket_relay.backplane.base import Position
 from websocket_relay.errors import Refusal, RefusedError, random_retry_after_s
 from websocket_relay.ledger import Counters
@@ -80,7 +80,7 @@ class Refusals:
     def __init__(
         self,
         ledger: Counters,
-        pressure: Pressure,
+        pressure: RefusalLog,
         trace: Callable[[RefusedError], None] | None = None,
     ) -> None:
         self._ledger = ledger
@@ -121,11 +121,11 @@ def channel_of(connection: HTTPConnection) -> str:
     return channel
 
 
-def upgrade_of(connection: HTTPConnection) -> Upgrade:
+def upgrade_of(connection: HTTPConnection) -> AdmissionRequest:
     """Return what admission wants to know."""
     scope = connection.scope
     client = scope["client"]
-    return Upgrade(
+    return AdmissionRequest(
         channel_of(connection),
         connection.headers,
         scope["query_string"],

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from websocket_relay.admission.door import Admission
+from websocket_relay.admission.door import AdmissionPolicy
 from websocket_relay.api.asked import TOKEN_PARAMETER, Refusals, refused, upgrade_of
 from websocket_relay.errors import RefusedError
 from websocket_relay.pages import PageCache
@@ -53,7 +53,7 @@ def script_router(*, base_path: str) -> APIRouter:
 
 
 def console_router(
-    admission: Admission,
+    admission: AdmissionPolicy,
     refusals: Refusals,
     figures: Callable[[], Mapping[str, Any]],
     *,

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from websocket_relay.admission.door import Admission
+from websocket_relay.admission.door import AdmissionPolicy
 from websocket_relay.api.asked import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -86,7 +86,7 @@ class EventsResponse(Response):
 
 
 def events_router(
-    admission: Admission,
+    admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     refusals: Refusals,
     *,

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from websocket_relay.admission.door import Admission
+from websocket_relay.admission.door import AdmissionPolicy
 from websocket_relay.api.asked import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -77,7 +77,7 @@ Said = tuple[int, bytes]
 
 
 def publish_router(
-    admission: Admission,
+    admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     refusals: Refusals,
     *,

@@ -6,8 +6,8 @@ from typing import cast
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from websocket_relay.admission.bearer import POSITIONS_SUBPROTOCOL, selected
-from websocket_relay.admission.door import CHANNEL_NAME, Admission
+from websocket_relay.admission.bearer import POSITIONS_SUBPROTOCOL, select_subprotocol
+from websocket_relay.admission.door import CHANNEL_NAME, AdmissionPolicy
 from websocket_relay.api.asked import (
     CHANNEL_PATH,
     DEFAULT_PATH,
@@ -25,7 +25,7 @@ from websocket_relay.wire.protocol import WebSocketConnection
 
 def add_websocket_routes(
     router: APIRouter,
-    admission: Admission,
+    admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     refusals: Refusals,
     *,
@@ -54,7 +54,7 @@ def add_websocket_routes(
             return
         # Nothing waits from here on, accept() neither: who was let in is in before anybody else
         # is looked at.
-        await websocket.accept(subprotocol=selected(offered))
+        await websocket.accept(subprotocol=select_subprotocol(offered))
         client = cast(WebSocketConnection, scope[CLIENT_KEY])
         admission.bind(client, terms)
         broadcaster.subscribe(channel_of(websocket), client, wish)
