@@ -19,7 +19,7 @@ import nats
 import redis.asyncio as redis
 import uvloop
 from nats.js.api import StreamConfig
-from websocket_relay.backplane.base import Entry
+from websocket_relay.backplane.base import LogEntry
 from websocket_relay.backplane.open import open_backplane
 from websocket_relay.backplane.packet import Packet, pack, unpack
 from websocket_relay.settings import Settings
@@ -88,7 +88,7 @@ class Log:
         self._mine = STAMP.pack(time.monotonic_ns())  # what its own messages begin with in a flood
         self._said = self._own = self._heard = 0
         self._came = asyncio.Event()
-        self._take: Callable[[Entry], None] = self._stamped
+        self._take: Callable[[LogEntry], None] = self._stamped
         self.backplane = open_backplane(
             url,
             LOG,
@@ -103,7 +103,7 @@ class Log:
         )
         self.backplane.tail(self._deliver, lambda _: None)
 
-    def _deliver(self, entry: Entry) -> None:
+    def _deliver(self, entry: LogEntry) -> None:
         self._take(entry)
 
     async def say(self, payload: bytes) -> None:
@@ -159,14 +159,14 @@ class Log:
         books = self.backplane.books
         return {"heard": self._heard, "lost": books.lost, "duplicates": books.duplicates}
 
-    def _stamped(self, entry: Entry) -> None:
+    def _stamped(self, entry: LogEntry) -> None:
         self.latencies.note(entry.payload)
 
-    def _counted(self, entry: Entry) -> None:
+    def _counted(self, entry: LogEntry) -> None:
         self._heard += 1
         self._came.set()
 
-    def _owned(self, entry: Entry) -> None:
+    def _owned(self, entry: LogEntry) -> None:
         self._heard += 1
         if entry.payload.startswith(self._mine):
             self._own += 1

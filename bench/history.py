@@ -17,7 +17,7 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
-from websocket_relay.backplane.base import Entry, Position
+from websocket_relay.backplane.base import LogEntry, Position
 from websocket_relay.relay import history
 
 from bench import machine
@@ -38,15 +38,17 @@ BOUNDS = {
 Nanoseconds = dict[str, list[float]]
 
 
-def _entries(channels: int) -> list[Entry]:
+def _entries(channels: int) -> list[LogEntry]:
     """Return messages, each in a channel by chance."""
     chance = random.Random(1)
     names = [f"channel-{number}" for number in range(channels)]
     numbers = range(MESSAGES + MESSAGES // 2)
-    return [Entry(Position(1, number, 0), chance.choice(names), 1, PAYLOAD) for number in numbers]
+    return [
+        LogEntry(Position(1, number, 0), chance.choice(names), 1, PAYLOAD) for number in numbers
+    ]
 
 
-def _cost_ns(module: ModuleType, entries: Sequence[Entry], bounds: tuple[int, int]) -> float:
+def _cost_ns(module: ModuleType, entries: Sequence[LogEntry], bounds: tuple[int, int]) -> float:
     """Return the CPU time of one message."""
     messages, size = bounds
     made = module.History(

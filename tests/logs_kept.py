@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import nats
 import redis.asyncio as redis
-from websocket_relay.backplane.base import Backplane, Entry, Position, State
+from websocket_relay.backplane.base import Backplane, BackplaneState, LogEntry, Position
 from websocket_relay.backplane.open import open_backplane
 
 from tests.brokers import (
@@ -56,7 +56,7 @@ class Replica:
     """One replica's hold on a log, and all that it heard."""
 
     def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
-        self.entries: list[Entry] = []
+        self.entries: list[LogEntry] = []
         self.whole_from: list[Position] = []
         self.heard_before: list[int] = []  # how much it had heard when it was told each of them
         self.pending = Pending()
@@ -120,7 +120,7 @@ class Replica:
 
     async def is_out(self) -> None:
         """Wait until it has an outage."""
-        await until(lambda: self.backplane.state is State.OUTAGE)
+        await until(lambda: self.backplane.state is BackplaneState.OUTAGE)
 
     async def has_left_out(self, count: int) -> None:
         """Wait until so many packets were there twice."""

@@ -1,7 +1,7 @@
 """Those who wait until messages of a replica come back from the log."""
 
 import pytest
-from websocket_relay.backplane.awaiting import Awaiting
+from websocket_relay.backplane.awaiting import Confirmations
 from websocket_relay.backplane.base import Position
 from websocket_relay.backplane.remote import LIVES
 
@@ -13,9 +13,9 @@ NEXT_LIFE = LIFE + 1
 Told = dict[str, Position | None]
 
 
-def waiting_for(told: Told, *waiters: tuple[str, int, int]) -> Awaiting:
+def waiting_for(told: Told, *waiters: tuple[str, int, int]) -> Confirmations:
     """Let those of these names wait for the message before a number, each in a life."""
-    awaiting = Awaiting()
+    awaiting = Confirmations()
     for name, origin, following in waiters:
 
         def answer(position: Position | None, name: str = name) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websocket_relay.backplane.base import START, Entry, Position
+from websocket_relay.backplane.base import START, LogEntry, Position
 from websocket_relay.relay.history import (
     CHANNEL_BYTES,
     ENTRY_BYTES,
@@ -27,7 +27,7 @@ class Kept:
     max_bytes: int = 1_000_000_000
     max_channels: int = 1_000_000
     now: float = 0.0
-    said: dict[str, list[Entry]] = field(default_factory=dict)
+    said: dict[str, list[LogEntry]] = field(default_factory=dict)
     times: dict[Position, float] = field(default_factory=dict)
     gap: Position = START
     count: int = 0
@@ -44,7 +44,7 @@ class Kept:
     def say(self, channel: str, payload: bytes = b"", times: int = 1) -> None:
         for _ in range(times):
             self.count += 1
-            entry = Entry(Position(1, self.count, 0), channel, 1, payload)
+            entry = LogEntry(Position(1, self.count, 0), channel, 1, payload)
             self.said.setdefault(channel, []).append(entry)
             self.times[entry.position] = self.now
             self.history.add(entry)
@@ -63,10 +63,10 @@ class Kept:
         for _ in self.history.forget_old():
             pass
 
-    def of(self, channel: str) -> list[Entry]:
+    def of(self, channel: str) -> list[LogEntry]:
         return list(self.history.after(channel, START, self.count))
 
-    def missing(self, channel: str) -> list[Entry]:
+    def missing(self, channel: str) -> list[LogEntry]:
         """Return what was said and is not kept; check that the rest is the latest."""
         said, kept = self.said[channel], self.of(channel)
         assert kept == said[len(said) - len(kept) :]

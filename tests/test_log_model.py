@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from websocket_relay.backplane.base import Entry, Position
-from websocket_relay.backplane.packet import Packet, in_parts, pack
-from websocket_relay.backplane.remote import LIVES, Found, Id, RemoteBackplane, Stream
+from websocket_relay.backplane.base import LogEntry, Position
+from websocket_relay.backplane.packet import Packet, pack, split_into_parts
+from websocket_relay.backplane.remote import LIVES, Id, RemoteBackplane, Stream, StreamEntry
 from websocket_relay.relay.history import History
 
 from tests.logs_kept import Pending
@@ -85,7 +85,7 @@ class Reader:
         )
         self.backplane.tail(self._deliver, self.history.begin_after)
 
-    def _deliver(self, entry: Entry) -> None:
+    def _deliver(self, entry: LogEntry) -> None:
         self.delivered.append(entry.position)
         self.history.add(entry)
 
@@ -94,7 +94,7 @@ class Reader:
         found = [each for each in log.entries if each.identity > self.after][:count]
         for stored in found:
             follows = stored.before == self.after
-            self.backplane.on_entry(Found(stored.identity, stored.data, follows))
+            self.backplane.on_entry(StreamEntry(stored.identity, stored.data, follows))
             self.after = stored.identity
             self.known = max(self.known, self.after)
         return len(found)
@@ -123,7 +123,7 @@ class LogModel(RuleBasedStateMachine):
 
     def _append(self, reader: Reader, count: int, max_bytes: int = 1000) -> None:
         packet = Packet(reader.origin, reader.said, [CHANNEL] * count, b"\1" * count, [b""] * count)
-        for part in in_parts(pack(packet), reader.origin, reader.said, max_bytes):
+        for part in split_into_parts(pack(packet), reader.origin, reader.said, max_bytes):
             is_witness = self.log.last < reader.known
             identity = self.log.append(part, reader.known)
             for position, known_from in self.known_from.items():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from websocket_relay.backplane import remote
 from websocket_relay.backplane.base import Position
-from websocket_relay.backplane.packet import Packet, in_parts, pack
+from websocket_relay.backplane.packet import Packet, pack, split_into_parts
 from websocket_relay.backplane.remote import LIVES, RESET
 
 from tests.brokers import Broker
@@ -230,7 +230,7 @@ async def test_what_is_said_alone_stands_behind_what_may_be_missing(
     monkeypatch.setattr(remote, "CANARY_S", 3.0)  # nothing else gets into the log meanwhile
     replica = await kept.replica(on_outage="local")
     known = len(replica.whole_from)
-    _, last = in_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
+    _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
     await kept.put(last)  # the first part is gone
     await until(lambda: len(replica.whole_from) > known)
     kept.broker.freeze()
@@ -308,7 +308,9 @@ async def test_a_message_whose_middle_is_lost_is_reported_before_the_next_one(
 ) -> None:
     replica = await kept.replica()
     await kept.put(pack(Packet(7, 0, ["default"], b"\1", [b"before"])))
-    first, _, last = in_parts(pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 7, 1, 80)
+    first, _, last = split_into_parts(
+        pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 7, 1, 80
+    )
     await kept.put(first)
     await kept.put(last)
     replica.say(b"after")

@@ -10,10 +10,10 @@ from websocket_relay.backplane.packet import (
     MAX_NOTE_BYTES,
     PART,
     FormatError,
-    Joiner,
     Packet,
-    in_parts,
+    PartAssembler,
     pack,
+    split_into_parts,
     unpack,
 )
 
@@ -41,10 +41,10 @@ def packet_of(
 
 def parts_of(payload: bytes, origin: int = 7, number: int = 0, max_bytes: int = 100) -> list[bytes]:
     data = pack(packet_of([("news", 2, payload)], origin, number))
-    return list(in_parts(data, origin, number, max_bytes))
+    return list(split_into_parts(data, origin, number, max_bytes))
 
 
-def joined(joiner: Joiner, parts: Sequence[bytes]) -> list[bytes]:
+def joined(joiner: PartAssembler, parts: Sequence[bytes]) -> list[bytes]:
     """Return what the packets say that come of these parts."""
     whole = [joiner.join(part) for part in parts]
     return [payload for data in whole if data is not None for payload in unpack(data).payloads]
@@ -62,7 +62,7 @@ def test_what_is_packed_is_unpacked(
 def test_any_bytes_are_a_packet_or_a_format_error(data: bytes) -> None:
     for each in (data, b"\x01" + data, b"\x02" + data):
         try:
-            whole = Joiner(ROOM).join(each)
+            whole = PartAssembler(ROOM).join(each)
             if whole is not None:
                 unpack(whole)
         except FormatError:
@@ -106,7 +106,7 @@ def test_a_packet_that_claims_to_be_long_costs_nothing() -> None:
 def test_parts_of_any_size_fit_and_come_together_again(payload: bytes, max_bytes: int) -> None:
     parts = parts_of(payload, max_bytes=max_bytes)
     assert max(map(len, parts)) <= max_bytes
-    assert joined(Joiner(ROOM), parts) == [payload]
+    assert joined(PartAssembler(ROOM), parts) == [payload]
 
 
 @given(st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=5), st.data())
@@ -114,7 +114,7 @@ def test_parts_of_several_origins_may_come_in_any_mixture(
     payloads: list[bytes], data: st.DataObject
 ) -> None:
     waiting = [parts_of(payload, origin) for origin, payload in enumerate(payloads)]
-    joiner, found = Joiner(ROOM), []
+    joiner, found = PartAssembler(ROOM), []
     while any(waiting):
         parts = data.draw(st.sampled_from([parts for parts in waiting if parts]))
         found += joined(joiner, [parts.pop(0)])
@@ -127,7 +127,7 @@ def test_a_writer_that_begins_again_is_understood(data: st.DataObject) -> None:
     parts = parts_of(bytes(range(256)) * 4)
     tries = data.draw(st.lists(st.integers(0, len(parts) - 1), max_size=5))
     sequence = [part for end in tries for part in parts[:end]] + parts
-    assert joined(Joiner(ROOM), sequence) == [bytes(range(256)) * 4]
+    assert joined(PartAssembler(ROOM), sequence) == [bytes(range(256)) * 4]
 
 
 @given(st.data())
@@ -138,7 +138,7 @@ def test_parts_that_come_late_do_no_harm(data: st.DataObject) -> None:
     for part in data.draw(st.lists(st.sampled_from(first), max_size=5)):
         # Behind the beginning of the second packet: before that, nobody knows of it.
         sequence.insert(data.draw(st.integers(1, len(sequence) - 1)), part)
-    joiner = Joiner(ROOM)
+    joiner = PartAssembler(ROOM)
     assert joined(joiner, first) == [b"first" * 100]
     assert joined(joiner, sequence) == [b"second" * 100]
 
@@ -147,13 +147,13 @@ def test_parts_that_come_late_do_no_harm(data: st.DataObject) -> None:
 def test_a_packet_of_which_a_part_was_lost_does_not_come(data: st.DataObject) -> None:
     parts = parts_of(b"x" * 1000)
     del parts[data.draw(st.integers(0, len(parts) - 1))]
-    joiner = Joiner(ROOM)
+    joiner = PartAssembler(ROOM)
     assert joined(joiner, parts) == []
     assert joined(joiner, parts_of(b"next", number=1)) == [b"next"]
 
 
 def test_a_packet_that_a_dead_replica_left_unfinished_is_forgotten() -> None:
-    joiner = Joiner(1000)
+    joiner = PartAssembler(1000)
     for origin in range(200):
         joined(joiner, parts_of(b"x" * 900, origin)[:-1])
     assert joiner.bytes <= 16 * 1000
@@ -162,14 +162,14 @@ def test_a_packet_that_a_dead_replica_left_unfinished_is_forgotten() -> None:
 
 
 def test_a_packet_that_is_too_long_is_dropped() -> None:
-    joiner = Joiner(1000)
+    joiner = PartAssembler(1000)
     with pytest.raises(FormatError, match="too long"):
         joined(joiner, parts_of(b"x" * 2000))
     assert (joiner.bytes, joiner.dropped) == (0, 1)
 
 
 def test_a_part_whose_first_ones_are_gone_is_known_for_that() -> None:
-    joiner = Joiner(ROOM)
+    joiner = PartAssembler(ROOM)
     parts = parts_of(b"x" * 1000, origin=9)
     assert joiner.join(parts[1]) is None
     assert joiner.stray == (9, 0)
@@ -179,4 +179,4 @@ def test_a_part_whose_first_ones_are_gone_is_known_for_that() -> None:
 
 def test_a_part_beyond_the_last_is_a_format_error() -> None:
     with pytest.raises(FormatError):
-        Joiner(ROOM).join(HEAD.pack(PART, 0, 7, 0, 2, 2) + b"x")
+        PartAssembler(ROOM).join(HEAD.pack(PART, 0, 7, 0, 2, 2) + b"x")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from websocket_relay.backplane import remote
-from websocket_relay.backplane.base import Entry, Position, State
+from websocket_relay.backplane.base import BackplaneState, LogEntry, Position
 from websocket_relay.backplane.packet import unpack
-from websocket_relay.backplane.remote import BrokerError, Found, RemoteBackplane
+from websocket_relay.backplane.remote import BrokerError, RemoteBackplane, StreamEntry
 
 from tests.logs_kept import Pending
 
@@ -105,7 +105,7 @@ class Run:
         self.backplane.tail(self._deliver, lambda _: None)
         self.backplane._send_canary(1.0)
 
-    def _deliver(self, entry: Entry) -> None:
+    def _deliver(self, entry: LogEntry) -> None:
         assert entry.payload not in self.delivered, "delivered twice"
         self.delivered[entry.payload] = entry.position
 
@@ -127,7 +127,7 @@ class Run:
         if self.read < len(self.broker.entries):
             self.read += 1
             data = self.broker.entries[self.read - 1]
-            self.backplane.on_entry(Found((1, self.read), data, follows=True))
+            self.backplane.on_entry(StreamEntry((1, self.read), data, follows=True))
 
     def arrive(self) -> None:
         self.broker.entries += self.broker.late
@@ -144,7 +144,7 @@ class Run:
                 self.read_one()
             case Step.TURN:
                 await turn(APPEND_TURNS)
-            case Step.OUTAGE if self.backplane.state is not State.OUTAGE:
+            case Step.OUTAGE if self.backplane.state is not BackplaneState.OUTAGE:
                 self.backplane._begin_outage(1.0)
             case Step.ARRIVE:
                 self.arrive()
@@ -182,7 +182,7 @@ class Run:
         other.tail(lambda _: None, lambda _: None)
         for number, data in enumerate(self.broker.entries):
             if not set(payloads) & set(unpack(data).payloads):
-                other.on_entry(Found((1, number), data, follows=True))
+                other.on_entry(StreamEntry((1, number), data, follows=True))
         return other.books.lost
 
 

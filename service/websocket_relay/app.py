@@ -23,7 +23,7 @@ from websocket_relay.api.health import health_router
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
-from websocket_relay.backplane.base import Backplane, State
+from websocket_relay.backplane.base import Backplane, BackplaneState
 from websocket_relay.backplane.open import open_backplane
 from websocket_relay.descriptors import OF_METRICS, FileDescriptors
 from websocket_relay.errors import Refusal
@@ -113,7 +113,9 @@ def build(
         observe_append=metrics.observe_append,
         observe_lag=metrics.observe_backplane_lag,
     )
-    can_do_without = {State.UP, State.OUTAGE} if relays_locally else {State.UP}
+    can_do_without = (
+        {BackplaneState.UP, BackplaneState.OUTAGE} if relays_locally else {BackplaneState.UP}
+    )
     health = Lifecycle(is_cut_off=lambda: backplane.state not in can_do_without)
     backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     # One message alone must have room.
@@ -187,7 +189,7 @@ def build(
             unfinished_bytes=lambda: unfinished.total_bytes,
             paused_publishers=lambda: shared.held,
             log_books=backplane.books,
-            log_up=lambda: backplane.state is State.UP,
+            log_up=lambda: backplane.state is BackplaneState.UP,
             appends_bytes=lambda: appends.bytes,
             history_messages=lambda: len(history),
             history_bytes=lambda: history.bytes,

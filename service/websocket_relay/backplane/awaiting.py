@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from websocket_relay.backplane.base import Position
 
-Answer = Callable[[Position | None], object]
+OnPosition = Callable[[Position | None], object]
 """Told the position of the message; None where it has none, or none that is known."""
 
 
-class Waiter(NamedTuple):
+class Confirmation(NamedTuple):
     """Who waits for one message, and so for all before it.
 
     Attributes:
@@ -26,23 +26,23 @@ class Waiter(NamedTuple):
 
     origin: int
     following: int
-    answer: Answer
+    answer: OnPosition
 
 
-class Awaiting:
+class Confirmations:
     """Those who wait, in the order of the messages."""
 
     def __init__(self) -> None:
-        self._waiters: deque[Waiter] = deque()
+        self._waiters: deque[Confirmation] = deque()
 
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def add(self, origin: int, following: int, answer: Answer) -> None:
+    def add(self, origin: int, following: int, answer: OnPosition) -> None:
         """Call `answer` when the message before `following` is read, or will not be."""
-        self._waiters.append(Waiter(origin, following, answer))
+        self._waiters.append(Confirmation(origin, following, answer))
 
-    def add_to_last(self, answer: Answer) -> None:
+    def add_to_last(self, answer: OnPosition) -> None:
         """Call `answer` when the one who came last is answered."""
         self._waiters.append(self._waiters[-1]._replace(answer=answer))
 
@@ -63,9 +63,9 @@ class Awaiting:
             is_of_packet = life == origin and following > number
             answer(Position(major, minor, following - 1 - number) if is_of_packet else None)
 
-    def take_given_up(self, origin: int, number: int) -> Sequence[Waiter]:
+    def take_given_up(self, origin: int, number: int) -> Sequence[Confirmation]:
         """Let go of those who wait for messages from this one on, and return them."""
-        given_up: deque[Waiter] = deque()
+        given_up: deque[Confirmation] = deque()
         waiters = self._waiters
         while waiters and waiters[-1].origin == origin and waiters[-1].following > number:
             given_up.appendleft(waiters.pop())

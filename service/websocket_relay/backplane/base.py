@@ -56,7 +56,7 @@ START = Position(0, 0, 0)
 """Before all others."""
 
 
-class Entry(NamedTuple):
+class LogEntry(NamedTuple):
     """A message in the log.
 
     Attributes:
@@ -72,21 +72,21 @@ class Entry(NamedTuple):
     payload: bytes
 
 
-Deliver = Callable[[Entry], None]
+OnEntry = Callable[[LogEntry], None]
 
-Lost = Callable[[Position], None]
+OnGap = Callable[[Position], None]
 """Told where the log is whole again: of what stands before that position, and was not delivered,
 some may have been said. So it is called at the beginning, too."""
 
 
-class Publisher(Protocol):
+class Rejectable(Protocol):
     """What is asked of a client whose message can't be relayed."""
 
     def tell_unavailable(self, *, in_doubt: bool) -> None:
         """Tell it that its message did not get into the log; or, in doubt, that it may have."""
 
 
-class State(Enum):
+class BackplaneState(Enum):
     """How things stand with the log."""
 
     STARTING = auto()  # nothing has come back yet: what the log holds is being read
@@ -109,7 +109,7 @@ class Backplane(Protocol):
     """
 
     books: BackplaneCounters
-    state: State
+    state: BackplaneState
     begun: asyncio.Event
     up: asyncio.Event
     turns: int
@@ -130,10 +130,10 @@ class Backplane(Protocol):
     def waiting(self) -> int:
         """How many messages were appended and are not in the log yet, as far as is known."""
 
-    def tail(self, deliver: Deliver, lost: Lost) -> None:
+    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
         """Give every entry from now on to `deliver`, in order, in the event loop's thread."""
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
         """Add a message at the end. Never blocks.
 
         Args:
@@ -141,7 +141,7 @@ class Backplane(Protocol):
         """
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Add messages at the end, opcodes and payloads: all of them next to each other, or none.
 

@@ -4,7 +4,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.base import Deliver, Entry, Lost, Position, Publisher, State
+from websocket_relay.backplane.base import (
+    BackplaneState,
+    LogEntry,
+    OnEntry,
+    OnGap,
+    Position,
+    Rejectable,
+)
 from websocket_relay.ledger import BackplaneCounters
 
 
@@ -17,14 +24,14 @@ class MemoryBackplane:
     def __init__(self, describe: Callable[[], bytes]) -> None:
         self._describe = describe
         self.books = BackplaneCounters()
-        self.state = State.UP
+        self.state = BackplaneState.UP
         self.begun, self.up = asyncio.Event(), asyncio.Event()
         self.begun.set()
         self.up.set()
         # Milliseconds since 1970: ahead of all earlier lives of the relay.
         self._major = time.time_ns() // 1_000_000
         self._minor = 0
-        self._deliver: Deliver | None = None
+        self._deliver: OnEntry | None = None
 
     @property
     def position(self) -> Position:
@@ -45,19 +52,19 @@ class MemoryBackplane:
         """None ever do."""
         return 0
 
-    def tail(self, deliver: Deliver, lost: Lost) -> None:
+    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
         """Give every entry from now on to `deliver`."""
         self._deliver = deliver
         lost(Position(self._major, self._minor, 0))  # what was said in earlier lives is gone
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
         """Add a message at the end, and deliver it."""
         self._minor += 1
         if self._deliver is not None:
-            self._deliver(Entry(Position(self._major, self._minor, 0), channel, opcode, payload))
+            self._deliver(LogEntry(Position(self._major, self._minor, 0), channel, opcode, payload))
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Add messages at the end, and deliver them."""
         for opcode, payload in said:

@@ -22,7 +22,14 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from websocket_relay.backplane.packet import HOLE
-from websocket_relay.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
+from websocket_relay.backplane.remote import (
+    BrokerError,
+    Id,
+    StreamEntry,
+    StreamRead,
+    broker_error,
+    reset_on_close,
+)
 from websocket_relay.tasks import Deadline
 from websocket_relay.urls import secrets_of, unusable_url
 
@@ -60,7 +67,7 @@ NOT_FOUND = 10059  # error code of JetStream: stream not found
 NOT_ENABLED = {10039, 10076}  # for the account; at all
 
 
-class Address(NamedTuple):
+class NatsAddress(NamedTuple):
     """Where the broker is and how it is talked to."""
 
     servers: Sequence[str]
@@ -69,7 +76,7 @@ class Address(NamedTuple):
     replicas: int
 
 
-def address_of(url: str) -> Address:
+def parse_nats_url(url: str) -> NatsAddress:
     """Take a URL apart: nats:// or tls://, several servers with commas between them.
 
     Raises:
@@ -95,7 +102,7 @@ def address_of(url: str) -> Address:
     replicas = parameters.get("replicas", "1")
     if replicas not in {"1", "3", "5"}:
         raise unusable_url(url, "replicas: 1, 3 or 5")
-    return Address(servers, credentials, _tls(url, scheme, parameters), int(replicas))
+    return NatsAddress(servers, credentials, _tls(url, scheme, parameters), int(replicas))
 
 
 def _nothing() -> None:
@@ -120,7 +127,7 @@ def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext
     return context
 
 
-class QuietClient(Client):
+class QuietNatsClient(Client):
     """nats-py's, which does not say goodbye.
 
     It would send what is left on a connection that is gone; uvloop makes that an error, and then
@@ -133,7 +140,7 @@ class QuietClient(Client):
         await super()._close(status, do_cbs)
 
 
-class TlsClient(QuietClient):
+class TlsNatsClient(QuietNatsClient):
     """A client that says nothing, and no password, to a server that leaves TLS out.
 
     nats-py speaks plainly to a server that does not ask for TLS, whatever it was told; who stands
@@ -147,15 +154,15 @@ class TlsClient(QuietClient):
         return super()._connect_command()
 
 
-class Link:
+class NatsConnection:
     """A connection: made once, and not again when it has failed.
 
     nats-py would connect again by itself, and send what was in its buffer: late, and twice.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: NatsAddress) -> None:
         self._address = address
-        self._client = TlsClient() if address.tls is not None else QuietClient()
+        self._client = TlsNatsClient() if address.tls is not None else QuietNatsClient()
         self._stream: asyncio.StreamWriter | None = None
         self._failure = ""
         self.when_failed: Callable[[], None] = _nothing
@@ -171,7 +178,7 @@ class Link:
         return int(self._client.max_payload)
 
     @property
-    def failure(self) -> str:
+    def broker_error(self) -> str:
         """What went wrong with it, the last time."""
         return self._failure or "connection closed"
 
@@ -198,7 +205,7 @@ class Link:
             raise BrokerError(self._failure or str(error)) from None
         # nats-py has no other way to its transport.
         self._stream = self._client._transport._io_writer  # type: ignore[union-attr]
-        set_abrupt(self._stream)
+        reset_on_close(self._stream)
         version = self._client.connected_server_version
         if (version.major, version.minor) < OLDEST:
             raise BrokerError(f"{version} is too old: 2.9 or newer is needed")
@@ -241,7 +248,7 @@ class Link:
             raise BrokerError(self._failure or str(error) or "not answered in time") from None
         found = json.loads(answer.data)
         if "error" in found:
-            raise RefusedError(found["error"])
+            raise StreamRejectedError(found["error"])
         return found
 
     async def hang_up(self) -> None:
@@ -261,7 +268,7 @@ class Link:
         self.when_failed()
 
 
-class RefusedError(BrokerError):
+class StreamRejectedError(BrokerError):
     """JetStream's answer is an error.
 
     Args:
@@ -276,10 +283,10 @@ class RefusedError(BrokerError):
         super().__init__(text)
 
 
-class Writer:
+class StreamWriter:
     """The connection that appends, one entry at a time."""
 
-    def __init__(self, link: Link, subject: str, major: int) -> None:
+    def __init__(self, link: NatsConnection, subject: str, major: int) -> None:
         self.link = link
         self.major = major
         self._subject = subject
@@ -308,7 +315,7 @@ class Writer:
             raise BrokerError("no stream takes what is published")
         found = json.loads(message.data)
         if "error" in found:
-            raise RefusedError(found["error"])
+            raise StreamRejectedError(found["error"])
         return int(found["seq"])
 
     async def _take(self, message: Msg) -> None:
@@ -325,7 +332,7 @@ class Writer:
             self._answer.set_result(None)
 
 
-class Entry(NamedTuple):
+class StreamMessage(NamedTuple):
     """An entry of a stream.
 
     Attributes:
@@ -341,7 +348,7 @@ class Entry(NamedTuple):
     data: bytes
 
 
-class Reader:
+class StreamReader:
     """The connection that reads.
 
     It begins with the entry that was read last by the connection before. A broker that lost its
@@ -356,7 +363,7 @@ class Reader:
         time: when the broker took that.
     """
 
-    def __init__(self, link: Link, name: str, major: int, after: int, time: str) -> None:
+    def __init__(self, link: NatsConnection, name: str, major: int, after: int, time: str) -> None:
         self.link = link
         self.major = major
         self.after = after
@@ -367,7 +374,7 @@ class Reader:
         self._next = ""  # where to ask for more
         self._asked = 0
         self._credit = 0
-        self._come: deque[Entry] = deque()
+        self._come: deque[StreamMessage] = deque()
         self._has_come = asyncio.Event()
         self._failure = ""
 
@@ -388,7 +395,7 @@ class Reader:
         found = await self.link.ask(f"CONSUMER.CREATE.{self._name}", request)
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{found['name']}"
 
-    async def read(self) -> Read:
+    async def read(self) -> StreamRead:
         """Return what has come, or comes in the next second."""
         if self._credit <= CREDIT // 2:
             await self._ask_for_more()
@@ -397,7 +404,7 @@ class Reader:
             await self._has_come.wait()
         if self._failure:
             raise BrokerError(self._failure)
-        entries: list[Found] = []
+        entries: list[StreamEntry] = []
         following = 0
         while self._come and len(entries) < CREDIT // 2:
             sequence, time, following, data = self._come.popleft()
@@ -407,8 +414,8 @@ class Reader:
             # Entries can be taken out of a stream from the middle, too.
             follows = self._follows and sequence == self.after + 1
             self.after, self.time, self._follows = sequence, time, True
-            entries.append(Found((self.major, sequence), data, follows))
-        return Read(entries, is_last=not following)
+            entries.append(StreamEntry((self.major, sequence), data, follows))
+        return StreamRead(entries, is_last=not following)
 
     async def _ask_for_more(self) -> None:
         self._asked += 1
@@ -427,7 +434,7 @@ class Reader:
             at = 5 if len(fields) == 9 else 7
             self._credit -= 1
             self._come.append(
-                Entry(int(fields[at]), fields[at + 2], int(fields[at + 3]), message.data)
+                StreamMessage(int(fields[at]), fields[at + 2], int(fields[at + 3]), message.data)
             )
         self._has_come.set()
 
@@ -450,7 +457,7 @@ class NatsStream:
     operator's, but it has to be a log.
 
     Args:
-        url: see `address_of`.
+        url: see `parse_nats_url`.
         name: of the stream.
         max_bytes, max_age_s: what the stream is to keep, when it is made here.
 
@@ -460,14 +467,14 @@ class NatsStream:
 
     def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
         self.max_entry_bytes = MAX_ENTRY_BYTES
-        self._address = address_of(url)
+        self._address = parse_nats_url(url)
         self._secrets = secrets_of(url)
         self._name = name
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._turn = random.randrange(len(self._address.servers))
-        self._writer: Writer | None = None
-        self._reader: Reader | None = None
+        self._writer: StreamWriter | None = None
+        self._reader: StreamReader | None = None
         self._is_doubtful = False  # whether the reader's connection is still to the right broker
         self._read_time = ""  # when the broker took the entry that was read last
         self._known: Id = (0, 0)  # the last entry that was read or confirmed
@@ -492,7 +499,7 @@ class NatsStream:
                 raise
             raise self._failed(error) from None
 
-    async def read(self, after: Id) -> Read:
+    async def read(self, after: Id) -> StreamRead:
         """Return the next entries; wait for them a second.
 
         Raises:
@@ -505,7 +512,7 @@ class NatsStream:
                     await self._drop_reader()
                 if self._reader is None:
                     self._reader = await self._open_reader(after)
-                    return Read((), is_last=False)
+                    return StreamRead((), is_last=False)
                 read = await self._reader.read()
                 self._know((self._reader.major, self._reader.after))
                 self._read_time = self._reader.time
@@ -527,9 +534,9 @@ class NatsStream:
         finally:
             await self._drop_reader()
 
-    async def _connect(self) -> Link:
+    async def _connect(self) -> NatsConnection:
         """Return a connection to one of the servers: to the next one, whenever one has failed."""
-        link = Link(self._address)
+        link = NatsConnection(self._address)
         servers = self._address.servers
         try:
             await link.open(servers[self._turn % len(servers)])
@@ -540,29 +547,29 @@ class NatsStream:
         self.max_entry_bytes = min(MAX_ENTRY_BYTES, link.max_payload)
         return link
 
-    async def _open_writer(self) -> Writer:
+    async def _open_writer(self) -> StreamWriter:
         link = await self._connect()
         try:
-            writer = Writer(link, self._name, await self._find(link))
+            writer = StreamWriter(link, self._name, await self._find(link))
             await writer.open()
         except BaseException:
             await link.hang_up()
             raise
         return writer
 
-    async def _open_reader(self, after: Id) -> Reader:
+    async def _open_reader(self, after: Id) -> StreamReader:
         link = await self._connect()
         try:
             major = await self._find(link)
             sequence = after[1] if major == after[0] else 0
-            reader = Reader(link, self._name, major, sequence, self._read_time)
+            reader = StreamReader(link, self._name, major, sequence, self._read_time)
             await reader.open()
         except BaseException:
             await link.hang_up()
             raise
         return reader
 
-    async def _find(self, link: Link) -> int:
+    async def _find(self, link: NatsConnection) -> int:
         """Return what the ids of the stream begin with; let it go on after what is known of it."""
         known_major, known = self._known  # before the stream is asked: it grows meanwhile
         found = await self._stream_by(link)
@@ -576,11 +583,11 @@ class NatsStream:
     def _know(self, identity: Id) -> None:
         self._known = max(self._known, identity)
 
-    async def _stream_by(self, link: Link) -> Any:
+    async def _stream_by(self, link: NatsConnection) -> Any:
         """Return what JetStream says of the stream; make it where it is absent."""
         try:
             found = await link.ask(f"STREAM.INFO.{self._name}")
-        except RefusedError as error:
+        except StreamRejectedError as error:
             if error.code != NOT_FOUND:
                 raise
             return await link.ask(f"STREAM.CREATE.{self._name}", self._config())
@@ -614,7 +621,7 @@ class NatsStream:
             "num_replicas": self._address.replicas,
         }
 
-    async def _lift(self, link: Link, count: int) -> None:
+    async def _lift(self, link: NatsConnection, count: int) -> None:
         """Let a stream that has gone back go on after what is known of it.
 
         A broker that loses power loses what it had not written, and numbers what comes next as it
@@ -640,7 +647,7 @@ class NatsStream:
 
     def _failed(self, error: Exception) -> BrokerError:
         is_usual = isinstance(error, BrokerError | TimeoutError)
-        return failure(error, self._secrets, is_usual=is_usual)
+        return broker_error(error, self._secrets, is_usual=is_usual)
 
 
 def _ms(text: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from websocket_relay.backplane.base import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
-from websocket_relay.backplane.remote import Pending, RemoteBackplane
+from websocket_relay.backplane.remote import PendingBytes, RemoteBackplane
 from websocket_relay.urls import is_ambiguous, redacted, unusable_url
 
 KEPT_BYTES = 67_108_864
@@ -30,7 +30,7 @@ def open_backplane(
     max_message_bytes: int,
     history_bytes: int,
     history_age_s: float,
-    pending: Pending,
+    pending: PendingBytes,
     describe: Callable[[], bytes],
     observe_append: Callable[[float], None],
     observe_lag: Callable[[float], None],

@@ -138,7 +138,7 @@ def _names(data: bytes, count: int) -> tuple[list[str], int]:
     return names, at
 
 
-def in_parts(data: bytes, origin: int, number: int, max_bytes: int) -> Iterator[bytes]:
+def split_into_parts(data: bytes, origin: int, number: int, max_bytes: int) -> Iterator[bytes]:
     """Yield a packet's bytes in pieces that a broker takes: all in one where it fits."""
     if len(data) <= max_bytes:
         yield data
@@ -150,7 +150,7 @@ def in_parts(data: bytes, origin: int, number: int, max_bytes: int) -> Iterator[
         yield head + data[index * size : (index + 1) * size]
 
 
-class _Unfinished:
+class _PartialPacket:
     """A packet of which parts have come."""
 
     __slots__ = ("count", "number", "parts", "size")
@@ -162,7 +162,7 @@ class _Unfinished:
         self.size = 0
 
 
-class Joiner:
+class PartAssembler:
     """Put parts together again.
 
     A writer that was not answered begins with the first part again, and its first try may arrive
@@ -182,7 +182,7 @@ class Joiner:
         self.bytes = 0
         self._max_bytes = max_bytes
         # By origin, each has one packet on its way; the one that was heard of last is the last.
-        self._unfinished: OrderedDict[int, _Unfinished] = OrderedDict()
+        self._unfinished: OrderedDict[int, _PartialPacket] = OrderedDict()
 
     def join(self, data: bytes) -> bytes | None:
         """Return a packet's bytes, or None where more parts of it are to come.
@@ -218,7 +218,7 @@ class Joiner:
             self._drop(next(iter(self._unfinished)))
         return None
 
-    def _find(self, origin: int, number: int, index: int, count: int) -> _Unfinished | None:
+    def _find(self, origin: int, number: int, index: int, count: int) -> _PartialPacket | None:
         """Return the packet that a part belongs to, or None where its first part is missing."""
         unfinished = self._unfinished.get(origin)
         if unfinished is not None:
@@ -231,7 +231,7 @@ class Joiner:
             return None
         if unfinished is not None:
             self._drop(origin)
-        unfinished = self._unfinished[origin] = _Unfinished(number, count)
+        unfinished = self._unfinished[origin] = _PartialPacket(number, count)
         return unfinished
 
     def _drop(self, origin: int) -> None:

@@ -16,7 +16,14 @@ from typing import Any
 from redis.asyncio import Connection, ConnectionPool
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
-from websocket_relay.backplane.remote import BrokerError, Found, Id, Read, failure, set_abrupt
+from websocket_relay.backplane.remote import (
+    BrokerError,
+    Id,
+    StreamEntry,
+    StreamRead,
+    broker_error,
+    reset_on_close,
+)
 from websocket_relay.tasks import Deadline
 from websocket_relay.urls import secrets_of, unusable_url
 
@@ -112,7 +119,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Kept:
+class RetentionLimits:
     """Say where a stream may be cut off: what is older, or more, than is to be kept.
 
     Args:
@@ -148,7 +155,7 @@ class Kept:
         return self._marks[0][1] if self._marks else (0, 0)
 
 
-class Link:
+class RedisConnection:
     """A connection that is made when it is needed."""
 
     def __init__(self, pool: ConnectionPool) -> None:
@@ -171,7 +178,7 @@ class Link:
         await self._connection.connect()  # type: ignore[no-untyped-call]
         writer = self._stream = self._connection._writer
         assert writer is not None
-        set_abrupt(writer)
+        reset_on_close(writer)
         try:
             (found,) = await self.ask(("INFO", "server"))
         except NoPermissionError:
@@ -228,11 +235,11 @@ class RedisStream:
     def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
         self._name = name
         self._secrets = secrets_of(url)
-        self._kept = Kept(max_bytes, max_age_s)
+        self._kept = RetentionLimits(max_bytes, max_age_s)
         try:
             pool = ConnectionPool.from_url(url)
             pool.connection_kwargs.update(OPTIONS)
-            self._writer, self._reader = Link(pool), Link(pool)
+            self._writer, self._reader = RedisConnection(pool), RedisConnection(pool)
         except (ValueError, TypeError, RedisError):
             # What they say may quote a part of the URL.
             raise unusable_url(url, "not a URL that redis-py understands") from None
@@ -260,7 +267,7 @@ class RedisStream:
                 raise
             raise self._failed(error) from None
 
-    async def read(self, after: Id) -> Read:
+    async def read(self, after: Id) -> StreamRead:
         """Return the next entries; wait for them a second.
 
         Raises:
@@ -279,7 +286,7 @@ class RedisStream:
         """Read by another connection from now on."""
         self._is_doubtful = True
 
-    async def _read(self, after: Id) -> Read:
+    async def _read(self, after: Id) -> StreamRead:
         if self._is_doubtful:
             self._is_doubtful = False
             await self._reader.hang_up()
@@ -290,11 +297,11 @@ class RedisStream:
         )
         entries = []
         for identity, data, before in _entries(found):
-            entries.append(Found(identity, data, follows=before == _text(after).encode()))
+            entries.append(StreamEntry(identity, data, follows=before == _text(after).encode()))
             self._kept.note(identity, len(data))
             after = identity
         self._know(after)
-        return Read(entries, is_last=len(entries) < READ_ENTRIES)
+        return StreamRead(entries, is_last=len(entries) < READ_ENTRIES)
 
     def _know(self, identity: Id) -> None:
         self._known = max(self._known, identity)
@@ -312,7 +319,7 @@ class RedisStream:
         if isinstance(error, ResponseError):
             error = BrokerError(SCRIPT.sub("", str(error)))
         is_usual = isinstance(error, BrokerError | RedisError | OSError)  # TimeoutError, too
-        return failure(error, self._secrets, is_usual=is_usual)
+        return broker_error(error, self._secrets, is_usual=is_usual)
 
 
 def _entries(found: Any) -> Iterator[tuple[Id, bytes, bytes]]:

@@ -22,24 +22,24 @@ from functools import partial
 from itertools import repeat
 from typing import NamedTuple, Protocol
 
-from websocket_relay.backplane.awaiting import Answer, Awaiting, Waiter
+from websocket_relay.backplane.awaiting import Confirmation, Confirmations, OnPosition
 from websocket_relay.backplane.base import (
     START,
-    Deliver,
-    Entry,
-    Lost,
+    BackplaneState,
+    LogEntry,
+    OnEntry,
+    OnGap,
     Position,
-    Publisher,
-    State,
+    Rejectable,
 )
 from websocket_relay.backplane.packet import (
     HOLE,
     MESSAGE_BYTES,
     FormatError,
-    Joiner,
     Packet,
-    in_parts,
+    PartAssembler,
     pack,
+    split_into_parts,
     unpack,
 )
 from websocket_relay.errors import RelayError
@@ -111,14 +111,16 @@ Id = tuple[int, int]
 
 # NamedTuples are made a thousand at a time: `_make` and the classes themselves are calls of Python.
 _new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)
-_new_entry: Callable[[tuple[Position, str, int, bytes]], Entry] = partial(tuple.__new__, Entry)
+_new_entry: Callable[[tuple[Position, str, int, bytes]], LogEntry] = partial(
+    tuple.__new__, LogEntry
+)
 
 
 class BrokerError(RelayError):
     """The broker can't be reached or did not do what it was asked. It may the next time."""
 
 
-class Found(NamedTuple):
+class StreamEntry(NamedTuple):
     """An entry of a stream.
 
     Attributes:
@@ -132,7 +134,7 @@ class Found(NamedTuple):
     follows: bool
 
 
-class Read(NamedTuple):
+class StreamRead(NamedTuple):
     """What a stream gives.
 
     Attributes:
@@ -140,7 +142,7 @@ class Read(NamedTuple):
         is_last: whether there was nothing more to read.
     """
 
-    entries: Sequence[Found]
+    entries: Sequence[StreamEntry]
     is_last: bool = True
 
 
@@ -158,7 +160,7 @@ class Stream(Protocol):
             BrokerError: it may be there and it may not.
         """
 
-    async def read(self, after: Id) -> Read:
+    async def read(self, after: Id) -> StreamRead:
         """Return the next entries after an id; wait a second or so for them.
 
         Raises:
@@ -172,7 +174,7 @@ class Stream(Protocol):
         """Let go of the broker."""
 
 
-class Pending(Protocol):
+class PendingBytes(Protocol):
     """The bound on what waits to be appended: publishers are held while it is passed."""
 
     bytes: int
@@ -181,7 +183,7 @@ class Pending(Protocol):
         """Take note that so much does not wait any more."""
 
 
-class Outgoing:
+class OutgoingPacket:
     """Messages that will be appended together."""
 
     __slots__ = (
@@ -199,7 +201,7 @@ class Outgoing:
         self.channels: list[str] = []
         self.opcodes = bytearray()
         self.payloads: list[bytes] = []
-        self.publishers: dict[Publisher, None] = {}
+        self.publishers: dict[Rejectable, None] = {}
         self.size = 0
         self.number = 0  # of the first, once it is under way
         self.is_canary = False
@@ -211,7 +213,7 @@ class Outgoing:
         return self.size + WAITING_BYTES * len(self.payloads)
 
 
-class Origins:
+class ProducerStates:
     """What has been read of each replica's latest life."""
 
     def __init__(self) -> None:
@@ -273,7 +275,7 @@ class RemoteBackplane:
         stream: Stream,
         *,
         address: str,
-        pending: Pending,
+        pending: PendingBytes,
         relays_locally: bool,
         max_message_bytes: int,
         describe: Callable[[], bytes],
@@ -281,7 +283,7 @@ class RemoteBackplane:
         observe_lag: Callable[[float], None],
     ) -> None:
         self.books = BackplaneCounters()
-        self.state = State.STARTING
+        self.state = BackplaneState.STARTING
         self.begun, self.up = asyncio.Event(), asyncio.Event()
         self._stream = stream
         self._address = address
@@ -290,12 +292,12 @@ class RemoteBackplane:
         self._describe = describe
         self._observe_append = observe_append
         self._observe_lag = observe_lag
-        self._deliver: Deliver
-        self._lost: Lost
+        self._deliver: OnEntry
+        self._lost: OnGap
         # Writing
         self._is_out = False  # state is OUTAGE: asked for every message
-        self._outbox: deque[Outgoing] = deque()
-        self._in_flight: Outgoing | None = None
+        self._outbox: deque[OutgoingPacket] = deque()
+        self._in_flight: OutgoingPacket | None = None
         self._in_flight_since = 0.0
         self._filled = asyncio.Event()
         self._settled = asyncio.Event()  # something does not wait any more
@@ -305,13 +307,15 @@ class RemoteBackplane:
         # Reading
         self._after: Id = (0, 0)
         self._position = START
-        self._publishers = Awaiting()  # who want positions of their own messages
-        self._settling = Awaiting()  # who want nothing of this replica to be under way any more
+        self._publishers = Confirmations()  # who want positions of their own messages
+        self._settling = (
+            Confirmations()
+        )  # who want nothing of this replica to be under way any more
         self._read_back_until = 0.0  # for those who wait for messages of earlier lives
         self._is_whole = False  # nothing is missing before what is read next; nor was said before
-        self._origins = Origins()
+        self._origins = ProducerStates()
         self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
-        self._joiner = Joiner(max_message_bytes + LARGEST_PACKET_BYTES)
+        self._joiner = PartAssembler(max_message_bytes + LARGEST_PACKET_BYTES)
         self._has_room = asyncio.Event()
         self._has_room.set()
         # The canary: when it was sent and when that was answered; 0: none is out.
@@ -323,12 +327,12 @@ class RemoteBackplane:
 
     # What the relay asks
 
-    def tail(self, deliver: Deliver, lost: Lost) -> None:
+    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
         """Give every entry from now on to `deliver`, and tell `lost` where some are missing."""
         self._deliver = deliver
         self._lost = lost
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
         """Add a message at the end."""
         if self._is_out:
             self._turn_away(channel, opcode, payload, publisher)
@@ -346,7 +350,7 @@ class RemoteBackplane:
             self._begin_packet()
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Publisher
+        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Add messages at the end, in one packet: nothing comes between them or takes a part."""
         if self._is_out:
@@ -367,7 +371,7 @@ class RemoteBackplane:
         if outgoing.size >= PACKET_BYTES:
             self._begin_packet()
 
-    def when_delivered(self, answer: Answer) -> None:
+    def when_delivered(self, answer: OnPosition) -> None:
         """Call `answer` once the message that was appended last has come back, or won't."""
         if self._is_out:  # it was delivered here alone, or turned away
             answer(self._position if self.relays_locally else None)
@@ -442,14 +446,14 @@ class RemoteBackplane:
     # Writing
 
     @property
-    def _waiting(self) -> list[Outgoing]:
+    def _waiting(self) -> list[OutgoingPacket]:
         in_flight = self._in_flight
         if in_flight is None or in_flight.is_given_up:
             return [*self._outbox]
         return [in_flight, *self._outbox]
 
-    def _begin_packet(self) -> Outgoing:
-        outgoing = Outgoing()
+    def _begin_packet(self) -> OutgoingPacket:
+        outgoing = OutgoingPacket()
         self._outbox.append(outgoing)
         self._filled.set()
         return outgoing
@@ -463,7 +467,7 @@ class RemoteBackplane:
             if outgoing.payloads or outgoing.is_canary:
                 await self._append(outgoing)
 
-    async def _append(self, outgoing: Outgoing) -> None:
+    async def _append(self, outgoing: OutgoingPacket) -> None:
         self._in_flight, self._in_flight_since = outgoing, time.monotonic()
         origin, number = self._origin, self._number
         outgoing.number = number
@@ -476,7 +480,7 @@ class RemoteBackplane:
             started = time.perf_counter()
             try:
                 # The broker may take less now than before it was restarted.
-                for part in in_parts(data, origin, number, self._stream.max_entry_bytes):
+                for part in split_into_parts(data, origin, number, self._stream.max_entry_bytes):
                     async with Deadline(APPEND_S):
                         await self._stream.append(part)
             except (BrokerError, TimeoutError) as error:
@@ -518,7 +522,7 @@ class RemoteBackplane:
             if not self._has_room.is_set():
                 await self._has_room.wait()
 
-    def on_entry(self, found: Found) -> None:
+    def on_entry(self, found: StreamEntry) -> None:
         """Deliver what the next entry holds, and tell first what is missing before it."""
         (major, minor), data, follows = found
         before, self._after = self._after, found.identity
@@ -651,9 +655,9 @@ class RemoteBackplane:
             self._sent_at = 0.0
         # What is under way may be the canary itself: read before the answer came.
         self._in_flight_since = time.monotonic()
-        if self.state is not State.UP:
+        if self.state is not BackplaneState.UP:
             log.info("backplane up")
-            self.state = State.UP
+            self.state = BackplaneState.UP
             self._is_out = False
             self._origins.is_current = True
             self.begun.set()
@@ -667,7 +671,7 @@ class RemoteBackplane:
         log.error("backplane outage", extra={"broker": self._address, "on_outage": self._on_outage})
         self._expire_earlier()
         self.books.outages += 1
-        self.state = State.OUTAGE
+        self.state = BackplaneState.OUTAGE
         self._is_out = True
         self.begun.set()
         self.up.clear()
@@ -695,7 +699,7 @@ class RemoteBackplane:
         self._send_canary(now)
 
     def _give_up_from(
-        self, origin: int, number: int, given_up: Sequence[Outgoing], *, is_read: bool
+        self, origin: int, number: int, given_up: Sequence[OutgoingPacket], *, is_read: bool
     ) -> None:
         """Give up packets, and let nobody wait for them any more.
 
@@ -709,7 +713,7 @@ class RemoteBackplane:
         if not is_read:
             # Whoever comes from now on waits for the messages of this life, too: also a client
             # that leaves because it is told below that its message is given up.
-            for waiter in (*settling, Waiter(origin, number, lambda _: None)):
+            for waiter in (*settling, Confirmation(origin, number, lambda _: None)):
                 self._settling.add(origin, number, waiter.answer)
         following = number
         for outgoing in given_up:
@@ -730,7 +734,9 @@ class RemoteBackplane:
     def _on_outage(self) -> str:
         return "local" if self.relays_locally else "reject"
 
-    def _give_up(self, outgoing: Outgoing, number: int, publishers: deque[Waiter]) -> None:
+    def _give_up(
+        self, outgoing: OutgoingPacket, number: int, publishers: deque[Confirmation]
+    ) -> None:
         self._pending.drained(outgoing.kept_bytes)
         if self.relays_locally:
             columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
@@ -744,7 +750,7 @@ class RemoteBackplane:
             for publisher in outgoing.publishers:
                 publisher.tell_unavailable(in_doubt=in_doubt)
 
-    def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
+    def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
         if self.relays_locally:
             self._deliver_here(channel, opcode, payload)
         else:
@@ -755,7 +761,7 @@ class RemoteBackplane:
         major, minor, nth = self._position
         self._position = Position(major, minor, nth + 1)
         self.books.local += 1
-        self._deliver(Entry(self._position, channel, opcode, payload))
+        self._deliver(LogEntry(self._position, channel, opcode, payload))
 
     def _note_failure(self, action: str, error: Exception) -> None:
         texts = self._failures.setdefault(action, set())
@@ -771,7 +777,7 @@ class RemoteBackplane:
             log.info("backplane works again", extra={"action": action})
 
 
-def failure(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> BrokerError:
+def broker_error(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> BrokerError:
     """Return what is said of an error of a broker's library: in one line, without secrets.
 
     Args:
@@ -786,7 +792,7 @@ def failure(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> Brok
     return BrokerError(redact(secrets, text))
 
 
-def set_abrupt(writer: asyncio.StreamWriter) -> None:
+def reset_on_close(writer: asyncio.StreamWriter) -> None:
     """Let a connection end at once when it is aborted, and nobody have what is left in it.
 
     Otherwise it lives on until the broker has taken that, which a frozen one never does. Asked for

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 from typing import NamedTuple
 
-from websocket_relay.backplane.base import Entry, Position
+from websocket_relay.backplane.base import LogEntry, Position
 from websocket_relay.wire import events
 from websocket_relay.wire.client import Connection
 from websocket_relay.wire.deflate import PLAIN, deflate_messages
@@ -43,7 +43,7 @@ HeadAndPayload = tuple[bytes, bytes]
 
 
 def encode_entries(
-    entries: Iterable[Entry], form: DeliveryFormat, min_bytes: int
+    entries: Iterable[LogEntry], form: DeliveryFormat, min_bytes: int
 ) -> Iterator[bytes]:
     """Yield frames; see `wire.deflate.deflated`."""
     plain = ((header(e.opcode, len(e.payload)), e.payload) for e in entries)
@@ -104,7 +104,7 @@ class Batch:
         self._frames: list[bytes] = []
         self._encoder: Iterator[bytes] | None = None
 
-    def add(self, entry: Entry) -> int:
+    def add(self, entry: LogEntry) -> int:
         """Add a message; return how much more memory the batch takes."""
         position, _, opcode, payload = entry
         head = header(opcode, len(payload))

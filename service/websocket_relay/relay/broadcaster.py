@@ -6,7 +6,7 @@ All channels share the time there is for writing. No task, queue or timer per co
 import asyncio
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.base import Backplane, Entry, Position
+from websocket_relay.backplane.base import Backplane, LogEntry, Position
 from websocket_relay.relay.channel import Channel
 from websocket_relay.relay.courier import OneShotPublisher
 from websocket_relay.relay.history import History
@@ -137,7 +137,7 @@ class Broadcaster:
         for channel in list(self._channels.values()):
             channel.tell({"type": "gap", "position": str(position)})
 
-    def _deliver(self, entry: Entry) -> None:
+    def _deliver(self, entry: LogEntry) -> None:
         self._history.add(entry)
         channel = self._channels.get(entry.channel)
         if channel is not None:

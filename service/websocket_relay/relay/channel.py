@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Protocol
 
-from websocket_relay.backplane.base import Backplane, Entry
+from websocket_relay.backplane.base import Backplane, LogEntry
 from websocket_relay.relay.batch import Batch, DeliveryFormat, Recipients, encode_notice, format_of
 from websocket_relay.wire.client import Connection, Publisher
 from websocket_relay.wire.gate import HighWaterMark
@@ -168,7 +168,7 @@ class Channel:
 
     # What the log says
 
-    def deliver(self, entry: Entry) -> None:
+    def deliver(self, entry: LogEntry) -> None:
         """Owe an entry of the log to the members of now."""
         if not self._members:  # those who are expected read it in the history
             return

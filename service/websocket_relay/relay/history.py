@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from websocket_relay.backplane.base import START, Entry, Position
+from websocket_relay.backplane.base import START, LogEntry, Position
 from websocket_relay.relay.ranking import Usage, UsageRanking
 
 ENTRY_BYTES = 320
@@ -37,7 +37,7 @@ ROOM_PART = 64
 
 COMPACT_FROM = 64
 
-EVICTED = Entry(START, "", 0, b"")
+EVICTED = LogEntry(START, "", 0, b"")
 
 _position_of = attrgetter("position")
 _newest_of = attrgetter("newest")
@@ -62,7 +62,7 @@ class ChannelHistory:
         peers[self] = None
         self.messages = Usage(0)
         self.bytes = Usage(0)
-        self._entries: list[Entry] = []
+        self._entries: list[LogEntry] = []
         self._gone = 0  # entries at the front that are forgotten and not taken out yet
 
     @property
@@ -70,7 +70,7 @@ class ChannelHistory:
         """The position of the oldest entry. There must be one."""
         return self._entries[self._gone].position
 
-    def add(self, entry: Entry, size: int) -> None:
+    def add(self, entry: LogEntry, size: int) -> None:
         """Add the newest entry."""
         self._entries.append(entry)
         self.messages.size += 1
@@ -95,12 +95,12 @@ class ChannelHistory:
         self.bytes.size -= size
         return size
 
-    def after(self, position: Position, count: int) -> Sequence[Entry]:
+    def after(self, position: Position, count: int) -> Sequence[LogEntry]:
         """Return the first entries behind a position."""
         start = bisect_right(self._entries, position, lo=self._gone, key=_position_of)
         return self._entries[start : start + count]
 
-    def last(self, count: int) -> Sequence[Entry]:
+    def last(self, count: int) -> Sequence[LogEntry]:
         """Return the newest entries."""
         return self._entries[max(self._gone, len(self._entries) - count) :]
 
@@ -172,7 +172,7 @@ class History:
     def __len__(self) -> int:
         return self._messages
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LogEntry) -> None:
         """Keep what the log says; forget what is too much."""
         self.newest, channel, _, payload = entry
         past = self._channels.get(channel) or self._begin(channel)
@@ -238,12 +238,12 @@ class History:
         """Tell whether nothing is missing of a channel behind a position."""
         return position >= self.known_after(channel)
 
-    def after(self, channel: str, position: Position, count: int) -> Sequence[Entry]:
+    def after(self, channel: str, position: Position, count: int) -> Sequence[LogEntry]:
         """Return the first entries of a channel behind a position."""
         past = self._channels.get(channel)
         return past.after(position, count) if past is not None else ()
 
-    def last(self, channel: str, count: int) -> Sequence[Entry]:
+    def last(self, channel: str, count: int) -> Sequence[LogEntry]:
         """Return the newest entries of a channel."""
         past = self._channels.get(channel)
         return past.last(count) if past is not None else ()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
-from websocket_relay.backplane.base import Entry, Position, State
+from websocket_relay.backplane.base import BackplaneState, LogEntry, Position
 from websocket_relay.errors import Close
 from websocket_relay.relay.batch import encode_entries, encode_notice, format_of
 from websocket_relay.relay.channel import Channel, ChannelHost
@@ -153,12 +153,12 @@ class Recovery:
         since, backplane = self._wish.since, self._office.backplane
         if since is None or since <= backplane.position:
             return False
-        if backplane.relays_locally and backplane.state is State.OUTAGE:
+        if backplane.relays_locally and backplane.state is BackplaneState.OUTAGE:
             return False  # this replica goes on without the log
         return backplane.complete_until < self._began_at
 
     def _wait_to_get_there(self) -> None:
-        if self._office.backplane.state is State.OUTAGE:
+        if self._office.backplane.state is BackplaneState.OUTAGE:
             # Whatever it were told now could be wrong. It is like a newcomer's: another replica's.
             self._client.close(Close.UNAVAILABLE)
         else:
@@ -210,7 +210,7 @@ class Recovery:
         self._write(piece)
         return piece[-1].position
 
-    def _write(self, piece: Sequence[Entry]) -> None:
+    def _write(self, piece: Sequence[LogEntry]) -> None:
         shared = self._office.shared
         data = b"".join(encode_entries(piece, format_of(self._client), self._deflate_from_bytes))
         shared.ledger.owed += len(piece)
@@ -222,7 +222,7 @@ class Recovery:
         self._channel.join(self._client)
 
 
-def _piece(entries: Sequence[Entry]) -> Sequence[Entry]:
+def _piece(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:
     """Return the first of the entries, as many as fit into a piece; one at least."""
     size = 0
     for count, entry in enumerate(entries):
