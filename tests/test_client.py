@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from websocket_relay.client import (
-    Abandoned,
-    AddressError,
-    AwayError,
     Connected,
-    DeniedError,
     Disconnected,
+    InvalidUrlError,
     Message,
-    UnsentError,
+    RejectedError,
+    UnavailableError,
+    Unconfirmed,
+    UnconfirmedError,
 )
 from websocket_relay.client import Relay as Client
 from websocket_relay.client.outbox import Outbox, size_of
@@ -36,7 +36,7 @@ from tests.relay_process import Relay, path_of, receive
 from tests.test_examples import NO_ADDRESSES
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
-Event = Connected | Disconnected | Abandoned
+Event = Connected | Disconnected | Unconfirmed
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +257,7 @@ async def test_what_got_lost_with_a_connection_is_given_up_or_sent_again_as_is_w
             if repeats:
                 await client.flush()
             else:
-                with pytest.raises(UnsentError, match="1 message is not known to be relayed"):
+                with pytest.raises(UnconfirmedError, match="1 message is not known to be relayed"):
                     await client.flush()
             await client.send("afterwards")
             await client.flush()
@@ -284,7 +284,7 @@ async def test_of_what_a_killed_relay_relayed_last_nobody_knows_and_nothing_else
             await diary.wait_for(Disconnected)
             await client.send("afterwards")
             if not repeats:
-                with pytest.raises(UnsentError):
+                with pytest.raises(UnconfirmedError):
                     await client.flush()
             await client.flush()
         assert await receive(other) == ("relayed, and nobody told" if repeats else "afterwards")
@@ -415,7 +415,7 @@ async def test_a_refusal_for_good_is_told_at_once(
 ) -> None:
     url = relay_with(auth=JWT).ws_url(path)
     started = time.monotonic()
-    with pytest.raises(DeniedError) as raised:
+    with pytest.raises(RejectedError) as raised:
         async with Client(url, start_patience_s=PATIENCE_S, **options):  # type: ignore[arg-type]
             pass
     assert str(raised.value).startswith(words)
@@ -425,7 +425,7 @@ async def test_a_refusal_for_good_is_told_at_once(
 async def test_a_relay_that_is_not_there_is_told_or_waited_for(
     relay_with: StartRelay, channel: str
 ) -> None:
-    with pytest.raises(AwayError, match="connection refused"):
+    with pytest.raises(UnavailableError, match="connection refused"):
         async with Client("ws://127.0.0.1:1/"):
             pass
     relay = relay_with()
@@ -453,9 +453,9 @@ async def test_who_was_let_in_once_gives_up_when_the_patience_ends(
     ):
         proxy.target = None
         proxy.cut()
-        with pytest.raises(AwayError):
+        with pytest.raises(UnavailableError):
             await take(client, 1)
-        with pytest.raises(AwayError):
+        with pytest.raises(UnavailableError):
             await client.send("anybody?")
 
 
@@ -504,7 +504,7 @@ async def test_a_client_comes_back_when_a_draining_relay_wants_it_back() -> None
 )
 async def test_a_close_that_would_come_again_is_told_at_once(code: int, reason: str) -> None:
     async with closing_with(code, reason) as url:
-        with pytest.raises(DeniedError, match=rf"closed by the relay: {reason} \({code}\)"):
+        with pytest.raises(RejectedError, match=rf"closed by the relay: {reason} \({code}\)"):
             async with Client(url) as client:
                 await take(client, 1)
 
@@ -555,7 +555,7 @@ async def test_a_token_that_stays_the_same_is_not_tried_again(
     relay = relay_with(auth=JWT)
     url = relay.ws_url(f"/channels/{channel}")
     async with Client(url, token=token(exp=int(time.time()) + 2)) as client:
-        with pytest.raises(DeniedError, match="token expired"):
+        with pytest.raises(RejectedError, match="token expired"):
             await take(client, 1)
 
 
@@ -564,7 +564,7 @@ async def test_who_may_not_publish_is_told(relay_with: StartRelay, channel: str)
     only_hears = token(relay={"subscribe": ["*"]})
     async with Client(relay.ws_url(f"/channels/{channel}"), token=only_hears) as client:
         await client.send("may I?")
-        with pytest.raises(DeniedError, match="not allowed to publish"):
+        with pytest.raises(RejectedError, match="not allowed to publish"):
             await client.flush()
 
 
@@ -574,7 +574,7 @@ async def test_a_message_that_is_too_big_is_told(relay_with: StartRelay, channel
         await client.send("x" * 1_000)
         await client.flush()
         await client.send("x" * 1_001)
-        with pytest.raises(DeniedError, match="message too big"):
+        with pytest.raises(RejectedError, match="message too big"):
             await client.flush()
         assert client.unconfirmed == 1
 
@@ -589,7 +589,7 @@ async def test_a_client_sends_and_hears_nothing_that_is_larger_than_it_may_be(
         await client.send("x" * 1_000)
         assert await said_by(client, 1) == ["x" * 1_000]
         await other.send("x" * 2_000)
-        with pytest.raises(DeniedError, match="larger than this client takes"):
+        with pytest.raises(RejectedError, match="larger than this client takes"):
             await take(client, 1)
 
 
@@ -602,11 +602,11 @@ async def test_a_certificate_is_trusted_or_it_is_not(
         await client.send("in private")
         assert await said_by(client, 1) == ["in private"]
     for context in (None, make_pair().trusting_context()):
-        with pytest.raises(DeniedError, match="its certificate is not trusted: self"):
+        with pytest.raises(RejectedError, match="its certificate is not trusted: self"):
             async with Client(url, ssl=context, start_patience_s=PATIENCE_S):
                 pass
     same_place = relay.ws_url(f"/channels/{channel}", host="127.1")
-    with pytest.raises(DeniedError, match="its certificate is for another name"):
+    with pytest.raises(RejectedError, match="its certificate is for another name"):
         async with Client(same_place, ssl=relay.tls_context, start_patience_s=PATIENCE_S):
             pass
 
@@ -618,13 +618,13 @@ async def test_what_is_no_relay_is_told(relay: Relay) -> None:
 
     async with serve(echo, "127.0.0.1", 0) as server:
         (port,) = {found.getsockname()[1] for found in server.sockets}
-        with pytest.raises(DeniedError, match="that is no relay: it does not speak"):
+        with pytest.raises(RejectedError, match="that is no relay: it does not speak"):
             async with Client(f"ws://127.0.0.1:{port}/", start_patience_s=PATIENCE_S):
                 pass
-    with pytest.raises(DeniedError, match="HTTP 404"):
+    with pytest.raises(RejectedError, match="HTTP 404"):
         async with Client(relay.metrics_url("/").replace("http", "ws")):
             pass
-    with pytest.raises(AwayError, match="it does not speak TLS; perhaps ws:// is meant"):
+    with pytest.raises(UnavailableError, match="it does not speak TLS; perhaps ws:// is meant"):
         async with Client(relay.ws_url().replace("ws:", "wss:")):
             pass
 
@@ -646,12 +646,12 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
 @pytest.mark.parametrize(
     ("answer", "kind", "words"),
     [
-        (b"", AwayError, "ended in the opening handshake; perhaps wss:// is meant"),
-        (b"220 mail.example.com\r\n\r\n", DeniedError, "that is no relay"),
-        (b"HTTP/1.0 404 Not Found\r\n\r\n", DeniedError, "that is no relay"),
+        (b"", UnavailableError, "ended in the opening handshake; perhaps wss:// is meant"),
+        (b"220 mail.example.com\r\n\r\n", RejectedError, "that is no relay"),
+        (b"HTTP/1.0 404 Not Found\r\n\r\n", RejectedError, "that is no relay"),
         (
             b"HTTP/1.1 503 No\r\nRetry-After: " + b"9" * 5_000 + b"\r\n\r\n",
-            AwayError,
+            UnavailableError,
             "HTTP 503, No",
         ),
     ],
@@ -674,7 +674,7 @@ async def test_a_welcome_that_makes_no_sense_is_told() -> None:
 
     async with serve(welcome, "127.0.0.1", 0, subprotocols=["relay.v1"]) as server:  # type: ignore[list-item]
         (port,) = {found.getsockname()[1] for found in server.sockets}
-        with pytest.raises(DeniedError, match="that is no relay: it does not welcome"):
+        with pytest.raises(RejectedError, match="that is no relay: it does not welcome"):
             async with Client(f"ws://127.0.0.1:{port}/"):
                 pass
 
@@ -691,7 +691,7 @@ async def test_a_proxy_that_can_t_be_used_is_told(
 ) -> None:
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("socks_proxy", proxy)
-    with pytest.raises(DeniedError, match=words) as raised:
+    with pytest.raises(RejectedError, match=words) as raised:
         async with Client(relay.ws_url()):
             pass
     assert "secret" not in str(raised.value)
@@ -703,7 +703,7 @@ async def test_a_proxy_that_can_t_be_used_is_told(
 )
 @pytest.mark.fast
 def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
-    with pytest.raises(AddressError) as raised:
+    with pytest.raises(InvalidUrlError) as raised:
         Client(url)
     assert str(raised.value).startswith("that is not an address such as ws://")
     assert "secret" not in str(raised.value)
@@ -711,7 +711,7 @@ def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
 
 @pytest.mark.fast
 async def test_what_is_no_token_is_not_sent() -> None:
-    with pytest.raises(AddressError) as raised:
+    with pytest.raises(InvalidUrlError) as raised:
         async with Client("ws://127.0.0.1:1/", token="se\r\ncret"):
             pass
     assert "cret" not in str(raised.value).replace("secret", "")

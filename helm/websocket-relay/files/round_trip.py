@@ -12,7 +12,7 @@ import time
 import uuid
 
 import jwt
-from websocket_relay.client import DeniedError, Relay
+from websocket_relay.client import RejectedError, Relay
 from websocket_relay.errors import RelayError
 
 PATIENCE_S = 60
@@ -71,7 +71,7 @@ async def refusal() -> None:
     try:
         async with client():
             raise SystemExit("a client without a token was let in")
-    except DeniedError as denied:
+    except RejectedError as denied:
         print(f"nobody comes in without a token: {denied}")
 
 

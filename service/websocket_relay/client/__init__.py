@@ -8,21 +8,26 @@
 Knows the relay by what it promises to its clients (README), and nothing of how it is made.
 """
 
-from websocket_relay.client.events import Abandoned, Connected, Disconnected, Message
-from websocket_relay.client.faults import AddressError, AwayError, DeniedError, UnsentError
+from websocket_relay.client.events import Connected, Disconnected, Message, Unconfirmed
+from websocket_relay.client.faults import (
+    InvalidUrlError,
+    RejectedError,
+    UnavailableError,
+    UnconfirmedError,
+)
 from websocket_relay.client.relay import MAX_MESSAGE_BYTES, Relay
 from websocket_relay.errors import RelayError
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
-    "Abandoned",
-    "AddressError",
-    "AwayError",
     "Connected",
-    "DeniedError",
     "Disconnected",
+    "InvalidUrlError",
     "Message",
+    "RejectedError",
     "Relay",
     "RelayError",
-    "UnsentError",
+    "UnavailableError",
+    "Unconfirmed",
+    "UnconfirmedError",
 ]

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from websockets.exceptions import InvalidURI
 from websockets.uri import parse_uri
 
-from websocket_relay.client.faults import AddressError
+from websocket_relay.client.faults import InvalidUrlError
 
 EXAMPLE = "ws://localhost:8443/channels/news"
 NO_ADDRESS = f"that is not an address such as {EXAMPLE}"
@@ -17,7 +17,7 @@ TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class ChannelUrl:
     """Where a channel is.
 
     Attributes:
@@ -45,9 +45,9 @@ class Address:
             wishes = {name: value for name, value in asked if name in {"since", "history"}}
             history = int(wishes.get("history", "0"))
         except InvalidURI as error:
-            raise AddressError(f"{NO_ADDRESS}: {error.msg}") from None
+            raise InvalidUrlError(f"{NO_ADDRESS}: {error.msg}") from None
         except ValueError:  # its text may repeat what is secret
-            raise AddressError(NO_ADDRESS) from None
+            raise InvalidUrlError(NO_ADDRESS) from None
         rest = urlencode([pair for pair in asked if pair[0] not in wishes])
         plain = urlunsplit(parts._replace(query=rest)) if wishes else url
         return cls(plain, wishes.get("since", ""), history)
@@ -81,5 +81,5 @@ def authorization(token: str) -> dict[str, str]:
     if not token:
         return {}
     if not TOKEN.fullmatch(token):
-        raise AddressError("that is no token: it has letters, digits and -._~+/ only")
+        raise InvalidUrlError("that is no token: it has letters, digits and -._~+/ only")
     return {"Authorization": f"Bearer {token}"}

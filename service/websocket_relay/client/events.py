@@ -45,7 +45,7 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned:
+class Unconfirmed:
     """Nobody knows whether messages were relayed, and they are not sent again.
 
     Attributes:
@@ -57,4 +57,4 @@ class Abandoned:
     reason: str
 
 
-Event = Connected | Disconnected | Abandoned
+Event = Connected | Disconnected | Unconfirmed

@@ -22,15 +22,15 @@ LATER = frozenset({408, 425, 429})
 """Of all 4xx these are worth another try."""
 
 
-class AddressError(RelayError):
+class InvalidUrlError(RelayError):
     """What was given is not the address of a channel, or not a token."""
 
 
-class DeniedError(RelayError):
+class RejectedError(RelayError):
     """The relay does not want this client, or it is no relay: trying again would not help."""
 
 
-class AwayError(RelayError):
+class UnavailableError(RelayError):
     """The relay can't be reached now.
 
     Args:
@@ -43,7 +43,7 @@ class AwayError(RelayError):
         self.retry_after_s = retry_after_s
 
 
-class UnsentError(RelayError):
+class UnconfirmedError(RelayError):
     """Messages are not known to have been relayed.
 
     Args:
@@ -57,7 +57,7 @@ class UnsentError(RelayError):
         self.count = count
 
 
-def fault_of(error: Exception, *, is_secure: bool) -> RelayError:
+def error_for(error: Exception, *, is_secure: bool) -> RelayError:
     """Return what an error of the network or of the opening handshake means.
 
     Args:
@@ -72,33 +72,33 @@ def fault_of(error: Exception, *, is_secure: bool) -> RelayError:
     if isinstance(error, ssl.SSLCertVerificationError):
         is_another = error.verify_code in OTHER_NAME
         what = "is for another name" if is_another else "is not trusted"
-        return DeniedError(f"its certificate {what}: {error.verify_message}")
+        return RejectedError(f"its certificate {what}: {error.verify_message}")
     if isinstance(error, TimeoutError):
-        return AwayError("no answer in time")
+        return UnavailableError("no answer in time")
     if isinstance(error, OSError):
-        return AwayError(_os_text(error))
+        return UnavailableError(_os_text(error))
     if isinstance(error, InvalidProxy):  # its text shows the address, where a password may be
-        return DeniedError("the proxy that the environment names has no address of a proxy")
+        return RejectedError("the proxy that the environment names has no address of a proxy")
     if isinstance(error, ImportError):
-        return DeniedError(str(error))  # a SOCKS proxy needs another library
+        return RejectedError(str(error))  # a SOCKS proxy needs another library
     if isinstance(error, ProxyError):
-        return AwayError(str(error))
+        return UnavailableError(str(error))
     if isinstance(error, InvalidHandshake) and not isinstance(error.__cause__, EOFError | OSError):
-        return DeniedError(f"that is no relay: {error}")
+        return RejectedError(f"that is no relay: {error}")
     advice = "" if is_secure else "; perhaps wss:// is meant"
-    return AwayError(f"the connection ended in the opening handshake{advice}")
+    return UnavailableError(f"the connection ended in the opening handshake{advice}")
 
 
 def _refusal(response: Response) -> RelayError:
     status = response.status_code
     said = f"HTTP {status}, {_words(response)}"
     if status < 500 and status not in LATER:
-        return DeniedError(said)
+        return RejectedError(said)
     seconds = response.headers.get_all("Retry-After")
     if len(seconds) != 1 or not RETRY_AFTER.fullmatch(seconds[0]):
-        return AwayError(said)
+        return UnavailableError(said)
     # It tells whole seconds: those who were refused together shall not return together.
-    return AwayError(said, int(seconds[0]) + random.random())
+    return UnavailableError(said, int(seconds[0]) + random.random())
 
 
 def _words(response: Response) -> str:

@@ -11,7 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidPro
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
-from websocket_relay.client.faults import AwayError, DeniedError, fault_of
+from websocket_relay.client.faults import RejectedError, UnavailableError, error_for
 from websocket_relay.errors import Close
 
 POSITIONS = Subprotocol("relay.v1")
@@ -29,7 +29,7 @@ RELAYS_NO_MORE = frozenset({Close.UNAVAILABLE, Close.UNFINISHED})
 Data = str | bytes
 
 
-class Heard(NamedTuple):
+class ReceivedMessage(NamedTuple):
     """What the relay said.
 
     Attributes:
@@ -53,7 +53,7 @@ class Welcome(NamedTuple):
     position: str
 
 
-class Ending(NamedTuple):
+class ConnectionEnd(NamedTuple):
     """How a connection ended.
 
     Attributes:
@@ -68,7 +68,7 @@ class Ending(NamedTuple):
     """
 
     reason: str
-    denial: DeniedError | None = None
+    denial: RejectedError | None = None
     retry_after_s: float | None = None
     is_settled: bool = False
     is_relayed: bool = False
@@ -76,7 +76,7 @@ class Ending(NamedTuple):
     token_expired: bool = False
 
 
-class Link:
+class RelayConnection:
     """A connection that is open.
 
     Args:
@@ -93,7 +93,7 @@ class Link:
         """Whether what is sent now is sent at all, and not too late."""
         return self._connection.state is State.OPEN
 
-    async def receive(self) -> Heard:
+    async def receive(self) -> ReceivedMessage:
         """Return what comes next.
 
         Raises:
@@ -132,9 +132,9 @@ class Link:
             connection.transport.abort()
 
 
-async def open_link(
+async def connect_to_relay(
     url: str, headers: dict[str, str], context: ssl.SSLContext | None, max_message_bytes: int
-) -> Link:
+) -> RelayConnection:
     """Connect, and hear the welcome.
 
     Args:
@@ -161,21 +161,21 @@ async def open_link(
     except (
         OSError, InvalidHandshake, InvalidProxy, ProtocolError, ValueError, ImportError
     ) as error:  # fmt: skip
-        raise fault_of(error, is_secure=urlsplit(url).scheme == "wss") from None
+        raise error_for(error, is_secure=urlsplit(url).scheme == "wss") from None
     if connection.subprotocol != POSITIONS:
         connection.transport.abort()
-        raise DeniedError(f"that is no relay: it does not speak {POSITIONS}")
+        raise RejectedError(f"that is no relay: it does not speak {POSITIONS}")
     try:
-        return Link(connection, _welcome(_heard(await connection.recv())))
+        return RelayConnection(connection, _welcome(_heard(await connection.recv())))
     except ConnectionClosed as closed:
-        ending = ending_of(closed)
-        raise ending.denial or AwayError(ending.reason, ending.retry_after_s) from None
+        ending = connection_end_of(closed)
+        raise ending.denial or UnavailableError(ending.reason, ending.retry_after_s) from None
     except BaseException:  # cancelled, or no welcome: nobody else knows of the connection
         connection.transport.abort()
         raise
 
 
-def ending_of(closed: ConnectionClosed) -> Ending:
+def connection_end_of(closed: ConnectionClosed) -> ConnectionEnd:
     """Return what the end of a connection means."""
     frame = closed.rcvd
     if frame is None:
@@ -183,41 +183,41 @@ def ending_of(closed: ConnectionClosed) -> Ending:
     code, words = frame.code, frame.reason
     reason = f"closed by the relay: {words or 'without a reason'} ({code})"
     if code == Close.CLIENT.code:
-        return Ending(reason, is_goodbye=closed.rcvd_then_sent is False)
+        return ConnectionEnd(reason, is_goodbye=closed.rcvd_then_sent is False)
     if code == Close.DRAINING.code:
         told = RETRY_MS.search(words)
         was_cut_off = closed.__cause__ is not None
-        return Ending(
+        return ConnectionEnd(
             reason,
             retry_after_s=int(told[1]) / 1000 if told else None,
             is_relayed=not was_cut_off,
         )
     if code == Close.TOKEN_EXPIRED.code:
-        return Ending(reason, is_settled=True, token_expired=True)
+        return ConnectionEnd(reason, is_settled=True, token_expired=True)
     if code in REPEATED or (code, words) == Close.NOT_ALLOWED.value:
-        return Ending(reason, DeniedError(reason), is_settled=True)
+        return ConnectionEnd(reason, RejectedError(reason), is_settled=True)
     is_known = (code, words) in {each.value for each in RELAYS_NO_MORE}
-    return Ending(reason, is_settled=is_known or code == Close.RATE_LIMIT.code)
+    return ConnectionEnd(reason, is_settled=is_known or code == Close.RATE_LIMIT.code)
 
 
-def _loss(closed: ConnectionClosed) -> Ending:
+def _loss(closed: ConnectionClosed) -> ConnectionEnd:
     said = closed.sent
     if said is not None and said.code == 1011:
-        return Ending("connection lost: no answer to a ping")
+        return ConnectionEnd("connection lost: no answer to a ping")
     if said is not None and said.code == Close.TOO_BIG.code:
         reason = f"what came is larger than this client takes: {said.reason}"
-        return Ending(reason, DeniedError(reason))  # who resumes would be sent it again
+        return ConnectionEnd(reason, RejectedError(reason))  # who resumes would be sent it again
     if said is not None and said.code in REPEATED:
-        return Ending(f"connection lost: {said.reason or 'what came was broken'}")
-    return Ending("connection lost")
+        return ConnectionEnd(f"connection lost: {said.reason or 'what came was broken'}")
+    return ConnectionEnd("connection lost")
 
 
-def _heard(said: Data) -> Heard:
+def _heard(said: Data) -> ReceivedMessage:
     if isinstance(said, str):
         position, _, text = said.partition("\n")
-        return Heard(position, text)
+        return ReceivedMessage(position, text)
     head, _, payload = said.partition(b"\n")
-    return Heard(head.decode("ascii", "replace"), payload)
+    return ReceivedMessage(head.decode("ascii", "replace"), payload)
 
 
 def is_gap(data: Data) -> bool:
@@ -228,9 +228,9 @@ def is_gap(data: Data) -> bool:
         return False
 
 
-def _welcome(heard: Heard) -> Welcome:
+def _welcome(heard: ReceivedMessage) -> Welcome:
     try:
         said = json.loads(heard.data)
         return Welcome(bool(said["recovered"]), str(said["position"]))
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise DeniedError("that is no relay: it does not welcome") from None
+        raise RejectedError("that is no relay: it does not welcome") from None

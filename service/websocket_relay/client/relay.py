@@ -25,10 +25,17 @@ from typing import Self
 
 from websockets.exceptions import ConnectionClosed
 
-from websocket_relay.client.address import Address, authorization
-from websocket_relay.client.events import Abandoned, Connected, Disconnected, Event, Message
-from websocket_relay.client.faults import AwayError, DeniedError, UnsentError
-from websocket_relay.client.link import Data, Ending, Link, ending_of, is_gap, open_link
+from websocket_relay.client.address import ChannelUrl, authorization
+from websocket_relay.client.events import Connected, Disconnected, Event, Message, Unconfirmed
+from websocket_relay.client.faults import RejectedError, UnavailableError, UnconfirmedError
+from websocket_relay.client.link import (
+    ConnectionEnd,
+    Data,
+    RelayConnection,
+    connect_to_relay,
+    connection_end_of,
+    is_gap,
+)
 from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
 from websocket_relay.tasks import cancel_until_done
 
@@ -85,7 +92,7 @@ class Relay:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        self._address = Address.parse(url)
+        self._address = ChannelUrl.parse(url)
         self._token = token
         self._ssl = ssl if self._address.is_secure else None
         self._position = since or self._address.since
@@ -108,8 +115,10 @@ class Relay:
         self._is_connected = False
         self._is_leaving = False
         self._is_gone = False  # having left
-        self._unsettled: Ending | None = None  # how the connection ended whose echoes are missing
-        self._abandoned: Abandoned | None = None
+        self._unsettled: ConnectionEnd | None = (
+            None  # how the connection ended whose echoes are missing
+        )
+        self._abandoned: Unconfirmed | None = None
         self._bell = asyncio.Event()  # rung whenever anything above changed
         self._sleepers = 0
         self._fault: Exception | None = None
@@ -193,7 +202,9 @@ class Relay:
                     await self._until(lambda: self._is_gone)
         except TimeoutError:
             if len(self._outbox):
-                raise UnsentError(len(self._outbox), "the relay did not answer in time") from None
+                raise UnconfirmedError(
+                    len(self._outbox), "the relay did not answer in time"
+                ) from None
         finally:
             await self._end()
         self._tell_abandoned()
@@ -266,7 +277,7 @@ class Relay:
     def _tell_abandoned(self) -> None:
         if self._abandoned is not None:
             abandoned, self._abandoned = self._abandoned, None
-            raise UnsentError(abandoned.count, abandoned.reason)
+            raise UnconfirmedError(abandoned.count, abandoned.reason)
 
     async def _end(self) -> None:
         if self._task is not None:
@@ -300,12 +311,12 @@ class Relay:
             if ending.denial is not None:
                 raise ending.denial
             if ending.token_expired and not callable(self._token):
-                raise DeniedError(ending.reason)
+                raise RejectedError(ending.reason)
             attempt = 0 if clock() - since > LASTING_S else attempt
             await self._pause(ending.reason, delay_s(attempt, ending.retry_after_s))
             attempt += 1
 
-    async def _connect(self, attempt: int) -> tuple[int, Link]:
+    async def _connect(self, attempt: int) -> tuple[int, RelayConnection]:
         """Try until there is a connection; return it and how many attempts there were."""
         clock = asyncio.get_running_loop().time
         patience_s = self._patience_s if self._is_open else self._start_patience_s
@@ -313,7 +324,7 @@ class Relay:
         while True:
             try:
                 link = await self._open()
-            except AwayError as away:
+            except UnavailableError as away:
                 wait_s = delay_s(attempt, away.retry_after_s)
                 if clock() + wait_s > until:
                     raise
@@ -322,11 +333,11 @@ class Relay:
             else:
                 return attempt, link
 
-    async def _open(self) -> Link:
+    async def _open(self) -> RelayConnection:
         token = self._token() if callable(self._token) else self._token
         headers = authorization(await token if isawaitable(token) else token)
         url = self._address.asking(since=self._position, history=self._history)
-        return await open_link(url, headers, self._ssl, self._max_message_bytes)
+        return await connect_to_relay(url, headers, self._ssl, self._max_message_bytes)
 
     async def _pause(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
@@ -334,7 +345,7 @@ class Relay:
 
     # One connection
 
-    async def _talk(self, link: Link) -> Ending:
+    async def _talk(self, link: RelayConnection) -> ConnectionEnd:
         """Hear and send until the connection ends."""
         self._position = link.welcome.position
         self._has_gap |= not link.welcome.is_recovered
@@ -354,7 +365,7 @@ class Relay:
             self._outbox.hear_all()
         return ending
 
-    async def _listen(self, link: Link) -> Ending:
+    async def _listen(self, link: RelayConnection) -> ConnectionEnd:
         try:
             while True:
                 position, data = await link.receive()
@@ -365,7 +376,7 @@ class Relay:
                 if self._is_full:
                     await self._until(lambda: not self._is_full or self._is_leaving)
         except ConnectionClosed as closed:
-            return ending_of(closed)
+            return connection_end_of(closed)
 
     def _hear(self, position: str, data: Data) -> None:
         self._position = position
@@ -377,7 +388,7 @@ class Relay:
             self._has_gap = False
         self._ring()
 
-    async def _write(self, link: Link) -> None:
+    async def _write(self, link: RelayConnection) -> None:
         with contextlib.suppress(ConnectionClosed):
             if self._unsettled is not None:
                 await self._settle(link, self._unsettled)
@@ -389,7 +400,7 @@ class Relay:
                 await self._until(lambda: self._outbox.has_unsent or self._is_leaving)
             await link.close()
 
-    async def _settle(self, link: Link, ending: Ending) -> None:
+    async def _settle(self, link: RelayConnection, ending: ConnectionEnd) -> None:
         """Decide what becomes of messages that were sent on the connection before."""
         if link.welcome.is_recovered:
             await self._search(link)
@@ -401,11 +412,11 @@ class Relay:
             self._outbox.send_again()
         elif count := self._outbox.abandon():
             before = self._abandoned.count if self._abandoned else 0
-            self._abandoned = Abandoned(before + count, ending.reason)
-            self._on_event(Abandoned(count, ending.reason))
+            self._abandoned = Unconfirmed(before + count, ending.reason)
+            self._on_event(Unconfirmed(count, ending.reason))
             self._ring()
 
-    async def _search(self, link: Link) -> None:
+    async def _search(self, link: RelayConnection) -> None:
         """Listen to what was missed, until there is no more of it."""
         clock = asyncio.get_running_loop().time
         until, quiet = clock() + SEARCH_S, 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter_ns, process_time
 from typing import Any
 
-from websocket_relay.client.address import Address, authorization
+from websocket_relay.client.address import ChannelUrl, authorization
 from websocket_relay.commands import chart
 from websocket_relay.commands.crowd import LEAST_BYTES, Client, Form, gather
 from websocket_relay.commands.summary import Load, Result, milliseconds, table
@@ -167,7 +167,7 @@ async def bench(options: Namespace) -> int:
     finally:
         run_.show("")
     result = run_.result()
-    shown = Address.parse(options.url).shown
+    shown = ChannelUrl.parse(options.url).shown
     print(table(shown, result), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result.as_json(shown), indent=2) + "\n")
@@ -223,7 +223,7 @@ class Run:
         """
         form = Form.of(self._load.message_bytes)
         headers = authorization(token_of(options)())
-        url = Address.parse(options.url).url
+        url = ChannelUrl.parse(options.url).url
         self.show(f"connecting {self._load.clients:,} clients")
         on_echo = self._send_next if self._load.window else None
         make = [

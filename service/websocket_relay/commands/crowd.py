@@ -20,7 +20,7 @@ from websockets.datastructures import Headers
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.http11 import Response
 
-from websocket_relay.client.faults import fault_of
+from websocket_relay.client.faults import error_for
 from websocket_relay.commands.tally import SCALE, Tally
 
 STAMP = struct.Struct(">8sqI")  # the run's own mark, when it was due, who sent it
@@ -320,7 +320,7 @@ async def gather(
         async with asyncio.TaskGroup() as tasks:
             connecting += [tasks.create_task(connect(make)) for make in clients]
     except* (OSError, EOFError, InvalidHandshake) as group:
-        fault = fault_of(_first(group), is_secure=secure)
+        fault = error_for(_first(group), is_secure=secure)
     if fault is not None:  # Python before 3.11.4 wraps what is raised above in a group
         raise fault
     return [task.result() for task in connecting]

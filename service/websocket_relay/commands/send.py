@@ -10,7 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from websocket_relay.client import MAX_MESSAGE_BYTES, AwayError, DeniedError, Relay, UnsentError
+from websocket_relay.client import (
+    MAX_MESSAGE_BYTES,
+    RejectedError,
+    Relay,
+    UnavailableError,
+    UnconfirmedError,
+)
 from websocket_relay.commands.terminal import (
     EPILOG,
     UsageError,
@@ -94,12 +100,12 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
             await relay.flush()
     except asyncio.CancelledError:
         if relay.unconfirmed:
-            note(str(UnsentError(relay.unconfirmed, "interrupted")))
+            note(str(UnconfirmedError(relay.unconfirmed, "interrupted")))
         raise
-    except (AwayError, DeniedError) as error:
+    except (UnavailableError, RejectedError) as error:
         if not relay.unconfirmed:
             raise
-        raise UnsentError(relay.unconfirmed, str(error)) from None
+        raise UnconfirmedError(relay.unconfirmed, str(error)) from None
     return 0
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from websocket_relay.client import (
-    Abandoned,
-    AddressError,
     Connected,
-    DeniedError,
     Disconnected,
+    InvalidUrlError,
+    RejectedError,
+    Unconfirmed,
 )
-from websocket_relay.client.address import EXAMPLE, Address
+from websocket_relay.client.address import EXAMPLE, ChannelUrl
 from websocket_relay.errors import RelayError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -105,7 +105,7 @@ def trust_of(options: Namespace) -> ssl.SSLContext | None:
     file: Path | None = options.ca
     if file is None:
         return None
-    if not Address.parse(options.url).is_secure:
+    if not ChannelUrl.parse(options.url).is_secure:
         raise UsageError("--ca is for addresses that begin with wss://")
     try:
         return ssl.create_default_context(cafile=file)
@@ -119,11 +119,11 @@ def note(text: str) -> None:
     print(f"websocket-relay: {text}", file=sys.stderr, flush=True)
 
 
-def notes_of(options: Namespace) -> Callable[[Connected | Disconnected | Abandoned], None]:
+def notes_of(options: Namespace) -> Callable[[Connected | Disconnected | Unconfirmed], None]:
     """Return what tells of a connection's ups and downs."""
-    where = Address.parse(options.url).shown
+    where = ChannelUrl.parse(options.url).shown
 
-    def tell(event: Connected | Disconnected | Abandoned) -> None:
+    def tell(event: Connected | Disconnected | Unconfirmed) -> None:
         match event:
             case Connected(is_recovered=True):
                 note(f"connected to {where}")
@@ -131,7 +131,7 @@ def notes_of(options: Namespace) -> Callable[[Connected | Disconnected | Abandon
                 note(f"connected to {where}; some messages were missed")
             case Disconnected():
                 note(f"{event.reason}; again in {event.retry_s:.1f} s")
-            case Abandoned():
+            case Unconfirmed():
                 pass  # the command's last line says so
 
     return (lambda _: None) if options.quiet else tell
@@ -151,11 +151,11 @@ def run(
     except BrokenPipeError:  # whoever read our output has had enough of it
         _forget_output()
         return 0
-    except (AddressError, UsageError) as error:
+    except (InvalidUrlError, UsageError) as error:
         note(str(error))
         return WRONG_USAGE
     except RelayError as error:
-        note(f"{Address.parse(options.url).shown}: {error}{_advice(error, options)}")
+        note(f"{ChannelUrl.parse(options.url).shown}: {error}{_advice(error, options)}")
         return FAILED
     except OSError as error:  # a file, or what is printed to
         note(f"{error.filename or 'standard output'}: {error.strerror}")
@@ -182,7 +182,7 @@ async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
 
 
 def _advice(error: RelayError, options: Namespace) -> str:
-    is_untrusted = isinstance(error, DeniedError) and str(error).startswith(UNTRUSTED)
+    is_untrusted = isinstance(error, RejectedError) and str(error).startswith(UNTRUSTED)
     return "; --ca FILE names another authority" if is_untrusted and not options.ca else ""
 
 
