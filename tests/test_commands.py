@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 
 import pytest
 from websocket_relay.client import MAX_MESSAGE_BYTES
-from websocket_relay.commands.crowd import Client, Form, control_frame, frame_head
-from websocket_relay.commands.summary import Load, Result, table
+from websocket_relay.commands.crowd import BenchClient, BenchMessage, control_frame, frame_head
+from websocket_relay.commands.summary import BenchLoad, BenchResult, table
 from websocket_relay.commands.tally import Latencies, Tally
 from websockets.asyncio.client import ClientConnection
 
@@ -549,9 +549,9 @@ async def test_a_bench_client_counts_its_messages_however_they_arrive_and_no_oth
 ) -> None:
     if piece * 2_000 < message_bytes:
         piece = 5_000
-    tally, form = Tally(start_ns=1), Form.of(message_bytes)
+    tally, form = Tally(start_ns=1), BenchMessage.of(message_bytes)
     echoes: list[int] = []
-    client = Client(7, b"", form, tally, lambda _, count: echoes.append(count))
+    client = BenchClient(7, b"", form, tally, lambda _, count: echoes.append(count))
     wire = Wire()
     client.connection_made(wire)
     client.data_received(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n")
@@ -595,11 +595,11 @@ async def test_a_bench_client_counts_its_messages_however_they_arrive_and_no_oth
 def test_the_table_says_whose_the_figures_are(
     cpu_share: float, late_ms: float, sent: int, words: str
 ) -> None:
-    load = Load(10, 1, 100, 0, 128, 10.0, 0.0)
+    load = BenchLoad(10, 1, 100, 0, 128, 10.0, 0.0)
     tally = Tally(start_ns=1, sent=sent, deliveries=sent * 10)
     tally.latencies.note(10_000_000)
     tally.close(0.0)
-    last = table("ws://relay/", Result(load, tally, 10.0, cpu_share, late_ms)).splitlines()[-1]
+    last = table("ws://relay/", BenchResult(load, tally, 10.0, cpu_share, late_ms)).splitlines()[-1]
     assert last.startswith(words)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from websocket_relay.client.address import ChannelUrl, authorization
 from websocket_relay.commands import chart
-from websocket_relay.commands.crowd import LEAST_BYTES, Client, Form, gather
-from websocket_relay.commands.summary import Load, Result, milliseconds, table
+from websocket_relay.commands.crowd import LEAST_BYTES, BenchClient, BenchMessage, connect_all
+from websocket_relay.commands.summary import BenchLoad, BenchResult, milliseconds, table
 from websocket_relay.commands.tally import Latencies, Slice, Tally
 from websocket_relay.commands.terminal import (
     EPILOG,
@@ -138,10 +138,10 @@ def _duration(text: str) -> float:
     return value
 
 
-def load_of(options: Namespace) -> Load:
+def load_of(options: Namespace) -> BenchLoad:
     """Return what is asked for."""
     publishers = options.publishers or min(MOST_PUBLISHERS, -(-options.clients // 10))
-    return Load(
+    return BenchLoad(
         clients=max(options.clients, publishers),
         publishers=publishers,
         rate_per_s=options.rate or (0 if options.window else 100),
@@ -157,7 +157,7 @@ async def bench(options: Namespace) -> int:
     _raise_limit()
     for file in filter(None, (options.json, options.plot)):
         file.touch()  # or a wrong path would be told when all is measured
-    run_ = Run(load_of(options), _show if sys.stderr.isatty() else lambda _: None)
+    run_ = BenchRun(load_of(options), _show if sys.stderr.isatty() else lambda _: None)
     try:
         await run_.connect(options)
         was_interrupted = await _is_interrupted(run_.measure())
@@ -186,7 +186,7 @@ async def _is_interrupted(step: Coroutine[Any, Any, None]) -> bool:
     return False
 
 
-def _verdict(result: Result) -> int:
+def _verdict(result: BenchResult) -> int:
     """Say in a line of its own what is missing."""
     missing, tally = result.owed - result.tally.deliveries, result.tally
     for reason, clients in tally.closed.items():
@@ -196,7 +196,7 @@ def _verdict(result: Result) -> int:
     return FAILED if missing or tally.closed or not tally.deliveries else 0
 
 
-class Run:
+class BenchRun:
     """One measurement.
 
     Args:
@@ -204,12 +204,12 @@ class Run:
         show: called now and then, with how far it is.
     """
 
-    def __init__(self, load: Load, show: Callable[[str], None]) -> None:
+    def __init__(self, load: BenchLoad, show: Callable[[str], None]) -> None:
         self._load = load
         self.show = show
         self._tally = Tally()
-        self._clients: list[Client] = []
-        self._publishers: list[Client] = []
+        self._clients: list[BenchClient] = []
+        self._publishers: list[BenchClient] = []
         self._is_over = False
         self._cpu_s = 0.0
         self._cpu_share = 0.0
@@ -221,7 +221,7 @@ class Run:
         Raises:
             RelayError: one of them is not let in.
         """
-        form = Form.of(self._load.message_bytes)
+        form = BenchMessage.of(self._load.message_bytes)
         headers = authorization(token_of(options)())
         url = ChannelUrl.parse(options.url).url
         self.show(f"connecting {self._load.clients:,} clients")
@@ -230,17 +230,17 @@ class Run:
             partial(self._client, number, form, on_echo if number < self._load.publishers else None)
             for number in range(self._load.clients)
         ]
-        self._clients = await gather(url, headers, trust_of(options), make)
+        self._clients = await connect_all(url, headers, trust_of(options), make)
         self._publishers = self._clients[: self._load.publishers]
 
     def _client(
         self,
         number: int,
-        form: Form,
-        on_echo: Callable[[Client, int], None] | None,
+        form: BenchMessage,
+        on_echo: Callable[[BenchClient, int], None] | None,
         request: bytes,
-    ) -> Client:
-        return Client(number, request, form, self._tally, on_echo)
+    ) -> BenchClient:
+        return BenchClient(number, request, form, self._tally, on_echo)
 
     async def measure(self) -> None:
         """Put the load on, for as long as it is to last."""
@@ -266,7 +266,7 @@ class Run:
         """Whether there is anything to tell."""
         return self._tally.start_ns > 0
 
-    def result(self) -> Result:
+    def result(self) -> BenchResult:
         """Say goodbye; return what was counted."""
         for client in self._clients:
             client.leave()
@@ -274,13 +274,13 @@ class Run:
         tally.close(PROGRESS_S)
         took_s = max(tally.last_ns - tally.start_ns, 1) / 1e9
         late_ms = self._late.quantile_ms(0.99) or 0.0
-        return Result(self._load, tally, took_s, self._cpu_share, late_ms)
+        return BenchResult(self._load, tally, took_s, self._cpu_share, late_ms)
 
     def _note_cpu(self) -> None:
         wall_s = (perf_counter_ns() - self._tally.start_ns) / 1e9
         self._cpu_share = (process_time() - self._cpu_s) / wall_s if self._cpu_s else 0.0
 
-    def _send_next(self, client: Client, count: int) -> None:
+    def _send_next(self, client: BenchClient, count: int) -> None:
         if not self._is_over:
             now_ns = perf_counter_ns()
             for _ in range(count):
@@ -335,7 +335,7 @@ class Run:
             await asyncio.sleep(LOOK_S)
 
 
-def _progress(load: Load, piece: Slice, cpu_share: float) -> str:
+def _progress(load: BenchLoad, piece: Slice, cpu_share: float) -> str:
     return (
         f"{piece.at_s:.1f} of {load.duration_s:g} s  {piece.sent_per_s:,.0f} messages/s"
         f"  {piece.deliveries_per_s:,.0f} deliveries/s  p50 {milliseconds(piece.p50_ms)}"

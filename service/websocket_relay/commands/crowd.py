@@ -32,7 +32,7 @@ MUCH_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class BenchMessage:
     """What all messages of one run look like on the wire, as the relay sends them.
 
     Args:
@@ -45,7 +45,7 @@ class Form:
     frames: struct.Struct
 
     @classmethod
-    def of(cls, message_bytes: int) -> "Form":
+    def of(cls, message_bytes: int) -> "BenchMessage":
         """Return the form of a run."""
         head = frame_head(BINARY, message_bytes, masked=False)
         filler = message_bytes - LEAST_BYTES
@@ -62,7 +62,7 @@ def frame_head(opcode: int, length: int, *, masked: bool) -> bytes:
     return struct.pack(">BBQ", first, bit | 127, length)
 
 
-class Client(asyncio.Protocol):
+class BenchClient(asyncio.Protocol):
     """One client, from its handshake on.
 
     Args:
@@ -77,9 +77,9 @@ class Client(asyncio.Protocol):
         self,
         number: int,
         request: bytes,
-        form: Form,
+        form: BenchMessage,
         tally: Tally,
-        on_echo: Callable[["Client", int], None] | None,
+        on_echo: Callable[["BenchClient", int], None] | None,
     ) -> None:
         self._number = number
         self._request = request
@@ -286,12 +286,12 @@ def request_for(url: str, headers: dict[str, str]) -> bytes:
     ).encode()
 
 
-async def gather(
+async def connect_all(
     url: str,
     headers: dict[str, str],
     context: ssl.SSLContext | None,
-    clients: Sequence[Callable[[bytes], Client]],
-) -> list[Client]:
+    clients: Sequence[Callable[[bytes], BenchClient]],
+) -> list[BenchClient]:
     """Connect all clients, so many at a time.
 
     Raises:
@@ -303,7 +303,7 @@ async def gather(
     loop = asyncio.get_running_loop()
     gate = asyncio.Semaphore(OPENING_AT_A_TIME)
 
-    async def connect(make: Callable[[bytes], Client]) -> Client:
+    async def connect(make: Callable[[bytes], BenchClient]) -> BenchClient:
         async with gate, asyncio.timeout(OPEN_TIMEOUT_S):
             _, client = await loop.create_connection(
                 lambda: make(request_for(url, headers)),
@@ -315,7 +315,7 @@ async def gather(
             return client
 
     fault = None
-    connecting: list[asyncio.Task[Client]] = []
+    connecting: list[asyncio.Task[BenchClient]] = []
     try:
         async with asyncio.TaskGroup() as tasks:
             connecting += [tasks.create_task(connect(make)) for make in clients]

@@ -17,7 +17,7 @@ LATE, MOST_LATE_MS = 0.2, 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class BenchLoad:
     """What is done to the relay.
 
     Attributes:
@@ -53,7 +53,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class BenchResult:
     """What came of it.
 
     Attributes:
@@ -62,7 +62,7 @@ class Result:
         late_ms: by how much this process woke up too late, 99 times of 100 at most.
     """
 
-    load: Load
+    load: BenchLoad
     tally: Tally
     took_s: float
     cpu_share: float
@@ -107,7 +107,7 @@ class Result:
         }
 
 
-def table(address: str, result: Result) -> str:
+def table(address: str, result: BenchResult) -> str:
     """Return the summary."""
     tally, load, took_s = result.tally, result.load, result.took_s
     megabytes = tally.deliveries * load.message_bytes / took_s / 1e6
