@@ -18,7 +18,7 @@ from websocket_relay.admission.pressure import RefusalLog
 from websocket_relay.api.asked import Refusals
 from websocket_relay.api.console import console_router, script_router
 from websocket_relay.api.events import events_router
-from websocket_relay.api.headers import SafeHeaders
+from websocket_relay.api.headers import SecurityHeaders
 from websocket_relay.api.health import health_router
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.publish import publish_router
@@ -230,10 +230,10 @@ def build(
     metrics_app = _fastapi()
     metrics_app.include_router(health_router(health))
     metrics_app.include_router(metrics_router(metrics))
-    safe_app = SafeHeaders(app)
+    safe_app = SecurityHeaders(app)
     return Replica(
         tracing.traced(safe_app) if tracing else safe_app,
-        SafeHeaders(metrics_app),
+        SecurityHeaders(metrics_app),
         shared,
         plain,
         metrics_plain,

@@ -121,7 +121,7 @@ def channel_of(connection: HTTPConnection) -> str:
     return channel
 
 
-def upgrade_of(connection: HTTPConnection) -> AdmissionRequest:
+def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
     """Return what admission wants to know."""
     scope = connection.scope
     client = scope["client"]
@@ -135,7 +135,7 @@ def upgrade_of(connection: HTTPConnection) -> AdmissionRequest:
     )
 
 
-def wish_of(
+def replay_request_of(
     query: bytes, *, tells_positions: bool, last_event_id: str = ""
 ) -> ReplayRequest | None:
     """Return what a client wants to hear first; None: nothing.

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from websocket_relay.admission.door import AdmissionPolicy
-from websocket_relay.api.asked import TOKEN_PARAMETER, Refusals, refused, upgrade_of
+from websocket_relay.api.asked import TOKEN_PARAMETER, Refusals, admission_request_of, refused
 from websocket_relay.errors import RefusedError
 from websocket_relay.pages import PageCache
 
@@ -75,7 +75,7 @@ def console_router(
 
     async def stats(request: Request) -> Response:
         try:
-            await admission.admit_viewer(upgrade_of(request))
+            await admission.admit_viewer(admission_request_of(request))
         except RefusedError as error:
             return refusals.answer(error)
         return Response(await pages.get("stats", rendered), media_type="application/json")

@@ -12,10 +12,10 @@ from websocket_relay.api.asked import (
     CHANNEL_PATH,
     TOKEN_PARAMETER,
     Refusals,
+    admission_request_of,
     channel_of,
     refused,
-    upgrade_of,
-    wish_of,
+    replay_request_of,
 )
 from websocket_relay.errors import RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
@@ -108,9 +108,9 @@ def events_router(
         query = request.scope["query_string"]
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
         try:
-            wish = wish_of(query, tells_positions=True, last_event_id=last_event_id)
+            wish = replay_request_of(query, tells_positions=True, last_event_id=last_event_id)
             await connection.answers_are_out()  # nothing waits from the look at the limits on
-            terms = await admission.admit(upgrade_of(request))
+            terms = await admission.admit(admission_request_of(request))
         except RefusedError as error:
             return refusals.answer(error)
 

@@ -2,12 +2,12 @@
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from websocket_relay.wire.safe_headers import SAFE_HEADERS
+from websocket_relay.wire.safe_headers import SECURITY_HEADERS
 
-ENCODED = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS]
+ENCODED = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS]
 
 
-class SafeHeaders:
+class SecurityHeaders:
     """An application whose answers have them, but for those that an answer says itself.
 
     Args:

@@ -19,9 +19,9 @@ from websocket_relay.api.asked import (
     DEFAULT_PATH,
     TOKEN_PARAMETER,
     Refusals,
+    admission_request_of,
     channel_of,
     refused,
-    upgrade_of,
 )
 from websocket_relay.errors import Refusal, RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
@@ -98,9 +98,9 @@ def publish_router(
     async def publish(request: Request) -> Response:
         channel, kind = channel_of(request), _kind(request)
         try:
-            await admission.admit_publisher(upgrade_of(request))
+            await admission.admit_publisher(admission_request_of(request))
             _expect_no_coding(request)
-            async with Parcel(shared.unfinished) as parcel:
+            async with MessageBatch(shared.unfinished) as parcel:
                 body = await _body(request, max_bytes, parcel)
                 said = await _said(kind, body, shared.reading)
                 courier = broadcaster.courier(channel)
@@ -131,7 +131,7 @@ def publish_router(
     return router
 
 
-class Parcel:
+class MessageBatch:
     """What a request brings, from its first byte until there is room for it.
 
     All of them together are bounded like what other clients have begun to say: past that, those
@@ -145,7 +145,7 @@ class Parcel:
         self._unfinished = unfinished
         self._scope = asyncio.timeout(None)
 
-    async def __aenter__(self) -> "Parcel":
+    async def __aenter__(self) -> "MessageBatch":
         """Begin."""
         await self._scope.__aenter__()
         return self
@@ -190,7 +190,7 @@ def _expect_listener(request: Request) -> None:
         raise ClientDisconnect
 
 
-async def _body(request: Request, max_bytes: int, parcel: Parcel) -> bytes:
+async def _body(request: Request, max_bytes: int, parcel: MessageBatch) -> bytes:
     """Return what a request brings; do not wait for what is too much anyway."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:

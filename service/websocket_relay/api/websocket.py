@@ -12,10 +12,10 @@ from websocket_relay.api.asked import (
     CHANNEL_PATH,
     DEFAULT_PATH,
     Refusals,
+    admission_request_of,
     answer_to,
     channel_of,
-    upgrade_of,
-    wish_of,
+    replay_request_of,
 )
 from websocket_relay.errors import Refusal, RefusedError
 from websocket_relay.relay.broadcaster import Broadcaster
@@ -47,8 +47,8 @@ def add_websocket_routes(
         offered: list[str] = scope["subprotocols"]
         tells_positions = POSITIONS_SUBPROTOCOL in offered
         try:
-            wish = wish_of(scope["query_string"], tells_positions=tells_positions)
-            terms = await admission.admit(upgrade_of(websocket))
+            wish = replay_request_of(scope["query_string"], tells_positions=tells_positions)
+            terms = await admission.admit(admission_request_of(websocket))
         except RefusedError as refused:
             await refuse(websocket, refused)
             return

@@ -28,7 +28,7 @@ from websocket_relay.errors import Close, Refusal
 from websocket_relay.wire.deflate import PLAIN, negotiate
 from websocket_relay.wire.plain import HttpConnections
 from websocket_relay.wire.protocol import WebSocketConnection
-from websocket_relay.wire.safe_headers import SAFE_HEADERS
+from websocket_relay.wire.safe_headers import SECURITY_HEADERS
 from websocket_relay.wire.shared import ConnectionContext
 
 log = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ class Handshake:
     def _deny(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         headers = [
             *((name, value) for name, value in headers if name.lower() not in OURS),
-            *SAFE_HEADERS,
+            *SECURITY_HEADERS,
             ("Date", email.utils.formatdate(usegmt=True)),
             ("Connection", "close"),
             ("Content-Length", str(len(body))),

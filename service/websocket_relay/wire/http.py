@@ -30,7 +30,7 @@ from websocket_relay.wire.framing import RequestFraming
 from websocket_relay.wire.handshake import Handshake
 from websocket_relay.wire.plain import HttpConnections
 from websocket_relay.wire.protocol import WebSocketConnection
-from websocket_relay.wire.safe_headers import SAFE_HEADERS
+from websocket_relay.wire.safe_headers import SECURITY_HEADERS
 from websocket_relay.wire.shared import ConnectionContext
 from websocket_relay.wire.turns import SLICE_S
 
@@ -551,7 +551,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._cancel_deadline()
         if self._may_answer():
             defaults = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
-            safe = [f"{name}: {value}\r\n".encode() for name, value in SAFE_HEADERS]
+            safe = [f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS]
             self.transport.write(
                 STATUS_LINE[status]
                 + b"".join([*defaults, *safe])

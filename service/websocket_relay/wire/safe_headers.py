@@ -1,6 +1,6 @@
 """Say what browsers may do with the relay's answers: nothing but read them. Knows no connection."""
 
-SAFE_HEADERS = (
+SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
