@@ -30,7 +30,7 @@ CONFIG_COMMENT = """\
 # Secrets (see secrets)
 """
 
-SHUTDOWN = settings.Shutdown(readiness_delay_s=5, spread_s=10, timeout_s=20)
+SHUTDOWN = settings.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20)
 """Five seconds until every node and Ingress has noticed that a pod goes; ten for its clients, who
 may be some ten thousand (docs/scaling.md)."""
 
@@ -73,7 +73,7 @@ class Row:
 def values(text: str) -> str:
     """Return values.yaml with its `config` as the settings are."""
     chart_defaults = settings.Settings.model_construct(
-        shutdown=SHUTDOWN, logging=settings.Logging(format="json")
+        shutdown=SHUTDOWN, logging=settings.LoggingSettings(format="json")
     )
     tree = settings.render(chart_defaults, comments=True)
     indented = "".join(f"  {line}\n" if line else "\n" for line in tree.splitlines())

@@ -86,7 +86,7 @@ async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
 ) -> None:
     """In this process, for a minute is too long to wait."""
     monkeypatch.setattr(pressure, "INTERVAL_S", 0.1)
-    limits = pressure.Pressure()
+    limits = pressure.RefusalLog()
 
     def told(reason: str) -> list[int]:
         events = [vars(record) for record in caplog.records]

@@ -62,15 +62,15 @@ async def connected(
     """Give pairs: a connection as the relay has it, and what is at its other end."""
     made: asyncio.Queue[Connection] = asyncio.Queue()
 
-    class Connection(WebSocketConnection):
+    class Opened(WebSocketConnection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self.open(b"begun", PLAIN)
             self.hand_over(Room())
             made.put_nowait(self)
 
-    def connection() -> Connection:
-        return Connection(cast(Config, None), cast(ServerState, None), {}, shared=shared)
+    def connection() -> Opened:
+        return Opened(cast(Config, None), cast(ServerState, None), {}, shared=shared)
 
     listening = socket.create_server((HOST, 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)

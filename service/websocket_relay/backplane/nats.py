@@ -178,7 +178,7 @@ class NatsConnection:
         return int(self._client.max_payload)
 
     @property
-    def broker_error(self) -> str:
+    def failure(self) -> str:
         """What went wrong with it, the last time."""
         return self._failure or "connection closed"
 

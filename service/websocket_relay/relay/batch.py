@@ -53,7 +53,7 @@ def encode_entries(
 def encode_notice(said: Mapping[str, object], form: DeliveryFormat) -> bytes:
     """Return what the relay itself says; its `type` says what it is."""
     if form.encoding == SSE:
-        return events.event(str(said["type"]), said)
+        return events.encode_event(str(said["type"]), said)
     payload = b"\n" + json.dumps(said, separators=(",", ":")).encode()
     return header(TEXT, len(payload)) + payload
 
@@ -179,7 +179,7 @@ def _formed(
     min_bytes: int,
 ) -> Iterator[bytes]:
     if form.encoding == SSE:
-        return events.encoded(messages, positions)
+        return events.encode_messages(messages, positions)
     if form.tells_positions:
         messages = _numbered(messages, positions)
     if form.encoding != PLAIN:

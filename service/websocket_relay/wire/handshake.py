@@ -172,7 +172,7 @@ class Handshake:
         self._denial_body = b""
         self._connected = False
 
-    def validate_handshake(
+    def validate(
         self, method: str, http_version: str, headers: Headers
     ) -> HandshakeResult | None:
         """Return what the request asks for, or answer it where it is no handshake."""

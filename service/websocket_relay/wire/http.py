@@ -489,7 +489,7 @@ class HttpProtocol(HttpToolsProtocol):
         client.expect_within(self._due_at - self.loop.time())
         client.data_received(early)
         handshake = Handshake(client, self._shared, self._plain)
-        agreement = handshake.agree(method, version, self.headers)
+        agreement = handshake.validate(method, version, self.headers)
         if agreement is None:
             return
         scope["subprotocols"] = agreement.subprotocols

@@ -1,7 +1,7 @@
 """Speak RFC 6455 with one client: bytes to messages, messages to bytes, and a clean end.
 
-uvicorn makes one `WebSocketConnection` for each upgrade (`ws=`). The handshake goes through ASGI (see
-`handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left and
+uvicorn makes one `WebSocketConnection` for each upgrade (`ws=`). The handshake goes through ASGI
+(see `handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left and
 each message goes to the sink by a plain call. Knows no channel: the sink is all it sees of the room
 above.
 """
