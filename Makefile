@@ -104,7 +104,7 @@ chaos: $(VENV)/.dev  ## break relays and brokers at random, and check what clien
 	@exec $(BIN)/python -m bench.chaos $(BENCH_ARGS)
 
 config: $(VENV)/.dev  ## write config.yaml anew from the settings
-	@$(BIN)/python -c 'from websocket_relay.settings import default_file; print(default_file(), end="")' > $(VENV)/config
+	@$(BIN)/python -c 'from websocket_relay.config.render import default_file; print(default_file(), end="")' > $(VENV)/config
 	@mv $(VENV)/config config.yaml
 
 chart: $(VENV)/.dev  ## write anew what in chart and manifests follows from the settings or the chart

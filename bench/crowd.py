@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from websocket_relay.rate import TokenBucket
-from websocket_relay.relay.drain import RETRY_WINDOW_S
+from websocket_relay.server.drain import RETRY_WINDOW_S
+from websocket_relay.token_bucket import TokenBucket
 
 STEPS_PER_S = 100
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # examples/client.html
@@ -182,7 +182,7 @@ class Crowd:
         return self._outcome()
 
     def _replace(self, old: Replica) -> None:
-        """Let one go as service/websocket_relay/relay/drain.py does."""
+        """Let one go as service/websocket_relay/server/drain.py does."""
         new = Replica(self._fleet.max_handshakes_per_s)
         self._replicas[self._replicas.index(old)] = new
         self._open.append(new)

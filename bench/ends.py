@@ -19,11 +19,11 @@ import nats
 import redis.asyncio as redis
 import uvloop
 from nats.js.api import StreamConfig
-from websocket_relay.backplane.base import LogEntry
-from websocket_relay.backplane.open import open_backplane
-from websocket_relay.backplane.packet import Packet, pack, unpack
-from websocket_relay.settings import Settings
-from websocket_relay.wire.gate import HighWaterMark
+from websocket_relay.backplane.codec import Packet, pack, unpack
+from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane.interface import LogEntry
+from websocket_relay.config.model import Settings
+from websocket_relay.wire.flow_control import HighWaterMark
 
 MESSAGE_BYTES = 128
 STAMP = struct.Struct("<q")

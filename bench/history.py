@@ -17,8 +17,8 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
-from websocket_relay.backplane.base import LogEntry, Position
-from websocket_relay.relay import history
+from websocket_relay.backplane.interface import LogEntry, Position
+from websocket_relay.channels import history
 
 from bench import machine
 from bench.__main__ import RESULTS
@@ -72,7 +72,7 @@ def _cost_ns(module: ModuleType, entries: Sequence[LogEntry], bounds: tuple[int,
 
 def _history_of(commit: str) -> ModuleType:
     """Load the module as it was at a commit."""
-    path = f"{commit}:service/websocket_relay/relay/history.py"
+    path = f"{commit}:service/websocket_relay/channels/history.py"
     command = ("git", "show", path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     module = ModuleType("history_before")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from websocket_relay import settings
+from websocket_relay.config import model, render
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "websocket-relay"
@@ -30,15 +30,15 @@ CONFIG_COMMENT = """\
 # Secrets (see secrets)
 """
 
-SHUTDOWN = settings.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20)
+SHUTDOWN = model.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20)
 """Five seconds until every node and Ingress has noticed that a pod goes; ten for its clients, who
 may be some ten thousand (docs/scaling.md)."""
 
 PATTERNS = {
-    ("server", "base_path"): settings.BASE_PATH,
-    ("server", "allowed_origins"): settings.ORIGIN,
+    ("server", "base_path"): model.BASE_PATH,
+    ("server", "allowed_origins"): model.ORIGIN,
     ("server", "trusted_proxies"): re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?"),
-    ("backplane", "stream"): settings.STREAM_NAME,
+    ("backplane", "stream"): model.STREAM_NAME,
 }
 """What the settings check, and pydantic's schema does not say; of lists their items. Of networks it
 is roughly that."""
@@ -72,10 +72,10 @@ class Row:
 
 def values(text: str) -> str:
     """Return values.yaml with its `config` as the settings are."""
-    chart_defaults = settings.Settings.model_construct(
-        shutdown=SHUTDOWN, logging=settings.LoggingSettings(format="json")
+    chart_defaults = model.Settings.model_construct(
+        shutdown=SHUTDOWN, logging=model.LoggingSettings(format="json")
     )
-    tree = settings.render(chart_defaults, comments=True)
+    tree = render.render(chart_defaults, comments=True)
     indented = "".join(f"  {line}\n" if line else "\n" for line in tree.splitlines())
     block = f"{CONFIG_COMMENT}config:\n{indented}\n"
     # A text for a replacement would have its backslashes read.
@@ -111,7 +111,7 @@ def schema(values_text: str) -> str:
     tree = yaml.safe_load(SCHEMA_BY_HAND.read_text())
     _require(tree, yaml.safe_load(values_text), tree["definitions"])
     tree["required"].append("config")
-    tree["properties"]["config"] = _settings_schema(settings.Settings.model_json_schema())
+    tree["properties"]["config"] = _settings_schema(model.Settings.model_json_schema())
     for row in rows(values_text):
         if row.path[0] != "config":
             place = _schema_of(tree, row.path)

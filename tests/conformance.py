@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from websocket_relay.errors import Close
+from websocket_relay.outcomes import Close
 from websocket_relay.wire.frames import ProtocolViolationError
 from websocket_relay.wire.parser import Parser
 

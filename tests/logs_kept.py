@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import nats
 import redis.asyncio as redis
-from websocket_relay.backplane.base import Backplane, BackplaneState, LogEntry, Position
-from websocket_relay.backplane.open import open_backplane
+from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane.interface import Backplane, BackplaneState, LogEntry, Position
 
 from tests.brokers import (
     Broker,

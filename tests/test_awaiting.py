@@ -1,9 +1,9 @@
 """Those who wait until messages of a replica come back from the log."""
 
 import pytest
-from websocket_relay.backplane.awaiting import Confirmations
-from websocket_relay.backplane.base import Position
-from websocket_relay.backplane.remote import LIVES
+from websocket_relay.backplane.confirmations import Confirmations
+from websocket_relay.backplane.interface import Position
+from websocket_relay.backplane.replicated import LIVES
 
 pytestmark = pytest.mark.fast
 

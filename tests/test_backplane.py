@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from websocket_relay.backplane import remote
-from websocket_relay.backplane.base import Position
-from websocket_relay.backplane.open import open_backplane
-from websocket_relay.errors import UnusableSettingError
+from websocket_relay.backplane import replicated
+from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane.interface import Position
+from websocket_relay.outcomes import UnusableSettingError
 
 from tests.certificates import make_pair
 from tests.logs_kept import (
@@ -75,8 +75,8 @@ def nothing_goes_unnoticed(caplog: pytest.LogCaptureFixture) -> object:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declare an outage after a second instead of three."""
-    monkeypatch.setattr(remote, "OUTAGE_AFTER_S", 1.0)
-    monkeypatch.setattr(remote, "APPEND_S", 0.7)
+    monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
+    monkeypatch.setattr(replicated, "APPEND_S", 0.7)
 
 
 def numbered(name: str, count: int) -> list[bytes]:
@@ -200,7 +200,7 @@ async def test_large_messages_keep_their_place_among_small_ones(log: Log) -> Non
 
 async def test_nothing_depends_on_where_a_batch_ends(log: Log) -> None:
     replicas = await log.replicas(2)
-    sizes = [remote.PACKET_BYTES + more for more in (-8, -7, -6, 0, 1)]
+    sizes = [replicated.PACKET_BYTES + more for more in (-8, -7, -6, 0, 1)]
     said = [bytes([index]) * size for index, size in enumerate(sizes * 3)]
     said += [b""] * 20_000  # more than are taken at once
     replicas[0].say(*said, opcode=2)
@@ -456,7 +456,7 @@ async def test_an_append_whose_answer_was_lost_is_there_once(
 async def test_a_stream_keeps_no_more_bytes_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.open.KEPT_BYTES", 2_000_000)
+    monkeypatch.setattr("websocket_relay.backplane.factory.KEPT_BYTES", 2_000_000)
     replica = await kept.replica()
     said = [b"%d " % number + bytes(50_000) for number in range(200)]
     for number, payload in enumerate(said):
@@ -473,7 +473,7 @@ async def test_a_stream_keeps_no_more_bytes_than_it_should(
 async def test_a_stream_keeps_nothing_much_longer_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.open.KEPT_AGE_S", 1.0)
+    monkeypatch.setattr("websocket_relay.backplane.factory.KEPT_AGE_S", 1.0)
     replica = await kept.replica()
     for number in range(10):
         replica.say(bytes(10_000))
@@ -697,7 +697,7 @@ def test_a_url_that_is_of_no_use_is_a_clear_error_without_its_secrets(url: str) 
 
 def test_no_library_is_loaded_that_is_not_asked_for() -> None:
     code = (
-        "import sys; import websocket_relay.backplane.open; "
+        "import sys; import websocket_relay.backplane.factory; "
         "sys.exit(any(name in sys.modules for name in ('redis', 'nats')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import pytest
 from websocket_relay.admission.jwks import Jwks
+from websocket_relay.cancellation import AGAIN_S, Deadline, cancel_until_done, run_cancellable
+from websocket_relay.channels.history import History
+from websocket_relay.channels.keepalive import keep_alive
 from websocket_relay.client import Relay as Client
 from websocket_relay.metrics import Metrics
-from websocket_relay.relay.history import History
-from websocket_relay.relay.keepalive import keep_alive
-from websocket_relay.tasks import AGAIN_S, Deadline, cancel_until_done, run_cancellable
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.shared import ConnectionRegistry
+from websocket_relay.wire.registry import ConnectionRegistry
 
 from tests.certificates import make_pair
 from tests.issuer import KeyServer, key_set, signer

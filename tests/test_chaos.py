@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.interface import Position
 
 from bench.chaos.checker import (
     HISTORY_FACTOR,

@@ -11,7 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from websocket_relay.settings import LEAVES, Settings
+from websocket_relay.config.loader import LEAVES
+from websocket_relay.config.model import Settings
 
 from helm.generate import files, rows
 from tests.helm import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from websocket_relay.settings import load
+from websocket_relay.config.loader import load
 
 from tests.helm import (
     CHART,

@@ -18,10 +18,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from websocket_relay.cli.bench.clients import BenchClient, BenchMessage, control_frame, frame_head
+from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, table
+from websocket_relay.cli.bench.tally import Latencies, Tally
 from websocket_relay.client import MAX_MESSAGE_BYTES
-from websocket_relay.commands.crowd import BenchClient, BenchMessage, control_frame, frame_head
-from websocket_relay.commands.summary import BenchLoad, BenchResult, table
-from websocket_relay.commands.tally import Latencies, Tally
 from websockets.asyncio.client import ClientConnection
 
 from tests.conftest import StartRelay

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 import yaml
-from websocket_relay.settings import Settings
+from websocket_relay.config.model import Settings
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 

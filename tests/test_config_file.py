@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from websocket_relay.settings import Settings, default_file, load
+from websocket_relay.config.loader import load
+from websocket_relay.config.model import Settings
+from websocket_relay.config.render import default_file
 
 pytestmark = pytest.mark.fast
 

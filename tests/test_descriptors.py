@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from websocket_relay import descriptors
-from websocket_relay.descriptors import AT_START, RESERVED, FileDescriptors, count_open
+from websocket_relay import file_descriptors
+from websocket_relay.file_descriptors import AT_START, RESERVED, FileDescriptors, count_open
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
@@ -190,7 +190,7 @@ def test_connections_count_without_a_look(monkeypatch: pytest.MonkeyPatch) -> No
         looks.append(100)
         return looks[-1]
 
-    monkeypatch.setattr(descriptors, "count_open", look)
+    monkeypatch.setattr(file_descriptors, "count_open", look)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1_000, 1_000))
     held = FileDescriptors(lambda: connected, lambda: 0, lambda: 0)
     assert held.free == 900

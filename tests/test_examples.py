@@ -15,7 +15,7 @@ from typing import Literal
 import jwt
 import pytest
 from playwright.async_api import Locator, Page, expect
-from websocket_relay.settings import Settings
+from websocket_relay.config.model import Settings
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests import browser

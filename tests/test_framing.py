@@ -3,7 +3,7 @@
 import httptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websocket_relay.wire.framing import CHUNKS_AT_ONCE, RequestFraming
+from websocket_relay.wire.request_framing import CHUNKS_AT_ONCE, RequestFraming
 
 INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
 REQUESTS = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from websocket_relay.greeting import greeting
-from websocket_relay.settings import Settings
+from websocket_relay.config.model import Settings
+from websocket_relay.server.greeting import greeting
 
 from tests.certificates import make_pair
 from tests.programs import BESIDE_PYTHON

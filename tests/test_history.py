@@ -6,15 +6,15 @@ from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websocket_relay.backplane.base import START, LogEntry, Position
-from websocket_relay.relay.history import (
+from websocket_relay.backplane.interface import START, LogEntry, Position
+from websocket_relay.channels.history import (
     CHANNEL_BYTES,
     ENTRY_BYTES,
     OLD_AT_ONCE,
     ROOM_PART,
     History,
 )
-from websocket_relay.relay.ranking import PRECISION, STARTS, Usage, UsageRanking
+from websocket_relay.channels.usage_ranking import PRECISION, STARTS, Usage, UsageRanking
 
 AGE_S = 10.0
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from websocket_relay.errors import Refusal
-from websocket_relay.wire.plain import STARTS_A_TURN, HttpConnections
+from websocket_relay.outcomes import Refusal
+from websocket_relay.wire.http_connections import STARTS_A_TURN, HttpConnections
 
 from tests.conftest import StartRelay
 from tests.events_client import listening

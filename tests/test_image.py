@@ -288,5 +288,5 @@ def test_what_does_not_belong_there_is_not_sent_to_the_build(
     engine("rmi", name)
     with tarfile.open(tmp_path / "context.tar") as archive:
         sent = {member.name for member in archive if member.isfile()}
-    assert "service/websocket_relay/cli.py" in sent
+    assert "service/websocket_relay/cli/main.py" in sent
     assert not sent & set(others)

@@ -7,11 +7,11 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
-from websocket_relay.admission.addresses import IpCounter, network_of
-from websocket_relay.admission.door import AdmissionPolicy, AdmissionRequest
-from websocket_relay.health import Lifecycle
-from websocket_relay.rate import MAX_LATE_S, TokenBucket
-from websocket_relay.wire.allowance import PublishPolicy
+from websocket_relay.admission.ip_counter import IpCounter, network_of
+from websocket_relay.admission.policy import AdmissionPolicy, AdmissionRequest
+from websocket_relay.lifecycle import Lifecycle
+from websocket_relay.token_bucket import MAX_LATE_S, TokenBucket
+from websocket_relay.wire.publish_policy import PublishPolicy
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
@@ -521,9 +521,10 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
 def test_a_relay_without_tokens_loads_no_code_for_them() -> None:
     script = """
 import sys
-from websocket_relay import app, server
-from websocket_relay.settings import Settings
-app.build(Settings(), None, server.load_tokens(Settings()))
+from websocket_relay import app
+from websocket_relay.server import run
+from websocket_relay.config.model import Settings
+app.build(Settings(), None, run.load_tokens(Settings()))
 print([name for name in ("jwt", "httpx2") if name in sys.modules])
 """
     done = run_python("-c", script)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from websocket_relay.backplane.base import LogEntry, Position
-from websocket_relay.backplane.packet import Packet, pack, split_into_parts
-from websocket_relay.backplane.remote import LIVES, Id, RemoteBackplane, Stream, StreamEntry
-from websocket_relay.relay.history import History
+from websocket_relay.backplane.codec import Packet, pack, split_into_parts
+from websocket_relay.backplane.interface import LogEntry, Position
+from websocket_relay.backplane.replicated import LIVES, Id, RemoteBackplane, Stream, StreamEntry
+from websocket_relay.channels.history import History
 
 from tests.logs_kept import Pending
 

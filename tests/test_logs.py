@@ -215,8 +215,9 @@ async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> No
 
 SOME_PROGRAM = """
 import logging, sys, warnings
-from websocket_relay import logs, settings
-logs.configure(settings.Logging(format=sys.argv[1]))
+from websocket_relay import logs
+from websocket_relay.config import model
+logs.configure(model.LoggingSettings(format=sys.argv[1]))
 library = logging.getLogger("some.library")
 library.warning("%s is %d", "this", 1, extra={"more": [1]})
 library.error("no answer from %s (again?)", "https://me:pa55@host:1/path?key=s3cret")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websocket_relay.backplane import remote
-from websocket_relay.backplane.base import Position
-from websocket_relay.backplane.packet import Packet, pack, split_into_parts
-from websocket_relay.backplane.remote import LIVES, RESET
+from websocket_relay.backplane import replicated
+from websocket_relay.backplane.codec import Packet, pack, split_into_parts
+from websocket_relay.backplane.interface import Position
+from websocket_relay.backplane.replicated import LIVES, RESET
 
 from tests.brokers import Broker
 from tests.conftest import StartRelay
@@ -39,8 +39,8 @@ pytestmark = pytest.mark.xdist_group("outages")
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declare an outage after a second instead of three."""
-    monkeypatch.setattr(remote, "OUTAGE_AFTER_S", 1.0)
-    monkeypatch.setattr(remote, "APPEND_S", 0.7)
+    monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
+    monkeypatch.setattr(replicated, "APPEND_S", 0.7)
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ async def test_what_was_given_up_is_not_heard_behind_what_was_said_later(kept: B
 async def test_what_is_said_alone_stands_behind_what_may_be_missing(
     kept: BrokerLog, hasty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CANARY_S", 3.0)  # nothing else gets into the log meanwhile
+    monkeypatch.setattr(replicated, "CANARY_S", 3.0)  # nothing else gets into the log meanwhile
     replica = await kept.replica(on_outage="local")
     known = len(replica.whole_from)
     _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
@@ -416,7 +416,7 @@ async def test_who_is_refused_a_message_is_not_let_go_before_its_confirmed_ones_
 async def test_what_is_confirmed_and_does_not_come_back_in_time_is_in_doubt(
     kept: BrokerLog, way: HeldReads, hasty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "READ_BACK_S", 0.3)
+    monkeypatch.setattr(replicated, "READ_BACK_S", 0.3)
     replica, waiting = await held_until_out(kept, way, "reject")
     await until(lambda: waiting.told)
     assert waiting.told == [None, None]

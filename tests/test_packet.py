@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from websocket_relay.backplane.packet import (
+from websocket_relay.backplane.codec import (
     HEAD,
     MAX_NOTE_BYTES,
     PART,

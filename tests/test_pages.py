@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from websocket_relay.pages import BURST_S, COST_FACTOR, MAX_PAUSE_S, PageCache
+from websocket_relay.page_cache import BURST_S, COST_FACTOR, MAX_PAUSE_S, PageCache
 
 SLOW_S = 0.02
 

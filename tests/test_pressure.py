@@ -4,8 +4,8 @@ import logging
 from typing import Any
 
 import pytest
-from websocket_relay.admission import pressure
-from websocket_relay.errors import Refusal
+from websocket_relay.admission import refusal_log
+from websocket_relay.outcomes import Refusal
 
 from tests.conftest import StartRelay
 from tests.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, signer, token
@@ -85,8 +85,8 @@ async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In this process, for a minute is too long to wait."""
-    monkeypatch.setattr(pressure, "INTERVAL_S", 0.1)
-    limits = pressure.RefusalLog()
+    monkeypatch.setattr(refusal_log, "INTERVAL_S", 0.1)
+    limits = refusal_log.RefusalLog()
 
     def told(reason: str) -> list[int]:
         events = [vars(record) for record in caplog.records]
@@ -98,7 +98,7 @@ async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
 
         await eventually(look, f"{reason} told as {counts}")
 
-    with caplog.at_level(logging.WARNING, "websocket_relay.admission.pressure"):
+    with caplog.at_level(logging.WARNING, "websocket_relay.admission.refusal_log"):
         for _ in range(8):
             limits.note(Refusal.HANDSHAKES)
         limits.note(Refusal.CHANNELS)

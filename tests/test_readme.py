@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import ConsoleMessage
-from websocket_relay.errors import Close, Refusal
+from websocket_relay.outcomes import Close, Refusal
 from websockets.sync.client import connect
 
 from tests import browser

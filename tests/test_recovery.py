@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
-from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.interface import Position
 from websocket_relay.client import Relay as Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from websocket_relay.cli import main
-from websocket_relay.errors import SettingsError
-from websocket_relay.settings import load
+from websocket_relay.cli.main import main
+from websocket_relay.config.loader import load
+from websocket_relay.outcomes import SettingsError
 
 from tests.certificates import make_pair
 from tests.conftest import StartRelay

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from websocket_relay.errors import Close
-from websocket_relay.relay.drain import RETRY_WINDOW_S, STEP_S, close_all
-from websocket_relay.wire.shared import ConnectionRegistry
+from websocket_relay.outcomes import Close
+from websocket_relay.server.drain import RETRY_WINDOW_S, STEP_S, close_all
+from websocket_relay.wire.registry import ConnectionRegistry
 
 from bench.crowd import (
     FIRST_WAIT_S,

@@ -23,9 +23,10 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 BUILD = """
 import sys
-from websocket_relay import server, settings
+from websocket_relay.server import run
+from websocket_relay.config import model
 from websocket_relay.app import build
-made = build(settings.Settings(), None, None, server.load_tracing({}))
+made = build(model.Settings(), None, None, run.load_tracing({}))
 loaded = ("opentelemetry.sdk", "opentelemetry.exporter", "google.protobuf", "requests")
 print(type(made.app).__name__, [name for name in sys.modules if name.startswith(loaded)])
 """

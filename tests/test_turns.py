@@ -4,7 +4,7 @@ import asyncio
 from time import perf_counter
 
 import pytest
-from websocket_relay.wire.turns import TimeSlicer
+from websocket_relay.wire.time_slicer import TimeSlicer
 
 pytestmark = pytest.mark.fast
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from websocket_relay.backplane import remote
-from websocket_relay.backplane.base import BackplaneState, LogEntry, Position
-from websocket_relay.backplane.packet import unpack
-from websocket_relay.backplane.remote import BrokerError, RemoteBackplane, StreamEntry
+from websocket_relay.backplane import replicated
+from websocket_relay.backplane.codec import unpack
+from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
+from websocket_relay.backplane.replicated import BrokerError, RemoteBackplane, StreamEntry
 
 from tests.logs_kept import Pending
 
@@ -217,7 +217,7 @@ async def no_pause(pause_s: float) -> float:
 def impatience() -> Any:
     """Repeat appends in the next turn of the event loop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "_pause", no_pause)
+        patch.setattr(replicated, "_pause", no_pause)
         yield
 
 

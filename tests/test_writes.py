@@ -11,16 +11,16 @@ from typing import cast
 import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
-from websocket_relay.errors import Close, Drop
-from websocket_relay.ledger import Counters
-from websocket_relay.wire.backlog import WRITE_BYTES, SendBacklog, SendBacklogs
-from websocket_relay.wire.client import Connection, Publisher
+from websocket_relay.counters import Counters
+from websocket_relay.outcomes import Close, Drop
+from websocket_relay.wire.connection import Connection, Publisher
+from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN
+from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.frames import close, count_whole
-from websocket_relay.wire.gate import HighWaterMark
-from websocket_relay.wire.protocol import WebSocketConnection
-from websocket_relay.wire.shared import ConnectionContext
-from websocket_relay.wire.unfinished import PartialMessages
+from websocket_relay.wire.partial_messages import PartialMessages
+from websocket_relay.wire.send_backlog import WRITE_BYTES, SendBacklog, SendBacklogs
+from websocket_relay.wire.websocket import WebSocketConnection
 
 from tests.raw_client import TEXT, RawClient, relayed_frame
 from tests.relay_process import HOST, eventually

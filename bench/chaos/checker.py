@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from http import HTTPStatus
 
-from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.interface import Position
 
 from bench.chaos.observations import (
     Answer,

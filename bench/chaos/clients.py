@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import httpx2
-from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.interface import Position
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol

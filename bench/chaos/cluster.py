@@ -19,7 +19,7 @@ import redis.asyncio as redis
 from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
 from redis.exceptions import RedisError
-from websocket_relay.backplane.packet import FormatError, unpack
+from websocket_relay.backplane.codec import FormatError, unpack
 
 from bench.chaos.checker import LEFT_AT_REST, STOP_GRACE_S
 from bench.chaos.faults import Fault, FaultKind, Plan

@@ -7,7 +7,7 @@ once; within one connection the numbers grow.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from websocket_relay.backplane.base import Position
+from websocket_relay.backplane.interface import Position
 
 FILLER = "."
 

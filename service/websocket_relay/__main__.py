@@ -2,7 +2,7 @@
 
 import sys
 
-from websocket_relay import signals
+from websocket_relay.server import signals
 
 OTHER_COMMANDS = frozenset({"check", "healthcheck", "dev-cert", "listen", "send", "bench"})
 """Commands that are not the relay: signals do there what they do by default."""
@@ -16,9 +16,9 @@ def main() -> int:
         signals.unblock()
     elif signals.CAN_BLOCK:
         stop = signals.Stop()
-    from websocket_relay import cli
+    from websocket_relay.cli.main import main as run
 
-    return cli.main(stop=stop)
+    return run(stop=stop)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,36 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
 from websocket_relay import __version__
-from websocket_relay.admission.door import AdmissionPolicy
-from websocket_relay.admission.pressure import RefusalLog
-from websocket_relay.api.asked import Refusals
+from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.api.console import console_router, script_router
-from websocket_relay.api.events import events_router
-from websocket_relay.api.headers import SecurityHeaders
-from websocket_relay.api.health import health_router
 from websocket_relay.api.metrics import metrics_router
+from websocket_relay.api.probes import health_router
 from websocket_relay.api.publish import publish_router
+from websocket_relay.api.refusals import Refusals
+from websocket_relay.api.security_headers import SecurityHeaders
+from websocket_relay.api.sse import events_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
-from websocket_relay.backplane.base import Backplane, BackplaneState
-from websocket_relay.backplane.open import open_backplane
-from websocket_relay.descriptors import OF_METRICS, FileDescriptors
-from websocket_relay.errors import Refusal
-from websocket_relay.health import Lifecycle, Phase
-from websocket_relay.ledger import Counters
+from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane.interface import Backplane, BackplaneState
+from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.channels.history import History
+from websocket_relay.config.model import Settings
+from websocket_relay.counters import Counters
+from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
+from websocket_relay.lifecycle import Lifecycle, Phase
 from websocket_relay.metrics import Gauges, Metrics
-from websocket_relay.relay.broadcaster import Broadcaster
-from websocket_relay.relay.history import History
-from websocket_relay.settings import Settings
+from websocket_relay.outcomes import Refusal
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.backlog import SendBacklogs
+from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import INFLATER_BYTES
-from websocket_relay.wire.gate import HighWaterMark
-from websocket_relay.wire.plain import HttpConnections
-from websocket_relay.wire.shared import ConnectionContext
-from websocket_relay.wire.unfinished import PartialMessages
+from websocket_relay.wire.flow_control import HighWaterMark
+from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.partial_messages import PartialMessages
+from websocket_relay.wire.send_backlog import SendBacklogs
 
 if TYPE_CHECKING:
-    from websocket_relay.admission.tokens import TokenVerifier
+    from websocket_relay.admission.verifier import TokenVerifier
     from websocket_relay.tracing import Tracing
 
 

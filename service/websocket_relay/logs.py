@@ -8,7 +8,7 @@ from types import TracebackType
 
 import structlog
 
-from websocket_relay.settings import LoggingSettings
+from websocket_relay.config.model import LoggingSettings
 
 log = logging.getLogger(__name__)
 

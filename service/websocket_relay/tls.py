@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from websocket_relay.errors import SettingsError, StartError
+from websocket_relay.outcomes import SettingsError, StartError
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from websocket_relay import __version__
-from websocket_relay.errors import RefusedError
+from websocket_relay.outcomes import RefusedError
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]

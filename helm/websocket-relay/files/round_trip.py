@@ -13,7 +13,7 @@ import uuid
 
 import jwt
 from websocket_relay.client import RejectedError, Relay
-from websocket_relay.errors import RelayError
+from websocket_relay.outcomes import RelayError
 
 PATIENCE_S = 60
 CHANNEL = f"helm-test-{uuid.uuid4().hex}"

@@ -19,10 +19,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from websocket_relay.admission.keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
-from websocket_relay.errors import Refusal, RefusedError, RelayError
-from websocket_relay.rate import TokenBucket
-from websocket_relay.tasks import Deadline, cancel_until_done
+from websocket_relay.admission.public_keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
+from websocket_relay.cancellation import Deadline, cancel_until_done
+from websocket_relay.outcomes import Refusal, RefusedError, RelayError
+from websocket_relay.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from websocket_relay.admission.door import AdmissionPolicy
-from websocket_relay.api.asked import TOKEN_PARAMETER, Refusals, admission_request_of, refused
-from websocket_relay.errors import RefusedError
-from websocket_relay.pages import PageCache
+from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
+from websocket_relay.outcomes import RefusedError
+from websocket_relay.page_cache import PageCache
 
 FILES = resources.files("websocket_relay.console")
 

@@ -12,23 +12,22 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from websocket_relay.admission.door import AdmissionPolicy
-from websocket_relay.api.asked import (
+from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
     DEFAULT_PATH,
     TOKEN_PARAMETER,
-    Refusals,
     admission_request_of,
     channel_of,
-    refused,
 )
-from websocket_relay.errors import Refusal, RefusedError
-from websocket_relay.relay.broadcaster import Broadcaster
+from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.frames import BINARY, TEXT
-from websocket_relay.wire.http import CONNECTION_KEY, HttpProtocol
-from websocket_relay.wire.turns import TimeSlicer
-from websocket_relay.wire.unfinished import PartialMessages
+from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
+from websocket_relay.wire.partial_messages import PartialMessages
+from websocket_relay.wire.time_slicer import TimeSlicer
 
 BATCH = "application/x-ndjson"
 JSON = "application/json"

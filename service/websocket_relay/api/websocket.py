@@ -6,21 +6,20 @@ from typing import cast
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from websocket_relay.admission.bearer import POSITIONS_SUBPROTOCOL, select_subprotocol
-from websocket_relay.admission.door import CHANNEL_NAME, AdmissionPolicy
-from websocket_relay.api.asked import (
+from websocket_relay.admission.credentials import POSITIONS_SUBPROTOCOL, select_subprotocol
+from websocket_relay.admission.policy import CHANNEL_NAME, AdmissionPolicy
+from websocket_relay.api.refusals import Refusals, answer_to
+from websocket_relay.api.requests import (
     CHANNEL_PATH,
     DEFAULT_PATH,
-    Refusals,
     admission_request_of,
-    answer_to,
     channel_of,
     replay_request_of,
 )
-from websocket_relay.errors import Refusal, RefusedError
-from websocket_relay.relay.broadcaster import Broadcaster
+from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.handshake import CLIENT_KEY
-from websocket_relay.wire.protocol import WebSocketConnection
+from websocket_relay.wire.websocket import WebSocketConnection
 
 
 def add_websocket_routes(

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.base import (
+from websocket_relay.backplane.interface import (
     BackplaneState,
     LogEntry,
     OnEntry,
@@ -12,7 +12,7 @@ from websocket_relay.backplane.base import (
     Position,
     Rejectable,
 )
-from websocket_relay.ledger import BackplaneCounters
+from websocket_relay.counters import BackplaneCounters
 
 
 class MemoryBackplane:

@@ -21,8 +21,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
-from websocket_relay.backplane.packet import HOLE
-from websocket_relay.backplane.remote import (
+from websocket_relay.backplane.codec import HOLE
+from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
     StreamEntry,
@@ -30,8 +30,8 @@ from websocket_relay.backplane.remote import (
     broker_error,
     reset_on_close,
 )
-from websocket_relay.tasks import Deadline
-from websocket_relay.urls import secrets_of, unusable_url
+from websocket_relay.cancellation import Deadline
+from websocket_relay.redaction import secrets_of, unusable_url
 
 WAIT_S = 1.0
 """How long the broker waits for entries: so often is heard from one that has nothing to say."""

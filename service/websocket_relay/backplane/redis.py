@@ -16,7 +16,7 @@ from typing import Any
 from redis.asyncio import Connection, ConnectionPool
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
-from websocket_relay.backplane.remote import (
+from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
     StreamEntry,
@@ -24,8 +24,8 @@ from websocket_relay.backplane.remote import (
     broker_error,
     reset_on_close,
 )
-from websocket_relay.tasks import Deadline
-from websocket_relay.urls import secrets_of, unusable_url
+from websocket_relay.cancellation import Deadline
+from websocket_relay.redaction import secrets_of, unusable_url
 
 WAIT_S = 1.0
 """How long XREAD waits for entries: so often is heard from a broker that has nothing to say."""

@@ -8,15 +8,15 @@
 Knows the relay by what it promises to its clients (README), and nothing of how it is made.
 """
 
-from websocket_relay.client.events import Connected, Disconnected, Message, Unconfirmed
-from websocket_relay.client.faults import (
+from websocket_relay.client.errors import (
     InvalidUrlError,
     RejectedError,
     UnavailableError,
     UnconfirmedError,
 )
+from websocket_relay.client.events import Connected, Disconnected, Message, Unconfirmed
 from websocket_relay.client.relay import MAX_MESSAGE_BYTES, Relay
-from websocket_relay.errors import RelayError
+from websocket_relay.outcomes import RelayError
 
 __all__ = [
     "MAX_MESSAGE_BYTES",

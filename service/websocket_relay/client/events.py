@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from websocket_relay.client.link import Data
+from websocket_relay.client.connection import Data
 
 
 @dataclass(frozen=True, slots=True)

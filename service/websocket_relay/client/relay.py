@@ -25,10 +25,8 @@ from typing import Self
 
 from websockets.exceptions import ConnectionClosed
 
-from websocket_relay.client.address import ChannelUrl, authorization
-from websocket_relay.client.events import Connected, Disconnected, Event, Message, Unconfirmed
-from websocket_relay.client.faults import RejectedError, UnavailableError, UnconfirmedError
-from websocket_relay.client.link import (
+from websocket_relay.cancellation import cancel_until_done
+from websocket_relay.client.connection import (
     ConnectionEnd,
     Data,
     RelayConnection,
@@ -36,8 +34,10 @@ from websocket_relay.client.link import (
     connection_end_of,
     is_gap,
 )
+from websocket_relay.client.errors import RejectedError, UnavailableError, UnconfirmedError
+from websocket_relay.client.events import Connected, Disconnected, Event, Message, Unconfirmed
 from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
-from websocket_relay.tasks import cancel_until_done
+from websocket_relay.client.url import ChannelUrl, authorization
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # at most, and doubled each time; half of it is by chance
 LASTING_S = 10.0

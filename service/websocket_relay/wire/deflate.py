@@ -12,7 +12,7 @@ from websockets.exceptions import NegotiationError
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.headers import build_extension, parse_extension
 
-from websocket_relay.errors import Close
+from websocket_relay.outcomes import Close
 from websocket_relay.wire.frames import OPCODE, RSV1, ProtocolViolationError, header
 
 PLAIN = 0

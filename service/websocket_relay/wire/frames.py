@@ -5,7 +5,7 @@ A server's frames are not masked (RFC 6455 section 5.1), so one encoding serves 
 
 from struct import Struct
 
-from websocket_relay.errors import Close
+from websocket_relay.outcomes import Close
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 

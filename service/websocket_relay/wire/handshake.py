@@ -24,12 +24,12 @@ from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_subprotocol
 from websockets.utils import accept_key
 
-from websocket_relay.errors import Close, Refusal
+from websocket_relay.outcomes import Close, Refusal
+from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN, negotiate
-from websocket_relay.wire.plain import HttpConnections
-from websocket_relay.wire.protocol import WebSocketConnection
-from websocket_relay.wire.safe_headers import SECURITY_HEADERS
-from websocket_relay.wire.shared import ConnectionContext
+from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.security_headers import SECURITY_HEADERS
+from websocket_relay.wire.websocket import WebSocketConnection
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +172,7 @@ class Handshake:
         self._denial_body = b""
         self._connected = False
 
-    def validate(
-        self, method: str, http_version: str, headers: Headers
-    ) -> HandshakeResult | None:
+    def validate(self, method: str, http_version: str, headers: Headers) -> HandshakeResult | None:
         """Return what the request asks for, or answer it where it is no handshake."""
         try:
             self._agreement = validate_handshake(

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
 
-from websocket_relay.errors import Close
+from websocket_relay.outcomes import Close
 from websocket_relay.wire.deflate import (
     DEFLATED_SLICE_BYTES,
     INFLATED_SLICE_BYTES,

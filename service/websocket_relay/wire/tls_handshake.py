@@ -7,8 +7,8 @@ import asyncio
 import ssl
 from typing import Any, cast
 
-from websocket_relay.errors import Refusal
-from websocket_relay.wire.plain import HttpConnections
+from websocket_relay.outcomes import Refusal
+from websocket_relay.wire.http_connections import HttpConnections
 
 
 class TlsHandshake(asyncio.Protocol):

@@ -1,0 +1,94 @@
+"""Read what a client asks for, and answer where it is refused: for all that let clients in."""
+
+import re
+from urllib.parse import parse_qs
+
+from starlette.requests import HTTPConnection
+
+from websocket_relay.admission.policy import CHANNEL_NAME, DEFAULT_CHANNEL, AdmissionRequest
+from websocket_relay.backplane.interface import Position
+from websocket_relay.channels.recovery import ReplayRequest
+from websocket_relay.outcomes import Refusal, RefusedError
+
+COUNT = re.compile(r"[0-9]{1,9}", re.ASCII)
+MAX_PARAMETERS = 100
+
+
+DEFAULT_PATH, CHANNEL_PATH = "/", "/channels/{channel}"
+
+CHANNEL_PARAMETER = {
+    "name": "channel",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "pattern": f"^{CHANNEL_NAME.pattern}$", "maxLength": 128},
+}
+
+
+TOKEN_PARAMETER = {
+    "name": "access_token",
+    "in": "query",
+    "description": "a token, where they are asked for; better: `Authorization: Bearer TOKEN`",
+    "schema": {"type": "string"},
+}
+
+
+def channel_of(connection: HTTPConnection) -> str:
+    """Return the channel that the path names."""
+    channel: str = connection.path_params.get("channel", DEFAULT_CHANNEL)
+    return channel
+
+
+def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
+    """Return what admission wants to know."""
+    scope = connection.scope
+    client = scope["client"]
+    return AdmissionRequest(
+        channel_of(connection),
+        connection.headers,
+        scope["query_string"],
+        scope.get("subprotocols", ()),
+        client[0] if client is not None else None,
+        connection.headers.getlist("authorization"),
+    )
+
+
+def replay_request_of(
+    query: bytes, *, tells_positions: bool, last_event_id: str = ""
+) -> ReplayRequest | None:
+    """Return what a client wants to hear first; None: nothing.
+
+    Args:
+        last_event_id: a position; it is newer than the query of the same address.
+
+    Raises:
+        RefusedError: it asks for what there can't be.
+    """
+    since, last = None, 0
+    if b"since=" in query or b"history=" in query:
+        asked = _parameters(query)
+        since = _position(asked["since"]) if "since" in asked else None
+        counts = asked.get("history", ["0"])
+        if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
+            raise RefusedError(Refusal.QUERY, "history is one number of messages")
+        last = int(counts[0])
+    if last_event_id:
+        since = _position([last_event_id])
+    if since is None and not last and not tells_positions:
+        return None
+    return ReplayRequest(since, last, tells_positions)
+
+
+def _parameters(query: bytes) -> dict[str, list[str]]:
+    try:
+        text = query.decode("latin-1")
+        return parse_qs(text, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
+    except ValueError:
+        raise RefusedError(Refusal.QUERY, "too many parameters") from None
+
+
+def _position(texts: list[str]) -> Position:
+    try:
+        (text,) = texts
+        return Position.parse(text)
+    except ValueError:
+        raise RefusedError(Refusal.QUERY, "since is one position, as the relay told it") from None

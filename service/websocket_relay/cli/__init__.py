@@ -1,0 +1,1 @@
+"""The command line: the relay itself, and commands that use one as any client does."""

@@ -1,0 +1,153 @@
+"""The command line. Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings.
+
+`listen`, `send` and `bench` have theirs in `commands/terminal`: the same, and 130 after Ctrl-C.
+
+What takes time to import is imported when it is needed: who sends a message shall not wait for a
+server, and Ctrl-C ends that well, too.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from websocket_relay.outcomes import SettingsError, StartError, UnhealthyError, UnusableSettingError
+from websocket_relay.server.signals import Stop, leave
+
+CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
+
+
+def main(arguments: Sequence[str] | None = None, *, stop: Stop | None = None) -> int:
+    """Run a command and return the exit status; the relay's own command ends the process.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+        stop: receives signals already.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        if options.command in (None, "serve"):
+            _be_the_relay(options, stop or Stop())
+        return _run(options)
+    except KeyboardInterrupt:  # that nothing else handled: during an import, say
+        return 130
+
+
+def _be_the_relay(options: argparse.Namespace, stop: Stop) -> NoReturn:
+    try:
+        status = _run(options, stop)
+    except Exception:  # noqa: BLE001 - with signals blocked, nothing else may end the process
+        sys.excepthook(*cast(Any, sys.exc_info()))
+        status = 1
+    leave(status)
+
+
+def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
+    try:
+        match options.command:
+            case "check":
+                _check(options.config_file)
+            case "healthcheck":
+                _healthcheck(options.config_file)
+            case "dev-cert":
+                _dev_cert(options.directory)
+            case "listen" | "send" | "bench":
+                status: int = options.run(options)
+                return status
+            case _:
+                assert stop is not None
+                _serve(options.config_file, stop)
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"websocket-relay: {problem}", file=sys.stderr)
+        return 2
+    except UnusableSettingError as error:
+        from websocket_relay.config import loader
+
+        where = loader.where(error.setting, options.config_file, os.environ)
+        print(f"websocket-relay: {where}: {error}", file=sys.stderr)
+        return 2
+    except (StartError, UnhealthyError) as error:
+        print(f"websocket-relay: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(config_file: Path | None, stop: Stop) -> None:
+    from websocket_relay import logs
+    from websocket_relay.config import loader
+    from websocket_relay.server import run
+
+    loaded = loader.load(config_file, os.environ)
+    logs.configure(loaded.logging)
+    failure: BaseException | None = None
+    try:
+        run.run(loaded, stop)
+    except* StartError as group:
+        failure = group.exceptions[0]  # Python before 3.11.4 wraps what is raised here in a group
+    if failure is not None:
+        raise failure
+
+
+def _check(config_file: Path | None) -> None:
+    from websocket_relay import app
+    from websocket_relay.config import loader, render
+    from websocket_relay.server import run
+
+    loaded = loader.load(config_file, os.environ)
+    app.build(loaded, run.load_certificates(loaded), run.load_tokens(loaded))
+    for doubt in run.doubts(loaded):
+        print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
+    print(render.render(loaded), end="")
+
+
+def _healthcheck(config_file: Path | None) -> None:
+    from websocket_relay.cli import healthcheck
+    from websocket_relay.config import loader
+
+    healthcheck.ask(loader.load(config_file, os.environ))
+
+
+def _dev_cert(directory: Path) -> None:
+    from websocket_relay import tls
+
+    for file in tls.write_dev_pair(directory):
+        print(file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from websocket_relay import __version__
+    from websocket_relay.cli import listen, send
+    from websocket_relay.cli.bench import run as bench
+
+    parser = argparse.ArgumentParser(
+        prog="websocket-relay",
+        description="A WebSocket relay: what one client sends, every client of its channel gets.",
+        epilog="Every setting can also come from the environment: server.port is"
+        " RELAY__SERVER__PORT.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--config-file", type=Path, metavar="F", help=CONFIG_HELP)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in (
+        ("serve", "run the relay (the default)"),
+        ("check", "validate the settings and print the effective ones"),
+        ("healthcheck", "ask the relay with these settings whether it is alive"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument(
+            "--config-file", type=Path, metavar="F", default=argparse.SUPPRESS, help=CONFIG_HELP
+        )
+    dev_cert = commands.add_parser(
+        "dev-cert",
+        help="write a self-signed cert.pem and key.pem for localhost",
+        description="Write a self-signed cert.pem and key.pem for localhost, 127.0.0.1 and ::1.",
+    )
+    dev_cert.add_argument(
+        "--directory", type=Path, metavar="D", default=Path(), help="where to (default: here)"
+    )
+    for client in (listen, send, bench):
+        client.add_to(commands)
+    return parser

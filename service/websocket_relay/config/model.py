@@ -1,0 +1,462 @@
+"""Own the settings tree: environment over file over defaults, and one clear line per mistake.
+
+Every setting is declared once, here, with its bound and its sentence; config.yaml is rendered from
+it. Knows nothing of what the settings are used for.
+"""
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from websocket_relay.redaction import redacted
+
+ENV_PREFIX = "RELAY__"
+
+MAX_SECONDS = 86_400.0
+MAX_BYTES = 1 << 40
+MAX_COUNT = 1 << 31
+
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
+ITEMS = "items_in_words"
+"""Where a list's schema says what its items may be."""
+
+
+def _listed(value: object) -> object:
+    # An environment variable holds a JSON list or texts with commas between them.
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError("a JSON list of texts, or texts with commas between them") from None
+    return [part.strip() for part in value.split(",")] if value.strip() else []
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
+STREAM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsWarning:
+    """Settings that can be used and are hardly what was meant.
+
+    Attributes:
+        text: which and why, always in the same words.
+        facts: what differs.
+    """
+
+    text: str
+    facts: Mapping[str, object]
+
+    def __str__(self) -> str:
+        """Return all of it on one line."""
+        return f"{self.text} ({', '.join(f'{name}: {fact}' for name, fact in self.facts.items())})"
+
+
+class Section(BaseModel):
+    """A part of the tree. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_flag_is_no_number(cls, value: object, info: Any) -> object:
+        # pydantic takes true for 1; in a settings file that is a slip of the pen.
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError("a flag is no number")
+        return value
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Asking for the port is what checks it.
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return bool(whole) and "@" not in parts.netloc and url.isprintable() and " " not in url
+
+
+class TlsSettings(Section):
+    """wss:// and https://."""
+
+    enabled: bool = Field(False, description="true: wss:// and https:// on server.port")
+    cert_file: str = Field("cert.pem", min_length=1, description="certificate chain, PEM")
+    key_file: str = Field(
+        "key.pem",
+        min_length=1,
+        description="its private key, PEM; a renewed pair serves new handshakes, no restart",
+    )
+
+
+class ServerSettings(Section):
+    """Where the relay listens and whom it lets in."""
+
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    port: Port = Field(8443, description="port to listen on; 0: any free one")
+    tls: TlsSettings = TlsSettings()
+    allowed_origins: Texts = Field(
+        ("*",),
+        description="browsers' Origin headers let in, like https://example.com; * lets all",
+        json_schema_extra={ITEMS: "origins, each scheme://host[:port] or *"},
+    )
+    trusted_proxies: Texts = Field(
+        (),
+        description="addresses or networks whose X-Forwarded-For and -Proto are believed",
+        json_schema_extra={ITEMS: "addresses like 10.0.0.7 or networks like 10.0.0.0/8"},
+    )
+    base_path: str = Field(
+        "", description="a path prefix like /relay, for an Ingress that does not rewrite"
+    )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not ORIGIN.fullmatch(origin.lower()):
+                raise ValueError("an origin is scheme://host[:port] without a path, or *")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ValueError(
+                    f"addresses like 10.0.0.7 or networks like 10.0.0.0/8; {error}"
+                ) from None
+        return value
+
+    @field_validator("base_path")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        if not BASE_PATH.fullmatch(value):
+            raise ValueError("a path begins with / and does not end with one")
+        return value
+
+
+class MetricsSettings(Section):
+    """The port that Prometheus scrapes."""
+
+    enabled: bool = Field(True, description="false: nothing listens there")
+    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    port: Port = Field(9090, description="port of /metrics, /healthz and /readyz; 0: any free one")
+
+
+class ChannelsSettings(Section):
+    """The rooms that clients share."""
+
+    max_channels: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        10_000, description="channels that exist at a time; they come and go with use"
+    )
+
+
+class LimitsSettings(Section):
+    """How much of everything."""
+
+    max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = Field(
+        1_048_576, description="a larger message closes its sender (1009)"
+    )
+    max_connections: Count = Field(0, description="clients at a time; 0: no limit of its own")
+    max_http_connections: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        1000, description="connections at a time that are no clients (yet); the idlest makes room"
+    )
+    max_connections_per_ip: Count = Field(
+        0, description="clients at a time from one address, or one IPv6 /64; 0: no limit"
+    )
+    max_handshakes_per_s: Count = Field(
+        0, description="upgrades asked for in a second; 0: no limit"
+    )
+    max_messages_per_s: Count = Field(
+        0, description="per connection, with a burst of twice as many (1008 past it); 0: no limit"
+    )
+    handshake_timeout_s: SomeSeconds = Field(
+        10, description="from TCP accept to the upgrade, and for the answer to a close"
+    )
+    send_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        1_048_576, description="what one slow client may have waiting (1013 past it)"
+    )
+    total_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        268_435_456,
+        description="memory held for all of them, the worst goes first; messages on their way take"
+        " up to twice as much again",
+    )
+
+
+class KeepaliveSettings(Section):
+    """One sweep pings every connection."""
+
+    ping_interval_s: SomeSeconds = Field(20, description="seconds between two pings")
+    ping_timeout_s: SomeSeconds = Field(
+        20, description="seconds until a client that is silent after a ping is closed (1011)"
+    )
+
+
+class CompressionSettings(Section):
+    """permessage-deflate (RFC 7692), for the clients that offer it."""
+
+    enabled: bool = Field(False, description="true: compressed once per message for all clients")
+    min_message_bytes: Count = Field(256, description="shorter messages go as they are")
+
+
+class HistorySettings(Section):
+    """What is kept of all channels together, for clients that come back."""
+
+    max_messages: Count = Field(
+        10_000, description="past it the channel with the most messages loses its oldest; 0: none"
+    )
+    max_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
+        16_777_216, description="memory; past it the channel that takes the most loses its oldest"
+    )
+    max_age_s: SomeSeconds = Field(300, description="older messages are forgotten")
+
+
+class BrokerUrl(SecretStr):
+    """An address that may hold a password. As a text it shows all but that."""
+
+    def _display(self) -> str:
+        return redacted(self.get_secret_value())
+
+
+class BackplaneSettings(Section):
+    """What gives all replicas' messages one order."""
+
+    url: BrokerUrl = Field(
+        BrokerUrl("memory://"),
+        description="memory:// for one replica; redis://, rediss://, nats:// or tls:// for several",
+    )
+    stream: str = Field("relay", description="the stream's name on the broker")
+    on_outage: Literal["reject", "local"] = Field(
+        "reject",
+        description="reject: publishers are told (1013); local: relayed on this replica only",
+    )
+
+    @field_validator("stream")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not STREAM_NAME.fullmatch(value):
+            raise ValueError("1 to 64 characters of A-Z a-z 0-9 _ -")
+        return value
+
+
+Algorithm = Literal[
+    "HS256",
+    "HS384",
+    "HS512",
+    "RS256",
+    "RS384",
+    "RS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+]
+
+
+SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
+"""The algorithms that need the secret, and how long it should be (RFC 7518 section 3.2)."""
+
+
+class JwtSettings(Section):
+    """How tokens are checked. HS algorithms need the secret, all others the key file or the URL."""
+
+    secret: SecretStr = Field(SecretStr(""), description="of HS256, HS384 and HS512")
+    public_key_file: str = Field("", description="of the others: one public key, PEM")
+    jwks_url: str = Field(
+        "", description="or all the issuer's public keys, kept up to date (RFC 7517)"
+    )
+    algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        ("HS256",),
+        description="what tokens may be signed with",
+        json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
+    )
+    audience: str = Field("", description="a token's aud must hold it; empty: it must have none")
+    issuer: str = Field("", description="a token's iss must be it; empty: any")
+
+    @field_validator("secret")
+    @classmethod
+    def _utf_8(cls, value: SecretStr) -> SecretStr:
+        try:
+            value.get_secret_value().encode()
+        except UnicodeEncodeError:  # an environment variable may hold any bytes
+            raise ValueError("a text in UTF-8") from None
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # As a bound of the field it would be a second error where the only item is wrong.
+        if not value:
+            raise ValueError(f"one or more of {', '.join(get_args(Algorithm))}")
+        return value
+
+    @field_validator("public_key_file")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if not value.isprintable():  # a key's own text, say
+            raise ValueError("the path of a file")
+        return value
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        if value and not _is_web_address(value):
+            raise ValueError("an address like https://issuer.example/jwks.json, without a password")
+        return value
+
+    @property
+    def of_public_keys(self) -> list[str]:
+        """The settings that say where public keys come from, if they do."""
+        return [name for name in ("public_key_file", "jwks_url") if getattr(self, name)]
+
+    def short_secret(self) -> Iterator[tuple[str, int]]:
+        """Yield the algorithms that ask for a longer secret, and for how many bytes."""
+        length = len(self.secret.get_secret_value().encode())
+        for algorithm in sorted(set(self.algorithms)):
+            if length < SECRET_BYTES.get(algorithm, 0):
+                yield algorithm, SECRET_BYTES[algorithm]
+
+
+class AuthSettings(Section):
+    """Who may connect."""
+
+    mode: Literal["none", "jwt"] = Field(
+        "none", description="none: everybody; jwt: who has a token"
+    )
+    jwt: JwtSettings = JwtSettings()
+
+    @model_validator(mode="after")
+    def _a_key_for_every_algorithm(self) -> "AuthSettings":
+        if self.mode == "none":
+            return self
+        with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
+        others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
+        if self.jwt.of_public_keys and not others:
+            raise ValueError(
+                f"auth.jwt.{self.jwt.of_public_keys[0]} is set, and auth.jwt.algorithms"
+                f" ({', '.join(with_secret)}) asks for no public key; set"
+                " auth.jwt.algorithms to what tokens are signed with: RS256 for most RSA keys,"
+                " ES256 or EdDSA for others"
+            )
+        if with_secret and not self.jwt.secret.get_secret_value():
+            raise ValueError(f"{', '.join(with_secret)} needs auth.jwt.secret")
+        if self.jwt.public_key_file and self.jwt.jwks_url:
+            raise ValueError("auth.jwt.public_key_file and auth.jwt.jwks_url are both set")
+        if others and not (self.jwt.public_key_file or self.jwt.jwks_url):
+            names = ", ".join(others)
+            raise ValueError(f"{names} needs auth.jwt.public_key_file or auth.jwt.jwks_url")
+        return self
+
+
+class ConsoleSettings(Section):
+    """The page that shows the relay at work."""
+
+    enabled: bool = Field(
+        True, description="the page at / and its live figures; turn it off on a public relay"
+    )
+
+
+class ShutdownSettings(Section):
+    """How a stop goes."""
+
+    readiness_delay_s: Seconds = Field(
+        0, description="still serving while load balancers take the replica out"
+    )
+    spread_s: Seconds = Field(5, description="clients are closed one after another over this time")
+    timeout_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = Field(
+        10, description="the whole stop takes no longer"
+    )
+
+
+class LoggingSettings(Section):
+    """What is logged to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error"
+    )
+    format: Literal["text", "json"] = Field("text", description="text or json")
+
+
+class Settings(BaseSettings):
+    """The whole tree. Build it with `load`, which says what is wrong in the operator's words."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
+
+    server: ServerSettings = ServerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    channels: ChannelsSettings = ChannelsSettings()
+    limits: LimitsSettings = LimitsSettings()
+    keepalive: KeepaliveSettings = KeepaliveSettings()
+    compression: CompressionSettings = CompressionSettings()
+    history: HistorySettings = HistorySettings()
+    backplane: BackplaneSettings = BackplaneSettings()
+    auth: AuthSettings = AuthSettings()
+    console: ConsoleSettings = ConsoleSettings()
+    shutdown: ShutdownSettings = ShutdownSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    def doubts(self) -> Iterator[SettingsWarning]:
+        """Yield what the operator had better look at; `check` and the start tell it."""
+        jwt = self.auth.jwt
+        if self.auth.mode == "none":
+            named = [*(["secret"] if jwt.secret else []), *jwt.of_public_keys]
+            if named:
+                unused = ", ".join(f"auth.jwt.{name}" for name in named)
+                yield SettingsWarning(
+                    "auth.mode is none, so everybody may connect", {"unused": unused}
+                )
+            return
+        for algorithm, least in jwt.short_secret():
+            facts = {"algorithm": algorithm, "min_bytes": least}
+            yield SettingsWarning("auth.jwt.secret is short", facts)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # what the file says comes as init values
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> "Settings":
+        if self.metrics.enabled and self.server.port and self.server.port == self.metrics.port:
+            raise ValueError("server.port and metrics.port are the same")
+        return self

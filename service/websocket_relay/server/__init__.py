@@ -1,0 +1,1 @@
+"""Run the relay: two ports in one event loop, signals, the shutdown."""

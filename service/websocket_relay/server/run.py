@@ -1,0 +1,321 @@
+"""Run the relay: both ports in one event loop, signals, the stop."""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging
+import os
+import random
+import time
+from collections.abc import (
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from websocket_relay import logs
+from websocket_relay.app import Replica, build
+from websocket_relay.cancellation import run_cancellable
+from websocket_relay.channels.keepalive import keep_alive
+from websocket_relay.config.model import Settings, SettingsWarning
+from websocket_relay.file_descriptors import AT_START, RESERVED, most_possible, raise_limit
+from websocket_relay.lifecycle import Phase
+from websocket_relay.outcomes import Refusal
+from websocket_relay.server.drain import close_all, wait_until_closed
+from websocket_relay.server.greeting import greet
+from websocket_relay.server.listener import Listener
+from websocket_relay.server.signals import Stop
+from websocket_relay.tls import Certificates
+from websocket_relay.wire.http_protocol import HttpProtocol
+from websocket_relay.wire.websocket import WebSocketConnection
+
+if TYPE_CHECKING:
+    from websocket_relay.admission.verifier import TokenVerifier
+    from websocket_relay.tracing import Tracing
+
+log = logging.getLogger(__name__)
+
+
+CUT_OFF_RESERVE_S = 0.5
+"""The part of shutdown.timeout_s that is kept to close the ports (FINISH_S) and to end. The rest of
+it is room for a busy machine: at the deadline the process is ended as it is, with status 1."""
+
+
+LAST_TRACES_S = 1.0
+"""What a collector has at most to take the last spans, within shutdown.timeout_s."""
+
+EXIT_S = 0.1
+"""The part of shutdown.timeout_s that is kept for the end of the process itself."""
+
+COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+GC_THRESHOLDS = (50_000, 20, 50)
+"""A client is some twenty objects that live long and hold no cycles. With Python's own thresholds
+a storm of arrivals has the collector walk over all of them again and again."""
+
+
+def run(settings: Settings, stop: Stop) -> None:
+    """Run the relay until a signal stops it.
+
+    The event loop is not closed: that would wait for names that are still looked up. The process
+    has to end without it (`signals.leave`).
+
+    Raises:
+        SettingsError: the certificate can't be served.
+        UnfitError: the keys of tokens can't be used.
+        StartError: a port can't be listened on.
+    """
+    certificates = load_certificates(settings)
+    tokens = load_tokens(settings)
+    for doubt in doubts(settings):
+        log.warning(doubt.text, extra=doubt.facts)
+    raise_limit()
+    gc.set_threshold(*GC_THRESHOLDS)
+    tracing = load_tracing(os.environ)
+    loop = uvloop.new_event_loop()
+    until = loop.run_until_complete(_serve(settings, certificates, tokens, tracing, stop))
+    if tracing is not None:
+        tracing.close(max(0.0, min(LAST_TRACES_S, until - EXIT_S - time.monotonic())))
+    log.info("stopped")
+
+
+def doubts(settings: Settings) -> Iterator[SettingsWarning]:
+    """Yield what the operator should look at, in the settings and on this machine."""
+    yield from settings.doubts()
+    limit = most_possible()
+    needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
+    if limit < needed:
+        yield SettingsWarning("too few file descriptors", {"limit": limit, "needed": needed})
+
+
+def load_certificates(settings: Settings) -> Certificates | None:
+    """Return the pair that the settings name, or None where TLS is off.
+
+    Raises:
+        SettingsError: it can't be served.
+    """
+    tls = settings.server.tls
+    return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
+
+
+def load_tokens(settings: Settings) -> "TokenVerifier | None":
+    """Return what checks tokens, or None where everybody may come in.
+
+    Raises:
+        UnfitError: the keys can't be used.
+    """
+    if settings.auth.mode == "none":
+        return None
+    from websocket_relay.admission.verifier import (
+        TokenVerifier,  # a fifth of a second that most starts need not
+    )
+
+    return TokenVerifier(settings.auth.jwt)
+
+
+def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
+    """Return what traces, or None where no collector is named.
+
+    The variables are OpenTelemetry's own; an empty one counts as none. They may be meant for
+    everybody on a machine or in a cluster, so what can't be done is logged and stops nothing.
+    """
+    if not any(environ.get(name) for name in COLLECTOR_VARIABLES):
+        return None
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if (environ.get("OTEL_TRACES_EXPORTER") or "otlp") != "otlp":
+        return None
+    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol
+    if protocol != "http/protobuf":
+        log.warning("no traces", extra={"reason": f"{protocol} is not spoken, http/protobuf is"})
+        return None
+    try:
+        from websocket_relay.tracing import Tracing  # the library, which is an extra
+
+        tracing = Tracing()
+    except ImportError:
+        log.warning("no traces", extra={"reason": "websocket-relay[otel] is not installed"})
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("no traces", extra={"reason": str(error)})
+        return None
+    logs.add_facts(tracing.facts)
+    return tracing
+
+
+async def _serve(
+    settings: Settings,
+    certificates: Certificates | None,
+    tokens: "TokenVerifier | None",
+    tracing: "Tracing | None",
+    stop: Stop,
+) -> float:
+    """Serve until a stop is asked for; return its deadline, by `time.monotonic`."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    timeout_s = settings.shutdown.timeout_s
+    relay = build(settings, certificates, tokens, tracing)
+    async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
+        if tokens is not None and tokens.jwks is not None:
+            await owned.enter_async_context(tokens.jwks)  # the ports open before it has keys
+        # Before the broker's name is looked up: uvloop looks up two at a time, "127.0.0.1" too.
+        relay_port, metrics_port = await _open_ports(settings, relay)
+        ports = [port for port in (metrics_port, relay_port) if port is not None]
+        # Not before: while an address is looked up there is nothing to stop, and no way to.
+        ask = functools.partial(loop.call_soon_threadsafe, asked.set)
+        stop.attach(ask, timeout_s, functools.partial(_running, loop))
+        _log_ports(relay, relay_port, metrics_port)
+        begins = [*(port.serve for port in ports), *_background(settings, relay)]
+        background = [group.create_task(run_cancellable(begin)) for begin in begins]
+        gc.freeze()  # what is here now stays: the collector need not look at it
+        tell = functools.partial(_greet, settings, relay_port, metrics_port)
+        becoming_ready = group.create_task(_become_ready(relay, tell))
+        await asked.wait()
+        becoming_ready.cancel()  # before the phase changes
+        asked_at = stop.asked_at
+        assert asked_at is not None
+        until = asked_at + timeout_s
+        await _drain(settings, relay, relay_port, until)
+        await asyncio.gather(*(port.shutdown() for port in ports))
+        for task in background:
+            task.cancel()
+    return until
+
+
+def _background(
+    settings: Settings, relay: Replica
+) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
+    """Yield what begins each of the tasks that run as long as the relay does."""
+    keepalive = settings.keepalive
+    yield lambda: keep_alive(
+        relay.shared.clients,
+        ping_interval_s=keepalive.ping_interval_s,
+        ping_timeout_s=keepalive.ping_timeout_s,
+    )
+    yield relay.metrics.measure_loop_lag
+    yield relay.history.grow_old
+    yield relay.backplane.run
+    if relay.certificates is not None:
+        yield relay.certificates.watch
+
+
+async def _open_ports(settings: Settings, relay: Replica) -> tuple[Listener, Listener | None]:
+    """Open the metrics port, where there is one, and the relay's; return them the other way round.
+
+    Raises:
+        StartError: an address can't be had.
+    """
+    metrics_port = _metrics_listener(settings, relay)
+    if metrics_port is not None:
+        await metrics_port.listen()
+    relay_port = _relay_listener(settings, relay)
+    await relay_port.listen()
+    return relay_port, metrics_port
+
+
+def _log_ports(relay: Replica, relay_port: Listener, metrics_port: Listener | None) -> None:
+    if metrics_port is not None:
+        host, port = metrics_port.address
+        log.info("metrics listening", extra={"host": host, "port": port})
+    host, port = relay_port.address
+    log.info(
+        "relay listening",
+        extra={"host": host, "port": port, "tls": relay.certificates is not None},
+    )
+
+
+def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
+    metrics = metrics_port.address[1] if metrics_port is not None else None
+    greet(settings, relay_port.address[1], metrics)
+
+
+def _running(loop: asyncio.AbstractEventLoop) -> str:
+    """List the tasks that run, for the log."""
+    names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)}
+    return ", ".join(sorted(names))
+
+
+async def _become_ready(relay: Replica, tell: Callable[[], None]) -> None:
+    """Say that clients are welcome, once all that they need is there.
+
+    That is the backplane, with what was said before; and the keys that tell those with a good token
+    from others. After that an issuer that is away is no reason to send them elsewhere: the other
+    replicas have the same one, and most keys are known.
+    """
+    if relay.health.is_cut_off:
+        relay.health.phase = Phase.WAITING_FOR_BACKPLANE
+        await relay.backplane.begun.wait()
+    if relay.health.is_cut_off:  # and may not do without
+        await relay.backplane.up.wait()
+    if relay.tokens is not None and relay.tokens.jwks is not None:
+        relay.health.phase = Phase.WAITING_FOR_KEYS
+        await relay.tokens.jwks.get_first()
+    relay.health.phase = Phase.READY
+    log.info("ready")
+    tell()
+
+
+def _relay_listener(settings: Settings, relay: Replica) -> Listener:
+    server = settings.server
+    certificates = relay.certificates
+    return Listener(
+        relay.app,
+        server.host,
+        server.port,
+        plain=relay.plain,
+        context=certificates.context if certificates is not None else None,
+        handshake_timeout_s=settings.limits.handshake_timeout_s,
+        trusted_proxies=server.trusted_proxies,
+        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.plain),
+        ws=functools.partial(WebSocketConnection, shared=relay.shared),
+    )
+
+
+def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
+    metrics = settings.metrics
+    if not metrics.enabled:
+        return None
+    http = functools.partial(HttpProtocol, shared=relay.shared, plain=relay.metrics_plain)
+    return Listener(
+        relay.metrics_app,
+        metrics.host,
+        metrics.port,
+        plain=relay.metrics_plain,
+        http=http,
+        ws="none",
+    )
+
+
+async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: float) -> None:
+    """Close all clients and answer all requests before the deadline, by `time.monotonic`."""
+    loop = asyncio.get_running_loop()
+    shutdown, clients = settings.shutdown, relay.shared.clients
+    until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
+    # Nobody was sent to a relay that was never ready.
+    readiness_delay_s = shutdown.readiness_delay_s if relay.health.ready else 0
+    relay.health.phase = Phase.DRAINING
+    log.info("draining", extra={"clients": len(clients)})
+    await asyncio.sleep(min(readiness_delay_s, max(0.0, until - loop.time())))
+    relay.health.refusing = True
+    # Clients need time to answer: what does not fit into the whole is taken off the spread.
+    spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
+    await close_all(clients, spread_s=spread_s, rng=random.Random())
+    cut_off = await wait_until_closed(clients, until=until)
+    if cut_off:
+        log.warning("clients cut off", extra={"clients": cut_off})
+    try:
+        async with asyncio.timeout_at(until):
+            await relay.backplane.flush()
+    except TimeoutError:
+        log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
+    relay.plain.end_idle(Refusal.DRAINING)  # their peers may take any time to go on
+    if unanswered := await port.answer_all(until=until):
+        log.warning("requests cut off", extra={"requests": unanswered})
