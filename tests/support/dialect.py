@@ -1,0 +1,97 @@
+"""Count words of a private dialect, for which the glossary has the field's terms.
+
+`python -m tests.support.dialect` prints what is left: words per 1,000 lines, by folder, and the
+files with most of them. `--write` records today's counts in dialect.json, which may only shrink.
+"""
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import tokenize
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path(__file__).with_name("dialect.json")
+
+WORDS = (
+    r"sa(?:y|ys|id|ying)|tell(?:s|ing)?|told|untold|hear(?:s|d|ing)?|unheard|speakers?"
+    r"|somebody|nobody|everybody|anybody|whoever|audience"
+    r"|goodbye|farewell|parting|vanish(?:es|ed)?|let(?:s|ting)? go"
+    r"|com(?:e|es|ing) back|came back|wish(?:es)?|what (?:it|they|is|was|were) missed"
+    r"|fell behind|fall behind|caught up|laggards?|is behind|are behind"
+    r"|gates?|hold(?:s)? back|held back|books|ledger|ow(?:ed|es|e)"
+    r"|major|minor|nth|lives|canar(?:y|ies)|allowances?|excus(?:e|ed|es)"
+    r"|rights|doors?|under way|take(?:s)? note|figures|rooms?|doubts?|courier|office"
+    r"|in hand|letting in|let(?:s)? in|in work|good for|be had|that is none|is no [a-z]+ (?:of|at all)"
+)
+DIALECT = re.compile(rf"(?<![A-Za-z])(?:{WORDS})(?![A-Za-z])", re.IGNORECASE)
+
+FOLDERS = ("service", "tests", "bench", "helm", "docs", "examples")
+SUFFIXES = {".py", ".md", ".js", ".ts", ".html", ".yaml", ".toml"}
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Yield what of a file is read as language: comments, strings and names of code, else all."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield source
+        return
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING):
+            yield token.string
+        elif token.type == tokenize.NAME:
+            yield token.string.replace("_", " ")
+
+
+def count(path: Path) -> int:
+    """Return how many words of the dialect a file has."""
+    return sum(len(DIALECT.findall(text)) for text in texts_of(path))
+
+
+def counts() -> Mapping[str, int]:
+    """Return the count of each file of the project that has any."""
+    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    found = {}
+    for name in listed:
+        path = ROOT / name
+        is_ours = name.split("/")[0] in FOLDERS or "/" not in name
+        if not is_ours or path.suffix not in SUFFIXES or not path.is_file():
+            continue
+        if name.startswith("bench/results") or path == Path(__file__):
+            continue
+        if number := count(path):
+            found[name] = number
+    return found
+
+
+def main() -> None:
+    """Print the counts, or record them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="record today's counts")
+    found = counts()
+    if parser.parse_args().write:
+        RECORD.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    words: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        path = ROOT / name
+        if path.suffix not in SUFFIXES or name.startswith("bench/results") or not path.is_file():
+            continue
+        parts = name.split("/")
+        folder = "/".join(parts[: 3 if parts[0] == "service" else 1]) if len(parts) > 1 else "."
+        words[folder] += found.get(name, 0)
+        lines[folder] += len(path.read_text(encoding="utf-8").splitlines())
+    for folder in sorted(words, key=lambda each: -words[each]):
+        if lines[folder]:
+            share = 1000 * words[folder] / lines[folder]
+            print(f"{words[folder]:6} words, {share:6.1f} in 1,000 lines: {folder}")
+    for name, number in Counter(found).most_common(15):
+        print(f"{number:6} {name}")
+
+
+if __name__ == "__main__":
+    main()
