@@ -205,7 +205,9 @@ def main() -> int:
     from websocket_relay.__main__ import main as run
 
     # What the relay imports only where settings ask for it, too.
-    for module in ("cli", "server", "backplane.nats", "backplane.redis", "admission.tokens"):
+    for module in (
+        "cli.main", "server.run", "backplane.nats", "backplane.redis", "admission.verifier"
+    ):  # fmt: skip
         __import__(f"websocket_relay.{module}")
     return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
 

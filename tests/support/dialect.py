@@ -26,7 +26,7 @@ WORDS = (
     r"|gates?|hold(?:s)? back|held back|books|ledger|ow(?:ed|es|e)"
     r"|major|minor|nth|lives|canar(?:y|ies)|allowances?|excus(?:e|ed|es)"
     r"|rights|doors?|under way|take(?:s)? note|figures|rooms?|doubts?|courier|office"
-    r"|in hand|letting in|let(?:s)? in|in work|good for|be had|that is none|is no [a-z]+ (?:of|at all)"
+    r"|in hand|letting in|let(?:s)? in|in work|good for|be had|that is none"
 )
 DIALECT = re.compile(rf"(?<![A-Za-z])(?:{WORDS})(?![A-Za-z])", re.IGNORECASE)
 
