@@ -1,15 +1,59 @@
-"""websocket-relay: what one client sends, every client of its channel receives."""
+"""A WebSocket relay, and a Python client for it.
+
+    from websocket_relay import Relay
+
+    async with Relay("ws://localhost:8443/channels/news") as relay:
+        await relay.send("hello, everybody")
+        async for message in relay:
+            print(message.data)
+
+The names of the client are imported on first use: the relay and its commands do not need them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from websocket_relay.client import (
+        Connected,
+        Disconnected,
+        InvalidUrlError,
+        Message,
+        RejectedError,
+        Relay,
+        RelayError,
+        UnavailableError,
+        Unconfirmed,
+        UnconfirmedError,
+    )
 
 __version__: str
 
+__all__ = [
+    "Connected",
+    "Disconnected",
+    "InvalidUrlError",
+    "Message",
+    "RejectedError",
+    "Relay",
+    "RelayError",
+    "UnavailableError",
+    "Unconfirmed",
+    "UnconfirmedError",
+    "__version__",
+]
 
-def __getattr__(name: str) -> str:
-    """Look the version up when it is asked for: that takes longer than to import all else here."""
-    if name != "__version__":
-        raise AttributeError(name)
-    from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        return version("websocket-relay")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+unknown"
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use. To read the version takes longer than to import all else."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("websocket-relay")
+        except PackageNotFoundError:  # a source tree that was never installed
+            return "0+unknown"
+    if name in __all__:
+        from websocket_relay import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
