@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use. To read the version takes longer than to import all else."""
+    """Import a public name on first use; reading the version takes longer than all else here."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
