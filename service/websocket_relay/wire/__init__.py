@@ -1,1 +1,1 @@
-"""RFC 6455 and nothing above it: knows no channel and no settings file."""
+"""Implement HTTP, RFC 6455 and server-sent events. Knows no channel and no settings file."""

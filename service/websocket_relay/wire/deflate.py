@@ -1,7 +1,8 @@
-"""Compress and inflate messages by RFC 7692 (permessage-deflate). Knows no connection.
+"""Negotiate permessage-deflate (RFC 7692), compress and inflate messages.
 
-Nothing is kept from one message to the next, on either side: a message is compressed once for all
-who can inflate it, and a connection that rests holds no window of 32 KiB.
+Neither side keeps a compression context between messages. One compressed copy of a message
+therefore serves all clients that can inflate it, and an idle connection keeps no 32 KiB window.
+Knows no connection and no channel.
 """
 
 import zlib
@@ -16,44 +17,43 @@ from websocket_relay.outcomes import Close
 from websocket_relay.wire.frames import OPCODE, RSV1, ProtocolViolationError, header
 
 PLAIN = 0
-"""The encoding of clients without compression; all others are named by their window's bits."""
+"""No compression. Other encodings of WebSocket clients are LZ77 window sizes in bits."""
 
 MAX_WINDOW_BITS = 15
 
-LEVEL = 3  # twice as fast as zlib's default of 6, for some 4 % more bytes
-SLICE_BYTES = 16_384  # what is compressed before others get a look at the loop; some 0.15 ms
+COMPRESSION_LEVEL = 3  # twice as fast as zlib's default of 6, with about 4 % more bytes
+DEFLATE_SLICE_BYTES = 16_384  # compressed between two checks of the clock; about 0.15 ms
 
-TAIL = b"\x00\x00\xff\xff"  # of every message, never sent (section 7.2.1)
-LAST_BLOCK = b"\x03\x00"  # empty; it ends a stream where a block may begin, and nowhere else
+MESSAGE_TAIL = b"\x00\x00\xff\xff"  # ends every compressed message, never sent (section 7.2.1)
+FINAL_BLOCK = b"\x03\x00"  # empty; ends a stream only at a block boundary
 
-INFLATER_BYTES = 48_000  # what one inflater has in use, most of it the window
-INFLATED_SLICE_BYTES = 16_384  # what is inflated at once; some 0.03 ms
-DEFLATED_SLICE_BYTES = (
-    2_048  # of what is inflated at once; 0.1 ms at worst, and zlib copies the rest
-)
+INFLATER_BYTES = 48_000  # memory of one inflater, most of it the window
+INFLATED_SLICE_BYTES = 16_384  # maximum output of one inflate call; about 0.03 ms
+# Maximum input of one inflate call: 0.1 ms at worst. zlib copies the input that it leaves unread.
+DEFLATED_SLICE_BYTES = 2_048
 
-_TERMS = ServerPerMessageDeflateFactory(
+_NEGOTIATOR = ServerPerMessageDeflateFactory(
     server_no_context_takeover=True, client_no_context_takeover=True
 )
 
 
 def negotiate(offers: str) -> tuple[str, int] | None:
-    """Accept the first offer that can be met (section 5).
+    """Accept the first permessage-deflate offer that the relay supports (section 5).
 
     Args:
-        offers: what the client's Sec-WebSocket-Extensions headers hold, joined by commas.
+        offers: the values of the client's Sec-WebSocket-Extensions headers, joined by commas.
 
     Returns:
-        The response header's value, and the bits of the window that compressed messages to the
-        client must keep to; None where there is no such offer.
+        The value of the response header, and the maximum window size, in bits, of messages to the
+        client. None if no offer is acceptable.
 
     Raises:
-        websockets.exceptions.InvalidHeaderFormat: these are no offers (RFC 6455 section 9.1).
+        websockets.exceptions.InvalidHeaderFormat: the offers are malformed (RFC 6455 section 9.1).
     """
     for name, parameters in parse_extension(offers):
-        if name == _TERMS.name:
+        if name == _NEGOTIATOR.name:
             try:
-                answer, agreed = _TERMS.process_request_params(parameters, [])
+                answer, agreed = _NEGOTIATOR.process_request_params(parameters, [])
             except NegotiationError:
                 continue
             return build_extension([(name, answer)]), agreed.local_max_window_bits
@@ -63,84 +63,84 @@ def negotiate(offers: str) -> tuple[str, int] | None:
 def deflate_messages(
     messages: Iterable[tuple[bytes, bytes]], window_bits: int, min_bytes: int
 ) -> Iterator[bytes]:
-    """Return frames with each message compressed where that makes it smaller.
+    """Encode each message as one frame, compressed if that makes it smaller.
 
     Args:
-        messages: the heads and payloads of their plain frames.
-        window_bits: of the LZ77 window, 9 to 15.
+        messages: the headers and payloads of the uncompressed frames.
+        window_bits: the size of the LZ77 window, 9 to 15.
         min_bytes: shorter messages are not compressed.
 
     Yields:
-        Frames, and in the middle of a long one `b""`, for the caller to look at the clock.
+        Frames; between the slices of a long message `b""`, so that the caller can check the clock.
     """
-    for head, payload in messages:
+    for frame_header, payload in messages:
         if len(payload) >= min_bytes:
-            deflater = zlib.compressobj(LEVEL, zlib.DEFLATED, -window_bits)
+            deflater = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -window_bits)
             parts = []
-            for start in range(0, len(payload), SLICE_BYTES):
+            for start in range(0, len(payload), DEFLATE_SLICE_BYTES):
                 if start:
                     yield b""
-                parts.append(deflater.compress(payload[start : start + SLICE_BYTES]))
-            parts.append(deflater.flush(zlib.Z_SYNC_FLUSH)[: -len(TAIL)])
+                parts.append(deflater.compress(payload[start : start + DEFLATE_SLICE_BYTES]))
+            parts.append(deflater.flush(zlib.Z_SYNC_FLUSH)[: -len(MESSAGE_TAIL)])
             size = sum(map(len, parts))
             if size < len(payload):
-                yield b"".join((header(RSV1 | head[0] & OPCODE, size), *parts))
+                yield b"".join((header(RSV1 | frame_header[0] & OPCODE, size), *parts))
                 continue
-        yield head + payload
+        yield frame_header + payload
 
 
 class Inflater:
-    """Inflate one message as it comes, up to a bound (section 7.2.2).
+    """Inflate one message incrementally, up to a maximum size (section 7.2.2).
 
     Args:
-        max_bytes: what it may come to.
+        max_bytes: the maximum inflated size.
     """
 
-    __slots__ = ("_room_bytes", "_stream")
+    __slots__ = ("_remaining_bytes", "_stream")
 
     def __init__(self, max_bytes: int) -> None:
-        self._room_bytes = max_bytes
-        self._stream: Any = None  # none between two streams
+        self._remaining_bytes = max_bytes
+        self._stream: Any = None  # None between two DEFLATE streams
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what more of the message's compressed bytes come to, in slices.
+        """Inflate more of the message and yield the output in slices.
 
         Args:
-            data: DEFLATED_SLICE_BYTES at most.
+            data: compressed bytes, DEFLATED_SLICE_BYTES at most.
 
         Raises:
-            BreachError: they come to too much, or to nothing at all.
+            ProtocolViolationError: the output exceeds the maximum, or the data does not inflate.
         """
-        is_more = True
-        while is_more:
+        has_more = True
+        while has_more:
             if self._stream is None:
                 self._stream = zlib.decompressobj(-MAX_WINDOW_BITS)
-            most = min(INFLATED_SLICE_BYTES, self._room_bytes + 1)
+            max_length = min(INFLATED_SLICE_BYTES, self._remaining_bytes + 1)
             try:
-                part = self._stream.decompress(data, most)
+                part = self._stream.decompress(data, max_length)
             except zlib.error:
                 raise ProtocolViolationError(Close.BAD_DEFLATE) from None
-            self._room_bytes -= len(part)
-            if self._room_bytes < 0:
+            self._remaining_bytes -= len(part)
+            if self._remaining_bytes < 0:
                 raise ProtocolViolationError(Close.TOO_BIG)
             yield part
             if self._stream.eof:
-                # A block may say it is the last one, and others may follow (section 7.2.3.4).
+                # Further blocks may follow a block with the BFINAL bit (section 7.2.3.4).
                 data = self._stream.unused_data
                 self._stream = None
-                is_more = bool(data)
+                has_more = bool(data)
             else:
                 data = self._stream.unconsumed_tail
-                is_more = bool(data) or len(part) == most  # zlib may have read more than it told
+                has_more = bool(data) or len(part) == max_length  # zlib may buffer more output
 
     def finish(self) -> None:
-        """Take note of the message's end; all that it comes to was returned before.
+        """Check that the message ends at a block boundary. `feed` has yielded all of its output.
 
         Raises:
-            BreachError: it ends in the middle of a block.
+            ProtocolViolationError: the message ends within a block.
         """
         if self._stream is None:
             return
-        surplus = any(self.feed(TAIL)) or any(self.feed(LAST_BLOCK))
-        if surplus or self._stream is not None:
+        has_trailing_output = any(self.feed(MESSAGE_TAIL)) or any(self.feed(FINAL_BLOCK))
+        if has_trailing_output or self._stream is not None:
             raise ProtocolViolationError(Close.BAD_DEFLATE)

@@ -1,6 +1,7 @@
-"""Name what RFC 6455 frames are made of, and encode a server's. Knows no connection and no channel.
+"""Define the constants of RFC 6455 frames and encode server frames.
 
-A server's frames are not masked (RFC 6455 section 5.1), so one encoding serves all clients.
+Server frames are not masked (RFC 6455 section 5.1), so one encoded frame serves all clients.
+Knows no connection and no channel.
 """
 
 from struct import Struct
@@ -11,19 +12,19 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 
 FIN = 0x80
 RESERVED = 0x70
-RSV1 = 0x40  # the message is compressed (RFC 7692 section 6)
+RSV1 = 0x40  # set if the message is compressed (RFC 7692 section 6)
 OPCODE = 0x0F
 CONTROL = 0x08  # opcodes with this bit are control frames (section 5.5)
 
-MAX_CONTROL_BYTES = 125  # payload of a control frame (section 5.5)
+MAX_CONTROL_BYTES = 125  # maximum payload of a control frame (section 5.5)
 
 
 class ProtocolViolationError(Exception):
-    """The client broke the protocol.
+    """The client violates the protocol.
 
     Args:
-        close: what answers it.
-        detail: what was wrong, in words that hold nothing of what the client said.
+        close: the close code and reason to send.
+        detail: the rule that is violated; never contains client data.
     """
 
     def __init__(self, close: Close, detail: str = "") -> None:
@@ -32,41 +33,41 @@ class ProtocolViolationError(Exception):
         self.detail = detail
 
 
-_SHORT = Struct("!BB").pack
-_MEDIUM = Struct("!BBH").pack
-_LONG = Struct("!BBQ").pack
+_PACK_SHORT = Struct("!BB").pack
+_PACK_MEDIUM = Struct("!BBH").pack
+_PACK_LONG = Struct("!BBQ").pack
 
 
 def header(opcode: int, size: int) -> bytes:
-    """Return the head of one final, unmasked frame.
+    """Encode the header of one unmasked frame with the FIN bit set.
 
     Args:
-        opcode: with RSV1 where the payload is compressed.
-        size: the payload's bytes.
+        opcode: combined with RSV1 if the payload is compressed.
+        size: the payload length in bytes.
     """
     if size < 126:
-        return _SHORT(FIN | opcode, size)
+        return _PACK_SHORT(FIN | opcode, size)
     if size < 65536:
-        return _MEDIUM(FIN | opcode, 126, size)
-    return _LONG(FIN | opcode, 127, size)
+        return _PACK_MEDIUM(FIN | opcode, 126, size)
+    return _PACK_LONG(FIN | opcode, 127, size)
 
 
 def control(opcode: int, payload: bytes) -> bytes:
-    """Return a control frame (section 5.5) with up to 125 bytes."""
+    """Encode a control frame (section 5.5) with a payload of at most 125 bytes."""
     return header(opcode, len(payload)) + payload
 
 
 def close(code: int, reason: str = "") -> bytes:
-    """Return a close frame (section 5.5.1); a reason that is too long is cut."""
+    """Encode a close frame (section 5.5.1); truncate the reason to 123 bytes."""
     return control(CLOSE, code.to_bytes(2, "big") + reason.encode()[: MAX_CONTROL_BYTES - 2])
 
 
 def count_whole(batch: bytes, end: int) -> int:
-    """Return how many data messages end within the first `end` bytes of a batch of frames.
+    """Count the data messages that end within the first `end` bytes of a batch of frames.
 
     Args:
-        batch: whole frames with heads as `header` makes them.
-        end: how many of its bytes count.
+        batch: complete frames with headers as encoded by `header`.
+        end: the number of bytes to examine.
     """
     count = position = 0
     while position < end:

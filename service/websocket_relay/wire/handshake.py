@@ -1,7 +1,7 @@
-"""Carry one upgrade through ASGI: the application decides, the connection gets its answer.
+"""Validate one WebSocket upgrade, pass it to the ASGI application and send the response.
 
-Lives from the request to the answer; nothing of it is left afterwards. Knows RFC 6455 section 4
-and the ASGI WebSocket messages (spec 2.4, with the denial response extension).
+Exists from the request to the response only. Knows RFC 6455 section 4 and the ASGI WebSocket
+messages (spec 2.4, with the denial response extension). Knows no frame and no channel.
 """
 
 import base64
@@ -34,24 +34,24 @@ from websocket_relay.wire.websocket import WebSocketConnection
 log = logging.getLogger(__name__)
 
 CLIENT_KEY = "relay.client"
-"""Where the endpoint finds its connection in the ASGI scope."""
+"""The key of the WebSocketConnection in the ASGI scope."""
 
 VERSION = b"13"
 KEY_BYTES = 16
 MAX_OFFERS = 64
-"""Extensions with their parameters, or subprotocols, of one request: to look at thousands takes
-many times longer than all else that is asked of it."""
+"""Maximum number of extensions and their parameters, or of subprotocols, in one request. Parsing
+thousands takes many times longer than the rest of the handshake."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 
 class HandshakeError(Exception):
-    """The request is no handshake by RFC 6455.
+    """The request is not a valid RFC 6455 handshake.
 
     Args:
-        detail: what is wrong with it.
-        status: what says so.
-        headers: what must be said with it.
+        detail: the rule that is violated.
+        status: the status of the response.
+        headers: required headers of the response.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class HandshakeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HandshakeResult:
-    """What a request asks for, once it is a handshake.
+    """The result of validating a handshake request.
 
     Attributes:
-        accept: what answers its key.
-        subprotocols: what it offers, in its order.
-        extensions: what of its extensions is agreed to; empty for none.
-        encoding: of what it is to be sent, as `deflate` names them.
+        accept: the value of Sec-WebSocket-Accept.
+        subprotocols: the offered subprotocols, in the order of the request.
+        extensions: the negotiated extensions; empty if there are none.
+        encoding: the encoding of messages to the client, as defined in `deflate`.
     """
 
     accept: str
@@ -85,16 +85,16 @@ class HandshakeResult:
 def validate_handshake(
     method: str, http_version: str, headers: Headers, *, compresses: bool
 ) -> HandshakeResult:
-    """Check a request that asks for a WebSocket (section 4.2.1).
+    """Validate a WebSocket upgrade request (section 4.2.1).
 
-    That it does ask, in Upgrade and Connection, was found by who calls.
+    The caller has checked the Upgrade and Connection headers.
 
     Args:
         headers: names in lower case.
-        compresses: whether permessage-deflate may be agreed to.
+        compresses: whether to accept permessage-deflate.
 
     Raises:
-        HandshakeError: it breaks a rule.
+        HandshakeError: the request violates a rule.
     """
     if method != "GET":
         status = HTTPStatus.METHOD_NOT_ALLOWED
@@ -114,29 +114,29 @@ def validate_handshake(
         )
     if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
         raise HandshakeError("a request for a WebSocket has no body")
-    accept = _accept(fields.get(b"sec-websocket-key", []))
-    protocols = _offers(fields.get(b"sec-websocket-protocol", []))
-    offers = _offers(fields.get(b"sec-websocket-extensions", []))
+    accept = _accept_value(fields.get(b"sec-websocket-key", []))
+    protocols = _join_offers(fields.get(b"sec-websocket-protocol", []))
+    offers = _join_offers(fields.get(b"sec-websocket-extensions", []))
     try:
         subprotocols = parse_subprotocol(protocols) if protocols else []
-        agreed = negotiate(offers) if offers else None
+        negotiated = negotiate(offers) if offers else None
     except InvalidHeaderFormat as error:
         raise HandshakeError(f"{error.name} is malformed") from None
     if len(set(subprotocols)) < len(subprotocols):
         raise HandshakeError("a subprotocol is offered twice")
-    extensions, encoding = agreed if agreed and compresses else ("", PLAIN)
+    extensions, encoding = negotiated if negotiated and compresses else ("", PLAIN)
     return HandshakeResult(accept, cast(list[str], subprotocols), extensions, encoding)
 
 
-def _offers(lines: list[bytes]) -> str:
-    """Return what the lines of a list field say together (RFC 9110 section 5.3)."""
+def _join_offers(lines: list[bytes]) -> str:
+    """Combine the lines of a list field into one value (RFC 9110 section 5.3)."""
     offers = b", ".join(lines)
     if offers.count(b",") + offers.count(b";") >= MAX_OFFERS:
         raise HandshakeError("too much is offered")
-    return _text(offers)
+    return _decode(offers)
 
 
-def _accept(keys: list[bytes]) -> str:
+def _accept_value(keys: list[bytes]) -> str:
     if len(keys) != 1:
         raise HandshakeError("there must be one Sec-WebSocket-Key")
     try:
@@ -145,49 +145,52 @@ def _accept(keys: list[bytes]) -> str:
         key = b""
     if len(key) != KEY_BYTES:
         raise HandshakeError("Sec-WebSocket-Key is not 16 bytes in base64")
-    return accept_key(_text(keys[0]))
+    return accept_key(_decode(keys[0]))
 
 
 class ClientDisconnectedError(OSError):
-    """The client left while the application decided; what ASGI wants raised on a late send."""
+    """The client disconnected during the handshake. ASGI requires an OSError on a later send."""
 
 
 class Handshake:
-    """One upgrade.
+    """The handshake of one connection.
 
     Args:
-        client: the connection that asks.
-        shared: bounds and books.
-        plain: where the connection counts again once it was refused.
+        connection: the connection to upgrade.
+        context: shared limits and counters.
+        http_connections: counts the connection again after a refusal.
     """
 
     def __init__(
-        self, client: WebSocketConnection, shared: ConnectionContext, plain: HttpConnections
+        self,
+        connection: WebSocketConnection,
+        context: ConnectionContext,
+        http_connections: HttpConnections,
     ) -> None:
-        self._client = client
-        self._shared = shared
-        self._plain = plain
-        self._agreement: HandshakeResult | None = None
+        self._connection = connection
+        self._context = context
+        self._http_connections = http_connections
+        self._result: HandshakeResult | None = None
         self._denial: tuple[int, list[tuple[str, str]]] | None = None
         self._denial_body = b""
-        self._connected = False
+        self._has_sent_connect = False
 
     def validate(self, method: str, http_version: str, headers: Headers) -> HandshakeResult | None:
-        """Return what the request asks for, or answer it where it is no handshake."""
+        """Validate the request. Return None after sending the refusal of an invalid one."""
         try:
-            self._agreement = validate_handshake(
-                method, http_version, headers, compresses=self._shared.compresses
+            self._result = validate_handshake(
+                method, http_version, headers, compresses=self._context.compresses
             )
         except HandshakeError as error:
-            self._shared.ledger.refusals[Refusal.HANDSHAKE] += 1
+            self._context.ledger.refusals[Refusal.HANDSHAKE] += 1
             text = f"{Refusal.HANDSHAKE.reason}: {error}\n"
-            self._deny(error.status, [*error.headers.items(), PLAIN_TEXT], text.encode())
-        return self._agreement
+            self._deny(error.status, [*error.headers.items(), TEXT_CONTENT_TYPE], text.encode())
+        return self._result
 
     async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
-        """Ask the application."""
-        cast(dict[str, Any], scope)[CLIENT_KEY] = self._client
-        self._plain.deciding += 1
+        """Run the application, which accepts or denies the handshake."""
+        cast(dict[str, Any], scope)[CLIENT_KEY] = self._connection
+        self._http_connections.deciding += 1
         try:
             await app(scope, self._receive, self._send)
         except ClientDisconnectedError:
@@ -195,22 +198,22 @@ class Handshake:
         except Exception:
             log.exception("endpoint failed")
         finally:
-            self._plain.deciding -= 1
-        if self._client.in_handshake:
-            self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [PLAIN_TEXT], b"internal error\n")
-        elif not self._client.has_sink:
-            self._client.close(Close.INTERNAL)  # accepted, but nobody took it over
+            self._http_connections.deciding -= 1
+        if self._connection.in_handshake:
+            self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [TEXT_CONTENT_TYPE], b"internal error\n")
+        elif not self._connection.has_sink:
+            self._connection.close(Close.INTERNAL)  # accepted, but the application assigned no sink
 
     async def _receive(self) -> ASGIReceiveEvent:
-        if not self._connected:
-            self._connected = True
+        if not self._has_sent_connect:
+            self._has_sent_connect = True
             return {"type": "websocket.connect"}
-        # What the client says goes to the sink; ASGI hears no more of it.
+        # The client's messages go to the sink, not to ASGI.
         return {"type": "websocket.disconnect", "code": 1006}
 
     async def _send(self, message: ASGISendEvent) -> None:
         event = cast(dict[str, Any], message)
-        if not self._client.in_handshake:
+        if not self._connection.in_handshake:
             raise ClientDisconnectedError
         match event["type"]:
             case "websocket.accept":
@@ -218,7 +221,7 @@ class Handshake:
             case "websocket.close":
                 self._deny(HTTPStatus.FORBIDDEN, [], b"")
             case "websocket.http.response.start":
-                self._denial = (event["status"], _decoded(event.get("headers", ())))
+                self._denial = (event["status"], _decode_headers(event.get("headers", ())))
             case "websocket.http.response.body" if self._denial is not None:
                 self._denial_body += event.get("body", b"")
                 if not event.get("more_body", False):
@@ -227,66 +230,68 @@ class Handshake:
                 raise RuntimeError(f"unexpected ASGI message {other!r} before the upgrade")
 
     def _accept(self, event: dict[str, Any]) -> None:
-        agreement = self._agreement
-        assert agreement is not None
+        result = self._result
+        assert result is not None
         headers = [
             ("Upgrade", "websocket"),
             ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", agreement.accept),
+            ("Sec-WebSocket-Accept", result.accept),
         ]
         if event.get("subprotocol"):
             headers.append(("Sec-WebSocket-Protocol", event["subprotocol"]))
-        if agreement.extensions:
-            headers.append(("Sec-WebSocket-Extensions", agreement.extensions))
-        headers += _decoded(event.get("headers", ()))
-        self._client.open(_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), agreement.encoding)
+        if result.extensions:
+            headers.append(("Sec-WebSocket-Extensions", result.extensions))
+        headers += _decode_headers(event.get("headers", ()))
+        self._connection.open(
+            _encode_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), result.encoding
+        )
 
     def _deny(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         headers = [
-            *((name, value) for name, value in headers if name.lower() not in OURS),
+            *((name, value) for name, value in headers if name.lower() not in OWN_HEADERS),
             *SECURITY_HEADERS,
             ("Date", email.utils.formatdate(usegmt=True)),
             ("Connection", "close"),
             ("Content-Length", str(len(body))),
         ]
-        if self._client.in_handshake:
-            self._client.refuse(_head(HTTPStatus(status), headers) + body)
-            RefusedConnection(self._client, self._plain)
+        if self._connection.in_handshake:
+            self._connection.refuse(_encode_head(HTTPStatus(status), headers) + body)
+            RefusedConnection(self._connection, self._http_connections)
 
 
 class RefusedConnection:
-    """A connection whose handshake was refused, until its client has taken the answer and is gone.
+    """A refused connection, until its client has read the response and disconnects.
 
     Args:
-        client: the connection.
-        plain: where it counts.
+        connection: the refused connection.
+        http_connections: counts it until then.
     """
 
-    def __init__(self, client: WebSocketConnection, plain: HttpConnections) -> None:
-        self._client = client
-        why = plain.enter(self)
-        if why is None:
-            client.when_lost(partial(plain.leave, self))
+    def __init__(self, connection: WebSocketConnection, http_connections: HttpConnections) -> None:
+        self._connection = connection
+        refusal = http_connections.register(self)
+        if refusal is None:
+            connection.when_lost(partial(http_connections.unregister, self))
         else:
-            self.make_room(why)
+            self.evict(refusal)
 
-    def make_room(self, why: Refusal) -> None:
-        """Cut the client off: it has had its answer."""
-        self._client.abort(Close.VANISHED)
-
-
-PLAIN_TEXT = ("Content-Type", "text/plain; charset=utf-8")
-OURS = ("date", "connection", "content-length")
+    def evict(self, refusal: Refusal) -> None:
+        """Abort the connection. Its response is already written."""
+        self._connection.abort(Close.VANISHED)
 
 
-def _head(status: HTTPStatus, headers: Iterable[tuple[str, str]]) -> bytes:
+TEXT_CONTENT_TYPE = ("Content-Type", "text/plain; charset=utf-8")
+OWN_HEADERS = ("date", "connection", "content-length")
+
+
+def _encode_head(status: HTTPStatus, headers: Iterable[tuple[str, str]]) -> bytes:
     lines = [f"{name}: {value}\r\n" for name, value in headers]
     return f"HTTP/1.1 {status} {status.phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
-def _decoded(headers: Any) -> list[tuple[str, str]]:
-    return [(_text(name), _text(value)) for name, value in headers]
+def _decode_headers(headers: Any) -> list[tuple[str, str]]:
+    return [(_decode(name), _decode(value)) for name, value in headers]
 
 
-def _text(value: bytes) -> str:
+def _decode(value: bytes) -> str:
     return value.decode("latin-1")

@@ -1,6 +1,7 @@
-"""Bound the plain HTTP connections of one port, and start their requests a few at a time.
+"""Bound the HTTP connections of one port, and start their requests a few at a time.
 
-Owns which connection ends first where there are too many. Knows no request and no answer.
+Owns the choice of the connection to evict when the limit is reached. Knows no request and no
+response.
 """
 
 import asyncio
@@ -11,53 +12,56 @@ from typing import Protocol
 from websocket_relay.outcomes import Refusal
 
 STARTS_A_TURN = 4
-"""Requests that start in one turn of the loop. What they do takes a fraction of a millisecond each;
-between two turns messages are read and delivered, and new connections accepted."""
+"""Requests that start in one loop iteration. Each takes a fraction of a millisecond. Between two
+iterations the loop reads and delivers messages and accepts new connections."""
 
 MAX_REFUSED = 256
-"""Connections that are refused, and kept until their request is there to be answered."""
+"""Refused connections that stay open until their request arrives and can be answered."""
 
 
 class HttpConnection(Protocol):
-    """A connection that can end before its time."""
+    """A connection that can be evicted."""
 
-    def make_room(self, why: Refusal) -> None:
-        """End, so that another connection may come."""
+    def evict(self, refusal: Refusal) -> None:
+        """End the connection in favour of another one."""
 
 
 class HttpConnections:
     """The connections of one port that are neither WebSockets nor event streams.
 
-    A connection counts from TCP accept to its upgrade or end; a handshake that was refused counts
-    until its client is gone. Where there are too many, one makes room for the new one: the one
-    whose peer has kept the relay waiting longest, for the rest of a request, for the next one or to
-    read an answer; and where none does, the one whose request has waited longest for the relay,
-    unless it may have changed something. So nobody who holds connections open, or keeps them busy,
-    keeps others out.
+    A connection counts from TCP accept until its upgrade or its end. After a refused handshake it
+    counts until the client disconnects. At the limit, a new connection evicts an existing one:
+
+    1. the idle connection that has waited longest for its peer: for the rest of a request, for the
+       next request, or for the peer to read a response;
+    2. without idle connections, the busy one whose request has waited longest for the relay. A
+       connection whose requests may have changed something is never evicted while busy.
+
+    A client that keeps connections open or busy therefore blocks no other client.
 
     Args:
-        limit: how many there may be at a time.
-        why: what is said where there are more.
-        refused: counts what is refused, and has it logged.
-        has_descriptors: tells whether there are file descriptors for those that there are.
+        max_connections: the maximum number of connections at a time.
+        limit_refusal: the refusal above the limit.
+        record_refusal: counts and logs a refusal.
+        has_descriptors: returns whether the file descriptors suffice for the existing connections.
     """
 
     def __init__(
         self,
-        limit: int,
-        why: Refusal,
-        refused: Callable[[Refusal], None],
+        max_connections: int,
+        limit_refusal: Refusal,
+        record_refusal: Callable[[Refusal], None],
         *,
         has_descriptors: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.refused = refused
+        self.record_refusal = record_refusal
         self.deciding = 0  # handshakes that are neither accepted nor refused yet
-        self.evictions = 0  # of connections that owed nobody an answer
-        self._limit = limit
-        self._why = why
+        self.evictions = 0  # of connections without an unanswered request
+        self._max_connections = max_connections
+        self._limit_refusal = limit_refusal
         self._has_descriptors = has_descriptors
         self._members: set[HttpConnection] = set()
-        # Longest first: those that wait for their peers, and those whose peers wait.
+        # Oldest first. Idle: the relay waits for the peer. Busy: the peer waits for the relay.
         self._idle: OrderedDict[HttpConnection, None] = OrderedDict()
         self._busy: OrderedDict[HttpConnection, None] = OrderedDict()
         self._refused: OrderedDict[HttpConnection, None] = OrderedDict()
@@ -68,47 +72,48 @@ class HttpConnections:
     def __len__(self) -> int:
         return len(self._members)
 
-    def enter(self, connection: HttpConnection) -> Refusal | None:
-        """Count a connection, which waits for its peer.
+    def register(self, connection: HttpConnection) -> Refusal | None:
+        """Count a connection and mark it idle. At the limit, evict another one.
 
         Returns:
-            Why it must be refused, where no other one makes room for it.
+            The reason to refuse the connection if no other one can be evicted.
         """
-        why = None
-        if len(self._members) >= self._limit:
-            why = self._why
+        refusal = None
+        if len(self._members) >= self._max_connections:
+            refusal = self._limit_refusal
         elif not self._has_descriptors():
-            why = Refusal.DESCRIPTORS
-        if why is not None and not self._end_one(why):
-            return why
+            refusal = Refusal.DESCRIPTORS
+        if refusal is not None and not self._evict_one(refusal):
+            return refusal
         self._members.add(connection)
         self._idle[connection] = None
         return None
 
-    def keep_refused(self, connection: HttpConnection, why: Refusal) -> bool:
-        """Count a refusal; tell whether the connection may stay until its request can be answered.
+    def keep_refused(self, connection: HttpConnection, refusal: Refusal) -> bool:
+        """Record a refusal; return whether the connection may wait for its request.
 
-        Where there are too many of those, the oldest one ends.
+        Above MAX_REFUSED, the oldest refused connection is evicted.
         """
-        self.refused(why)
-        if why is Refusal.DESCRIPTORS:
+        self.record_refusal(refusal)
+        if refusal is Refusal.DESCRIPTORS:
             return False
         self._refused[connection] = None
         if len(self._refused) > MAX_REFUSED:
-            self._end_first(self._refused, why)
+            self._evict_oldest(self._refused, refusal)
         return True
 
-    def await_peer(self, connection: HttpConnection) -> None:
-        """Take note that a connection can't go on before its peer does."""
+    def mark_idle(self, connection: HttpConnection) -> None:
+        """Record that a connection waits for its peer."""
         self._busy.pop(connection, None)
         if connection in self._members:
             self._idle.setdefault(connection)
 
-    def await_relay(self, connection: HttpConnection, *, is_safe: bool) -> None:
-        """Take note that a connection's peer has done its part.
+    def mark_busy(self, connection: HttpConnection, *, is_safe: bool) -> None:
+        """Record that a connection waits for the relay.
 
         Args:
-            is_safe: whether its request changes nothing (RFC 9110 section 9.2.1).
+            is_safe: whether its requests use only safe methods (RFC 9110 section 9.2.1). Otherwise
+                the connection can't be evicted.
         """
         self._idle.pop(connection, None)
         if not is_safe:
@@ -116,34 +121,36 @@ class HttpConnections:
         elif connection in self._members:
             self._busy.setdefault(connection)
 
-    def leave(self, connection: HttpConnection) -> None:
-        """Count a connection no longer."""
+    def unregister(self, connection: HttpConnection) -> None:
+        """Remove a connection from the count."""
         self._members.discard(connection)
         self._idle.pop(connection, None)
         self._busy.pop(connection, None)
         self._refused.pop(connection, None)
 
-    def end_idle(self, why: Refusal) -> None:
-        """End all connections that wait for their peers; refuse what they have begun to send."""
+    def end_idle(self, refusal: Refusal) -> None:
+        """Evict all connections that wait for their peers; refuse their partial requests."""
         for waiting in (self._idle, self._refused):
             while waiting:
-                self._end_first(waiting, why)
+                self._evict_oldest(waiting, refusal)
 
-    def _end_one(self, why: Refusal) -> bool:
-        """End the connection that can be spared most; tell whether there was one."""
-        spared = self._idle or self._busy
-        if not spared:
+    def _evict_one(self, refusal: Refusal) -> bool:
+        """Evict the first candidate; return whether there is one."""
+        candidates = self._idle or self._busy
+        if not candidates:
             return False
-        self._end_first(spared, why)
+        self._evict_oldest(candidates, refusal)
         return True
 
-    def _end_first(self, waiting: OrderedDict[HttpConnection, None], why: Refusal) -> None:
-        connection, _ = waiting.popitem(last=False)
+    def _evict_oldest(
+        self, candidates: OrderedDict[HttpConnection, None], refusal: Refusal
+    ) -> None:
+        connection, _ = candidates.popitem(last=False)
         self._members.discard(connection)
-        connection.make_room(why)
+        connection.evict(refusal)
 
     def start(self, request: Callable[[], None]) -> None:
-        """Start a request, after those that came before it, in this turn of the loop or later."""
+        """Start a request, in this loop iteration or a later one. Requests start in order."""
         if self._starts_left:
             self._starts_left -= 1
             request()
@@ -154,9 +161,9 @@ class HttpConnections:
     def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._start_some)
+            asyncio.get_running_loop().call_soon(self._start_queued)
 
-    def _start_some(self) -> None:
+    def _start_queued(self) -> None:
         self._is_scheduled = False
         self._starts_left = STARTS_A_TURN
         while self._requests and self._starts_left:

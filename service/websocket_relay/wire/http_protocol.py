@@ -1,8 +1,8 @@
-"""Read request heads under a deadline and hand upgrades over, without parsing them twice.
+"""Read HTTP request heads under a deadline and pass WebSocket upgrades on.
 
-Everything of HTTP is uvicorn's; what it lacks is added here: a deadline and a bound for an
-unfinished request (uvicorn has neither), and a way to the WebSocket side that keeps the bytes
-behind the upgrade request.
+Extends uvicorn's HTTP protocol with what it lacks: a deadline and a size limit for an incomplete
+request, and an upgrade that keeps the bytes after the upgrade request and parses the request only
+once. Knows no WebSocket frame and no channel.
 """
 
 import asyncio
@@ -35,28 +35,29 @@ from websocket_relay.wire.time_slicer import SLICE_S
 from websocket_relay.wire.websocket import WebSocketConnection
 
 MAX_HEAD_BYTES = 65_536
-"""What a request's head or its trailers may take: what common servers let in, and room to spare."""
+"""Maximum size of a request head or of its trailers: above the limits of common servers."""
 
 MAX_FIELDS = 256
-"""Header fields and trailers of one request. Each costs fifty times the four bytes it may have."""
+"""Maximum number of header and trailer fields in one request. A field of four bytes takes fifty
+times as much memory."""
 
 MAX_PIPELINED = 32
-"""Requests that may wait on one connection for the answers to those before them."""
+"""Maximum number of pipelined requests that wait on one connection for earlier responses."""
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-"""They change nothing (RFC 9110 section 9.2.1), so they may be refused at any time."""
+"""Safe methods change nothing (RFC 9110 section 9.2.1). They can be refused at any time."""
 
 CONNECTION_KEY = "relay.connection"
-"""Where an endpoint finds the connection that it answers, in the ASGI scope."""
+"""The key of the HttpProtocol in the ASGI scope of its requests."""
 
 HOST = re.compile(
     rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?"
 )
-"""A Host field's value (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
+"""The value of a Host field (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
 
 
 class RequestError(Exception):
-    """A request that goes no further. The parser's callbacks raise it, which stops the parser."""
+    """The request is rejected. Parser callbacks raise it, which stops the parser."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -70,36 +71,36 @@ NOT_IMPLEMENTED = (HTTPStatus.NOT_IMPLEMENTED, "Transfer coding not supported.")
 
 
 class PausableReader:
-    """A transport's reading, which goes on when all who paused it have resumed it.
+    """Count the pauses of a transport. Reading resumes when all of them are resumed.
 
     Args:
-        transport: what is read.
+        transport: the transport to pause and resume.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._holds = 0
+        self._pauses = 0
 
     def pause_reading(self) -> None:
-        """Read no more until `resume_reading` was called as often."""
-        self._holds += 1
-        if self._holds == 1:
+        """Pause reading until `resume_reading` is called equally often."""
+        self._pauses += 1
+        if self._pauses == 1:
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on, if nobody else wants it paused."""
-        self._holds -= 1
-        if not self._holds and not self._transport.is_closing():
+        """Undo one pause; resume reading after the last one."""
+        self._pauses -= 1
+        if not self._pauses and not self._transport.is_closing():
             self._transport.resume_reading()
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """A TCP connection until it is upgraded, or for as long as it speaks HTTP.
+    """An HTTP connection, until its end or its upgrade.
 
     Args:
-        config, server_state, app_state, _loop: what uvicorn gives an HTTP protocol.
-        shared: bounds and books.
-        plain: the port's connections of this kind.
+        config, server_state, app_state, _loop: uvicorn's arguments of an HTTP protocol.
+        shared: shared limits and counters.
+        plain: the HTTP connections of the port.
     """
 
     def __init__(
@@ -112,88 +113,92 @@ class HttpProtocol(HttpToolsProtocol):
         shared: ConnectionContext,
         plain: HttpConnections,
     ) -> None:
-        # With TLS this object is made at TCP accept, connection_made comes after the TLS handshake,
-        # and where that fails nothing comes: uvicorn's part, which holds a parser that holds it in
-        # turn, would be garbage for the collector, and floods of such handshakes a lot of it.
-        self._made_with = (config, server_state, app_state, _loop)
-        self._shared = shared
-        self._plain = plain
-        self._due_at = asyncio.get_running_loop().time() + shared.deadline_s  # TLS's time counts
-        self._deadline: asyncio.TimerHandle | None = None
+        # With TLS this object is created at TCP accept. connection_made follows after the TLS
+        # handshake, or never if the handshake fails. uvicorn's base class and its parser reference
+        # each other: initialized here, each failed handshake of a flood would leave a reference
+        # cycle to the garbage collector.
+        self._base_arguments = (config, server_state, app_state, _loop)
+        self._context = shared
+        self._http_connections = plain
+        # The deadline includes the TLS handshake.
+        self._deadline_at = asyncio.get_running_loop().time() + shared.deadline_s
+        self._deadline_timer: asyncio.TimerHandle | None = None
         self._framing = RequestFraming()
-        self._unfed = b""  # what was read and waits for its turn to be fed to the parser
-        self._is_held = False  # whether it is not read because of that
+        self._unparsed = b""  # received, not parsed yet
+        self._is_paused = False  # whether reading is paused because of `_unparsed`
         self._head_bytes = 0
         self._field_bytes = 0
-        self._is_safe = True  # whether no request under way changes anything
-        self._upgrades = False  # whether the request under way asks for a WebSocket
-        self._receiving: RequestResponseCycle | None = None
-        self._answering: RequestResponseCycle | None = None
-        self._refusal: Refusal | None = None  # what answers the first request
-        self._reader_deadline: asyncio.TimerHandle | None = None
+        self._uses_safe_methods = True  # whether all pending requests use safe methods
+        self._is_websocket_request = False  # whether the current request is a WebSocket upgrade
+        self._receiving_cycle: RequestResponseCycle | None = None
+        self._responding_cycle: RequestResponseCycle | None = None
+        self._refusal: Refusal | None = None  # the response to the first request
+        self._drain_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().__init__(*self._made_with)
+        super().__init__(*self._base_arguments)
         super().connection_made(transport)
         self._reading = PausableReader(transport)
         self.flow = FlowControl(cast(asyncio.Transport, self._reading))
-        self._deadline = self.loop.call_at(self._due_at, self._time_out)
-        self._refusal = self._plain.enter(self)
-        if self._refusal is not None and not self._plain.keep_refused(self, self._refusal):
-            self._ask_to_come_back(self._refusal)
+        self._deadline_timer = self.loop.call_at(self._deadline_at, self._on_deadline)
+        self._refusal = self._http_connections.register(self)
+        if self._refusal is not None and not self._http_connections.keep_refused(
+            self, self._refusal
+        ):
+            self._respond_retry_later(self._refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_deadline()
-        self._cancel_reader_deadline()
-        self._disconnect_answer()
-        self._plain.leave(self)
+        self._cancel_deadline_timer()
+        self._cancel_drain_timer()
+        self._mark_disconnected()
+        self._http_connections.unregister(self)
         super().connection_lost(exc)
-        self._unfed = b""
-        # A request that waits for its turn holds this object, and this object it.
+        self._unparsed = b""
+        # A queued request and this object reference each other.
         self.pipeline.clear()
-        self.cycle = None  # type: ignore[assignment]  # None is its first value
-        self._receiving = self._answering = None
+        self.cycle = None  # type: ignore[assignment]  # None is its initial value
+        self._receiving_cycle = self._responding_cycle = None
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
-            self._ask_to_come_back(self._refusal)  # not before: see `make_room`
+            self._respond_retry_later(self._refusal)  # not before a request arrives: see `evict`
             return
-        if self._is_held:
-            self._unfed += data
+        if self._is_paused:
+            self._unparsed += data
             return
-        self._unfed = self._feed_some(data, perf_counter() + SLICE_S)
-        if self._unfed:
-            self._is_held = True
+        self._unparsed = self._parse_slice(data, perf_counter() + SLICE_S)
+        if self._unparsed:
+            self._is_paused = True
             self._reading.pause_reading()
-            self._shared.reading.add(self._feed_more)
+            self._context.reading.add(self._parse_next_slice)
 
-    def _feed_more(self, until: float) -> bool:
-        """Feed some of what waits; tell whether that was all."""
-        data, self._unfed = self._unfed, b""
+    def _parse_next_slice(self, until: float) -> bool:
+        """Parse some of the unparsed bytes; return whether none are left."""
+        data, self._unparsed = self._unparsed, b""
         if data and not self.transport.is_closing():
             try:
-                self._unfed = self._feed_some(data, until)
-            except BaseException:  # as uvloop does where data_received raises
+                self._unparsed = self._parse_slice(data, until)
+            except BaseException:  # as uvloop does if data_received raises
                 self.transport.abort()
                 raise
-        if self._unfed:
+        if self._unparsed:
             return False
-        self._read_again()
+        self._resume_reading()
         return True
 
-    def _read_again(self) -> None:
-        if self._is_held:
-            self._is_held = False
+    def _resume_reading(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
             self._reading.resume_reading()
 
-    def _feed_some(self, data: bytes, until: float) -> bytes:
-        """Feed the parser until a time; return what is left then."""
+    def _parse_slice(self, data: bytes, until: float) -> bytes:
+        """Parse until `until`, by `perf_counter`; return the unparsed rest."""
         self._unset_keepalive_if_required()
-        if self._deadline is None and self._between_requests():
-            self._due_at = self.loop.time() + self._shared.deadline_s
-            self._deadline = self.loop.call_at(self._due_at, self._time_out)
+        if self._deadline_timer is None and self._between_requests():
+            self._deadline_at = self.loop.time() + self._context.deadline_s
+            self._deadline_timer = self.loop.call_at(self._deadline_at, self._on_deadline)
         try:
-            rest = self._feed(data, until)
+            rest = self._feed_parser(data, until)
         except httptools.HttpParserError as error:
             self._refuse_unparsed(error)
             return b""
@@ -203,89 +208,91 @@ class HttpProtocol(HttpToolsProtocol):
             return b""
         return rest
 
-    def _feed(self, data: bytes, until: float) -> bytes:
+    def _feed_parser(self, data: bytes, until: float) -> bytes:
         start = 0
         while start < len(data):
-            if start and perf_counter() > until:  # tiny chunks take long
+            if start and perf_counter() > until:  # many tiny chunks take long
                 return data[start:]
             end = self._framing.pass_piece(data, start)
             self._head_bytes += end - start
             try:
                 self.parser.feed_data(data[start:end])
             except httptools.HttpParserUpgrade:
-                if self._upgrades:
+                if self._is_websocket_request:
                     self._upgrade(data[end:])
                     return b""
-                # Another protocol is offered and not taken up: HTTP goes on (RFC 9110 section 7.8).
+                # The upgrade to another protocol is ignored: HTTP continues (RFC 9110 section 7.8).
             start = end
         return b""
 
-    # A client that does not read its answers: uvicorn waits for it for ever.
+    # A client that does not read its responses. uvicorn would wait for it without a limit.
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._set_reader_deadline()
-        self._note_whose_turn()
+        self._start_drain_timer()
+        self._update_idle_state()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_reader_deadline()
-        self._note_whose_turn()
+        self._cancel_drain_timer()
+        self._update_idle_state()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._set_reader_deadline()
+        self._start_drain_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._set_reader_deadline()
-        self._note_whose_turn()
+            self._start_drain_timer()
+        self._update_idle_state()
 
-    def _set_reader_deadline(self) -> None:
-        self._cancel_reader_deadline()
-        timeout_s = self._shared.deadline_s
-        self._reader_deadline = self.loop.call_later(timeout_s, self.transport.abort)
+    def _start_drain_timer(self) -> None:
+        self._cancel_drain_timer()
+        timeout_s = self._context.deadline_s
+        self._drain_timer = self.loop.call_later(timeout_s, self.transport.abort)
 
-    def _cancel_reader_deadline(self) -> None:
-        if self._reader_deadline is not None:
-            self._reader_deadline.cancel()
-            self._reader_deadline = None
+    def _cancel_drain_timer(self) -> None:
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._answering = cycle
+        self._responding_cycle = cycle
         cast(dict[str, Any], cycle.scope)[CONNECTION_KEY] = self
-        self._plain.start(partial(self._run, cycle, app))
+        self._http_connections.start(partial(self._run_request, cycle, app))
 
-    def _run(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+    def _run_request(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not cycle.disconnected:
             super()._start_asgi_task(cycle, app)
 
-    def _disconnect_answer(self) -> None:
-        # uvicorn tells only the newest of pipelined requests that nobody listens any more; the
-        # one that is being answered would fail on a closed transport, with a traceback.
-        if self._answering is not None:
-            self._answering.disconnected = True
+    def _mark_disconnected(self) -> None:
+        # Of pipelined requests, uvicorn marks only the newest one as disconnected. The one whose
+        # response is in progress would fail on the closed transport, with a traceback.
+        if self._responding_cycle is not None:
+            self._responding_cycle.disconnected = True
 
-    # Two counts, for neither sees all. Bytes that are neither a head that is complete nor a body: a
-    # head that does not end, and trailers, which uvicorn keeps like headers. And what is kept of
-    # them: one read may bring a head or trailers that are too much and complete.
+    # Two counters, because neither covers all cases. `_head_bytes` counts received bytes outside of
+    # complete heads and bodies: an endless head, or trailers, which uvicorn stores like headers.
+    # `_field_bytes` counts the stored fields: one read may bring a complete head, or complete
+    # trailers, that are too large.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._field_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        self._keep(url)
+        self._count_field_bytes(url)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._keep(name, value)
+        self._count_field_bytes(name, value)
         if len(self.headers) >= MAX_FIELDS:
             raise RequestError(*TOO_LARGE)
-        super().on_header(name, value.rstrip(b" \t"))  # llhttp leaves it (RFC 9112 section 5.1)
+        # llhttp keeps trailing whitespace (RFC 9112 section 5.1).
+        super().on_header(name, value.rstrip(b" \t"))
 
-    def _keep(self, *parts: bytes) -> None:
+    def _count_field_bytes(self, *parts: bytes) -> None:
         self._field_bytes += sum(map(len, parts))
         if self._field_bytes > MAX_HEAD_BYTES:
             raise RequestError(*TOO_LARGE)
@@ -293,23 +300,23 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         self._check_head()
-        self._upgrades = self._asks_for_websocket()
+        self._is_websocket_request = self._requests_websocket()
         super().on_headers_complete()
-        if not self._upgrades:
-            self._receiving = self.cycle
+        if not self._is_websocket_request:
+            self._receiving_cycle = self.cycle
 
     def _check_head(self) -> None:
-        """Hold a request to what uvicorn and its parser let pass.
+        """Enforce the rules that uvicorn and its parser do not enforce.
 
         Raises:
-            UnacceptableError: it goes no further.
+            RequestError: the request violates one.
         """
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.0", "1.1"):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
             raise RequestError(status, "HTTP/1.1 is spoken here.")
-        # llhttp takes several spaces for one, other line ends before the request line, and other
-        # protocols' names (RFC 9112 section 3).
+        # llhttp accepts several spaces as one, other line terminators before the request line, and
+        # names of other protocols (RFC 9112 section 3).
         if self._framing.line != b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode()):
             raise RequestError(*MALFORMED)
         hosts = [value for name, value in self.headers if name == b"host"]
@@ -317,21 +324,22 @@ class HttpProtocol(HttpToolsProtocol):
             raise RequestError(*MALFORMED)
         if hosts and not HOST.fullmatch(hosts[0]):
             raise RequestError(*MALFORMED)
-        # Neither a proxy nor a server as a whole can be asked here, and fragments stay at home.
+        # CONNECT addresses a proxy and `*` the server as a whole. The relay supports neither.
+        # Clients must not send fragments.
         if method == b"CONNECT" or self.url == b"*" or b"#" in self.url:
             raise RequestError(*MALFORMED)
-        # httptools takes a request that offers an upgrade for one without a body. What is sent as
-        # its body would be read as requests, which no proxy in front has seen.
-        if self._expect_body(version) and self.parser.should_upgrade():
+        # httptools treats a request with an upgrade offer as one without a body. It would parse the
+        # body as further requests, which no proxy in front of the relay has checked.
+        if self._set_body_framing(version) and self.parser.should_upgrade():
             raise RequestError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
 
-    def _expect_body(self, version: str) -> bool:
-        """Tell whether a body follows the head, and how it is framed.
+    def _set_body_framing(self, version: str) -> bool:
+        """Determine the framing of the body; return whether there is a body.
 
         Raises:
-            UnacceptableError: that can't be told (RFC 9112 sections 6.1 and 6.3).
+            RequestError: the framing is invalid or not supported (RFC 9112 sections 6.1 and 6.3).
         """
         length, codings = 0, []
         for name, value in self.headers:
@@ -350,8 +358,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._framing.begin_content(length)
         return bool(codings or length)
 
-    def _asks_for_websocket(self) -> bool:
-        # uvicorn takes the last line of each; both are lists, in as many lines as one likes.
+    def _requests_websocket(self) -> bool:
+        # uvicorn uses only the last line of each field. Both are lists and may have several lines.
         return (
             self.parser.should_upgrade()
             and self.config.ws_protocol_class is not None
@@ -360,7 +368,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _tokens(self, field: bytes) -> set[bytes]:
-        """Return a list field's members in lower case (RFC 9110 section 5.6.1)."""
+        """Return the members of a list field in lower case (RFC 9110 section 5.6.1)."""
         return {
             token.strip().lower()
             for name, value in self.headers
@@ -369,7 +377,7 @@ class HttpProtocol(HttpToolsProtocol):
         }
 
     def _should_upgrade(self) -> bool:
-        return self._upgrades
+        return self._is_websocket_request
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
@@ -377,96 +385,102 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
-        self._receiving = None
+        self._receiving_cycle = None
         self._framing.begin_request()
         super().on_message_complete()
-        if not self._upgrades:
-            self._cancel_deadline()
-            self._is_safe &= self.scope["method"] in SAFE_METHODS
-            self._note_whose_turn()
+        if not self._is_websocket_request:
+            self._cancel_deadline_timer()
+            self._uses_safe_methods &= self.scope["method"] in SAFE_METHODS
+            self._update_idle_state()
 
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _note_whose_turn(self) -> None:
+    def _update_idle_state(self) -> None:
         awaits_request = self._between_requests()
-        self._is_safe |= awaits_request
+        self._uses_safe_methods |= awaits_request
         if (
             awaits_request
-            or self._receiving is not None
+            or self._receiving_cycle is not None
             or self.flow.write_paused
             or self.transport.is_closing()
         ):
-            self._plain.await_peer(self)
+            self._http_connections.mark_idle(self)
         else:
-            self._plain.await_relay(self, is_safe=self._is_safe)
+            self._http_connections.mark_busy(self, is_safe=self._uses_safe_methods)
 
-    def make_room(self, why: Refusal) -> None:
-        """End, so that another connection may come.
+    def evict(self, refusal: Refusal) -> None:
+        """End the connection in favour of another one.
 
-        One that is idle ends without a word, as it might at any time (RFC 9112 section 9.5), and at
-        the stop so does one whose first request has not come: nginx 1.22 takes an answer that is
-        there before it has sent the request for a part of the next relay's. TLS has no quick end
-        but this: its own waits for the peer.
+        An idle connection closes without a response, as it may at any time (RFC 9112 section 9.5).
+        During shutdown so does a connection without a first request: nginx 1.22 treats a response
+        that arrives before it has sent the request as part of the next relay's response. TLS
+        connections are aborted, because TLS shutdown waits for the peer.
         """
-        has_quick_end = self.scheme == "http" and not self.transport.get_write_buffer_size()
-        is_new = not self._head_bytes and self._receiving is self._answering is None
-        if self.transport.is_closing() or self._is_idle() or (is_new and why is Refusal.DRAINING):
-            self._plain.evictions += 1
-            (self.transport.close if has_quick_end else self.transport.abort)()
-        elif has_quick_end:
-            self._refuse_for_now(why)
+        closes_at_once = self.scheme == "http" and not self.transport.get_write_buffer_size()
+        is_unused = not self._head_bytes and self._receiving_cycle is self._responding_cycle is None
+        if (
+            self.transport.is_closing()
+            or self._is_idle()
+            or (is_unused and refusal is Refusal.DRAINING)
+        ):
+            self._http_connections.evictions += 1
+            (self.transport.close if closes_at_once else self.transport.abort)()
+        elif closes_at_once:
+            self._refuse_temporarily(refusal)
         else:
-            self._plain.refused(why)
+            self._http_connections.record_refusal(refusal)
             self.transport.abort()
 
     def _is_idle(self) -> bool:
-        return self.cycle is not None and self.cycle.response_complete and self._deadline is None
+        return (
+            self.cycle is not None and self.cycle.response_complete and self._deadline_timer is None
+        )
 
     def leave_open(self) -> None:
-        """Let the answer that is about to be sent end with the connection (RFC 9112 6.3)."""
-        if self._answering is not None:
-            self._answering.chunked_encoding = False
+        """Delimit the body of the next response by the connection's end (RFC 9112 section 6.3)."""
+        if self._responding_cycle is not None:
+            self._responding_cycle.chunked_encoding = False
 
     @property
     def is_gone(self) -> bool:
-        """Whether nobody would hear an answer."""
+        """Whether the client can no longer receive a response."""
         return self.transport.is_closing()
 
     async def answers_are_out(self) -> None:
-        """Return when the answers to the requests before this one have left for the socket."""
+        """Wait until the responses to earlier requests are written to the socket."""
         await self.flow.drain()
 
     def take_over(self) -> asyncio.Transport | None:
-        """Give the transport away behind the head of the answer that is being sent.
+        """Detach the transport from HTTP after the head of the current response.
 
         Returns:
-            None where the client has gone.
+            The transport; None if the client has disconnected.
         """
-        cycle, transport = self._answering, self.transport
-        if transport.is_closing():  # uvicorn learns it from connection_lost, which is still to come
-            self._disconnect_answer()
+        cycle, transport = self._responding_cycle, self.transport
+        if transport.is_closing():  # uvicorn notices only at connection_lost
+            self._mark_disconnected()
         if cycle is None or cycle.disconnected:
             return None
         cycle.response_complete = cycle.disconnected = True
-        self.flow.resume_reading()  # a body, or a request behind this one, may have paused it
-        self._unfed = b""
-        self._read_again()
+        self.flow.resume_reading()  # a body or a pipelined request may have paused it
+        self._unparsed = b""
+        self._resume_reading()
         self.connections.discard(self)
-        self._plain.leave(self)
-        self._cancel_deadline()
-        self._cancel_reader_deadline()
+        self._http_connections.unregister(self)
+        self._cancel_deadline_timer()
+        self._cancel_drain_timer()
         self._unset_keepalive_if_required()
         self.pipeline.clear()
-        self.parser = self.cycle = None  # type: ignore[assignment]  # they hold this object
-        self._receiving = self._answering = None
+        self.parser = self.cycle = None  # type: ignore[assignment]  # break cycles
+        self._receiving_cycle = self._responding_cycle = None
         return transport
 
-    def _upgrade(self, early: bytes) -> None:
-        """Give the transport to a WebSocket protocol, and the request to the application."""
+    def _upgrade(self, trailing: bytes) -> None:
+        """Pass the transport to a WebSocket protocol, and the request to the application."""
         if not self._between_requests() or self.flow.write_paused:
-            # Pipelined: answers would end up among the frames, or are still to be read; and a
-            # transport that is paused already would not tell that the WebSocket is behind.
+            # Pipelined: earlier responses would mix with the frames, or are not read yet. A
+            # transport that is already paused would not report that the WebSocket has a backlog.
             self._refuse_malformed()
             return
         try:
@@ -475,24 +489,24 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse_malformed()
             return
         method, version = self.scope["method"], self.parser.get_http_version()
-        self._read_again()  # before the client pauses it
+        self._resume_reading()  # before the WebSocket connection pauses it
         self.connections.discard(self)
-        self._plain.leave(self)
-        self._cancel_deadline()
-        self._cancel_reader_deadline()
-        client = cast(Callable[..., WebSocketConnection], self.ws_protocol_class)(
+        self._http_connections.unregister(self)
+        self._cancel_deadline_timer()
+        self._cancel_drain_timer()
+        websocket = cast(Callable[..., WebSocketConnection], self.ws_protocol_class)(
             self.config, self.server_state, self.app_state, self.loop
         )
-        client.connection_made(self.transport)
-        self.transport.set_protocol(client)
-        self.parser = None  # type: ignore[assignment]  # it holds this object, and this object it
-        client.expect_within(self._due_at - self.loop.time())
-        client.data_received(early)
-        handshake = Handshake(client, self._shared, self._plain)
-        agreement = handshake.validate(method, version, self.headers)
-        if agreement is None:
+        websocket.connection_made(self.transport)
+        self.transport.set_protocol(websocket)
+        self.parser = None  # type: ignore[assignment]  # breaks a reference cycle
+        websocket.expect_within(self._deadline_at - self.loop.time())
+        websocket.data_received(trailing)
+        handshake = Handshake(websocket, self._context, self._http_connections)
+        result = handshake.validate(method, version, self.headers)
+        if result is None:
             return
-        scope["subprotocols"] = agreement.subprotocols
+        scope["subprotocols"] = result.subprotocols
         task = self.loop.create_task(handshake.run(self.app, scope))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -517,15 +531,15 @@ class HttpProtocol(HttpToolsProtocol):
             "extensions": {"websocket.http.response": {}},
         }
 
-    def _time_out(self) -> None:
-        self._deadline = None
+    def _on_deadline(self) -> None:
+        self._deadline_timer = None
         if not self.transport.is_closing():
             status = HTTPStatus.REQUEST_TIMEOUT
             self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request not finished in time.")
 
     def _refuse_unparsed(self, error: httptools.HttpParserError) -> None:
-        # What a callback raised must not be named in data_received: its traceback holds that frame,
-        # and with it the request would wait for the garbage collector.
+        # No local variable of data_received may refer to a callback's exception. The traceback
+        # references that frame: the cycle would keep the request until garbage collection.
         cause = error.__context__
         if isinstance(cause, RequestError):
             self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
@@ -536,46 +550,48 @@ class HttpProtocol(HttpToolsProtocol):
         status, text = MALFORMED
         self._refuse(status, Refusal.HANDSHAKE, text)
 
-    def _refuse_for_now(self, why: Refusal) -> None:
-        self._plain.refused(why)
-        self._ask_to_come_back(why)
+    def _refuse_temporarily(self, refusal: Refusal) -> None:
+        self._http_connections.record_refusal(refusal)
+        self._respond_retry_later(refusal)
 
-    def _ask_to_come_back(self, why: Refusal) -> None:
-        self._end_with(why.status, f"{why.reason}\n", f"retry-after: {random_retry_after_s()}\r\n")
+    def _respond_retry_later(self, refusal: Refusal) -> None:
+        self._respond_and_close(
+            refusal.status, f"{refusal.reason}\n", f"retry-after: {random_retry_after_s()}\r\n"
+        )
 
-    def _refuse(self, status: HTTPStatus, why: Refusal, text: str) -> None:
-        self._shared.ledger.refusals[why] += 1
-        self._end_with(status, text)
+    def _refuse(self, status: HTTPStatus, refusal: Refusal, text: str) -> None:
+        self._context.ledger.refusals[refusal] += 1
+        self._respond_and_close(status, text)
 
-    def _end_with(self, status: HTTPStatus, text: str, field: str = "") -> None:
-        self._cancel_deadline()
-        if self._may_answer():
+    def _respond_and_close(self, status: HTTPStatus, text: str, extra_header: str = "") -> None:
+        self._cancel_deadline_timer()
+        if self._can_respond():
             defaults = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
             safe = [f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS]
             self.transport.write(
                 STATUS_LINE[status]
                 + b"".join([*defaults, *safe])
                 + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
-                + f"{field}content-length: {len(text)}\r\n\r\n{text}".encode()
+                + f"{extra_header}content-length: {len(text)}\r\n\r\n{text}".encode()
             )
-        self._disconnect_answer()
+        self._mark_disconnected()
         self.pipeline.clear()
         self.transport.close()
-        self._set_reader_deadline()
-        self._note_whose_turn()
+        self._start_drain_timer()
+        self._update_idle_state()
 
-    def _may_answer(self) -> bool:
-        """Tell whether an answer would be read as one.
+    def _can_respond(self) -> bool:
+        """Return whether the client would treat a response as the response to its request.
 
-        Not within another one; and a request whose body is at fault may have its answer already:
-        a proxy would take the second for the answer to its next request.
+        It would not within another response. A request with an invalid body may have its response
+        already: a proxy would treat a second one as the response to its next request.
         """
-        answering, receiving = self._answering, self._receiving
-        if answering and answering.response_started and not answering.response_complete:
+        responding, receiving = self._responding_cycle, self._receiving_cycle
+        if responding and responding.response_started and not responding.response_complete:
             return False
         return receiving is None or not receiving.response_started
 
-    def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _cancel_deadline_timer(self) -> None:
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None

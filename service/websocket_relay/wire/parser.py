@@ -1,15 +1,15 @@
-"""Make messages of a client's bytes, by RFC 6455 and RFC 7692. Knows no connection.
+"""Parse a client's frames into messages by RFC 6455 and RFC 7692.
 
-A breach is told as soon as its bytes are there: a forbidden head before its payload, a message too
-big when its head claims so, text that is not UTF-8 at the first octet that can't be, in the middle
-of a frame, too. What is kept of an unfinished message is what it comes to, never more than its
-bound: masks are taken off, and compressed bytes inflated, as they come.
+The parser reports a violation as soon as the bytes show it: a forbidden header before the payload,
+an oversized message at the header that declares the size, invalid UTF-8 at the first invalid octet,
+even within a frame. It unmasks and inflates bytes as they arrive. Of a partial message it therefore
+keeps only the decoded payload, at most the maximum message size. Knows no connection.
 """
 
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Generator, Iterator
 
-from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where it was built
+from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where built
 
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.deflate import (
@@ -37,113 +37,116 @@ from websocket_relay.wire.frames import (
 _Utf8Decoder = getincrementaldecoder("utf-8")
 
 ParserEvent = tuple[int, bytes]
-"""The opcode and payload of a whole message, or of a control frame."""
+"""The opcode and payload of a complete message or of a control frame."""
 
 PAUSE: ParserEvent = (CONTINUATION, b"pause")
-"""This very object is yielded where so much was done that others should get a look at the loop."""
+"""Yielded after a slice of work, so that the event loop can serve others. Compare by identity."""
 
 HALF: ParserEvent = (CONTINUATION, b"half")
-"""The same, where a message is growing fast: it had better be whole before others begin theirs."""
+"""Like PAUSE, within a message that inflates fast: complete it before others start theirs."""
 
-PAUSE_BYTES = 2_048  # after these; of the smallest frames they hold some three hundred
-INFLATE_BYTES = 1_024  # what a call of zlib costs, in bytes that are inflated in the time
-DEFLATED_BYTE = INFLATED_SLICE_BYTES // DEFLATED_SLICE_BYTES  # what a byte costs at worst, the same
+PAUSE_INTERVAL_BYTES = 2_048  # input between two pauses: about 300 of the smallest frames
+INFLATE_CALL_COST_BYTES = 1_024  # time of one zlib call, in bytes inflated in that time
+DEFLATED_BYTE_COST = INFLATED_SLICE_BYTES // DEFLATED_SLICE_BYTES
+"""Worst-case time to inflate one compressed byte, in the unit of INFLATE_CALL_COST_BYTES."""
 
-WHOLE = (FIN | TEXT, FIN | BINARY)  # what a message of one plain frame begins with
+UNFRAGMENTED = (FIN | TEXT, FIN | BINARY)  # first byte of a single-frame, uncompressed message
 
-MASKED = 0x80
+MASK_BIT = 0x80
 MASK_BYTES = 4
 
 OPCODES = (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
 
 CLOSE_CODES = frozenset([*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)])
-"""What a close frame may say (RFC 6455 section 7.4 and the IANA registry)."""
+"""Codes allowed in a close frame (RFC 6455 section 7.4 and the IANA registry)."""
 
 
 class Parser:
-    """One client's frames.
+    """The incremental parser of one client's frames.
 
     Args:
-        max_message_bytes: what a message may come to.
-        inflates: whether permessage-deflate was agreed on.
+        max_message_bytes: the maximum size of a message, after inflating.
+        inflates: whether permessage-deflate is negotiated.
 
     Attributes:
-        kept_bytes: memory that a message takes which is not whole.
+        kept_bytes: the memory used by the partial message.
     """
 
     __slots__ = (
         "_decoder",
         "_fin",
-        "_fresh",
-        "_head",
+        "_inflate_cost_bytes",
+        "_inflate_steps",
         "_inflater",
         "_inflates",
-        "_left_bytes",
+        "_is_restartable",
+        "_is_restarting",
         "_mask",
         "_max_bytes",
         "_message",
-        "_opcode",
-        "_raw_bytes",
-        "_restarts",
-        "_slices",
-        "_work_bytes",
+        "_message_opcode",
+        "_partial_frame",
+        "_remaining_bytes",
+        "_wire_bytes",
         "kept_bytes",
     )
 
     def __init__(self, max_message_bytes: int, *, inflates: bool) -> None:
         self._max_bytes = max_message_bytes
         self._inflates = inflates
-        self._head = b""  # of a frame that is not whole: its head, or all of a control frame
-        # The data frame whose payload is coming
-        self._left_bytes = 0
+        self._partial_frame = b""  # a partial frame header, or a partial control frame
+        # The current data frame
+        self._remaining_bytes = 0
         self._mask = b""
         self._fin = False
-        # The message that is coming; while there is none, the opcode is that of a continuation
-        self._opcode = CONTINUATION
+        # The current message; the opcode is CONTINUATION while there is none
+        self._message_opcode = CONTINUATION
         self._message = bytearray()
         self.kept_bytes = 0
-        self._raw_bytes = 0  # its payloads as they came, compressed where they are
+        self._wire_bytes = 0  # payload bytes as received, before inflating
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
-        self._fresh = False  # whether what is being inflated began with what was fed last
-        self._slices: Generator[ParserEvent, None, None]
-        self._restarts = False  # whether it was let go of, and is inflated again
-        self._work_bytes = 0  # of inflating, since the last pause
+        self._is_restartable = (
+            False  # whether the message being inflated starts within the last feed
+        )
+        self._inflate_steps: Generator[ParserEvent, None, None]
+        self._is_restarting = False  # whether `let_go` requested to inflate the message again
+        self._inflate_cost_bytes = 0  # cost of inflating since the last pause, as output bytes
 
-    # The hot path: every call that would make it shorter is a cost for every frame.
+    # Hot path: splitting it into functions would cost a call for every frame.
     def feed(self, data: bytes) -> Iterator[ParserEvent]:  # noqa: C901
-        """Yield what more bytes complete: opcode and payload of messages and control frames.
+        """Parse more bytes and yield the messages and control frames that they complete.
 
-        Work that takes long has a PAUSE or a HALF every now and then, 0.1 to 0.5 ms apart. A close
-        frame is the last that is yielded. More can be fed only after the end.
+        Long work yields a PAUSE or a HALF every 0.1 to 0.5 ms. A close frame is the last event.
+        Exhaust the iterator before feeding more bytes.
 
         Raises:
-            BreachError: by what follows. Nothing can be fed after it.
+            ProtocolViolationError: the next bytes violate the protocol. Feed nothing after it.
         """
-        if self._head:
-            data, self._head = self._head + data, b""
-        self._work_bytes = 0
-        position, end, pause_at = 0, len(data), PAUSE_BYTES
-        if self._left_bytes:
-            position = yield from self._take(data, 0)
+        if self._partial_frame:
+            data, self._partial_frame = self._partial_frame + data, b""
+        self._inflate_cost_bytes = 0
+        position, end, pause_at = 0, len(data), PAUSE_INTERVAL_BYTES
+        if self._remaining_bytes:
+            position = yield from self._consume_payload(data, 0)
         while end - position >= 2:
             if position > pause_at:
                 yield PAUSE
-                pause_at = position + PAUSE_BYTES
+                pause_at = position + PAUSE_INTERVAL_BYTES
             first, second = data[position], data[position + 1]
             size = second & 0x7F
             body = position + 2 + MASK_BYTES
             if size > 125:
-                size, body = _long_size(data, position, size)
-            is_whole = body + size <= end
+                size, body = _extended_length(data, position, size)
+            is_complete = body + size <= end
             if (
-                is_whole
-                and first in WHOLE
-                and second & MASKED
+                is_complete
+                and first in UNFRAGMENTED
+                and second & MASK_BIT
                 and size <= self._max_bytes
-                and self._opcode == CONTINUATION
+                and self._message_opcode == CONTINUATION
             ):
-                # The usual: a plain message in one frame that is all there.
+                # The common case: a complete, uncompressed message in one frame.
                 payload = apply_mask(data[body : body + size], data[body - MASK_BYTES : body])
                 if first == FIN | TEXT and not payload.isascii():
                     _check_utf8(payload)
@@ -151,26 +154,26 @@ class Parser:
                 yield first & OPCODE, payload
                 continue
             self._check_head(first, second, size)
-            if body > end or (first & CONTROL and not is_whole):
+            if body > end or (first & CONTROL and not is_complete):
                 break
             mask = data[body - MASK_BYTES : body]
             if first & CONTROL:
                 position = body + size
-                yield _control(first & OPCODE, apply_mask(data[body:position], mask))
+                yield _control_event(first & OPCODE, apply_mask(data[body:position], mask))
                 if first & OPCODE == CLOSE:
                     return
             else:
-                self._begin(first, size, mask)
-                position = yield from self._take(data, body)
-        self._head = data[position:]
+                self._start_data_frame(first, size, mask)
+                position = yield from self._consume_payload(data, body)
+        self._partial_frame = data[position:]
 
     def _check_head(self, first: int, second: int, size: int) -> None:
-        """Check what a frame's first two bytes and its size say, as far as the size is known."""
+        """Check the first two bytes of a frame and its size, as far as the size is received."""
         opcode, reserved = first & OPCODE, first & RESERVED
-        compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
-        if not second & MASKED:
+        is_compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
+        if not second & MASK_BIT:
             raise ProtocolViolationError(Close.PROTOCOL, "a frame without a mask")
-        if reserved and not compressed:
+        if reserved and not is_compressed:
             raise ProtocolViolationError(Close.PROTOCOL, "reserved bits")
         if opcode not in OPCODES:
             raise ProtocolViolationError(Close.PROTOCOL, "a reserved opcode")
@@ -180,61 +183,61 @@ class Parser:
             if size > MAX_CONTROL_BYTES:
                 raise ProtocolViolationError(Close.PROTOCOL, "a control frame that is too long")
             return
-        if opcode == CONTINUATION and self._opcode == CONTINUATION:
+        if opcode == CONTINUATION and self._message_opcode == CONTINUATION:
             raise ProtocolViolationError(Close.PROTOCOL, "a continuation of nothing")
-        if opcode != CONTINUATION and self._opcode != CONTINUATION:
+        if opcode != CONTINUATION and self._message_opcode != CONTINUATION:
             raise ProtocolViolationError(Close.PROTOCOL, "a message inside a message")
-        may_shrink = compressed or self._inflater is not None
-        max_bytes = _max_deflated_bytes(self._max_bytes) if may_shrink else self._max_bytes
-        if self._raw_bytes + size > max_bytes:
+        may_inflate = is_compressed or self._inflater is not None
+        max_bytes = _max_deflated_bytes(self._max_bytes) if may_inflate else self._max_bytes
+        if self._wire_bytes + size > max_bytes:
             raise ProtocolViolationError(Close.TOO_BIG)
 
-    def _begin(self, first: int, size: int, mask: bytes) -> None:
-        """Begin a data frame that is not taken in one piece."""
+    def _start_data_frame(self, first: int, size: int, mask: bytes) -> None:
+        """Start a data frame that is outside the common case of `feed`."""
         opcode = first & OPCODE
         if opcode != CONTINUATION:
-            self._opcode = opcode
+            self._message_opcode = opcode
             self._decoder = _Utf8Decoder() if opcode == TEXT else None
             self._inflater = Inflater(self._max_bytes) if first & RSV1 else None
-        self._raw_bytes += size
-        self._fresh = opcode != CONTINUATION
-        self._left_bytes = size
+        self._wire_bytes += size
+        self._is_restartable = opcode != CONTINUATION
+        self._remaining_bytes = size
         self._mask = mask
         self._fin = bool(first & FIN)
 
-    def _take(self, data: bytes, start: int) -> Generator[ParserEvent, None, int]:
-        """Take what is there of the frame's payload, and yield the message if that makes it whole.
+    def _consume_payload(self, data: bytes, start: int) -> Generator[ParserEvent, None, int]:
+        """Consume the available payload of the frame, and yield the message if it is complete.
 
         Returns:
-            Where it ends.
+            The end offset of the consumed payload.
         """
-        payload = apply_mask(data[start : start + self._left_bytes], self._mask)
-        taken = len(payload)
-        self._left_bytes -= taken
-        turn = taken % MASK_BYTES
-        self._mask = self._mask[turn:] + self._mask[:turn]
+        payload = apply_mask(data[start : start + self._remaining_bytes], self._mask)
+        consumed = len(payload)
+        self._remaining_bytes -= consumed
+        rotation = consumed % MASK_BYTES
+        self._mask = self._mask[rotation:] + self._mask[:rotation]
         if self._inflater is None:
-            self._add(payload)
+            self._append(payload)
         else:
             yield from self._inflate(payload)
-        if self._fin and not self._left_bytes:
+        if self._fin and not self._remaining_bytes:
             inflated_bytes = len(self._message) if self._inflater is not None else 0
-            yield self._finished()
+            yield self._finish_message()
             if inflated_bytes > INFLATED_SLICE_BYTES:
                 yield PAUSE
-        return start + taken
+        return start + consumed
 
     def let_go(self) -> bool:
-        """Keep nothing of the message that paused with HALF, if it can be inflated from its start.
+        """Discard the output of the message that paused with HALF, if it can be inflated again.
 
         Returns:
-            Whether it can: all of it was fed last.
+            Whether it can: the last feed holds all of the message received so far.
         """
-        if self._fresh:
-            self._restarts = True
-            self._slices.close()
+        if self._is_restartable:
+            self._is_restarting = True
+            self._inflate_steps.close()
             self._reset()
-        return self._fresh
+        return self._is_restartable
 
     def _reset(self) -> None:
         self._message = bytearray()
@@ -242,16 +245,16 @@ class Parser:
         self._decoder = self._inflater = None
 
     def _inflate(self, payload: bytes) -> Iterator[ParserEvent]:
-        """Inflate what came of a message, and begin again where what it had come to was let go."""
+        """Inflate the received part of a message; start again if `let_go` discarded the output."""
         while True:
-            self._slices = self._inflate_once(payload)
-            yield from self._slices
-            if not self._restarts:
+            self._inflate_steps = self._inflate_once(payload)
+            yield from self._inflate_steps
+            if not self._is_restarting:
                 break
-            self._restarts = False
-            self._decoder = _Utf8Decoder() if self._opcode == TEXT else None
+            self._is_restarting = False
+            self._decoder = _Utf8Decoder() if self._message_opcode == TEXT else None
             self._inflater = Inflater(self._max_bytes)
-        self._fresh = False
+        self._is_restartable = False
 
     def _inflate_once(self, payload: bytes) -> Generator[ParserEvent, None, None]:
         assert self._inflater is not None
@@ -259,45 +262,48 @@ class Parser:
         for start in range(0, len(payload), DEFLATED_SLICE_BYTES):
             deflated = payload[start : start + DEFLATED_SLICE_BYTES]
             for part in self._inflater.feed(deflated):
-                if self._work_bytes > INFLATED_SLICE_BYTES:
-                    self._work_bytes = 0
+                if self._inflate_cost_bytes > INFLATED_SLICE_BYTES:
+                    self._inflate_cost_bytes = 0
                     yield pause
-                self._add(part)
-                self._work_bytes += max(INFLATE_BYTES, len(part))
+                self._append(part)
+                self._inflate_cost_bytes += max(INFLATE_CALL_COST_BYTES, len(part))
                 pause = HALF if len(part) == INFLATED_SLICE_BYTES else PAUSE
-            self._work_bytes += len(deflated) * DEFLATED_BYTE
+            self._inflate_cost_bytes += len(deflated) * DEFLATED_BYTE_COST
 
-    def _add(self, payload: bytes, *, final: bool = False) -> None:
+    def _append(self, payload: bytes, *, final: bool = False) -> None:
         if self._decoder is not None:
             try:
                 self._decoder.decode(payload, final)
             except UnicodeDecodeError:
                 raise ProtocolViolationError(Close.NOT_UTF8) from None
-            # Python's decoder waits for a surrogate's third octet; UTF-8 has none (RFC 3629).
-            waiting, _ = self._decoder.getstate()
-            if waiting[:1] == b"\xed" and waiting[1:] >= b"\xa0":
+            # Python's decoder rejects a surrogate only at its third octet. UTF-8 has no surrogates
+            # (RFC 3629): reject it at the second one.
+            undecoded, _ = self._decoder.getstate()
+            if undecoded[:1] == b"\xed" and undecoded[1:] >= b"\xa0":
                 raise ProtocolViolationError(Close.NOT_UTF8)
         self._message += payload
         self.kept_bytes = len(self._message)
         if self._inflater is not None:
             self.kept_bytes += INFLATER_BYTES
 
-    def _finished(self) -> ParserEvent:
-        """Return the message that is whole now, and be ready for the next."""
+    def _finish_message(self) -> ParserEvent:
+        """Return the complete message and reset the state for the next one."""
         if self._inflater is not None:
             self._inflater.finish()
-        self._add(b"", final=True)
-        opcode, payload = self._opcode, bytes(self._message)
-        self._opcode = CONTINUATION
-        self._raw_bytes = 0
+        self._append(b"", final=True)
+        opcode, payload = self._message_opcode, bytes(self._message)
+        self._message_opcode = CONTINUATION
+        self._wire_bytes = 0
         self._reset()
         return opcode, payload
 
 
-def _long_size(data: bytes, position: int, size: int) -> tuple[int, int]:
-    """Return the size that a frame at `position` says by 16 or 64 bits, and where its body begins.
+def _extended_length(data: bytes, position: int, size: int) -> tuple[int, int]:
+    """Decode the 16-bit or 64-bit length of the frame at `position`.
 
-    Where not all of them are there, its body begins behind the end.
+    Returns:
+        The payload length, and the offset of the payload. If the length is incomplete, `size` and
+        an offset past the end of `data`.
     """
     length_bytes = 2 if size == 126 else 8
     length = data[position + 2 : position + 2 + length_bytes]
@@ -312,9 +318,9 @@ def _long_size(data: bytes, position: int, size: int) -> tuple[int, int]:
 
 
 def _max_deflated_bytes(size: int) -> int:
-    """Return more than any sane compressor makes of so many bytes.
+    """Return an upper bound on the compressed size of `size` bytes, for any sane compressor.
 
-    zlib's bound for its worst settings is an eighth more and some (deflateBound).
+    zlib's bound for its worst settings is about size + size / 8 (deflateBound).
     """
     return size + (size >> 3) + 1024
 
@@ -326,8 +332,8 @@ def _check_utf8(text: bytes) -> None:
         raise ProtocolViolationError(Close.NOT_UTF8) from None
 
 
-def _control(opcode: int, payload: bytes) -> ParserEvent:
-    """Return a control frame, and check what it holds where it is a close (section 5.5.1)."""
+def _control_event(opcode: int, payload: bytes) -> ParserEvent:
+    """Return the event of a control frame; validate a close frame's payload (section 5.5.1)."""
     if opcode == CLOSE and payload:
         if len(payload) == 1:
             raise ProtocolViolationError(Close.PROTOCOL, "a close frame of one byte")

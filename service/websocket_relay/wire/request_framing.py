@@ -1,7 +1,8 @@
-"""Follow where requests begin and end in a connection's bytes, for what the parser does not tell.
+"""Track where requests begin and end in the bytes of a connection.
 
-httptools gives no offsets, and no request line as it came. It is fed piece by piece instead, and
-remains the one that finds faults. Knows RFC 9112 sections 2.2, 6 and 7.1, and no field's meaning.
+httptools reports neither offsets nor the request line as received. It is therefore fed piece by
+piece; it remains the only component that detects malformed requests. Knows RFC 9112 sections 2.2, 6
+and 7.1. Knows no meaning of any header field.
 """
 
 from enum import Enum, auto
@@ -9,50 +10,50 @@ from enum import Enum, auto
 HEAD_END = b"\r\n\r\n"
 
 CHUNKS_AT_ONCE = 64
-"""A piece has so many at most: the smallest take 0.1 ms."""
+"""Maximum number of chunks in one piece. The smallest 64 chunks take 0.1 ms."""
 
 
 class RequestPart(Enum):
-    """What comes next."""
+    """The part of a request that comes next."""
 
-    LINE = auto()  # the request line, or an empty one before it
+    LINE = auto()  # the request line, or an empty line before it
     FIELDS = auto()  # the rest of the head, or trailers
     CONTENT = auto()
     CHUNKS = auto()
 
 
 class RequestFraming:
-    """Where a connection is in its requests.
+    """The position of a connection within its requests.
 
     Attributes:
-        line: the request line as it came, with its line end.
+        line: the request line as received, including its line terminator.
     """
 
-    __slots__ = ("_left", "_part", "_size", "line")
+    __slots__ = ("_part", "_remaining_bytes", "_size_line", "line")
 
     def __init__(self) -> None:
         self.begin_request()
 
     def begin_request(self) -> None:
-        """Expect a request."""
+        """Expect the start of a request."""
         self.line = b""
         self._part = RequestPart.LINE
-        self._left = 0  # bytes of the content, or of a chunk and its line end
-        self._size = b""  # the line before a chunk, as far as it has come
+        self._remaining_bytes = 0  # of the content, or of a chunk and its line terminator
+        self._size_line = b""  # the received part of the line before a chunk
 
     def begin_content(self, size: int) -> None:
-        """Expect so many bytes after the head."""
-        self._part, self._left = RequestPart.CONTENT, size
+        """Expect `size` bytes of content after the head."""
+        self._part, self._remaining_bytes = RequestPart.CONTENT, size
 
     def begin_chunks(self) -> None:
-        """Expect chunks after the head."""
+        """Expect a chunked body after the head."""
         self._part = RequestPart.CHUNKS
 
     def pass_piece(self, data: bytes, start: int) -> int:
-        """Go past the next piece: no request ends within it, and none begins but at its start.
+        """Advance past the next piece. Requests start and end only at the boundaries of pieces.
 
         Returns:
-            Where it ends. Feed it to the parser before the next one is asked for.
+            The end offset of the piece. Feed the piece to the parser before the next call.
         """
         match self._part:
             case RequestPart.LINE:
@@ -74,8 +75,8 @@ class RequestFraming:
         return end
 
     def _pass_content(self, data: bytes, start: int) -> int:
-        end = min(len(data), start + self._left)
-        self._left -= end - start
+        end = min(len(data), start + self._remaining_bytes)
+        self._remaining_bytes -= end - start
         return end
 
     def _pass_chunks(self, data: bytes, start: int) -> int:
@@ -84,14 +85,14 @@ class RequestFraming:
             if start == len(data):
                 break
             end = _end_of_line(data, start)
-            self._size += data[start:end]
+            self._size_line += data[start:end]
             start = end
-            if self._size.endswith(b"\n"):
-                size, self._size = _chunk_size(self._size), b""
+            if self._size_line.endswith(b"\n"):
+                size, self._size_line = _chunk_size(self._size_line), b""
                 if not size:
                     self._part = RequestPart.FIELDS
                     break
-                self._left = size + len(b"\r\n")
+                self._remaining_bytes = size + len(b"\r\n")
         return start
 
 
@@ -100,14 +101,14 @@ def _end_of_line(data: bytes, start: int) -> int:
 
 
 def _end_of_fields(data: bytes, start: int) -> int:
-    if start < 3:  # their end may have begun in an earlier read: it may be at each of these
+    if start < 3:  # an earlier read may hold the first bytes of HEAD_END: advance byte by byte
         return start + 1
     found = data.find(HEAD_END, start - 3)
     return found + len(HEAD_END) if found >= 0 else len(data)
 
 
 def _chunk_size(line: bytes) -> int:
-    """Return how much a chunk holds; 0 for what is no size, which the parser refuses."""
+    """Return the size of a chunk in bytes; 0 for an invalid size, which the parser rejects."""
     try:
         return max(0, int(line.partition(b";")[0], 16))
     except ValueError:

@@ -1,6 +1,6 @@
-"""Agree on TLS with one client, as a connection that can make room for others.
+"""Perform the TLS handshake of one connection, which can be evicted meanwhile.
 
-uvloop's own server has no way to end a TLS handshake before its time. Knows no HTTP.
+uvloop's own server offers no way to abort a TLS handshake early. Knows no HTTP.
 """
 
 import asyncio
@@ -12,48 +12,48 @@ from websocket_relay.wire.http_connections import HttpConnections
 
 
 class TlsHandshake(asyncio.Protocol):
-    """A TCP connection until TLS is agreed on. Then another protocol has it.
+    """A TCP connection until the TLS handshake is complete; then `protocol` takes it over.
 
     Args:
-        protocol: the other one.
-        plain: where the connection counts until then.
-        context: certificate and key.
-        timeout_s: it ends where TLS is not agreed on by then.
+        protocol: the protocol that runs over TLS.
+        http_connections: counts the connection during the handshake.
+        ssl_context: certificate and key.
+        timeout_s: the handshake is aborted after this time.
     """
 
     def __init__(
         self,
         protocol: asyncio.Protocol,
-        plain: HttpConnections,
-        context: ssl.SSLContext,
+        http_connections: HttpConnections,
+        ssl_context: ssl.SSLContext,
         timeout_s: float,
     ) -> None:
         self._protocol = protocol
-        self._plain = plain
-        self._context = context
+        self._http_connections = http_connections
+        self._ssl_context = ssl_context
         self._timeout_s = timeout_s
-        self._early: list[bytes] = []
+        self._buffered: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
-        if (why := self._plain.enter(self)) is not None:
-            self._plain.refused(why)
+        if (refusal := self._http_connections.register(self)) is not None:
+            self._http_connections.record_refusal(refusal)
             self._transport.abort()
             return
         loop = asyncio.get_running_loop()
-        self._task = loop.create_task(self._agree())
-        # The loop reads before the task begins. Two turns from now TLS has begun, in the same turn,
-        # and nothing more was read.
-        loop.call_soon(loop.call_soon, self._pass_on_early)
+        self._task = loop.create_task(self._run_handshake())
+        # The loop reads before the task starts. Two loop iterations later, start_tls has installed
+        # the TLS protocol, in the same iteration, and nothing more was read.
+        loop.call_soon(loop.call_soon, self._forward_buffered)
 
     def data_received(self, data: bytes) -> None:
-        """Keep what comes before TLS begins, and before the other protocol has the connection."""
-        self._early.append(data)
+        """Buffer bytes that arrive before start_tls, or before `protocol` has the connection."""
+        self._buffered.append(data)
 
-    def _pass_on_early(self) -> None:
-        records, self._early = b"".join(self._early), []
+    def _forward_buffered(self) -> None:
+        records, self._buffered = b"".join(self._buffered), []
         if self._transport.is_closing():
             return
         tls = cast(Any, self._transport.get_protocol())  # an asyncio.BufferedProtocol
@@ -65,35 +65,35 @@ class TlsHandshake(asyncio.Protocol):
             records = records[size:]
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Count no longer."""
-        self._plain.leave(self)
+        """Remove the connection from the count."""
+        self._http_connections.unregister(self)
 
-    def make_room(self, why: Refusal) -> None:
-        """End: without TLS there is no answer."""
-        self._plain.refused(why)
+    def evict(self, refusal: Refusal) -> None:
+        """Abort the connection. Without TLS no response can be sent."""
+        self._http_connections.record_refusal(refusal)
         self._transport.abort()
 
-    async def _agree(self) -> None:
+    async def _run_handshake(self) -> None:
         loop = asyncio.get_running_loop()
         if self._transport.is_closing():
             return
         try:
-            secured = await loop.start_tls(
+            tls_transport = await loop.start_tls(
                 self._transport,
                 self,
-                self._context,
+                self._ssl_context,
                 server_side=True,
                 ssl_handshake_timeout=self._timeout_s,
             )
-        except OSError:  # no TLS, another certificate wanted, too late, gone
+        except OSError:  # not TLS, certificate rejected by the client, timeout, disconnect
             self._transport.abort()
             return
         finally:
-            self._plain.leave(self)
+            self._http_connections.unregister(self)
             self._task = None
-        if secured is None or secured.is_closing():
+        if tls_transport is None or tls_transport.is_closing():
             return
-        secured.set_protocol(self._protocol)
-        self._protocol.connection_made(secured)
-        for data in self._early:
+        tls_transport.set_protocol(self._protocol)
+        self._protocol.connection_made(tls_transport)
+        for data in self._buffered:
             self._protocol.data_received(data)
