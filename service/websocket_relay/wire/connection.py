@@ -1,7 +1,7 @@
-"""Write to one client, watch what it is behind with, and let it go in order. Knows no protocol.
+"""Own one client's connection: its writes, its backlog, its closing. Knows no protocol.
 
-What a client is sent, and how it says goodbye, is its protocol's: see `protocol` for WebSockets and
-`events` for server-sent events. All else is the same for both, and the rooms above see this only.
+`websocket` and `sse` are the protocols: what a client is sent, and how its connection closes. The
+rest is the same for both, and the channels see this class only.
 """
 
 import asyncio
@@ -18,50 +18,54 @@ from websocket_relay.wire.send_backlog import SendBacklog
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 65_536
-"""What a transport is given at a time of a client's backlog."""
+CHUNK_BYTES = 65_536
+"""How much of a backlog a transport is given at a time."""
 
-RECORD_BYTES = 16_384
-"""The same with TLS: what a record holds at most (RFC 8446 section 5.1)."""
+TLS_RECORD_BYTES = 16_384
+"""The same with TLS: the maximum payload of a record (RFC 8446 section 5.1)."""
 
 
 class Publisher(Protocol):
-    """What is asked of a client that publishes."""
+    """A connection that publishes, as a sink sees it."""
 
     def pause_reading(self) -> None:
-        """Read no more from it until `resume_reading` was called as often."""
+        """Stop reading until `resume_reading` was called as often."""
 
     def resume_reading(self) -> None:
-        """Read on."""
+        """Undo one `pause_reading`."""
 
     def tell_unavailable(self, *, in_doubt: bool) -> None:
-        """Close it: its message could not be relayed."""
+        """Close the connection: its message could not be relayed.
+
+        Args:
+            in_doubt: whether the message may have been relayed all the same.
+        """
 
 
 class MessageSink(Protocol):
-    """Where a connection's messages go, and what it says of itself. Never blocks, never raises."""
+    """Receives a connection's messages and state changes. Never blocks, never raises."""
 
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Take a whole message from the client."""
+        """Publish a complete message of the client."""
 
     def hold_back(self, client: Publisher) -> None:
-        """Pause the client, who is about to say more, where too much waits to be written."""
+        """Pause a client that has more to publish, if too much waits to be written."""
 
     def leave(self, client: "Connection") -> None:
-        """Write to the client no longer. Said once; it may still publish what it said before."""
+        """Stop writing to the client. Called once; it may still publish what it sent before."""
 
     def fell_behind(self, client: "Connection") -> None:
-        """Take note that the client's socket is full."""
+        """Record that the client's socket is full: the connection lags."""
 
     def caught_up(self, client: "Connection") -> None:
-        """Take note that nothing waits for the client any more."""
+        """Record that the client's backlog is empty."""
 
-    def when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was published so far has been written."""
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once everything published so far has been written."""
 
 
 class _ClosedTransport(asyncio.Transport):
-    """What stands for a transport that has ended. Nothing can be done to it, and nothing fails."""
+    """Replaces a transport that has closed. Each call does nothing and never fails."""
 
     def is_closing(self) -> bool:
         return True
@@ -83,32 +87,39 @@ CLOSED_TRANSPORT = _ClosedTransport()
 
 
 class ConnectionState(Enum):
-    """Where a connection is in its life."""
+    """The states of a connection."""
 
-    HANDSHAKE = auto()
+    HANDSHAKE = auto()  # the upgrade is neither accepted nor refused
     OPEN = auto()
-    PARTING = auto()  # nothing is heard any more; our goodbye follows what the client is owed
-    CLOSING = auto()  # our close frame is out, the client's is awaited
-    DISCARDING = auto()  # nothing is said or heard any more; TCP's end is awaited
-    LOST = auto()
+    PARTING = auto()  # parsing has stopped; our close frame follows the pending deliveries
+    CLOSING = auto()  # our close frame is sent, the client's is awaited
+    DISCARDING = auto()  # input is discarded, nothing more is sent; TCP's end is awaited
+    LOST = auto()  # the TCP connection has ended
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection, once it is one.
+    """One client's connection, from the upgrade on.
 
     Args:
-        shared: bounds and books.
+        shared: bounds and counters.
+
+    Attributes:
+        write: sends a batch, and never blocks. It is the transport's own write while nothing
+            waits, the backlog's while the connection lags, and a drop counter once the connection
+            has left its sink.
+        encoding: the encoding of its deliveries, see `deflate` and `sse.SSE`.
+        tells_positions: whether each of its messages begins with its position in the log.
     """
 
     __slots__ = (
         "_backlog",
-        "_deadline",
-        "_ending",
-        "_expiry",
+        "_chunk_bytes",
+        "_close_reason",
+        "_deadline_timer",
+        "_expiry_timer",
+        "_has_received_eof",
         "_is_member",
         "_on_lost",
-        "_piece_bytes",
-        "_sends_no_more",
         "_shared",
         "_sink",
         "_state",
@@ -119,8 +130,6 @@ class Connection(asyncio.Protocol):
         "write",
     )
 
-    # The fan-out's way in: the transport's own write while nothing waits, ours while something
-    # does, and a count of what was missed once the client has left. Never blocks.
     write: Callable[[bytes], None]
 
     @staticmethod
@@ -133,29 +142,29 @@ class Connection(asyncio.Protocol):
         self._state = ConnectionState.HANDSHAKE
         self._transport: asyncio.Transport
         self._write_now: Callable[[bytes], None]
-        self._piece_bytes = PIECE_BYTES
+        self._chunk_bytes = CHUNK_BYTES
         self._sink: MessageSink | None = None
-        self._is_member = False  # of the sink: it writes to the client
+        self._is_member = False  # of the sink, which writes to the client
         self._backlog: SendBacklog | None = None
-        self._sends_no_more = False  # TCP's end came, or TLS's
-        self._deadline: asyncio.TimerHandle | None = None
-        self._ending: Close | None = None
-        self._expiry: asyncio.TimerHandle | None = None
+        self._has_received_eof = False  # TCP's FIN, or TLS's close_notify
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._close_reason: Close | None = None
+        self._expiry_timer: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], None] | None = None
         self.encoding = PLAIN
-        self.tells_positions = False  # whether its messages begin with where they stand in the log
-        self.write = shared.withhold_disconnected
+        self.tells_positions = False
+        self.write = shared.drop_disconnected
 
-    # From the upgrade on
+    # Lifetime
 
     @property
-    def is_unheard(self) -> bool:
-        """Whether something was read from the client that is not heard yet."""
+    def has_unparsed(self) -> bool:
+        """Whether bytes were read from the client that are not parsed yet."""
         return False
 
     @property
     def has_sink(self) -> bool:
-        """Whether somebody took the connection over."""
+        """Whether the connection has a sink."""
         return self._sink is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -163,14 +172,14 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         is_tls = transport.get_extra_info("ssl_object") is not None
         self._write_now = self._write_records if is_tls else self._transport.write
-        self._piece_bytes = RECORD_BYTES if is_tls else PIECE_BYTES
+        self._chunk_bytes = TLS_RECORD_BYTES if is_tls else CHUNK_BYTES
 
     def open(self, response: bytes, encoding: int) -> None:
-        """Send the head of the answer, and be a client from now on.
+        """Send the response head, and register the connection as established.
 
         Args:
             response: the whole response head.
-            encoding: of what the client is to be sent, see `relay.batch.Form`.
+            encoding: the encoding of deliveries, see `deflate` and `sse.SSE`.
         """
         shared = self._shared
         self._state = ConnectionState.OPEN
@@ -179,238 +188,240 @@ class Connection(asyncio.Protocol):
         shared.clients.add(self)
         shared.ledger.connections += 1
         self._transport.write(response)
-        # A mark of nothing tells at once when a client could not take all; see Backlog. With
-        # uvloop it also makes write() write now rather than at the end of the loop's turn, so
-        # that the time a slice takes is the time its system calls take.
+        # With a high-water mark of 1 byte, the transport calls pause_writing in the write that
+        # fills the socket; see SendBacklog. With uvloop, write() then also writes at once rather
+        # than at the end of the loop iteration, so a slice's duration is that of its system calls.
         self._transport.set_write_buffer_limits(high=1, low=0)
-        if self._backlog is not None:  # answers from before the upgrade fill the socket
-            self.note_backlog(response, 0)
+        if self._backlog is not None:  # responses sent before the upgrade fill the socket
+            self.start_backlog(response, 0)
 
     def hand_over(self, sink: MessageSink) -> None:
-        """Let a sink write to the client."""
+        """Attach a sink, which writes to the client from now on."""
         self._sink = sink
         self._is_member = True
         if self._backlog is None:
             self.write = self._write_now
         else:
-            self.write = self._write_behind
+            self.write = self._write_to_backlog
             sink.fell_behind(self)
 
     def pass_on(self, sink: MessageSink) -> None:
-        """Give all further messages to another sink. The one before is asked nothing more."""
+        """Send all further messages to another sink. The previous one gets no more calls."""
         self._sink = sink
         if self._backlog is not None:
             sink.fell_behind(self)
 
     def expire_in(self, seconds: float) -> None:
-        """Close the client after so many seconds (3000), unless it has gone by then."""
-        # uvloop counts in milliseconds, rounded: one more, so that it is never too early.
-        self._expiry = asyncio.get_running_loop().call_later(seconds + 0.001, self._expire)
+        """Close the connection after `seconds` (code 3000), unless it has closed by then."""
+        # uvloop rounds to milliseconds: one more, so that the timer never fires early.
+        self._expiry_timer = asyncio.get_running_loop().call_later(
+            seconds + 0.001, self._on_token_expired
+        )
 
-    def when_lost(self, act: Callable[[], None]) -> None:
-        """Call `act` once, when the TCP connection has ended."""
-        self._on_lost = act
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the TCP connection has ended."""
+        self._on_lost = callback
 
     def expect_within(self, seconds: float) -> None:
-        """Cut the connection off unless it gets on within so many seconds."""
+        """Abort the connection unless it makes progress within `seconds`."""
         self._cancel_deadline()
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self._cut_off)
+        self._deadline_timer = asyncio.get_running_loop().call_later(seconds, self._on_deadline)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Settle the books: whatever happened, this is called once and last."""
-        # Batches may name this object for a while: what TLS had waiting must not wait with it.
+        """Release the backlog and count it. Called once and last, in every case."""
+        # Batches may refer to this object for a while, which must not keep TLS's buffers in memory.
         self._transport = CLOSED_TRANSPORT
         self._write_now = CLOSED_TRANSPORT.write
-        self._leave_sink()
+        self._detach_from_sink()
         self._cancel_deadline()
         if self._backlog is not None:
-            # How much of it left before the loss nobody knows: what was not seen to go is missed.
-            self._settle(self._backlog, sys.maxsize)
+            # How much was sent before the loss is unknown: what was not seen to leave is a drop.
+            self._discard_backlog(self._backlog, sys.maxsize)
 
-    # What the relay says
+    # Closing and keepalive
 
     def close(self, why: Close, reason: str = "") -> None:
-        """Say goodbye; what is said of why on the wire is `reason`, or else `why.reason`."""
+        """Close the connection; the reason on the wire is `reason`, or else `why.reason`."""
         raise NotImplementedError
 
     def ping(self, frame: bytes, now: float) -> None:
-        """Send a sign of life; the sweep's frame, where the client speaks frames."""
+        """Send a keepalive: `frame`, where the protocol has frames."""
         raise NotImplementedError
 
     def is_silent(self, since: float) -> bool:
-        """Tell whether the client owes an answer to a ping sent at `since` or before."""
+        """Return whether a ping sent at `since` or before is still unanswered."""
         raise NotImplementedError
 
-    def _expire(self) -> None:
-        """Let the client go: its token has expired."""
+    def _on_token_expired(self) -> None:
+        """Close the connection: its token has expired."""
         raise NotImplementedError
 
     def close_when_written(self, why: Close, reason: str) -> None:
-        """Close once the client was written all that it is owed so far."""
+        """Close once everything published for the client so far has been written."""
         if self._sink is not None and self._state is ConnectionState.OPEN:
             self._sink.when_written(lambda: self.close(why, reason))
 
     def abort(self, why: Close) -> None:
-        """End the TCP connection now; what waits is dropped and counted."""
-        self._leave(why)
+        """End the TCP connection now; its backlog is dropped and counted."""
+        self._detach(why)
         if self._backlog is not None:
-            self._settle(self._backlog, self.backlog_bytes)
+            self._discard_backlog(self._backlog, self.backlog_bytes)
         self._transport.abort()
 
     # Flow control
 
     @property
     def is_closing(self) -> bool:
-        """Whether the transport is ending: what is written is lost, and `connection_lost` comes."""
+        """Whether the transport is closing: writes are lost, and `connection_lost` follows."""
         return self._transport.is_closing()
 
     @property
     def backlog_bytes(self) -> int:
-        """What waits for the client to read on."""
-        waiting = self._transport.get_write_buffer_size()
-        return waiting if self._backlog is None else self._backlog.unsent(waiting)
+        """Bytes that wait for the client to read."""
+        buffered_bytes = self._transport.get_write_buffer_size()
+        return buffered_bytes if self._backlog is None else self._backlog.unsent(buffered_bytes)
 
     @property
     def held_bytes(self) -> int:
-        """The memory that this takes: a write that has left in part is held whole."""
+        """Memory of the backlog: a write that was sent in part counts whole."""
         return self._backlog.held_bytes if self._backlog is not None else 0
 
     @property
     def drained_bytes(self) -> int:
-        """How much was seen to leave for the client's socket since it is behind; 0 if it is not."""
+        """Bytes that have left for the socket since the connection lags; 0 if it does not."""
         backlog = self._backlog
         if backlog is None:
             return 0
         return backlog.drained(self._transport.get_write_buffer_size())
 
     def pause_reading(self) -> None:
-        """Read no more from the client until `resume_reading` was called as often."""
+        """Stop reading from the client until `resume_reading` was called as often."""
 
     def resume_reading(self) -> None:
-        """Read on, if nobody else holds the client back."""
+        """Undo one `pause_reading`."""
 
     def pause_writing(self) -> None:
-        """Take note that the write under way filled the socket: the client is behind now."""
+        """Start a backlog: the write in progress filled the socket."""
         if self._backlog is not None:
-            self._backlog.is_stuck = True
+            self._backlog.is_blocked = True
             return
         self._backlog = SendBacklog(self.count_whole)
         if self._is_member and self._sink is not None:
-            self.write = self._write_behind
+            self.write = self._write_to_backlog
             self._sink.fell_behind(self)
         if self._shared.is_writing:
-            self._shared.fell_behind.append(self)
+            self._shared.newly_lagging.append(self)
 
-    def note_backlog(self, data: bytes, messages: int) -> None:
-        """Note the write that made the client fall behind. `pause_writing` does not know it."""
+    def start_backlog(self, data: bytes, messages: int) -> None:
+        """Queue the write that filled the socket; `pause_writing` does not get its bytes."""
         assert self._backlog is not None
         self._backlog.begin(data, messages)
-        self._shared.backlogs.add(self)
+        self._shared.backlogs.add_slow_consumer(self)
         if messages:
             self._shared.ledger.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
-        """Give the transport the next piece: what it had has left for the socket."""
+        """Give the transport the next chunk: the previous one has left for the socket."""
         backlog, transport, ledger = self._backlog, self._transport, self._shared.ledger
         if backlog is None or transport.is_closing():
             return
-        backlog.is_stuck = False
+        backlog.is_blocked = False
         ledger.deliveries += backlog.advance()
-        while piece := backlog.piece(self._piece_bytes):
-            transport.write(piece)
-            if backlog.is_stuck or transport.is_closing():
+        while chunk := backlog.piece(self._chunk_bytes):
+            transport.write(chunk)
+            if backlog.is_blocked or transport.is_closing():
                 return
             ledger.deliveries += backlog.advance()
-        self._settle(backlog, 0)
+        self._discard_backlog(backlog, 0)
         if self._is_member and self._sink is not None:
             self.write = self._write_now
             self._sink.caught_up(self)
         elif self._state is ConnectionState.DISCARDING:
-            self._shut()
+            self._half_close()
 
-    def drop_backlog(self) -> None:
-        """End the connection, so that what waits for it is freed."""
+    def abort_slow_consumer(self) -> None:
+        """Abort the connection, so that the memory of its backlog is freed."""
         self.abort(Close.SLOW_CONSUMER)
 
-    def fail(self) -> None:
-        """End the connection: a write to it raised."""
+    def close_after_write_error(self) -> None:
+        """Close the connection: a write to it raised."""
         try:
             self.close(Close.INTERNAL)
         except Exception:
             log.exception("write failed")
             self.abort(Close.INTERNAL)
 
-    # Inside
+    # Private
 
-    def _finish(self) -> None:
-        """Say nothing more, and count the connection as ended."""
+    def _finalize(self) -> None:
+        """Enter the last state, and count the connection as closed."""
         if self._state is ConnectionState.LOST:
             return
         shared = self._shared
-        self._leave(Close.VANISHED)
+        self._detach(Close.VANISHED)
         self._state = ConnectionState.LOST
         self._cancel_deadline()
         if self._on_lost is not None:
-            act, self._on_lost = self._on_lost, None
-            act()
+            callback, self._on_lost = self._on_lost, None
+            callback()
         if shared.clients.discard(self):
-            assert self._ending is not None
+            assert self._close_reason is not None
             shared.ledger.disconnections += 1
-            shared.ledger.closes[self._ending] += 1
-            log.debug("client gone", extra={"close": self._ending.label})
+            shared.ledger.closes[self._close_reason] += 1
+            log.debug("client gone", extra={"close": self._close_reason.label})
         self._sink = None
 
-    def _leave(self, why: Close) -> None:
-        """Leave the sink; the first reason is the one that counts."""
-        self._ending = self._ending or why
-        self._leave_sink()
+    def _detach(self, why: Close) -> None:
+        """Leave the sink; the first close reason is the one that counts."""
+        self._close_reason = self._close_reason or why
+        self._detach_from_sink()
 
-    def _leave_sink(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-        # A function that does not hold this object: a batch may still name it when it is gone.
+    def _detach_from_sink(self) -> None:
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        # No bound method of this object: a batch may still refer to it after the connection closed.
         shared = self._shared
         shared.unheard.release(self)
-        slow = self._ending is Close.SLOW_CONSUMER
-        self.write = shared.withhold_slow if slow else shared.withhold_disconnected
+        slow = self._close_reason is Close.SLOW_CONSUMER
+        self.write = shared.drop_slow_consumer if slow else shared.drop_disconnected
         if self._is_member and self._sink is not None:
             self._is_member = False
             self._sink.leave(self)
 
-    def _end(self) -> None:
-        # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: closing
-        # both with unread bytes in the socket would send a reset, and with it the client could
-        # lose the close frame. What still comes is thrown away until the client's end, or ours.
+    def _close_after_flush(self) -> None:
+        # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: to close both
+        # with unread bytes in the socket would send a reset, which can cost the client the close
+        # frame. Further input is discarded until the client's FIN, or our deadline.
         if self._transport.is_closing():
             return
         self.expect_within(self._shared.deadline_s)
-        if self._backlog is None:  # otherwise once it has left: see resume_writing
-            self._shut()
+        if self._backlog is None:  # otherwise once it is empty: see resume_writing
+            self._half_close()
 
-    def _shut(self) -> None:
-        if self._transport.can_write_eof() and not self._sends_no_more:
+    def _half_close(self) -> None:
+        if self._transport.can_write_eof() and not self._has_received_eof:
             self._transport.write_eof()
-        else:  # TLS has no half-close; its shutdown does the same
+        else:  # TLS has no half-close; its shutdown has the same effect
             self._transport.close()
 
-    def _outlasts_end(self) -> bool:
-        """Tell whether the connection stays open, the client having ended its side of it.
+    def _stays_open_after_eof(self) -> bool:
+        """Return whether the connection stays open although the client has ended its side.
 
-        TCP's end leaves the other direction open for what waits. uvloop's TLS shuts both, and sends
-        no more than it has by now.
+        TCP's FIN leaves the other direction open for the backlog. uvloop's TLS shuts both
+        directions, and sends only what it was given by now.
         """
         backlog = self._backlog
         if backlog is None:
             return False
         if self._transport.can_write_eof():
             return True
-        if rest := backlog.rest():
-            self._transport.write(rest)
+        if unsent := backlog.take_unsent():
+            self._transport.write(unsent)
         return False
 
-    def _put(self, data: bytes) -> None:
-        """Write a control frame, behind whatever waits."""
+    def _write_control(self, data: bytes) -> None:
+        """Write a control frame after the backlog."""
         if not data or self._transport.is_closing():
             return
         shared = self._shared
@@ -422,63 +433,63 @@ class Connection(asyncio.Protocol):
             ):
                 self.close(Close.SLOW_CONSUMER)
                 return
-            shared.backlogs.grew(backlog.note(data, 0))
+            shared.backlogs.record_growth(backlog.note(data, 0))
             return
         self._write_now(data)
         if self._backlog is not None:
-            self.note_backlog(data, 0)
+            self.start_backlog(data, 0)
 
     def _write_records(self, data: bytes) -> None:
-        """Write to a TLS transport, a record's worth at a time (RFC 8446 section 5.1).
+        """Write to a TLS transport, one record's worth at a time (RFC 8446 section 5.1).
 
-        What uvloop's TLS layer has passed to the TCP transport below is in nobody's count. It
-        passes on what it is given in one piece, whatever the size, until that one has 64 KiB: so it
-        is given no more than one record that it can't pass on.
+        No counter includes the bytes that uvloop's TLS layer has passed to the TCP transport below
+        it. The layer passes each write on whole, whatever its size, until that transport buffers
+        64 KiB. So the layer is given at most one record that it can't pass on.
         """
-        if len(data) <= RECORD_BYTES:
+        if len(data) <= TLS_RECORD_BYTES:
             self._transport.write(data)
             return
         view = memoryview(data)
-        for end in range(RECORD_BYTES, len(data) + RECORD_BYTES, RECORD_BYTES):
-            self._transport.write(view[end - RECORD_BYTES : end])
+        for end in range(TLS_RECORD_BYTES, len(data) + TLS_RECORD_BYTES, TLS_RECORD_BYTES):
+            self._transport.write(view[end - TLS_RECORD_BYTES : end])
             if self._backlog is not None:
-                self._backlog.first_handed_bytes = min(end, len(data))
+                self._backlog.first_chunk_bytes = min(end, len(data))
                 return
 
-    def _write_behind(self, batch: bytes) -> None:
-        """Write a batch to a client that is behind, or close it where that is too much."""
+    def _write_to_backlog(self, batch: bytes) -> None:
+        """Queue a batch for a lagging connection, or close it if its backlog is full."""
         shared = self._shared
         backlog = self._backlog
         assert backlog is not None
-        waiting = self.backlog_bytes
-        if waiting + len(batch) > shared.backlogs.limit_bytes:
-            log.info("slow consumer closed", extra={"backlog_bytes": waiting})
+        buffered_bytes = self.backlog_bytes
+        if buffered_bytes + len(batch) > shared.backlogs.limit_bytes:
+            log.info("slow consumer closed", extra={"backlog_bytes": buffered_bytes})
             self.close(Close.SLOW_CONSUMER)
-            self.write(batch)  # counts it, now that the client has left
+            self.write(batch)  # counts the drop: the connection has left its sink
             return
-        held = backlog.note(batch, shared.messages_in_hand)
-        shared.withheld += 1
+        memory_bytes = backlog.note(batch, shared.batch_messages)
+        shared.not_sent += 1
         shared.ledger.sent_bytes += len(batch)
-        shared.backlogs.grew(held)
+        shared.backlogs.record_growth(memory_bytes)
 
     @property
-    def _drop(self) -> Drop:
-        slow = self._ending is Close.SLOW_CONSUMER
+    def _drop_reason(self) -> Drop:
+        slow = self._close_reason is Close.SLOW_CONSUMER
         return Drop.SLOW_CONSUMER if slow else Drop.DISCONNECTED
 
-    def _settle(self, backlog: SendBacklog, unsent: int) -> None:
-        """Enter into the books what of the backlog went and what never will."""
+    def _discard_backlog(self, backlog: SendBacklog, unsent: int) -> None:
+        """Discard the backlog; count which of its messages were sent and which never will be."""
         delivered, dropped = backlog.split(unsent)
         self._shared.ledger.deliveries += delivered
-        self._shared.ledger.drops[self._drop] += dropped
-        self._shared.backlogs.discard(self)
+        self._shared.ledger.drops[self._drop_reason] += dropped
+        self._shared.backlogs.remove_slow_consumer(self)
         self._backlog = None
 
-    def _cut_off(self) -> None:
-        self._deadline = None
+    def _on_deadline(self) -> None:
+        self._deadline_timer = None
         self._transport.abort()
 
     def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None

@@ -1,4 +1,7 @@
-"""Hold what all connections of a replica share: bounds, books, and who is connected."""
+"""Own what all connections of a replica share: bounds, counters and the connection registry.
+
+Contains the fan-out's write loop. Knows no protocol and no channel.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -25,12 +28,12 @@ class ConnectionContext:
         max_message_bytes: a larger message closes its sender.
         compresses: whether clients that offer permessage-deflate get it.
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
-        ledger: where it is counted.
-        backlogs: who is behind, and the bounds on that.
-        unfinished: what was begun to be said, and the bound on that.
-        unheard: the bound on what was read and is not heard yet.
-        appends: the bound on what waits to get into the log.
-        pending: the bound on what waits for its fan-out.
+        ledger: the replica's counters.
+        backlogs: the lagging connections, and the bounds on their backlogs.
+        unfinished: the incomplete incoming messages, and the bound on them.
+        unheard: the bound on bytes that are read and not parsed yet.
+        appends: the bound on messages that wait to be appended to the log.
+        pending: the bound on messages that wait for their fan-out.
     """
 
     def __init__(
@@ -56,72 +59,71 @@ class ConnectionContext:
         self.appends = appends
         self.pending = pending
         self.clients = ConnectionRegistry()
-        self.reading = TimeSlicer()  # of clients who said more in one read than is heard at once
-        self.held = 0  # clients that are not read now, because they publish too fast
-        # The write that is being made, as the fan-out announces it: whether there is one; how many
-        # messages it holds; how many clients did not take it straight to their socket; and whose
-        # transport could not write all of it at once.
+        self.reading = TimeSlicer()  # of reads that hold more than is parsed at once
+        self.held = 0  # connections that are paused because they publish too fast
+        # The fan-out's write in progress: whether there is one; its number of messages; how many
+        # connections it did not reach at once; and those whose transport could not send all of it.
         self.is_writing = False
-        self.messages_in_hand = 0
-        self.withheld = 0
-        self.fell_behind: list[Connection] = []
+        self.batch_messages = 0
+        self.not_sent = 0
+        self.newly_lagging: list[Connection] = []
 
     def write(self, clients: "Sequence[Connection]", data: bytes, messages: int) -> None:
-        """Write the same bytes to some clients, and do the books: the hot path's second half.
+        """Write the same bytes to several connections, and count it: second half of the hot path.
 
-        No await, and no Python call but the write itself, for each client.
+        No await, and no Python call for each connection but the write itself.
 
         Args:
-            clients: who gets them.
+            clients: the recipients.
             data: whole frames.
-            messages: how many messages they hold.
+            messages: number of messages in them.
         """
         self.is_writing = True
-        self.messages_in_hand = messages
-        self.withheld = 0
+        self.batch_messages = messages
+        self.not_sent = 0
         for client in clients:
-            # Two steps: CPython 3.11 has a fast path for reading a slot, and none for calling what
-            # it holds in the same breath. The try costs nothing there.
+            # Two steps: CPython 3.11 has a fast path for loading a slot, and none for a call of a
+            # slot's value in the same instruction. The try costs nothing there.
             write = client.write
             try:
                 write(data)
             except Exception:
                 if not client.is_closing:
                     log.exception("write failed")
-                self._give_up(client)
-        if self.fell_behind:
-            self.withheld += len(self.fell_behind)
-            for client in self.fell_behind:
-                client.note_backlog(data, messages)
-            self.fell_behind.clear()
-        taken = len(clients) - self.withheld
+                self._handle_write_error(client)
+        if self.newly_lagging:
+            self.not_sent += len(self.newly_lagging)
+            for client in self.newly_lagging:
+                client.start_backlog(data, messages)
+            self.newly_lagging.clear()
+        sent = len(clients) - self.not_sent
         self.is_writing = False
-        self.messages_in_hand = 0
-        self.ledger.deliveries += taken * messages
-        self.ledger.sent_bytes += taken * len(data)
+        self.batch_messages = 0
+        self.ledger.deliveries += sent * messages
+        self.ledger.sent_bytes += sent * len(data)
 
-    def read_nobody(self) -> None:
-        """Hold all clients but those that have something to be heard, until less of it waits."""
+    def pause_all_reading(self) -> None:
+        """Pause every connection that has nothing unparsed, until the unparsed bytes drain."""
         for client in self.clients:
-            if not client.is_unheard:
+            if not client.has_unparsed:
                 self.unheard.hold(client)
 
-    def withhold_disconnected(self, batch: bytes) -> None:
-        """Count a batch that was owed to a client that has gone since."""
-        self._withhold(Drop.DISCONNECTED)
+    def drop_disconnected(self, batch: bytes) -> None:
+        """Count a batch as dropped: its connection has closed since it was published."""
+        self._count_drop(Drop.DISCONNECTED)
 
-    def withhold_slow(self, batch: bytes) -> None:
-        """Count a batch that was owed to a client that was closed because it was slow."""
-        self._withhold(Drop.SLOW_CONSUMER)
+    def drop_slow_consumer(self, batch: bytes) -> None:
+        """Count a batch as dropped: its connection was closed as a slow consumer."""
+        self._count_drop(Drop.SLOW_CONSUMER)
 
-    def _give_up(self, client: "Connection") -> None:
-        """Count a batch that could not be written to a client, and end the client."""
-        self._withhold(Drop.DISCONNECTED)
+    def _handle_write_error(self, client: "Connection") -> None:
+        """Count a batch as dropped, because its write raised, and close the connection."""
+        self._count_drop(Drop.DISCONNECTED)
         if not client.is_closing:
-            client.fail()
-        if client in self.fell_behind:  # by the write that failed, or by the close frame
-            self.fell_behind.remove(client)
+            client.close_after_write_error()
+        if client in self.newly_lagging:  # by the failed write, or by the close frame
+            self.newly_lagging.remove(client)
 
-    def _withhold(self, why: Drop) -> None:
-        self.withheld += 1
-        self.ledger.drops[why] += self.messages_in_hand
+    def _count_drop(self, why: Drop) -> None:
+        self.not_sent += 1
+        self.ledger.drops[why] += self.batch_messages

@@ -1,6 +1,6 @@
-"""Hold publishers back while too much of what they said waits to be written.
+"""Pause publishers while too many of their bytes wait. Knows no connection and no channel.
 
-TCP does the rest: a publisher whose connection is not read fills its own socket and waits.
+TCP does the rest: a publisher that is not read fills its own send buffer and blocks.
 """
 
 import asyncio
@@ -8,65 +8,68 @@ from typing import Protocol
 
 
 class Pausable(Protocol):
-    """What is asked of a client that publishes too fast."""
+    """A publisher that can be paused."""
 
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
 
 class HighWaterMark:
-    """A bound on bytes that wait, and the publishers who wait for them to be fewer.
+    """A bound on waiting bytes, and the publishers that are paused until there are fewer.
+
+    The low-water mark, at which publishers resume, is half of the limit.
 
     Args:
-        limit_bytes: publishers are held from here on.
+        limit_bytes: the high-water mark, above which publishers are paused.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._held: dict[Pausable, None] = {}
-        self._is_opening = False
+        self._paused: dict[Pausable, None] = {}
+        self._is_resuming = False
         self.bytes = 0
 
     @property
     def is_shut(self) -> bool:
-        """Whether more waits than should."""
+        """Whether the waiting bytes are above the high-water mark."""
         return self.bytes > self.limit_bytes
 
     def hold(self, publisher: Pausable) -> bool:
-        """Pause a publisher, if it is not paused here already; tell whether it was news."""
-        if publisher in self._held:
+        """Pause a publisher unless it is paused here already; return whether that changed it."""
+        if publisher in self._paused:
             return False
-        self._held[publisher] = None
+        self._paused[publisher] = None
         publisher.pause_reading()
         return True
 
     def release(self, publisher: object) -> None:
-        """Let one go that is leaving, if it is held."""
-        if publisher in self._held:
-            del self._held[publisher]
+        """Resume a publisher, if it is paused here."""
+        if publisher in self._paused:
+            del self._paused[publisher]
             publisher.resume_reading()
 
     def drained(self, size: int) -> None:
-        """Take note that so many bytes were written; let publishers go on once half is free."""
+        """Subtract processed bytes; resume publishers below the low-water mark."""
         self.bytes -= size
-        if self._held and not self._is_opening and self._room >= 0:
-            self._is_opening = True
-            asyncio.get_running_loop().call_soon(self._open)
+        if self._paused and not self._is_resuming and self._bytes_below_low_water >= 0:
+            self._is_resuming = True
+            asyncio.get_running_loop().call_soon(self._resume_some)
 
     @property
-    def _room(self) -> int:
+    def _bytes_below_low_water(self) -> int:
         return self.limit_bytes // 2 - self.bytes
 
-    def _open(self) -> None:
-        # In the order they were held, and in one turn of the loop only as many as there is room
-        # for: all at once they would bring all that has gathered in their sockets.
-        for _ in range(1 + max(0, self._room) // RESUMED_READ_BYTES):
-            if self._held:
-                self.release(next(iter(self._held)))
-        self._is_opening = bool(self._held) and self._room >= 0
-        if self._is_opening:  # those released may have nothing to say; the others go next
-            asyncio.get_running_loop().call_soon(self._open)
+    def _resume_some(self) -> None:
+        # In the order in which they were paused. One iteration of the loop resumes only as many
+        # as fit below the low-water mark: all at once would send everything that has gathered in
+        # their socket buffers.
+        for _ in range(1 + max(0, self._bytes_below_low_water) // RESUMED_READ_BYTES):
+            if self._paused:
+                self.release(next(iter(self._paused)))
+        self._is_resuming = bool(self._paused) and self._bytes_below_low_water >= 0
+        if self._is_resuming:  # the resumed ones may send nothing: resume more
+            asyncio.get_running_loop().call_soon(self._resume_some)
 
 
 RESUMED_READ_BYTES = 65_536
-"""What a released publisher is expected to bring with its first read."""
+"""What a resumed publisher is expected to send with its first read."""

@@ -1,34 +1,35 @@
-"""Bound what all clients together have begun to say and not finished.
+"""Bound the memory of incomplete incoming messages of all clients together. Knows no frame.
 
-One message has its bound, limits.max_message_bytes. Ten thousand clients who each begin one that
-long and go silent would still fill the memory, and nothing else would end them: they answer pings.
+limits.max_message_bytes bounds one message. Without this bound, ten thousand clients that each
+start a message of that size and stall would fill the memory, and nothing else would close them:
+they answer pings.
 """
 
 from typing import Protocol
 
 
 class PartialSender(Protocol):
-    """What is asked of a client that has begun a message."""
+    """A client with an incomplete message."""
 
     def drop_unfinished(self) -> None: ...
 
 
 class PartialMessages:
-    """The messages that are not whole yet.
+    """The incomplete incoming messages.
 
     Args:
-        limit_bytes: what they may come to; past it those who have said most are closed.
+        limit_bytes: maximum of all together; above it, the senders of the largest are closed.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._kept: dict[PartialSender, int] = {}
+        self._bytes_by_sender: dict[PartialSender, int] = {}
         self.total_bytes = 0
 
-    def note(self, speaker: PartialSender, kept_bytes: int) -> None:
-        """Take note of what is kept of a client's message; nothing once it is whole or lost."""
-        self.total_bytes += kept_bytes - self._kept.pop(speaker, 0)
-        if kept_bytes:
-            self._kept[speaker] = kept_bytes
+    def note(self, sender: PartialSender, buffered_bytes: int) -> None:
+        """Record how much of a client's message is buffered: 0 once it is complete or discarded."""
+        self.total_bytes += buffered_bytes - self._bytes_by_sender.pop(sender, 0)
+        if buffered_bytes:
+            self._bytes_by_sender[sender] = buffered_bytes
         while self.total_bytes > self._limit_bytes:
-            max(self._kept, key=self._kept.__getitem__).drop_unfinished()
+            max(self._bytes_by_sender, key=self._bytes_by_sender.__getitem__).drop_unfinished()

@@ -1,4 +1,4 @@
-"""Say what a client may send, once it is connected: whether at all, and how often."""
+"""Own what one connected client may publish: whether, and at what rate. Knows no connection."""
 
 from time import monotonic
 
@@ -7,28 +7,28 @@ from websocket_relay.token_bucket import TokenBucket
 
 
 class PublishPolicy:
-    """What one client may send.
+    """What one client may publish.
 
     Args:
-        may_publish: False closes it with its first message.
-        rate: how often; None: as it likes.
+        may_publish: False: the first message closes the connection.
+        rate: the client's message rate; None: unlimited.
     """
 
-    __slots__ = ("_may_publish", "_rate")
+    __slots__ = ("_may_publish", "_token_bucket")
 
     def __init__(self, *, may_publish: bool, rate: TokenBucket | None) -> None:
         self._may_publish = may_publish
-        self._rate = rate
+        self._token_bucket = rate
 
-    def objection(self) -> Close | None:
-        """Return why the client may not send the message that it just sent, or None."""
+    def violation(self) -> Close | None:
+        """Return the close reason if the message that just arrived is not permitted, or None."""
         if not self._may_publish:
             return Close.NOT_ALLOWED
-        if self._rate is not None and not self._rate.take(monotonic()):
+        if self._token_bucket is not None and not self._token_bucket.take(monotonic()):
             return Close.RATE_LIMIT
         return None
 
     def excuse(self, seconds: float) -> None:
-        """Take note that the relay did not read the client for so long."""
-        if self._rate is not None:
-            self._rate.excuse(seconds)
+        """Credit the rate limit for time in which the relay did not read from the client."""
+        if self._token_bucket is not None:
+            self._token_bucket.excuse(seconds)

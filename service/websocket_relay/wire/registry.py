@@ -9,29 +9,33 @@ if TYPE_CHECKING:
 
 
 class ConnectionRegistry:
-    """The established connections."""
+    """The established connections.
+
+    Attributes:
+        none_left: set while there is no established connection.
+    """
 
     def __init__(self) -> None:
-        self._clients: set[Connection] = set()
+        self._connections: set[Connection] = set()
         self.none_left = asyncio.Event()
         self.none_left.set()
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._connections)
 
     def __iter__(self) -> Iterator["Connection"]:
-        """Iterate over a copy: clients come and go while somebody walks over them."""
-        return iter(list(self._clients))
+        """Iterate over a copy: the set may change during the iteration."""
+        return iter(list(self._connections))
 
     def add(self, client: "Connection") -> None:
-        """Take in a client that got its 101."""
-        self._clients.add(client)
+        """Register a connection whose 101 response was sent."""
+        self._connections.add(client)
         self.none_left.clear()
 
     def discard(self, client: "Connection") -> bool:
-        """Let go of one whose TCP connection ended; tell whether it was here."""
-        was_here = client in self._clients
-        self._clients.discard(client)
-        if not self._clients:
+        """Remove a connection whose TCP connection ended; return whether it was registered."""
+        was_registered = client in self._connections
+        self._connections.discard(client)
+        if not self._connections:
             self.none_left.set()
-        return was_here
+        return was_registered

@@ -1,9 +1,9 @@
-"""Keep what clients have waiting: who is behind, by how much, and who goes when it is too much.
+"""Own the writes that wait for lagging connections, and the bounds on them. Knows no protocol.
 
-A client is *behind* from the moment its transport could not write all at once until nothing waits
-any more. While it is, the transport is given one piece at a time, and all else waits here. So what
-a transport still holds of a write that has left in part is known: it is the first write in the
-queue, which is counted whole until its last byte has gone.
+A connection *lags* from the write that its transport could not complete at once until its backlog
+is empty. While it lags, its transport is given one chunk at a time; all later bytes wait here. So
+the write that the transport has sent in part is known: it is the first one in the queue, and counts
+whole until its last byte is sent.
 """
 
 from collections import deque
@@ -12,197 +12,199 @@ from itertools import islice
 from typing import Protocol
 
 WRITE_BYTES = 128
-"""Memory that each write in a queue takes besides its bytes: an object, a pair and a place."""
+"""Memory that each queued write takes besides its bytes: an object, a tuple and a queue slot."""
 
 
 class SendBacklog:
-    """The writes that one client is behind with, oldest first.
+    """The queued writes of one lagging connection, oldest first.
 
     Args:
-        count_whole: tells how many messages end within so many bytes of a write.
+        count_whole: returns how many messages end within the first n bytes of a write.
 
     Attributes:
-        held_bytes: memory that is held: whole writes, parts that have left included.
-        messages: in these writes.
-        is_stuck: whether the transport could not pass on at once what it was given last.
-        first_handed_bytes: how much of the first write the transport was given, if not all.
+        held_bytes: memory in use: whole writes, including parts that were sent already.
+        messages: number of messages in these writes.
+        is_blocked: whether the transport could not send its last chunk at once.
+        first_chunk_bytes: how much of the first write the transport was given; None: all of it.
     """
 
     __slots__ = (
+        "_chunk_bytes",
         "_count_whole",
         "_drained_bytes",
-        "_gone_bytes",
-        "_handed_bytes",
-        "_noted_bytes",
+        "_queued_bytes",
+        "_sent_bytes",
         "_writes",
-        "first_handed_bytes",
+        "first_chunk_bytes",
         "held_bytes",
-        "is_stuck",
+        "is_blocked",
         "messages",
     )
 
     def __init__(self, count_whole: Callable[[bytes, int], int]) -> None:
         self._count_whole = count_whole
         self._writes: deque[tuple[bytes, int]] = deque()
-        self._noted_bytes = 0  # of all these writes
-        self._gone_bytes = 0  # of the first write: they left in earlier pieces
-        self._handed_bytes = 0  # behind these: the piece that the transport has
-        self._drained_bytes = 0  # of all earlier pieces
+        self._queued_bytes = 0  # size of all these writes
+        self._sent_bytes = 0  # of the first write: sent in earlier chunks
+        self._chunk_bytes = 0  # after these: the chunk that the transport has
+        self._drained_bytes = 0  # sum of all earlier chunks
         self.held_bytes = 0
         self.messages = 0
-        self.is_stuck = True
-        self.first_handed_bytes: int | None = None
+        self.is_blocked = True
+        self.first_chunk_bytes: int | None = None
 
     def begin(self, data: bytes, messages: int) -> int:
-        """Note the write that made the client fall behind; return the memory that it holds."""
-        handed = self.first_handed_bytes
-        self._handed_bytes = len(data) if handed is None else handed
+        """Add the write that the transport could not complete; return the memory that it takes."""
+        chunk_bytes = self.first_chunk_bytes
+        self._chunk_bytes = len(data) if chunk_bytes is None else chunk_bytes
         return self.note(data, messages)
 
     def note(self, data: bytes, messages: int) -> int:
-        """Add a write; return the memory that it holds.
+        """Queue a write; return the memory that it takes.
 
         Args:
-            data: its bytes.
-            messages: how many messages they hold.
+            data: the bytes of the write.
+            messages: number of messages in it.
         """
         self._writes.append((data, messages))
         size = len(data)
-        self._noted_bytes += size
+        self._queued_bytes += size
         self.messages += messages
-        held = size + WRITE_BYTES
-        self.held_bytes += held
-        return held
+        memory_bytes = size + WRITE_BYTES
+        self.held_bytes += memory_bytes
+        return memory_bytes
 
-    def unsent(self, waiting: int) -> int:
-        """Return how many bytes have not left for the socket.
+    def unsent(self, buffered_bytes: int) -> int:
+        """Return how many bytes were not sent to the socket.
 
         Args:
-            waiting: bytes in the transport's buffer. TLS makes more of them.
+            buffered_bytes: size of the transport's buffer. TLS adds its overhead to it.
         """
-        return self._noted_bytes - self._gone_bytes - self._handed_bytes + waiting
+        return self._queued_bytes - self._sent_bytes - self._chunk_bytes + buffered_bytes
 
-    def drained(self, waiting: int) -> int:
-        """Return how many bytes were seen to leave the transport's buffer so far."""
-        return self._drained_bytes + max(0, self._handed_bytes - waiting)
+    def drained(self, buffered_bytes: int) -> int:
+        """Return how many bytes of this backlog have left the transport's buffer so far."""
+        return self._drained_bytes + max(0, self._chunk_bytes - buffered_bytes)
 
     def advance(self) -> int:
-        """Forget the piece that the transport had; return how many messages that completed."""
-        self._drained_bytes += self._handed_bytes
-        self._gone_bytes += self._handed_bytes
-        self._handed_bytes = 0
-        writes, done = self._writes, 0
-        while writes and len(writes[0][0]) <= self._gone_bytes:
+        """Remove the chunk that the transport has sent; return how many messages that completed."""
+        self._drained_bytes += self._chunk_bytes
+        self._sent_bytes += self._chunk_bytes
+        self._chunk_bytes = 0
+        writes, completed = self._writes, 0
+        while writes and len(writes[0][0]) <= self._sent_bytes:
             data, messages = writes.popleft()
-            self._gone_bytes -= len(data)
-            self._noted_bytes -= len(data)
+            self._sent_bytes -= len(data)
+            self._queued_bytes -= len(data)
             self.held_bytes -= len(data) + WRITE_BYTES
-            done += messages
-        self.messages -= done
-        return done
+            completed += messages
+        self.messages -= completed
+        return completed
 
     def piece(self, max_bytes: int) -> bytes | memoryview:
-        """Return what the transport is given next, once it has nothing more; empty at the end."""
+        """Return the next chunk for a transport whose buffer is empty; empty if the backlog is."""
         if not self._writes:
             return b""
-        first = memoryview(self._writes[0][0])[self._gone_bytes :][:max_bytes]
+        first = memoryview(self._writes[0][0])[self._sent_bytes :][:max_bytes]
         parts, size = [first], len(first)
-        if len(first) < max_bytes:  # small writes leave together: each would cost a system call
+        if len(first) < max_bytes:  # one system call for several small writes
             for data, _ in islice(self._writes, 1, None):
                 if size + len(data) > max_bytes:
                     break
                 parts.append(memoryview(data))
                 size += len(data)
-        self._handed_bytes = size
+        self._chunk_bytes = size
         return first if len(parts) == 1 else b"".join(parts)
 
-    def rest(self) -> bytes:
-        """Return all that the transport was not given yet, for a transport that keeps a copy."""
-        start = self._gone_bytes + self._handed_bytes
-        rest = b"".join(data for data, _ in self._writes)[start:]
-        self._handed_bytes += len(rest)
-        self.held_bytes += len(rest)
-        return rest
+    def take_unsent(self) -> bytes:
+        """Return all bytes that the transport was not given yet; it keeps a copy of them."""
+        start = self._sent_bytes + self._chunk_bytes
+        unsent = b"".join(data for data, _ in self._writes)[start:]
+        self._chunk_bytes += len(unsent)
+        self.held_bytes += len(unsent)
+        return unsent
 
     def split(self, unsent: int) -> tuple[int, int]:
-        """Return how many of the noted messages were sent whole, and how many were not.
+        """Return how many of the queued messages were sent whole, and how many were not.
 
         Args:
-            unsent: bytes that never left for the socket.
+            unsent: bytes that were never sent to the socket.
         """
-        sent = max(0, self._noted_bytes - unsent)
-        done = 0
+        sent = max(0, self._queued_bytes - unsent)
+        completed = 0
         for data, messages in self._writes:
             if len(data) > sent:
-                # What of the write under way has left can be read off its frames.
-                done += self._count_whole(data, sent) if messages else 0
+                # The frames of the write in progress tell how many of its messages were sent.
+                completed += self._count_whole(data, sent) if messages else 0
                 break
             sent -= len(data)
-            done += messages
-        return done, self.messages - done
+            completed += messages
+        return completed, self.messages - completed
 
 
 class SlowConsumer(Protocol):
-    """What is asked of a client that is behind."""
+    """A lagging connection, as `SendBacklogs` sees it."""
 
     @property
     def held_bytes(self) -> int: ...
-    def drop_backlog(self) -> None: ...
+    def abort_slow_consumer(self) -> None: ...
 
 
 class SendBacklogs:
-    """All clients that are behind, and the bound on the memory that is held for them together.
+    """All lagging connections, and the bound on the memory of their backlogs together.
 
-    Bytes that several clients are sent are counted for each of them, though they are there once.
+    Bytes that several connections share count for each of them, though they are in memory once.
 
     Args:
-        limit_bytes: what one client may have waiting.
-        total_limit_bytes: what may be held for all of them together.
+        limit_bytes: maximum backlog of one connection.
+        total_limit_bytes: maximum memory of all backlogs together.
     """
 
     def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._total_limit_bytes = total_limit_bytes
-        self._laggards: dict[SlowConsumer, None] = {}
-        # Never below the truth, so that the exact sum is taken only when it could matter, and
-        # again only when a hundredth of the bound came on top: it walks over all of them.
+        self._slow_consumers: dict[SlowConsumer, None] = {}
+        # Never below the exact sum. That sum iterates over all lagging connections, so it is
+        # computed only when it could pass the bound, then again after growth of 1 % of the bound.
         self._estimate_bytes = 0
-        self._sum_again_at = total_limit_bytes
+        self._recompute_above_bytes = total_limit_bytes
 
     def __len__(self) -> int:
-        return len(self._laggards)
+        return len(self._slow_consumers)
 
     def __iter__(self) -> Iterator[SlowConsumer]:
-        return iter(self._laggards)
+        return iter(self._slow_consumers)
 
     @property
     def total_bytes(self) -> int:
-        """What is held for all clients now."""
-        return sum(laggard.held_bytes for laggard in self._laggards)
+        """Memory that all backlogs take now."""
+        return sum(consumer.held_bytes for consumer in self._slow_consumers)
 
-    def add(self, laggard: SlowConsumer) -> None:
-        """Watch a client that fell behind."""
-        self._laggards[laggard] = None
-        self.grew(laggard.held_bytes)
+    def add_slow_consumer(self, consumer: SlowConsumer) -> None:
+        """Start to count the backlog of a connection that began to lag."""
+        self._slow_consumers[consumer] = None
+        self.record_growth(consumer.held_bytes)
 
-    def discard(self, laggard: SlowConsumer) -> None:
-        """Watch it no longer: it caught up or is gone."""
-        self._laggards.pop(laggard, None)
+    def remove_slow_consumer(self, consumer: SlowConsumer) -> None:
+        """Stop counting a backlog that is empty, or whose connection was lost."""
+        self._slow_consumers.pop(consumer, None)
 
-    def grew(self, size: int) -> None:
-        """Take note that so many bytes more are held for a client that is behind."""
+    def record_growth(self, size: int) -> None:
+        """Record that the backlog of a lagging connection grew by `size` bytes of memory."""
         self._estimate_bytes += size
-        if self._estimate_bytes > self._sum_again_at:
-            self._shed()
+        if self._estimate_bytes > self._recompute_above_bytes:
+            self._enforce_total_limit()
 
-    def _shed(self) -> None:
+    def _enforce_total_limit(self) -> None:
         total = self.total_bytes
         if total > self._total_limit_bytes:
-            for laggard in sorted(self._laggards, key=lambda one: one.held_bytes, reverse=True):
-                total -= laggard.held_bytes
-                laggard.drop_backlog()
+            for consumer in sorted(
+                self._slow_consumers, key=lambda each: each.held_bytes, reverse=True
+            ):
+                total -= consumer.held_bytes
+                consumer.abort_slow_consumer()
                 if total <= self._total_limit_bytes:
                     break
         self._estimate_bytes = total
-        step = self._total_limit_bytes // 100
-        self._sum_again_at = max(self._total_limit_bytes, total + step)
+        step_bytes = self._total_limit_bytes // 100
+        self._recompute_above_bytes = max(self._total_limit_bytes, total + step_bytes)

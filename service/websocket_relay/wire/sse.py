@@ -1,4 +1,7 @@
-"""Send server-sent events to one client (HTML, section 9.2). It says nothing after its request."""
+"""Encode server-sent events (HTML, section 9.2), and own one connection that receives them.
+
+Such a client sends nothing after its request. Knows no channel and no HTTP.
+"""
 
 import asyncio
 import base64
@@ -16,52 +19,52 @@ from websocket_relay.wire.frames import BINARY, OPCODE
 from websocket_relay.wire.publish_policy import PublishPolicy
 
 SSE = -1
-"""What stands in the place of an encoding (see `deflate`) for a client of this kind."""
+"""Stands for the encoding (see `deflate`) of an SSE connection."""
 
-LIFE_SIGN = b":\n\n"
+KEEPALIVE_COMMENT = b":\n\n"
 
-RETURN_MS = 500, 2500
-"""When a listener comes back whose connection was cut: each at a time of its own. Browsers would
-all wait for the same few seconds."""
+RECONNECT_DELAY_MS = 500, 2500
+"""Range of the delay before a client reconnects after its connection broke: a random one for each.
+By default, all browsers wait for the same few seconds."""
 
-RETRY_MS = re.compile(r"retry_ms=([0-9]+)")
+RETRY_HINT = re.compile(r"retry_ms=([0-9]+)")
 
 
-def encode_event(name: str, said: Mapping[str, object]) -> bytes:
-    """Return an event of the relay's own: JSON, under a name.
+def encode_event(name: str, fields: Mapping[str, object]) -> bytes:
+    """Return an event of the relay itself: a JSON object under a name.
 
-    The position that it tells is its id: who comes back before it has heard a message goes on from
-    there, and not without a place.
+    A position among the fields becomes the event's id: a client that reconnects before its first
+    message resumes from there.
     """
-    text = json.dumps(said, separators=(",", ":"))
-    place = f"id: {said['position']}\n" if "position" in said else ""
-    return f"{place}event: {name}\ndata: {text}\n\n".encode()
+    text = json.dumps(fields, separators=(",", ":"))
+    id_line = f"id: {fields['position']}\n" if "position" in fields else ""
+    return f"{id_line}event: {name}\ndata: {text}\n\n".encode()
 
 
 def encode_messages(
     messages: Iterable[tuple[bytes, bytes]], positions: Iterable[object]
 ) -> Iterator[bytes]:
-    """Yield events.
+    """Yield one event for each message.
 
     Args:
-        messages: heads as `frames.header` makes them, and payloads.
-        positions: where they stand; what a client brings back in Last-Event-ID.
+        messages: frame heads as `frames.header` encodes them, and payloads.
+        positions: their positions, which a client sends back in Last-Event-ID.
     """
     for (head, payload), position in zip(messages, positions, strict=True):
         name = str(position).encode()
         if head[0] & OPCODE == BINARY:
             yield b"id: %b\nevent: binary\ndata: %b\n\n" % (name, base64.b64encode(payload))
         elif b"\n" in payload or b"\r" in payload:
-            yield b"id: %b\ndata: %b\n\n" % (name, _lines(payload))
+            yield b"id: %b\ndata: %b\n\n" % (name, _data_lines(payload))
         else:
             yield b"id: %b\ndata: %b\n\n" % (name, payload)
 
 
-def _lines(payload: bytes) -> bytes:
-    """Give each line a field. Whatever ended one arrives as a line feed."""
-    # Not a regular expression: over 1 MiB of line feeds it holds up the loop for 0.25 seconds.
-    fed = payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return fed.replace(b"\n", b"\ndata: ")
+def _data_lines(payload: bytes) -> bytes:
+    """Prefix each line with the field name. Every kind of line ending arrives as a line feed."""
+    # Not a regular expression: for 1 MiB of line feeds it blocks the loop for 0.25 seconds.
+    normalized = payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return normalized.replace(b"\n", b"\ndata: ")
 
 
 def count_whole(batch: bytes, end: int) -> int:
@@ -70,12 +73,12 @@ def count_whole(batch: bytes, end: int) -> int:
 
 
 class SseConnection(Connection):
-    """One client's connection, from the answer's head to its end.
+    """One client's connection, from the response head to its end.
 
     Args:
-        shared: bounds and books.
-        silence_s: a client whose machine confirms nothing for so long is gone, and so is one that
-            reads nothing for so long with its socket full.
+        shared: bounds and counters.
+        silence_s: a client whose machine acknowledges nothing for this long is closed, and so is
+            one that reads nothing for this long while its socket is full.
     """
 
     __slots__ = ("_silence_s",)
@@ -86,59 +89,60 @@ class SseConnection(Connection):
         super().__init__(shared)
         self._silence_s = silence_s
 
-    def allow(self, allowance: PublishPolicy) -> None:
-        """Take no notice: it says nothing."""
+    def allow(self, policy: PublishPolicy) -> None:
+        """Ignore the policy: an SSE client publishes nothing."""
 
     def begin(self, transport: asyncio.Transport) -> None:
-        """Take over the transport behind the answer's head."""
+        """Take over the transport after the response head."""
         self.connection_made(transport)
-        # Events are not answered: TCP tells who is gone (RFC 5482), as there is always a sign of
-        # life to confirm. Elsewhere than on Linux it takes its own time.
+        # A client does not answer events. TCP detects a dead one (RFC 5482), as each keepalive
+        # comment needs an acknowledgement. Systems other than Linux use their own timeout.
         if sys.platform == "linux":
             silence_ms = round(self._silence_s * 1000)
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
-        self.open(b"retry: %d\n\n" % random.randint(*RETURN_MS), SSE)
+        self.open(b"retry: %d\n\n" % random.randint(*RECONNECT_DELAY_MS), SSE)
 
     def data_received(self, data: bytes) -> None:
-        """Take no notice."""
+        """Ignore the bytes."""
 
     def eof_received(self) -> bool:
-        """Take it for the end: who listens no more need not be written to."""
-        self._leave(Close.VANISHED)
+        """Close: a client that ended its side reads no more events."""
+        self._detach(Close.VANISHED)
         self._state = ConnectionState.DISCARDING
-        self._sends_no_more = True
-        self._end()
-        return self._outlasts_end()
+        self._has_received_eof = True
+        self._close_after_flush()
+        return self._stays_open_after_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Settle the books."""
+        """Release and count what is left."""
         super().connection_lost(exc)
-        self._finish()
+        self._finalize()
 
     def close(self, why: Close, reason: str = "") -> None:
-        """Say goodbye, and end the answer."""
+        """Send a close event, and end the response."""
         if self._state is not ConnectionState.OPEN:
             return
-        said = reason or why.reason
-        self._leave(why)
-        self._state = (
-            ConnectionState.DISCARDING
-        )  # first: nothing that is put now closes it for its size
-        retry = RETRY_MS.search(said)
-        told = f"retry: {retry[1]}\n".encode() if retry else b""
-        self._put(told + encode_event("close", {"code": why.code, "reason": said}))
-        self._end()
+        wire_reason = reason or why.reason
+        self._detach(why)
+        # Before the write: in this state, no write closes the connection for its backlog's size.
+        self._state = ConnectionState.DISCARDING
+        retry = RETRY_HINT.search(wire_reason)
+        retry_field = f"retry: {retry[1]}\n".encode() if retry else b""
+        self._write_control(
+            retry_field + encode_event("close", {"code": why.code, "reason": wire_reason})
+        )
+        self._close_after_flush()
 
     def ping(self, frame: bytes, now: float) -> None:
-        """Send a comment, so that proxies see that the answer goes on."""
+        """Send a comment, so that proxies see traffic on the response."""
         if self._state is ConnectionState.OPEN:
-            self._put(LIFE_SIGN)
+            self._write_control(KEEPALIVE_COMMENT)
 
     def is_silent(self, since: float) -> bool:
-        """Tell nothing: see `begin`."""
+        """Return False: TCP_USER_TIMEOUT detects dead clients, see `begin`."""
         return False
 
-    def _expire(self) -> None:
-        self._expiry = None
+    def _on_token_expired(self) -> None:
+        self._expiry_timer = None
         self.close_when_written(Close.TOKEN_EXPIRED, Close.TOKEN_EXPIRED.reason)

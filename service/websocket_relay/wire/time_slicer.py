@@ -1,7 +1,7 @@
-"""Share out the event loop among those who have much to do.
+"""Share the event loop between long-running work and everything else. Knows nothing of the work.
 
-Whoever has work is called in turn with the time at which its slice ends. Between two slices the
-loop reads, writes and answers others. No task and no timer.
+Queued work is called in turn, with the time at which its slice ends. Between two slices the loop
+serves other reads, writes and callbacks. Needs no task and no timer.
 """
 
 import asyncio
@@ -10,64 +10,65 @@ from collections.abc import Callable
 from time import perf_counter
 
 SlicedWork = Callable[[float], bool]
-"""Does some of the work, at least a little, and stops soon after the given `perf_counter` time.
-Returns whether all is done."""
+"""Does some of the work, at least one step, and stops soon after the given `perf_counter` time.
+Returns whether the work is complete.
+"""
 
 SLICE_S = 0.001
-"""How long all of them together work in one turn of the loop."""
+"""How long all queued work together runs in one iteration of the loop."""
 
 
 class TimeSlicer:
-    """A queue of workers, each called until it is done.
+    """A queue of work; each item is called until it is complete.
 
     Args:
-        rest_turns: turns of the loop that are left to others between two slices. Where what came in
-            wakes a task that wakes another, it takes a turn for each, and with a slice in every
-            turn as many slices.
+        rest_turns: iterations of the loop between two slices. Where input wakes a task that wakes
+            another, each of them takes one iteration; with a slice in every iteration, each would
+            wait for a slice.
     """
 
     def __init__(self, rest_turns: int = 0) -> None:
-        self._rest_turns = rest_turns
-        self._workers: deque[SlicedWork] = deque()
+        self._rest_iterations = rest_turns
+        self._queue: deque[SlicedWork] = deque()
         self._is_scheduled = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether somebody waits for a turn."""
+        """Whether work is queued."""
         return self._is_scheduled
 
     def add(self, work: SlicedWork, *, first: bool = False) -> None:
-        """Give somebody turns. It must not be in the queue already.
+        """Queue work, which must not be in the queue already.
 
         Args:
-            first: before all others who wait.
+            first: puts it before all other queued work.
         """
         if first:
-            self._workers.appendleft(work)
+            self._queue.appendleft(work)
         else:
-            self._workers.append(work)
+            self._queue.append(work)
         if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._work)
+            asyncio.get_running_loop().call_soon(self._run_slice)
 
-    def _work(self) -> None:
-        workers = self._workers
+    def _run_slice(self) -> None:
+        queue = self._queue
         until = perf_counter() + SLICE_S
         try:
-            while workers:
-                work = workers.popleft()
+            while queue:
+                work = queue.popleft()
                 if not work(until):
-                    workers.append(work)
+                    queue.append(work)
                 if perf_counter() > until:
                     break
-        finally:  # one that fails does not stop the others
-            self._is_scheduled = bool(workers)
+        finally:  # work that raises does not stop the rest
+            self._is_scheduled = bool(queue)
             if self._is_scheduled:
-                self._rest(self._rest_turns)
+                self._reschedule(self._rest_iterations)
 
-    def _rest(self, turns: int) -> None:
+    def _reschedule(self, iterations: int) -> None:
         loop = asyncio.get_running_loop()
-        if turns:
-            loop.call_soon(self._rest, turns - 1)
+        if iterations:
+            loop.call_soon(self._reschedule, iterations - 1)
         else:
-            loop.call_soon(self._work)
+            loop.call_soon(self._run_slice)

@@ -1,9 +1,8 @@
-"""Speak RFC 6455 with one client: bytes to messages, messages to bytes, and a clean end.
+"""Own one RFC 6455 connection: from bytes to messages, and through the closing handshake.
 
-uvicorn makes one `WebSocketConnection` for each upgrade (`ws=`). The handshake goes through ASGI
-(see `handshake`); once the endpoint handed the connection over to a sink, nothing of ASGI is left
-and each message goes to the sink by a plain call. Knows no channel: the sink is all it sees of the
-room above.
+uvicorn creates one `WebSocketConnection` for each upgrade (`ws=`). The handshake goes through ASGI
+(see `handshake`). Once the endpoint has attached a sink, ASGI is not involved any more, and each
+message goes to the sink by a plain call. Knows no channel: the sink is its only view of one.
 """
 
 import asyncio
@@ -44,24 +43,25 @@ class WebSocketConnection(Connection):
     """One client's connection, from the upgrade to its end.
 
     Args:
-        config, server_state, app_state, _loop: what uvicorn gives a WebSocket protocol.
-        shared: bounds and books.
+        config, server_state, app_state, _loop: the arguments that uvicorn passes to a WebSocket
+            protocol.
+        shared: bounds and counters.
     """
 
     __slots__ = (
-        "_allowance",
-        "_drained_at_ping",
-        "_early",
-        "_goodbye",
-        "_holds",
-        "_in_turns",
-        "_is_first",
-        "_kept_bytes",
+        "_drained_bytes_at_ping",
+        "_early_data",
+        "_has_priority",
+        "_is_queued",
         "_parser",
-        "_paused_at",
-        "_unanswered_since",
-        "_unheard",
-        "_unheard_bytes",
+        "_partial_bytes",
+        "_pause_count",
+        "_ping_unanswered_since",
+        "_publish_policy",
+        "_queued_close_frame",
+        "_read_paused_at",
+        "_unparsed",
+        "_unparsed_bytes",
     )
 
     count_whole = staticmethod(count_whole)
@@ -77,172 +77,173 @@ class WebSocketConnection(Connection):
     ) -> None:
         super().__init__(shared)
         self._parser: Parser | None = None
-        self._early = b""
-        self._kept_bytes = 0  # of a message that is not whole, as the others were told
-        self._drained_at_ping = 0
-        self._holds = 0
-        self._paused_at = 0.0  # since when it is not read; 0: it is
-        self._unanswered_since = 0.0
-        self._unheard: Iterator[ParserEvent] | None = None  # what is left of the last read
-        self._unheard_bytes = 0  # as the others were told; it counts as a whole until it is heard
-        self._in_turns = False  # whether read_on is called again, or being called
-        self._is_first = False  # before the others who wait: to finish a message
-        self._goodbye = b""
-        self._allowance: PublishPolicy | None = None
+        self._early_data = b""
+        self._partial_bytes = 0  # of an incomplete message, as last reported to `PartialMessages`
+        self._drained_bytes_at_ping = 0
+        self._pause_count = 0
+        self._read_paused_at = 0.0  # start of the pause in reading; 0: none
+        self._ping_unanswered_since = 0.0
+        self._unparsed: Iterator[ParserEvent] | None = None  # the rest of the last read
+        self._unparsed_bytes = 0  # as added to `shared.unheard`: whole until all is parsed
+        self._is_queued = False  # whether parse_slice is queued or running
+        self._has_priority = False  # goes before other queued work, to finish a message
+        self._queued_close_frame = b""
+        self._publish_policy: PublishPolicy | None = None
 
-    # The handshake's side
+    # Handshake
 
     @property
     def in_handshake(self) -> bool:
-        """Whether the upgrade was neither accepted nor refused yet."""
+        """Whether the upgrade is neither accepted nor refused yet."""
         return self._state is ConnectionState.HANDSHAKE
 
     def hand_over(self, sink: MessageSink) -> None:
-        """Give all further messages to the sink, those that came early first."""
+        """Attach the sink, and parse what arrived during the handshake."""
         super().hand_over(sink)
         self._parser = Parser(self._shared.max_message_bytes, inflates=self.encoding != PLAIN)
-        if self._early:
-            early, self._early = self._early, b""
+        if self._early_data:
+            early_data, self._early_data = self._early_data, b""
             self._transport.resume_reading()
-            self.data_received(early)
+            self.data_received(early_data)
 
-    def allow(self, allowance: PublishPolicy) -> None:
-        """Hold the client to what it may send."""
-        self._allowance = allowance
+    def allow(self, policy: PublishPolicy) -> None:
+        """Set what the client may publish."""
+        self._publish_policy = policy
 
     def refuse(self, response: bytes) -> None:
-        """Answer the upgrade with an HTTP response and end the connection."""
+        """Answer the upgrade with an HTTP response and close the connection."""
         if self._state is ConnectionState.LOST:
             return
         self._state = ConnectionState.DISCARDING
-        if self._early:
-            self._early = b""
+        if self._early_data:
+            self._early_data = b""
             self._transport.resume_reading()
         self._transport.write(response)
-        self._end()
+        self._close_after_flush()
 
-    # What the client says
+    # Receiving
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the client: the hot path's first half."""
-        self._unanswered_since = 0.0
+        """Parse bytes from the client: first half of the hot path."""
+        self._ping_unanswered_since = 0.0
         if self._parser is None:
-            self._keep_early(data)
+            self._keep_early_data(data)
             return
         events = self._parser.feed(data)
         shared = self._shared
         pending, appends = shared.pending, shared.appends
         if pending.bytes > pending.limit_bytes or appends.bytes > appends.limit_bytes:
-            self._set_aside(events, len(data))
-        elif (pause := self._hear(events)) is not None:
+            self._defer_parsing(events, len(data))
+        elif (pause := self._process_events(events)) is not None:
             # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
-            # Tiny frames by the ten thousand, or what inflates to a thousand times as much, would
-            # keep everybody waiting.
-            if pause is HALF and (self._is_held or shared.reading.is_busy):
-                self._let_go()
-            self._set_aside(events, len(data))
+            # Tens of thousands of tiny frames, or data that inflates to a thousand times its size,
+            # would block the loop.
+            if pause is HALF and (self._is_paused or shared.reading.is_busy):
+                self._discard_half_inflated()
+            self._defer_parsing(events, len(data))
 
-    def _set_aside(self, events: Iterator[ParserEvent], size: int) -> None:
-        """Hear what was read later, in turns, and read no more until then."""
+    def _defer_parsing(self, events: Iterator[ParserEvent], size: int) -> None:
+        """Queue the rest of a read for parsing in slices, and pause reading until then."""
         shared = self._shared
-        self._unheard = events
-        self._unheard_bytes = size
+        self._unparsed = events
+        self._unparsed_bytes = size
         shared.unheard.bytes += size
-        self._read_no_more()
-        self._hear_soon()
+        self._pause_transport()
+        self._schedule_parsing()
         if shared.unheard.is_shut:
-            shared.read_nobody()
+            shared.pause_all_reading()
 
     @property
-    def is_unheard(self) -> bool:
-        """Whether something was read from the client that is not heard yet."""
-        return self._unheard is not None
+    def has_unparsed(self) -> bool:
+        """Whether bytes were read from the client that are not parsed yet."""
+        return self._unparsed is not None
 
-    def read_on(self, until: float) -> bool:
-        """Hear some more of what was read.
+    def parse_slice(self, until: float) -> bool:
+        """Parse more of the last read.
 
         Args:
             until: when to stop, by `time.perf_counter`.
 
         Returns:
-            False to be called again behind the others; True where it is heard to the end, held
-            back, or in the queue already.
+            False to be called again after the other queued work; True if all is parsed, the client
+            is paused, or the call is in the queue already.
         """
         try:
-            is_done = self._read_on(until)
-        except BaseException:  # as uvloop does where data_received raises
-            self._note_heard()
-            self._in_turns = False
+            is_done = self._parse_slice(until)
+        except BaseException:  # as uvloop does if data_received raises
+            self._release_unparsed()
+            self._is_queued = False
             self.abort(Close.INTERNAL)
             raise
-        self._in_turns = not is_done
-        if is_done or not self._is_first:
+        self._is_queued = not is_done
+        if is_done or not self._has_priority:
             return is_done
-        self._shared.reading.add(self.read_on, first=True)
+        self._shared.reading.add(self.parse_slice, first=True)
         return True
 
-    def _read_on(self, until: float) -> bool:
-        while self._unheard is not None:
-            if self._must_wait():
-                return True  # resume_reading comes back here
-            pause = self._hear(self._unheard)
+    def _parse_slice(self, until: float) -> bool:
+        while self._unparsed is not None:
+            if self._apply_flow_control():
+                return True  # resume_reading queues the rest
+            pause = self._process_events(self._unparsed)
             if pause is None:
-                self._note_heard()
-            elif pause is HALF and self._is_held:
-                self._let_go()
-            elif perf_counter() > until or (self._is_first and pause is PAUSE):
-                self._is_first = pause is HALF  # all of them half inflated would fill the memory
-                return self._is_held
+                self._release_unparsed()
+            elif pause is HALF and self._is_paused:
+                self._discard_half_inflated()
+            elif perf_counter() > until or (self._has_priority and pause is PAUSE):
+                # Too many half-inflated messages would fill the memory: this one is finished first.
+                self._has_priority = pause is HALF
+                return self._is_paused
         if self._transport is CLOSED_TRANSPORT:
-            self._finish()
-        elif self._sends_no_more and self._parser is not None:
-            self._vanish()
+            self._finalize()
+        elif self._has_received_eof and self._parser is not None:
+            self._close_abnormally()
         elif self._shared.unheard.is_shut:
             self._shared.unheard.hold(self)
-        elif not self._is_held:
-            self._read_again()
+        elif not self._is_paused:
+            self._resume_transport()
         return True
 
     @property
-    def _is_held(self) -> bool:
-        return self._holds > 0
+    def _is_paused(self) -> bool:
+        return self._pause_count > 0
 
-    def _must_wait(self) -> bool:
-        """Tell whether the client is held back, now that it is about to be heard."""
+    def _apply_flow_control(self) -> bool:
+        """Pause the client if too much waits; return whether it is paused."""
         assert self._sink is not None
         self._sink.hold_back(self)
-        return self._is_held
+        return self._is_paused
 
-    def _note_heard(self) -> None:
-        self._unheard = None
-        if self._unheard_bytes:
-            self._shared.unheard.drained(self._unheard_bytes)
-            self._unheard_bytes = 0
+    def _release_unparsed(self) -> None:
+        self._unparsed = None
+        if self._unparsed_bytes:
+            self._shared.unheard.drained(self._unparsed_bytes)
+            self._unparsed_bytes = 0
 
-    def _let_go(self) -> None:
-        """Keep nothing of a message that is half inflated, where it can be inflated again."""
+    def _discard_half_inflated(self) -> None:
+        """Discard a half-inflated message, if it can be inflated again from its start."""
         if self._parser is not None and self._parser.let_go():
-            self._note_kept(0)
+            self._report_partial_bytes(0)
 
-    def _hear_soon(self) -> None:
-        if not self._holds and not self._in_turns:
-            self._in_turns = True
-            self._shared.reading.add(self.read_on)
+    def _schedule_parsing(self) -> None:
+        if not self._pause_count and not self._is_queued:
+            self._is_queued = True
+            self._shared.reading.add(self.parse_slice)
 
-    def _read_no_more(self) -> None:
-        self._paused_at = self._paused_at or monotonic()
+    def _pause_transport(self) -> None:
+        self._read_paused_at = self._read_paused_at or monotonic()
         self._transport.pause_reading()
 
-    def _read_again(self) -> None:
-        if self._paused_at and self._allowance is not None:
-            self._allowance.excuse(monotonic() - self._paused_at)
-        self._paused_at = 0.0
+    def _resume_transport(self) -> None:
+        if self._read_paused_at and self._publish_policy is not None:
+            self._publish_policy.excuse(monotonic() - self._read_paused_at)
+        self._read_paused_at = 0.0
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    # The hot path: one loop, no call but what a message needs.
-    def _hear(self, events: Iterator[ParserEvent]) -> ParserEvent | None:  # noqa: C901
-        """Take events until the parser pauses; return how it does, or None at their end."""
+    # The hot path: one loop, no call but those that a message needs.
+    def _process_events(self, events: Iterator[ParserEvent]) -> ParserEvent | None:  # noqa: C901
+        """Process events until the parser pauses; return that event, or None at their end."""
         parser, sink = self._parser, self._sink
         assert parser is not None
         assert sink is not None
@@ -256,225 +257,226 @@ class WebSocketConnection(Connection):
                     if opcode == PING:
                         pongs.append(control(PONG, payload))
                     elif opcode == CLOSE:
-                        end = Close.CLIENT, _answer(payload)
+                        end = Close.CLIENT, _close_response(payload)
                 elif event is PAUSE or event is HALF:
                     pause = event
                     break
-                elif self._allowance is not None and (why := self._allowance.objection()):
+                elif self._publish_policy is not None and (why := self._publish_policy.violation()):
                     end = why, close_frame(why.code, why.reason)
                     break
                 else:
                     sink.publish(self, opcode, payload)
-        except ProtocolViolationError as breach:
-            why = breach.close
-            reason = f"{why.reason}: {breach.detail}" if breach.detail else why.reason
+        except ProtocolViolationError as error:
+            why = error.close
+            reason = f"{why.reason}: {error.detail}" if error.detail else why.reason
             end = why, close_frame(why.code, reason)
         if pongs and self._state is ConnectionState.OPEN:
-            # Behind our own close frame nothing is said: pings are not answered any more.
-            self._put(b"".join(pongs))
+            # Nothing follows our own close frame: pings are not answered any more.
+            self._write_control(b"".join(pongs))
         if end is not None:
-            self._part(*end)
-        if self._parser is None:  # or it parted over what it said
+            self._queue_close(*end)
+        if self._parser is None:  # an event above stopped the parsing
             return None
-        if parser.kept_bytes != self._kept_bytes:
-            self._note_kept(parser.kept_bytes)
+        if parser.kept_bytes != self._partial_bytes:
+            self._report_partial_bytes(parser.kept_bytes)
         if pause is None or self._parser is None:
             return None
         sink.hold_back(self)
         return pause
 
-    def _note_kept(self, size: int) -> None:
-        self._kept_bytes = size
+    def _report_partial_bytes(self, size: int) -> None:
+        self._partial_bytes = size
         self._shared.unfinished.note(self, size)
 
     def drop_unfinished(self) -> None:
-        """Close the client, so that what is kept of its message is freed."""
-        self._part_for(Close.UNFINISHED)
+        """Close the connection, so that the memory of its incomplete message is freed."""
+        self._queue_close_for(Close.UNFINISHED)
 
     def tell_unavailable(self, *, in_doubt: bool) -> None:
-        """Close the client: its message could not be relayed."""
-        self._part_for(Close.UNAVAILABLE)
+        """Close the connection: its message could not be relayed."""
+        self._queue_close_for(Close.UNAVAILABLE)
 
     def eof_received(self) -> bool:
-        """Take note that the client sends no more: without a close frame it vanished.
+        """Close after the client's EOF: an abnormal closure, if no close frame came before it.
 
         Returns:
-            Whether the connection stays open for what the client is still owed.
+            Whether the connection stays open to send the client's backlog.
         """
-        self._sends_no_more = True
+        self._has_received_eof = True
         if self._state is ConnectionState.PARTING and self._transport.can_write_eof():
             return True
-        self._say_goodbye()
-        if self._unheard is None:
-            self._vanish()
+        self._send_queued_close()
+        if self._unparsed is None:
+            self._close_abnormally()
         else:
-            # TLS brings both in one call. uvloop throws away what is written from now on, and may
-            # take half a minute to close.
-            self._leave_sink()
-        if self._deadline is None:
+            # With TLS, data and EOF arrive in one call. uvloop discards writes from now on, and
+            # takes up to half a minute to close.
+            self._detach_from_sink()
+        if self._deadline_timer is None:
             self.expect_within(self._shared.deadline_s)
-        return self._outlasts_end()
+        return self._stays_open_after_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Settle the books: whatever happened, this is called once and last.
+        """Release the backlog and count it. Called once and last, in every case.
 
-        What was read before is heard all the same, and until then it counts as a connection: words
-        that nobody waits for must not be a way around the limits.
+        Bytes that were read before are parsed all the same. Until then the connection counts as
+        established: a client that sends and disconnects must not bypass the limits.
         """
         super().connection_lost(exc)
-        if self._unheard is None:
-            self._finish()
+        if self._unparsed is None:
+            self._finalize()
 
-    def _vanish(self) -> None:
-        self._leave(Close.VANISHED)
+    def _close_abnormally(self) -> None:
+        self._detach(Close.VANISHED)
         self._state = ConnectionState.DISCARDING
-        self._hear_no_more()
-        if self._backlog is None:  # otherwise once it has left: see resume_writing
+        self._stop_parsing()
+        if self._backlog is None:  # otherwise once it is empty: see resume_writing
             self._transport.close()
 
-    def _finish(self) -> None:
-        self._hear_no_more()
-        super()._finish()
+    def _finalize(self) -> None:
+        self._stop_parsing()
+        super()._finalize()
 
-    # What the relay says
+    # Closing and keepalive
 
     def close(self, why: Close, reason: str = "") -> None:
         """Start the closing handshake; the client has `deadline_s` to answer.
 
-        Messages that the client sends until it answers are still relayed. One that is parting
-        already parts now.
+        Messages that the client sends until it answers are still relayed. If a close frame is
+        queued already, that one is sent now instead.
 
         Args:
-            why: the code and the label.
-            reason: what stands on the wire instead of `why.reason`.
+            why: the close code and the metric label.
+            reason: the reason on the wire, instead of `why.reason`.
         """
-        self._forget_lost()
-        self._say_goodbye()
+        self._finalize_if_lost()
+        self._send_queued_close()
         if self._state is not ConnectionState.OPEN:
             return
-        self._leave(why)
+        self._detach(why)
         self._state = ConnectionState.CLOSING
         self.expect_within(self._shared.deadline_s)
-        self._put(close_frame(why.code, reason or why.reason))
+        self._write_control(close_frame(why.code, reason or why.reason))
 
     def abort(self, why: Close) -> None:
-        """End the TCP connection now; what waits is dropped and counted."""
-        self._forget_lost()
+        """End the TCP connection now; its backlog is dropped and counted."""
+        self._finalize_if_lost()
         super().abort(why)
 
     def ping(self, frame: bytes, now: float) -> None:
-        """Send the sweep's ping; the client's silence is timed from the first unanswered one."""
+        """Send the keepalive's ping; silence is timed from the first unanswered one."""
         if self._state is ConnectionState.OPEN:
-            self._put(frame)
-            if not self._unanswered_since:
-                self._unanswered_since = now
-                self._drained_at_ping = self.drained_bytes
+            self._write_control(frame)
+            if not self._ping_unanswered_since:
+                self._ping_unanswered_since = now
+                self._drained_bytes_at_ping = self.drained_bytes
 
     def is_silent(self, since: float) -> bool:
-        """Tell whether the client owes an answer to a ping sent at `since` or before.
+        """Return whether a ping sent at `since` or before is still unanswered.
 
-        A client that the relay itself does not read, or whose socket took some of what it is
-        behind with, is not silent: its time begins again with the next ping.
+        A client is not silent if the relay itself has paused reading from it, or if some of its
+        backlog has left for its socket: its time starts again with the next ping.
         """
-        if self._state is not ConnectionState.OPEN or not 0.0 < self._unanswered_since <= since:
+        if (
+            self._state is not ConnectionState.OPEN
+            or not 0.0 < self._ping_unanswered_since <= since
+        ):
             return False
-        if self._holds or self._unheard or self.drained_bytes != self._drained_at_ping:
-            self._unanswered_since = 0.0
+        if self._pause_count or self._unparsed or self.drained_bytes != self._drained_bytes_at_ping:
+            self._ping_unanswered_since = 0.0
             return False
         return True
 
     # Flow control
 
     def pause_reading(self) -> None:
-        """Read no more from the client until `resume_reading` was called as often."""
-        self._holds += 1
-        if self._holds == 1:
+        """Stop reading from the client until `resume_reading` was called as often."""
+        self._pause_count += 1
+        if self._pause_count == 1:
             self._shared.held += 1
-            self._read_no_more()
+            self._pause_transport()
 
     def resume_reading(self) -> None:
-        """Read on, if nobody else holds the client back."""
-        self._holds -= 1
-        if self._holds == 0:
+        """Undo one `pause_reading`; the last one resumes parsing and reading."""
+        self._pause_count -= 1
+        if self._pause_count == 0:
             self._shared.held -= 1
-            if self._unheard is not None:
-                self._hear_soon()
+            if self._unparsed is not None:
+                self._schedule_parsing()
             else:
-                self._read_again()
+                self._resume_transport()
 
-    # Inside
+    # Private
 
-    def _keep_early(self, data: bytes) -> None:
-        # RFC 6455 section 4.1 has clients wait for the 101, but bytes that came with the request
-        # or while the endpoint decides are not lost: one read of them, then the rest stays with
-        # TCP. Past the handshake there is no parser because nothing counts any more.
+    def _keep_early_data(self, data: bytes) -> None:
+        # RFC 6455 section 4.1 requires clients to wait for the 101. Bytes that arrive with the
+        # request or before the endpoint's decision are kept all the same: one read of them; TCP
+        # buffers the rest. After the handshake, a missing parser means that input is discarded.
         if self._state is ConnectionState.HANDSHAKE and data:
-            self._early += data
+            self._early_data += data
             self._transport.pause_reading()
 
-    def _part_for(self, why: Close) -> None:
-        self._part(why, close_frame(why.code, why.reason))
+    def _queue_close_for(self, why: Close) -> None:
+        self._queue_close(why, close_frame(why.code, why.reason))
 
-    def _part(self, why: Close, goodbye: bytes) -> None:
-        """Hear the client no more, and say goodbye behind all that it is owed.
+    def _queue_close(self, why: Close, frame: bytes) -> None:
+        """Stop parsing, and queue a close frame after all pending deliveries.
 
         Args:
-            why: what is counted, if nothing was before.
-            goodbye: a close frame, for a client that has none yet.
+            why: the close reason that is counted, unless there is one already.
+            frame: the close frame, for a client that was sent none yet.
         """
-        self._hear_no_more()
-        self._ending = self._ending or why
+        self._stop_parsing()
+        self._close_reason = self._close_reason or why
         if self._transport is CLOSED_TRANSPORT:
-            self._finish()
-        elif (
-            self._state is ConnectionState.CLOSING
-        ):  # it has our close frame, and this is how it answers
+            self._finalize()
+        elif self._state is ConnectionState.CLOSING:  # our close frame is sent; this answers it
             self._state = ConnectionState.DISCARDING
-            self._end()
+            self._close_after_flush()
         elif self._state is ConnectionState.OPEN:
-            self._goodbye = goodbye
+            self._queued_close_frame = frame
             self._state = ConnectionState.PARTING
             self.expect_within(self._shared.deadline_s)
             assert self._sink is not None
-            self._sink.when_written(self._say_goodbye)
+            self._sink.when_written(self._send_queued_close)
 
-    def _forget_lost(self) -> None:
-        """Give up what was not heard yet of a connection that has ended."""
+    def _finalize_if_lost(self) -> None:
+        """Discard the unparsed bytes of a connection that has ended."""
         if self._transport is CLOSED_TRANSPORT:
-            self._finish()
+            self._finalize()
 
-    def _hear_no_more(self) -> None:
+    def _stop_parsing(self) -> None:
         self._parser = None
-        self._note_heard()
-        if self._kept_bytes:
-            self._note_kept(0)
+        self._release_unparsed()
+        if self._partial_bytes:
+            self._report_partial_bytes(0)
 
-    def _say_goodbye(self) -> None:
+    def _send_queued_close(self) -> None:
         if self._state is ConnectionState.PARTING:
-            self._leave_sink()
-            self._put(self._goodbye)
+            self._detach_from_sink()
+            self._write_control(self._queued_close_frame)
             self._state = ConnectionState.DISCARDING
-            self._end()
+            self._close_after_flush()
 
-    def _expire(self) -> None:
-        self._expiry = None
-        self._part_for(Close.TOKEN_EXPIRED)
+    def _on_token_expired(self) -> None:
+        self._expiry_timer = None
+        self._queue_close_for(Close.TOKEN_EXPIRED)
 
-    def _cut_off(self) -> None:
+    def _on_deadline(self) -> None:
         if self._state is ConnectionState.PARTING and not self._transport.is_closing():
-            # What it is owed takes too long, maybe because of others; it is told why it goes.
-            self._deadline = None
-            self._say_goodbye()
+            # Pending deliveries take too long, maybe because of others: send the close frame now.
+            self._deadline_timer = None
+            self._send_queued_close()
             return
         if self._state is ConnectionState.HANDSHAKE:
             self._shared.ledger.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
-        super()._cut_off()
+        super()._on_deadline()
 
 
-def _answer(payload: bytes) -> bytes:
-    """Return what answers a client's close frame: the same code (RFC 6455 section 5.5.1).
+def _close_response(payload: bytes) -> bytes:
+    """Return the response to a client's close frame: the same code (RFC 6455 section 5.5.1).
 
-    Where it gave none it is told 1000: an answer without a code reads like an end without an
-    answer.
+    A close frame without a code is answered with 1000: a response without a code reads like an end
+    without a response.
     """
     return control(CLOSE, payload) if payload else close_frame(Close.CLIENT.code)
