@@ -1,1 +1,1 @@
-"""Channels and what happens in them. Knows no FastAPI and no broker's library."""
+"""Own channels: members, fan-out, history, recovery. Knows no FastAPI and no broker's library."""

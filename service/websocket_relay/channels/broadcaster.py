@@ -1,6 +1,7 @@
-"""Own the channels: who is in which, what the log says to them, and whose turn it is to write.
+"""Own the channels of a replica: create and remove them, and route log entries to them.
 
-All channels share the time there is for writing. No task, queue or timer per connection.
+All channels share one time slicer for their writes. There is no task, queue or timer per
+connection. Knows no HTTP, no broker's library and no admission policy.
 """
 
 import asyncio
@@ -24,12 +25,13 @@ class Broadcaster:
 
     Args:
         backplane: the log.
-        shared: what all connections share.
-        max_channels: channels at a time.
-        pending_limit_bytes: publishers of a channel are held while more waits for its fan-out.
+        shared: the context that all connections share.
+        max_channels: maximum number of channels at a time.
+        pending_limit_bytes: publishers of a channel are paused while more than this is pending
+            fan-out.
         deflate_from_bytes: shorter messages are not compressed.
-        history: what is kept for those who come back.
-        written: told, for each batch, the seconds from its first message to its last write.
+        history: the recent messages for clients that resume or request history.
+        written: called for each batch with the seconds from its first message to its last write.
     """
 
     def __init__(
@@ -45,28 +47,32 @@ class Broadcaster:
     ) -> None:
         self.backplane = backplane
         self.shared = shared
-        self.written = written
+        self.observe_delivery = written
         self._max_channels = max_channels
         self._pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
-        self._turns = TimeSlicer(backplane.turns)
+        self._time_slicer = TimeSlicer(backplane.turns)
         self._history = history
-        backplane.tail(self._deliver, self._lose)
+        backplane.tail(self._deliver, self._on_gap)
 
     def __len__(self) -> int:
-        """How many channels there are."""
+        """Return the number of channels."""
         return len(self._channels)
 
     def has_room(self, name: str) -> bool:
-        """Tell whether a client may join a channel without there being too many of them."""
+        """Return whether a client may join a channel without exceeding `max_channels`."""
         return name in self._channels or len(self._channels) < self._max_channels
 
-    def subscribe(self, name: str, client: Connection, wish: ReplayRequest | None = None) -> None:
-        """Let a client into a channel, which comes to be with its first member.
+    def subscribe(
+        self, name: str, client: Connection, replay_request: ReplayRequest | None = None
+    ) -> None:
+        """Subscribe a client to a channel; the first subscription creates the channel.
 
         Args:
-            wish: what it wants to hear first.
+            name: of the channel.
+            client: the connection to subscribe.
+            replay_request: messages to send before the client joins; None joins at once.
         """
         channel = self._channels.get(name)
         if channel is None:
@@ -77,65 +83,77 @@ class Broadcaster:
                 batch_limit_bytes=self._pending_limit_bytes // BATCHES_PER_BACKLOG,
                 deflate_from_bytes=self._deflate_from_bytes,
             )
-        if wish is None:
-            channel.join(client)
+        if replay_request is None:
+            channel.add_member(client)
             client.hand_over(channel)
             return
-        client.tells_positions = wish.tells_positions
-        replay = Recovery(client, channel, wish, self, self._history, self._deflate_from_bytes)
-        client.hand_over(replay)
-        replay.begin()
+        client.tells_positions = replay_request.tells_positions
+        recovery = Recovery(
+            client, channel, replay_request, self, self._history, self._deflate_from_bytes
+        )
+        client.hand_over(recovery)
+        recovery.start_replay()
 
     def courier(self, name: str) -> OneShotPublisher:
-        """Return one for somebody who is no client of a channel and wants to publish there."""
+        """Return a publisher to a channel for a caller that has no connection in it."""
         channel = self._channels.get(name)
         shared = self.shared
         return OneShotPublisher(
-            (shared.pending, shared.appends, *([channel.gate] if channel is not None else []))
+            (
+                shared.pending,
+                shared.appends,
+                *([channel.high_water_mark] if channel is not None else []),
+            )
         )
 
     async def publish(
-        self, name: str, said: Sequence[tuple[int, bytes]], courier: OneShotPublisher
+        self, name: str, messages: Sequence[tuple[int, bytes]], publisher: OneShotPublisher
     ) -> Position:
-        """Relay what somebody says who is no client: opcodes and payloads.
+        """Publish messages from a caller that has no connection in the channel.
+
+        Args:
+            name: of the channel.
+            messages: opcodes and payloads.
+            publisher: from `courier`, for the same channel.
 
         Returns:
-            Where the last of it stands, once it is there; of nothing, where a message stood.
+            The position of the last message, once it is delivered on this replica; the newest
+            position in the history if there are no messages.
 
         Raises:
-            RefusedError: it could not be relayed.
+            RefusedError: the messages could not be relayed.
         """
-        if not said:
+        if not messages:
             return self._history.newest
-        ledger = self.shared.ledger
-        ledger.messages += len(said)
-        ledger.received_bytes += sum(len(payload) for _, payload in said)
-        return await courier.deliver(self.backplane, name, said)
+        counters = self.shared.ledger
+        counters.messages += len(messages)
+        counters.received_bytes += sum(len(payload) for _, payload in messages)
+        return await publisher.publish_all(self.backplane, name, messages)
 
-    # What channels ask
+    # ChannelHost
 
     def schedule(self, work: SlicedWork) -> None:
-        """Give somebody who is not in the queue turns to write."""
-        self._turns.add(work)
+        """Add work to the time slicer. It must not be scheduled already."""
+        self._time_slicer.add(work)
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
-        """Call `act` after a while."""
-        return asyncio.get_running_loop().call_later(delay_s, act)
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
+        """Call `callback` after `delay_s` seconds."""
+        return asyncio.get_running_loop().call_later(delay_s, callback)
 
-    def forget(self, channel: Channel) -> None:
-        """Let go of a channel that has no members."""
+    def remove_channel(self, channel: Channel) -> None:
+        """Remove a channel that has no members."""
         if self._channels.get(channel.name) is channel:
             del self._channels[channel.name]
 
     # Inside
 
-    def _lose(self, position: Position) -> None:
-        """Take note that something before a position may have been said and not delivered."""
-        if position <= self._history.floor:  # told already
+    def _on_gap(self, position: Position) -> None:
+        """Record and announce that messages up to a position may be lost."""
+        if position <= self._history.floor:  # announced already
             return
         self._history.begin_after(position)
         for channel in list(self._channels.values()):
-            channel.tell({"type": "gap", "position": str(position)})
+            channel.send_notice({"type": "gap", "position": str(position)})
 
     def _deliver(self, entry: LogEntry) -> None:
         self._history.add(entry)

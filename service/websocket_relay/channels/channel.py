@@ -1,9 +1,12 @@
-"""Own one channel: its members, the batches it owes them, and the slices they are written in.
+"""Own one channel: its members, the batches that are pending for them, and its slices of fan-out.
 
-A *batch* is one list of messages and one list of recipients: the members when its messages were
-published. Any join or leave seals the open batch, so a client gets exactly what was published
-while it was a member, and the books are exact. While a fan-out is under way, messages gather in
-the next batch: under load one write carries many messages, when idle one leaves at once.
+A *batch* is one list of messages and one list of recipients: the members at the time its messages
+were published. Any join or leave seals the open batch. So a client is sent exactly what was
+published while it was a member, and the accounting is exact. During a fan-out, messages collect in
+the next batch: under load one write carries many messages; on an idle channel a message is written
+at once.
+
+Knows no broker, no history and no protocol.
 """
 
 from collections import deque
@@ -15,7 +18,7 @@ from websocket_relay.backplane.interface import Backplane, LogEntry
 from websocket_relay.channels.batch import (
     Batch,
     DeliveryFormat,
-    Recipients,
+    RecipientGroups,
     encode_notice,
     format_of,
 )
@@ -24,142 +27,146 @@ from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.time_slicer import SlicedWork
 
-WRITES_BETWEEN_LOOKS = 32  # at the clock; a write of little data takes some microseconds
-BYTES_BETWEEN_LOOKS = 131_072  # the kernel copies about this much in the same time
+WRITES_PER_CLOCK_CHECK = 32  # a write of little data takes some microseconds
+BYTES_PER_CLOCK_CHECK = 131_072  # the kernel copies about this much in the same time
 
 POINTER_BYTES = 8
 
-HOLD_LOOK_S = 0.02  # how often a held batch is looked at
-HOLD_S = 2.0  # a batch waits no longer for members that are behind
-HOLD_FOR_HALF_S = 10.0  # or this long, where half of the channel is
+DELAY_POLL_S = 0.02  # interval between two checks of a delayed batch
+MAX_DELAY_S = 2.0  # longest delay of a batch for slow members
+MAX_DELAY_HALF_SLOW_S = 10.0  # the same if at least half of the members are slow
 
-WAIT_SHARE = 0.05
-"""A member that is slower than the others may cost its channel HOLD_S at once, and this part of the
-time in the long run."""
+DELAY_SHARE = 0.05
+"""A slow member may delay its channel by up to MAX_DELAY_S in a row, and by this share of the time
+in the long run."""
 
-STALLED_S = 2.0
-"""A member that took nothing for this long is not slow but stalled, and not waited for. A full TCP
+STALL_TIMEOUT_S = 2.0
+"""A member that drained nothing for this long is stalled, not slow, and delays no batch. A full TCP
 window alone may stand still for 0.2 seconds (the persist timer, RFC 9293 section 3.8.6.1), and with
-TLS some 80 KiB that have left its layer are not seen to go."""
+TLS some 80 KiB that have left uvloop's TLS layer are not seen to drain."""
 
 
 class ChannelHost(Protocol):
-    """What a channel asks of the room it is in."""
+    """What a channel requires of its broadcaster."""
 
     shared: ConnectionContext
     backplane: Backplane
 
     def schedule(self, work: SlicedWork) -> None:
-        """Give somebody who is not in the queue turns to write."""
+        """Add work to the time slicer. It must not be scheduled already."""
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> object:
-        """Call `act` after a while."""
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
+        """Call `callback` after `delay_s` seconds."""
 
-    def forget(self, channel: "Channel") -> None:
-        """Let go of a channel that has no members."""
+    def remove_channel(self, channel: "Channel") -> None:
+        """Remove a channel that has no members."""
 
-    def written(self, seconds: float) -> None:
-        """Take note how long a batch took from its first message to its last write."""
+    def observe_delivery(self, seconds: float) -> None:
+        """Record the time from a batch's first message to its last write."""
 
 
 class Channel:
     """One channel of one replica. It is the sink of its members' connections.
 
     Args:
-        name: what stands in the path.
-        office: the broadcaster.
-        pending_limit_bytes: publishers are held while more than this waits for its fan-out.
-        batch_limit_bytes: a batch is sealed once it holds this much.
+        name: as in the path.
+        host: the broadcaster.
+        pending_limit_bytes: publishers are paused while more than this is pending fan-out.
+        batch_limit_bytes: a batch is sealed once its plain frames reach this size.
         deflate_from_bytes: shorter messages are not compressed.
     """
 
     def __init__(
         self,
         name: str,
-        office: ChannelHost,
+        host: ChannelHost,
         *,
         pending_limit_bytes: int,
         batch_limit_bytes: int,
         deflate_from_bytes: int,
     ) -> None:
         self.name = name
-        self._office = office
-        self._shared = office.shared
-        self._backplane = office.backplane
+        self._host = host
+        self._shared = host.shared
+        self._backplane = host.backplane
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
-        self._gate = HighWaterMark(pending_limit_bytes)
-        self._gates = (self._gate, self._shared.pending, self._shared.appends)
+        self._high_water_mark = HighWaterMark(pending_limit_bytes)
+        self._publish_limits = (
+            self._high_water_mark,
+            self._shared.pending,
+            self._shared.appends,
+        )
         self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
-        self._expected: set[Connection] = set()  # no members yet: they hear what was before
-        self._snapshot: Recipients | None = None  # of the members, until they change
-        self._open: Batch | None = None  # takes messages; the last one in the queue
+        self._recovering: set[Connection] = set()  # subscribing: not members before their replay
+        self._groups: RecipientGroups | None = None  # snapshot of the members; None: outdated
+        self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
-        # Members that are behind, with what they had taken when they were last seen to move.
-        self._behind: dict[Connection, tuple[int, float]] = {}
-        # Members that were waited for, and when that will have been paid back at WAIT_SHARE.
-        self._indebted: dict[Connection, float] = {}
-        self._held_since = 0.0  # since when the first batch waits for them; 0: it does not
+        # Members with a full socket: drained bytes at the last check, and time of the last change.
+        self._slow_members: dict[Connection, tuple[int, float]] = {}
+        # Members that delayed a batch: the time at which DELAY_SHARE has made up for the delay.
+        self._delay_repaid_at: dict[Connection, float] = {}
+        self._delayed_since = 0.0  # since when the first batch is delayed; 0: it is not
 
     def __len__(self) -> int:
         return sum(map(len, self._members.values()))
 
-    # What members say: this is their sink
+    # MessageSink of the members' connections
 
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Relay a member's message to all members, on every replica."""
-        ledger = self._shared.ledger
-        ledger.messages += 1
-        ledger.received_bytes += len(payload)
+        """Publish a client's message to all members, on every replica."""
+        counters = self._shared.ledger
+        counters.messages += 1
+        counters.received_bytes += len(payload)
         self._backplane.append(self.name, opcode, payload, client)
         self.hold_back(client)
 
     def hold_back(self, client: Publisher) -> None:
-        """Read a publisher no more while too much waits to be written."""
-        for gate in self._gates:
-            if gate.is_shut and gate.hold(client):
+        """Pause reading from a publisher while a high-water mark is exceeded."""
+        for mark in self._publish_limits:
+            if mark.is_shut and mark.hold(client):
                 self._shared.ledger.publisher_pauses += 1
 
     @property
-    def gate(self) -> HighWaterMark:
-        """The bound on what waits for its fan-out."""
-        return self._gate
+    def high_water_mark(self) -> HighWaterMark:
+        """The bound on the channel's bytes that are pending fan-out."""
+        return self._high_water_mark
 
-    def expect(self, client: Connection) -> None:
-        """Be there for a client that will join later, and may publish already."""
-        self._expected.add(client)
+    def add_recovering(self, client: Connection) -> None:
+        """Keep the channel for a client in recovery: it joins later, and may publish already."""
+        self._recovering.add(client)
 
-    def join(self, client: Connection) -> None:
-        """Let a client in: it gets all that is published from now on."""
-        self._expected.discard(client)
+    def add_member(self, client: Connection) -> None:
+        """Add a member: it is sent all that is published from now on."""
+        self._recovering.discard(client)
         self._members.setdefault(format_of(client), {})[client] = None
-        self._changed()
+        self._on_members_changed()
 
     def leave(self, client: Connection) -> None:
-        """Let a client go; what it was still owed is counted when its turn comes."""
-        if client in self._expected:
-            self._expected.discard(client)
+        """Remove a client. Batches that still name it are counted as drops when written."""
+        if client in self._recovering:
+            self._recovering.discard(client)
         else:
-            form = format_of(client)
-            group = self._members[form]
+            delivery_format = format_of(client)
+            group = self._members[delivery_format]
             del group[client]
             if not group:
-                del self._members[form]
-            self._changed()
-        for gate in self._gates:
-            gate.release(client)
-        self._behind.pop(client, None)
-        self._indebted.pop(client, None)
-        if not self._members and not self._expected:
-            self._office.forget(self)
+                del self._members[delivery_format]
+            self._on_members_changed()
+        for mark in self._publish_limits:
+            mark.release(client)
+        self._slow_members.pop(client, None)
+        self._delay_repaid_at.pop(client, None)
+        if not self._members and not self._recovering:
+            self._host.remove_channel(self)
 
     def fell_behind(self, client: Connection) -> None:
-        """Take note that a member's socket is full."""
-        self._behind[client] = (0, perf_counter())
+        """Mark a member as slow: its socket is full."""
+        self._slow_members[client] = (0, perf_counter())
 
     def caught_up(self, client: Connection) -> None:
-        """Take note that nothing waits for a member any more."""
-        self._behind.pop(client, None)
+        """Clear the mark: the member's send backlog is empty."""
+        self._slow_members.pop(client, None)
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
@@ -169,37 +176,39 @@ class Channel:
         if not self._queue:
             act()
             return
-        self._open = None
+        self._open_batch = None
         self._queue.append(act)
 
-    # What the log says
+    # Fan-out
 
     def deliver(self, entry: LogEntry) -> None:
-        """Owe an entry of the log to the members of now."""
-        if not self._members:  # those who are expected read it in the history
+        """Add an entry of the log to the open batch, for the current members."""
+        if not self._members:  # clients in recovery read the entry from the history
             return
-        batch = self._open or self._begin()
-        kept = batch.add(entry)
-        self._gate.bytes += kept
-        self._shared.pending.bytes += kept
-        self._shared.ledger.owed += batch.owed
-        if batch.size >= self._batch_limit_bytes:
-            self._open = None
+        batch = self._open_batch or self._start_batch()
+        added_bytes = batch.add(entry)
+        self._high_water_mark.bytes += added_bytes
+        self._shared.pending.bytes += added_bytes
+        self._shared.ledger.owed += batch.recipient_count
+        if batch.plain_bytes >= self._batch_limit_bytes:
+            self._open_batch = None
 
-    def tell(self, said: Mapping[str, object]) -> None:
-        """Say something of the relay's own to those who are told such things."""
-        self._when_queue_is_written(lambda: self._tell(said))
+    def send_notice(self, notice: Mapping[str, object]) -> None:
+        """Send a notice to the members that get positions, after the batches in the queue."""
+        self._when_queue_is_written(lambda: self._write_notice(notice))
 
-    def _tell(self, said: Mapping[str, object]) -> None:
-        for form, group in self._members.items():
-            if form.tells_positions:
-                self._shared.write(list(group), encode_notice(said, form), messages=0)
+    def _write_notice(self, notice: Mapping[str, object]) -> None:
+        for delivery_format, group in self._members.items():
+            if delivery_format.tells_positions:
+                data = encode_notice(notice, delivery_format)
+                self._shared.write(list(group), data, messages=0)
 
     def fan_out(self, until: float) -> bool:
-        """Write what is owed, for a slice of time.
+        """Write batches from the queue, for one time slice.
 
         Args:
-            until: when to stop, by `time.perf_counter`; one look's worth is always done.
+            until: end of the slice, by `time.perf_counter`; checked after one step of writes at
+                the earliest.
 
         Returns:
             Whether there is nothing left to do for now.
@@ -212,115 +221,120 @@ class Channel:
                 if perf_counter() > until:
                     return not self._queue
                 continue
-            if self._open is batch:
-                self._open = None
-            if self._behind and not batch.is_begun and self._must_hold(batch):
-                self._office.call_later(HOLD_LOOK_S, lambda: self._office.schedule(self.fan_out))
+            if self._open_batch is batch:
+                self._open_batch = None
+            if self._slow_members and not batch.is_started and self._must_delay(batch):
+                self._host.call_later(DELAY_POLL_S, lambda: self._host.schedule(self.fan_out))
                 return True
-            kept = batch.kept_bytes
+            memory_bytes = batch.memory_bytes
             is_written = self._write(batch, until)
-            self._keep(batch.kept_bytes - kept)
+            self._adjust_pending(batch.memory_bytes - memory_bytes)
             if not is_written:
                 return False
-            self._finish(batch)
+            self._finish_batch(batch)
             if perf_counter() > until:
                 return not self._queue
         return True
 
     # Inside
 
-    def _changed(self) -> None:
-        self._snapshot = None
-        self._open = None
+    def _on_members_changed(self) -> None:
+        self._groups = None
+        self._open_batch = None
 
-    def _keep(self, size: int) -> None:
-        """Take note of memory that what waits for its fan-out takes, or that it gives back."""
+    def _adjust_pending(self, size: int) -> None:
+        """Add to the bytes that are pending fan-out or, if `size` is negative, free some."""
         if size > 0:
-            self._gate.bytes += size
+            self._high_water_mark.bytes += size
             self._shared.pending.bytes += size
         elif size:
-            self._gate.drained(-size)
+            self._high_water_mark.drained(-size)
             self._shared.pending.drained(-size)
 
-    def _begin(self) -> Batch:
-        audience_bytes = 0
-        if self._snapshot is None:
-            self._snapshot = [(form, list(group)) for form, group in self._members.items()]
-            audience_bytes = POINTER_BYTES * len(self)
-            self._keep(audience_bytes)
-        self._open = batch = Batch(self._snapshot, audience_bytes, perf_counter())
+    def _start_batch(self) -> Batch:
+        groups_bytes = 0
+        if self._groups is None:
+            self._groups = [(key, list(group)) for key, group in self._members.items()]
+            groups_bytes = POINTER_BYTES * len(self)
+            self._adjust_pending(groups_bytes)
+        self._open_batch = batch = Batch(self._groups, groups_bytes, perf_counter())
         if not self._queue:
-            self._office.schedule(self.fan_out)
+            self._host.schedule(self.fan_out)
         self._queue.append(batch)
         return batch
 
     def _write(self, batch: Batch, until: float) -> bool:
-        """Write a batch to one group after another until the time is over; tell if all got it."""
+        """Write a batch to one group after the other until the slice ends; return if it is done."""
         while True:
             if not batch.encode(self._deflate_from_bytes, until):
                 return False
             if not self._write_to_group(batch, until):
                 return False
-            if not batch.next_group():
+            if not batch.advance_group():
                 return True
             if perf_counter() > until:
                 return False
 
     def _write_to_group(self, batch: Batch, until: float) -> bool:
-        """Write a batch to its recipients until the time is over; tell whether all got it."""
-        data, recipients = batch.data, batch.recipients
-        step = max(1, min(WRITES_BETWEEN_LOOKS, BYTES_BETWEEN_LOOKS // len(data)))
-        position, end = batch.next, len(recipients)
-        while position < end:
-            self._shared.write(recipients[position : position + step], data, batch.messages)
-            position += step
+        """Write a batch to its current group until the slice ends; return whether it is done."""
+        encoded, recipients = batch.encoded, batch.recipients
+        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
+        index, end = batch.next_index, len(recipients)
+        while index < end:
+            self._shared.write(recipients[index : index + step], encoded, batch.message_count)
+            index += step
             if perf_counter() > until:
                 break
-        batch.next = position
-        return position >= end
+        batch.next_index = index
+        return index >= end
 
-    def _finish(self, batch: Batch) -> None:
+    def _finish_batch(self, batch: Batch) -> None:
         self._queue.popleft()
-        self._office.written(perf_counter() - batch.opened_at)
-        self._keep(-batch.kept_bytes)
+        self._host.observe_delivery(perf_counter() - batch.opened_at)
+        self._adjust_pending(-batch.memory_bytes)
 
-    # Where a member is behind but moving, and the next batch would not fit into its backlog, the
-    # batch waits a moment for it to fit, and the gate holds the publishers meanwhile: one that
-    # only goes fast is slowed to the pace of its listeners. Where half of the channel is behind
-    # that is the publisher's pace to find; a few slow members can delay the others a little only,
-    # and then the write closes them.
+    # Delay policy. If a slow member still drains, and the next batch would not fit into its send
+    # backlog, the channel delays the batch until it fits. Flow control pauses the publishers in
+    # the meantime, so a publisher that is merely fast slows down to the pace of its subscribers.
+    # If at least half of the members are slow, the publisher has to adapt to them. A few slow
+    # members may delay the others only a little; then the write closes the slow members.
 
-    def _must_hold(self, batch: Batch) -> bool:
+    def _must_delay(self, batch: Batch) -> bool:
         now = perf_counter()
-        moving = self._moving(now)
+        draining = self._draining_members(now)
         limit_bytes = self._shared.backlogs.limit_bytes
-        # The size is that of plain frames: what is compressed may be waited for without need.
-        full = [client for client in moving if client.backlog_bytes + batch.size > limit_bytes]
-        if full and self._may_wait(full, len(moving) * 2 >= len(self), now):
+        # The size is that of plain frames: a batch that fits once compressed may be delayed in
+        # vain.
+        full = [
+            client for client in draining if client.backlog_bytes + batch.plain_bytes > limit_bytes
+        ]
+        if full and self._may_delay(full, len(draining) * 2 >= len(self), now):
             return True
-        self._held_since = 0.0
+        self._delayed_since = 0.0
         return False
 
-    def _may_wait(self, full: list[Connection], half_is_behind: bool, now: float) -> bool:
-        self._held_since = self._held_since or now
-        held_s = now - self._held_since
-        if half_is_behind:
-            return held_s < HOLD_FOR_HALF_S
-        credit_until = now + HOLD_S / WAIT_SHARE
-        if held_s >= HOLD_S or all(self._indebted.get(c, 0.0) > credit_until for c in full):
+    def _may_delay(self, full: list[Connection], is_half_slow: bool, now: float) -> bool:
+        self._delayed_since = self._delayed_since or now
+        delayed_s = now - self._delayed_since
+        if is_half_slow:
+            return delayed_s < MAX_DELAY_HALF_SLOW_S
+        repaid_limit = now + MAX_DELAY_S / DELAY_SHARE
+        if delayed_s >= MAX_DELAY_S or all(
+            self._delay_repaid_at.get(client, 0.0) > repaid_limit for client in full
+        ):
             return False
         for client in full:
-            owed_until = max(now, self._indebted.get(client, 0.0))
-            self._indebted[client] = owed_until + HOLD_LOOK_S / WAIT_SHARE
+            repaid_at = max(now, self._delay_repaid_at.get(client, 0.0))
+            self._delay_repaid_at[client] = repaid_at + DELAY_POLL_S / DELAY_SHARE
         return True
 
-    def _moving(self, now: float) -> list[Connection]:
-        """Return the members that are behind and took something of it lately."""
-        moving = []
-        for client, (seen, moved_at) in self._behind.items():
-            drained = client.drained_bytes
-            if drained != seen:
-                self._behind[client] = (drained, now)
-            if drained != seen or now - moved_at < STALLED_S:
-                moving.append(client)
-        return moving
+    def _draining_members(self, now: float) -> list[Connection]:
+        """Return the slow members that drained some of their send backlog lately."""
+        draining = []
+        for client, (last_drained_bytes, changed_at) in self._slow_members.items():
+            drained_bytes = client.drained_bytes
+            if drained_bytes != last_drained_bytes:
+                self._slow_members[client] = (drained_bytes, now)
+            if drained_bytes != last_drained_bytes or now - changed_at < STALL_TIMEOUT_S:
+                draining.append(client)
+        return draining

@@ -1,11 +1,13 @@
-"""Keep the latest messages for clients that come back, or want to see some first.
+"""Keep the latest messages in memory, for clients that resume or request history.
 
-Filled with what the log says, like the channels: so what is replayed and what comes live are one
-sequence, and every replica can serve a client that was on another.
+The history is filled from the log, as the channels are. So replayed and live messages are one
+sequence, and every replica can serve a client that was connected to another one.
 
-Where a bound is passed, the channel that holds most of it loses its oldest messages. A channel that
-holds less than seven eighths of its share loses nothing to others. Its share is the bound, less
-what the channels themselves take, divided by their number.
+When a bound is exceeded, the channel that uses most of it loses its oldest messages. A channel that
+uses less than seven eighths of its share loses nothing to others. Its share is the bound, less the
+memory of the channels themselves, divided by the number of channels.
+
+Knows no connection and no broker.
 """
 
 import asyncio
@@ -19,23 +21,22 @@ from websocket_relay.backplane.interface import START, LogEntry, Position
 from websocket_relay.channels.usage_ranking import Usage, UsageRanking
 
 ENTRY_BYTES = 320
-"""What a message takes besides its payload: the objects that it is made of, and its place in a
-list."""
+"""Memory of a message besides its payload: its objects and its list slot."""
 
 CHANNEL_BYTES = 600
-"""What a channel takes of which messages are kept: its list, its two shares, and its places in the
-tables."""
+"""Memory of a channel that has messages: its list, its two usages and its entries in the tables."""
 
 AGE_STEP_S = 1.0
-"""How exact ages are."""
+"""Resolution of ages."""
 
 OLD_AT_ONCE = 256
-"""So many messages that are too old are forgotten before others have a turn."""
+"""Expired messages that are evicted before the event loop runs other tasks."""
 
 ROOM_PART = 64
-"""Where there are too many, this part of the bound is forgotten at once."""
+"""When a bound is exceeded, the eviction frees this fraction of it: 1 / ROOM_PART."""
 
 COMPACT_FROM = 64
+"""Evicted entries at the front of a list before it is compacted."""
 
 EVICTED = LogEntry(START, "", 0, b"")
 
@@ -44,98 +45,99 @@ _newest_of = attrgetter("newest")
 
 
 class ChannelHistory:
-    """What is kept of one channel, oldest first.
+    """The messages that are kept of one channel, oldest first.
 
     Attributes:
         channel: its name.
-        floor: no message of the channel behind this position is missing here.
-        messages, bytes: what its messages use of each bound.
-        peers: the channels that become too old when this one does.
+        floor: no message of the channel after this position is missing here.
+        messages, bytes: its usage of each bound.
+        age_group: the channels that are checked for expired messages together with this one.
     """
 
-    __slots__ = ("_entries", "_gone", "bytes", "channel", "floor", "messages", "peers")
+    __slots__ = ("_entries", "_evicted_count", "age_group", "bytes", "channel", "floor", "messages")
 
-    def __init__(self, channel: str, floor: Position, peers: "SameAge") -> None:
+    def __init__(self, channel: str, floor: Position, age_group: "AgeGroup") -> None:
         self.channel = channel
         self.floor = floor
-        self.peers = peers
-        peers[self] = None
+        self.age_group = age_group
+        age_group[self] = None
         self.messages = Usage(0)
         self.bytes = Usage(0)
         self._entries: list[LogEntry] = []
-        self._gone = 0  # entries at the front that are forgotten and not taken out yet
+        self._evicted_count = 0  # entries at the front that are evicted and still in the list
 
     @property
     def oldest(self) -> Position:
-        """The position of the oldest entry. There must be one."""
-        return self._entries[self._gone].position
+        """The position of the oldest entry. The history must not be empty."""
+        return self._entries[self._evicted_count].position
 
-    def add(self, entry: LogEntry, size: int) -> None:
-        """Add the newest entry."""
+    def append(self, entry: LogEntry, size: int) -> None:
+        """Append the newest entry.
+
+        Args:
+            entry: the message.
+            size: memory that it takes, in bytes.
+        """
         self._entries.append(entry)
         self.messages.size += 1
         self.bytes.size += size
 
-    def forget_oldest(self) -> int:
-        """Let go of the oldest entry.
-
-        Returns:
-            What it took.
-        """
-        gone, entries = self._gone, self._entries
-        self.floor, _, _, payload = entries[gone]
-        entries[gone] = EVICTED
-        gone += 1
-        if gone >= COMPACT_FROM and gone * 2 >= len(entries):
-            del entries[:gone]
-            gone = 0
-        self._gone = gone
+    def evict_oldest(self) -> int:
+        """Evict the oldest entry; return the bytes of memory that it took."""
+        evicted, entries = self._evicted_count, self._entries
+        self.floor, _, _, payload = entries[evicted]
+        entries[evicted] = EVICTED
+        evicted += 1
+        if evicted >= COMPACT_FROM and evicted * 2 >= len(entries):
+            del entries[:evicted]
+            evicted = 0
+        self._evicted_count = evicted
         size = len(payload) + ENTRY_BYTES
         self.messages.size -= 1
         self.bytes.size -= size
         return size
 
-    def after(self, position: Position, count: int) -> Sequence[LogEntry]:
-        """Return the first entries behind a position."""
-        start = bisect_right(self._entries, position, lo=self._gone, key=_position_of)
+    def entries_after(self, position: Position, count: int) -> Sequence[LogEntry]:
+        """Return the first `count` entries after a position."""
+        start = bisect_right(self._entries, position, lo=self._evicted_count, key=_position_of)
         return self._entries[start : start + count]
 
-    def last(self, count: int) -> Sequence[LogEntry]:
-        """Return the newest entries."""
-        return self._entries[max(self._gone, len(self._entries) - count) :]
+    def latest_entries(self, count: int) -> Sequence[LogEntry]:
+        """Return the newest `count` entries, oldest first."""
+        return self._entries[max(self._evicted_count, len(self._entries) - count) :]
 
 
-SameAge = OrderedDict[ChannelHistory, None]
+AgeGroup = OrderedDict[ChannelHistory, None]
 
 
 class AgeStep(NamedTuple):
-    """A step of time.
+    """The interval between two calls of `History.forget_old`.
 
     Attributes:
-        ended_at: when, by the history's clock.
-        newest: the newest position by then.
-        peers: channels whose oldest message came in this step, or in an earlier one and is
-            forgotten.
+        ended_at: its end, by the history's clock.
+        newest: the newest position at its end.
+        peers: channels whose oldest message arrived in this step, or in an earlier one and has
+            been evicted since.
     """
 
     ended_at: float
     newest: Position
-    peers: SameAge
+    peers: AgeGroup
 
 
 class History:
     """The latest messages of all channels.
 
     Args:
-        max_messages, max_bytes, max_age_s: what is kept of all of them together.
-        max_channels: of so many channels that lost all their messages, the latest, is known from
-            where on they are complete.
-        clock: seconds, growing.
+        max_messages, max_bytes, max_age_s: bounds on the messages of all channels together.
+        max_channels: channels without messages whose last evicted position is kept: the ones that
+            lost their last message most recently.
+        clock: monotonic time in seconds.
 
     Attributes:
         floor: the log may have lost messages of any channel up to this position.
         newest: the position that was read last.
-        bytes: what is kept takes so much memory.
+        bytes: memory that the history takes.
     """
 
     def __init__(
@@ -152,146 +154,149 @@ class History:
         self._max_age_s = max_age_s
         self._max_channels = max_channels
         self._clock = clock
-        self._channels: dict[str, ChannelHistory] = {}  # those of which something is kept
+        self._channels: dict[str, ChannelHistory] = {}  # those that have messages
         self._by_messages = UsageRanking(
-            lambda: ((past.messages, past) for past in self._channels.values())
+            lambda: ((each.messages, each) for each in self._channels.values())
         )
         self._by_bytes = UsageRanking(
-            lambda: ((past.bytes, past) for past in self._channels.values())
+            lambda: ((each.bytes, each) for each in self._channels.values())
         )
         self._steps: list[AgeStep] = []
-        self._peers = SameAge()  # of the step that has not ended
-        # Where channels are complete of which nothing is kept: each of the latest, and all others.
+        self._peers = AgeGroup()  # of the step that has not ended
+        # The last evicted position of channels without messages: of each of the latest ones, and
+        # the maximum over all others.
         self._emptied: OrderedDict[str, Position] = OrderedDict()
-        self._emptied_before = START
+        self._others_evicted_up_to = START
         self.floor = START
-        self._messages = 0
+        self._message_count = 0
         self.newest = START
         self.bytes = 0
 
     def __len__(self) -> int:
-        return self._messages
+        return self._message_count
 
     def add(self, entry: LogEntry) -> None:
-        """Keep what the log says; forget what is too much."""
-        self.newest, channel, _, payload = entry
-        past = self._channels.get(channel) or self._begin(channel)
+        """Append an entry of the log; evict messages if a bound is exceeded."""
+        self.newest, name, _, payload = entry
+        channel_history = self._channels.get(name) or self._add_channel(name)
         size = len(payload) + ENTRY_BYTES
-        past.add(entry, size)
-        self._messages += 1
+        channel_history.append(entry, size)
+        self._message_count += 1
         self.bytes += size
-        if past.messages.size >= past.messages.end:
-            self._by_messages.reclassify(past.messages)
-        if past.bytes.size >= past.bytes.end:
-            self._by_bytes.reclassify(past.bytes)
-        if self._messages > self._max_messages or self.bytes > self._max_bytes:
-            self._make_room()
+        if channel_history.messages.size >= channel_history.messages.end:
+            self._by_messages.reclassify(channel_history.messages)
+        if channel_history.bytes.size >= channel_history.bytes.end:
+            self._by_bytes.reclassify(channel_history.bytes)
+        if self._message_count > self._max_messages or self.bytes > self._max_bytes:
+            self._evict_surplus()
 
     async def grow_old(self) -> None:
-        """Forget what is too old, for ever."""
+        """Evict expired messages once every AGE_STEP_S, until cancelled."""
         while True:
             await asyncio.sleep(AGE_STEP_S)
             for _ in self.forget_old():
                 await asyncio.sleep(0)
 
     def forget_old(self) -> Iterator[None]:
-        """Forget what was too old when this was called before, or since.
+        """Evict messages whose age step ended `max_age_s` ago or earlier.
 
         Yields:
-            After every so many messages: others may do something then, and add messages.
+            After every OLD_AT_ONCE messages: other tasks may run then, and add messages.
         """
         now = self._clock()
         self._steps.append(AgeStep(now, self.newest, self._peers))
-        self._peers = SameAge()
-        done = 0
+        self._peers = AgeGroup()
+        checked = 0
         while self._steps and self._steps[0].ended_at <= now - self._max_age_s:
-            _, too_old, peers = self._steps[0]
-            while peers:
-                past = next(iter(peers))
-                if past.oldest <= too_old:
-                    self._forget_oldest(past)  # its last takes the channel out of its peers
+            _, newest_expired, age_group = self._steps[0]
+            while age_group:
+                channel_history = next(iter(age_group))
+                if channel_history.oldest <= newest_expired:
+                    self._evict_oldest(channel_history)  # the last removes it from its group
                 else:
-                    del peers[past]
-                    self._regroup(past)
-                done += 1
-                if done % OLD_AT_ONCE == 0:
+                    del age_group[channel_history]
+                    self._assign_age_group(channel_history)
+                checked += 1
+                if checked % OLD_AT_ONCE == 0:
                     yield
             del self._steps[0]
 
     def begin_after(self, position: Position) -> None:
-        """Take note that something up to this position may be missing, and nothing behind it."""
+        """Record a gap: messages up to a position may be missing, and none after it is."""
         self.floor = max(self.floor, position)
         self.newest = max(self.newest, position)
 
     def known_after(self, channel: str) -> Position:
-        """Return a position behind which nothing is missing of a channel."""
-        return max(self.floor, self.kept_after(channel))
+        """Return a position after which no message of a channel is missing."""
+        return max(self.floor, self.evicted_up_to(channel))
 
-    def kept_after(self, channel: str) -> Position:
-        """Return a position after which no message of a channel that was read is forgotten."""
-        past = self._channels.get(channel)
-        if past is not None:
-            return past.floor
-        return self._emptied.get(channel, self._emptied_before)
+    def evicted_up_to(self, channel: str) -> Position:
+        """Return a position after which no message that was read of a channel is evicted."""
+        channel_history = self._channels.get(channel)
+        if channel_history is not None:
+            return channel_history.floor
+        return self._emptied.get(channel, self._others_evicted_up_to)
 
     def has_all_after(self, channel: str, position: Position) -> bool:
-        """Tell whether nothing is missing of a channel behind a position."""
+        """Return whether no message of a channel after a position is missing."""
         return position >= self.known_after(channel)
 
     def after(self, channel: str, position: Position, count: int) -> Sequence[LogEntry]:
-        """Return the first entries of a channel behind a position."""
-        past = self._channels.get(channel)
-        return past.after(position, count) if past is not None else ()
+        """Return the first `count` entries of a channel after a position."""
+        channel_history = self._channels.get(channel)
+        return channel_history.entries_after(position, count) if channel_history is not None else ()
 
     def last(self, channel: str, count: int) -> Sequence[LogEntry]:
-        """Return the newest entries of a channel."""
-        past = self._channels.get(channel)
-        return past.last(count) if past is not None else ()
+        """Return the newest `count` entries of a channel, oldest first."""
+        channel_history = self._channels.get(channel)
+        return channel_history.latest_entries(count) if channel_history is not None else ()
 
-    def _begin(self, channel: str) -> ChannelHistory:
-        """Begin to keep messages of a channel."""
-        floor = self._emptied.pop(channel, self._emptied_before)
-        past = self._channels[channel] = ChannelHistory(channel, floor, self._peers)
-        self._by_messages.insert(past.messages, past)
-        self._by_bytes.insert(past.bytes, past)
+    def _add_channel(self, name: str) -> ChannelHistory:
+        """Add a channel that had no messages."""
+        floor = self._emptied.pop(name, self._others_evicted_up_to)
+        channel_history = self._channels[name] = ChannelHistory(name, floor, self._peers)
+        self._by_messages.insert(channel_history.messages, channel_history)
+        self._by_bytes.insert(channel_history.bytes, channel_history)
         self.bytes += CHANNEL_BYTES
-        return past
+        return channel_history
 
-    def _regroup(self, past: ChannelHistory) -> None:
-        """Put a channel among those whose oldest message came in the same step."""
-        step = bisect_left(self._steps, past.oldest, key=_newest_of)
-        past.peers = self._steps[step].peers if step < len(self._steps) else self._peers
-        past.peers[past] = None
+    def _assign_age_group(self, channel_history: ChannelHistory) -> None:
+        """Add a channel to the age group of the step in which its oldest message arrived."""
+        step = bisect_left(self._steps, channel_history.oldest, key=_newest_of)
+        channel_history.age_group = (
+            self._steps[step].peers if step < len(self._steps) else self._peers
+        )
+        channel_history.age_group[channel_history] = None
 
-    def _make_room(self) -> None:
-        """Forget what is too much, and some more, so that it need not be done each time."""
-        if self._messages > self._max_messages:
+    def _evict_surplus(self) -> None:
+        """Evict messages over the bounds, and some more, so that not every message evicts one."""
+        if self._message_count > self._max_messages:
             target = self._max_messages - self._max_messages // ROOM_PART
-            while self._messages > target:
-                past = self._by_messages.largest()
-                for _ in range(min(self._messages - target, past.messages.surplus)):
-                    self._forget_oldest(past)
+            while self._message_count > target:
+                channel_history = self._by_messages.largest()
+                for _ in range(min(self._message_count - target, channel_history.messages.surplus)):
+                    self._evict_oldest(channel_history)
         if self.bytes > self._max_bytes:
             target = self._max_bytes - self._max_bytes // ROOM_PART
             while self.bytes > target:
-                past = self._by_bytes.largest()
-                while self.bytes > target and past.bytes.surplus > 0:
-                    self._forget_oldest(past)
+                channel_history = self._by_bytes.largest()
+                while self.bytes > target and channel_history.bytes.surplus > 0:
+                    self._evict_oldest(channel_history)
 
-    def _forget_oldest(self, past: ChannelHistory) -> None:
-        """Forget the oldest message of a channel; of one that has no other, the channel, too."""
-        self.bytes -= past.forget_oldest()
-        self._messages -= 1
-        if not past.messages.size:
-            self._end(past)
+    def _evict_oldest(self, channel_history: ChannelHistory) -> None:
+        """Evict the oldest message of a channel; remove the channel if it has no other."""
+        self.bytes -= channel_history.evict_oldest()
+        self._message_count -= 1
+        if not channel_history.messages.size:
+            self._remove_channel(channel_history)
 
-    def _end(self, past: ChannelHistory) -> None:
-        """Keep of a channel only from where on it is complete."""
-        del self._channels[past.channel], past.peers[past]
-        self._by_messages.remove(past.messages)
-        self._by_bytes.remove(past.bytes)
+    def _remove_channel(self, channel_history: ChannelHistory) -> None:
+        """Remove a channel without messages; keep its last evicted position."""
+        del self._channels[channel_history.channel], channel_history.age_group[channel_history]
+        self._by_messages.remove(channel_history.messages)
+        self._by_bytes.remove(channel_history.bytes)
         self.bytes -= CHANNEL_BYTES
-        self._emptied[past.channel] = past.floor
+        self._emptied[channel_history.channel] = channel_history.floor
         if len(self._emptied) > self._max_channels:
             _, floor = self._emptied.popitem(last=False)
-            self._emptied_before = max(self._emptied_before, floor)
+            self._others_evicted_up_to = max(self._others_evicted_up_to, floor)

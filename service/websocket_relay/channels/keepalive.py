@@ -1,4 +1,7 @@
-"""Find the dead: one sweep pings every connection, and closes who stays silent."""
+"""Detect dead connections: one sweep pings all clients, a later one closes the silent ones.
+
+Knows no channel, no message and no HTTP.
+"""
 
 import asyncio
 from collections import deque
@@ -8,36 +11,37 @@ from websocket_relay.outcomes import Close
 from websocket_relay.wire.frames import PING, control
 from websocket_relay.wire.registry import ConnectionRegistry
 
-CLIENTS_PER_SLICE = 200  # some microseconds each; then the loop gets its turn
+CLIENTS_PER_SLICE = 200  # some microseconds each; then the sweep yields to the event loop
 
 
 async def keep_alive(
     clients: ConnectionRegistry, *, ping_interval_s: float, ping_timeout_s: float
 ) -> None:
-    """Ping all clients every interval with one shared frame, and judge them a timeout later.
+    """Ping all clients every interval with one shared frame; a timeout later, close silent ones.
 
-    Any bytes from a client count as life, for a pong waits its turn behind a long message.
+    Any bytes from a client count as an answer, because a pong queues after a long message.
 
     Args:
         clients: the connections.
-        ping_interval_s: seconds between two sweeps.
-        ping_timeout_s: seconds from a ping to the close of a client silent since (1011).
+        ping_interval_s: seconds between two ping sweeps.
+        ping_timeout_s: seconds from a ping to the close (1011) of a client that is silent since.
     """
     loop = asyncio.get_running_loop()
-    next_ping = loop.time() + ping_interval_s
-    pinged_at: deque[float] = deque()  # sweeps that were not judged yet
-    for number in count():
-        while pinged_at and pinged_at[0] + ping_timeout_s <= next_ping:
-            sweep = pinged_at.popleft()
-            await asyncio.sleep(sweep + ping_timeout_s - loop.time())
-            await _judge(clients, sweep)
-        await asyncio.sleep(next_ping - loop.time())
-        pinged_at.append(await _ping(clients, control(PING, number.to_bytes(8, "big"))))
-        next_ping = max(next_ping + ping_interval_s, loop.time())
+    next_ping_at = loop.time() + ping_interval_s
+    unchecked_sweeps: deque[float] = deque()  # end times of ping sweeps, oldest first
+    for sweep_number in count():
+        while unchecked_sweeps and unchecked_sweeps[0] + ping_timeout_s <= next_ping_at:
+            pinged_at = unchecked_sweeps.popleft()
+            await asyncio.sleep(pinged_at + ping_timeout_s - loop.time())
+            await _close_silent_clients(clients, pinged_at)
+        await asyncio.sleep(next_ping_at - loop.time())
+        frame = control(PING, sweep_number.to_bytes(8, "big"))
+        unchecked_sweeps.append(await _ping_clients(clients, frame))
+        next_ping_at = max(next_ping_at + ping_interval_s, loop.time())
 
 
-async def _ping(clients: ConnectionRegistry, frame: bytes) -> float:
-    """Ping everybody; return when the last one was pinged."""
+async def _ping_clients(clients: ConnectionRegistry, frame: bytes) -> float:
+    """Ping all clients; return the loop time after the last ping."""
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients, 1):
         client.ping(frame, loop.time())
@@ -46,9 +50,9 @@ async def _ping(clients: ConnectionRegistry, frame: bytes) -> float:
     return loop.time()
 
 
-async def _judge(clients: ConnectionRegistry, since: float) -> None:
-    # A relay that was stopped for a while itself, with its machine, say, wakes up late: what came
-    # in meanwhile is heard first.
+async def _close_silent_clients(clients: ConnectionRegistry, since: float) -> None:
+    # A relay that was suspended itself, with its machine for example, wakes up late. The event
+    # loop reads what arrived in the meantime before any client counts as silent.
     for _ in range(2):
         await asyncio.sleep(0)
     for number, client in enumerate(clients, 1):

@@ -1,4 +1,7 @@
-"""Publish for somebody who does not stay: by HTTP, say."""
+"""Publish messages for a caller without a connection in the channel: an HTTP request, for example.
+
+Knows no HTTP and no channel's members.
+"""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -9,69 +12,75 @@ from websocket_relay.wire.flow_control import HighWaterMark
 
 
 class OneShotPublisher:
-    """Carries some messages to the log, and waits until they are back from there.
+    """Appends messages to the log once, and waits until this replica has delivered them.
 
     Args:
-        gates: the bounds on what waits; it waits while one is shut.
+        high_water_marks: the flow control; the publisher waits while one of them is exceeded.
     """
 
-    def __init__(self, gates: Iterable[HighWaterMark]) -> None:
-        self._gates = tuple(gates)
-        self._fault: Refusal | None = None  # why a message could not be relayed
-        self._holds = 0
-        self._is_free = asyncio.Event()
-        self._is_free.set()
+    def __init__(self, high_water_marks: Iterable[HighWaterMark]) -> None:
+        self._high_water_marks = tuple(high_water_marks)
+        self._failure: Refusal | None = None  # why a message could not be relayed
+        self._pause_count = 0
+        self._resumed = asyncio.Event()
+        self._resumed.set()
 
     async def wait_for_room(self) -> None:
-        """Return when no gate is shut: deliver then, before anything else is waited for."""
+        """Return when no high-water mark is exceeded; publish then, before any other await."""
         try:
-            while self._is_held():  # again: those who were let go first may have taken the room
-                await self._is_free.wait()
+            # Checked again after each wait: publishers that resume earlier may exceed a mark.
+            while self._is_paused():
+                await self._resumed.wait()
         finally:
-            for gate in self._gates:
-                gate.release(self)
+            for mark in self._high_water_marks:
+                mark.release(self)
 
-    async def deliver(
-        self, backplane: Backplane, channel: str, said: Sequence[tuple[int, bytes]]
+    async def publish_all(
+        self, backplane: Backplane, channel: str, messages: Sequence[tuple[int, bytes]]
     ) -> Position:
-        """Append messages, next to each other; return where the last one stands.
+        """Append messages, adjacent in the log; return the position of the last one.
+
+        Args:
+            backplane: the log.
+            channel: name of the channel.
+            messages: opcodes and payloads.
 
         Raises:
-            RefusedError: they could not be relayed.
+            RefusedError: the messages could not be relayed.
         """
-        backplane.append_all(channel, said, self)
-        back: asyncio.Future[Position | None] = asyncio.get_running_loop().create_future()
+        backplane.append_all(channel, messages, self)
+        delivered: asyncio.Future[Position | None] = asyncio.get_running_loop().create_future()
 
-        def tell(position: Position | None) -> None:
-            if not back.done():  # nobody waits any more
-                back.set_result(position)
+        def set_position(position: Position | None) -> None:
+            if not delivered.done():  # done: the caller was cancelled
+                delivered.set_result(position)
 
-        backplane.when_delivered(tell)
-        position = await back
-        if self._fault is not None:
-            raise RefusedError(self._fault)
-        if position is None:  # the broker took them, and did not give them back
+        backplane.when_delivered(set_position)
+        position = await delivered
+        if self._failure is not None:
+            raise RefusedError(self._failure)
+        if position is None:  # the broker accepted the messages, and did not deliver them
             raise RefusedError(Refusal.IN_DOUBT)
         return position
 
     def pause_reading(self) -> None:
-        """Wait."""
-        self._holds += 1
-        self._is_free.clear()
+        """Pause until `resume_reading` has been called as often."""
+        self._pause_count += 1
+        self._resumed.clear()
 
     def resume_reading(self) -> None:
-        """Go on."""
-        self._holds -= 1
-        if not self._holds:
-            self._is_free.set()
+        """Undo one `pause_reading`."""
+        self._pause_count -= 1
+        if not self._pause_count:
+            self._resumed.set()
 
     def tell_unavailable(self, *, in_doubt: bool) -> None:
-        """Take note that a message could not be relayed, or that nobody knows."""
-        if in_doubt or self._fault is None:
-            self._fault = Refusal.IN_DOUBT if in_doubt else Refusal.UNAVAILABLE
+        """Record that a message was not relayed or, in doubt, that the outcome is unknown."""
+        if in_doubt or self._failure is None:
+            self._failure = Refusal.IN_DOUBT if in_doubt else Refusal.UNAVAILABLE
 
-    def _is_held(self) -> bool:
-        for gate in self._gates:
-            if gate.is_shut:
-                gate.hold(self)
-        return not self._is_free.is_set()
+    def _is_paused(self) -> bool:
+        for mark in self._high_water_marks:
+            if mark.is_shut:
+                mark.hold(self)
+        return not self._resumed.is_set()

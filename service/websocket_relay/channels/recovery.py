@@ -1,8 +1,11 @@
-"""Send a client what it missed or wants to see first, then let it into its channel.
+"""Own the recovery of one client: replay messages from the history, then make it a member.
 
-What is replayed is what the log said, out of the replica's own history: the broker is not asked.
-The client is no member until it has heard all of it, so there is no gap between what is replayed
-and what comes live, nothing twice, and no second queue: it reads on in the history at its own pace.
+The replica's own history is replayed, which holds what the log delivered; the broker is not read.
+The client becomes a member only after the whole replay is written. So there is no gap and no
+duplicate between replayed and live messages, and no second queue: recovery reads on in the history
+at the client's own pace.
+
+Knows no broker, no HTTP and no other member of the channel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,37 +19,38 @@ from websocket_relay.channels.history import History
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.connection import Connection, Publisher
 
-PIECE_BYTES = 65_536  # of messages that are written in one go
-PIECE_MESSAGES = 256
+REPLAY_CHUNK_BYTES = 65_536  # of payload in one write
+REPLAY_CHUNK_MESSAGES = 256  # in one write
 
-AHEAD_LOOK_S = 0.02
-"""A client may come from a replica that has read more of the log than this one: how often is looked
-whether this one got there."""
+TAIL_POLL_S = 0.02
+"""A client may resume from a position that another replica has read and this one has not yet:
+interval between two checks whether this replica has read it."""
 
 
 class ReplayRequest(NamedTuple):
-    """What a client wants to hear before what comes next.
+    """The messages that a client requests before live ones.
 
     Attributes:
-        since: all that came after this; None: nothing of that kind.
-        last: the last messages of the channel, so many, where `since` is None.
-        tells_positions: it speaks relay.v1, and is welcomed.
+        since: replay all messages after this position; None: not requested.
+        history_count: replay the channel's latest messages, up to this many; ignored if `since` is
+            given.
+        tells_positions: the client uses relay.v1, and is sent a welcome.
     """
 
     since: Position | None
-    last: int
+    history_count: int
     tells_positions: bool
 
 
 class Recovery:
-    """What one client is sent first. It is the sink of its connection meanwhile.
+    """The replay for one client. It is the sink of the client's connection in the meantime.
 
     Args:
-        client: who.
-        channel: where it goes then.
-        wish: what it wants to hear.
-        office: the broadcaster.
-        history: what is replayed.
+        client: the connection in recovery.
+        channel: the channel that it joins after the replay.
+        request: what to replay.
+        host: the broadcaster.
+        history: the messages to replay.
         deflate_from_bytes: shorter messages are not compressed.
     """
 
@@ -54,41 +58,41 @@ class Recovery:
         self,
         client: Connection,
         channel: Channel,
-        wish: ReplayRequest,
-        office: ChannelHost,
+        request: ReplayRequest,
+        host: ChannelHost,
         history: History,
         deflate_from_bytes: int,
     ) -> None:
         self._client = client
         self._channel = channel
-        self._wish = wish
-        self._office = office
+        self._request = request
+        self._host = host
         self._history = history
         self._deflate_from_bytes = deflate_from_bytes
-        self._cursor: Position | None = None  # all up to there was sent; None: undecided
+        self._cursor: Position | None = None  # replayed up to here; None: not known yet
         self._is_recovered = True
-        self._owes_welcome = wish.tells_positions
-        self._began_at = monotonic()
-        self._is_behind = False
-        self._is_over = False
-        self._in_turns = False
-        channel.expect(client)
-        if not self._is_ahead():
-            # Now: what the client says itself comes after what it missed.
-            self._cursor = self._decided()
+        self._needs_welcome = request.tells_positions
+        self._started_at = monotonic()
+        self._is_socket_full = False
+        self._is_finished = False
+        self._is_scheduled = False
+        channel.add_recovering(client)
+        if not self._is_since_unread():
+            # Chosen now: the client's own messages come after those that it missed.
+            self._cursor = self._choose_start()
 
-    def begin(self) -> None:
-        """Get turns to write."""
-        self._go_on_soon()
+    def start_replay(self) -> None:
+        """Schedule the first slice of the replay."""
+        self._schedule()
 
-    # What the client says: this is its sink
+    # MessageSink of the client's connection
 
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Relay a message, though its sender does not hear it yet."""
+        """Publish a message, though its publisher is not subscribed yet."""
         self._channel.publish(client, opcode, payload)
 
     def hold_back(self, client: Publisher) -> None:
-        """Read a publisher no more while too much waits to be written."""
+        """Pause reading from a publisher while a high-water mark is exceeded."""
         self._channel.hold_back(client)
 
     def when_written(self, act: Callable[[], None]) -> None:
@@ -96,137 +100,142 @@ class Recovery:
         self._channel.when_written(act)
 
     def leave(self, client: Connection) -> None:
-        """Let a client go."""
-        self._is_over = True
+        """End the recovery: the client disconnects."""
+        self._is_finished = True
         self._channel.leave(client)
 
     def fell_behind(self, client: Connection) -> None:
-        """Wait: the client's socket is full."""
-        self._is_behind = True
+        """Pause the replay: the client's socket is full."""
+        self._is_socket_full = True
 
     def caught_up(self, client: Connection) -> None:
-        """Go on."""
-        self._is_behind = False
-        self._go_on_soon()
+        """Resume the replay: the client's send backlog is empty."""
+        self._is_socket_full = False
+        self._schedule()
 
-    # What it hears
+    # Replay
 
-    def go_on(self, until: float) -> bool:
-        """Write some more of what was missed, for a slice of time.
+    def replay_slice(self, until: float) -> bool:
+        """Write some of the replay, for one time slice.
 
         Args:
-            until: when to stop, by `time.perf_counter`; one piece is always written.
+            until: end of the slice, by `time.perf_counter`; checked after one write.
 
         Returns:
             Whether there is nothing left to do for now.
         """
-        is_done = self._go_on(until)
-        self._in_turns = not is_done
+        is_done = self._replay_until(until)
+        self._is_scheduled = not is_done
         return is_done
 
-    def _go_on_soon(self) -> None:
-        if not self._in_turns:
-            self._in_turns = True
-            self._office.schedule(self.go_on)
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._host.schedule(self.replay_slice)
 
-    def _go_on(self, until: float) -> bool:
-        while not self._is_over and not self._is_behind:
+    def _replay_until(self, until: float) -> bool:
+        while not self._is_finished and not self._is_socket_full:
             if self._cursor is None:
-                if self._is_ahead():
-                    self._wait_to_get_there()
+                if self._is_since_unread():
+                    self._wait_for_tail()
                     return True
-                self._cursor = self._decided()
-            if self._owes_welcome:
-                self._owes_welcome = False
-                self._welcome(self._cursor)
+                self._cursor = self._choose_start()
+            if self._needs_welcome:
+                self._needs_welcome = False
+                self._send_welcome(self._cursor)
             else:
-                self._cursor = self._go_past(self._cursor)
+                self._cursor = self._send_after(self._cursor)
             if perf_counter() > until:
-                return self._is_over or self._is_behind
+                return self._is_finished or self._is_socket_full
         return True
 
-    def _is_ahead(self) -> bool:
-        """Tell whether the log may hold what the client heard last, and it was not read here yet.
+    def _is_since_unread(self) -> bool:
+        """Return whether the log may hold the position `since`, not read by this replica yet.
 
-        Once all has been read that the log held when the client came, it holds nothing further.
+        Once this replica has read all that the log held when the client connected, the log does
+        not hold the position.
         """
-        since, backplane = self._wish.since, self._office.backplane
+        since, backplane = self._request.since, self._host.backplane
         if since is None or since <= backplane.position:
             return False
         if backplane.relays_locally and backplane.state is BackplaneState.OUTAGE:
-            return False  # this replica goes on without the log
-        return backplane.complete_until < self._began_at
+            return False  # this replica relays without the log
+        return backplane.complete_until < self._started_at
 
-    def _wait_to_get_there(self) -> None:
-        if self._office.backplane.state is BackplaneState.OUTAGE:
-            # Whatever it were told now could be wrong. It is like a newcomer's: another replica's.
+    def _wait_for_tail(self) -> None:
+        if self._host.backplane.state is BackplaneState.OUTAGE:
+            # Any answer now could be wrong. Like a new client, which is refused in an outage, the
+            # client has to try another replica.
             self._client.close(Close.UNAVAILABLE)
         else:
-            self._office.call_later(AHEAD_LOOK_S, self._go_on_soon)
+            self._host.call_later(TAIL_POLL_S, self._schedule)
 
-    def _decided(self) -> Position:
-        """Decide from where on the client is sent messages."""
-        history, name, since = self._history, self._channel.name, self._wish.since
+    def _choose_start(self) -> Position:
+        """Return the position after which the replay starts; count whether recovery is complete."""
+        history, name, since = self._history, self._channel.name, self._request.since
         if since is not None:
-            is_in_log = since <= self._office.backplane.position
+            is_in_log = since <= self._host.backplane.position
             self._is_recovered = is_in_log and history.has_all_after(name, since)
-            ledger = self._office.shared.ledger
-            ledger.recovered += self._is_recovered
-            ledger.not_recovered += not self._is_recovered
+            counters = self._host.shared.ledger
+            counters.recovered += self._is_recovered
+            counters.not_recovered += not self._is_recovered
             return max(since, history.known_after(name)) if is_in_log else history.newest
-        last = history.last(name, self._wish.last) if self._wish.last else ()
-        if not last:
+        count = self._request.history_count
+        latest = history.last(name, count) if count else ()
+        if not latest:
             return history.newest
-        return max(last[0].position.before(), history.known_after(name))  # not across a gap
+        return max(latest[0].position.before(), history.known_after(name))  # not across a gap
 
-    def _welcome(self, position: Position) -> None:
-        said = {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
-        self._tell(said)
+    def _send_welcome(self, position: Position) -> None:
+        self._send_notice(
+            {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
+        )
 
-    def _tell(self, said: Mapping[str, object]) -> None:
-        data = encode_notice(said, format_of(self._client))
-        self._office.shared.write([self._client], data, messages=0)
+    def _send_notice(self, notice: Mapping[str, object]) -> None:
+        data = encode_notice(notice, format_of(self._client))
+        self._host.shared.write([self._client], data, messages=0)
 
-    def _go_past(self, cursor: Position) -> Position:
-        """Write some of what is behind a position; let the client in where there is nothing.
+    def _send_after(self, cursor: Position) -> Position:
+        """Write some messages after a position; if there are none, make the client a member.
 
         Returns:
-            What it has heard then.
+            The new cursor.
         """
         name, floor = self._channel.name, self._history.floor
-        if self._wish.tells_positions and floor > cursor:
-            # The log lost something meanwhile, here or further on: nothing up to there is whole.
-            # Others are sent what there is, as all members are.
+        if self._request.tells_positions and floor > cursor:
+            # The log has lost messages in the meantime, right after the cursor or later: the
+            # replay up to the floor would be incomplete. A client that is sent no notices gets
+            # what there is, as members do.
             cursor = floor
-            self._tell({"type": "gap", "position": str(floor)})
-        if cursor < self._history.kept_after(name):
-            # It was forgotten faster than the client took it.
+            self._send_notice({"type": "gap", "position": str(floor)})
+        if cursor < self._history.evicted_up_to(name):
+            # The history evicted messages faster than the client read them.
             self._client.close(Close.SLOW_CONSUMER)
             return cursor
-        piece = _piece(self._history.after(name, cursor, PIECE_MESSAGES))
-        if not piece:
-            self._join()
+        chunk = _first_chunk(self._history.after(name, cursor, REPLAY_CHUNK_MESSAGES))
+        if not chunk:
+            self._join_channel()
             return cursor
-        self._write(piece)
-        return piece[-1].position
+        self._write(chunk)
+        return chunk[-1].position
 
-    def _write(self, piece: Sequence[LogEntry]) -> None:
-        shared = self._office.shared
-        data = b"".join(encode_entries(piece, format_of(self._client), self._deflate_from_bytes))
-        shared.ledger.owed += len(piece)
-        shared.write([self._client], data, messages=len(piece))
+    def _write(self, chunk: Sequence[LogEntry]) -> None:
+        shared = self._host.shared
+        data = b"".join(encode_entries(chunk, format_of(self._client), self._deflate_from_bytes))
+        shared.ledger.owed += len(chunk)
+        shared.write([self._client], data, messages=len(chunk))
 
-    def _join(self) -> None:
-        self._is_over = True
+    def _join_channel(self) -> None:
+        self._is_finished = True
         self._client.pass_on(self._channel)
-        self._channel.join(self._client)
+        self._channel.add_member(self._client)
 
 
-def _piece(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:
-    """Return the first of the entries, as many as fit into a piece; one at least."""
+def _first_chunk(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:
+    """Return the first entries, up to REPLAY_CHUNK_BYTES of payload; at least one if there is."""
     size = 0
     for count, entry in enumerate(entries):
         size += len(entry.payload)
-        if size > PIECE_BYTES:
+        if size > REPLAY_CHUNK_BYTES:
             return entries[: max(1, count)]
     return entries

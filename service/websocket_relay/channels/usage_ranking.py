@@ -1,8 +1,10 @@
-"""Rank channels by how much of one bound they use, and find one that uses most of it.
+"""Rank the usages of one bound, and find an owner that uses most of it.
 
-Knows no message. Channels of similar size share a class, so a size that grows seldom changes its
-class, and every operation takes constant time on average, however many channels there are. Until
-the bound is reached for the first time, the ranking is empty and costs nothing.
+Usages of similar size are in one class, so a size that grows seldom changes its class, and every
+operation takes amortized constant time, however many channels there are. Until the bound is reached
+for the first time, the ranking is empty and costs nothing.
+
+Knows no message and no channel.
 """
 
 from bisect import bisect_right
@@ -12,7 +14,7 @@ from sys import maxsize
 from typing import Generic, TypeVar
 
 PRECISION = 8
-"""A class is an eighth of its sizes wide. Sizes up to twice as many have a class each."""
+"""The width of a class is an eighth of its sizes. Each size below 2 * PRECISION has its own."""
 
 STARTS = (
     *range(PRECISION),
@@ -24,11 +26,12 @@ T = TypeVar("T")
 
 
 class Usage:
-    """What one channel uses of one bound.
+    """The amount that one owner uses of one bound.
 
     Attributes:
-        size: messages or bytes. Its owner changes it, and calls `UsageRanking.reclassify` at `end`.
-        rank: the class in which the ranking holds it: sizes from `start`, below `end`.
+        size: messages or bytes. The owner changes it, and calls `UsageRanking.reclassify` once it
+            reaches `end`.
+        rank: index of the class that the ranking has it in: sizes from `start`, below `end`.
     """
 
     __slots__ = ("end", "rank", "size", "start")
@@ -40,61 +43,62 @@ class Usage:
 
     @property
     def surplus(self) -> int:
-        """How much it has to shrink to leave its class."""
+        """The amount by which the size has to shrink to leave the class."""
         return self.size - self.start + 1
 
 
 class UsageRanking(Generic[T]):
-    """All shares of one bound.
+    """All usages of one bound.
 
-    A share that shrank stays in its class until `largest` finds it there: no class is too low.
+    A usage that shrank stays in its class until `largest` finds it there. So its class may be too
+    high, and is never too low.
 
     Args:
-        everybody: gives all shares that were not removed, and their owners.
+        list_usages: returns all usages that are not removed, with their owners.
     """
 
-    def __init__(self, everybody: Callable[[], Iterable[tuple[Usage, T]]]) -> None:
-        self._everybody = everybody
+    def __init__(self, list_usages: Callable[[], Iterable[tuple[Usage, T]]]) -> None:
+        self._list_usages = list_usages
         self._classes: list[OrderedDict[Usage, T]] = []  # empty before the first `largest`
-        self._top = 0  # no share is in a class above it
+        self._top = 0  # no usage is in a class above this one
 
-    def insert(self, share: Usage, owner: T) -> None:
-        """Add a share, behind the others of its class."""
+    def insert(self, usage: Usage, owner: T) -> None:
+        """Add a usage, after the others of its class."""
         if self._classes:
-            self._insert(share, owner)
+            self._insert(usage, owner)
 
-    def remove(self, share: Usage) -> None:
-        """Remove a share."""
+    def remove(self, usage: Usage) -> None:
+        """Remove a usage."""
         if self._classes:
-            del self._classes[share.rank][share]
+            del self._classes[usage.rank][usage]
 
-    def reclassify(self, share: Usage) -> None:
-        """Move a share to the class of its size."""
-        self._insert(share, self._classes[share.rank].pop(share))
+    def reclassify(self, usage: Usage) -> None:
+        """Move a usage to the class of its size."""
+        self._insert(usage, self._classes[usage.rank].pop(usage))
 
     def largest(self) -> T:
-        """Return the owner of a share that no other exceeds by more than an eighth.
+        """Return the owner of a usage that no other exceeds by more than an eighth.
 
-        Of those in one class it is the one that entered the class first. There must be one.
+        Within a class it is the usage that entered the class first. The ranking must have a usage.
         """
         if not self._classes:
             self._classes = [OrderedDict() for _ in STARTS]
-            for share, owner in self._everybody():
-                self._insert(share, owner)
+            for usage, owner in self._list_usages():
+                self._insert(usage, owner)
         while True:
-            ranked = self._classes[self._top]
-            if not ranked:
+            top_class = self._classes[self._top]
+            if not top_class:
                 self._top -= 1
                 continue
-            share = next(iter(ranked))
-            if share.surplus > 0:
-                return ranked[share]
-            self.reclassify(share)
+            usage = next(iter(top_class))
+            if usage.surplus > 0:
+                return top_class[usage]
+            self.reclassify(usage)
 
-    def _insert(self, share: Usage, owner: T) -> None:
-        rank = share.rank = bisect_right(STARTS, share.size) - 1
-        share.start = STARTS[rank]
-        share.end = STARTS[rank + 1]
-        self._classes[rank][share] = owner
+    def _insert(self, usage: Usage, owner: T) -> None:
+        rank = usage.rank = bisect_right(STARTS, usage.size) - 1
+        usage.start = STARTS[rank]
+        usage.end = STARTS[rank + 1]
+        self._classes[rank][usage] = owner
         if rank > self._top:
             self._top = rank
