@@ -1,1 +1,1 @@
-"""The log that gives messages one order. Knows no client."""
+"""The replicated message log: one total order for all replicas. Knows no client."""

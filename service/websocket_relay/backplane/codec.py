@@ -1,11 +1,11 @@
-"""Turn messages into what a broker keeps, and back. Knows no broker.
+"""Encode messages as the entries of a broker's stream, and decode them. Knows no broker.
 
-A *packet* is what one replica appended in one go: its messages as columns, so that many small ones
-cost little, on the broker and to read. A packet that is larger than what the broker takes goes in
-parts, one behind the other.
+A *packet* holds the messages of one append. It stores them as columns, so that many small messages
+cost few bytes on the broker and little CPU time to decode. A packet that exceeds the broker's entry
+limit is split into parts, which are appended one after another.
 
-Each is signed with where it comes from and numbered through: so a reader knows a packet that came
-twice, because its writer never heard that the first one arrived, and knows what it missed.
+Each packet carries its producer and the sequence number of its first message. With them a reader
+detects a duplicate (the producer retries an append whose confirmation was lost) and a loss.
 """
 
 import struct
@@ -19,78 +19,87 @@ from websocket_relay.outcomes import RelayError
 PACKET = 1
 PART = 2
 
-CANARY = 1  # a flag
+HEARTBEAT_FLAG = 1
 
 HEAD = struct.Struct("<BBQQII")
-"""What it is, flags, origin, number; then messages and channels, or which part and of how many."""
+"""Type, flags, producer and sequence number; then the counts of messages and channels (packet), or
+the index of the part and the count of parts (part)."""
 
-MESSAGE_BYTES = 7
-"""What a message takes in the columns: its size, channel and opcode."""
+MESSAGE_OVERHEAD_BYTES = 7
+"""Bytes that a message takes in the columns besides its payload: length, channel and opcode."""
 
 MAX_CHANNELS = 65_536
 MAX_NOTE_BYTES = 1024
 
 OPCODES = b"\x01\x02"  # text and binary
 
-MAX_UNFINISHED = 16
-"""Packets of the largest size that may be on their way in parts at a time."""
+MAX_PARTIAL_PACKETS = 16
+"""Bound on the memory of partial packets, in packets of the largest size."""
 
 
 class FormatError(RelayError):
-    """It was not made by a relay that this one understands."""
+    """The bytes were not written by a relay of a compatible version."""
 
 
 class Packet(NamedTuple):
-    """What was appended in one go.
+    """The messages of one append.
 
     Attributes:
-        origin: the life of a replica that it comes from.
-        number: of its first message; counted over all lives of the replica, without what it gave
-            up.
-        channels, opcodes, payloads: of its messages, in their order.
-        note: what its origin says of itself, where it waits for the packet to come back (a canary).
+        producer: id of the replica, with the producer epoch in the lower 16 bits.
+        sequence: sequence number of the first message. The numbers continue over all producer
+            epochs of a replica; those of abandoned messages are used again.
+        channels, opcodes, payloads: columns, one item per message, in order.
+        heartbeat: heartbeat of the producer, which waits to read this packet back; None if the
+            packet carries none.
     """
 
-    origin: int
-    number: int
+    producer: int
+    sequence: int
     channels: Sequence[str]
     opcodes: bytes
     payloads: Sequence[bytes]
-    note: bytes | None = None
+    heartbeat: bytes | None = None
 
 
 def pack(packet: Packet) -> bytes:
-    """Return the bytes of a packet."""
-    origin, number, channels, opcodes, payloads, note = packet
+    """Encode a packet."""
+    producer, sequence, channels, opcodes, payloads, heartbeat = packet
     count = len(payloads)
     names = {name: index for index, name in enumerate(dict.fromkeys(channels))}
-    listed = [name.encode() for name in names]
+    encoded_names = [name.encode() for name in names]
     column = b""
     if len(names) > 1:
         column = struct.pack(f"<{count}H", *map(names.__getitem__, channels))
     return b"".join(
         (
-            HEAD.pack(PACKET, 0 if note is None else CANARY, origin, number, count, len(names)),
-            bytes(map(len, listed)),
-            *listed,
+            HEAD.pack(
+                PACKET,
+                0 if heartbeat is None else HEARTBEAT_FLAG,
+                producer,
+                sequence,
+                count,
+                len(names),
+            ),
+            bytes(map(len, encoded_names)),
+            *encoded_names,
             struct.pack(f"<{count}I", *map(len, payloads)),
             column,
             opcodes,
             *payloads,
-            note or b"",
+            heartbeat or b"",
         )
     )
 
 
-HOLE = pack(Packet(0, 0, (), b"", ()))
-"""Stands in a stream in the place of entries that the broker lost."""
+FILLER_ENTRY = pack(Packet(0, 0, (), b"", ()))
+"""Replaces an entry that the broker lost."""
 
 
 def unpack(data: bytes) -> Packet:
-    """Return the packet that these bytes are.
+    """Decode a packet.
 
     Raises:
-        FormatError: they are none.
+        FormatError: the bytes are not a packet.
     """
     try:
         return _unpack(data)
@@ -99,12 +108,12 @@ def unpack(data: bytes) -> Packet:
 
 
 def _unpack(data: bytes) -> Packet:
-    kind, flags, origin, number, count, name_count = HEAD.unpack_from(data)
+    kind, flags, producer, sequence, count, name_count = HEAD.unpack_from(data)
     if kind != PACKET:
         raise FormatError("not a packet")
-    # Before anything is made that is as long as it claims.
+    # Checked before anything of the claimed size is allocated.
     if name_count > min(count, MAX_CHANNELS) or HEAD.size + name_count + 5 * count > len(data):
-        raise FormatError("cut off")
+        raise FormatError("truncated")
     names, at = _names(data, name_count)
     lengths = struct.unpack_from(f"<{count}I", data, at)
     at += 4 * count
@@ -115,65 +124,67 @@ def _unpack(data: bytes) -> Packet:
         channels = list(map(names.__getitem__, column))
     opcodes = data[at : at + count]
     if opcodes.translate(None, OPCODES):
-        raise FormatError("neither text nor binary")
+        raise FormatError("invalid opcode")
     bounds = list(accumulate(lengths, initial=at + count))
-    note = data[bounds[-1] :] if flags & CANARY else None
-    if bounds[-1] + len(note or b"") != len(data):
-        raise FormatError("cut off")
-    if len(note or b"") > MAX_NOTE_BYTES:
-        raise FormatError("too long a note")
+    heartbeat = data[bounds[-1] :] if flags & HEARTBEAT_FLAG else None
+    if bounds[-1] + len(heartbeat or b"") != len(data):
+        raise FormatError("truncated")
+    if len(heartbeat or b"") > MAX_NOTE_BYTES:
+        raise FormatError("heartbeat too long")
     payloads = [data[start:end] for start, end in pairwise(bounds)]
-    return Packet(origin, number, channels, opcodes, payloads, note)
+    return Packet(producer, sequence, channels, opcodes, payloads, heartbeat)
 
 
 def _names(data: bytes, count: int) -> tuple[list[str], int]:
-    """Return the channels' names, and where they end."""
+    """Return the channel names, and the offset in bytes at which they end."""
     at = HEAD.size + count
     names = []
     for size in data[HEAD.size : at]:
         names.append(data[at : at + size].decode())
         at += size
     if not all(names):
-        raise FormatError("a channel without a name")
+        raise FormatError("empty channel name")
     return names, at
 
 
-def split_into_parts(data: bytes, origin: int, number: int, max_bytes: int) -> Iterator[bytes]:
-    """Yield a packet's bytes in pieces that a broker takes: all in one where it fits."""
+def split_into_parts(data: bytes, producer: int, sequence: int, max_bytes: int) -> Iterator[bytes]:
+    """Yield entries of at most `max_bytes`: the packet itself if it fits, else its parts."""
     if len(data) <= max_bytes:
         yield data
         return
     size = max_bytes - HEAD.size
     count = -(-len(data) // size)
     for index in range(count):
-        head = HEAD.pack(PART, 0, origin, number, index, count)
+        head = HEAD.pack(PART, 0, producer, sequence, index, count)
         yield head + data[index * size : (index + 1) * size]
 
 
 class _PartialPacket:
-    """A packet of which parts have come."""
+    """A packet of which the first parts have arrived."""
 
-    __slots__ = ("count", "number", "parts", "size")
+    __slots__ = ("count", "parts", "sequence", "size")
 
-    def __init__(self, number: int, count: int) -> None:
-        self.number = number
+    def __init__(self, sequence: int, count: int) -> None:
+        self.sequence = sequence
         self.count = count
         self.parts: list[bytes] = []
         self.size = 0
 
 
 class PartAssembler:
-    """Put parts together again.
+    """Reassemble packets from their parts.
 
-    A writer that was not answered begins with the first part again, and its first try may arrive
-    late. So parts come twice, or behind those of the packet that follows; both are left out.
+    A producer whose append was not confirmed retries from the first part, and parts of the first
+    attempt may arrive late. So a part may arrive twice, or after parts of the following packet. The
+    assembler ignores both.
 
     Args:
-        max_bytes: what a packet may come to.
+        max_bytes: largest size of a packet.
 
     Attributes:
-        dropped: packets of which some parts came, and never the rest.
-        stray: origin and number of the part that came last, if those before it did not come.
+        dropped: count of packets of which some parts arrived and the rest never did.
+        stray: producer and sequence number of the latest part if an earlier part of its packet is
+            missing, else None.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -181,59 +192,59 @@ class PartAssembler:
         self.stray: tuple[int, int] | None = None
         self.bytes = 0
         self._max_bytes = max_bytes
-        # By origin, each has one packet on its way; the one that was heard of last is the last.
-        self._unfinished: OrderedDict[int, _PartialPacket] = OrderedDict()
+        # By producer, least recently active first; a producer has one packet in flight at a time.
+        self._partial: OrderedDict[int, _PartialPacket] = OrderedDict()
 
     def join(self, data: bytes) -> bytes | None:
-        """Return a packet's bytes, or None where more parts of it are to come.
+        """Return the bytes of a packet, or None if more of its parts are expected.
 
         Raises:
-            FormatError: these are no part and no packet.
+            FormatError: the bytes are neither a packet nor a part.
         """
         if data[:1] == b"\x01":  # PACKET
             return data
         try:
-            kind, _, origin, number, index, count = HEAD.unpack_from(data)
+            kind, _, producer, sequence, index, count = HEAD.unpack_from(data)
         except struct.error:
             raise FormatError("malformed") from None
         if kind != PART or index >= count:
-            raise FormatError("of a kind that is not known")
-        unfinished = self._find(origin, number, index, count)
-        is_stray = unfinished is None or index > len(unfinished.parts)
-        self.stray = (origin, number) if is_stray else None
-        if unfinished is None or index != len(unfinished.parts):
+            raise FormatError("unknown entry type")
+        partial = self._find(producer, sequence, index, count)
+        is_stray = partial is None or index > len(partial.parts)
+        self.stray = (producer, sequence) if is_stray else None
+        if partial is None or index != len(partial.parts):
             return None
         part = data[HEAD.size :]
-        if unfinished.size + len(part) > self._max_bytes:
-            self._drop(origin)
-            raise FormatError("too long")
-        unfinished.parts.append(part)
-        unfinished.size += len(part)
+        if partial.size + len(part) > self._max_bytes:
+            self._drop(producer)
+            raise FormatError("packet too long")
+        partial.parts.append(part)
+        partial.size += len(part)
         self.bytes += len(part)
         if index + 1 == count:
-            self.bytes -= unfinished.size
-            del self._unfinished[origin]
-            return b"".join(unfinished.parts)
-        while self.bytes > MAX_UNFINISHED * self._max_bytes or len(self._unfinished) > 1000:
-            self._drop(next(iter(self._unfinished)))
+            self.bytes -= partial.size
+            del self._partial[producer]
+            return b"".join(partial.parts)
+        while self.bytes > MAX_PARTIAL_PACKETS * self._max_bytes or len(self._partial) > 1000:
+            self._drop(next(iter(self._partial)))
         return None
 
-    def _find(self, origin: int, number: int, index: int, count: int) -> _PartialPacket | None:
-        """Return the packet that a part belongs to, or None where its first part is missing."""
-        unfinished = self._unfinished.get(origin)
-        if unfinished is not None:
-            self._unfinished.move_to_end(origin)
-            if (unfinished.number, unfinished.count) == (number, count):
-                return unfinished
-            if number < unfinished.number:  # came late
+    def _find(self, producer: int, sequence: int, index: int, count: int) -> _PartialPacket | None:
+        """Return the packet that a part belongs to, or None if its first part is missing."""
+        partial = self._partial.get(producer)
+        if partial is not None:
+            self._partial.move_to_end(producer)
+            if (partial.sequence, partial.count) == (sequence, count):
+                return partial
+            if sequence < partial.sequence:  # arrived late
                 return None
         if index:
             return None
-        if unfinished is not None:
-            self._drop(origin)
-        unfinished = self._unfinished[origin] = _PartialPacket(number, count)
-        return unfinished
+        if partial is not None:
+            self._drop(producer)
+        partial = self._partial[producer] = _PartialPacket(sequence, count)
+        return partial
 
-    def _drop(self, origin: int) -> None:
-        self.bytes -= self._unfinished.pop(origin).size
+    def _drop(self, producer: int) -> None:
+        self.bytes -= self._partial.pop(producer).size
         self.dropped += 1

@@ -1,8 +1,8 @@
-"""Keep those who wait until messages of this replica come back from the log. Knows no broker.
+"""Track callbacks that wait until messages of this replica are read back. Knows no broker.
 
-A message is identified by the life of the replica in which it was appended, and by its number in
-that life. Waiting for it ends when it is read, when it is given up, when a message of a later life
-is read (then it is lost, or is left out when it comes), or when it takes too long.
+A message is identified by its producer and its sequence number. A wait ends when the message is
+read, when it is abandoned, when a message of a later producer epoch is read (then the message is
+lost, or is discarded as a duplicate if it still arrives), or when it times out.
 """
 
 from collections import deque
@@ -12,25 +12,25 @@ from typing import NamedTuple
 from websocket_relay.backplane.interface import Position
 
 OnPosition = Callable[[Position | None], object]
-"""Told the position of the message; None where it has none, or none that is known."""
+"""Receives the position of the message; None if it has no position, or an unknown one."""
 
 
 class Confirmation(NamedTuple):
-    """Who waits for one message, and so for all before it.
+    """A wait for one message, and thereby for all messages before it.
 
     Attributes:
-        origin: the life of the message.
-        following: the number of the message after it.
-        answer: what is called.
+        producer: producer of the message, with its producer epoch.
+        following: sequence number after that of the message.
+        callback: called once, when the wait ends.
     """
 
-    origin: int
+    producer: int
     following: int
-    answer: OnPosition
+    callback: OnPosition
 
 
 class Confirmations:
-    """Those who wait, in the order of the messages."""
+    """The pending waits, in the order of their messages."""
 
     def __init__(self) -> None:
         self._waiters: deque[Confirmation] = deque()
@@ -38,41 +38,43 @@ class Confirmations:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def add(self, origin: int, following: int, answer: OnPosition) -> None:
-        """Call `answer` when the message before `following` is read, or will not be."""
-        self._waiters.append(Confirmation(origin, following, answer))
+    def add(self, producer: int, following: int, callback: OnPosition) -> None:
+        """Call `callback` once the message before `following` is read, or can't be any more."""
+        self._waiters.append(Confirmation(producer, following, callback))
 
-    def add_to_last(self, answer: OnPosition) -> None:
-        """Call `answer` when the one who came last is answered."""
-        self._waiters.append(self._waiters[-1]._replace(answer=answer))
+    def add_to_latest(self, callback: OnPosition) -> None:
+        """Call `callback` once the latest of the pending waits ends."""
+        self._waiters.append(self._waiters[-1]._replace(callback=callback))
 
-    def on_packet(self, origin: int, number: int, last: Position) -> None:
-        """Answer those whose messages were read, or can't come any more.
+    def on_packet(self, producer: int, sequence: int, last: Position) -> None:
+        """End the waits for messages that were read, or can't be any more.
 
         Args:
-            origin, number: of the first message of a packet that was delivered last.
-            last: the position of its last message.
+            producer, sequence: of the first message of the packet that was delivered last.
+            last: position of the last message of that packet.
         """
-        major, minor, nth = last
+        epoch, offset, index = last
         waiters = self._waiters
         while waiters:
-            life, following, answer = waiters[0]
-            if life > origin or (life == origin and following > number + nth + 1):
+            awaited_producer, following, callback = waiters[0]
+            if awaited_producer > producer or (
+                awaited_producer == producer and following > sequence + index + 1
+            ):
                 return
             waiters.popleft()
-            is_of_packet = life == origin and following > number
-            answer(Position(major, minor, following - 1 - number) if is_of_packet else None)
+            is_of_packet = awaited_producer == producer and following > sequence
+            callback(Position(epoch, offset, following - 1 - sequence) if is_of_packet else None)
 
-    def take_given_up(self, origin: int, number: int) -> Sequence[Confirmation]:
-        """Let go of those who wait for messages from this one on, and return them."""
-        given_up: deque[Confirmation] = deque()
+    def take_given_up(self, producer: int, sequence: int) -> Sequence[Confirmation]:
+        """Remove and return the waits for messages from `sequence` on, without calling them."""
+        abandoned: deque[Confirmation] = deque()
         waiters = self._waiters
-        while waiters and waiters[-1].origin == origin and waiters[-1].following > number:
-            given_up.appendleft(waiters.pop())
-        return given_up
+        while waiters and waiters[-1].producer == producer and waiters[-1].following > sequence:
+            abandoned.appendleft(waiters.pop())
+        return abandoned
 
-    def expire(self, origin: int) -> None:
-        """Answer those who wait for messages of other lives than this one."""
+    def expire(self, producer: int) -> None:
+        """End the waits for messages of other producer epochs than that of `producer`."""
         waiters = self._waiters
-        while waiters and waiters[0].origin != origin:
-            waiters.popleft().answer(None)
+        while waiters and waiters[0].producer != producer:
+            waiters.popleft().callback(None)

@@ -1,4 +1,7 @@
-"""Find the log that a URL names. A broker's library is loaded where its URL asks for it."""
+"""Build the log that a URL names. Imports a broker's library only if the URL asks for it.
+
+Knows no client and no protocol of a broker.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from websocket_relay.redaction import is_ambiguous, redacted, unusable_url
 
 KEPT_BYTES = 67_108_864
 KEPT_AGE_S = 60.0
-"""What a broker keeps at least, so that replicas that lost it for a while go on without a gap."""
+"""What a broker retains at least: replicas that lose it for a while resume without a gap."""
 
 STREAMS = {
     "redis": ("redis", "RedisStream"),
@@ -20,6 +23,7 @@ STREAMS = {
     "nats": ("nats", "NatsStream"),
     "tls": ("nats", "NatsStream"),
 }
+"""By URL scheme: module and class."""
 
 
 def open_backplane(
@@ -35,34 +39,39 @@ def open_backplane(
     observe_append: Callable[[float], None],
     observe_lag: Callable[[float], None],
 ) -> Backplane:
-    """Return the log, which connects when it is run.
+    """Return the log; it connects when it is run.
 
     Args:
-        url: memory://, or a broker's.
-        stream: the log's name on the broker.
+        url: memory://, or the URL of a broker.
+        stream: name of the log on the broker.
         relays_locally: whether messages are relayed on this replica alone during an outage.
-        max_message_bytes: of any replica's clients.
-        history_bytes, history_age_s: what replicas that start want to find.
-        pending: the bound on what waits to be appended.
+        max_message_bytes: message limit of the clients of any replica.
+        history_bytes, history_age_s: what replicas that start need to read.
+        pending: bound on the bytes of pending appends.
         describe, observe_append, observe_lag: see `RemoteBackplane`.
 
     Raises:
-        UnfitError: no broker can be found by this URL.
+        UnusableSettingError: the URL names no usable broker.
     """
     if is_ambiguous(url):
-        raise unusable_url(url, "in a password write %40 for @, %2F for /, %3F for ?, %23 for #")
+        raise unusable_url(url, "in the password, write %40 for @, %2F for /, %3F for ?, %23 for #")
     scheme = url.partition("://")[0].lower()
     if scheme == "memory":
         return MemoryBackplane(describe)
     if scheme not in STREAMS:
-        raise unusable_url(url, "allowed: memory://, redis://, rediss://, unix://, nats://, tls://")
-    library, name = STREAMS[scheme]
+        raise unusable_url(
+            url,
+            "unsupported scheme; allowed: memory://, redis://, rediss://, unix://, nats://, tls://",
+        )
+    module, class_name = STREAMS[scheme]
     try:
-        make: Any = getattr(importlib.import_module(f"websocket_relay.backplane.{library}"), name)
+        stream_class: Any = getattr(
+            importlib.import_module(f"websocket_relay.backplane.{module}"), class_name
+        )
     except ModuleNotFoundError as error:
-        raise unusable_url(url, f"needs the Python package {error.name}") from None
+        raise unusable_url(url, f"missing Python package {error.name}") from None
     return RemoteBackplane(
-        make(
+        stream_class(
             url,
             stream,
             max_bytes=max(history_bytes, KEPT_BYTES),

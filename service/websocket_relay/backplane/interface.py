@@ -1,4 +1,7 @@
-"""Define the log that every replica tails: what it is given, what it gives, what it promises."""
+"""Define the log that every replica consumes: its values, its interface and its guarantees.
+
+Knows no broker and no client.
+"""
 
 import asyncio
 import re
@@ -10,16 +13,21 @@ from websocket_relay.counters import BackplaneCounters
 
 POSITION = re.compile(r"([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,10})", re.ASCII)
 
-BEFORE_NEXT = 10**10 - 1
-"""More than any there is, and the last that the text of a position has room for."""
+UPPER_BOUND = 10**10 - 1
+"""Greater than any offset or index in use; the largest index that fits into the text form."""
 
 
 class Position(NamedTuple):
-    """Where an entry stands in the log. Positions only grow, also over restarts of all parts.
+    """The position of an entry in the log.
+
+    Positions only grow, also over restarts of relays and of the broker.
 
     Attributes:
-        major, minor: as the broker counts.
-        nth: among the messages that were appended in one go.
+        major: epoch. With Redis the milliseconds of the entry id, with JetStream the creation time
+            of the stream in milliseconds. Unrelated to the producer epoch.
+        minor: offset in the epoch, as the broker counts it: the sequence of a Redis id (ms-seq), or
+            the JetStream sequence.
+        nth: index of the message in its packet.
     """
 
     major: int
@@ -27,15 +35,15 @@ class Position(NamedTuple):
     nth: int
 
     def __str__(self) -> str:
-        """Return what clients are told, and bring back."""
+        """Return the text form, which clients receive and send back."""
         return f"{self.major}-{self.minor}-{self.nth}"
 
     @classmethod
     def parse(cls, text: str) -> "Position":
-        """Read what a client brings.
+        """Parse the text form, as sent by a client.
 
         Raises:
-            ValueError: it is no position.
+            ValueError: the text is not a position.
         """
         found = POSITION.fullmatch(text)
         if found is None:
@@ -43,27 +51,27 @@ class Position(NamedTuple):
         return cls(*map(int, found.groups()))
 
     def before(self) -> "Position":
-        """Return a position behind all that come before this one."""
-        major, minor, nth = self
-        if nth:
-            return Position(major, minor, nth - 1)
-        if minor:
-            return Position(major, minor - 1, BEFORE_NEXT)
-        return Position(max(0, major - 1), BEFORE_NEXT, BEFORE_NEXT)
+        """Return the greatest position before this one."""
+        epoch, offset, index = self
+        if index:
+            return Position(epoch, offset, index - 1)
+        if offset:
+            return Position(epoch, offset - 1, UPPER_BOUND)
+        return Position(max(0, epoch - 1), UPPER_BOUND, UPPER_BOUND)
 
 
 START = Position(0, 0, 0)
-"""Before all others."""
+"""Before all other positions."""
 
 
 class LogEntry(NamedTuple):
     """A message in the log.
 
     Attributes:
-        position: where it stands.
-        channel: where it goes.
-        opcode: text or binary, as RFC 6455 numbers them.
-        payload: as it came.
+        position: position of the message.
+        channel: name of the channel.
+        opcode: text or binary, as numbered by RFC 6455.
+        payload: bytes of the message, unchanged.
     """
 
     position: Position
@@ -75,36 +83,37 @@ class LogEntry(NamedTuple):
 OnEntry = Callable[[LogEntry], None]
 
 OnGap = Callable[[Position], None]
-"""Told where the log is whole again: of what stands before that position, and was not delivered,
-some may have been said. So it is called at the beginning, too."""
+"""Receives the position from which on the log is complete again. Messages before that position that
+were not delivered may have existed. So it is called at the start, too."""
 
 
 class Rejectable(Protocol):
-    """What is asked of a client whose message can't be relayed."""
+    """A publisher, as the log sees it when a message can't be relayed."""
 
     def tell_unavailable(self, *, in_doubt: bool) -> None:
-        """Tell it that its message did not get into the log; or, in doubt, that it may have."""
+        """Report that a message did not enter the log; with `in_doubt`, that it is unconfirmed."""
 
 
 class BackplaneState(Enum):
-    """How things stand with the log."""
+    """Whether the log can be appended to and read."""
 
-    STARTING = auto()  # nothing has come back yet: what the log holds is being read
+    STARTING = auto()  # no heartbeat has been read back yet: the existing log is being read
     UP = auto()
-    OUTAGE = auto()  # messages do not get into the log, or do not come back from there
+    OUTAGE = auto()  # messages do not enter the log, or are not read back from it
 
 
 class Backplane(Protocol):
-    """One order for all.
+    """A log with one total order for all replicas.
 
-    Every entry that was appended is delivered to every replica once, this one included, in the
-    order of the positions. There is no other way for a message: what the log does not say was
-    not said.
+    Every appended entry is delivered to every replica once, the appending one included, in the
+    order of the positions. There is no other delivery path: a message that is not in the log is not
+    delivered. The exception is an outage where `relays_locally` is set.
 
     Attributes:
-        begun: set once `state` is not STARTING any more.
-        up: set while it is UP.
-        turns: of the event loop that a message needs on its way through the backplane's tasks.
+        books: counters.
+        begun: set once `state` has left STARTING.
+        up: set while `state` is UP.
+        turns: iterations of the event loop that a message needs to pass the backplane's tasks.
         relays_locally: whether messages are relayed on this replica alone during an outage.
     """
 
@@ -117,56 +126,61 @@ class Backplane(Protocol):
 
     @property
     def position(self) -> Position:
-        """Up to where everything has been delivered here."""
+        """The position up to which everything has been delivered here."""
 
     @property
     def complete_until(self) -> float:
-        """When, by `time.monotonic`, nothing stood in the log that was not delivered here."""
+        """Entries appended before this time (`time.monotonic`) have been delivered here."""
 
     def replicas(self) -> Sequence[bytes]:
-        """Return what the replicas say of themselves that are there now, this one included."""
+        """Return the descriptions of the replicas that are alive, this one included."""
 
     @property
     def waiting(self) -> int:
-        """How many messages were appended and are not in the log yet, as far as is known."""
+        """The count of messages whose append is not confirmed."""
 
     def tail(self, deliver: OnEntry, lost: OnGap) -> None:
-        """Give every entry from now on to `deliver`, in order, in the event loop's thread."""
-
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
-        """Add a message at the end. Never blocks.
+        """Pass every entry from now on to `deliver`, in order, in the event loop's thread.
 
         Args:
-            publisher: who is told, now or later, if it can't be done.
+            lost: called where entries are missing.
+        """
+
+    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
+        """Append a message. Never blocks.
+
+        Args:
+            publisher: notified, now or later, if the message can't be relayed.
         """
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
+        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
-        """Add messages at the end, opcodes and payloads: all of them next to each other, or none.
+        """Append messages next to each other: all of them, or none.
 
         Args:
-            channel: where all of them go.
-            publisher: as above.
+            channel: the channel of all of them.
+            messages: opcodes and payloads.
+            publisher: notified, now or later, if the messages can't be relayed.
         """
 
-    def when_delivered(self, answer: Callable[[Position | None], object]) -> None:
-        """Call `answer` once the message that was appended last has been delivered here.
+    def when_delivered(self, callback: Callable[[Position | None], object]) -> None:
+        """Call `callback` once the message that was appended last has been delivered here.
 
-        It is told the position of that message; None where it was not relayed, or nobody knows.
+        It receives the position of that message; None if it was not relayed, or is unconfirmed.
         """
 
-    def when_settled(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was appended so far has been delivered here, or given up."""
+    def when_settled(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once each message appended so far is delivered here or abandoned."""
 
     def pause_reading(self) -> None:
-        """Deliver no more until `resume_reading`: too much waits to be written."""
+        """Stop delivery until `resume_reading`: too many bytes are pending towards clients."""
 
     def resume_reading(self) -> None:
-        """Deliver again."""
+        """Resume delivery."""
 
     async def run(self) -> None:
-        """Do what is to be done, until cancelled."""
+        """Run the log's tasks until cancelled."""
 
     async def flush(self) -> None:
-        """Return when nothing that was appended waits any more."""
+        """Return once no append is pending."""

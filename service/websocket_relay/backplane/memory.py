@@ -1,4 +1,7 @@
-"""Keep the log in the process: one replica, a counter, a plain call."""
+"""The log of a single replica, kept in the process: a counter and a direct call.
+
+Knows no broker and no other replica.
+"""
 
 import asyncio
 import time
@@ -16,7 +19,7 @@ from websocket_relay.counters import BackplaneCounters
 
 
 class MemoryBackplane:
-    """`memory://`: an entry is delivered before `append` returns."""
+    """`memory://`: delivers an entry before `append` returns."""
 
     turns = 0
     relays_locally = True
@@ -28,64 +31,66 @@ class MemoryBackplane:
         self.begun, self.up = asyncio.Event(), asyncio.Event()
         self.begun.set()
         self.up.set()
-        # Milliseconds since 1970: ahead of all earlier lives of the relay.
-        self._major = time.time_ns() // 1_000_000
-        self._minor = 0
+        # Milliseconds since 1970: greater than the epoch of any earlier process.
+        self._epoch = time.time_ns() // 1_000_000
+        self._offset = 0
         self._deliver: OnEntry | None = None
 
     @property
     def position(self) -> Position:
-        """Where the latest message stands."""
-        return Position(self._major, self._minor, 0)
+        """The position of the latest message."""
+        return Position(self._epoch, self._offset, 0)
 
     @property
     def complete_until(self) -> float:
-        """Now: every message is delivered at once."""
+        """The current time: messages are delivered at once."""
         return time.monotonic()
 
     def replicas(self) -> Sequence[bytes]:
-        """Return what this one says of itself."""
+        """Return the description of this replica, the only one."""
         return [self._describe()]
 
     @property
     def waiting(self) -> int:
-        """None ever do."""
+        """Zero: no message is ever pending."""
         return 0
 
     def tail(self, deliver: OnEntry, lost: OnGap) -> None:
-        """Give every entry from now on to `deliver`."""
+        """Pass every entry from now on to `deliver`."""
         self._deliver = deliver
-        lost(Position(self._major, self._minor, 0))  # what was said in earlier lives is gone
+        lost(Position(self._epoch, self._offset, 0))  # messages of earlier processes are lost
 
     def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
-        """Add a message at the end, and deliver it."""
-        self._minor += 1
+        """Append a message and deliver it."""
+        self._offset += 1
         if self._deliver is not None:
-            self._deliver(LogEntry(Position(self._major, self._minor, 0), channel, opcode, payload))
+            self._deliver(
+                LogEntry(Position(self._epoch, self._offset, 0), channel, opcode, payload)
+            )
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
+        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
-        """Add messages at the end, and deliver them."""
-        for opcode, payload in said:
+        """Append messages and deliver them."""
+        for opcode, payload in messages:
             self.append(channel, opcode, payload, publisher)
 
-    def when_delivered(self, answer: Callable[[Position | None], object]) -> None:
-        """Call it: the message has been."""
-        answer(self.position)
+    def when_delivered(self, callback: Callable[[Position | None], object]) -> None:
+        """Call `callback` at once: the latest message has been delivered."""
+        callback(self.position)
 
-    def when_settled(self, act: Callable[[], None]) -> None:
-        """Call it: all has been."""
-        act()
+    def when_settled(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at once: all messages have been delivered."""
+        callback()
 
     def pause_reading(self) -> None:
-        """Go on: nothing waits here, and publishers are held elsewhere."""
+        """Do nothing: no message is buffered here, and flow control pauses the publishers."""
 
     def resume_reading(self) -> None:
-        """Go on."""
+        """Do nothing."""
 
     async def run(self) -> None:
-        """Wait to be cancelled."""
+        """Wait until cancelled."""
         await asyncio.get_running_loop().create_future()
 
     async def flush(self) -> None:

@@ -1,8 +1,9 @@
-"""Keep the log in a JetStream stream (NATS 2.9 and newer). The only room that knows nats.
+"""Keep the log in a JetStream stream (NATS 2.9 and newer). The only module that imports nats.
 
-Two connections: one asks for what comes next, one appends. A consumer is a pull consumer that
-lives as long as its connection: the relay asks for so many entries, and for more as it takes them,
-so nothing gathers here that it has no room for.
+Two connections: one pulls the next entries, one appends. Knows no client and no message format.
+
+The consumer is an ephemeral pull consumer, one per connection. The relay requests a bounded count
+of entries and requests more as it processes them, so the receive buffer has a bound.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
-from websocket_relay.backplane.codec import HOLE
+from websocket_relay.backplane.codec import FILLER_ENTRY
 from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
@@ -33,42 +34,42 @@ from websocket_relay.backplane.replicated import (
 from websocket_relay.cancellation import Deadline
 from websocket_relay.redaction import secrets_of, unusable_url
 
-WAIT_S = 1.0
-"""How long the broker waits for entries: so often is heard from one that has nothing to say."""
+PULL_EXPIRES_S = 1.0
+"""How long the broker keeps a pull request: an idle broker responds at this interval."""
 
-ANSWER_S = 2.0
-"""What a request may take besides."""
+RESPONSE_TIMEOUT_S = 2.0
+"""Time limit of a request, in addition to the time that the broker keeps it."""
 
-HANG_UP_S = 0.2
-"""A connection that was aborted needs some turns of the event loop to end."""
+CLOSE_TIMEOUT_S = 0.2
+"""An aborted connection needs some iterations of the event loop to close."""
 
 CREDIT = 32
-"""Entries that the broker may send ahead."""
+"""Entries that the broker may send ahead of their processing."""
 
-IDLE_S = 30.0
-"""When a consumer that nobody asks is forgotten by the broker."""
+CONSUMER_IDLE_S = 30.0
+"""The broker deletes a consumer that received no pull request for so long."""
 
 MAX_ENTRY_BYTES = 1_048_576
-"""Where the broker takes more, this is enough: the broker may send 32 of them ahead."""
+"""Not more than this, even if the broker accepts it: the broker may send 32 entries ahead."""
 
-LEAST_PAYLOAD_BYTES = 4096
+MIN_PAYLOAD_BYTES = 4096
 
-OLDEST = (2, 9)
+MIN_VERSION = (2, 9)
 
-MAX_LIFT = 1_000_000
-"""Entries to put into a stream that has gone back: more than two minutes' worth, which a broker
-that loses power may lose."""
+MAX_FILLER_ENTRIES = 1_000_000
+"""Filler entries for a stream that lost its latest entries, at most. It is more than the entries of
+two minutes, which a broker may lose in a power failure."""
 
-DUPLICATE_WINDOW_S = 120.0  # what the broker sets, unless the stream is not kept for so long
+DUPLICATE_WINDOW_S = 120.0  # default of the broker, unless the stream's max_age is shorter
 
 PARAMETERS = {"replicas", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 
-NOT_FOUND = 10059  # error code of JetStream: stream not found
-NOT_ENABLED = {10039, 10076}  # for the account; at all
+STREAM_NOT_FOUND = 10059  # err_code of JetStream
+JETSTREAM_NOT_ENABLED = {10039, 10076}  # err_codes: for the account; for the server
 
 
 class NatsAddress(NamedTuple):
-    """Where the broker is and how it is talked to."""
+    """The servers of the broker, and how to connect to them."""
 
     servers: Sequence[str]
     credentials: Mapping[str, str]
@@ -77,23 +78,27 @@ class NatsAddress(NamedTuple):
 
 
 def parse_nats_url(url: str) -> NatsAddress:
-    """Take a URL apart: nats:// or tls://, several servers with commas between them.
+    """Parse a URL: nats:// or tls://, with one or several servers, separated by commas.
 
     Raises:
-        UnfitError: it can't be used.
+        UnusableSettingError: the URL is invalid.
     """
     scheme, _, rest = url.partition("://")
-    places, _, query = rest.partition("?")
+    server_list, _, query = rest.partition("?")
     parameters = dict(parse_qsl(query))
     if unknown := parameters.keys() - PARAMETERS:
-        raise unusable_url(url, f"{', '.join(sorted(unknown))}: of {', '.join(sorted(PARAMETERS))}")
+        raise unusable_url(
+            url,
+            f"unknown parameters: {', '.join(sorted(unknown))};"
+            f" allowed: {', '.join(sorted(PARAMETERS))}",
+        )
     servers, credentials = [], {}
-    for place in places.rstrip("/").split(","):
+    for server in server_list.rstrip("/").split(","):
         try:
-            parts = urlsplit(f"{scheme}://{place.rpartition('://')[2]}")
+            parts = urlsplit(f"{scheme}://{server.rpartition('://')[2]}")
             servers.append(f"{scheme}://{_bracketed(parts.hostname)}:{parts.port or 4222}")
         except ValueError:
-            raise unusable_url(url, "wants hosts and ports: nats://one:4222,two:4222") from None
+            raise unusable_url(url, "invalid servers; example: nats://one:4222,two:4222") from None
         if parts.password is not None:
             user = unquote(parts.username or "")
             credentials = {"user": user, "password": unquote(parts.password)}
@@ -101,11 +106,11 @@ def parse_nats_url(url: str) -> NatsAddress:
             credentials = {"token": unquote(parts.username)}
     replicas = parameters.get("replicas", "1")
     if replicas not in {"1", "3", "5"}:
-        raise unusable_url(url, "replicas: 1, 3 or 5")
+        raise unusable_url(url, "invalid replicas; allowed: 1, 3, 5")
     return NatsAddress(servers, credentials, _tls(url, scheme, parameters), int(replicas))
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -122,16 +127,16 @@ def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext
         context = ssl.create_default_context(cafile=parameters.get("ssl_ca_certs"))
         if certificate := parameters.get("ssl_certfile"):
             context.load_cert_chain(certificate, parameters.get("ssl_keyfile"))
-    except OSError as error:  # SSLError is one
-        raise unusable_url(url, f"certificates: {error.strerror or error}") from None
+    except OSError as error:  # base class of SSLError
+        raise unusable_url(url, f"invalid certificates: {error.strerror or error}") from None
     return context
 
 
 class QuietNatsClient(Client):
-    """nats-py's, which does not say goodbye.
+    """The client of nats-py, without its final flush.
 
-    It would send what is left on a connection that is gone; uvloop makes that an error, and then
-    nobody is told that it closed.
+    On close nats-py writes its buffer to a connection that may be closed already. uvloop raises an
+    error then, and nats-py does not call `closed_cb`.
     """
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
@@ -141,23 +146,23 @@ class QuietNatsClient(Client):
 
 
 class TlsNatsClient(QuietNatsClient):
-    """A client that says nothing, and no password, to a server that leaves TLS out.
+    """A client that sends nothing, and no password, to a server that does not offer TLS.
 
-    nats-py speaks plainly to a server that does not ask for TLS, whatever it was told; who stands
-    between the two would only have to take that question out.
+    nats-py falls back to plain text if the server's INFO does not require TLS, whatever its own
+    options are. A man in the middle would only have to remove that field.
     """
 
     def _connect_command(self) -> bytes:
-        # The first thing that is sent; nats-py has no other way to its transport.
+        # Called before the first write; nats-py has no public access to its transport.
         if self._transport._io_writer.get_extra_info("ssl_object") is None:  # type: ignore[union-attr]
             raise NatsError("the server does not speak TLS")
         return super()._connect_command()
 
 
 class NatsConnection:
-    """A connection: made once, and not again when it has failed.
+    """A connection that is opened once, and not again after a failure.
 
-    nats-py would connect again by itself, and send what was in its buffer: late, and twice.
+    nats-py would reconnect by itself and send its buffer: late, and possibly twice.
     """
 
     def __init__(self, address: NatsAddress) -> None:
@@ -165,304 +170,316 @@ class NatsConnection:
         self._client = TlsNatsClient() if address.tls is not None else QuietNatsClient()
         self._stream: asyncio.StreamWriter | None = None
         self._failure = ""
-        self.when_failed: Callable[[], None] = _nothing
+        self.on_failure: Callable[[], None] = _do_nothing
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing is known to be wrong with it."""
+        """Whether the connection is open, as far as is known."""
         return bool(self._client.is_connected)
 
     @property
     def max_payload(self) -> int:
-        """What the broker takes at once."""
+        """The largest message that the broker accepts, in bytes."""
         return int(self._client.max_payload)
 
     @property
     def failure(self) -> str:
-        """What went wrong with it, the last time."""
+        """The latest error of the connection."""
         return self._failure or "connection closed"
 
     async def open(self, server: str) -> None:
-        """Connect, and see whether this is a NATS of use.
+        """Connect, and check the version and the limits of the server.
 
         Raises:
-            BrokerError: it can't be reached, or is of no use.
+            BrokerError: the server can't be reached, or is not supported.
         """
         try:
             await self._client.connect(
                 [server],
-                error_cb=self._note_error,
-                closed_cb=self._note_closed,
+                error_cb=self._on_error,
+                closed_cb=self._on_closed,
                 allow_reconnect=False,
                 max_reconnect_attempts=1,
                 reconnect_time_wait=0,
-                connect_timeout=ANSWER_S,  # type: ignore[arg-type]
-                pending_size=0,  # what is published is never waited for: answers are
+                connect_timeout=RESPONSE_TIMEOUT_S,  # type: ignore[arg-type]
+                pending_size=0,  # publish never waits for a flush; the relay awaits responses
                 tls=self._address.tls,
                 **self._address.credentials,  # type: ignore[arg-type]
             )
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
-        # nats-py has no other way to its transport.
+        # nats-py has no public access to its transport.
         self._stream = self._client._transport._io_writer  # type: ignore[union-attr]
         reset_on_close(self._stream)
         version = self._client.connected_server_version
-        if (version.major, version.minor) < OLDEST:
-            raise BrokerError(f"{version} is too old: 2.9 or newer is needed")
-        if self.max_payload < LEAST_PAYLOAD_BYTES:
-            raise BrokerError(f"its max_payload is below {LEAST_PAYLOAD_BYTES} bytes")
+        if (version.major, version.minor) < MIN_VERSION:
+            raise BrokerError(f"NATS {version} is not supported: 2.9 or newer is required")
+        if self.max_payload < MIN_PAYLOAD_BYTES:
+            raise BrokerError(f"max_payload must be at least {MIN_PAYLOAD_BYTES} bytes")
 
-    async def subscribe(self, take: Any) -> str:
-        """Give what comes to an address of this connection's own to `take`; return the address."""
+    async def subscribe(self, on_message: Any) -> str:
+        """Pass messages to a new inbox of this connection to `on_message`; return the inbox."""
         inbox = self._client.new_inbox()
-        # Without bounds of its own: what is over them would be thrown away.
+        # Without the limits of nats-py: it would drop the messages that exceed them.
         await self._client.subscribe(
-            f"{inbox}.*", cb=take, pending_msgs_limit=0, pending_bytes_limit=0
+            f"{inbox}.*", cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0
         )
         return inbox
 
     async def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Send something.
+        """Send a message.
 
         Raises:
-            BrokerError: there is no connection.
+            BrokerError: the connection is closed.
         """
         try:
             await self._client.publish(subject, data, reply=reply)
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
 
-    async def ask(self, request: str, content: Mapping[str, Any] | None = None) -> Any:
-        """Return JetStream's answer.
+    async def request(self, command: str, content: Mapping[str, Any] | None = None) -> Any:
+        """Send a request to the JetStream API and return its response.
 
         Raises:
-            RefusedError: the answer is an error.
-            BrokerError: there is none.
+            JetStreamError: the response is an error.
+            BrokerError: there is no response.
         """
         data = json.dumps(content).encode() if content is not None else b""
         try:
-            answer = await self._client.request(f"$JS.API.{request}", data, timeout=ANSWER_S)
+            message = await self._client.request(
+                f"$JS.API.{command}", data, timeout=RESPONSE_TIMEOUT_S
+            )
         except NoRespondersError:
             raise BrokerError("JetStream is not enabled, or not for this account") from None
         except (NatsError, OSError, TimeoutError) as error:
             raise BrokerError(self._failure or str(error) or "not answered in time") from None
-        found = json.loads(answer.data)
-        if "error" in found:
-            raise StreamRejectedError(found["error"])
-        return found
+        response = json.loads(message.data)
+        if "error" in response:
+            raise JetStreamError(response["error"])
+        return response
 
-    async def hang_up(self) -> None:
-        """Let go of the connection at once."""
+    async def abort(self) -> None:
+        """Abort the connection at once."""
         if self._stream is not None:
             self._stream.transport.abort()
-        with suppress(Exception):  # whatever it says: it is over
-            async with Deadline(HANG_UP_S):
+        with suppress(Exception):  # the connection is closed, whatever nats-py raises
+            async with Deadline(CLOSE_TIMEOUT_S):
                 await self._client.close()
 
-    async def _note_error(self, error: Exception) -> None:
-        # A right that is missing, say: what was asked for is not answered then.
+    async def _on_error(self, error: Exception) -> None:
+        # A missing permission, for example: the broker does not respond to the request then.
         self._failure = str(error) or type(error).__name__
-        self.when_failed()
+        self.on_failure()
 
-    async def _note_closed(self) -> None:
-        self.when_failed()
+    async def _on_closed(self) -> None:
+        self.on_failure()
 
 
-class StreamRejectedError(BrokerError):
-    """JetStream's answer is an error.
+class JetStreamError(BrokerError):
+    """A response of JetStream that is an error.
 
     Args:
-        error: as it says it.
+        error: the error object of the response.
     """
 
     def __init__(self, error: Mapping[str, Any]) -> None:
         self.code = error.get("err_code")
         text = str(error.get("description"))
-        if self.code in NOT_ENABLED:
+        if self.code in JETSTREAM_NOT_ENABLED:
             text = f"JetStream is not enabled: {text}"
         super().__init__(text)
 
 
-class StreamWriter:
-    """The connection that appends, one entry at a time."""
+class NatsAppender:
+    """The connection that appends, one entry at a time.
 
-    def __init__(self, link: NatsConnection, subject: str, major: int) -> None:
-        self.link = link
-        self.major = major
+    Args:
+        connection: an open connection.
+        subject: subject of the stream.
+        epoch: first part of the stream's entry ids.
+    """
+
+    def __init__(self, connection: NatsConnection, subject: str, epoch: int) -> None:
+        self.connection = connection
+        self.epoch = epoch
         self._subject = subject
         self._inbox = ""
-        self._number = 0
-        self._answer: asyncio.Future[Msg | None] | None = None
+        self._request_number = 0
+        self._confirmed: asyncio.Future[Msg | None] | None = None
 
     async def open(self) -> None:
-        """Get ready for answers."""
-        self.link.when_failed = self._fail
-        self._inbox = await self.link.subscribe(self._take)
+        """Subscribe to the confirmations."""
+        self.connection.on_failure = self._fail
+        self._inbox = await self.connection.subscribe(self._on_message)
 
     async def append(self, data: bytes) -> int:
-        """Add an entry, and wait until the broker says that it has it; return its sequence.
+        """Append an entry and wait for the broker's confirmation; return the entry's sequence.
 
         Raises:
-            BrokerError: it does not say so.
+            BrokerError: the append is not confirmed.
         """
-        self._number += 1
-        answer = self._answer = asyncio.get_running_loop().create_future()
-        await self.link.publish(self._subject, data, f"{self._inbox}.{self._number}")
-        message = await answer
+        self._request_number += 1
+        confirmed = self._confirmed = asyncio.get_running_loop().create_future()
+        await self.connection.publish(self._subject, data, f"{self._inbox}.{self._request_number}")
+        message = await confirmed
         if message is None:
-            raise BrokerError(self.link.failure)
-        if message.headers:  # the status: no responders
-            raise BrokerError("no stream takes what is published")
-        found = json.loads(message.data)
-        if "error" in found:
-            raise StreamRejectedError(found["error"])
-        return int(found["seq"])
+            raise BrokerError(self.connection.failure)
+        if message.headers:  # status 503: no responders
+            raise BrokerError("no stream has this subject")
+        response = json.loads(message.data)
+        if "error" in response:
+            raise JetStreamError(response["error"])
+        return int(response["seq"])
 
-    async def _take(self, message: Msg) -> None:
-        answer = self._answer
+    async def _on_message(self, message: Msg) -> None:
+        confirmed = self._confirmed
         if (
-            answer is not None
-            and not answer.done()
-            and message.subject == f"{self._inbox}.{self._number}"
+            confirmed is not None
+            and not confirmed.done()
+            and message.subject == f"{self._inbox}.{self._request_number}"
         ):
-            answer.set_result(message)
+            confirmed.set_result(message)
 
     def _fail(self) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(None)
+        if self._confirmed is not None and not self._confirmed.done():
+            self._confirmed.set_result(None)
 
 
-class StreamMessage(NamedTuple):
-    """An entry of a stream.
+class ReceivedEntry(NamedTuple):
+    """An entry in the receive buffer.
 
     Attributes:
-        sequence: its number.
-        time: when the broker took it, in its words.
-        following: how many more there are.
-        data: its bytes.
+        sequence: JetStream sequence of the entry.
+        time: when the broker stored the entry, in the broker's text form.
+        remaining: count of further entries in the stream.
+        data: bytes of the entry.
     """
 
     sequence: int
     time: str
-    following: int
+    remaining: int
     data: bytes
 
 
-class StreamReader:
+class NatsConsumer:
     """The connection that reads.
 
-    It begins with the entry that was read last by the connection before. A broker that lost its
-    latest entries gives their numbers to others; so the number alone does not say that this is the
-    same stream still, but the time does.
+    It starts with the entry that the previous connection read last. A broker that loses its latest
+    entries assigns their sequences again, so the sequence alone does not prove that this is still
+    the same stream. The time of the entry does.
 
     Args:
-        link: the connection.
-        name: of the stream.
-        major: what its ids begin with.
-        after: the sequence that was read last; 0: none.
-        time: when the broker took that.
+        connection: an open connection.
+        name: name of the stream.
+        epoch: first part of the stream's entry ids.
+        after: sequence that was read last; 0: none.
+        time: when the broker stored that entry.
     """
 
-    def __init__(self, link: NatsConnection, name: str, major: int, after: int, time: str) -> None:
-        self.link = link
-        self.major = major
+    def __init__(
+        self, connection: NatsConnection, name: str, epoch: int, after: int, time: str
+    ) -> None:
+        self.connection = connection
+        self.epoch = epoch
         self.after = after
         self.time = time
         self._name = name
-        self._follows = False  # whether nothing is missing after `after`
+        self._is_contiguous = False  # whether the stream is known to hold `after` unchanged
         self._inbox = ""
-        self._next = ""  # where to ask for more
-        self._asked = 0
+        self._pull_subject = ""
+        self._pull_number = 0
         self._credit = 0
-        self._come: deque[StreamMessage] = deque()
-        self._has_come = asyncio.Event()
+        self._received: deque[ReceivedEntry] = deque()
+        self._has_received = asyncio.Event()
         self._failure = ""
 
     async def open(self) -> None:
-        """Begin with what was read last."""
-        self.link.when_failed = self._fail
-        self._inbox = await self.link.subscribe(self._take)
+        """Create a consumer that starts with the entry that was read last."""
+        self.connection.on_failure = self._fail
+        self._inbox = await self.connection.subscribe(self._on_message)
         config = {
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": max(1, self.after),
             "ack_policy": "none",
             "replay_policy": "instant",
-            "inactive_threshold": round(IDLE_S * 1e9),
+            "inactive_threshold": round(CONSUMER_IDLE_S * 1e9),
             "mem_storage": True,
             "num_replicas": 1,
         }
-        request = {"stream_name": self._name, "config": config}
-        found = await self.link.ask(f"CONSUMER.CREATE.{self._name}", request)
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{found['name']}"
+        content = {"stream_name": self._name, "config": config}
+        response = await self.connection.request(f"CONSUMER.CREATE.{self._name}", content)
+        self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{response['name']}"
 
     async def read(self) -> StreamRead:
-        """Return what has come, or comes in the next second."""
+        """Return the received entries; wait for at most a second if there are none."""
         if self._credit <= CREDIT // 2:
-            await self._ask_for_more()
-        if not self._come:
-            self._has_come.clear()
-            await self._has_come.wait()
+            await self._pull()
+        if not self._received:
+            self._has_received.clear()
+            await self._has_received.wait()
         if self._failure:
             raise BrokerError(self._failure)
         entries: list[StreamEntry] = []
-        following = 0
-        while self._come and len(entries) < CREDIT // 2:
-            sequence, time, following, data = self._come.popleft()
+        remaining = 0
+        while self._received and len(entries) < CREDIT // 2:
+            sequence, time, remaining, data = self._received.popleft()
             if sequence <= self.after:
-                self._follows = (sequence, time) == (self.after, self.time)
+                self._is_contiguous = (sequence, time) == (self.after, self.time)
                 continue
-            # Entries can be taken out of a stream from the middle, too.
-            follows = self._follows and sequence == self.after + 1
-            self.after, self.time, self._follows = sequence, time, True
-            entries.append(StreamEntry((self.major, sequence), data, follows))
-        return StreamRead(entries, is_last=not following)
+            # Entries can be deleted from the middle of a stream, too.
+            follows = self._is_contiguous and sequence == self.after + 1
+            self.after, self.time, self._is_contiguous = sequence, time, True
+            entries.append(StreamEntry((self.epoch, sequence), data, follows))
+        return StreamRead(entries, is_last=not remaining)
 
-    async def _ask_for_more(self) -> None:
-        self._asked += 1
-        wanted = CREDIT - self._credit
-        self._credit += wanted
-        request = f'{{"batch":{wanted},"expires":{round(WAIT_S * 1e9)}}}'
-        await self.link.publish(self._next, request.encode(), f"{self._inbox}.{self._asked}")
+    async def _pull(self) -> None:
+        self._pull_number += 1
+        batch = CREDIT - self._credit
+        self._credit += batch
+        content = f'{{"batch":{batch},"expires":{round(PULL_EXPIRES_S * 1e9)}}}'
+        await self.connection.publish(
+            self._pull_subject, content.encode(), f"{self._inbox}.{self._pull_number}"
+        )
 
-    async def _take(self, message: Msg) -> None:
+    async def _on_message(self, message: Msg) -> None:
         headers = message.headers
         if headers and "Status" in headers:
-            self._take_status(headers)
+            self._on_status(headers)
         else:
             # $JS.ACK.stream.consumer.… or, in a domain, $JS.ACK.domain.account.stream.consumer.…
             fields = message.reply.split(".")
             at = 5 if len(fields) == 9 else 7
             self._credit -= 1
-            self._come.append(
-                StreamMessage(int(fields[at]), fields[at + 2], int(fields[at + 3]), message.data)
+            self._received.append(
+                ReceivedEntry(int(fields[at]), fields[at + 2], int(fields[at + 3]), message.data)
             )
-        self._has_come.set()
+        self._has_received.set()
 
-    def _take_status(self, headers: Mapping[str, str]) -> None:
+    def _on_status(self, headers: Mapping[str, str]) -> None:
         status = headers["Status"]
-        if status in {"404", "408"}:  # a request has expired: nothing more comes for it
+        if status in {"404", "408"}:  # a pull request has expired: it brings no more entries
             self._credit -= int(headers.get("Nats-Pending-Messages", self._credit))
         elif status != "100":
-            self._failure = f"the consumer is gone: {headers.get('Description') or status}"
+            self._failure = f"consumer failed: {headers.get('Description') or status}"
 
     def _fail(self) -> None:
-        self._failure = self.link.failure
-        self._has_come.set()
+        self._failure = self.connection.failure
+        self._has_received.set()
 
 
 class NatsStream:
-    """One stream of a JetStream; its name is the subject, too.
+    """A stream of a JetStream; its name is its subject, too.
 
-    It is made where it is absent. One that is there is used as it is: its limits are its
-    operator's, but it has to be a log.
+    The stream is created if it does not exist. An existing stream is used as configured: its limits
+    are up to its operator, but it has to be a log.
 
     Args:
         url: see `parse_nats_url`.
-        name: of the stream.
-        max_bytes, max_age_s: what the stream is to keep, when it is made here.
+        name: name of the stream.
+        max_bytes, max_age_s: limits of retention, if the stream is created here.
 
     Raises:
-        UnfitError: the URL can't be used.
+        UnusableSettingError: the URL is invalid.
     """
 
     def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
@@ -472,141 +489,142 @@ class NatsStream:
         self._name = name
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
-        self._turn = random.randrange(len(self._address.servers))
-        self._writer: StreamWriter | None = None
-        self._reader: StreamReader | None = None
-        self._is_doubtful = False  # whether the reader's connection is still to the right broker
-        self._read_time = ""  # when the broker took the entry that was read last
-        self._known: Id = (0, 0)  # the last entry that was read or confirmed
+        self._server_index = random.randrange(len(self._address.servers))
+        self._writer: NatsAppender | None = None
+        self._reader: NatsConsumer | None = None
+        self._is_reader_suspect = False  # the reader may be connected to a former primary
+        self._last_read_time = ""  # when the broker stored the entry that was read last
+        self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
 
     async def append(self, data: bytes) -> None:
-        """Add an entry.
+        """Append an entry.
 
         Raises:
-            BrokerError: it may be there and it may not.
+            BrokerError: the append is unconfirmed; the entry may be in the stream.
         """
         try:
-            if self._writer is None or not self._writer.link.is_open:
-                await self._drop_writer()
+            if self._writer is None or not self._writer.connection.is_open:
+                await self._abort_writer()
                 self._writer = await self._open_writer()
             if len(data) > self.max_entry_bytes:
-                raise BrokerError("the broker takes less at once than it did")
+                raise BrokerError("the broker's message size limit was reduced")
             writer = self._writer
-            self._know((writer.major, await writer.append(data)))
+            self._record_id((writer.epoch, await writer.append(data)))
         except BaseException as error:
-            await self._drop_writer()
+            await self._abort_writer()
             if not isinstance(error, Exception):
                 raise
-            raise self._failed(error) from None
+            raise self._broker_error(error) from None
 
     async def read(self, after: Id) -> StreamRead:
-        """Return the next entries; wait for them a second.
+        """Return the next entries; wait for at most a second if there are none.
 
         Raises:
-            BrokerError: they can't be had now.
+            BrokerError: the stream can't be read now.
         """
         try:
-            async with Deadline(WAIT_S + ANSWER_S):
-                if self._is_doubtful:
-                    self._is_doubtful = False
-                    await self._drop_reader()
+            async with Deadline(PULL_EXPIRES_S + RESPONSE_TIMEOUT_S):
+                if self._is_reader_suspect:
+                    self._is_reader_suspect = False
+                    await self._abort_reader()
                 if self._reader is None:
                     self._reader = await self._open_reader(after)
                     return StreamRead((), is_last=False)
                 read = await self._reader.read()
-                self._know((self._reader.major, self._reader.after))
-                self._read_time = self._reader.time
+                self._record_id((self._reader.epoch, self._reader.after))
+                self._last_read_time = self._reader.time
                 return read
         except BaseException as error:
-            await self._drop_reader()
+            await self._abort_reader()
             if not isinstance(error, Exception):
                 raise
-            raise self._failed(error) from None
+            raise self._broker_error(error) from None
 
-    def distrust_reader(self) -> None:
-        """Read by another connection from now on."""
-        self._is_doubtful = True
+    def reconnect_reader(self) -> None:
+        """Open a new connection for the next read."""
+        self._is_reader_suspect = True
 
     async def close(self) -> None:
-        """Let go of both connections."""
+        """Abort both connections."""
         try:
-            await self._drop_writer()
+            await self._abort_writer()
         finally:
-            await self._drop_reader()
+            await self._abort_reader()
 
     async def _connect(self) -> NatsConnection:
-        """Return a connection to one of the servers: to the next one, whenever one has failed."""
-        link = NatsConnection(self._address)
+        """Open a connection to one of the servers; after a failure the next call tries the next."""
+        connection = NatsConnection(self._address)
         servers = self._address.servers
         try:
-            await link.open(servers[self._turn % len(servers)])
+            await connection.open(servers[self._server_index % len(servers)])
         except BaseException:
-            self._turn += 1
-            await link.hang_up()
+            self._server_index += 1
+            await connection.abort()
             raise
-        self.max_entry_bytes = min(MAX_ENTRY_BYTES, link.max_payload)
-        return link
+        self.max_entry_bytes = min(MAX_ENTRY_BYTES, connection.max_payload)
+        return connection
 
-    async def _open_writer(self) -> StreamWriter:
-        link = await self._connect()
+    async def _open_writer(self) -> NatsAppender:
+        connection = await self._connect()
         try:
-            writer = StreamWriter(link, self._name, await self._find(link))
+            writer = NatsAppender(connection, self._name, await self._prepare_stream(connection))
             await writer.open()
         except BaseException:
-            await link.hang_up()
+            await connection.abort()
             raise
         return writer
 
-    async def _open_reader(self, after: Id) -> StreamReader:
-        link = await self._connect()
+    async def _open_reader(self, after: Id) -> NatsConsumer:
+        connection = await self._connect()
         try:
-            major = await self._find(link)
-            sequence = after[1] if major == after[0] else 0
-            reader = StreamReader(link, self._name, major, sequence, self._read_time)
+            epoch = await self._prepare_stream(connection)
+            sequence = after[1] if epoch == after[0] else 0
+            reader = NatsConsumer(connection, self._name, epoch, sequence, self._last_read_time)
             await reader.open()
         except BaseException:
-            await link.hang_up()
+            await connection.abort()
             raise
         return reader
 
-    async def _find(self, link: NatsConnection) -> int:
-        """Return what the ids of the stream begin with; let it go on after what is known of it."""
-        known_major, known = self._known  # before the stream is asked: it grows meanwhile
-        found = await self._stream_by(link)
-        major, last = _ms(found["created"]), found["state"]["last_seq"]
-        if major < known_major:
+    async def _prepare_stream(self, connection: NatsConnection) -> int:
+        """Return the epoch of the stream; fill the place of entries that the broker lost."""
+        # Copied before the broker is asked: `_latest_id` grows meanwhile.
+        latest_epoch, latest_sequence = self._latest_id
+        response = await self._find_or_create_stream(connection)
+        epoch, last_sequence = _ms(response["created"]), response["state"]["last_seq"]
+        if epoch < latest_epoch:
             raise BrokerError("the stream is older than the one before: check the clocks")
-        if major == known_major and last < known:
-            await self._lift(link, known - last)
-        return major
+        if epoch == latest_epoch and last_sequence < latest_sequence:
+            await self._fill_lost_entries(connection, latest_sequence - last_sequence)
+        return epoch
 
-    def _know(self, identity: Id) -> None:
-        self._known = max(self._known, identity)
+    def _record_id(self, entry_id: Id) -> None:
+        self._latest_id = max(self._latest_id, entry_id)
 
-    async def _stream_by(self, link: NatsConnection) -> Any:
-        """Return what JetStream says of the stream; make it where it is absent."""
+    async def _find_or_create_stream(self, connection: NatsConnection) -> Any:
+        """Return what JetStream reports about the stream; create it if it does not exist."""
         try:
-            found = await link.ask(f"STREAM.INFO.{self._name}")
-        except StreamRejectedError as error:
-            if error.code != NOT_FOUND:
+            response = await connection.request(f"STREAM.INFO.{self._name}")
+        except JetStreamError as error:
+            if error.code != STREAM_NOT_FOUND:
                 raise
-            return await link.ask(f"STREAM.CREATE.{self._name}", self._config())
-        self._see_whether_fit(found["config"])
-        return found
+            return await connection.request(f"STREAM.CREATE.{self._name}", self._config())
+        self._check_config(response["config"])
+        return response
 
-    def _see_whether_fit(self, config: Mapping[str, Any]) -> None:
-        """Insist that a stream is a log, and take note of what it takes at once."""
-        name, takes = self._name, config.get("max_msg_size", -1)
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        """Check that an existing stream is a log; record its message size limit."""
+        name, max_msg_size = self._name, config.get("max_msg_size", -1)
         if config["retention"] != "limits" or config.get("discard", "old") != "old":
-            raise BrokerError(f"stream {name}: needs retention limits and discard old")
+            raise BrokerError(f"stream {name}: retention must be limits, and discard old")
         if name not in config.get("subjects", ()):
-            raise BrokerError(f"stream {name}: needs the subject {name}")
+            raise BrokerError(f"stream {name}: subjects must include {name}")
         if config.get("no_ack"):
-            raise BrokerError(f"stream {name}: needs to acknowledge what it takes")
-        if 0 < takes < LEAST_PAYLOAD_BYTES:
-            raise BrokerError(f"stream {name}: needs max_msg_size {LEAST_PAYLOAD_BYTES} at least")
-        if takes > 0:
-            self.max_entry_bytes = min(self.max_entry_bytes, takes)
+            raise BrokerError(f"stream {name}: no_ack must be false")
+        if 0 < max_msg_size < MIN_PAYLOAD_BYTES:
+            raise BrokerError(f"stream {name}: max_msg_size must be at least {MIN_PAYLOAD_BYTES}")
+        if max_msg_size > 0:
+            self.max_entry_bytes = min(self.max_entry_bytes, max_msg_size)
 
     def _config(self) -> Mapping[str, Any]:
         return {
@@ -621,37 +639,38 @@ class NatsStream:
             "num_replicas": self._address.replicas,
         }
 
-    async def _lift(self, link: NatsConnection, count: int) -> None:
-        """Let a stream that has gone back go on after what is known of it.
+    async def _fill_lost_entries(self, connection: NatsConnection, count: int) -> None:
+        """Append filler entries, so that the stream continues after the latest known sequence.
 
-        A broker that loses power loses what it had not written, and numbers what comes next as it
-        did that.
+        A broker that loses power loses the entries that it had not written to disk, and assigns
+        their sequences again.
         """
-        if count > MAX_LIFT:
-            raise BrokerError(f"the stream is {count} entries behind what was read of it")
+        if count > MAX_FILLER_ENTRIES:
+            raise BrokerError(f"the stream lost its latest {count} entries: too many to fill")
         for number in range(count):
-            await link.publish(self._name, HOLE)
+            await connection.publish(self._name, FILLER_ENTRY)
             if not number % 1000:
                 await asyncio.sleep(0)
-        await link.ask(f"STREAM.INFO.{self._name}")  # answered when they are through
+        # Its response arrives after the broker has processed the filler entries.
+        await connection.request(f"STREAM.INFO.{self._name}")
 
-    async def _drop_writer(self) -> None:
+    async def _abort_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            await writer.link.hang_up()
+            await writer.connection.abort()
 
-    async def _drop_reader(self) -> None:
+    async def _abort_reader(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None:
-            await reader.link.hang_up()
+            await reader.connection.abort()
 
-    def _failed(self, error: Exception) -> BrokerError:
-        is_usual = isinstance(error, BrokerError | TimeoutError)
-        return broker_error(error, self._secrets, is_usual=is_usual)
+    def _broker_error(self, error: Exception) -> BrokerError:
+        is_expected = isinstance(error, BrokerError | TimeoutError)
+        return broker_error(error, self._secrets, is_expected=is_expected)
 
 
 def _ms(text: str) -> int:
-    """Return milliseconds since 1970 of RFC 3339 with nanoseconds."""
+    """Convert an RFC 3339 time with nanoseconds to milliseconds since 1970."""
     seconds, _, fraction = text.rstrip("Z").partition(".")
     whole = datetime.fromisoformat(seconds).replace(tzinfo=UTC)
     return round(whole.timestamp()) * 1000 + int(f"{fraction:0<3}"[:3])

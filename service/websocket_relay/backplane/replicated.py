@@ -1,13 +1,15 @@
-"""Keep one order with a broker: append to its stream, and tail it. Knows no broker.
+"""Keep the log on a broker: append to its stream and consume it. Owns the total order.
 
-Every message of this replica goes to the stream and comes back from there like everybody's; there
-is no second way. Messages gather while an append is under way and leave together in the next one.
-One append is under way at a time, and it is tried again until it is answered: what arrived twice is
-known by its number and left out by all readers alike (see `packet`). So a broker that is gone for a
-moment costs nothing but the moment.
+Every message of this replica is appended to the stream and read back from it, like the messages of
+other replicas; there is no second delivery path. Messages gather while an append is in flight and
+leave together in the next one. One append is in flight at a time, and it is retried until it is
+confirmed. All readers detect a duplicate by its sequence number and discard it alike (see `codec`).
+So a short unavailability of the broker costs only a delay.
 
-Whether the stream can be reached is told by a *canary*: a packet that every replica marks once a
-second and waits for. While none comes back in time there is an *outage*.
+A *heartbeat* checks whether the stream can be reached: each second every replica marks a packet and
+waits to read it back. While none is read back in time there is an *outage*.
+
+Knows no broker's protocol and no client.
 """
 
 import asyncio
@@ -23,8 +25,8 @@ from itertools import repeat
 from typing import NamedTuple, Protocol
 
 from websocket_relay.backplane.codec import (
-    HOLE,
-    MESSAGE_BYTES,
+    FILLER_ENTRY,
+    MESSAGE_OVERHEAD_BYTES,
     FormatError,
     Packet,
     PartAssembler,
@@ -50,66 +52,70 @@ from websocket_relay.redaction import redact
 log = logging.getLogger(__name__)
 
 PACKET_BYTES = 131_072
-"""A packet is sealed when its messages come to this: more at once is hardly cheaper, and whoever
-reads it has to look up now and then."""
+"""A packet is sealed at this size: larger ones are hardly cheaper, and a reader delivers a whole
+packet without yielding to the event loop."""
 
-LARGEST_PACKET_BYTES = 4_194_304
-"""What a packet comes to at most besides its last message: one that is sealed late, with empty
+MAX_PACKET_BYTES = 4_194_304
+"""Size of a packet at most, without its last message: a packet that is sealed late, with empty
 messages, each to a channel of its own."""
 
-WAITING_BYTES = 64
-"""What a message takes in memory besides, while it waits: an object, and places in two lists."""
+PENDING_OVERHEAD_BYTES = 64
+"""Memory of a pending message besides its bytes in the packet: an object, and places in two
+lists."""
 
 APPEND_S = 2.0
-"""An append that was not answered for so long is tried again."""
+"""An append that is not confirmed within this time is retried."""
 
 CANARY_S = 1.0
+"""Interval of heartbeats."""
 
-HEARD_OF_S = 5.0
-"""A replica that was not heard of for so long is not there any more."""
+REPLICA_TIMEOUT_S = 5.0
+"""A replica without a heartbeat in this time is not alive any more."""
 
 OUTAGE_AFTER_S = 3.0
-"""A broker that is restarted, or fails over, is back by then as a rule; a client that waits for its
-own message has not given up."""
+"""As a rule a broker that restarts, or fails over, is available again within this time, and a
+client that waits for its own message has not timed out."""
 
 READ_BACK_S = 5.0
-"""So long after the beginning of an outage may still come back what the broker had confirmed before
-it. Then nobody waits for it any more: clients give up after ten seconds as a rule."""
+"""Time from the start of an outage in which a message that was confirmed before it may still be
+read back. Then the waits for it end: as a rule clients time out after ten seconds."""
 
-LOOK_S = 0.1
-"""How often is looked whether there is an outage."""
+MONITOR_INTERVAL_S = 0.1
+"""Interval of the checks for an outage."""
 
-PAUSE_S = (0.05, 1.0)
-"""After a failure, the first and the longest; each is cut by chance to between a half and all."""
+BACKOFF_S = (0.05, 1.0)
+"""First and longest pause after a failure; each is randomly reduced by up to a half."""
 
 TURNS = 8
-"""Tasks that wake each other while a message goes to the broker, and while it comes back: those
-here, and those of the broker's library. With fewer, fan-outs of full channels hold messages up, so
-that fewer of them leave together: at 4, one in five with nats-py."""
+"""Tasks that wake each other while a message passes to the broker, and back from it: those of this
+module, and those of the broker's library. With a lower value, fan-outs to full channels delay
+messages, so that fewer of them leave together: at 4, one in five with nats-py."""
 
-MAX_ORIGINS = 10_000
-"""Replicas whose numbers are remembered, the latest: more than have been in a stream."""
+MAX_PRODUCERS = 10_000
+"""Replicas whose sequence numbers are remembered, the latest ones: more than a stream has had."""
 
 LIVES = 1 << 16
-"""The lower bits of an origin count the lives of a replica: each outage begins a new one. What was
-given up in an earlier one may still be on its way, and is left out behind the first of the new one:
-so nobody is heard to say a thing after what came later."""
+"""Count of producer epochs, which are the lower bits of a producer. Each outage starts a new
+producer epoch. A message that was abandoned in an earlier one may still arrive; it is discarded
+after the first packet of the new one. So messages of a client are never delivered out of order."""
 
-MAX_TEXTS = 8
-"""Different failures that are logged of one streak."""
+MAX_FAILURE_TEXTS = 8
+"""Distinct errors that are logged of a streak of failures."""
 
-BEHIND_ALL = 1 << 32
-"""No packet has so many messages."""
+INDEX_LIMIT = 1 << 32
+"""Greater than the index of any message in a packet."""
 
-STAMP = struct.Struct("<d")
-"""What a canary's note begins with: when it was sent, by the clock of its origin."""
+TIMESTAMP = struct.Struct("<d")
+"""First field of a heartbeat: when it was sent, by the monotonic clock of its producer."""
 
 RESET = struct.pack("ii", 1, 0)
-"""Of SO_LINGER: what was not sent is thrown away."""
+"""Value of SO_LINGER: unsent bytes are discarded."""
 
 Id = tuple[int, int]
+"""Id of an entry: epoch and offset of its positions."""
 
-# NamedTuples are made a thousand at a time: `_make` and the classes themselves are calls of Python.
+# NamedTuples are built in batches of a thousand. `_make` and the classes themselves are Python
+# calls; these are C calls.
 _new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)
 _new_entry: Callable[[tuple[Position, str, int, bytes]], LogEntry] = partial(
     tuple.__new__, LogEntry
@@ -117,29 +123,30 @@ _new_entry: Callable[[tuple[Position, str, int, bytes]], LogEntry] = partial(
 
 
 class BrokerError(RelayError):
-    """The broker can't be reached or did not do what it was asked. It may the next time."""
+    """The broker is unavailable, or rejected a request. A retry may succeed."""
 
 
 class StreamEntry(NamedTuple):
     """An entry of a stream.
 
     Attributes:
-        identity: its id.
-        data: its bytes.
-        follows: whether the stream never held another one between this and the one read before.
+        entry_id: id of the entry.
+        data: bytes of the entry.
+        follows: whether the stream never held another entry between this one and the one that was
+            read before.
     """
 
-    identity: Id
+    entry_id: Id
     data: bytes
     follows: bool
 
 
 class StreamRead(NamedTuple):
-    """What a stream gives.
+    """The result of a read.
 
     Attributes:
-        entries: in their order.
-        is_last: whether there was nothing more to read.
+        entries: in the order of the stream.
+        is_last: whether the stream held no further entries.
     """
 
     entries: Sequence[StreamEntry]
@@ -147,53 +154,53 @@ class StreamRead(NamedTuple):
 
 
 class Stream(Protocol):
-    """A broker's stream. Its entries have ids that only grow."""
+    """A stream on a broker. The ids of its entries only grow."""
 
     @property
     def max_entry_bytes(self) -> int:
-        """What an entry may come to, as far as is known."""
+        """The size limit of an entry, as far as is known."""
 
     async def append(self, data: bytes) -> None:
-        """Add an entry at the end.
+        """Append an entry.
 
         Raises:
-            BrokerError: it may be there and it may not.
+            BrokerError: the append is unconfirmed; the entry may be in the stream.
         """
 
     async def read(self, after: Id) -> StreamRead:
-        """Return the next entries after an id; wait a second or so for them.
+        """Return the next entries after an id; wait for about a second if there are none.
 
         Raises:
             BrokerError: the stream can't be read now.
         """
 
-    def distrust_reader(self) -> None:
-        """Read by another connection from now on: what is appended does not come back by this."""
+    def reconnect_reader(self) -> None:
+        """Open a new connection for the next read: entries are not read back by the present one."""
 
     async def close(self) -> None:
-        """Let go of the broker."""
+        """Close the connections to the broker."""
 
 
 class PendingBytes(Protocol):
-    """The bound on what waits to be appended: publishers are held while it is passed."""
+    """The bound on the bytes of pending appends: above it publishers are paused."""
 
     bytes: int
 
     def drained(self, size: int) -> None:
-        """Take note that so much does not wait any more."""
+        """Record that so many bytes are not pending any more."""
 
 
 class OutgoingPacket:
-    """Messages that will be appended together."""
+    """Messages of this replica for one append."""
 
     __slots__ = (
         "channels",
-        "is_canary",
-        "is_given_up",
-        "number",
+        "is_abandoned",
+        "is_heartbeat",
         "opcodes",
         "payloads",
         "publishers",
+        "sequence",
         "size",
     )
 
@@ -203,69 +210,72 @@ class OutgoingPacket:
         self.payloads: list[bytes] = []
         self.publishers: dict[Rejectable, None] = {}
         self.size = 0
-        self.number = 0  # of the first, once it is under way
-        self.is_canary = False
-        self.is_given_up = False
+        self.sequence = 0  # sequence number of the first message, once the append is in flight
+        self.is_heartbeat = False
+        self.is_abandoned = False
 
     @property
-    def kept_bytes(self) -> int:
-        """What they take in memory."""
-        return self.size + WAITING_BYTES * len(self.payloads)
+    def memory_bytes(self) -> int:
+        """The memory that the messages take."""
+        return self.size + PENDING_OVERHEAD_BYTES * len(self.payloads)
 
 
 class ProducerStates:
-    """What has been read of each replica's latest life."""
+    """The producer epoch and the next sequence number of each replica, as read from the stream."""
 
     def __init__(self) -> None:
-        self._next: OrderedDict[int, tuple[int, int]] = OrderedDict()  # by replica: life, number
-        self.is_current = False  # whether a life that is not known has only begun
+        # By replica: producer epoch and next sequence number.
+        self._latest: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self.is_current = False  # whether an unknown producer is new: its numbers start at 0
 
-    def next_of(self, origin: int, first: int) -> int:
-        """Return the number of the next message to read of a life that begins with `first`."""
-        replica, life = divmod(origin, LIVES)
-        latest, following = self._next.get(replica, (life, first))
-        return following if life == latest else first
+    def next_sequence(self, producer: int, first_sequence: int) -> int:
+        """Return the next sequence number to read of a producer that starts at `first_sequence`."""
+        replica, producer_epoch = divmod(producer, LIVES)
+        latest_epoch, following = self._latest.get(replica, (producer_epoch, first_sequence))
+        return following if producer_epoch == latest_epoch else first_sequence
 
-    def awaits(self, origin: int, number: int) -> bool:
-        """Tell whether a packet that begins with this message is not read yet, and may be."""
-        replica, life = divmod(origin, LIVES)
-        latest, following = self._next.get(replica, (life, number))
-        return life > latest or (life == latest and number >= following)
+    def is_expected(self, producer: int, sequence: int) -> bool:
+        """Return whether a packet that starts with this message is unread, and may be read."""
+        replica, producer_epoch = divmod(producer, LIVES)
+        latest_epoch, following = self._latest.get(replica, (producer_epoch, sequence))
+        return producer_epoch > latest_epoch or (
+            producer_epoch == latest_epoch and sequence >= following
+        )
 
-    def note(self, origin: int, number: int, count: int) -> int:
-        """Take note of a packet; return how many messages before it are missing.
+    def record_packet(self, producer: int, sequence: int, count: int) -> int:
+        """Record a packet that was read; return how many messages before it are missing.
 
         Returns:
-            Less than nothing where it was read before, or a later life has begun.
+            A negative number if the packet is a duplicate, or its producer epoch is not the latest.
         """
-        replica, life = divmod(origin, LIVES)
-        expected = 0 if self.is_current and not life else number
-        latest, following = self._next.get(replica, (life, expected))
-        if life < latest:
+        replica, producer_epoch = divmod(producer, LIVES)
+        expected = 0 if self.is_current and not producer_epoch else sequence
+        latest_epoch, following = self._latest.get(replica, (producer_epoch, expected))
+        if producer_epoch < latest_epoch:
             return -1
-        # A life goes on after what was confirmed in the one before. What was given up then may have
-        # been read all the same, and its numbers are used again.
-        expected = following if life == latest else min(following, number)
-        self._next[replica] = life, max(number + count, expected)
-        self._next.move_to_end(replica)
-        if len(self._next) > MAX_ORIGINS:
-            self._next.popitem(last=False)
-        return number - expected
+        # A producer epoch continues after the last confirmed message of the one before. Messages
+        # that were abandoned there may have been read all the same; their numbers are used again.
+        expected = following if producer_epoch == latest_epoch else min(following, sequence)
+        self._latest[replica] = producer_epoch, max(sequence + count, expected)
+        self._latest.move_to_end(replica)
+        if len(self._latest) > MAX_PRODUCERS:
+            self._latest.popitem(last=False)
+        return sequence - expected
 
 
 class RemoteBackplane:
-    """One replica's hold on a stream.
+    """The log of one replica, on a broker's stream.
 
     Args:
-        stream: of the broker.
-        address: the broker's, as it may be logged.
-        pending: the bound on what waits to be appended.
-        relays_locally: whether messages are relayed on this replica alone during an outage;
-            otherwise their publishers are told.
-        max_message_bytes: of any replica's clients.
-        describe: says what the others are told of this replica, in a few bytes.
-        observe_append: told the seconds that each append took.
-        observe_lag: told the seconds from a canary's append to its return.
+        stream: the broker's stream.
+        address: address of the broker, without secrets; it is logged.
+        pending: bound on the bytes of pending appends.
+        relays_locally: whether messages are relayed on this replica alone during an outage; if not,
+            their publishers are notified.
+        max_message_bytes: message limit of the clients of any replica.
+        describe: returns the description of this replica for the others, in a few bytes.
+        observe_append: receives the duration of each append in seconds.
+        observe_lag: receives the seconds from the append of a heartbeat until it is read back.
     """
 
     turns = TURNS
@@ -293,513 +303,534 @@ class RemoteBackplane:
         self._observe_append = observe_append
         self._observe_lag = observe_lag
         self._deliver: OnEntry
-        self._lost: OnGap
-        # Writing
-        self._is_out = False  # state is OUTAGE: asked for every message
+        self._on_gap: OnGap
+        # Append
+        self._is_outage = False  # state is OUTAGE; checked for every message
         self._outbox: deque[OutgoingPacket] = deque()
         self._in_flight: OutgoingPacket | None = None
         self._in_flight_since = 0.0
-        self._filled = asyncio.Event()
-        self._settled = asyncio.Event()  # something does not wait any more
-        self._replicas: OrderedDict[int, tuple[float, bytes]] = OrderedDict()  # when heard of, what
-        self._origin = _first_life()
-        self._number = self._first = 0  # of the next message; of the first one in this life
-        # Reading
-        self._after: Id = (0, 0)
+        self._outbox_filled = asyncio.Event()
+        self._pending_reduced = asyncio.Event()  # an append was confirmed, or packets abandoned
+        # By replica: when the latest heartbeat was read, and its description.
+        self._replicas: OrderedDict[int, tuple[float, bytes]] = OrderedDict()
+        self._producer = _new_producer()
+        # Sequence number of the next message; of the first one of this producer epoch.
+        self._next_sequence = self._first_sequence = 0
+        # Read
+        self._last_read_id: Id = (0, 0)
         self._position = START
-        self._publishers = Confirmations()  # who want positions of their own messages
-        self._settling = (
-            Confirmations()
-        )  # who want nothing of this replica to be under way any more
-        self._read_back_until = 0.0  # for those who wait for messages of earlier lives
-        self._is_whole = False  # nothing is missing before what is read next; nor was said before
-        self._origins = ProducerStates()
-        self._left_out: OrderedDict[int, int] = OrderedDict()  # origin: from which number
-        self._joiner = PartAssembler(max_message_bytes + LARGEST_PACKET_BYTES)
-        self._has_room = asyncio.Event()
-        self._has_room.set()
-        # The canary: when it was sent and when that was answered; 0: none is out.
-        self._sent_at = 0.0
-        self._answered_at = 0.0
+        self._position_waits = Confirmations()  # waits for the position of a message
+        self._settled_waits = Confirmations()  # waits until no message is in flight
+        self._confirmation_deadline = 0.0  # ends the waits for messages of earlier producer epochs
+        # Whether nothing is missing before the next entry; false at the start, too.
+        self._is_contiguous = False
+        self._producers = ProducerStates()
+        # By producer: the sequence number from which on messages were delivered here in an outage.
+        self._delivered_locally: OrderedDict[int, int] = OrderedDict()
+        self._assembler = PartAssembler(max_message_bytes + MAX_PACKET_BYTES)
+        self._read_allowed = asyncio.Event()
+        self._read_allowed.set()
+        # Heartbeat in flight: when it was sent, and when its append was confirmed; 0: none is.
+        self._heartbeat_sent_at = 0.0
+        self._heartbeat_confirmed_at = 0.0
         self._complete_until = 0.0
-        self._behind_at = 0.0  # when there was more to read, the last time
+        self._unread_seen_at = 0.0  # the latest time at which the stream held further entries
         self._failures: dict[str, set[str]] = {}
 
-    # What the relay asks
+    # Interface of `Backplane`
 
     def tail(self, deliver: OnEntry, lost: OnGap) -> None:
-        """Give every entry from now on to `deliver`, and tell `lost` where some are missing."""
+        """Pass every entry from now on to `deliver`; call `lost` where entries are missing."""
         self._deliver = deliver
-        self._lost = lost
+        self._on_gap = lost
 
     def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
-        """Add a message at the end."""
-        if self._is_out:
-            self._turn_away(channel, opcode, payload, publisher)
+        """Append a message."""
+        if self._is_outage:
+            self._handle_in_outage(channel, opcode, payload, publisher)
             return
         outbox = self._outbox
-        outgoing = outbox[-1] if outbox else self._begin_packet()
+        outgoing = outbox[-1] if outbox else self._start_packet()
         outgoing.channels.append(channel)
         outgoing.opcodes.append(opcode)
         outgoing.payloads.append(payload)
         outgoing.publishers[publisher] = None
-        size = len(payload) + MESSAGE_BYTES
+        size = len(payload) + MESSAGE_OVERHEAD_BYTES
         outgoing.size += size
-        self._pending.bytes += size + WAITING_BYTES
+        self._pending.bytes += size + PENDING_OVERHEAD_BYTES
         if outgoing.size >= PACKET_BYTES:
-            self._begin_packet()
+            self._start_packet()
 
     def append_all(
-        self, channel: str, said: Sequence[tuple[int, bytes]], publisher: Rejectable
+        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
-        """Add messages at the end, in one packet: nothing comes between them or takes a part."""
-        if self._is_out:
-            for opcode, payload in said:
-                self._turn_away(channel, opcode, payload, publisher)
+        """Append messages in one packet: next to each other, and all of them or none."""
+        if self._is_outage:
+            for opcode, payload in messages:
+                self._handle_in_outage(channel, opcode, payload, publisher)
             return
-        count = len(said)
-        size = sum(len(payload) for _, payload in said) + MESSAGE_BYTES * count
-        outgoing = self._outbox[-1] if self._outbox else self._begin_packet()
+        count = len(messages)
+        size = sum(len(payload) for _, payload in messages) + MESSAGE_OVERHEAD_BYTES * count
+        outgoing = self._outbox[-1] if self._outbox else self._start_packet()
         if outgoing.payloads and outgoing.size + size > PACKET_BYTES:
-            outgoing = self._begin_packet()
+            outgoing = self._start_packet()
         outgoing.channels.extend(repeat(channel, count))
-        outgoing.opcodes.extend(opcode for opcode, _ in said)
-        outgoing.payloads.extend(payload for _, payload in said)
+        outgoing.opcodes.extend(opcode for opcode, _ in messages)
+        outgoing.payloads.extend(payload for _, payload in messages)
         outgoing.publishers[publisher] = None
         outgoing.size += size
-        self._pending.bytes += size + WAITING_BYTES * count
+        self._pending.bytes += size + PENDING_OVERHEAD_BYTES * count
         if outgoing.size >= PACKET_BYTES:
-            self._begin_packet()
+            self._start_packet()
 
-    def when_delivered(self, answer: OnPosition) -> None:
-        """Call `answer` once the message that was appended last has come back, or won't."""
-        if self._is_out:  # it was delivered here alone, or turned away
-            answer(self._position if self.relays_locally else None)
+    def when_delivered(self, callback: OnPosition) -> None:
+        """Call `callback` once the message that was appended last is read back, or can't be."""
+        if self._is_outage:  # the message was delivered here alone, or rejected
+            callback(self._position if self.relays_locally else None)
         else:
-            self._publishers.add(self._origin, self._following, answer)
+            self._position_waits.add(self._producer, self._following, callback)
 
-    def when_settled(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was appended so far has come back, or was given up."""
+    def when_settled(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once each message appended so far is read back or abandoned."""
         following = self._following
         if self._next_read < following:
-            self._settling.add(self._origin, following, lambda _: act())
-        elif self._settling:  # for messages of an earlier life
-            self._settling.add_to_last(lambda _: act())
+            self._settled_waits.add(self._producer, following, lambda _: callback())
+        elif self._settled_waits:  # for messages of an earlier producer epoch
+            self._settled_waits.add_to_latest(lambda _: callback())
         else:
-            act()
+            callback()
 
     @property
     def _next_read(self) -> int:
-        """The number of the first message of this life that was not read yet."""
-        return self._origins.next_of(self._origin, self._first)
+        """The sequence number of the first message of this producer epoch that is unread."""
+        return self._producers.next_sequence(self._producer, self._first_sequence)
 
     @property
     def _following(self) -> int:
-        """The number that the message gets which is appended next."""
-        return self._number + sum(len(each.payloads) for each in self._outbox)
+        """The sequence number of the message that is appended next."""
+        return self._next_sequence + sum(len(each.payloads) for each in self._outbox)
 
     @property
     def position(self) -> Position:
-        """Up to where everything has been delivered here."""
+        """The position up to which everything has been delivered here."""
         return self._position
 
     @property
     def complete_until(self) -> float:
-        """When the latest canary was sent that came back: what stood before it has been read."""
+        """When the latest heartbeat that was read back was sent: earlier entries were read."""
         return self._complete_until
 
     def pause_reading(self) -> None:
-        """Read no more of the stream until `resume_reading`: too much waits to be written."""
-        self._has_room.clear()
+        """Pause reads of the stream until `resume_reading`: too many bytes are pending."""
+        self._read_allowed.clear()
 
     def resume_reading(self) -> None:
-        """Read on."""
-        if not self._has_room.is_set():
-            self._behind_at = time.monotonic()
-            self._has_room.set()
+        """Resume reads of the stream."""
+        if not self._read_allowed.is_set():
+            self._unread_seen_at = time.monotonic()
+            self._read_allowed.set()
 
     def replicas(self) -> Sequence[bytes]:
-        """Return what those say of themselves that were heard of lately, this one included."""
-        since = time.monotonic() - HEARD_OF_S
-        return [note for heard_at, note in self._replicas.values() if heard_at > since]
+        """Return the descriptions of the replicas with a recent heartbeat, this one included."""
+        since = time.monotonic() - REPLICA_TIMEOUT_S
+        return [description for read_at, description in self._replicas.values() if read_at > since]
 
     @property
     def waiting(self) -> int:
-        """How many messages wait to be appended, or for the answer."""
-        return sum(len(each.payloads) for each in self._waiting)
+        """The count of messages whose append is pending or in flight."""
+        return sum(len(each.payloads) for each in self._unconfirmed)
 
     async def run(self) -> None:
-        """Write, read and send canaries, until cancelled."""
+        """Append, read and send heartbeats until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                for begin in (self._write, self._read, self._watch):
-                    group.create_task(run_cancellable(begin))
+                for start in (self._write, self._read, self._monitor):
+                    group.create_task(run_cancellable(start))
         finally:
             await self._stream.close()
 
     async def flush(self) -> None:
-        """Return when all that was appended has been answered, or given up."""
+        """Return once each append is confirmed or abandoned."""
         while self.waiting:
-            self._settled.clear()
-            await self._settled.wait()
+            self._pending_reduced.clear()
+            await self._pending_reduced.wait()
 
-    # Writing
+    # Append
 
     @property
-    def _waiting(self) -> list[OutgoingPacket]:
+    def _unconfirmed(self) -> list[OutgoingPacket]:
         in_flight = self._in_flight
-        if in_flight is None or in_flight.is_given_up:
+        if in_flight is None or in_flight.is_abandoned:
             return [*self._outbox]
         return [in_flight, *self._outbox]
 
-    def _begin_packet(self) -> OutgoingPacket:
+    def _start_packet(self) -> OutgoingPacket:
         outgoing = OutgoingPacket()
         self._outbox.append(outgoing)
-        self._filled.set()
+        self._outbox_filled.set()
         return outgoing
 
     async def _write(self) -> None:
         while True:
-            await self._filled.wait()
+            await self._outbox_filled.wait()
             outgoing = self._outbox.popleft()
             if not self._outbox:
-                self._filled.clear()
-            if outgoing.payloads or outgoing.is_canary:
+                self._outbox_filled.clear()
+            if outgoing.payloads or outgoing.is_heartbeat:
                 await self._append(outgoing)
 
     async def _append(self, outgoing: OutgoingPacket) -> None:
         self._in_flight, self._in_flight_since = outgoing, time.monotonic()
-        origin, number = self._origin, self._number
-        outgoing.number = number
-        self._number += len(outgoing.payloads)
-        note = STAMP.pack(self._sent_at) + self._describe() if outgoing.is_canary else None
+        producer, sequence = self._producer, self._next_sequence
+        outgoing.sequence = sequence
+        self._next_sequence += len(outgoing.payloads)
+        heartbeat = (
+            TIMESTAMP.pack(self._heartbeat_sent_at) + self._describe()
+            if outgoing.is_heartbeat
+            else None
+        )
         opcodes = bytes(outgoing.opcodes)
-        data = pack(Packet(origin, number, outgoing.channels, opcodes, outgoing.payloads, note))
-        pause_s = PAUSE_S[0]
-        while not outgoing.is_given_up:
+        data = pack(
+            Packet(producer, sequence, outgoing.channels, opcodes, outgoing.payloads, heartbeat)
+        )
+        pause_s = BACKOFF_S[0]
+        while not outgoing.is_abandoned:
             started = time.perf_counter()
             try:
-                # The broker may take less now than before it was restarted.
-                for part in split_into_parts(data, origin, number, self._stream.max_entry_bytes):
+                # The broker's size limit may be lower than before a restart.
+                for part in split_into_parts(
+                    data, producer, sequence, self._stream.max_entry_bytes
+                ):
                     async with Deadline(APPEND_S):
                         await self._stream.append(part)
             except (BrokerError, TimeoutError) as error:
-                self._note_failure("append", error)
+                self._record_failure("append", error)
                 pause_s = await _pause(pause_s)
             else:
-                self._note_success("append")
+                self._record_success("append")
                 self._observe_append(time.perf_counter() - started)
                 break
         self._in_flight = None
-        self._settled.set()
-        if not outgoing.is_given_up:
-            self._pending.drained(outgoing.kept_bytes)
-            if outgoing.is_canary:
-                self._answered_at = time.monotonic()
+        self._pending_reduced.set()
+        if not outgoing.is_abandoned:
+            self._pending.drained(outgoing.memory_bytes)
+            if outgoing.is_heartbeat:
+                self._heartbeat_confirmed_at = time.monotonic()
 
-    # Reading
+    # Read
 
     async def _read(self) -> None:
-        pause_s = PAUSE_S[0]
+        pause_s = BACKOFF_S[0]
         while True:
             try:
-                read = await self._stream.read(self._after)
+                read = await self._stream.read(self._last_read_id)
             except (BrokerError, TimeoutError) as error:
-                self._note_failure("read", error)
+                self._record_failure("read", error)
                 pause_s = await _pause(pause_s)
                 continue
-            self._note_success("read")
-            pause_s = PAUSE_S[0]
-            for found in read.entries:
-                if not self._has_room.is_set():
-                    await self._has_room.wait()
-                self.on_entry(found)
+            self._record_success("read")
+            pause_s = BACKOFF_S[0]
+            for entry in read.entries:
+                if not self._read_allowed.is_set():
+                    await self._read_allowed.wait()
+                self.on_entry(entry)
                 if not read.is_last:
-                    self._behind_at = time.monotonic()
-                # A packet takes a millisecond or two. And what it brought is written to clients
-                # before more is asked for.
+                    self._unread_seen_at = time.monotonic()
+                # A packet takes a millisecond or two. Yield, so that its messages are written to
+                # clients before the next read.
                 await asyncio.sleep(0)
-            if not self._has_room.is_set():
-                await self._has_room.wait()
+            if not self._read_allowed.is_set():
+                await self._read_allowed.wait()
 
-    def on_entry(self, found: StreamEntry) -> None:
-        """Deliver what the next entry holds, and tell first what is missing before it."""
-        (major, minor), data, follows = found
-        before, self._after = self._after, found.identity
-        self._position = Position(major, minor, -1)  # and nothing of it yet
-        self._is_whole = self._is_whole and follows and data != HOLE
-        if data == HOLE:  # as a rule it is one of many
+    def on_entry(self, entry: StreamEntry) -> None:
+        """Deliver the messages of the next entry; first report a gap before it, if there is one."""
+        (epoch, offset), data, follows = entry
+        previous_id, self._last_read_id = self._last_read_id, entry.entry_id
+        self._position = Position(epoch, offset, -1)  # before the first message of the entry
+        self._is_contiguous = self._is_contiguous and follows and data != FILLER_ENTRY
+        if data == FILLER_ENTRY:  # as a rule more of them follow; one gap is reported for all
             return
-        if not self._is_whole:
-            self._is_whole = True
-            if self._origins.is_current:
-                self._note_gap(before)
-            self._lost(Position(major, minor, 0).before())
+        if not self._is_contiguous:
+            self._is_contiguous = True
+            if self._producers.is_current:
+                self._record_gap(previous_id)
+            self._on_gap(Position(epoch, offset, 0).before())
         try:
-            whole = self._joiner.join(data)
+            whole = self._assembler.join(data)
             packet = unpack(whole) if whole is not None else None
         except FormatError as error:
             self.books.unreadable += 1
             log.debug("entry not readable", extra={"error": str(error)})
-            self._lose(found.identity)  # it may be messages of a newer version
+            self._report_gap_through(entry.entry_id)  # may hold messages of a newer version
             return
-        if self._joiner.dropped:
-            self.books.unreadable += self._joiner.dropped
-            self._joiner.dropped = 0
+        if self._assembler.dropped:
+            self.books.unreadable += self._assembler.dropped
+            self._assembler.dropped = 0
         if packet is not None:
-            self._take_packet(major, minor, packet)
-        elif self._joiner.stray is not None and self._origins.awaits(*self._joiner.stray):
-            # Its first parts are gone. Its messages would have stood where its last part stands.
-            self._lose(found.identity)
+            self._deliver_packet(epoch, offset, packet)
+        elif self._assembler.stray is not None and self._producers.is_expected(
+            *self._assembler.stray
+        ):
+            # The first parts of a packet are lost. Its messages have the position of its last part.
+            self._report_gap_through(entry.entry_id)
 
-    def _note_gap(self, after: Id) -> None:
+    def _record_gap(self, after: Id) -> None:
         self.books.gaps += 1
         log.error("backplane lost messages", extra={"after": f"{after[0]}-{after[1]}"})
 
-    def _lose(self, identity: Id) -> None:
-        """Take note that an entry may have held messages, which nobody hears."""
-        # What is said from now on, in an outage on this replica alone, comes after that.
-        self._position = Position(*identity, BEHIND_ALL)
-        self._lost(self._position)
+    def _report_gap_through(self, entry_id: Id) -> None:
+        """Report a gap that ends with this entry: messages in it, if any, are not delivered."""
+        # Messages that are relayed locally in a later outage get positions after this entry.
+        self._position = Position(*entry_id, INDEX_LIMIT)
+        self._on_gap(self._position)
 
-    def _take_packet(self, major: int, minor: int, packet: Packet) -> None:
-        origin, number, channels, opcodes, payloads, note = packet
+    def _deliver_packet(self, epoch: int, offset: int, packet: Packet) -> None:
+        producer, sequence, channels, opcodes, payloads, heartbeat = packet
         count = len(payloads)
-        missing = self._origins.note(origin, number, count)
+        missing = self._producers.record_packet(producer, sequence, count)
         if missing < 0:
             self.books.duplicates += 1
             return
         if missing:
             self.books.lost += missing
             log.error("backplane lost messages", extra={"count": missing})
-            self._lost(Position(major, minor, 0).before())
-        self._position = Position(major, minor, count - 1)
-        # What was delivered here in an outage, and got into the log after all.
-        if not self._left_out or number < self._left_out.get(origin, number + 1):
-            places = zip(repeat(major), repeat(minor), range(count), strict=False)
-            positions = map(_new_position, places)
+            self._on_gap(Position(epoch, offset, 0).before())
+        self._position = Position(epoch, offset, count - 1)
+        # Skip messages that were delivered here in an outage, and are in the log after all.
+        if not self._delivered_locally or sequence < self._delivered_locally.get(
+            producer, sequence + 1
+        ):
+            indices = zip(repeat(epoch), repeat(offset), range(count), strict=False)
+            positions = map(_new_position, indices)
             deliver = self._deliver
             columns = zip(positions, channels, opcodes, payloads, strict=True)
             for entry in map(_new_entry, columns):
                 deliver(entry)
-        if note is not None:
-            self._hear_of(origin, note[STAMP.size :])
-        if origin // LIVES == self._origin // LIVES:
-            self._publishers.on_packet(origin, number, self._position)
-            self._settling.on_packet(origin, number, self._position)
-        if origin == self._origin and note is not None:
-            self._came_back(note)
+        if heartbeat is not None:
+            self._record_replica(producer, heartbeat[TIMESTAMP.size :])
+        if producer // LIVES == self._producer // LIVES:
+            self._position_waits.on_packet(producer, sequence, self._position)
+            self._settled_waits.on_packet(producer, sequence, self._position)
+        if producer == self._producer and heartbeat is not None:
+            self._on_own_heartbeat(heartbeat)
 
-    def _hear_of(self, origin: int, note: bytes) -> None:
+    def _record_replica(self, producer: int, description: bytes) -> None:
         replicas = self._replicas
-        replica = origin // LIVES
-        replicas[replica] = time.monotonic(), note
+        replica = producer // LIVES
+        replicas[replica] = time.monotonic(), description
         replicas.move_to_end(replica)
-        if len(replicas) > MAX_ORIGINS:
+        if len(replicas) > MAX_PRODUCERS:
             replicas.popitem(last=False)
 
-    # How things stand
+    # Heartbeats and outages
 
-    async def _watch(self) -> None:
+    async def _monitor(self) -> None:
         self._send_canary(time.monotonic())
-        looked_at = time.monotonic()
-        due = looked_at + CANARY_S
+        checked_at = time.monotonic()
+        due = checked_at + CANARY_S
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(MONITOR_INTERVAL_S)
             now = time.monotonic()
-            if now - looked_at > 2 * LOOK_S:  # the relay itself stood still, or was out of time
-                self._excuse(now - looked_at)
-            looked_at = now
-            if now > self._read_back_until:
-                self._expire_earlier()
-            if not self._sent_at:
+            if now - checked_at > 2 * MONITOR_INTERVAL_S:  # this process was stopped or starved
+                self._discount_stall(now - checked_at)
+            checked_at = now
+            if now > self._confirmation_deadline:
+                self._expire_earlier_epochs()
+            if not self._heartbeat_sent_at:
                 if now >= due:
                     self._send_canary(now)
                     due = now + CANARY_S
-            elif self._is_late(now):
-                if self._answered_at:  # after a failover it may hang on to what was the primary
-                    self._stream.distrust_reader()
-                if self._is_out:  # the last one was lost
+            elif self._is_overdue(now):
+                if self._heartbeat_confirmed_at:  # after a failover: reader on the former primary
+                    self._stream.reconnect_reader()
+                if self._is_outage:  # the latest heartbeat was lost
                     self._send_canary(now)
                 else:
                     self._begin_outage(now)
 
     def _send_canary(self, now: float) -> None:
-        self._sent_at, self._answered_at = now, 0.0
-        outgoing = self._outbox[-1] if self._outbox else self._begin_packet()
-        outgoing.is_canary = True
+        self._heartbeat_sent_at, self._heartbeat_confirmed_at = now, 0.0
+        outgoing = self._outbox[-1] if self._outbox else self._start_packet()
+        outgoing.is_heartbeat = True
 
-    def _is_late(self, now: float) -> bool:
-        """Tell whether it takes the broker too long to answer, or to give back what it has.
+    def _is_overdue(self, now: float) -> bool:
+        """Return whether the broker takes too long to confirm an append, or to return an entry.
 
-        What it holds besides has to be read first, and is not while the relay has no room.
+        Other entries of the stream are read before the heartbeat, and reads may be paused. That
+        time does not count.
         """
         if self._in_flight is not None:
-            return not self._is_out and now - self._in_flight_since > OUTAGE_AFTER_S
-        if not self._answered_at or not self._has_room.is_set():
+            return not self._is_outage and now - self._in_flight_since > OUTAGE_AFTER_S
+        if not self._heartbeat_confirmed_at or not self._read_allowed.is_set():
             return False
-        return now - max(self._answered_at, self._behind_at) > OUTAGE_AFTER_S
+        return now - max(self._heartbeat_confirmed_at, self._unread_seen_at) > OUTAGE_AFTER_S
 
-    def _excuse(self, late_s: float) -> None:
-        """Take note of time in which an answer could not be read."""
-        self._in_flight_since += late_s
-        self._behind_at += late_s
-        if self._answered_at:
-            self._answered_at += late_s
+    def _discount_stall(self, stall_s: float) -> None:
+        """Exclude a stall of this process from the measured times: it could not read responses."""
+        self._in_flight_since += stall_s
+        self._unread_seen_at += stall_s
+        if self._heartbeat_confirmed_at:
+            self._heartbeat_confirmed_at += stall_s
 
-    def _came_back(self, note: bytes) -> None:
-        if len(note) >= STAMP.size:
-            self._complete_until = max(self._complete_until, *STAMP.unpack_from(note))
-        if self._sent_at:
-            self._observe_lag(time.monotonic() - self._sent_at)
-            self._sent_at = 0.0
-        # What is under way may be the canary itself: read before the answer came.
+    def _on_own_heartbeat(self, heartbeat: bytes) -> None:
+        if len(heartbeat) >= TIMESTAMP.size:
+            self._complete_until = max(self._complete_until, *TIMESTAMP.unpack_from(heartbeat))
+        if self._heartbeat_sent_at:
+            self._observe_lag(time.monotonic() - self._heartbeat_sent_at)
+            self._heartbeat_sent_at = 0.0
+        # The append in flight may be the heartbeat itself, if it is read before its confirmation.
         self._in_flight_since = time.monotonic()
         if self.state is not BackplaneState.UP:
             log.info("backplane up")
             self.state = BackplaneState.UP
-            self._is_out = False
-            self._origins.is_current = True
+            self._is_outage = False
+            self._producers.is_current = True
             self.begun.set()
             self.up.set()
 
     def _begin_outage(self, now: float) -> None:
-        """Give up what waits: who said it is told, or those who are here hear it alone.
+        """Abandon pending messages: reject them, or deliver them on this replica alone.
 
-        What the broker confirmed and did not give back yet is awaited for a while.
+        Messages that are confirmed and unread are awaited until `READ_BACK_S` have passed.
         """
-        log.error("backplane outage", extra={"broker": self._address, "on_outage": self._on_outage})
-        self._expire_earlier()
+        log.error(
+            "backplane outage", extra={"broker": self._address, "on_outage": self._outage_mode}
+        )
+        self._expire_earlier_epochs()
         self.books.outages += 1
         self.state = BackplaneState.OUTAGE
-        self._is_out = True
+        self._is_outage = True
         self.begun.set()
         self.up.clear()
-        given_up = self._waiting
+        abandoned = self._unconfirmed
         self._outbox.clear()
-        self._filled.clear()
-        origin, number = self._origin, self._number
-        if self._in_flight is not None and not self._in_flight.is_given_up:
-            self._in_flight.is_given_up = True
-            number = self._in_flight.number
-            if self._next_read > number:  # it did get there
-                self._pending.drained(given_up.pop(0).kept_bytes)
-                number = self._number
+        self._outbox_filled.clear()
+        producer, sequence = self._producer, self._next_sequence
+        if self._in_flight is not None and not self._in_flight.is_abandoned:
+            self._in_flight.is_abandoned = True
+            sequence = self._in_flight.sequence
+            if self._next_read > sequence:  # it is in the stream: it was read back
+                self._pending.drained(abandoned.pop(0).memory_bytes)
+                sequence = self._next_sequence
         if self.relays_locally:
-            self._left_out[origin] = number
-            if len(self._left_out) > MAX_ORIGINS:
-                self._left_out.popitem(last=False)
-        is_read = self._next_read >= number
-        # What was given up leaves a hole in the numbers that nobody should take for a loss.
-        self._origin, self._first = _next_life(origin, number)
-        self._number = self._first
-        self._give_up_from(origin, number, given_up, is_read=is_read)
-        self._settled.set()
-        self._read_back_until = now + READ_BACK_S
+            self._delivered_locally[producer] = sequence
+            if len(self._delivered_locally) > MAX_PRODUCERS:
+                self._delivered_locally.popitem(last=False)
+        is_read = self._next_read >= sequence
+        # Continue with the number of the first abandoned message, or readers would count the
+        # abandoned ones as lost.
+        self._producer, self._first_sequence = _next_producer_epoch(producer, sequence)
+        self._next_sequence = self._first_sequence
+        self._abandon_from(producer, sequence, abandoned, is_read=is_read)
+        self._pending_reduced.set()
+        self._confirmation_deadline = now + READ_BACK_S
         self._send_canary(now)
 
-    def _give_up_from(
-        self, origin: int, number: int, given_up: Sequence[OutgoingPacket], *, is_read: bool
+    def _abandon_from(
+        self, producer: int, sequence: int, abandoned: Sequence[OutgoingPacket], *, is_read: bool
     ) -> None:
-        """Give up packets, and let nobody wait for them any more.
+        """Abandon packets, and end the waits for their messages.
 
         Args:
-            origin, number: of their first message.
-            given_up: the packets.
+            producer, sequence: of their first message.
+            abandoned: the packets.
             is_read: whether all messages before them were read.
         """
-        publishers = deque(self._publishers.take_given_up(origin, number))
-        settling = self._settling.take_given_up(origin, number)
+        position_waits = deque(self._position_waits.take_given_up(producer, sequence))
+        settled_waits = self._settled_waits.take_given_up(producer, sequence)
         if not is_read:
-            # Whoever comes from now on waits for the messages of this life, too: also a client
-            # that leaves because it is told below that its message is given up.
-            for waiter in (*settling, Confirmation(origin, number, lambda _: None)):
-                self._settling.add(origin, number, waiter.answer)
-        following = number
-        for outgoing in given_up:
-            self._give_up(outgoing, following, publishers)
+            # Waits that are added from now on end after the messages of this producer epoch, too.
+            # One may be that of a client that closes because its message is rejected below.
+            for wait in (*settled_waits, Confirmation(producer, sequence, lambda _: None)):
+                self._settled_waits.add(producer, sequence, wait.callback)
+        following = sequence
+        for outgoing in abandoned:
+            self._abandon(outgoing, following, position_waits)
             following += len(outgoing.payloads)
-        for waiter in publishers:
-            waiter.answer(None)
+        for wait in position_waits:
+            wait.callback(None)
         if is_read:
-            for waiter in settling:
-                waiter.answer(None)
+            for wait in settled_waits:
+                wait.callback(None)
 
-    def _expire_earlier(self) -> None:
-        """Let nobody wait any more for messages of earlier lives."""
-        self._publishers.expire(self._origin)
-        self._settling.expire(self._origin)
+    def _expire_earlier_epochs(self) -> None:
+        """End the waits for messages of earlier producer epochs."""
+        self._position_waits.expire(self._producer)
+        self._settled_waits.expire(self._producer)
 
     @property
-    def _on_outage(self) -> str:
+    def _outage_mode(self) -> str:
         return "local" if self.relays_locally else "reject"
 
-    def _give_up(
-        self, outgoing: OutgoingPacket, number: int, publishers: deque[Confirmation]
+    def _abandon(
+        self, outgoing: OutgoingPacket, sequence: int, position_waits: deque[Confirmation]
     ) -> None:
-        self._pending.drained(outgoing.kept_bytes)
+        self._pending.drained(outgoing.memory_bytes)
         if self.relays_locally:
             columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
-            for following, message in enumerate(columns, number + 1):
-                self._deliver_here(*message)
-                while publishers and publishers[0].following <= following:
-                    publishers.popleft().answer(self._position)
+            for following, message in enumerate(columns, sequence + 1):
+                self._deliver_locally(*message)
+                while position_waits and position_waits[0].following <= following:
+                    position_waits.popleft().callback(self._position)
         else:
             self.books.unavailable += len(outgoing.payloads)
             in_doubt = outgoing is self._in_flight
             for publisher in outgoing.publishers:
                 publisher.tell_unavailable(in_doubt=in_doubt)
 
-    def _turn_away(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
+    def _handle_in_outage(
+        self, channel: str, opcode: int, payload: bytes, publisher: Rejectable
+    ) -> None:
         if self.relays_locally:
-            self._deliver_here(channel, opcode, payload)
+            self._deliver_locally(channel, opcode, payload)
         else:
             self.books.unavailable += 1
             publisher.tell_unavailable(in_doubt=False)
 
-    def _deliver_here(self, channel: str, opcode: int, payload: bytes) -> None:
-        major, minor, nth = self._position
-        self._position = Position(major, minor, nth + 1)
+    def _deliver_locally(self, channel: str, opcode: int, payload: bytes) -> None:
+        epoch, offset, index = self._position
+        self._position = Position(epoch, offset, index + 1)
         self.books.local += 1
         self._deliver(LogEntry(self._position, channel, opcode, payload))
 
-    def _note_failure(self, action: str, error: Exception) -> None:
+    def _record_failure(self, action: str, error: Exception) -> None:
         texts = self._failures.setdefault(action, set())
         text = str(error) or "not answered in time"
-        if text not in texts and len(texts) < MAX_TEXTS:
+        if text not in texts and len(texts) < MAX_FAILURE_TEXTS:
             texts.add(text)
-            facts = {"broker": self._address, "action": action, "error": text}
-            log.warning("backplane failed", extra=facts)
+            fields = {"broker": self._address, "action": action, "error": text}
+            log.warning("backplane failed", extra=fields)
 
-    def _note_success(self, action: str) -> None:
+    def _record_success(self, action: str) -> None:
         if action in self._failures:
             del self._failures[action]
             log.info("backplane works again", extra={"action": action})
 
 
-def broker_error(error: Exception, secrets: Sequence[str], *, is_usual: bool) -> BrokerError:
-    """Return what is said of an error of a broker's library: in one line, without secrets.
+def broker_error(error: Exception, secrets: Sequence[str], *, is_expected: bool) -> BrokerError:
+    """Convert an error of a broker's library: one line of text, without secrets.
 
     Args:
-        is_usual: whether it is one that the library means to raise. What comes of an answer that
-            makes no sense may be any.
+        is_expected: whether the library documents this error. A malformed response of the broker
+            may raise any other.
     """
     text = str(error) or "not answered in time"
-    if isinstance(error, RuntimeError):  # what uvloop says of a transport that is closed
+    if isinstance(error, RuntimeError):  # raised by uvloop for a closed transport
         text = "connection lost"
-    elif not is_usual:
-        text = f"not understood: {type(error).__name__}: {text}"
+    elif not is_expected:
+        text = f"unexpected error: {type(error).__name__}: {text}"
     return BrokerError(redact(secrets, text))
 
 
 def reset_on_close(writer: asyncio.StreamWriter) -> None:
-    """Let a connection end at once when it is aborted, and nobody have what is left in it.
+    """Make an abort of a connection reset it at once, and discard its unsent bytes.
 
-    Otherwise it lives on until the broker has taken that, which a frozen one never does. Asked for
-    at the beginning: a transport that is closed does not say which socket it had.
+    Otherwise the kernel keeps the connection until the broker has received those bytes, which a
+    frozen broker never does. Call it right after connecting: a closed transport does not return
+    its socket.
 
     Raises:
-        BrokerError: it is closed already.
+        BrokerError: the connection is closed already.
     """
     connected = writer.get_extra_info("socket")
     if connected is None:
@@ -807,17 +838,21 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
-def _first_life() -> int:
+def _new_producer() -> int:
     return random.getrandbits(48) * LIVES
 
 
-def _next_life(origin: int, number: int) -> tuple[int, int]:
-    """Return what follows on a life whose messages before a number are confirmed; and its first."""
-    following = origin + 1
-    return (following, number) if following % LIVES else (_first_life(), 0)
+def _next_producer_epoch(producer: int, sequence: int) -> tuple[int, int]:
+    """Return the producer with its next epoch, and its first sequence number.
+
+    Args:
+        sequence: number after the last message that was confirmed in the present producer epoch.
+    """
+    following = producer + 1
+    return (following, sequence) if following % LIVES else (_new_producer(), 0)
 
 
 async def _pause(pause_s: float) -> float:
-    """Wait after a failure; return how long to wait after the next."""
+    """Sleep after a failure; return the pause for the next one."""
     await asyncio.sleep(pause_s * random.uniform(0.5, 1))
-    return min(2 * pause_s, PAUSE_S[1])
+    return min(2 * pause_s, BACKOFF_S[1])
