@@ -299,7 +299,7 @@ def broken(draw: st.DrawFn, *, compressed: bool = False) -> bytes:
 
 
 @given(data=st.data(), inflates=st.booleans(), where=places)
-@settings(tried, max_examples=500)
+@settings(tried, max_examples=150)
 def test_the_parser_hears_any_bytes_at_all_as_the_rfc_says(
     data: st.DataObject, inflates: bool, where: list[int]
 ) -> None:
