@@ -5,7 +5,7 @@
 # PYTHON=…      the interpreter for .venv, where the one that is found is not the one that is meant
 # ARGS=…        arguments for the relay:            make run ARGS="--config-file my.yaml"
 # PYTEST_ARGS=… arguments for pytest:               make test PYTEST_ARGS="-k drain"
-# TIMES=…       how often:                    make repeat TIMES=50 REPEAT_ARGS=tests/test_outages.py
+# TIMES=…       how often:                    make repeat TIMES=50 REPEAT_ARGS=tests/backplane/test_outages.py
 # BENCH_ARGS=…  arguments for the benchmark:        make bench BENCH_ARGS="--help"
 # STOPS_ARGS=…  arguments for the stops:           make stops STOPS_ARGS="--count 40"
 # IMAGE=…       what the image is called:           make image IMAGE=websocket-relay:mine
@@ -57,11 +57,11 @@ fast: $(VENV)/.dev
 
 # As root, with mmdebstrap.
 bare-test:  ## make run and make test on a Debian that has Python and make only
-	@tests/bare_machine.sh
+	@tests/support/bare_machine.sh
 
 TIMES ?= 10
 repeat: $(VENV)/.dev  ## run the tests TIMES times beside a load that keeps all cores busy
-	@tests/repeat.sh $(TIMES) $(REPEAT_ARGS)
+	@tests/support/repeat.sh $(TIMES) $(REPEAT_ARGS)
 
 .PHONY: image image-test
 IMAGE ?= websocket-relay
@@ -78,7 +78,7 @@ image:  ## build the container's image, with docker or podman
 
 # Not a part of `test`: it needs docker or podman, and minutes where the base has to be made first.
 image-test: $(VENV)/.dev  ## build the image, run it and look into it
-	@$(BIN)/python -m pytest -m image tests/test_image.py
+	@$(BIN)/python -m pytest -m image tests/packaging/test_image.py
 
 # Not a part of `test`: it asks PyPI's advisories over the network, and what it says changes without a
 # change here. --strict, because otherwise a version that could not be looked up counts as a good one.
@@ -95,7 +95,7 @@ replicas: $(VENV)/.bench  ## measure several relays on one broker; results go to
 # Not a part of `test`, which stops a few relays in each condition: this takes some ten minutes.
 STOPS_ARGS ?=
 stops: $(VENV)/.dev  ## stop 400 relays while their broker misbehaves; each has to end in time
-	@exec $(BIN)/python -m tests.stops $(STOPS_ARGS)
+	@exec $(BIN)/python -m tests.support.stops $(STOPS_ARGS)
 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation

@@ -25,8 +25,8 @@ from bench import machine, prepare, replicas_report, report
 from bench.loads import Figures, Generator
 from bench.servers import RELAY, ROOT, FailedError, Running, started
 from bench.targets import DISTURBED, Measurement
-from tests.brokers import Broker, NatsBroker, RedisBroker
-from tests.programs import ANY_REDIS, NATS, find
+from tests.support.brokers import Broker, NatsBroker, RedisBroker
+from tests.support.programs import ANY_REDIS, NATS, find
 
 RESULTS = prepare.HERE / "results"
 BROKERS = ("redis", "nats")

@@ -1,6 +1,6 @@
 """`make chart`: write what is generated."""
 
 from helm.generate import write
-from tests.helm import newest_helm
+from tests.support.helm import newest_helm
 
 write(newest_helm().manifests)

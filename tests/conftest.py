@@ -1,47 +1,32 @@
-"""Relays for the tests: one that all share, and as many of a test's own as it likes."""
+"""How the tests run: the plugins, how many tests at a time, and the event loop of each."""
 
 import asyncio
 import os
 import signal
 import sys
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
 
-from tests.brokers import (
-    Broker,
-    NatsBroker,
-    RedisBroker,
-)
-from tests.certificates import Pair, make_pair
-from tests.issuer import SECRET
-from tests.programs import ANY_REDIS, NATS, needed
-from tests.relay_process import Relay, merged
-
-pytest_plugins = ["tests.browser", "tests.fast", "tests.not_tested", "tests.time_limit"]
+pytest.register_assert_rewrite("tests.support")
+pytest_plugins = [
+    "tests.support.browser",
+    "tests.support.fast",
+    "tests.support.fixtures",
+    "tests.support.not_tested",
+    "tests.support.time_limit",
+]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in its background, and the commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-StartRelay = Callable[..., Relay]
-StartReplicas = Callable[..., Sequence[Relay]]
-
-BROKERS = {
-    "redis": (RedisBroker, ANY_REDIS),
-    "nats": (NatsBroker, (NATS,)),
-}
-
 LIKE_THE_RELAY = {
-    "tests.test_backplane",
-    "tests.test_cancellation",
-    "tests.test_outages",
-    "tests.test_writes",
+    "tests.backplane.test_backplane",
+    "tests.backplane.test_outages",
+    "tests.shutdown.test_cancellation",
+    "tests.unit.test_writes",
 }
 """Tests that run the relay's parts themselves, in the loop that it runs them in: what that makes of
 a lost connection is its own."""
@@ -60,136 +45,3 @@ def pytest_asyncio_loop_factories(
     module = item.getparent(pytest.Module)
     is_like_the_relay = module is not None and module.obj.__name__ in LIKE_THE_RELAY
     return {"loop": uvloop.new_event_loop if is_like_the_relay else asyncio.new_event_loop}
-
-
-@pytest.fixture(scope="session")
-def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    with Relay(tmp_path_factory.mktemp("shared")) as relay:
-        yield relay
-
-
-@pytest.fixture
-async def relay(shared_relay: Relay) -> AsyncIterator[Relay]:
-    """A relay with default settings that nobody else uses during the test."""
-    await shared_relay.metric_is("websocket_connected_clients", 0)
-    yield shared_relay
-    assert shared_relay.complaints == []
-
-
-@pytest.fixture(scope="session")
-def shared_hasty_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    settings = {"limits": {"handshake_timeout_s": 2}}
-    with Relay(tmp_path_factory.mktemp("hasty"), settings) as relay:
-        yield relay
-
-
-@pytest.fixture
-async def hasty_relay(shared_hasty_relay: Relay) -> AsyncIterator[Relay]:
-    """A relay that gives a handshake, and a close, two seconds."""
-    await shared_hasty_relay.metric_is("websocket_connected_clients", 0)
-    yield shared_hasty_relay
-    assert shared_hasty_relay.complaints == []
-
-
-@pytest.fixture
-def channel() -> str:
-    """A channel that no other test uses."""
-    return f"test-{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
-    """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
-    started: list[Relay] = []
-    with ExitStack() as stack:
-
-        def start(env: dict[str, str] | None = None, **settings: Any) -> Relay:
-            directory = tmp_path / f"relay-{len(started)}"
-            directory.mkdir()
-            relay = Relay(directory, settings, env)
-            started.append(relay)
-            return stack.enter_context(relay)
-
-        yield start
-    assert [line for relay in started for line in relay.complaints] == []
-
-
-@pytest.fixture
-def pair() -> Pair:
-    """The certificate and key that the TLS relay starts with."""
-    return make_pair()
-
-
-@pytest.fixture
-def certificate_directory(tmp_path: Path, pair: Pair) -> Path:
-    """Where the TLS relay looks for its certificate and key."""
-    directory = tmp_path / "certificates"
-    directory.mkdir()
-    pair.write_to(directory)
-    return directory
-
-
-@pytest.fixture
-def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Path) -> StartRelay:
-    """Start a relay that speaks wss:// and https://."""
-    tls = {
-        "enabled": True,
-        "cert_file": str(certificate_directory / "cert.pem"),
-        "key_file": str(certificate_directory / "key.pem"),
-    }
-
-    def start(**settings: Any) -> Relay:
-        relay = relay_with(**merged({"server": {"tls": tls}}, settings))
-        relay.tls_context = pair.trusting_context()
-        return relay
-
-    return start
-
-
-@pytest.fixture
-def secret() -> str:
-    """What tokens are signed with."""
-    return SECRET
-
-
-@pytest.fixture
-def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
-    """A relay that wants tokens."""
-    return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
-
-
-@pytest.fixture
-async def twins(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
-    """Two relays on one Redis, which stop at once."""
-    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
-        settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
-        yield relay_with(**settings), relay_with(**settings)
-
-
-@pytest.fixture(params=BROKERS)
-async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
-    kind, programs = BROKERS[request.param]
-    async with kind(needed(*programs), tmp_path / "broker") as started:
-        yield started
-
-
-@pytest.fixture
-def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
-    """Start relays on the broker."""
-    with ExitStack() as stack:
-        started: list[Relay] = []
-
-        def start(count: int = 2, **settings: Any) -> Sequence[Relay]:
-            new = []
-            for _ in range(count):
-                directory = tmp_path / f"relay-{len(started)}"
-                directory.mkdir()
-                relay = Relay(directory, merged({"backplane": {"url": broker.url}}, settings))
-                started.append(stack.enter_context(relay))
-                new.append(relay)
-            return new
-
-        yield start
-        complaints = [line for relay in started for line in relay.complaints]
-        unexpected = [line for line in complaints if "backplane" not in line]
-        assert not unexpected, "\n".join(unexpected)

@@ -26,9 +26,9 @@ from bench.chaos.observations import (
     named,
     payload_of,
 )
-from tests.events_client import Event, Events
-from tests.proxy import HOST
-from tests.relay_process import PLAIN
+from tests.support.events_client import Event, Events
+from tests.support.proxy import HOST
+from tests.support.relay_process import PLAIN
 
 RELAY_V1 = Subprotocol("relay.v1")
 

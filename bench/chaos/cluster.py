@@ -26,10 +26,10 @@ from bench.chaos.faults import Fault, FaultKind, Plan
 from bench.chaos.network import BreakableProxy, Direction
 from bench.chaos.observations import Record, Rest, Stop, name_of
 from bench.servers import FailedError
-from tests.brokers import Broker, NatsBroker, RedisBroker
-from tests.programs import ANY_REDIS, NATS, find
-from tests.proxy import HOST
-from tests.relay_process import PLAIN, Metrics, Relay
+from tests.support.brokers import Broker, NatsBroker, RedisBroker
+from tests.support.programs import ANY_REDIS, NATS, find
+from tests.support.proxy import HOST
+from tests.support.relay_process import PLAIN, Metrics, Relay
 
 STREAM = "relay"
 READS, APPENDS = "reads", "appends"

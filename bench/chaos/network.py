@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
-from tests.proxy import Connection, Proxy
+from tests.support.proxy import Connection, Proxy
 
 RESET = struct.pack("ii", 1, 0)
 """Of SO_LINGER: a connection that is aborted sends RST, and drops what was not sent."""

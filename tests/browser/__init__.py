@@ -1,0 +1,1 @@
+"""What runs in browsers: relay.js, the console, EventSource."""

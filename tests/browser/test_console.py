@@ -1,0 +1,568 @@
+"""The console does what it shows, against a real relay and in a real browser."""
+
+import asyncio
+import functools
+import itertools
+import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlencode
+
+import pytest
+from playwright.async_api import FilePayload, Locator, Page, Route, expect
+from websockets.asyncio.client import ClientConnection
+
+from tests.support import browser
+from tests.support.brokers import RedisBroker
+from tests.support.issuer import EVERYTHING, SECRET, token
+from tests.support.programs import ANY_REDIS, needed
+from tests.support.relay_process import Relay, StartRelay, receive, receive_many
+
+pytestmark = browser.SHARED
+
+KEPT = 500
+"""Messages that the page keeps."""
+
+UNREACHED = ("Failed to load resource", "WebSocket connection to")
+"""How a browser's own lines begin that say that nothing answers, or no."""
+
+DROP = """({name, bytes}) => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([new Uint8Array(bytes)], name));
+    const target = document.getElementById("messages");
+    for (const type of ["dragover", "drop"]) {
+        target.dispatchEvent(new DragEvent(type, {dataTransfer, bubbles: true, cancelable: true}));
+    }
+}"""
+
+
+@asynccontextmanager
+async def console_of(
+    relay: Relay, path: str = "/", *, may_miss: bool = False
+) -> AsyncIterator[Page]:
+    """Open the console; fail where the browser complains, of a breach of the policy for one.
+
+    Args:
+        path: of the page.
+        may_miss: the relay refuses something or is away, and the browser says so.
+    """
+    async with browser.page() as page:
+        complaints = watched(page)
+        await page.goto(relay.http_url(path))
+        yield page
+    assert [line for line in complaints if not (may_miss and line.startswith(UNREACHED))] == []
+
+
+def watched(page: Page) -> list[str]:
+    """Return a list of what the browser complains of, which grows."""
+    complaints: list[str] = []
+    page.on(
+        "console",
+        lambda line: complaints.append(line.text) if line.type in {"error", "warning"} else None,
+    )
+    return complaints
+
+
+async def connect(page: Page, channel: str, history: str = "none") -> None:
+    """Fill in the form."""
+    await page.get_by_label("Channel", exact=True).fill(channel)
+    await page.get_by_label("History").select_option(history)
+    await page.get_by_role("button", name="Connect", exact=True).click()
+
+
+async def is_connected(page: Page) -> None:
+    await expect(page.locator("#state")).to_have_text("connected")
+
+
+async def send(page: Page, text: str) -> None:
+    await page.get_by_label("Message", exact=True).fill(text)
+    await page.keyboard.press("Enter")
+
+
+async def give_token(page: Page, given: str) -> None:
+    await page.get_by_label("JSON Web Token").fill(given)
+    await page.get_by_role("button", name="Use it").click()
+
+
+def rows(page: Page) -> Locator:
+    """Return the messages, without the notes among them."""
+    return page.locator("#messages li:not(.note) .text")
+
+
+def notes(page: Page, text: str) -> Locator:
+    return page.locator("#messages .note .text", has_text=text)
+
+
+def tile(page: Page, title: str) -> Locator:
+    return page.locator(".tile", has=page.get_by_text(title, exact=True)).locator("dd")
+
+
+async def test_it_connects_and_sends_and_shows_what_arrives(relay: Relay, channel: str) -> None:
+    async with console_of(relay) as page, relay.client(channel) as other:
+        await connect(page, channel)
+        await is_connected(page)
+        await send(page, "typed <b>here</b>\nin two lines")
+        await expect(page.locator("#messages .mine .text")).to_have_text(
+            "typed <b>here</b>\nin two lines"
+        )
+        assert await receive(other) == "typed <b>here</b>\nin two lines"
+
+        await other.send("from elsewhere")
+        await other.send('{"a": 1}')
+        await other.send(b"\x00\xff")
+        await expect(rows(page)).to_have_text(
+            [re.compile("typed"), "from elsewhere", '{"a": 1}', "00 ff"]
+        )
+        kinds = page.locator("#messages li:not(.note) .kind")
+        await expect(kinds).to_have_text(["text", "text", "JSON", "binary"])
+        await expect(page.locator("#count")).to_have_text(re.compile("^4 messages"))
+
+        await page.get_by_role("button", name="Disconnect").click()
+        await expect(page.locator("#state")).to_have_text("not connected")
+        await relay.metric_is("websocket_connected_clients", 1)
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)><script>alert(1)</script>",
+    "control \x00\x07\x1b[31m\x7f\x9b characters",
+    "\u202egnp.exe\u2066 turned round",
+    '{"__proto__": {"polluted": 1}, "<b>": "</b>"}',
+    "a\u0301" * 100,
+)
+
+
+async def test_what_strangers_say_is_text_and_nothing_else(relay: Relay, channel: str) -> None:
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        asked: list[str] = []
+        page.on("dialog", lambda dialog: asked.append(dialog.message))
+        await is_connected(page)
+        for text in HOSTILE:
+            await other.send(text)
+        await other.send("x" * 1_000_000)
+        await other.send(bytes(1_000_000))
+        await expect(rows(page)).to_have_count(len(HOSTILE) + 2)
+        shown = await rows(page).evaluate_all("all => all.map(each => each.textContent)")
+        assert shown[:-2] == list(HOSTILE)
+        assert shown[-2:] == ["x" * 500 + "…", "00 " * 16 + "…"]
+        for row, length in ((rows(page).nth(5), 200_000), (rows(page).nth(6), 10_000)):
+            await row.click()
+            whole = page.get_by_label("The whole message")
+            assert length < len(await whole.inner_text()) < 1.5 * length + 20_000
+            await expect(whole).to_contain_text("the rest is in what Save saves")
+            await page.keyboard.press("Escape")
+        assert asked == []
+        assert await page.locator("#messages :is(img, script, b)").count() == 0
+        height = "list => Math.max(...[...list.children].map(row => row.offsetHeight))"
+        assert await page.locator("#messages").evaluate(height) < 100
+
+
+NO_CHANNELS = ("<img src=x onerror=alert(1)>", "javascript:alert(1)", "../stats", "..", "a b", "")
+
+
+async def test_an_address_that_names_no_channel_connects_to_none(relay: Relay) -> None:
+    async with console_of(relay) as page:
+        for name in NO_CHANNELS:
+            query = urlencode({"channel": name, "history": "<b>", "access_token": "x"})
+            await page.goto(relay.http_url(f"/?{query}"))
+            await expect(page.get_by_label("History")).to_have_value("20")
+            await expect(page.locator("#state")).to_have_text("not connected")
+            assert page.url == relay.http_url("/"), name
+
+
+async def test_an_address_that_names_a_channel_connects_to_it(relay: Relay, channel: str) -> None:
+    async with relay.client(channel) as other:
+        await other.send("before")
+        await receive(other)
+        async with console_of(relay, f"/?channel={channel}&history=20&access_token=x#y") as page:
+            await is_connected(page)
+            await expect(rows(page)).to_have_text(["before"])
+            assert page.url == relay.http_url(f"/?channel={channel}&history=20")
+
+
+async def test_a_message_is_opened_whole_and_closed_by_keyboard(relay: Relay, channel: str) -> None:
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        await is_connected(page)
+        await other.send('{"id":12345678901234567890,"of":[],"is":[1,{"deep":"a, b: {"}]}')
+        await other.send(bytes(range(20)))
+        await expect(rows(page)).to_have_count(2)
+
+        await page.locator("#messages").focus()
+        await page.keyboard.press("ArrowUp")
+        await page.keyboard.press("Enter")
+        whole = page.get_by_label("The whole message")
+        await expect(whole).to_contain_text("00000010  10 11 12 13")
+        await expect(page.get_by_role("button", name="Continue")).to_be_visible()
+        await page.keyboard.press("Escape")
+        await expect(whole).to_have_count(0)
+
+        await page.keyboard.press("ArrowUp")
+        await page.keyboard.press("Enter")
+        shown = await whole.inner_text()
+        assert shown.startswith('{\n  "id": 12345678901234567890,\n  "of": [],\n  "is": [\n    1,')
+        assert json.loads(shown)["is"][1] == {"deep": "a, b: {"}
+        await page.keyboard.press("Escape")
+        await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="Pause")).to_be_visible()
+
+
+async def test_a_message_is_saved_as_it_came(relay: Relay, channel: str, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 40
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        await is_connected(page)
+        await other.send(content)
+        await rows(page).click()
+        async with page.expect_download() as started:
+            await page.get_by_role("button", name="Save").click()
+        download = await started.value
+        await download.save_as(tmp_path / "saved")
+        assert download.suggested_filename.startswith(channel)
+        assert (tmp_path / "saved").read_bytes() == content
+
+
+async def test_a_file_is_one_binary_message_chosen_or_dropped(relay: Relay, channel: str) -> None:
+    chosen, dropped = b"\x00chosen" * 10_000, b"\xffdropped"
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        await is_connected(page)
+        file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=chosen)
+        await page.locator("#file").set_input_files(file)
+        assert await receive(other) == chosen
+        await page.evaluate(DROP, {"name": "b.bin", "bytes": list(dropped)})
+        assert await receive(other) == dropped
+        await expect(page.locator("#messages .mine .kind")).to_have_text(["binary", "binary"])
+
+
+async def test_what_is_too_large_is_not_sent(relay_with: StartRelay, channel: str) -> None:
+    relay = relay_with(limits={"max_message_bytes": 1000})
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        await is_connected(page)
+        await expect(page.locator("#status")).to_have_text("ready")
+        file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=bytes(1001))
+        await page.locator("#file").set_input_files(file)
+        too_large = "too large, 1,001 bytes; the relay takes 1,000 at most"
+        await expect(notes(page, f"a.bin: {too_large}")).to_have_count(1)
+        await expect(page.locator("#heard")).to_contain_text("a.bin: ")
+        await send(page, "ü" * 500 + "x")
+        await expect(notes(page, f"not sent: {too_large}")).to_have_count(1)
+        await expect(page.get_by_label("Message", exact=True)).to_have_value("ü" * 500 + "x")
+        await send(page, "ü" * 500)
+        assert await receive(other) == "ü" * 500
+
+
+async def test_without_figures_it_is_the_relay_that_says_what_is_too_large(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(
+        limits={"max_message_bytes": 1000}, auth={"mode": "jwt", "jwt": {"secret": SECRET}}
+    )
+    async with console_of(relay, f"/?channel={channel}", may_miss=True) as page:
+        await give_token(page, token())
+        await is_connected(page)
+        file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=bytes(1001))
+        await page.locator("#file").set_input_files(file)
+        await expect(notes(page, "connection lost: 1009 message too big")).to_have_count(1)
+        await expect(notes(page, "connected again")).to_have_count(1)
+        await expect(notes(page, "a.bin: ")).to_have_count(1)
+
+
+async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
+    async with console_of(relay, f"/?channel={channel}") as one:
+        async with one.expect_popup() as opened:
+            await one.evaluate("() => { open(location.href); }")
+        other = await opened.value
+        complaints = watched(other)
+        for page in (one, other):
+            await is_connected(page)
+        await send(one, "from the one")
+        await expect(rows(other)).to_have_text(["from the one"])
+        await send(other, "from the other")
+        for page in (one, other):
+            await expect(rows(page)).to_have_text(["from the one", "from the other"])
+            await expect(page.locator("#messages .mine")).to_have_count(1)
+        assert complaints == []
+
+
+async def test_it_survives_a_relay_s_restart_and_misses_nothing(
+    relay_with: StartRelay, tmp_path: Path, channel: str
+) -> None:
+    redis = needed(*ANY_REDIS)
+    async with RedisBroker(redis, tmp_path / "broker") as broker:
+        settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0}}
+        relay, replica = relay_with(**settings), relay_with(**settings)
+        async with (
+            console_of(relay, f"/?channel={channel}", may_miss=True) as page,
+            replica.client(channel) as other,
+        ):
+            await is_connected(page)
+            await expect(tile(page, "Backplane")).to_have_text("redis, up")
+            expected = ["before", *(f"meanwhile {number}" for number in range(50)), "after"]
+            await other.send("before")
+            await expect(rows(page)).to_have_text(["before"])
+
+            await relay.stop()
+            await expect(notes(page, "connection lost: 1001 draining")).to_have_count(1)
+            await expect(page.locator("#status")).to_have_text("not reachable")
+            await send(page, "typed while it was away")
+            await expect(notes(page, "1 to be sent when there is a connection")).to_have_count(1)
+            for text in expected[1:-1]:
+                await other.send(text)
+            await receive_many(other, len(expected) - 1)
+
+            relay_with(server={"port": relay.port}, **settings)
+            await is_connected(page)
+            await expect(page.locator("#messages .mine .text")).to_have_text(
+                "typed while it was away"
+            )
+            await other.send("after")
+            await expect(rows(page).last).to_have_text("after")
+            heard = await page.locator(
+                "#messages li:not(.note):not(.mine) .text"
+            ).all_text_contents()
+            assert heard == expected
+            await expect(page.locator("#status")).to_have_text("ready")
+
+
+async def test_a_token_is_asked_for_and_kept_out_of_sight(
+    guarded_relay: Relay, channel: str
+) -> None:
+    given = token(relay=EVERYTHING | {"stats": True})
+    async with console_of(guarded_relay, may_miss=True) as page:
+        await connect(page, channel)
+        dialog = page.get_by_role("dialog", name="Token")
+        await expect(dialog).to_contain_text("The relay says: 401 token required")
+        await page.keyboard.press("Escape")
+        await expect(dialog).to_be_hidden()
+        await expect(page.locator("#state")).to_have_text("not connected")
+
+        await page.get_by_role("button", name="Connect", exact=True).click()
+        await expect(page.get_by_label("JSON Web Token")).to_be_focused()
+        assert await page.get_by_label("JSON Web Token").get_attribute("type") == "password"
+        await give_token(page, "not.the.one")
+        await expect(dialog).to_contain_text("The relay says: 401 token not accepted")
+        await give_token(page, given)
+        await is_connected(page)
+        await expect(tile(page, "Up for")).not_to_be_empty()
+        await send(page, "typed")
+        await expect(rows(page)).to_have_text(["typed"])
+
+        kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, history.state])"
+        assert given not in await page.evaluate(kept)
+        assert given not in await page.content()
+        assert given not in page.url
+        fields = await page.locator("input").all()
+        assert given not in [await field.input_value() for field in fields]
+    log = "\n".join(guarded_relay.log_lines)
+    assert all(part not in log for part in given.split("."))
+
+
+async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
+    guarded_relay: Relay, channel: str
+) -> None:
+    async with console_of(guarded_relay, f"/?channel={channel}", may_miss=True) as page:
+        await give_token(page, token())
+        await is_connected(page)
+        notice = page.locator("#no-figures")
+        await expect(notice).to_contain_text("403 no right to the figures")
+        await expect(page.locator("#charts")).to_be_hidden()
+        await send(page, "typed")
+        await expect(rows(page)).to_have_text(["typed"])
+
+        await notice.get_by_role("button", name="Token…").click()
+        await give_token(page, token(relay=EVERYTHING | {"stats": True}))
+        await expect(notice).to_be_hidden()
+        await expect(page.locator("#charts figure").first).to_be_visible()
+        await expect(page.locator("#status")).to_have_text("ready")
+        await is_connected(page)
+
+
+async def test_the_figures_are_the_relay_s(relay: Relay, channel: str) -> None:
+    async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
+        await is_connected(page)
+        await expect(page.locator("#status")).to_have_text("ready")
+        await expect(tile(page, "Backplane")).to_have_text("memory, up")
+        await expect(page.get_by_label(re.compile("^Clients, now 2$"))).to_have_count(1)
+        async with asyncio.TaskGroup() as group:
+            sending = group.create_task(send_for_ever(other))
+            await expect(
+                page.get_by_label(re.compile(r"^Messages in, now [\d.]+/s"))
+            ).to_have_count(1)
+            latency = re.compile(r"^Delivery latency, now p50 [\d.]+ ms, p99 [\d.]+ ms$")
+            await expect(page.get_by_label(latency)).to_have_count(1)
+            sending.cancel()
+
+
+async def test_all_replicas_are_shown(relay_with: StartRelay, tmp_path: Path, channel: str) -> None:
+    redis = needed(*ANY_REDIS)
+    async with RedisBroker(redis, tmp_path / "broker") as broker:
+        settings = {"backplane": {"url": broker.url}}
+        relay, replica = relay_with(**settings), relay_with(**settings)
+        async with console_of(relay) as page, replica.client(channel) as other:
+            await other.send("counted")
+            rows_of = page.get_by_role("table", name="Replicas").locator("tbody tr")
+            name = socket.gethostname()
+            await expect(rows_of).to_have_text([f"{name}00", f"{name}11"])
+
+
+async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one_now_that_one(
+    relay: Relay, channel: str
+) -> None:
+    names = itertools.cycle(["one", "other"])
+
+    async def answer(route: Route) -> None:
+        told = await route.fetch()
+        await route.fulfill(response=told, json=await told.json() | {"replica": next(names)})
+
+    async with browser.page() as page:
+        await page.route("**/stats", answer)
+        await page.goto(relay.http_url("/"))
+        await expect(page.locator("#replica")).to_have_text(re.compile("^replica one "))
+        await expect(page.get_by_label(re.compile(r"^Messages in, now 0/s$"))).to_have_count(1)
+        await expect(page.locator("#replica")).to_have_text(re.compile("^replica one "))
+
+
+NO_FIGURES = (
+    (403, "text/plain", "no right to the figures\n", "403 no right to the figures"),
+    (503, "text/plain", "draining" + "x" * 100_000, "503 draining"),
+    (502, "text/html", "<h1>Bad Gateway</h1>" * 5_000, "502"),
+    (200, "text/html", "<h1>Welcome</h1>", "something else"),
+    (200, "application/json", "null", "something else"),
+    (200, "application/json", '{"status": "ready"}', "something else"),
+)
+
+
+async def test_an_answer_without_figures_is_told_in_a_line_and_the_rest_works(
+    relay: Relay, channel: str
+) -> None:
+    async with console_of(relay, may_miss=True) as page:
+        for status, kind, body, shown in NO_FIGURES:
+            answer = functools.partial(Route.fulfill, status=status, content_type=kind, body=body)
+            await page.route("**/stats", answer)
+            await page.goto(relay.http_url(f"/?channel={channel}"))
+            notice = page.locator("#no-figures")
+            await expect(notice).to_contain_text(f"The relay says: {shown}")
+            assert len(await notice.inner_text()) < 400
+            await expect(notice.get_by_role("button")).to_have_count(1 if status == 403 else 0)
+            await expect(page.locator("#status")).to_have_text("unknown")
+            await send(page, "typed")
+            await expect(rows(page).last).to_have_text("typed")
+
+
+async def send_for_ever(client: ClientConnection) -> None:
+    while True:
+        await client.send("tick")
+        await asyncio.sleep(0.05)
+
+
+async def test_the_list_keeps_the_last_messages_and_waits_while_it_is_paused(
+    relay: Relay, channel: str
+) -> None:
+    async with (
+        console_of(relay, f"/?channel={channel}") as page,
+        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+    ):
+        await is_connected(page)
+        await page.get_by_role("button", name="Clear").click()
+        for number in range(KEPT + 100):
+            await other.send(f"message {number}")
+        await expect(rows(page).last).to_have_text(f"message {KEPT + 99}")
+        await expect(page.locator("#messages li")).to_have_count(KEPT)
+        await expect(rows(page).first).to_have_text("message 100")
+        await expect(page.locator("#count")).to_contain_text("600 messages")
+
+        await page.get_by_role("button", name="Pause").click()
+        await other.send("later")
+        go_on = page.get_by_role("button", name="Continue (1 new)")
+        await expect(go_on).to_be_visible()
+        await expect(rows(page).last).to_have_text(f"message {KEPT + 99}")
+        await go_on.click()
+        await expect(rows(page).last).to_have_text("later")
+
+
+async def test_the_list_waits_while_its_reader_scrolled_back(relay: Relay, channel: str) -> None:
+    async with (
+        console_of(relay, f"/?channel={channel}") as page,
+        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+    ):
+        await is_connected(page)
+        for number in range(100):
+            await other.send(f"message {number}")
+        await expect(rows(page).last).to_have_text("message 99")
+        await page.locator("#messages").evaluate("list => list.scrollTop = 0")
+        await expect(page.get_by_role("button", name="Continue")).to_be_visible()
+        await other.send("later")
+        await expect(page.get_by_role("button", name="Continue (1 new)")).to_be_visible()
+        await page.locator("#messages").evaluate("list => list.scrollTop = list.scrollHeight")
+        await expect(rows(page).last).to_have_text("later")
+
+
+async def test_many_messages_are_one_announcement(relay: Relay, channel: str) -> None:
+    async with (
+        console_of(relay, f"/?channel={channel}") as page,
+        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+    ):
+        await is_connected(page)
+        await page.evaluate(
+            """() => {
+                window.announced = [];
+                const heard = document.getElementById("heard");
+                new MutationObserver(() => window.announced.push(heard.textContent))
+                    .observe(heard, {childList: true});
+            }"""
+        )
+        for number in range(200):
+            await other.send(f"message {number}")
+        await expect(rows(page).last).to_have_text("message 199")
+        await expect(page.locator("#heard")).not_to_be_empty()
+        assert len(await page.evaluate("announced")) <= 2
+
+
+async def test_it_works_below_a_base_path(relay_with: StartRelay, channel: str) -> None:
+    relay = relay_with(server={"base_path": "/live/relay"})
+    async with console_of(relay, f"/live/relay/?channel={channel}") as page:
+        await is_connected(page)
+        await send(page, "typed")
+        await expect(rows(page)).to_have_text(["typed"])
+        await expect(page.locator("#status")).to_have_text("ready")
+        assert page.url.startswith(relay.http_url("/live/relay/?"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_is_readable_on_a_phone(
+    relay: Relay, channel: str, scheme: Literal["light", "dark"]
+) -> None:
+    async with console_of(relay) as page:
+        await page.set_viewport_size({"width": 320, "height": 640})
+        await page.emulate_media(color_scheme=scheme)
+        await connect(page, channel)
+        await is_connected(page)
+        await send(page, "a word that is longer than the screen is wide: " + "x" * 200)
+        await expect(rows(page)).to_have_count(1)
+        await expect(tile(page, "Up for")).not_to_be_empty()
+        assert await page.locator("html").evaluate("html => html.scrollWidth") == 320
+        colours = "body => [getComputedStyle(body).color, getComputedStyle(body).backgroundColor]"
+        text, ground = (
+            sum(map(int, re.findall(r"\d+", colour)))
+            for colour in await page.locator("body").evaluate(colours)
+        )
+        assert (text < ground) is (scheme == "light")
+
+
+async def test_the_keyboard_goes_through_it_in_the_order_that_it_is_seen(
+    relay: Relay, channel: str
+) -> None:
+    async with console_of(relay, f"/?channel={channel}") as page:
+        await is_connected(page)
+        await page.get_by_label("Channel", exact=True).focus()
+        passed = ["name"]
+        while passed[-1] != "send":
+            await page.keyboard.press("Tab")
+            passed.append(await page.evaluate("document.activeElement.id"))
+            width = "getComputedStyle(document.activeElement).outlineWidth"
+            assert await page.evaluate(width) == "2px", passed
+        assert passed == [
+            *("name", "history", "key", "toggle", "clear", "pause"),
+            *("messages", "message", "attach", "send"),
+        ]

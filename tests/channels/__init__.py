@@ -1,0 +1,1 @@
+"""What clients of a channel hear: order, history, and who is slow."""

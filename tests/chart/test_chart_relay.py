@@ -1,0 +1,196 @@
+"""What the chart makes, used: relays with its settings, its probes, and what `helm test` runs."""
+
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+
+from tests.support.certificates import make_pair
+from tests.support.helm import CI_VALUES, Object, all_of, nested, newest_helm
+from tests.support.issuer import SECRET, signer
+from tests.support.pod import Pod, Secrets
+from tests.support.relay_process import HOST, Finished, Relay, merged, run_command, run_python
+
+PAIR = make_pair()
+SIGNER = signer("ES256")
+SECRETS: Secrets = {
+    "relay-tls": {"tls.crt": PAIR.certificate_pem, "tls.key": PAIR.key_pem},
+    "relay-broker": {
+        "url": b"tls://user:pa55word@nats:4222?ssl_ca_certs=/run/websocket-relay/broker/ca.crt",
+        "address": b"rediss://:pa55word@redis:6380/0",
+    },
+    "relay-broker-ca": {"ca.crt": PAIR.certificate_pem},
+    "relay-jwt": {"secret": SECRET.encode()},
+    "relay-jwt-key": {"public.pem": SIGNER.public_pem},
+    "relay-test-token": {"token": SIGNER.token(exp=int(time.time()) + 3600).encode() + b"\n"},
+}
+
+TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
+NO_METRICS = nested("config.metrics.enabled", False)
+SECRET_TOKENS = {
+    "config": {"auth": {"mode": "jwt", "jwt": {"audience": "relay", "issuer": "https://issuer"}}},
+    "secrets": {"jwtSecret": {"name": "relay-jwt"}},
+}
+KEY_TOKENS = {
+    "config": {"auth": {"mode": "jwt", "jwt": {"algorithms": ["ES256"]}}},
+    "secrets": {"jwtPublicKey": {"name": "relay-jwt-key"}},
+}
+GIVEN_TOKEN = nested("test.token.name", "relay-test-token")
+HERE = {"server": {"host": HOST, "port": 0}, "metrics": {"host": HOST, "port": 0}}
+
+
+class Release:
+    """The chart, installed on this machine.
+
+    Args:
+        objects: what Helm made of it.
+        directory: for the volumes.
+    """
+
+    def __init__(self, objects: list[Object], directory: Path) -> None:
+        (self.deployment,) = (each for each in objects if each["kind"] == "Deployment")
+        (test,) = (each for each in objects if each["kind"] == "Pod")
+        spec = self.deployment["spec"]["template"]["spec"]
+        self.relay_pod = Pod(objects, spec, SECRETS, directory / "relay")
+        self.test_pod = Pod(objects, test["spec"], SECRETS, directory / "test")
+        self._directory = directory
+
+    @property
+    def config_file(self) -> Path:
+        """What --config-file names."""
+        flag, path = self.relay_pod.container["args"]
+        assert flag == "--config-file"
+        return self.relay_pod.path(path)
+
+    def relay(self) -> Relay:
+        """Return a relay like those in its pods, on ports of the kernel's choice."""
+        config = yaml.safe_load(self.config_file.read_text())
+        return Relay(self._directory, merged(config, HERE), self.relay_pod.environment)
+
+    def test(self, relay: Relay) -> Finished:
+        """Do what `helm test` does."""
+        variables = self.test_pod.environment
+        scheme, _, rest = variables["RELAY_TEST_URL"].partition("://")
+        variables["RELAY_TEST_URL"] = f"{scheme}://{HOST}:{relay.port}/{rest.partition('/')[2]}"
+        program, *arguments = self.test_pod.container["command"]
+        assert program == "python"
+        return run_python(*arguments, env=variables)
+
+
+@contextmanager
+def running(directory: Path, *values: Mapping[str, Any]) -> Iterator[tuple[Release, Relay]]:
+    release = Release(newest_helm().objects(values=all_of(*values)), directory)
+    with release.relay() as relay:
+        yield release, relay
+
+
+@pytest.mark.parametrize("values", CI_VALUES, ids=lambda file: file.name)
+def test_the_relay_takes_the_settings_that_the_chart_writes(values: Path, tmp_path: Path) -> None:
+    release = Release(newest_helm().objects("--values", str(values)), tmp_path)
+    done = run_command(
+        "check",
+        "--config-file",
+        str(release.config_file),
+        directory=tmp_path,
+        env=release.relay_pod.environment,
+    )
+    assert (done.exit_code, done.faults) == (0, [])
+    assert "pa55word" not in release.config_file.read_text()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, TLS, NO_METRICS, all_of(TLS, NO_METRICS), nested("config.server.base_path", "/relay")],
+    ids=["default", "tls", "no metrics", "tls, no metrics", "base path"],
+)
+def test_a_running_relay_answers_the_probes(values: Mapping[str, Any], tmp_path: Path) -> None:
+    with running(tmp_path, values) as (release, relay):
+        ports = {"websocket": lambda: relay.port, "metrics": lambda: relay.metrics_port}
+        for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+            probe = release.relay_pod.container[name]["httpGet"]
+            scheme = probe.get("scheme", "HTTP").lower()
+            url = f"{scheme}://{HOST}:{ports[probe['port']]()}{probe['path']}"
+            # A kubelet does not look at certificates.
+            assert httpx2.get(url, verify=unchecked()).status_code == 200
+
+
+def unchecked() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        TLS,
+        nested("config.server.base_path", "/relay"),
+        SECRET_TOKENS,
+        all_of(TLS, SECRET_TOKENS),
+        all_of(KEY_TOKENS, GIVEN_TOKEN),
+    ],
+    ids=["default", "tls", "base path", "secret", "tls and secret", "given token"],
+)
+async def test_helm_test_is_a_round_trip_of_two_clients(
+    values: Mapping[str, Any], tmp_path: Path
+) -> None:
+    with running(tmp_path, values) as (release, relay):
+        done = release.test(relay)
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout == "two clients hear each other, in one order\n"
+        assert await relay.metric("websocket_messages_total") == 2
+
+
+def test_helm_test_without_a_token_sees_that_nobody_comes_in(tmp_path: Path) -> None:
+    with running(tmp_path, KEY_TOKENS) as (release, relay):
+        done = release.test(relay)
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout.startswith("nobody comes in without a token: HTTP 401")
+
+
+def test_helm_test_fails_where_tokens_are_not_asked_for_as_they_should_be(tmp_path: Path) -> None:
+    release = Release(newest_helm().objects(values=KEY_TOKENS), tmp_path)
+    with ExitStack() as stack:
+        config = yaml.safe_load(release.config_file.read_text())
+        (tmp_path / "open").mkdir()
+        everybody = merged(merged(config, HERE), {"auth": {"mode": "none"}})
+        relay = stack.enter_context(Relay(tmp_path / "open", everybody))
+        done = release.test(relay)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "a client without a token was let in\n"
+
+
+def test_helm_test_fails_where_another_certificate_is_served(tmp_path: Path) -> None:
+    other = make_pair()
+    with running(tmp_path, TLS) as (release, relay):
+        certificate = release.test_pod.path("/run/websocket-relay/tls/tls.crt")
+        certificate.write_bytes(other.certificate_pem)
+        done = release.test(relay)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("no round trip: its certificate is not trusted")
+
+
+async def test_the_relay_serves_the_certificate_in_the_secret(tmp_path: Path) -> None:
+    with running(tmp_path, TLS) as (_, relay):
+        relay.tls_context = PAIR.trusting_context()
+        async with relay.client() as client:
+            await client.send("hello")
+            assert await client.recv() == "hello"
+
+
+def test_a_pod_is_given_longer_than_a_stop_takes(tmp_path: Path) -> None:
+    for values in CI_VALUES:
+        release = Release(newest_helm().objects("--values", str(values)), tmp_path / values.stem)
+        stop = yaml.safe_load(release.config_file.read_text())["shutdown"]
+        spec = release.deployment["spec"]
+        assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > stop["timeout_s"]
+        # The next one goes when the clients of the one before are elsewhere.
+        assert spec["minReadySeconds"] >= stop["readiness_delay_s"]

@@ -1,0 +1,20 @@
+"""The config.yaml of the repository says what the settings are."""
+
+from pathlib import Path
+
+import pytest
+from websocket_relay.config.loader import load
+from websocket_relay.config.model import Settings
+from websocket_relay.config.render import default_file
+
+pytestmark = pytest.mark.fast
+
+CONFIG_FILE = Path(__file__).parents[2] / "config.yaml"
+
+
+def test_config_yaml_is_what_the_settings_say() -> None:
+    assert CONFIG_FILE.read_text() == default_file(), "run make config"
+
+
+def test_config_yaml_holds_the_defaults() -> None:
+    assert load(CONFIG_FILE, {}) == Settings()

@@ -1,0 +1,1 @@
+"""Plain requests: publishing, server-sent events, probes, the pages."""

@@ -1,0 +1,1 @@
+"""Metrics, the log, traces, alerts and the dashboard."""

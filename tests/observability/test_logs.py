@@ -1,0 +1,285 @@
+"""The log: what docs/logs.md promises is what the code says, in JSON, with nothing secret in it."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from tests.support.admission import guarding
+from tests.support.issuer import token
+from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
+from tests.support.relay_process import (
+    HOST,
+    PACKAGE,
+    PLAIN,
+    ROOT,
+    Relay,
+    StartRelay,
+    closed,
+    environment,
+    receive,
+)
+
+PAGE = ROOT / "docs" / "logs.md"
+ROW = re.compile(r"^\| `(?P<event>[^`]+)` \| (?P<level>[a-z]+) \|(?P<fields>[^|]*)\|")
+ALWAYS = {"timestamp", "level", "event"}
+LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
+SOMETIMES = {"trace_id", "span_id"}
+
+
+class Event(NamedTuple):
+    """What is logged: a text, how important it is, and what comes with it."""
+
+    text: str
+    level: str
+    fields: frozenset[str]
+
+
+def documented() -> list[Event]:
+    rows = map(ROW.match, PAGE.read_text().splitlines())
+    return [
+        Event(row["event"], row["level"], frozenset(re.findall(r"`([^`]+)`", row["fields"])))
+        for row in rows
+        if row is not None
+    ]
+
+
+def logged() -> Iterator[Event]:
+    """Yield what the code logs, from the calls that do."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        for scope in ast.walk(tree):
+            if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
+                for call in ast.walk(scope):
+                    if isinstance(call, ast.Call):
+                        yield from _events(call, scope, file)
+
+
+def _events(call: ast.Call, scope: ast.AST, file: Path) -> Iterator[Event]:
+    match call:
+        case ast.Call(func=ast.Name("SettingsWarning"), args=[ast.Constant(str(text)), facts]):
+            yield Event(text, "warning", _keys(facts, scope))  # as `run` logs it
+        case ast.Call(func=ast.Attribute(ast.Name("log"), "warning"), args=[ast.Attribute()]):
+            assert ast.unparse(call) == "log.warning(doubt.text, extra=doubt.facts)"
+        case ast.Call(func=ast.Attribute(ast.Name("log"), "log"), args=[ast.Name(level), text]):
+            choice = _value_of(level, scope)
+            assert isinstance(choice, ast.IfExp), file
+            for one in (choice.body, choice.orelse):
+                yield Event(_text(text), _text(one), _fields(call, scope))
+        case ast.Call(func=ast.Attribute(ast.Name("log"), level), args=[text]):
+            assert level in LEVELS, f"{file}: {ast.unparse(call)}"
+            named = "error" if level == "exception" else level
+            yield Event(_text(text), named, _fields(call, scope))
+        case ast.Call(func=ast.Attribute(ast.Name("log"))):
+            raise AssertionError(f"{file}: what is this? {ast.unparse(call)}")
+
+
+def _text(node: ast.AST) -> str:
+    """Return a constant, or the level that a name of `logging` stands for."""
+    match node:
+        case ast.Constant(str(text)):
+            return text
+        case ast.Attribute(ast.Name("logging"), name):
+            return name.lower()
+    raise AssertionError(f"not always the same words: {ast.unparse(node)}")
+
+
+def _fields(call: ast.Call, scope: ast.AST) -> frozenset[str]:
+    assert isinstance(call.func, ast.Attribute)
+    fields = frozenset({"exception"} if call.func.attr == "exception" else ())
+    for keyword in call.keywords:
+        fields |= {"exception"} if keyword.arg == "exc_info" else _keys(keyword.value, scope)
+    return fields
+
+
+def _keys(node: ast.AST, scope: ast.AST) -> frozenset[str]:
+    facts = _value_of(node.id, scope) if isinstance(node, ast.Name) else node
+    assert isinstance(facts, ast.Dict), ast.unparse(node)
+    return frozenset(_text(key) for key in facts.keys if key is not None)
+
+
+def _value_of(name: str, scope: ast.AST) -> ast.AST:
+    (value,) = (
+        node.value
+        for node in ast.walk(scope)
+        if isinstance(node, ast.Assign) and [ast.unparse(one) for one in node.targets] == [name]
+    )
+    return value
+
+
+# The page
+
+
+def test_every_event_stands_in_the_table_as_it_is_logged() -> None:
+    rows = documented()
+    assert len(rows) == len(set(rows)), "once"
+    assert set(rows) == set(logged())
+
+
+@pytest.mark.fast
+def test_the_table_is_sorted() -> None:
+    rows = [event.text for event in documented()]
+    assert rows == sorted(rows)
+
+
+@pytest.mark.fast
+def test_nobody_logs_in_another_way() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        if "cli" in file.parts or file.name == "greeting.py":
+            continue  # they answer who called them
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Call(func=ast.Name("print")):
+                    raise AssertionError(f"{file}: {ast.unparse(node)}")
+                case ast.Call(func=ast.Attribute(ast.Name("logging"), name)):
+                    assert name not in LEVELS, f"{file}: {ast.unparse(node)}"
+                case ast.Assign([ast.Name(name)], ast.Call(args=[ast.Name("__name__")])):
+                    assert name == "log", f"{file}: {ast.unparse(node)}"
+
+
+# The lines
+
+
+def promised(lines: Sequence[dict[str, Any]]) -> None:
+    """Check that lines are what the page says."""
+    known = set(documented())
+    for line in lines:
+        fields = frozenset(line) - ALWAYS - SOMETIMES
+        if "logger" not in line:
+            assert Event(line["event"], line["level"], fields) in known, line
+
+
+async def test_what_a_relay_writes_in_its_life_is_what_the_page_says(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(
+        limits={"max_connections": 1, "send_backlog_bytes": 1024},
+        logging={"level": "debug"},
+        shutdown={"spread_s": 0},
+    )
+    async with relay.client("news"):
+        with pytest.raises(InvalidStatus):
+            await relay.client("news")
+    await relay.wait_for_log("client gone")
+    assert await relay.stop() == 0
+    told = [event["event"] for event in relay.log_events]
+    assert {"ready", "refused", "clients refused", "draining", "stopped"} <= set(told)
+    promised(relay.log_events)
+
+
+async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> None:
+    relay = relay_with(
+        auth=guarding(),
+        limits={"max_message_bytes": 1024},
+        logging={"level": "debug"},
+        compression={"enabled": True},
+        shutdown={"spread_s": 0},
+    )
+    word, bad = "very-secret", token(sub="very-secret")[:-8]
+    brought = token(relay={"subscribe": ["*"], "publish": ["*"]})
+    bearer = {"Authorization": f"Bearer {brought}"}
+    for payload in (word, word.encode(), word * 500):
+        async with relay.client("news", additional_headers=bearer) as client:
+            await client.send(payload)
+            if len(payload) < 1024:
+                assert await receive(client) == payload
+            else:
+                assert (await closed(client))[0] == 1009
+    for broken in (
+        frame(TEXT, word.encode() + b"\xff"),
+        frame(BINARY, word.encode(), reserved=4),
+        frame(CLOSE, b"\x03\xe8" + word.encode()),
+        frame(3, word.encode()),
+    ):
+        path = f"news?access_token={brought}"
+        async with raw_websocket(HOST, relay.port, f"/channels/{path}") as raw:
+            await raw.send(broken)
+            await raw.ended()
+    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, headers=bearer) as http:
+        for kind in ("text/plain", "application/x-ndjson"):
+            posted = await http.post(
+                relay.http_url(f"/channels/{word}"),
+                content=word.encode() + b"\xff",
+                headers={"Content-Type": kind, "User-Agent": word, "X-Forwarded-For": word},
+            )
+            assert posted.status_code == 400
+    for path in (f"/{word}", f"/channels/{word}?since={word}&access_token={bad}"):
+        with pytest.raises(InvalidStatus):
+            await relay.client(path=path, additional_headers={"Origin": word, "Cookie": word})
+    assert await relay.stop() == 0
+    log = "\n".join(relay.log_lines)
+    assert log.count('"client gone"') == 7
+    for hidden in (word, *brought.split("."), *bad.split(".")):
+        assert hidden not in log
+    promised(relay.log_events)
+
+
+SOME_PROGRAM = """
+import logging, sys, warnings
+from websocket_relay import logs
+from websocket_relay.config import model
+logs.configure(model.LoggingSettings(format=sys.argv[1]))
+library = logging.getLogger("some.library")
+library.warning("%s is %d", "this", 1, extra={"more": [1]})
+library.error("no answer from %s (again?)", "https://me:pa55@host:1/path?key=s3cret")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("uvicorn.error").exception("failed")
+warnings.warn("careful")
+raise RuntimeError("the end")
+"""
+
+
+def run_some_program(log_format: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", SOME_PROGRAM, log_format],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    return done.stderr.splitlines()
+
+
+def test_libraries_warnings_and_a_crash_are_lines_of_json_too() -> None:
+    lines = list(map(json.loads, run_some_program("json")))
+    library, failure, uvicorn, warning, crash = lines
+    for line in lines:
+        assert line.keys() >= ALWAYS
+    assert library["event"] == "this is 1"
+    assert (library["logger"], library["level"], library["more"]) == (
+        "some.library",
+        "warning",
+        [1],
+    )
+    assert failure["event"] == "no answer from https://host:1/path (again?)"
+    assert (uvicorn["logger"], uvicorn["level"]) == ("uvicorn.error", "error")
+    assert "ZeroDivisionError" in uvicorn["exception"]
+    assert warning["logger"] == "py.warnings"
+    assert "careful" in warning["event"]
+    assert (crash["event"], crash["level"]) == ("crashed", "critical")
+    assert "RuntimeError: the end" in crash["exception"]
+    promised([crash])
+
+
+def test_in_text_a_crash_shows_no_variables() -> None:
+    lines = run_some_program("text")
+    assert "this is 1" in lines[0]
+    assert "RuntimeError: the end" in lines[-1]
+
+
+async def test_a_relay_writes_nothing_before_its_first_event(tmp_path: Path) -> None:
+    with Relay(tmp_path) as relay:
+        assert relay.log_events[0]["event"] == "metrics listening"
+        assert relay.complaints == []

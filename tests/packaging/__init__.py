@@ -1,0 +1,1 @@
+"""What is built and run elsewhere: the distribution, the image, workflows, Compose."""

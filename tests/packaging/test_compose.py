@@ -1,0 +1,303 @@
+"""compose.yaml and examples/nginx.conf taken apart: the same settings and the same nginx, without
+Docker.
+"""
+
+import asyncio
+import ipaddress
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import yaml
+from websocket_relay.config.model import Settings
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from tests.support.brokers import RedisBroker, free_port
+from tests.support.followers import THE_END, followers_of, speak
+from tests.support.nginx import NGINX_CONF, Nginx
+from tests.support.programs import ANY_REDIS, needed
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import (
+    HOST,
+    ROOT,
+    Relay,
+    closed,
+    environment,
+    eventually,
+    receive,
+    run_command,
+)
+
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES: Mapping[str, Mapping[str, Any]] = COMPOSE["services"]
+RELAYS = sorted(name for name in SERVICES if name.startswith("relay"))
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+def environment_of(service: str, outside: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return a service's variables, with what they take from the environment outside."""
+    given = outside or {}
+    return {
+        name: VARIABLE.sub(lambda found: given.get(found[1]) or found[2], value)
+        for name, value in SERVICES[service]["environment"].items()
+    }
+
+
+def nginx_value(directive: str) -> str:
+    """Return what a directive of the nginx.conf says, where there is one of them."""
+    (value,) = re.findall(rf"^\s*{directive} +([^;]+);", NGINX_CONF.read_text(), re.MULTILINE)
+    return str(value)
+
+
+def seconds(duration: str) -> int:
+    assert duration.endswith("s")
+    return int(duration[:-1])
+
+
+class Deployment:
+    """What compose.yaml describes, in processes of this machine."""
+
+    def __init__(self, stack: ExitStack, directory: Path, broker: RedisBroker) -> None:
+        self.relays: dict[str, Relay] = {}
+        self._stack = stack
+        self._directory = directory
+        self._broker = broker
+        self._ports = {name: free_port() for name in RELAYS}
+        self._settings: Mapping[str, Any] = {}
+        nginx_directory = directory / "nginx"
+        nginx_directory.mkdir()
+        self.nginx = Nginx(nginx_directory, self._ports)
+
+    async def up(self, **settings: Any) -> Self:
+        """Start everything."""
+        self._settings = settings
+        self._stack.enter_context(self.nginx)
+        await asyncio.gather(*map(self.start, RELAYS))
+        await self.nginx.is_up()
+        return self
+
+    async def start(self, name: str) -> None:
+        """Start a relay."""
+        directory = self._directory / name
+        directory.mkdir(exist_ok=True)
+        given = environment_of(name, {"RELAY__BACKPLANE__URL": self._broker.url})
+        given["RELAY__SERVER__TRUSTED_PROXIES"] = HOST  # where nginx is
+        given["RELAY__SERVER__PORT"] = str(self._ports[name])
+        relay = self.relays[name] = Relay(directory, self._settings, given)
+        self._stack.callback(relay.end)
+        await asyncio.to_thread(relay.__enter__)
+
+    async def restart(self, name: str) -> None:
+        """Stop a relay, and start it again at the same address."""
+        assert await self.relays[name].stop() == 0
+        await self.start(name)
+
+    async def clients(self) -> Sequence[float]:
+        """Return how many clients each relay has."""
+        return [await relay.metric("websocket_connected_clients") for relay in self.relays.values()]
+
+
+@pytest.fixture
+async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
+    redis = needed(*ANY_REDIS)
+    async with RedisBroker(redis, tmp_path / "broker", fsync="everysec") as broker:
+        with ExitStack() as stack:
+            made = Deployment(stack, tmp_path, broker)
+            yield made
+        assert not [line for relay in made.relays.values() for line in relay.complaints]
+
+
+# The files
+
+
+def test_the_file_is_what_compose_understands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
+         str(ROOT / "compose.yaml")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_settings_of_the_relays_are_settings(tmp_path: Path) -> None:
+    done = run_command("check", directory=tmp_path, env=environment_of(RELAYS[0]))
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert 'url: "redis://redis:6379/0"' in done.stdout
+
+
+@pytest.mark.fast
+def test_the_relays_are_alike_and_only_nginx_can_be_reached() -> None:
+    assert len(RELAYS) == 2
+    assert SERVICES[RELAYS[0]] == SERVICES[RELAYS[1]]
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["nginx"]
+    assert SERVICES["nginx"]["ports"] == ["8443:8443"]
+    assert COMPOSE["networks"]["broker"]["internal"] is True
+    assert SERVICES["redis"]["networks"] == ["broker"]
+
+
+@pytest.mark.fast
+def test_nobody_may_do_more_than_needed() -> None:
+    for service in SERVICES.values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.fast
+def test_the_relays_believe_nginx_and_nobody_else() -> None:
+    (pool,) = COMPOSE["networks"]["front"]["ipam"]["config"]
+    address = ipaddress.ip_address(SERVICES["nginx"]["networks"]["front"]["ipv4_address"])
+    assert address in ipaddress.ip_network(pool["subnet"])
+    assert address not in ipaddress.ip_network(pool["ip_range"]), "nobody else is given it"
+    for name in RELAYS:
+        assert environment_of(name)["RELAY__SERVER__TRUSTED_PROXIES"] == str(address)
+
+
+@pytest.mark.fast
+def test_the_times_fit_together() -> None:
+    settings = Settings.model_construct()
+    for name in (*RELAYS, "nginx"):
+        assert seconds(SERVICES[name]["stop_grace_period"]) > settings.shutdown.timeout_s
+    assert seconds(nginx_value("proxy_read_timeout")) > settings.keepalive.ping_interval_s
+    assert nginx_value("client_max_body_size") == f"{settings.limits.max_message_bytes >> 20}m"
+
+
+@pytest.mark.fast
+def test_nginx_asks_the_relays_that_there_are() -> None:
+    assert sorted(re.findall(r"server (\S+):8443 resolve", NGINX_CONF.read_text())) == RELAYS
+    assert SERVICES["nginx"]["volumes"] == ["./examples/nginx.conf:/etc/nginx/nginx.conf:ro"]
+
+
+def test_nginx_accepts_its_file(tmp_path: Path) -> None:
+    nginx = Nginx(tmp_path, {name: free_port() for name in RELAYS})
+    done = subprocess.run(
+        nginx.command("-t"), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[warn]" not in done.stderr
+
+
+# The processes
+
+
+async def test_what_is_said_on_one_relay_is_heard_on_the_other_and_a_stop_is_announced(
+    deployment: Deployment,
+) -> None:
+    nginx = (await deployment.up(shutdown={"spread_s": 0.2})).nginx
+    async with nginx.client("news") as one, nginx.client("news") as two:
+        assert await deployment.clients() == [1, 1]
+        for client in (one, two):
+            await client.send("hello")
+            assert await receive(one) == await receive(two) == "hello"
+        assert (await nginx.get("/readyz")).json() == {"status": "ready"}
+        assert (await nginx.get("/channels/news")).status_code == 426
+        assert (await nginx.get("/metrics")).status_code == 404
+        # docker compose stop: nginx and the relays at once.
+        nginx.signal(signal.SIGQUIT)
+        for relay in deployment.relays.values():
+            relay.signal()
+        for client in (one, two):
+            code, reason = await closed(client)
+            assert code == 1001
+            assert str(reason).startswith("draining; retry_ms=")
+    assert await nginx.exit_code() == 0
+
+
+def coming_from(nginx: Nginx, address: str) -> connect:
+    """Connect a client from an address of its own."""
+    return nginx.client("news", local_addr=(address, 0))
+
+
+async def test_an_address_over_its_limit_is_refused_and_keeps_nobody_out(
+    deployment: Deployment,
+) -> None:
+    nginx = (await deployment.up(limits={"max_connections_per_ip": 1})).nginx
+    async with AsyncExitStack() as stack:
+        for _ in RELAYS:  # each relay counts for itself
+            await stack.enter_async_context(coming_from(nginx, "127.0.0.2"))
+        assert await deployment.clients() == [1, 1]
+        for _ in range(20):
+            with pytest.raises(InvalidStatus) as refused:
+                await coming_from(nginx, "127.0.0.2")
+            assert refused.value.response.status_code == 503
+        other = await stack.enter_async_context(coming_from(nginx, "127.0.0.3"))
+        await other.send("hello")
+        assert await receive(other) == "hello"
+
+
+async def test_no_token_stands_in_nginx_s_logs(deployment: Deployment) -> None:
+    nginx = (await deployment.up()).nginx
+    path = "/channels/news?access_token=very-secret"
+
+    async def statuses_are(*expected: str) -> None:
+        async def now() -> tuple[bool, object]:
+            found = re.findall(r" status=(\d+) ", "\n".join(nginx.access_log))
+            return found == [*expected], nginx.access_log
+
+        await eventually(now, f"{expected} in the log")
+
+    async with nginx.client(path=path):
+        pass
+    await statuses_are("101")
+    relays = list(deployment.relays.values())
+    assert await relays[0].stop() == 0
+    for _ in RELAYS:
+        async with nginx.client(path=path):
+            pass
+    assert await relays[1].stop() == 0
+    with pytest.raises(InvalidStatus) as refused:
+        await nginx.client(path=path)
+    assert refused.value.response.status_code == 502
+    await statuses_are("101", "101", "101", "502")
+    nginx.signal()
+    assert await nginx.exit_code() == 0
+    assert all("GET /channels/news" in line for line in nginx.access_log)
+    assert "secret" not in "\n".join((*nginx.access_log, *nginx.log_lines))
+
+
+async def knock(nginx: Nginx, is_over: asyncio.Event) -> int:
+    """Connect again and again, and be let in each time; return how often that was."""
+    count = 0
+    while not is_over.is_set():
+        async with nginx.client("elsewhere"):
+            count += 1
+        await asyncio.sleep(0.02)
+    return count
+
+
+async def test_a_rolling_restart_behind_nginx_loses_nothing_and_says_nothing_twice(
+    deployment: Deployment,
+) -> None:
+    nginx = (await deployment.up(shutdown={"spread_s": 0.5})).nginx
+    followers = await followers_of(nginx, 8)
+    is_over = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        following = [group.create_task(follower.follow([nginx])) for follower in followers]
+        speaking = [group.create_task(speak([nginx], name, is_over)) for name in "abc"]
+        knocking = group.create_task(knock(nginx, is_over))
+        for name in RELAYS:
+            await deployment.restart(name)
+        is_over.set()
+        said = [message for each in speaking for message in await each]
+        async with nginx.client("news") as last:
+            await last.send(THE_END)
+        await asyncio.gather(*following)
+    assert knocking.result() > 10
+    assert sum(follower.returns for follower in followers) > len(followers)
+    first = followers[0].heard
+    assert all(follower.heard == first for follower in followers)
+    assert sorted(map(str, first)) == sorted([*map(str, said), THE_END])
+    for name in "abc":
+        mine = [message for message in said if str(message).startswith(name)]
+        assert [message for message in first if str(message).startswith(name)] == mine

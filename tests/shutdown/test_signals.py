@@ -1,0 +1,241 @@
+"""Signals at any moment: the relay ends with status 0, for one signal or twenty, and in time."""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
+from typing import Any
+
+import pytest
+import yaml
+from websocket_relay.__main__ import OTHER_COMMANDS
+
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import (
+    QUIET_SETTINGS,
+    ROOT,
+    Relay,
+    StartRelay,
+    environment,
+    run_command,
+    somebody_reads,
+)
+from tests.support.stops import blocked_signals
+
+OFFSETS_MS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
+"""After the start of the process. The interpreter needs some 20 ms, the imports several hundred."""
+
+TWENTY = 20
+"""Signals in a row."""
+
+FIELDS = ("Name", "SigBlk")
+"""Of /proc/[pid]/status, see proc(5)."""
+
+
+async def test_a_signal_at_any_moment_of_the_start_ends_it_with_0(tmp_path: Path) -> None:
+    async def status_after(offset_ms: int) -> tuple[int, int, list[str]]:
+        directory = tmp_path / str(offset_ms)
+        directory.mkdir()
+        relay = Relay(directory)
+        try:
+            with blocked_signals():  # as the image does: before that the process has no say in it
+                relay.launch()
+            await asyncio.sleep(offset_ms / 1000)
+            return offset_ms, await relay.stop(), relay.complaints
+        finally:
+            await asyncio.to_thread(relay.end)
+
+    ends = await asyncio.gather(*map(status_after, OFFSETS_MS))
+    assert ends == [(offset_ms, 0, []) for offset_ms in OFFSETS_MS]
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+async def test_twenty_signals_over_the_whole_stop_end_it_with_0(
+    relay_with: StartRelay, number: Signals
+) -> None:
+    relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
+    while relay.process.poll() is None:
+        relay.signal(number)
+        await asyncio.sleep(0.003)
+    assert await relay.exit_code() == 0
+
+
+async def test_twenty_signals_in_one_moment_are_one(relay_with: StartRelay) -> None:
+    relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
+    for _ in range(TWENTY):
+        relay.signal()
+    assert await relay.exit_code() == 0
+    assert relay.log_events[-1]["event"] == "stopped"
+
+
+async def test_a_stop_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
+    """The main thread waits in a write: standard error is a pipe that is full."""
+    timeout_s = 1.5
+    reading, writing = os.pipe()
+    stop = {"RELAY__SHUTDOWN__TIMEOUT_S": str(timeout_s)}
+    process = relay_process(tmp_path, stderr=writing, env=environment(stop))
+    try:
+        await asyncio.to_thread(read_until, reading, b"ready")
+        fill(writing)
+        started = time.monotonic()
+        process.send_signal(SIGTERM)
+        assert await asyncio.to_thread(process.wait, PATIENCE_S) == 1
+        assert timeout_s <= time.monotonic() - started < timeout_s + 1
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+        os.close(writing)
+
+
+def relay_process(
+    directory: Path, prefix: Sequence[str] = (), **options: Any
+) -> "subprocess.Popen[bytes]":
+    """Start a relay with a command before it."""
+    file = directory / "relay.yaml"
+    file.write_text(yaml.safe_dump(QUIET_SETTINGS))
+    command = [*prefix, sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
+    return subprocess.Popen(command, cwd=directory, **options)
+
+
+def read_until(pipe: int, words: bytes) -> None:
+    """Read a pipe until there were some words."""
+    seen = b""
+    while words not in seen:
+        piece = os.read(pipe, 65_536)
+        assert piece, seen
+        seen += piece
+
+
+def fill(pipe: int) -> None:
+    """Write to a pipe until it takes no more."""
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, bytes(4096))
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"\0")
+    os.set_blocking(pipe, True)
+
+
+async def test_a_name_that_is_still_looked_up_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    """The C library reads a file for the lookup, here a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "aliases")
+    settings = {"backplane": {"url": "nats://broker:4222"}, "shutdown": {"timeout_s": 5}}
+    relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
+    try:
+        relay.launch()
+        await relay.wait_for_log("relay listening")
+        started = time.monotonic()
+        assert await relay.stop() == 0
+        assert time.monotonic() - started < 5
+        assert relay.log_events[-1]["event"] == "stopped"
+    finally:
+        relay.end()
+
+
+async def test_a_signal_while_the_address_to_listen_on_is_looked_up_ends_the_relay_with_0(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "aliases")
+    settings = {"server": {"host": "elsewhere"}, "shutdown": {"timeout_s": 20}}
+    relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
+    try:
+        relay.launch()
+        async with somebody_reads(tmp_path / "aliases"):
+            started = time.monotonic()
+            assert await relay.stop() == 0
+            assert time.monotonic() - started < 5
+    finally:
+        relay.end()
+
+
+async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    with blocked_signals():
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "websocket_relay", "check"), cwd=tmp_path, env=environment()
+        )
+    async with somebody_reads(tmp_path / "config.yaml"), asyncio.timeout(PATIENCE_S):
+        command.terminate()
+        assert await command.wait() == -SIGTERM
+
+
+def test_every_command_is_the_relay_or_one_that_signals_end(tmp_path: Path) -> None:
+    listed = run_command("--help", directory=tmp_path).stdout
+    commands = re.findall(r"^    ([a-z-]+) ", listed, re.MULTILINE)
+    assert {*commands} == OTHER_COMMANDS | {"serve"}
+
+
+# As process 1, as in a container
+
+
+def process_1() -> Sequence[str]:
+    """Return what runs a command as process 1 of a namespace, or skip."""
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        pytest.skip("unshare of util-linux is not here")
+    for user in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *user, "--fork", "--pid", "--mount-proc", "--kill-child"]
+        if not subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+            return command
+    pytest.skip("this user may not make a PID namespace")
+
+
+def entrypoint() -> list[str]:
+    """Return the command of the image."""
+    line = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert line
+    words: list[str] = [word.strip().strip('"') for word in line[1].strip("[]").split(",")]
+    assert words.pop() == "websocket-relay"
+    return words
+
+
+def pid_of_process_1(outside: int) -> int:
+    """Wait until a command runs as process 1, with its signals blocked; return its id here.
+
+    Args:
+        outside: the process that made the namespace.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+        for child in children:
+            status = Path(f"/proc/{child}/status").read_text()
+            name, blocked = (
+                re.findall(rf"^{key}:\t(.*)$", status, re.MULTILINE)[0] for key in FIELDS
+            )
+            if name != "unshare" and int(blocked, 16) & 1 << SIGTERM - 1:
+                return int(child)
+        time.sleep(0.001)
+    raise AssertionError("no process 1 that has SIGTERM blocked")
+
+
+async def test_process_1_ends_with_0_whenever_the_first_signal_comes(tmp_path: Path) -> None:
+    prefix = [*process_1(), *entrypoint()]
+
+    async def status_after(offset_ms: int, count: int) -> int:
+        process = relay_process(tmp_path, prefix, env=environment(), stderr=subprocess.DEVNULL)
+        try:
+            number = await asyncio.to_thread(pid_of_process_1, process.pid)
+            await asyncio.sleep(offset_ms / 1000)
+            for _ in range(count):
+                with suppress(ProcessLookupError):
+                    os.kill(number, SIGTERM)
+                await asyncio.sleep(0.005)
+            return await asyncio.to_thread(process.wait, PATIENCE_S)
+        finally:
+            process.kill()
+            process.wait()
+
+    counts = [1 if number % 2 else TWENTY for number, _ in enumerate(OFFSETS_MS)]
+    assert set(await asyncio.gather(*map(status_after, OFFSETS_MS, counts))) == {0}

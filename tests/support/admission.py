@@ -1,0 +1,45 @@
+"""Clients that come in or are refused, with a token or without."""
+
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+from websockets.http11 import Response
+
+from tests.support.issuer import SECRET
+from tests.support.relay_process import Relay, receive
+
+HMAC = ["HS256", "HS384", "HS512"]
+
+
+async def refused(attempt: connect) -> Response:
+    """Insist that a client is not let in; return the answer."""
+    with pytest.raises(InvalidStatus) as refusal:
+        async with attempt:
+            pass
+    return refusal.value.response
+
+
+def guarding(**of_jwt: Any) -> dict[str, Any]:
+    """Return the settings of a relay that wants tokens."""
+    return {"mode": "jwt", "jwt": {"secret": SECRET, "algorithms": HMAC} | of_jwt}
+
+
+def bearing(relay: Relay, channel: str | None, brought: str) -> connect:
+    """Connect with a token in the Authorization header."""
+    return relay.client(channel, additional_headers={"Authorization": f"Bearer {brought}"})
+
+
+async def works(attempt: connect) -> None:
+    """Insist that a client is let in and may send and receive."""
+    async with attempt as client:
+        await client.send("hello")
+        assert await receive(client) == "hello"
+
+
+def assert_bad(answer: Response, detail: str) -> None:
+    """Insist on the documented answer to a token that is not accepted."""
+    assert answer.status_code == 401
+    assert bytes(answer.body or b"").decode() == f"token not accepted: {detail}\n"
+    assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'

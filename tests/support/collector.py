@@ -1,0 +1,148 @@
+"""Collect traces as a collector does: OTLP by HTTP, in protobuf. Knows no relay."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+
+from tests.support.relay_process import eventually
+
+HOST = "127.0.0.1"
+SOON = {"OTEL_BSP_SCHEDULE_DELAY": "20"}  # milliseconds, which is what it is called for
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a collector is told of one request."""
+
+    name: str
+    kind: int
+    trace_id: str
+    span_id: str
+    parent_id: str
+    is_error: bool
+    attributes: Mapping[str, Any]
+    resource: Mapping[str, Any]
+
+
+class Collector:
+    """A collector, and all that it was told.
+
+    Args:
+        is_stuck: it takes connections and answers nobody.
+    """
+
+    def __init__(self, *, is_stuck: bool = False) -> None:
+        collector = self
+        self._released = threading.Event()
+        if not is_stuck:
+            self._released.set()
+
+        class Intake(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                collector._take(self)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer((HOST, 0), Intake)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self.bodies: list[bytes] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.asked = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._released.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Return the environment of a relay that sends its traces here."""
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{self._server.server_port}"}
+
+    @property
+    def spans(self) -> list[Span]:
+        """Return what was told, in the order in which it ended."""
+        return [span for body in list(self.bodies) for span in _spans(body)]
+
+    async def told(self, *names: str) -> Sequence[Span]:
+        """Wait until spans of these names were told, and return all there are."""
+
+        async def look() -> tuple[bool, object]:
+            found = [span.name for span in self.spans]
+            return set(names) <= set(found), found
+
+        await eventually(look, f"spans {names}")
+        return self.spans
+
+    async def told_of(self, fits: Callable[[Span], bool]) -> Span:
+        """Wait for a span, and return it."""
+
+        async def look() -> tuple[bool, object]:
+            spans = self.spans
+            return any(map(fits, spans)), spans
+
+        await eventually(look, "such a span")
+        return next(filter(fits, self.spans))
+
+    async def was_asked(self) -> None:
+        """Wait until somebody wants to tell something."""
+        while not self.asked:  # noqa: ASYNC110 - another thread's, under the test's timeout
+            await asyncio.sleep(0.01)
+
+    def _take(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        self.asked += 1
+        self._released.wait()
+        assert request.path == "/v1/traces"
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        self.bodies.append(body)
+        answer = ExportTraceServiceResponse().SerializeToString()
+        request.send_response(200)
+        request.send_header("Content-Type", "application/x-protobuf")
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        request.wfile.write(answer)
+
+
+def _spans(body: bytes) -> list[Span]:
+    told = ExportTraceServiceRequest()
+    told.ParseFromString(body)
+    return [
+        Span(
+            span.name,
+            span.kind,
+            span.trace_id.hex(),
+            span.span_id.hex(),
+            span.parent_span_id.hex(),
+            span.status.code == span.status.STATUS_CODE_ERROR,
+            _values(span.attributes),
+            _values(of_one.resource.attributes),
+        )
+        for of_one in told.resource_spans
+        for scope in of_one.scope_spans
+        for span in scope.spans
+    ]
+
+
+def _values(attributes: Any) -> dict[str, Any]:
+    return {one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in attributes}

@@ -1,0 +1,241 @@
+"""Build the image and run it with what the machine has: docker with its daemon, or podman.
+
+Knows the Dockerfile by `make image`, and containers by what an operator types.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import Any
+
+from tests.support.programs import MMDEBSTRAP, needed, not_tested
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import HOST, ROOT, Relay
+from tests.support.shell import persons_environment
+
+BUILD_S = 600
+PULL_S = 60
+
+DEFAULT_BASE: str
+(DEFAULT_BASE,) = re.findall(r"^ARG BASE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+STAND_IN = "localhost/websocket-relay-stand-in:trixie"
+
+# For a root without systemd, who may not raise limits either: in a CI's own container, say.
+PODMAN_CONF = """\
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[containers]
+default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
+log_driver = "k8s-file"
+"""
+
+HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+
+# What makes a Debian with its own Python look like the base: `python` is its name, pip is there and
+# may install, and it trusts what this machine trusts.
+MAKE_ALIKE = """\
+set -e
+cd "$1"
+rm -f usr/lib/python3*/EXTERNALLY-MANAGED
+ln -s python3 usr/bin/python
+cp /etc/ssl/certs/ca-certificates.crt etc/ssl/certs/
+printf '[global]\\ncert = /etc/ssl/certs/ca-certificates.crt\\n' > etc/pip.conf
+wheel=$(ls usr/share/python-wheels/pip-*.whl)
+chroot . python3 "/$wheel/pip" install --quiet --no-index --root-user-action ignore "/$wheel"
+"""
+
+
+class Engine:
+    """What builds images and runs containers."""
+
+    def __init__(self, program: str, directory: Path) -> None:
+        """Take a program.
+
+        Args:
+            program: docker or podman.
+            directory: for what podman has to be told.
+        """
+        self.program = program
+        self._env = persons_environment()
+        self._build_args: tuple[str, ...] = ()
+        self._run_args: tuple[str, ...] = HARDENED
+        if program == "podman":
+            # Unasked, its containers get a tmpfs at /tmp.
+            self._run_args = (*HARDENED, "--read-only-tmpfs=false")
+            if os.geteuid() == 0 and not Path("/run/systemd/system").exists():
+                self._build_args = ("--isolation=chroot",)
+                conf = directory / "containers.conf"
+                conf.write_text(PODMAN_CONF)
+                self._env |= {"CONTAINERS_CONF": str(conf)}
+
+    def __call__(self, *arguments: str, timeout_s: float = PATIENCE_S) -> str:
+        """Run a command of it; return what it prints."""
+        done = self.tries(*arguments, timeout_s=timeout_s)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def tries(
+        self, *arguments: str, timeout_s: float = PATIENCE_S
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command that may fail."""
+        return subprocess.run(
+            [self.program, *arguments],
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def make_image(self, image: str, base: str, directory: Path = ROOT) -> None:
+        """Run `make image`."""
+        done = subprocess.run(
+            ["make", "image", f"CONTAINER={self.program}", f"IMAGE={image}", f"BASE={base}",
+             f"BUILD_ARGS={' '.join(self._build_args)}"],
+            cwd=directory,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_S,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def inspect(self, image: str) -> dict[str, Any]:
+        """Return what is known of an image."""
+        (found,) = json.loads(self("image", "inspect", image))
+        return dict(found)
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start a container in the foreground."""
+        return subprocess.Popen(
+            [self.program, "run", "--rm", *self._run_args, *arguments],
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+class Container(Relay):
+    """A relay in a container, as others start it: by an image and the options of `run`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        image: str,
+        directory: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        options: Sequence[str] = (),
+        ports: tuple[int, int] = (8443, 9090),
+    ) -> None:
+        """Prepare a container.
+
+        Args:
+            engine, image: what runs what.
+            directory: for what is written about it here.
+            env: variables beyond the one that makes its log readable for tests.
+            settings: what it will have of what matters here (TLS); they are not passed on.
+            options: of `run`.
+            ports: its own in the container, the relay's and the metrics'.
+        """
+        super().__init__(directory, settings)
+        self._engine = engine
+        self._image = image
+        self._variables = {"RELAY__LOGGING__FORMAT": "json"} | dict(env or {})
+        self._options = options
+        self._ports = ports
+        self.name = f"relay-{uuid.uuid4().hex[:12]}"
+
+    def start(self) -> None:
+        self.launch()
+
+    def launch(self) -> None:
+        published = [f"--publish={HOST}::{port}" for port in self._ports]
+        variables = [f"--env={name}={value}" for name, value in self._variables.items()]
+        self._process = self._engine.start(
+            f"--name={self.name}", *published, *variables, *self._options, self._image
+        )
+        self._log_reader = threading.Thread(target=self._read_log, daemon=True)
+        self._log_reader.start()
+
+    def end(self) -> None:
+        self._engine.tries("rm", "--force", self.name)
+        super().end()
+
+    def signal(self, number: Signals = SIGTERM) -> None:
+        self._engine("kill", f"--signal={number.name}", self.name)
+
+    def tells(self, *command: str) -> str:
+        """Run a command in the container; return what it prints."""
+        return self._engine("exec", self.name, *command)
+
+    def python(self, source: str) -> str:
+        """Run Python in the container."""
+        return self.tells("python", "-c", source).strip()
+
+    def _published(self, port: int) -> int:
+        return int(self._engine("port", self.name, f"{port}/tcp").strip().rpartition(":")[2])
+
+    @property
+    def port(self) -> int:
+        return self._published(self._ports[0])
+
+    @property
+    def metrics_port(self) -> int:
+        return self._published(self._ports[1])
+
+
+def find_engine(directory: Path) -> Engine:
+    """Return what this machine has."""
+    for program in ("docker", "podman"):
+        engine = Engine(program, directory)
+        if shutil.which(program) and engine.tries("info").returncode == 0:
+            return engine
+    return not_tested("needs docker with a daemon, or podman (Debian: podman)")
+
+
+def find_base(engine: Engine, directory: Path) -> str:
+    """Return the image to build upon: the variable BASE, the Dockerfile's, or a stand-in."""
+    if named := os.environ.get("BASE"):
+        return named
+    try:
+        if engine.tries("pull", DEFAULT_BASE, timeout_s=PULL_S).returncode == 0:
+            return DEFAULT_BASE
+    except subprocess.TimeoutExpired:
+        pass
+    if engine.tries("image", "inspect", STAND_IN).returncode != 0:
+        make_stand_in(engine, directory)
+    return STAND_IN
+
+
+def make_stand_in(engine: Engine, directory: Path) -> None:
+    """Make a base of Debian's packages, where no registry of images is in reach."""
+    program = needed(MMDEBSTRAP)
+    if os.geteuid() != 0:
+        not_tested(f"{DEFAULT_BASE} is out of reach, and only root can run mmdebstrap")
+    archive = directory / "base.tar"
+    done = subprocess.run(
+        [program, "--variant=minbase", "--include=ca-certificates,python3-venv",
+         f"--customize-hook={MAKE_ALIKE}", "trixie", str(archive)],
+        capture_output=True,
+        text=True,
+        timeout=BUILD_S,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    engine("import", str(archive), STAND_IN, timeout_s=BUILD_S)
+    archive.unlink()

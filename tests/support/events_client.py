@@ -1,0 +1,137 @@
+"""A client of server-sent events, as the standard has it, over a plain connection."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import HOST, Relay
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event: the id that stood last, its name, and what it says."""
+
+    id: str
+    name: str
+    data: str
+
+    @property
+    def said(self) -> Any:
+        """What it says, where that is JSON."""
+        return json.loads(self.data)
+
+
+class Events:
+    """An answer of server-sent events.
+
+    Attributes:
+        status, headers: of the answer.
+        comments: how many comments came.
+        retry: when to come back, as was said last, in milliseconds.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self.writer = writer
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.comments = 0
+        self.retry: int | None = None
+        self._id = ""
+
+    async def head(self) -> None:
+        """Read the answer's head."""
+        lines = (await self._until(b"\r\n\r\n")).decode().splitlines()
+        self.status = int(lines[0].split()[1])
+        fields = [line.partition(": ") for line in lines[1:] if line]
+        for name, _, value in fields:
+            had = self.headers.get(name.lower())
+            self.headers[name.lower()] = f"{had}, {value}" if had else value
+
+    async def event(self) -> Event:
+        """Return the next event.
+
+        Raises:
+            EOFError: the answer has ended.
+        """
+        name = "message"
+        data: list[str] = []
+        while True:
+            line = (await self._until(b"\n")).decode().removesuffix("\n")
+            if not line:
+                if data:
+                    return Event(self._id, name, "\n".join(data))
+                name = "message"
+                continue
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            match field:
+                case "":
+                    self.comments += 1
+                case "event":
+                    name = value
+                case "data":
+                    data.append(value)
+                case "id":
+                    self._id = value
+                case "retry":
+                    self.retry = int(value)
+
+    async def messages(self, count: int) -> list[str]:
+        """Return what the next events say."""
+        return [(await self.event()).data for _ in range(count)]
+
+    async def body(self) -> str:
+        """Return all of an answer that is none of events."""
+        async with asyncio.timeout(PATIENCE_S):
+            return (await self._reader.read()).decode()
+
+    async def _until(self, mark: bytes) -> bytes:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self._reader.readuntil(mark)
+
+
+@asynccontextmanager
+async def asking(
+    relay: Relay,
+    channel: str,
+    query: str = "",
+    *,
+    version: str = "1.1",
+    context: ssl.SSLContext | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> AsyncIterator[Events]:
+    """Ask for a channel's events, and read the answer's head."""
+    reader, writer = await asyncio.open_connection(HOST, relay.port, ssl=context, limit=1 << 24)
+    fields = {
+        "Host": "localhost",
+        "Accept": "text/event-stream",
+        "Connection": "close",
+        **(headers or {}),
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    path = f"/channels/{channel}/events{query}"
+    writer.write(f"GET {path} HTTP/{version}\r\n{lines}\r\n".encode())
+    events = Events(reader, writer)
+    try:
+        await events.head()
+        yield events
+    finally:
+        writer.transport.abort()
+
+
+@asynccontextmanager
+async def listening(
+    relay: Relay, channel: str, query: str = "", **options: Any
+) -> AsyncIterator[Events]:
+    """Listen to a channel, from its welcome on."""
+    async with asking(relay, channel, query, **options) as events:
+        assert events.status == 200
+        welcome = await events.event()
+        assert welcome.name == "welcome"
+        yield events

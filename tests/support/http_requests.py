@@ -1,0 +1,44 @@
+"""Plain requests: sent to a relay, or the bytes that they are made of."""
+
+from collections.abc import Mapping
+
+import httpx2
+
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import PLAIN, Relay, path_of
+
+TEXT = "text/plain"
+BATCH = "application/x-ndjson"
+
+
+async def post(
+    relay: Relay,
+    channel: str | None,
+    body: bytes,
+    kind: str = "",
+    headers: Mapping[str, str] | None = None,
+) -> httpx2.Response:
+    """Publish on a channel, and return the answer."""
+    fields = {**({"Content-Type": kind} if kind else {}), **(headers or {})}
+    context = relay.tls_context or PLAIN
+    async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
+        return await http.post(relay.http_url(path_of(channel)), content=body, headers=fields)
+
+
+def posting(
+    channel: str, body: bytes, *lines: str, length: int | None = None, version: str = "1.1"
+) -> bytes:
+    """Return the bytes of a request that publishes."""
+    head = [
+        f"POST /channels/{channel} HTTP/{version}",
+        "Host: localhost",
+        "Content-Type: text/plain",
+        f"Content-Length: {len(body) if length is None else length}",
+        *lines,
+    ]
+    return "".join(f"{line}\r\n" for line in (*head, "")).encode() + body
+
+
+def get(path: str) -> bytes:
+    """Return the bytes of a request for a page."""
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1")

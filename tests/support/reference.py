@@ -1,0 +1,247 @@
+"""Say, from the words of RFC 6455 and 7692, what a server owes to a client that sent these bytes.
+
+An octet at a time and without regard to speed: what is here can be held against the RFC line by
+line, and the relay against what is here. Shares nothing with the relay's own parser.
+"""
+
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+
+from tests.support.raw_client import BINARY, CLOSE, CONTINUATION, PING, PONG, TAIL, TEXT
+
+# What a close frame may say: RFC 6455 section 7.4.1, what IANA's registry added, section 7.4.2.
+REGISTERED = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014}
+LIBRARIES_AND_APPLICATIONS = range(3000, 5000)
+
+# RFC 3629 section 4: what may follow a leading octet.
+ANY_TAIL = (0x80, 0xBF)
+LEADS: Mapping[int, Sequence[tuple[int, int]]] = (
+    dict.fromkeys(range(0x80), ())
+    | dict.fromkeys(range(0xC2, 0xE0), (ANY_TAIL,))
+    | dict.fromkeys(range(0xE0, 0xF0), (ANY_TAIL,) * 2)
+    | dict.fromkeys(range(0xF0, 0xF5), (ANY_TAIL,) * 3)
+    | {
+        0xE0: ((0xA0, 0xBF), ANY_TAIL),
+        0xED: ((0x80, 0x9F), ANY_TAIL),
+        0xF0: ((0x90, 0xBF), ANY_TAIL, ANY_TAIL),
+        0xF4: ((0x80, 0x8F), ANY_TAIL, ANY_TAIL),
+    }
+)
+
+Octets = Generator[None, int, bytes]
+
+
+class ConnectionEndsError(Exception):
+    """The server has to close.
+
+    Args:
+        code: what its close frame says.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Utf8:
+    """Text that comes an octet at a time."""
+
+    def __init__(self) -> None:
+        self._awaited: list[tuple[int, int]] = []
+
+    def hear(self, octet: int) -> None:
+        if not self._awaited:
+            if octet not in LEADS:
+                raise ConnectionEndsError(1007)
+            self._awaited = list(LEADS[octet])
+            return
+        lowest, highest = self._awaited.pop(0)
+        if not lowest <= octet <= highest:
+            raise ConnectionEndsError(1007)
+
+    def end(self) -> None:
+        if self._awaited:
+            raise ConnectionEndsError(1007)
+
+
+class Deflated:
+    """A compressed message that comes an octet at a time (RFC 7692 section 7.2.2)."""
+
+    def __init__(self) -> None:
+        self._blocks: zlib._Decompress | None = None
+
+    @property
+    def _is_between_streams(self) -> bool:
+        return self._blocks is None
+
+    def inflate(self, octets: bytes) -> Iterator[bytes]:
+        """Yield what the octets come to, one at a time: what is in front of a fault counts."""
+        try:
+            while octets:
+                blocks = self._blocks = self._blocks or zlib.decompressobj(-15)
+                while made := blocks.decompress(octets, 1):
+                    yield made
+                    octets = blocks.unconsumed_tail
+                octets = blocks.unused_data
+                if blocks.eof:  # others may follow the last block (section 7.2.3.4)
+                    self._blocks = None
+        except zlib.error:
+            raise ConnectionEndsError(1007) from None
+
+    def end(self) -> None:
+        if self._is_between_streams:
+            return
+        # The length of an empty block, then an empty last block: they end a stream that is
+        # between two blocks, and add nothing to it.
+        for _ in self.inflate(TAIL + b"\x03\x00"):
+            raise ConnectionEndsError(1007)
+        if not self._is_between_streams:
+            raise ConnectionEndsError(1007)
+
+
+class Reference:
+    """What a server owes to a client, of which it has heard so much.
+
+    Args:
+        max_message_bytes: a larger message is closed with 1009.
+        inflates: whether permessage-deflate was agreed on.
+    """
+
+    def __init__(self, max_message_bytes: int, *, inflates: bool = False) -> None:
+        self.messages: list[tuple[int, bytes]] = []
+        self.pongs: list[bytes] = []
+        self.close_code: int | None = None  # of the server's close frame; None: it goes on
+        self.between_frames = True
+        self._max_message_bytes = max_message_bytes
+        self._inflates = inflates
+        self._deflated: Deflated | None = None
+        self._opcode = CONTINUATION  # of the message that has begun
+        self._fragments = bytearray()
+        self._claimed_bytes = 0
+        self._text = Utf8()
+        self._connection = self._frames()
+        next(self._connection)
+
+    def hear(self, octets: bytes) -> int:
+        """Take more of what the client sends; return how much of it counts.
+
+        All of it does, unless it ends the connection.
+        """
+        for position, octet in enumerate(octets):
+            if self.close_code is not None:
+                return position
+            try:
+                self._connection.send(octet)
+            except ConnectionEndsError as end:
+                self.close_code = end.code
+                self.between_frames = False
+        return len(octets)
+
+    def _frames(self) -> Generator[None, int, None]:
+        while True:
+            self.between_frames = True
+            first = yield
+            self.between_frames = False
+            second = yield
+            self._check_start(first, second)
+            size = yield from self._size(second & 0x7F)
+            if first & 0x08:
+                mask = yield from _octets(4)
+                yield from self._control(first & 0x0F, size, mask)
+                continue
+            if first & 0x40:
+                self._deflated = Deflated()
+            self._claimed_bytes += size
+            if self._claimed_bytes > self._most_bytes:
+                raise ConnectionEndsError(1009)
+            mask = yield from _octets(4)
+            yield from self._data(first, size, mask)
+
+    @property
+    def _most_bytes(self) -> int:
+        """What a message's frames may claim; no RFC bounds them where they are compressed."""
+        most = self._max_message_bytes
+        return most if self._deflated is None else most + most // 8 + 1_024
+
+    def _check_start(self, first: int, second: int) -> None:
+        """Hold a frame's first two octets against section 5.2, 5.4 and 5.5."""
+        opcode, fin, inside = first & 0x0F, first & 0x80, self._opcode != CONTINUATION
+        known = opcode in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
+        masked = second & 0x80
+        may_be_compressed = self._inflates and opcode in (TEXT, BINARY)
+        reserved = first & (0x30 if may_be_compressed else 0x70)
+        if reserved or not known or not masked:
+            raise ConnectionEndsError(1002)
+        if opcode & 0x08 and (not fin or second & 0x7F > 125):
+            raise ConnectionEndsError(1002)
+        if opcode == CONTINUATION and not inside:
+            raise ConnectionEndsError(1002)
+        if opcode in (TEXT, BINARY) and inside:
+            raise ConnectionEndsError(1002)
+
+    def _size(self, short: int) -> Generator[None, int, int]:
+        if short < 126:
+            return short
+        size = int.from_bytes((yield from _octets(2 if short == 126 else 8)), "big")
+        least = 126 if short == 126 else 65_536  # "the minimal number of bytes MUST be used"
+        if size < least or size >= 1 << 63:
+            raise ConnectionEndsError(1002)
+        return size
+
+    def _control(self, opcode: int, size: int, mask: bytes) -> Generator[None, int, None]:
+        payload = bytearray()
+        for position in range(size):
+            payload.append((yield) ^ mask[position % 4])
+        if opcode == PING:
+            self.pongs.append(bytes(payload))
+        elif opcode == CLOSE:
+            raise ConnectionEndsError(_answer_to_close(bytes(payload)))
+
+    def _data(self, first: int, size: int, mask: bytes) -> Generator[None, int, None]:
+        self._opcode = first & 0x0F or self._opcode
+        for position in range(size):
+            octets = bytes([(yield) ^ mask[position % 4]])
+            self._take([octets] if self._deflated is None else self._deflated.inflate(octets))
+        if first & 0x80:
+            if self._deflated is not None:
+                self._deflated.end()
+            self._text.end()
+            self.messages.append((self._opcode, bytes(self._fragments)))
+            self._fragments.clear()
+            self._claimed_bytes = 0
+            self._deflated = None
+            self._opcode = CONTINUATION
+
+    def _take(self, octets: Iterable[bytes]) -> None:
+        for octet in octets:
+            if len(self._fragments) == self._max_message_bytes:
+                raise ConnectionEndsError(1009)
+            if self._opcode == TEXT:
+                self._text.hear(octet[0])
+            self._fragments += octet
+
+
+def _octets(count: int) -> Octets:
+    octets = bytearray()
+    for _ in range(count):
+        octets.append((yield))
+    return bytes(octets)
+
+
+def _answer_to_close(payload: bytes) -> int:
+    """Return what a client's close frame is answered with (sections 5.5.1 and 7.4)."""
+    if not payload:
+        return 1000
+    if len(payload) == 1:
+        return 1002
+    code = int.from_bytes(payload[:2], "big")
+    if code not in REGISTERED and code not in LIBRARIES_AND_APPLICATIONS:
+        return 1002
+    reason = Utf8()
+    try:
+        for octet in payload[2:]:
+            reason.hear(octet)
+        reason.end()
+    except ConnectionEndsError as end:
+        return end.code
+    return code

@@ -1,0 +1,501 @@
+"""Run the relay as its users do: as a process of its own, seen through its ports and its log.
+
+Knows the command line, the settings file, the log and the metrics page; nothing of the code inside.
+"""
+
+import asyncio
+import json
+import os
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGTERM, Signals
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.typing import Data
+
+from tests.support.forks import FORKS, Forked
+from tests.support.raw_client import PATIENCE_S, RawClient, raw_websocket
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "service" / "websocket_relay"
+POLL_S = 0.02
+HOST = "127.0.0.1"
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
+
+
+QUIET_SETTINGS: Mapping[str, Any] = {
+    "server": {"host": HOST, "port": 0},
+    "metrics": {"host": HOST, "port": 0},
+    "logging": {"format": "json"},
+}
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one tree of settings over another."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        both_are_sections = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(below, value) if both_are_sections and below is not None else value
+    return result
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment without settings of the relay, and with `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RELAY")}
+    paths = [str(ROOT), kept.get("PYTHONPATH", "")]
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(extra or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.strip()]
+
+    @property
+    def faults(self) -> list[str]:
+        """Return what is wrong anywhere; this machine may have too few descriptors."""
+        return [line for line in self.error_lines if "too few file descriptors" not in line]
+
+
+def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
+    """Run the command line to its end, in the way that takes the least."""
+    if not _may_fork(env):
+        return run_python("-m", "websocket_relay", *arguments, directory=directory, env=env)
+    return Finished(*FORKS.run(arguments, directory, environment(env), PATIENCE_S))
+
+
+def _may_fork(env: Mapping[str, str] | None) -> bool:
+    """Tell whether a process may be a fork (forks.py): not where Python itself is told."""
+    return sys.platform == "linux" and not any(name.startswith("PYTHON") for name in env or {})
+
+
+def run_python(
+    *arguments: str, directory: Path | None = None, env: Mapping[str, str] | None = None
+) -> Finished:
+    """Run an interpreter of its own to its end."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One reading of the metrics page."""
+
+    names: frozenset[str]
+    samples: tuple[Sample, ...]
+
+    @classmethod
+    def parse(cls, page: str) -> Self:
+        families = list(text_string_to_metric_families(page))
+        samples = tuple(sample for family in families for sample in family.samples)
+        counters = {f"{family.name}_total" for family in families if family.type == "counter"}
+        plain = {family.name for family in families}
+        return cls(frozenset(counters | plain | {sample.name for sample in samples}), samples)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Add up the samples of this name that bear these labels."""
+        assert name in self.names, f"{name} is not on the metrics page"
+        return sum(
+            sample.value
+            for sample in self.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+class Relay:
+    """A relay's process from its start to its end."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        max_descriptors: int | None = None,
+    ) -> None:
+        """Prepare a relay that listens on ports of the kernel's choice.
+
+        Args:
+            directory: its working directory, where its settings file goes.
+            settings: what differs from a quiet relay on the loopback interface.
+            env: further environment variables.
+            max_descriptors: what the process may have open at a time (RLIMIT_NOFILE, hard).
+        """
+        self.settings = merged(QUIET_SETTINGS, settings or {})
+        self._directory = directory
+        self._env = environment(env)
+        self._max_descriptors = max_descriptors
+        self._forks = max_descriptors is None and _may_fork(env)
+        self._lines: list[str] = []
+        self._log_ended = False
+        self._log_grew = threading.Condition()
+        self._process: subprocess.Popen[str] | Forked | None = None
+        self._log_reader: threading.Thread | None = None
+        self.tls_context: ssl.SSLContext | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.await_log("ready")
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    # The process
+
+    def start(self) -> None:
+        """Start the process in the way that takes the least."""
+        if not self._forks:
+            self.launch()
+            return
+        arguments = ["--config-file", str(self._write_settings())]
+        with open(os.devnull, "wb") as nothing:
+            self._process = FORKS.start(arguments, self._directory, self._env, nothing.fileno())
+        self._read_log_beside()
+
+    def launch(self) -> None:
+        """Start the process as an interpreter of its own, without waiting until it serves."""
+        file = self._write_settings()
+        command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
+        if self._max_descriptors is not None:
+            limits = 'ulimit -Sn $0 && ulimit -Hn $0 && exec "$@"'
+            command = ["/bin/sh", "-c", limits, str(self._max_descriptors), *command]
+        self._process = subprocess.Popen(
+            command,
+            cwd=self._directory,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._read_log_beside()
+
+    def _write_settings(self) -> Path:
+        file = self._directory / "relay.yaml"
+        file.write_text(yaml.safe_dump(self.settings))
+        return file
+
+    def _read_log_beside(self) -> None:
+        self._log_reader = threading.Thread(target=self._read_log, daemon=True)
+        self._log_reader.start()
+
+    def end(self) -> None:
+        """Leave no process behind, whatever state it is in."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(PATIENCE_S)
+        if self._log_reader is not None:
+            self._log_reader.join(PATIENCE_S)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    @property
+    def process(self) -> "subprocess.Popen[str] | Forked":
+        assert self._process is not None, "the relay was not launched"
+        return self._process
+
+    def signal(self, number: Signals = SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    async def exit_code(self) -> int:
+        """Wait for the process's end."""
+        code = await asyncio.to_thread(self.process.wait, PATIENCE_S)
+        if self._log_reader is not None:
+            await asyncio.to_thread(self._log_reader.join, PATIENCE_S)
+        return code
+
+    async def stop(self, number: Signals = SIGTERM) -> int:
+        self.signal(number)
+        return await self.exit_code()
+
+    def rss_bytes(self) -> int:
+        """Return the memory of its own that the process has in RAM: libraries do not count."""
+        return self._status_bytes("RssAnon")
+
+    def peak_rss_bytes(self) -> int:
+        """Return the most memory that the process had in RAM since `forget_peak`."""
+        return self._status_bytes("VmHWM")
+
+    def forget_peak(self) -> int:
+        """Have `peak_rss_bytes` begin anew (proc(5), clear_refs), and return where it begins."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        return self.peak_rss_bytes()
+
+    def _status_bytes(self, field: str) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
+        return int(line.split()[1]) * 1024
+
+    def descriptors(self) -> int:
+        """Return how many file descriptors the process has open."""
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the process has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def listening_ports(self) -> set[int]:
+        """Return the TCP ports on which the process itself listens, from /proc."""
+        targets = set()
+        for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                targets.add(str(descriptor.readlink()))
+        ports = set()
+        for table in ("tcp", "tcp6"):
+            for row in Path(f"/proc/{self.process.pid}/net/{table}").read_text().splitlines()[1:]:
+                columns = row.split()
+                listens = columns[3] == "0A"
+                if listens and f"socket:[{columns[9]}]" in targets:
+                    ports.add(int(columns[1].rpartition(":")[2], 16))
+        return ports
+
+    # The log
+
+    def _read_log(self) -> None:
+        stream = self.process.stderr
+        assert stream is not None
+        for line in stream:
+            with self._log_grew:
+                self._lines.append(line.rstrip("\n"))
+                self._log_grew.notify_all()
+        with self._log_grew:
+            self._log_ended = True
+            self._log_grew.notify_all()
+
+    @property
+    def log_lines(self) -> list[str]:
+        with self._log_grew:
+            return list(self._lines)
+
+    @property
+    def log_events(self) -> list[dict[str, Any]]:
+        """Return the log's events; lines that are none are in `complaints`."""
+        return [event for event in map(_event_of, self.log_lines) if event is not None]
+
+    @property
+    def complaints(self) -> list[str]:
+        """Return the lines that a sound relay does not write: tracebacks and stray text."""
+        return [line for line in self.log_lines if _event_of(line) is None or "Traceback" in line]
+
+    def await_log(self, event: str, *, count: int = 1) -> dict[str, Any]:
+        """Block until an event has been logged `count` times; return the last of them."""
+        deadline = time.monotonic() + PATIENCE_S
+        with self._log_grew:
+            while True:
+                parsed = [_event_of(line) for line in self._lines]
+                found = [entry for entry in parsed if entry is not None and entry["event"] == event]
+                if len(found) >= count:
+                    return found[count - 1]
+                left_s = deadline - time.monotonic()
+                if self._log_ended or left_s <= 0:
+                    log = "\n".join(self._lines)
+                    raise AssertionError(f"no {event!r} (number {count}) in the log:\n{log}")
+                self._log_grew.wait(left_s)
+
+    async def wait_for_log(self, event: str, *, count: int = 1) -> dict[str, Any]:
+        return await asyncio.to_thread(self.await_log, event, count=count)
+
+    # The ports
+
+    @property
+    def port(self) -> int:
+        return int(self.await_log("relay listening")["port"])
+
+    @property
+    def metrics_port(self) -> int:
+        return int(self.await_log("metrics listening")["port"])
+
+    @property
+    def _tls(self) -> bool:
+        return bool(self.settings["server"].get("tls", {}).get("enabled", False))
+
+    def ws_url(self, path: str = "/", *, host: str = HOST) -> str:
+        return f"{'wss' if self._tls else 'ws'}://{host}:{self.port}{path}"
+
+    def http_url(self, path: str = "/") -> str:
+        return f"{'https' if self._tls else 'http'}://{HOST}:{self.port}{path}"
+
+    def metrics_url(self, path: str = "/metrics") -> str:
+        return f"http://{HOST}:{self.metrics_port}{path}"
+
+    def client(
+        self, channel: str | None = None, *, path: str | None = None, **options: Any
+    ) -> connect:
+        """Connect a client of the usual kind.
+
+        Args:
+            channel: None is `/`, the default channel.
+            path: a request target instead of a channel.
+            options: of `websockets.asyncio.client.connect`.
+        """
+        settled: dict[str, Any] = {"proxy": None, "open_timeout": PATIENCE_S, "max_size": None}
+        if self._tls:
+            settled["ssl"] = self.tls_context
+        return connect(self.ws_url(path or path_of(channel)), **(settled | options))
+
+    def raw_client(
+        self,
+        channel: str | None = None,
+        *,
+        receive_buffer_bytes: int | None = None,
+        behind: bytes = b"",
+    ) -> AbstractAsyncContextManager[RawClient]:
+        """Connect a client made of bytes."""
+        return raw_websocket(
+            HOST,
+            self.port,
+            path_of(channel),
+            receive_buffer_bytes=receive_buffer_bytes,
+            behind=behind,
+        )
+
+    async def tcp(self, *, receive_buffer_bytes: int | None = None) -> RawClient:
+        """Open a TCP connection to the relay's port, without a request."""
+        return await RawClient.to(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
+
+    async def get(self, path: str) -> httpx2.Response:
+        """Send a plain request to the relay's port."""
+        return await _get(self.http_url(path), self.tls_context or PLAIN)
+
+    async def get_metrics(self, path: str = "/metrics") -> httpx2.Response:
+        """Send a plain request to the metrics port."""
+        return await _get(self.metrics_url(path), PLAIN)
+
+    # The metrics
+
+    async def metrics(self) -> Metrics:
+        return Metrics.parse((await self.get_metrics()).raise_for_status().text)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        return (await self.metrics()).value(name, **labels)
+
+    async def metric_is(self, name: str, expected: float, **labels: str) -> None:
+        """Wait until a metric has this value."""
+        await self._metric(name, lambda value: value == expected, f"== {expected}", labels)
+
+    async def metric_reaches(self, name: str, least: float, **labels: str) -> None:
+        """Wait until a metric has at least this value."""
+        await self._metric(name, lambda value: value >= least, f">= {least}", labels)
+
+    async def _metric(
+        self, name: str, fits: Callable[[float], bool], wanted: str, labels: Mapping[str, str]
+    ) -> None:
+        async def now() -> tuple[bool, object]:
+            value = await self.metric(name, **labels)
+            return fits(value), value
+
+        await eventually(now, f"{name}{dict(labels)} {wanted}")
+
+
+StartRelay = Callable[..., Relay]
+StartReplicas = Callable[..., Sequence[Relay]]
+
+
+@asynccontextmanager
+async def somebody_reads(pipe: Path) -> AsyncIterator[None]:
+    """Wait until somebody reads a named pipe; there is nothing in it, and at the end it ends."""
+    writer: list[int] = []
+
+    async def now() -> tuple[bool, object]:
+        try:
+            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:  # ENXIO: nobody yet
+            return False, error
+        return True, None
+
+    await eventually(now, f"{pipe} is read")
+    try:
+        yield
+    finally:
+        os.close(writer[0])
+
+
+async def eventually(look: Callable[[], Awaitable[tuple[bool, object]]], wanted: str) -> None:
+    """Look until it is so, and say what was last seen where it never is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        so, seen = await look()
+        if so:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"never {wanted}; last seen: {seen}")
+        await asyncio.sleep(POLL_S)
+
+
+def path_of(channel: str | None) -> str:
+    return "/" if channel is None else f"/channels/{channel}"
+
+
+async def receive(client: ClientConnection) -> Data:
+    """Receive one message."""
+    async with asyncio.timeout(PATIENCE_S):
+        return await client.recv()
+
+
+async def receive_many(client: ClientConnection, count: int) -> list[Data]:
+    """Receive so many messages."""
+    return [await receive(client) for _ in range(count)]
+
+
+async def closed(client: ClientConnection) -> tuple[int | None, str | None]:
+    """Wait for a connection's end; return the relay's close code and reason."""
+    async with asyncio.timeout(PATIENCE_S):
+        await client.wait_closed()
+    frame = client.protocol.close_rcvd
+    return (frame.code, frame.reason) if frame is not None else (None, None)
+
+
+def _event_of(line: str) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(line)
+    except ValueError:
+        return None
+    is_event = isinstance(parsed, dict) and {"timestamp", "level", "event"} <= parsed.keys()
+    return parsed if is_event else None
+
+
+async def _get(url: str, context: ssl.SSLContext) -> httpx2.Response:
+    async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
+        return await http.get(url)

@@ -1,0 +1,540 @@
+"""What a client may say and what it has to hear, case by case, and the means to play such cases.
+
+The cases follow RFC 6455 and are those that a fuzzing client tries on a server that echoes: a
+client that is alone in its channel is answered by the relay with what it said. They stand in
+groups; each holds the way it has to be and the ways in which it must not be.
+"""
+
+import asyncio
+import itertools
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from websocket_relay.outcomes import Close
+from websocket_relay.wire.frames import ProtocolViolationError
+from websocket_relay.wire.parser import Parser
+
+from tests.support.raw_client import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    MASK,
+    PING,
+    PONG,
+    TEXT,
+    Frame,
+    RawClient,
+    close_payload,
+    frame,
+    masked,
+)
+from tests.support.relay_process import Relay, eventually
+
+FEW_OCTETS = 2_000
+SMALL_PIECE = 997
+MIB = 1_048_576
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One client's whole connection.
+
+    Args:
+        sent: its frames, one by one.
+        heard: messages and pongs, in their order.
+        code: of the relay's close frame, which comes last.
+        is_breach: whether the relay fails the connection, rather than answer the client's close.
+    """
+
+    name: str
+    sent: tuple[bytes, ...]
+    heard: tuple[Frame, ...]
+    code: int
+    is_breach: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Pieces(Enum):
+    """How a client cuts what it sends."""
+
+    ONE = "in one piece"
+    FRAMES = "frame by frame"
+    SMALL = "in small pieces"
+
+    def cut(self, frames: tuple[bytes, ...]) -> Iterator[bytes]:
+        octets = b"".join(frames)
+        if self is Pieces.ONE:
+            yield octets
+        elif self is Pieces.FRAMES:
+            yield from frames
+        else:
+            size = 1 if len(octets) <= FEW_OCTETS else SMALL_PIECE
+            for start in range(0, len(octets), size):
+                yield octets[start : start + size]
+
+
+CLOSED_BY_CLIENT = frame(CLOSE, close_payload(1000))
+
+
+async def play(raw: RawClient, case: Case, pieces: Pieces) -> None:
+    """Be the client of a case; insist on all that it has to hear, and on nothing else."""
+    for piece in pieces.cut(case.sent):
+        await raw.send(piece)
+        await asyncio.sleep(0)
+    heard, code = await heard_until_close(raw)
+    assert (heard, code) == (list(case.heard), case.code)
+
+
+def chosen(cases: tuple[Case, ...]) -> list[Case]:
+    """Return one case for each way to end and each kind of frame that comes first."""
+    by_kind: dict[object, Case] = {}
+    for case in cases:
+        first = [one.opcode for one in case.heard[:1]]
+        by_kind.setdefault((case.code, case.is_breach, *first), case)
+    return list(by_kind.values())
+
+
+def parsed(
+    pieces: Iterable[bytes], *, inflates: bool, max_bytes: int = MIB
+) -> tuple[list[Frame], int | None]:
+    """Feed a parser; return the messages and pongs that it calls for, and the code of the close.
+
+    The code is None where there is neither a close frame nor a breach.
+    """
+    parser = Parser(max_bytes, inflates=inflates)
+    heard: list[Frame] = []
+    try:
+        for event in itertools.chain.from_iterable(map(parser.feed, pieces)):
+            opcode, payload = event
+            if opcode == CLOSE:
+                return heard, int.from_bytes(payload[:2], "big") or Close.CLIENT.code
+            if opcode in (TEXT, BINARY, PING):
+                heard.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
+    except ProtocolViolationError as breach:
+        return heard, breach.close.code
+    return heard, None
+
+
+async def next_frame(raw: RawClient) -> Frame:
+    """Read the next frame that is no ping: the relay asks whether one is there when it likes."""
+    while (received := await raw.frame()).opcode == PING:
+        pass
+    return received
+
+
+async def heard_until_close(raw: RawClient) -> tuple[list[Frame], int]:
+    """Read to the end; return messages and pongs, and the code of the close frame behind them."""
+    heard = []
+    while (received := await next_frame(raw)).opcode != CLOSE:
+        heard.append(uncompressed(received))
+    (code,) = struct.unpack("!H", received.payload[:2])
+    received.payload[2:].decode()  # a reason is UTF-8
+    assert await raw.ended() == b"", "something came behind the close frame"
+    return heard, code
+
+
+async def gets_its_descriptors_back(relay: Relay, before: int) -> None:
+    """Wait until a relay has no more descriptors open than it had."""
+
+    async def now() -> tuple[bool, object]:
+        count = relay.descriptors()
+        return count <= before, count
+
+    await eventually(now, f"{before} descriptors")
+
+
+def uncompressed(received: Frame) -> Frame:
+    return replace(received, payload=received.inflated(), compressed=False)
+
+
+# How cases are written
+
+
+def text(payload: str | bytes) -> Frame:
+    return Frame(TEXT, payload.encode() if isinstance(payload, str) else payload, fin=True)
+
+
+def binary(payload: bytes) -> Frame:
+    return Frame(BINARY, payload, fin=True)
+
+
+def pong(payload: bytes) -> Frame:
+    return Frame(PONG, payload, fin=True)
+
+
+def accepted(name: str, *sent: bytes, heard: tuple[Frame, ...] = ()) -> Case:
+    """A client that breaks no rule and closes in the end."""
+    return Case(name, (*sent, CLOSED_BY_CLIENT), heard, 1000)
+
+
+def breach(name: str, *sent: bytes, heard: tuple[Frame, ...] = (), code: int = 1002) -> Case:
+    """A client whose connection the relay has to fail."""
+    return Case(name, sent, heard, code, is_breach=True)
+
+
+def fragments(opcode: int, *payloads: bytes) -> tuple[bytes, ...]:
+    """Encode one message in so many frames."""
+    last = len(payloads) - 1
+    return tuple(
+        frame(opcode if not n else CONTINUATION, payload, fin=n == last)
+        for n, payload in enumerate(payloads)
+    )
+
+
+def octets_of(payload: bytes) -> tuple[bytes, ...]:
+    """Cut a payload into single octets."""
+    return tuple(payload[n : n + 1] for n in range(len(payload)))
+
+
+def head(opcode: int, short: int, extended: bytes) -> bytes:
+    """Encode a frame's head and no payload, with whatever length."""
+    return bytes([0x80 | opcode, 0x80 | short]) + extended + MASK
+
+
+def framing() -> Iterator[Case]:
+    """Every form of the length field (section 5.2), and the mask (section 5.3)."""
+    for size in (0, 1, 125, 126, 127, 128, 65_535, 65_536, 200_000):
+        yield accepted(f"text of {size}", frame(TEXT, b"*" * size), heard=(text("*" * size),))
+        yield accepted(
+            f"binary of {size}", frame(BINARY, b"\xfe" * size), heard=(binary(b"\xfe" * size),)
+        )
+    for key in (b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x01\x02\x03\x04"):
+        hello = frame(TEXT, b"Hello", key=key)
+        yield accepted(f"mask {key.hex()}", hello, heard=(text("Hello"),))
+    before = frame(TEXT, b"before")
+    for opcode in (TEXT, BINARY, PING, PONG, CLOSE):
+        unmasked = frame(opcode, close_payload(1000), mask=False)
+        yield breach(f"unmasked, opcode {opcode}", before, unmasked, heard=(text("before"),))
+    yield breach("unmasked and empty", frame(TEXT, mask=False))
+    for size in (0, 1, 125):
+        medium, long = struct.pack("!H", size), struct.pack("!Q", size)
+        yield breach(f"{size} in 16 bits", head(BINARY, 126, medium) + masked(bytes(size)))
+        yield breach(f"{size} in 64 bits", head(BINARY, 127, long) + masked(bytes(size)))
+        yield breach(f"ping of {size} in 16 bits", head(PING, 126, medium) + masked(bytes(size)))
+    for size in (126, 65_535):
+        yield breach(
+            f"{size} in 64 bits", head(BINARY, 127, struct.pack("!Q", size)) + masked(bytes(size))
+        )
+    for size in (2**63, 2**63 + 5, 2**64 - 1):
+        long = head(BINARY, 127, struct.pack("!Q", size))
+        yield breach(f"a length of {size}", before, long, heard=(text("before"),))
+    for size in (MIB + 1, 2**32, 2**62, 2**63 - 1):
+        claim = head(BINARY, 127, struct.pack("!Q", size))
+        yield breach(f"a claim of {size}", before, claim, heard=(text("before"),), code=1009)
+
+
+def pings() -> Iterator[Case]:
+    """Pings and pongs (sections 5.5.2 and 5.5.3)."""
+    for name, payload in (
+        ("empty", b""),
+        ("text", b"Hello, world!"),
+        ("no text", b"\x00\xff\xfe\xfd\xfc\xfb\x00\xff"),
+        ("of 125", b"\xfe" * 125),
+    ):
+        yield accepted(f"ping, {name}", frame(PING, payload), heard=(pong(payload),))
+        yield accepted(f"unasked pong, {name}", frame(PONG, payload))
+    yield accepted(
+        "unasked pong, then ping",
+        frame(PONG, b"unasked"),
+        frame(PING, b"asked"),
+        heard=(pong(b"asked"),),
+    )
+    numbered = [b"payload-%d" % number for number in range(10)]
+    yield accepted(
+        "ten pings",
+        *(frame(PING, payload) for payload in numbered),
+        heard=tuple(pong(payload) for payload in numbered),
+    )
+    for opcode in (PING, PONG):
+        yield breach(f"opcode {opcode} of 126", frame(opcode, b"\xfe" * 126))
+        yield breach(f"opcode {opcode} of 65536", frame(opcode, b"\xfe" * 65_536))
+
+
+def reserved_bits() -> Iterator[Case]:
+    """Bits that no extension has given a meaning (section 5.2)."""
+    before, after = frame(TEXT, b"before"), frame(PING, b"after")
+    for bits in range(1, 8):
+        for opcode in (TEXT, BINARY, PING, PONG, CLOSE):
+            payload = close_payload(1000) if opcode == CLOSE else b"reserved"
+            yield breach(
+                f"bits {bits}, opcode {opcode}",
+                before,
+                frame(opcode, payload, reserved=bits),
+                after,
+                heard=(text("before"),),
+            )
+        yield breach(
+            f"bits {bits}, continuation",
+            before,
+            frame(TEXT, b"begun", fin=False),
+            frame(CONTINUATION, b"reserved", reserved=bits),
+            after,
+            heard=(text("before"),),
+        )
+        yield breach(f"bits {bits}, at once and empty", frame(TEXT, reserved=bits))
+
+
+def reserved_opcodes() -> Iterator[Case]:
+    """Opcodes that mean nothing (section 5.2)."""
+    before, after = frame(TEXT, b"before"), frame(PING, b"after")
+    for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15):
+        yield breach(f"opcode {opcode}, at once and empty", frame(opcode))
+        yield breach(f"opcode {opcode}, at once", frame(opcode, b"reserved"))
+        yield breach(
+            f"opcode {opcode}", before, frame(opcode, b"reserved"), after, heard=(text("before"),)
+        )
+        yield breach(
+            f"opcode {opcode} between fragments",
+            frame(TEXT, b"begun", fin=False),
+            frame(opcode),
+            frame(CONTINUATION, b"ended"),
+        )
+
+
+def fragmentation() -> Iterator[Case]:
+    """Messages in several frames, and control frames between them (section 5.4)."""
+    two = fragments(TEXT, b"fragment1", b"fragment2")
+    whole = (text("fragment1fragment2"),)
+    yield accepted("text in two", *two, heard=whole)
+    yield accepted(
+        "binary in two", *fragments(BINARY, b"\xff", b"\xfe"), heard=(binary(b"\xff\xfe"),)
+    )
+    yield accepted(
+        "some are empty",
+        *fragments(TEXT, b"", b"one ", b"", b"two", b""),
+        heard=(text("one two"),),
+    )
+    yield accepted("a ping between", two[0], frame(PING, b"p"), two[1], heard=(pong(b"p"), *whole))
+    yield accepted("a pong between", two[0], frame(PONG, b"p"), two[1], heard=whole)
+    yield accepted(
+        "pings between five",
+        frame(TEXT, b"fragment1", fin=False),
+        frame(CONTINUATION, b"fragment2", fin=False),
+        frame(PING, b"ping-1"),
+        frame(CONTINUATION, b"fragment3", fin=False),
+        frame(CONTINUATION, b"fragment4", fin=False),
+        frame(PING, b"ping-2"),
+        frame(CONTINUATION, b"fragment5"),
+        heard=(
+            pong(b"ping-1"),
+            pong(b"ping-2"),
+            text("fragment1fragment2fragment3fragment4fragment5"),
+        ),
+    )
+    yield accepted(
+        "in fragments of 1300",
+        *fragments(TEXT, *(b"*" * min(1_300, 65_536 - n) for n in range(0, 65_536, 1_300))),
+        heard=(text("*" * 65_536),),
+    )
+    for opcode in (PING, PONG, CLOSE):
+        payload = close_payload(1000)
+        yield breach(
+            f"opcode {opcode} in fragments",
+            frame(opcode, payload, fin=False),
+            frame(CONTINUATION, b""),
+        )
+        yield breach(f"opcode {opcode} in fragments, empty", frame(opcode, fin=False))
+    for fin in (True, False):
+        alone = frame(CONTINUATION, b"nothing to continue", fin=fin)
+        yield breach(f"continuation of nothing, {fin=}", alone, frame(TEXT, b"after"))
+        yield breach(
+            f"continuation of nothing behind a message, {fin=}",
+            *two,
+            alone,
+            frame(TEXT, b"after"),
+            heard=whole,
+        )
+        yield breach(f"continuation of nothing, twice, {fin=}", alone, *two, alone, *two)
+        for opcode in (TEXT, BINARY):
+            yield breach(
+                f"opcode {opcode} inside a message, {fin=}",
+                frame(TEXT, b"begun", fin=False),
+                frame(opcode, b"another", fin=fin),
+            )
+    yield breach(
+        "too much, by fragments",
+        *fragments(BINARY, bytes(MIB - 10), bytes(10), b"x"),
+        code=1009,
+    )
+    yield breach(
+        "too much, by fragments without end",
+        *(frame(BINARY if not n else CONTINUATION, bytes(65_536), fin=False) for n in range(20)),
+        code=1009,
+    )
+    yield breach(
+        "an empty frame behind a message that is full",
+        *fragments(BINARY, bytes(MIB), b""),
+        frame(TEXT, b"bare", mask=False),
+        heard=(binary(bytes(MIB)),),
+    )
+
+
+KOSME = "κόσμε".encode()
+MIXED = "Hello-µ@ßöäüàá-UTF-8!!".encode()
+SURROGATE_INSIDE = KOSME + b"\xed\xa0\x80edited"
+
+# Markus Kuhn's UTF-8 decoder capability and stress test, by the numbers of its sections.
+WELL_FORMED: dict[str, tuple[bytes, ...]] = {
+    "1 some": (b"hello$world", "hello¢world".encode(), "hello€world".encode(),
+               "hello\U00024b62world".encode(), KOSME),
+    "2.1 first of a length": (b"\x00", b"\xc2\x80", b"\xe0\xa0\x80", b"\xf0\x90\x80\x80"),
+    "2.2 last of a length": (b"\x7f", b"\xdf\xbf", b"\xef\xbf\xbf", b"\xf4\x8f\xbf\xbf"),
+    "2.3 boundaries": (b"\xed\x9f\xbf", b"\xee\x80\x80", b"\xef\xbf\xbd", b"\xf4\x8f\xbf\xbf"),
+    "5.3 noncharacters": tuple(
+        chr(plane << 16 | last).encode() for plane in range(17) for last in (0xFFFE, 0xFFFF)
+    ),
+    "5.3 specials": tuple(chr(point).encode() for point in range(0xFFF9, 0x10000)),
+}  # fmt: skip
+MALFORMED: dict[str, tuple[bytes, ...]] = {
+    "2.1 first of 5 and 6": (b"\xf8\x88\x80\x80\x80", b"\xfc\x84\x80\x80\x80\x80"),
+    "2.2 last of 4, 5 and 6": (
+        b"\xf7\xbf\xbf\xbf", b"\xfb\xbf\xbf\xbf\xbf", b"\xfd\xbf\xbf\xbf\xbf\xbf"
+    ),
+    "2.3 beyond": (b"\xf4\x90\x80\x80",),
+    "3.1 unexpected continuation": (
+        b"\x80", b"\xbf", *((b"\x80\xbf" * 4)[:n] for n in range(2, 8)), bytes(range(0x80, 0xC0))
+    ),
+    "3.2 lonely leads": tuple(
+        b"".join(bytes([lead, 0x20]) for lead in leads)
+        for leads in (range(0xC0, 0xE0), range(0xE0, 0xF0), range(0xF0, 0xF8), range(0xF8, 0xFC),
+                      range(0xFC, 0xFE))
+    ),
+    "3.3 last octet missing": (
+        b"\xc0", b"\xe0\x80", b"\xf0\x80\x80", b"\xf8\x80\x80\x80", b"\xfc\x80\x80\x80\x80",
+        b"\xdf", b"\xef\xbf", b"\xf7\xbf\xbf", b"\xfb\xbf\xbf\xbf", b"\xfd\xbf\xbf\xbf\xbf"
+    ),
+    "3.4 incomplete in a row": (b"\xdf\xef\xbf\xf7\xbf\xbf",),
+    "3.5 impossible": (b"\xfe", b"\xff", b"\xfe\xfe\xff\xff"),
+    "4.1 overlong slash": (
+        b"\xc0\xaf", b"\xe0\x80\xaf", b"\xf0\x80\x80\xaf", b"\xf8\x80\x80\x80\xaf",
+        b"\xfc\x80\x80\x80\x80\xaf"
+    ),
+    "4.2 longest overlong": (
+        b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xf8\x87\xbf\xbf\xbf",
+        b"\xfc\x83\xbf\xbf\xbf\xbf"
+    ),
+    "4.3 overlong NUL": (
+        b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xf8\x80\x80\x80\x80",
+        b"\xfc\x80\x80\x80\x80\x80"
+    ),
+    "5.1 surrogates": tuple(
+        chr(point).encode(errors="surrogatepass")
+        for point in (0xD800, 0xDB7F, 0xDB80, 0xDBFF, 0xDC00, 0xDF80, 0xDFFF)
+    ),
+    "5.2 surrogate pairs": tuple(
+        (chr(high) + chr(low)).encode(errors="surrogatepass")
+        for high in (0xD800, 0xDB7F, 0xDB80, 0xDBFF)
+        for low in (0xDC00, 0xDFFF)
+    ),
+}  # fmt: skip
+
+
+def utf_8() -> Iterator[Case]:
+    """Text is UTF-8, over the bounds of fragments, too (sections 5.6 and 8.1)."""
+    yield accepted("empty in three", *fragments(TEXT, b"", b"", b""), heard=(text(""),))
+    yield accepted(
+        "first and last of three empty",
+        *fragments(TEXT, b"", b"middle frame payload", b""),
+        heard=(text("middle frame payload"),),
+    )
+    yield accepted("whole", frame(TEXT, MIXED), heard=(text(MIXED),))
+    yield accepted(
+        "cut between characters",
+        *fragments(TEXT, "Hello-µ@ß".encode(), "öäüàá-UTF-8!!".encode()),
+        heard=(text(MIXED),),
+    )
+    for payload in (MIXED, KOSME, "naïve 日本 \U0001f40e".encode()):
+        yield accepted(
+            f"an octet a frame, {payload.decode()}",
+            *fragments(TEXT, *octets_of(payload)),
+            heard=(text(payload),),
+        )
+    for size in range(1, len(KOSME)):
+        part = KOSME[:size]
+        try:
+            part.decode()
+        except UnicodeDecodeError:
+            yield breach(f"prefix of {size}", frame(TEXT, part), code=1007)
+        else:
+            yield accepted(f"prefix of {size}", frame(TEXT, part), heard=(text(part),))
+    for name, payloads in WELL_FORMED.items():
+        for payload in payloads:
+            yield accepted(f"{name}: {payload.hex()}", frame(TEXT, payload), heard=(text(payload),))
+    for name, payloads in MALFORMED.items():
+        for payload in payloads:
+            yield breach(f"{name}: {payload.hex()}", frame(TEXT, payload), code=1007)
+    yield breach("a surrogate inside", frame(TEXT, SURROGATE_INSIDE), code=1007)
+    yield breach(
+        "a surrogate inside, an octet a frame",
+        *fragments(TEXT, *octets_of(SURROGATE_INSIDE)),
+        code=1007,
+    )
+    for name, parts in (
+        ("in the second of three", (KOSME, b"\xf4\x90\x80\x80", b"edited")),
+        ("begun in the first of three", (KOSME + b"\xf4", b"\x90", b"\x80\x80edited")),
+    ):
+        yield breach(f"wrong {name}", *fragments(TEXT, *parts), code=1007)
+        yield breach(f"wrong {name}, in one frame", frame(TEXT, b"".join(parts)), code=1007)
+    yield breach("unfinished at the end of two", *fragments(TEXT, b"a", b"\xc3"), code=1007)
+    yield breach("unfinished, then empty", *fragments(TEXT, b"a\xc3", b""), code=1007)
+    yield breach(
+        "wrong behind a message",
+        frame(TEXT, b"before"),
+        frame(TEXT, b"\xff"),
+        frame(PING, b"after"),
+        heard=(text("before"),),
+        code=1007,
+    )
+    yield accepted("binary need not be", frame(BINARY, b"\xff\xc3"), heard=(binary(b"\xff\xc3"),))
+    yield accepted(
+        "binary in fragments need not be",
+        *fragments(BINARY, b"\xc3", b"\xff"),
+        heard=(binary(b"\xc3\xff"),),
+    )
+
+
+def closing() -> Iterator[Case]:
+    """The closing handshake (sections 5.5.1 and 7)."""
+    close = CLOSED_BY_CLIENT
+    first = frame(TEXT, b"fragment1", fin=False)
+    yield accepted("behind a message", frame(TEXT, b"Hello"), heard=(text("Hello"),))
+    for name, behind in (
+        ("a close", close),
+        ("another close", frame(CLOSE, close_payload(3000))),
+        ("a ping", frame(PING, b"late")),
+        ("a message", frame(TEXT, b"late")),
+        ("a breach", frame(TEXT, b"late", mask=False)),
+        ("no frames at all", b"\xff" * 1_000),
+    ):
+        yield Case(f"{name} behind it does not count", (close, behind), (), 1000)
+    yield Case("between fragments", (first, close, frame(CONTINUATION, b"late")), (), 1000)
+    yield accepted(
+        "behind much",
+        frame(TEXT, b"BAsd7&jh23" * 26_214),
+        frame(TEXT, b"Hello World!"),
+        heard=(text("BAsd7&jh23" * 26_214), text("Hello World!")),
+    )
+    yield Case("without a code", (frame(CLOSE),), (), 1000)
+    yield breach("of one octet", frame(CLOSE, b"\x03"))
+    for reason in (b"", b"Hello World!", "grüß dich".encode(), b"*" * 123):
+        payload = close_payload(1000, reason)
+        yield Case(f"with a reason of {len(reason)}", (frame(CLOSE, payload),), (), 1000)
+    yield breach("with a reason of 124", frame(CLOSE, close_payload(1000, b"*" * 124)))
+    for reason in (SURROGATE_INSIDE, b"\xff", b"unfinished \xc3"):
+        payload = close_payload(1000, reason)
+        yield breach(f"with the reason {reason.hex()}", frame(CLOSE, payload), code=1007)
+    for code in (*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999):
+        yield Case(f"with the code {code}", (frame(CLOSE, close_payload(code)),), (), code)
+        payload = close_payload(code, b"and a reason")
+        yield Case(f"with the code {code} and a reason", (frame(CLOSE, payload),), (), code)
+    for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65_535):
+        yield breach(f"with the code {code}", frame(CLOSE, close_payload(code)))
+        yield breach(f"with the code {code} and a reason", frame(CLOSE, close_payload(code, b"x")))
+
+
+GROUPS = (framing, pings, reserved_bits, reserved_opcodes, fragmentation, utf_8, closing)
+CASES = {group.__name__: tuple(group()) for group in GROUPS}

@@ -1,0 +1,372 @@
+"""Stop relays at random moments while their broker misbehaves, and check how each process ends.
+
+`make stops` stops 400 of them; `tests/shutdown/test_stops.py` stops a few in each condition. Each
+relay is a process of its own. Its signals are blocked when it starts, as in the image, so that a
+signal can be sent before the interpreter runs.
+"""
+
+import argparse
+import asyncio
+import itertools
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.brokers import free_port
+from tests.support.logs_kept import NatsLog, RedisLog, broker_of
+from tests.support.proxy import HOST, READ_BYTES, Connection, Proxy, pass_on
+from tests.support.relay_process import POLL_S, Relay
+
+KINDS = ("nats", "redis")
+
+TIMEOUT_S = 3.0
+"""shutdown.timeout_s of these relays."""
+
+SCHEDULING_S = 1.0
+"""A busy machine may start the signal's thread, and this process, so late."""
+
+HUNG_S = 5.0
+"""A process that runs for so long after its deadline is killed and reported."""
+
+START_S = 100.0
+
+START_SPAN_S = 1.5
+RUN_SPAN_S = 2.5
+"""Signals come within these times after the launch, or after the relay listens."""
+
+BLOCKED = {signal.SIGTERM, signal.SIGINT}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How one relay ended.
+
+    Attributes:
+        status: its exit status; below 0: the signal that killed it; None: it hung.
+        took_s: from the first signal to its end.
+        log: what it wrote to standard error.
+    """
+
+    status: int | None
+    took_s: float
+    log: str
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it is what every stop has to be."""
+        return self.status == 0 and self.took_s < TIMEOUT_S + SCHEDULING_S
+
+
+# Conditions: each yields the URL of a broker
+
+
+@asynccontextmanager
+async def sound(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker that has no fault."""
+    async with broker_of(kind, directory) as broker:
+        yield broker.url
+
+
+@asynccontextmanager
+async def unfit(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker whose stream has a configuration that the relay can't use."""
+    async with broker_of(kind, directory) as broker, AsyncExitStack() as stack:
+        if kind == "nats":
+            config = b'{"name":"relay","subjects":["relay"],"retention":"workqueue"}'
+            await NatsLog(stack, broker).ask("$JS.API.STREAM.CREATE.relay", config)
+        else:
+            await RedisLog(stack, broker).command("SET", "relay", "not a stream")
+        yield broker.url
+
+
+@asynccontextmanager
+async def useless(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker without JetStream, or one that says that it is too old."""
+    options = {"jetstream": False} if kind == "nats" else {}
+    async with broker_of(kind, directory, **options) as broker, Old(broker.port) as proxy:
+        yield f"{kind}://localhost:{broker.port if kind == 'nats' else proxy.port}"
+
+
+class Old(Proxy):
+    """A proxy that makes a Redis 7 say that it is a Redis 5."""
+
+    def answers(self, data: bytes, connection: Connection) -> bytes:
+        """Return what the client receives."""
+        return data.replace(b"redis_version:7", b"redis_version:5")
+
+
+@asynccontextmanager
+async def flapping(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker whose connections are cut every few milliseconds."""
+    async with (
+        broker_of(kind, directory) as broker,
+        Proxy(broker.port) as proxy,
+        repeated(proxy.cut, 0.002, 0.08),
+    ):
+        yield f"{kind}://localhost:{proxy.port}"
+
+
+@asynccontextmanager
+async def refusing(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Name a port that nothing listens on."""
+    yield f"{kind}://localhost:{free_port()}"
+
+
+@asynccontextmanager
+async def slow(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker whose answers take up to 0.2 seconds each."""
+    async with broker_of(kind, directory) as broker, Late(broker.port) as proxy:
+        yield f"{kind}://localhost:{proxy.port}"
+
+
+class Late(Proxy):
+    """A proxy that delays what the server sends."""
+
+    async def _connect(self, reader: asyncio.StreamReader, connection: Connection) -> None:
+        back, server = await asyncio.open_connection(HOST, self.target)
+        connection.server = server
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pass_on(reader, server, lambda data: data))
+            while data := await back.read(READ_BYTES):
+                await asyncio.sleep(random.uniform(0, 0.2))
+                connection.client.write(data)
+
+
+@asynccontextmanager
+async def frozen(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker that is frozen."""
+    async with broker_of(kind, directory) as broker:
+        broker.freeze()
+        yield broker.url
+
+
+@asynccontextmanager
+async def freezing(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker that is frozen and thawed again and again."""
+    async with broker_of(kind, directory) as broker:
+        acts = itertools.cycle((broker.freeze, broker.thaw))
+
+        def act() -> None:
+            next(acts)()
+
+        async with repeated(act, 0.05, 0.5):
+            yield broker.url
+
+
+@asynccontextmanager
+async def unreachable(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Name a port whose connections are never established: its queue is full."""
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for filling in (first, second):
+            filling.setblocking(False)
+            filling.connect_ex(deaf.getsockname())
+        yield f"{kind}://127.0.0.1:{deaf.getsockname()[1]}"
+
+
+@asynccontextmanager
+async def starting(kind: str, directory: Path) -> AsyncIterator[str]:
+    """Run a broker that is killed and started again and again."""
+    async with broker_of(kind, directory) as broker:
+
+        async def restart() -> None:
+            while True:
+                await asyncio.sleep(random.uniform(0, 0.3))
+                await broker.restart()
+
+        task = asyncio.create_task(restart())
+        try:
+            yield broker.url
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def repeated(act: Callable[[], None], least_s: float, most_s: float) -> AsyncIterator[None]:
+    """Call `act` again and again."""
+
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(random.uniform(least_s, most_s))
+            act()
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+Condition = Callable[[str, Path], AbstractAsyncContextManager[str]]
+
+CONDITIONS: Mapping[str, Condition] = {
+    each.__name__: each
+    for each in (
+        sound,
+        unfit,
+        useless,
+        flapping,
+        refusing,
+        slow,
+        frozen,
+        freezing,
+        unreachable,
+        starting,
+    )
+}
+
+
+# One stop, and many
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Have processes start with their signals blocked, as the image does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def stopped(
+    relay: Relay,
+    gate: asyncio.Semaphore,
+    *,
+    after_s: float,
+    is_listening: bool,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+    pause_s: float = 0.0,
+) -> End:
+    """Start a relay, send it signals, and return how it ended.
+
+    Args:
+        relay: not started yet.
+        gate: bounds how many run at a time.
+        after_s: when the first signal is sent, in seconds from the moment that follows.
+        is_listening: counts from the moment when it listens, not from its start.
+        signals: what is sent.
+        pause_s: between two signals.
+    """
+    async with gate:
+        try:
+            with blocked_signals():
+                relay.launch()
+            if is_listening:
+                await has_started(relay)
+            await asyncio.sleep(after_s)
+            started = time.monotonic()
+            for number in signals:
+                relay.signal(number)
+                await asyncio.sleep(pause_s)
+            status = await asyncio.to_thread(_status_within, relay, TIMEOUT_S + HUNG_S)
+            took_s = time.monotonic() - started
+        finally:
+            await asyncio.to_thread(relay.end)
+    return End(status, took_s, "\n".join(relay.log_lines))
+
+
+async def has_started(relay: Relay) -> None:
+    """Wait until a relay listens, also where many start at a time."""
+    async with asyncio.timeout(START_S):
+        while "relay listening" not in (  # noqa: ASYNC110 - a log has no event
+            event["event"] for event in relay.log_events
+        ):
+            await asyncio.sleep(POLL_S)
+
+
+def _status_within(relay: Relay, timeout_s: float) -> int | None:
+    """Return the exit status of a process that ends in time."""
+    with suppress(subprocess.TimeoutExpired):
+        return relay.process.wait(timeout_s)
+    return None
+
+
+async def stop_many(
+    kind: str,
+    name: str,
+    count: int,
+    directory: Path,
+    gate: asyncio.Semaphore,
+    span_s: float = RUN_SPAN_S,
+) -> list[End]:
+    """Stop relays in one condition, each at a random moment.
+
+    Args:
+        kind: of the broker.
+        name: of the condition.
+        count: how many relays; every third is stopped while it starts.
+        directory: for all of them.
+        gate: bounds how many run at a time.
+        span_s: the signals come within this time.
+    """
+
+    async def stop(number: int, url: str) -> End:
+        is_listening = number % 3 < 2
+        own = directory / str(number)
+        own.mkdir()
+        return await stopped(
+            Relay(own, settings_with(url)),
+            gate,
+            after_s=random.uniform(0, span_s if is_listening else min(span_s, START_SPAN_S)),
+            is_listening=is_listening,
+            signals=[signal.SIGTERM] * random.choice((1, 1, 2, 20)),
+            pause_s=random.choice((0, 0.02)),
+        )
+
+    async with CONDITIONS[name](kind, directory / "broker") as url, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(stop(number, url)) for number in range(count)]
+    return [task.result() for task in tasks]
+
+
+def settings_with(url: str) -> dict[str, object]:
+    """Return the settings of a relay that uses a broker."""
+    shutdown = {"spread_s": 0.1, "timeout_s": TIMEOUT_S}
+    return {"backplane": {"url": url}, "shutdown": shutdown}
+
+
+async def main(arguments: Sequence[str] | None = None) -> int:
+    """Stop many relays and report."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.stops", description=__doc__)
+    parser.add_argument("--count", type=int, default=400, help="relays to stop in all")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument("--conditions", nargs="*", default=[*CONDITIONS], choices=CONDITIONS)
+    parser.add_argument("--workers", type=int, default=4, help="relays at a time")
+    options = parser.parse_args(arguments)
+    cases = [(kind, name) for kind in options.kinds for name in options.conditions]
+    gate, bad = asyncio.Semaphore(options.workers), 0
+    for number, (kind, name) in enumerate(cases):
+        count = options.count // len(cases) + (number < options.count % len(cases))
+        with tempfile.TemporaryDirectory() as directory:
+            ends = await stop_many(kind, name, count, Path(directory), gate)
+        statuses = Counter(end.status for end in ends)
+        slowest_s = max(end.took_s for end in ends)
+        print(f"{kind:6} {name:12} {dict(statuses)}, slowest {slowest_s:.2f} s", flush=True)
+        for end in ends:
+            if not end.is_clean:
+                bad += 1
+                print(f"  status {end.status} after {end.took_s:.2f} s: {end.log[-1000:]}")
+    print(f"{bad} of {options.count} did not end with status 0 in {TIMEOUT_S:g} s")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
