@@ -1,24 +1,24 @@
-"""Know whether the relay is starting, waits for keys, is ready or draining. Knows no HTTP."""
+"""Own the relay's phase: starting, waiting, ready or draining. Knows no HTTP."""
 
 from collections.abc import Callable
 from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where the relay is in its life."""
+    """The phases of a relay, from start to shutdown."""
 
     STARTING = "starting"
-    WAITING_FOR_KEYS = "waiting for keys"  # of auth.jwt.jwks_url, which it never had yet
-    WAITING_FOR_BACKPLANE = "waiting for the backplane"  # and for what it holds
+    WAITING_FOR_KEYS = "waiting for keys"  # for the first fetch of auth.jwt.jwks_url
+    WAITING_FOR_BACKPLANE = "waiting for the backplane"  # and for the history in it
     READY = "ready"
     DRAINING = "draining"
 
 
 class Lifecycle:
-    """The relay's phase, and since when new upgrades are refused.
+    """The relay's phase, and whether it refuses new upgrades.
 
     Args:
-        is_cut_off: tells whether it is without its backplane, so that nothing can be said here.
+        is_cut_off: returns whether an outage of the backplane prevents publishing here.
     """
 
     def __init__(self, *, is_cut_off: Callable[[], bool] = lambda: False) -> None:
@@ -28,7 +28,7 @@ class Lifecycle:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether it is without its backplane, so that nothing can be said here."""
+        """Whether an outage of the backplane prevents publishing here."""
         return self._is_cut_off()
 
     @property
@@ -38,6 +38,6 @@ class Lifecycle:
 
     @property
     def status(self) -> str:
-        """What it is, in words."""
+        """The phase, or the outage of a ready relay, in words."""
         is_outage = self.phase is Phase.READY and self.is_cut_off
         return "backplane outage" if is_outage else self.phase
