@@ -66,11 +66,11 @@ class Replica:
         app: the application of the relay's port.
         metrics_app: the application of the metrics port.
         shared: the context of all connections on the relay's port.
-        plain: the plain HTTP connections on the relay's port.
-        metrics_plain: the connections on the metrics port.
+        http_connections: the plain HTTP connections on the relay's port.
+        metrics_http_connections: the connections on the metrics port.
         backplane: the log.
         history: messages retained for replay.
-        health: the phase of the relay.
+        lifecycle: the phase of the relay.
         metrics: the metrics of the replica.
         certificates: the served certificate; None: no TLS.
         tokens: verifies tokens; None: no token is required.
@@ -79,11 +79,11 @@ class Replica:
     app: ASGIApp
     metrics_app: ASGIApp
     shared: ConnectionContext
-    plain: HttpConnections
-    metrics_plain: HttpConnections
+    http_connections: HttpConnections
+    metrics_http_connections: HttpConnections
     backplane: Backplane
     history: History
-    health: Lifecycle
+    lifecycle: Lifecycle
     metrics: Metrics
     certificates: Certificates | None
     tokens: "TokenVerifier | None"
@@ -128,7 +128,7 @@ def build(
     serving_states = (
         {BackplaneState.UP, BackplaneState.OUTAGE} if relays_locally else {BackplaneState.UP}
     )
-    health = Lifecycle(is_cut_off=lambda: backplane.state not in serving_states)
+    lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
     backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
     # A single message of the maximum size must fit.
     partial_messages = PartialMessages(
@@ -161,14 +161,21 @@ def build(
         history=history,
         written=metrics.observe_delivery,
     )
-    refusals = Refusals(counters, RefusalLog(), tracing.note_refusal if tracing else None)
-    metrics_plain = HttpConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
-    descriptors = FileDescriptors(
-        connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
-        of_requests=lambda: len(plain),
-        of_metrics=lambda: len(metrics_plain),
+    refusals = Refusals(counters, RefusalLog(), tracing.annotate_refusal if tracing else None)
+    metrics_http_connections = HttpConnections(
+        OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count
     )
-    plain = HttpConnections(
+    descriptors = FileDescriptors(
+        connections=lambda: (
+            len(shared.clients)
+            + http_connections.deciding
+            + len(http_connections)
+            + len(metrics_http_connections)
+        ),
+        of_requests=lambda: len(http_connections),
+        of_metrics=lambda: len(metrics_http_connections),
+    )
+    http_connections = HttpConnections(
         limits.max_http_connections,
         Refusal.HTTP_CONNECTIONS,
         refusals.count,
@@ -184,28 +191,31 @@ def build(
         connections=lambda: len(shared.clients),
         has_descriptor=descriptors.fit_client,
         has_room=broadcaster.has_room,
-        health=health,
+        health=lifecycle,
     )
-    metrics.watch(
+    metrics.register(
         counters,
         Gauges(
             max_connections=limits.max_connections,
             free_descriptors=lambda: descriptors.free,
-            http_connections=lambda: {"relay": len(plain), "metrics": len(metrics_plain)},
-            http_evictions=lambda: plain.evictions + metrics_plain.evictions,
+            http_connections=lambda: {
+                "relay": len(http_connections),
+                "metrics": len(metrics_http_connections),
+            },
+            http_evictions=lambda: http_connections.evictions + metrics_http_connections.evictions,
             total_backlog_bytes=limits.total_backlog_bytes,
-            ready=lambda: health.ready,
+            ready=lambda: lifecycle.ready,
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
             unfinished_bytes=lambda: partial_messages.total_bytes,
             paused_publishers=lambda: shared.held,
-            log_books=backplane.books,
-            log_up=lambda: backplane.state is BackplaneState.UP,
+            backplane_counters=backplane.books,
+            backplane_up=lambda: backplane.state is BackplaneState.UP,
             appends_bytes=lambda: appends.bytes,
             history_messages=lambda: len(history),
             history_bytes=lambda: history.bytes,
-            draining=lambda: health.phase is Phase.DRAINING,
+            draining=lambda: lifecycle.phase is Phase.DRAINING,
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},
             key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
@@ -218,17 +228,17 @@ def build(
             "version": __version__,
             "replica": REPLICA,
             "uptime_s": round(time.monotonic() - started_at),
-            "status": health.status,
+            "status": lifecycle.status,
             "replicas": [_parse_description(text) for text in backplane.replicas()],
             "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
             "max_message_bytes": limits.max_message_bytes,
-            **metrics.figures(),
+            **metrics.to_stats(),
         }
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
-    app.include_router(health_router(health))
+    app.include_router(health_router(lifecycle))
     for router in _routers(settings, admission, broadcaster, refusals, stats):
         app.include_router(router)
     app.add_middleware(
@@ -240,18 +250,18 @@ def build(
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()
-    metrics_app.include_router(health_router(health))
+    metrics_app.include_router(health_router(lifecycle))
     metrics_app.include_router(metrics_router(metrics))
     app_with_headers = SecurityHeaders(app)
     return Replica(
         tracing.traced(app_with_headers) if tracing else app_with_headers,
         SecurityHeaders(metrics_app),
         shared,
-        plain,
-        metrics_plain,
+        http_connections,
+        metrics_http_connections,
         backplane,
         history,
-        health,
+        lifecycle,
         metrics,
         certificates,
         tokens,

@@ -38,14 +38,14 @@ async def cancel_until_done(*tasks: asyncio.Task[Any]) -> None:
         raise cancelled
 
 
-async def run_cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+async def run_cancellable(function: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run a coroutine such that a single cancellation ends it.
 
     Args:
-        begin: creates the coroutine. An existing coroutine would never be awaited if the
+        function: creates the coroutine. An existing coroutine would never be awaited if the
             cancellation arrives before the first step.
     """
-    task = asyncio.create_task(begin())
+    task = asyncio.create_task(function())
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:

@@ -38,7 +38,7 @@ OPEN_MAX = 10_240
 DIRECTORY = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
 
 
-def most_possible() -> int:
+def highest_limit() -> int:
     """Return the highest limit that the process may set."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
@@ -50,7 +50,7 @@ def raise_limit() -> None:
     """Raise the limit to the maximum: each client needs one, and the shell's default is 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS may allow less than it reports
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most_possible(), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest_limit(), hard))
 
 
 def count_open() -> int:

@@ -18,26 +18,26 @@ class Lifecycle:
     """The relay's phase, and whether it refuses new upgrades.
 
     Args:
-        is_cut_off: returns whether an outage of the backplane prevents publishing here.
+        is_backplane_down: returns whether an outage of the backplane prevents publishing here.
     """
 
-    def __init__(self, *, is_cut_off: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, *, is_backplane_down: Callable[[], bool] = lambda: False) -> None:
         self.phase = Phase.STARTING
-        self._is_cut_off = is_cut_off
-        self.refusing = False  # draining, and shutdown.readiness_delay_s has passed
+        self._is_backplane_down = is_backplane_down
+        self.refuses_upgrades = False  # draining, and shutdown.readiness_delay_s has passed
 
     @property
-    def is_cut_off(self) -> bool:
+    def is_backplane_down(self) -> bool:
         """Whether an outage of the backplane prevents publishing here."""
-        return self._is_cut_off()
+        return self._is_backplane_down()
 
     @property
     def ready(self) -> bool:
         """Whether load balancers should send clients here."""
-        return self.phase is Phase.READY and not self.is_cut_off
+        return self.phase is Phase.READY and not self.is_backplane_down
 
     @property
     def status(self) -> str:
         """The phase, or the outage of a ready relay, in words."""
-        is_outage = self.phase is Phase.READY and self.is_cut_off
+        is_outage = self.phase is Phase.READY and self.is_backplane_down
         return "backplane outage" if is_outage else self.phase

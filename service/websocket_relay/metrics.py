@@ -52,8 +52,8 @@ class Gauges:
     backlog_bytes: Callable[[], int]
     unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
-    log_books: BackplaneCounters
-    log_up: Callable[[], bool]
+    backplane_counters: BackplaneCounters
+    backplane_up: Callable[[], bool]
     appends_bytes: Callable[[], int]
     history_messages: Callable[[], int]
     history_bytes: Callable[[], int]
@@ -101,9 +101,9 @@ class Metrics:
         self.observe_append: Callable[[float], None] = append.observe
         self.observe_backplane_lag: Callable[[float], None] = backplane_lag.observe
 
-    def watch(self, ledger: Counters, gauges: Gauges) -> None:
+    def register(self, counters: Counters, gauges: Gauges) -> None:
         """Register the counters and gauges of the replica."""
-        self.registry.register(_RelayCollector(ledger, gauges))
+        self.registry.register(_RelayCollector(counters, gauges))
 
     async def page(self, accept: str) -> tuple[bytes, str]:
         """Return the page and its content type, in the format that an Accept header selects."""
@@ -116,7 +116,7 @@ class Metrics:
             encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         return await self._pages.get(content_type, lambda: encode(self.registry)), content_type
 
-    def figures(self) -> dict[str, Any]:
+    def to_stats(self) -> dict[str, Any]:
         """Return the relay's own metrics as plain values, for the console.
 
         Counters and gauges are numbers, or numbers by label value. Histograms have `count`, `sum`
@@ -162,8 +162,8 @@ def _plain(family: Metric) -> Any:
 
 
 class _RelayCollector(Collector):
-    def __init__(self, ledger: Counters, gauges: Gauges) -> None:
-        self._counters = ledger
+    def __init__(self, counters: Counters, gauges: Gauges) -> None:
+        self._counters = counters
         self._gauges = gauges
 
     def describe(self) -> Iterable[Metric]:
@@ -227,8 +227,8 @@ class _RelayCollector(Collector):
             yield _labelled("jwks_fetches", text, ["result"], fetches)
 
     def _backplane(self) -> Iterator[Metric]:
-        counters, pending = self._gauges.log_books, self._gauges.appends_bytes()
-        up = int(self._gauges.log_up())
+        counters, pending = self._gauges.backplane_counters, self._gauges.appends_bytes()
+        up = int(self._gauges.backplane_up())
         yield _gauge("backplane_up", "1 while messages get into the log and back", up)
         yield _gauge("backplane_pending_bytes", "Bytes not yet appended to the log", pending)
         yield _counter("backplane_outages", "Outages of the backplane", counters.outages)

@@ -18,7 +18,7 @@ MAX_PAUSE_S = 1.0
 BURST_S = 1.0
 """Pause time that idle time pays in advance: infrequent requests never wait."""
 
-ANSWERS_A_TURN = 4
+ANSWERS_PER_TURN = 4
 """Requests answered in one turn of the event loop. Each then writes the page to its connection."""
 
 RenderPage = Callable[[], bytes]
@@ -77,7 +77,7 @@ class PageCache:
             loop.call_at(self._next_at, self._render)
 
     def _answer_some(self) -> None:
-        for _ in range(min(ANSWERS_A_TURN, len(self._rendered))):
+        for _ in range(min(ANSWERS_PER_TURN, len(self._rendered))):
             answer, page = self._rendered.popleft()
             if not answer.done():
                 answer.set_result(page)

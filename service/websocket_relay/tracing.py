@@ -92,10 +92,10 @@ class Tracing:
     def _start_span(self, scope: Mapping[str, Any]) -> Span:
         return self._tracer.start_span(_name(scope), _parent(scope["headers"]), SpanKind.SERVER)
 
-    def note_refusal(self, refused: RefusedError) -> None:
+    def annotate_refusal(self, error: RefusedError) -> None:
         """Record the reason for which the current request is refused."""
         if (request := self._request.get()) is not None:
-            request.refusal = refused.why.label
+            request.refusal = error.why.label
 
     def facts(self) -> Mapping[str, str]:
         """Return the trace and span id of the current request, for log lines."""

@@ -202,9 +202,9 @@ class AdmissionPolicy:
                 raise RefusedError(Refusal.ORIGIN)
 
     def _check_availability(self) -> None:
-        if self._health.refusing:
+        if self._health.refuses_upgrades:
             raise RefusedError(Refusal.DRAINING)
-        if self._health.is_cut_off:
+        if self._health.is_backplane_down:
             raise RefusedError(Refusal.UNAVAILABLE)
 
     async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
@@ -218,7 +218,7 @@ class AdmissionPolicy:
         token = find_token(request.authorization, request.query, request.subprotocols)
         if token is None:
             raise RefusedError(Refusal.NO_TOKEN)
-        return await self._tokens.rights(token)
+        return await self._tokens.verify(token)
 
     def _check_limits(self, channel: str, network: str) -> None:
         self._check_availability()  # again: it may have changed while the token was verified

@@ -79,7 +79,7 @@ class PublicKeyFile:
         except ValueError as error:
             raise _unusable(file, str(error)) from None
         if is_short(self._key):
-            raise _unusable(file, f"RSA key shorter than {MIN_RSA_BITS} bits")
+            raise _unusable(file, f"RSA key of fewer than {MIN_RSA_BITS} bits")
         unsupported = algorithms - algorithms_of(self._key)
         if unsupported:
             reason = f"this type of key does not support {', '.join(sorted(unsupported))}"

@@ -70,7 +70,7 @@ class TokenVerifier:
         # PyJWT would warn on standard error, for every token. The relay warns once, at the start.
         warnings.simplefilter("ignore", InsecureKeyLengthWarning)
 
-    async def rights(self, token: str) -> Permissions:
+    async def verify(self, token: str) -> Permissions:
         """Verify a token and return its permissions.
 
         Raises:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.page_cache import PageCache
@@ -93,7 +93,7 @@ def console_router(
         methods=["GET"],
         summary="Read the relay's stats",
         response_model=None,
-        responses={200: STATS_RESPONSE, **refused(401, 403, 503)},
+        responses={200: STATS_RESPONSE, **refusal_responses(401, 403, 503)},
         openapi_extra={"parameters": [TOKEN_PARAMETER]},
     )
     return router

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from websocket_relay.lifecycle import Lifecycle
 
 
-def health_router(health: Lifecycle) -> APIRouter:
+def health_router(lifecycle: Lifecycle) -> APIRouter:
     """Return the routes of the probes."""
     router = APIRouter()
     not_ready: dict[int | str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ def health_router(health: Lifecycle) -> APIRouter:
 
     @router.get("/readyz", summary="Check that clients are accepted", responses=not_ready)
     async def readyz() -> JSONResponse:
-        status = HTTPStatus.OK if health.ready else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse({"status": health.status}, status)
+        status = HTTPStatus.OK if lifecycle.ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({"status": lifecycle.status}, status)
 
     return router

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -134,7 +134,10 @@ def publish_router(
             status_code=HTTPStatus.ACCEPTED,
             summary="Publish one message or a batch",
             response_model=None,
-            responses={**RESPONSES, **refused(400, 401, 403, 404, 408, 413, 415, 503, 504)},
+            responses={
+                **RESPONSES,
+                **refusal_responses(400, 401, 403, 404, 408, 413, 415, 503, 504),
+            },
             openapi_extra={"parameters": [*parameters, TOKEN_PARAMETER], "requestBody": BODY},
         )
     return router
@@ -171,7 +174,7 @@ class MessageBatch:
         except TimeoutError:
             raise RefusedError(Refusal.UNFINISHED) from None
 
-    def keep(self, size: int) -> None:
+    def record_size(self, size: int) -> None:
         """Record the number of bytes received so far."""
         self._unfinished.note(self, size)
 
@@ -210,7 +213,7 @@ async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> b
         if size > max_bytes:
             raise RefusedError(Refusal.TOO_LARGE)
         parts.append(part)
-        batch.keep(size)
+        batch.record_size(size)
     return b"".join(parts)
 
 

@@ -27,7 +27,7 @@ UNDOCUMENTED = (Refusal.HANDSHAKE, Refusal.METRICS_CONNECTIONS)
 """Reasons that no request in the OpenAPI document is refused for."""
 
 
-def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refusal_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI description of a route's refusals."""
     text = {"text/plain": {"schema": {"type": "string"}}}
     reasons_by_status: dict[int, list[str]] = {status: [] for status in statuses}
@@ -48,44 +48,44 @@ class Refusals:
     """Count and answer refusals.
 
     Args:
-        ledger: counts refusals by reason.
-        pressure: logs the limits that were hit.
+        counters: counts refusals by reason.
+        refusal_log: logs the limits that were hit.
         trace: called with each refusal that is answered; None: not traced.
     """
 
     def __init__(
         self,
-        ledger: Counters,
-        pressure: RefusalLog,
+        counters: Counters,
+        refusal_log: RefusalLog,
         trace: Callable[[RefusedError], None] | None = None,
     ) -> None:
-        self._ledger = ledger
-        self._pressure = pressure
+        self._counters = counters
+        self._refusal_log = refusal_log
         self._trace = trace
 
     def count(self, why: Refusal) -> None:
         """Count a refusal that is answered elsewhere or not at all."""
-        self._ledger.refusals[why] += 1
-        self._pressure.note(why)
+        self._counters.refusals[why] += 1
+        self._refusal_log.note(why)
 
-    def answer(self, refused: RefusedError) -> Response:
+    def answer(self, error: RefusedError) -> Response:
         """Count a refusal and return the response to it."""
-        self.count(refused.why)
+        self.count(error.why)
         if self._trace is not None:
-            self._trace(refused)
-        log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})
-        return answer_to(refused)
+            self._trace(error)
+        log.debug("refused", extra={"reason": error.why.label, "detail": error.detail})
+        return answer_to(error)
 
 
-def answer_to(refused: RefusedError) -> Response:
+def answer_to(error: RefusedError) -> Response:
     """Return the response to a refusal, with the headers that its status requires."""
-    status = refused.why.status
+    status = error.why.status
     headers = {}
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(random_retry_after_s())
     elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
-        is_invalid = refused.why is Refusal.BAD_TOKEN
+        is_invalid = error.why is Refusal.BAD_TOKEN
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
-    elif refused.why is Refusal.CODING:  # RFC 9110 section 15.5.16
+    elif error.why is Refusal.CODING:  # RFC 9110 section 15.5.16
         headers["Accept-Encoding"] = "identity"
-    return PlainTextResponse(f"{refused}\n", status, headers)
+    return PlainTextResponse(f"{error}\n", status, headers)

@@ -53,13 +53,13 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
 
 
 def replay_request_of(
-    query: bytes, *, tells_positions: bool, last_event_id: str = ""
+    query: bytes, *, sends_positions: bool, last_event_id: str = ""
 ) -> ReplayRequest | None:
     """Return the replay that a client requests; None: it subscribes without one.
 
     Args:
         query: the part of the URL after the question mark.
-        tells_positions: whether the client receives the position of each message.
+        sends_positions: whether the client receives the position of each message.
         last_event_id: a position. It overrides `since`: a browser that reconnects sends the same
             URL again, so the query is older.
 
@@ -76,9 +76,9 @@ def replay_request_of(
         last = int(counts[0])
     if last_event_id:
         since = _position([last_event_id])
-    if since is None and not last and not tells_positions:
+    if since is None and not last and not sends_positions:
         return None
-    return ReplayRequest(since, last, tells_positions)
+    return ReplayRequest(since, last, sends_positions)
 
 
 def _parameters(query: bytes) -> dict[str, list[str]]:

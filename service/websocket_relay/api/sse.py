@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -63,15 +63,15 @@ class EventsResponse(Response):
     """A response that consists of a head and an event stream, and ends with the connection.
 
     Args:
-        begin: takes the connection over after the head was sent.
+        start_stream: takes the connection over after the head was sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, begin: Callable[[HttpProtocol], None]) -> None:
+    def __init__(self, start_stream: Callable[[HttpProtocol], None]) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
-        self._begin = begin
+        self._start_stream = start_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head and hand the connection over."""
@@ -84,7 +84,7 @@ class EventsResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        self._begin(connection)
+        self._start_stream(connection)
 
 
 def events_router(
@@ -110,7 +110,7 @@ def events_router(
         query = request.scope["query_string"]
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
         try:
-            replay = replay_request_of(query, tells_positions=True, last_event_id=last_event_id)
+            replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
             # Before admission: from its check of the limits on, nothing may suspend.
             await connection.answers_are_out()
             grant = await admission.admit(admission_request_of(request))
@@ -137,7 +137,7 @@ def events_router(
             methods=["GET"],
             summary="Subscribe to a channel by server-sent events",
             response_model=None,
-            responses={200: STREAM, **refused(400, 401, 403, 404, 503)},
+            responses={200: STREAM, **refusal_responses(400, 401, 403, 404, 503)},
             openapi_extra={"parameters": [*parameters, *PARAMETERS]},
         )
     return router

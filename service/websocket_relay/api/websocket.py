@@ -45,9 +45,9 @@ def add_websocket_routes(
     async def subscribe(websocket: WebSocket) -> None:
         scope = websocket.scope
         offered: list[str] = scope["subprotocols"]
-        tells_positions = POSITIONS_SUBPROTOCOL in offered
+        sends_positions = POSITIONS_SUBPROTOCOL in offered
         try:
-            replay = replay_request_of(scope["query_string"], tells_positions=tells_positions)
+            replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
             grant = await admission.admit(admission_request_of(websocket))
         except RefusedError as error:
             await refuse(websocket, error)

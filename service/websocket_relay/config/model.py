@@ -38,7 +38,7 @@ MAX_COUNT = 1 << 31
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
-SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 ITEMS = "items_in_words"
 """The key in a list's JSON schema under which its allowed items are described."""
@@ -203,7 +203,7 @@ class LimitsSettings(Section):
     max_messages_per_s: Count = Field(
         0, description="per connection, with a burst of twice as many (else 1008); 0: no limit"
     )
-    handshake_timeout_s: SomeSeconds = Field(
+    handshake_timeout_s: PositiveSeconds = Field(
         10, description="from TCP accept to the upgrade, and for the closing handshake"
     )
     send_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
@@ -219,8 +219,8 @@ class LimitsSettings(Section):
 class KeepaliveSettings(Section):
     """Pings that detect dead connections."""
 
-    ping_interval_s: SomeSeconds = Field(20, description="seconds between two pings")
-    ping_timeout_s: SomeSeconds = Field(
+    ping_interval_s: PositiveSeconds = Field(20, description="seconds between two pings")
+    ping_timeout_s: PositiveSeconds = Field(
         20, description="seconds until a client that is silent after a ping is closed (1011)"
     )
 
@@ -245,7 +245,7 @@ class HistorySettings(Section):
         16_777_216,
         description="memory; beyond it the channel that uses the most loses its oldest message",
     )
-    max_age_s: SomeSeconds = Field(300, description="older messages are removed")
+    max_age_s: PositiveSeconds = Field(300, description="older messages are removed")
 
 
 class BrokerUrl(SecretStr):
@@ -346,11 +346,11 @@ class JwtSettings(Section):
         return value
 
     @property
-    def of_public_keys(self) -> list[str]:
+    def public_key_settings(self) -> list[str]:
         """The names of the settings that provide public keys and are not empty."""
         return [name for name in ("public_key_file", "jwks_url") if getattr(self, name)]
 
-    def short_secret(self) -> Iterator[tuple[str, int]]:
+    def algorithms_needing_longer_secret(self) -> Iterator[tuple[str, int]]:
         """Yield each algorithm for which the secret is too short, and the minimum in bytes."""
         length = len(self.secret.get_secret_value().encode())
         for algorithm in sorted(set(self.algorithms)):
@@ -372,9 +372,9 @@ class AuthSettings(Section):
             return self
         with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
         others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
-        if self.jwt.of_public_keys and not others:
+        if self.jwt.public_key_settings and not others:
             raise ValueError(
-                f"auth.jwt.{self.jwt.of_public_keys[0]} is set, but auth.jwt.algorithms"
+                f"auth.jwt.{self.jwt.public_key_settings[0]} is set, but auth.jwt.algorithms"
                 f" ({', '.join(with_secret)}) uses no public key; set auth.jwt.algorithms"
                 " to the algorithms of the tokens: RS256 for most RSA keys, ES256 or EdDSA"
                 " for others"
@@ -442,14 +442,14 @@ class Settings(BaseSettings):
         """Yield warnings, which `check` prints and the relay logs at startup."""
         jwt = self.auth.jwt
         if self.auth.mode == "none":
-            named = [*(["secret"] if jwt.secret else []), *jwt.of_public_keys]
+            named = [*(["secret"] if jwt.secret else []), *jwt.public_key_settings]
             if named:
                 unused = ", ".join(f"auth.jwt.{name}" for name in named)
                 yield SettingsWarning(
                     "auth.mode is none, so everybody may connect", {"unused": unused}
                 )
             return
-        for algorithm, min_bytes in jwt.short_secret():
+        for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():
             facts = {"algorithm": algorithm, "min_bytes": min_bytes}
             yield SettingsWarning("auth.jwt.secret is short", facts)
 

@@ -40,7 +40,7 @@ class Listener(uvicorn.Server):
     Args:
         app: the application.
         host, port: the address; port 0 selects a free one.
-        plain: the port's connections that are plain HTTP.
+        http_connections: the plain HTTP connections of the port.
         context: for TLS; None: no TLS.
         handshake_timeout_s: deadline of a TLS handshake.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
@@ -53,7 +53,7 @@ class Listener(uvicorn.Server):
         host: str,
         port: int,
         *,
-        plain: HttpConnections,
+        http_connections: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
         trusted_proxies: Sequence[str] = (),
@@ -72,7 +72,7 @@ class Listener(uvicorn.Server):
             **protocols,
         )
         super().__init__(config)
-        self._plain = plain
+        self._http_connections = http_connections
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
 
@@ -113,12 +113,14 @@ class Listener(uvicorn.Server):
         protocol = make(config=self.config, server_state=self.server_state, app_state={})
         if self._context is None:
             return protocol
-        return TlsHandshake(protocol, self._plain, self._context, self._handshake_timeout_s)
+        return TlsHandshake(
+            protocol, self._http_connections, self._context, self._handshake_timeout_s
+        )
 
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` has bound the port."""
 
-    async def answer_all(self, *, until: float) -> int:
+    async def wait_for_responses(self, *, until: float) -> int:
         """Wait for the requests in flight: a POST may wait for the position of its message.
 
         Args:

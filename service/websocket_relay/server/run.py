@@ -19,7 +19,7 @@ from websocket_relay.app import Replica, build
 from websocket_relay.cancellation import run_cancellable
 from websocket_relay.channels.keepalive import keep_alive
 from websocket_relay.config.model import Settings, SettingsWarning
-from websocket_relay.file_descriptors import AT_START, RESERVED, most_possible, raise_limit
+from websocket_relay.file_descriptors import AT_START, RESERVED, highest_limit, raise_limit
 from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Refusal
 from websocket_relay.server.drain import close_all, wait_until_closed
@@ -81,7 +81,7 @@ def run(settings: Settings, stop: Stop) -> None:
 def doubts(settings: Settings) -> Iterator[SettingsWarning]:
     """Yield warnings about the settings and the limits of this machine."""
     yield from settings.doubts()
-    limit = most_possible()
+    limit = highest_limit()
     needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
     if limit < needed:
         yield SettingsWarning("too few file descriptors", {"limit": limit, "needed": needed})
@@ -172,9 +172,9 @@ async def _serve(
         becoming_ready = group.create_task(_become_ready(relay, on_ready))
         await stopping.wait()
         becoming_ready.cancel()  # before the phase changes
-        asked_at = stop.asked_at
-        assert asked_at is not None
-        until = asked_at + timeout_s
+        signalled_at = stop.signalled_at
+        assert signalled_at is not None
+        until = signalled_at + timeout_s
         await _drain(settings, relay, relay_port, until)
         await asyncio.gather(*(port.shutdown() for port in ports))
         for task in background:
@@ -241,15 +241,15 @@ async def _become_ready(relay: Replica, on_ready: Callable[[], None]) -> None:
     After that, an unreachable issuer does not make the replica unready: all replicas have the same
     issuer, and most keys are cached.
     """
-    if relay.health.is_cut_off:
-        relay.health.phase = Phase.WAITING_FOR_BACKPLANE
+    if relay.lifecycle.is_backplane_down:
+        relay.lifecycle.phase = Phase.WAITING_FOR_BACKPLANE
         await relay.backplane.begun.wait()
-    if relay.health.is_cut_off:  # in an outage, and backplane.on_outage is reject
+    if relay.lifecycle.is_backplane_down:  # in an outage, and backplane.on_outage is reject
         await relay.backplane.up.wait()
     if relay.tokens is not None and relay.tokens.jwks is not None:
-        relay.health.phase = Phase.WAITING_FOR_KEYS
+        relay.lifecycle.phase = Phase.WAITING_FOR_KEYS
         await relay.tokens.jwks.get_first()
-    relay.health.phase = Phase.READY
+    relay.lifecycle.phase = Phase.READY
     log.info("ready")
     on_ready()
 
@@ -261,11 +261,11 @@ def _relay_listener(settings: Settings, relay: Replica) -> Listener:
         relay.app,
         server.host,
         server.port,
-        plain=relay.plain,
+        http_connections=relay.http_connections,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
-        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.plain),
+        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),
         ws=functools.partial(WebSocketConnection, shared=relay.shared),
     )
 
@@ -274,12 +274,14 @@ def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
     metrics = settings.metrics
     if not metrics.enabled:
         return None
-    http = functools.partial(HttpProtocol, shared=relay.shared, plain=relay.metrics_plain)
+    http = functools.partial(
+        HttpProtocol, shared=relay.shared, plain=relay.metrics_http_connections
+    )
     return Listener(
         relay.metrics_app,
         metrics.host,
         metrics.port,
-        plain=relay.metrics_plain,
+        http_connections=relay.metrics_http_connections,
         http=http,
         ws="none",
     )
@@ -291,11 +293,11 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
     shutdown, clients = settings.shutdown, relay.shared.clients
     until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
     # No load balancer sends clients to a relay that was never ready.
-    readiness_delay_s = shutdown.readiness_delay_s if relay.health.ready else 0
-    relay.health.phase = Phase.DRAINING
+    readiness_delay_s = shutdown.readiness_delay_s if relay.lifecycle.ready else 0
+    relay.lifecycle.phase = Phase.DRAINING
     log.info("draining", extra={"clients": len(clients)})
     await asyncio.sleep(min(readiness_delay_s, max(0.0, until - loop.time())))
-    relay.health.refusing = True
+    relay.lifecycle.refuses_upgrades = True
     # Clients need time for the closing handshake: the spread is cut to leave a fifth for it.
     spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
     await close_all(clients, spread_s=spread_s, rng=random.Random())
@@ -307,6 +309,6 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
             await relay.backplane.flush()
     except TimeoutError:
         log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
-    relay.plain.end_idle(Refusal.DRAINING)  # their next request may never arrive
-    if unanswered := await port.answer_all(until=until):
+    relay.http_connections.end_idle(Refusal.DRAINING)  # their next request may never arrive
+    if unanswered := await port.wait_for_responses(until=until):
         log.warning("requests cut off", extra={"requests": unanswered})

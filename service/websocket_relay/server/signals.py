@@ -56,11 +56,11 @@ class Stop:
     Before `attach` a signal exits the process at once, with status 0.
 
     Attributes:
-        asked_at: time of the first signal, by `time.monotonic`; None: none was received.
+        signalled_at: time of the first signal, by `time.monotonic`; None: none was received.
     """
 
     def __init__(self) -> None:
-        self.asked_at: float | None = None
+        self.signalled_at: float | None = None
         self._signalled = threading.Event()
         self._start_shutdown: Callable[[], object] | None = None
         self._timeout_s = 0.0
@@ -72,27 +72,27 @@ class Stop:
 
     def attach(
         self,
-        begin: Callable[[], object],
+        start_shutdown: Callable[[], object],
         timeout_s: float,
-        tasks: Callable[[], str],
+        list_tasks: Callable[[], str],
     ) -> None:
         """Make the first signal start a graceful shutdown.
 
         Args:
-            begin: starts the shutdown; called in another thread.
+            start_shutdown: called in another thread.
             timeout_s: the process exits this long after the signal at the latest.
-            tasks: returns the running tasks, for the log; called in another thread.
+            list_tasks: returns the running tasks, for the log; called in another thread.
         """
-        self._timeout_s, self._list_tasks = timeout_s, tasks
-        self._start_shutdown = begin
+        self._timeout_s, self._list_tasks = timeout_s, list_tasks
+        self._start_shutdown = start_shutdown
 
     def _receive(self) -> None:
         while True:
             number = signal.sigwait(SIGNALS)
             if self._start_shutdown is None:
                 os._exit(0)
-            if self.asked_at is None:
-                self.asked_at = time.monotonic()
+            if self.signalled_at is None:
+                self.signalled_at = time.monotonic()
                 self._signalled.set()
                 with suppress(RuntimeError):  # the event loop is closed: the relay exits anyway
                     self._start_shutdown()
@@ -101,8 +101,8 @@ class Stop:
 
     def _enforce(self) -> None:
         self._signalled.wait()
-        assert self.asked_at is not None
-        time.sleep(max(0.0, self.asked_at + self._timeout_s - time.monotonic()))
+        assert self.signalled_at is not None
+        time.sleep(max(0.0, self.signalled_at + self._timeout_s - time.monotonic()))
         _exit_now(1, self._log_unfinished)
 
     def _log_unfinished(self) -> None:
