@@ -14,14 +14,14 @@ from time import perf_counter, thread_time
 OF_METRICS = 32
 """Reserved for the metrics port, and its maximum: probes and Prometheus are always answered."""
 
-OF_REQUESTS = 32
+RESERVED_FOR_REQUESTS = 32
 """Minimum for plain HTTP on the relay's port: probes there, and clients that are refused."""
 
-OF_ITS_OWN = 32
+RESERVED_FOR_BACKENDS = 32
 """Reserved for connections to the broker, the issuer and the collector; for certificates; for name
 resolution."""
 
-RESERVED = OF_METRICS + OF_REQUESTS + OF_ITS_OWN
+RESERVED = OF_METRICS + RESERVED_FOR_REQUESTS + RESERVED_FOR_BACKENDS
 """Descriptors that are not available to clients."""
 
 AT_START = 32
@@ -102,7 +102,7 @@ class FileDescriptors:
 
     def fit_request(self) -> bool:
         """Return whether the relay's port may accept one more HTTP connection."""
-        return self._are_free(OF_METRICS + OF_ITS_OWN + 1 - self._of_metrics())
+        return self._are_free(OF_METRICS + RESERVED_FOR_BACKENDS + 1 - self._of_metrics())
 
     def _estimated_free(self) -> int:
         return self._limit - self._others - self._connections()

@@ -32,7 +32,7 @@ QUIET = {
     "opentelemetry.util.re": logging.CRITICAL,
 }
 
-OURS = "websocket_relay."
+OWN_LOGGERS = "websocket_relay."
 
 URL_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
 """User, password and query: libraries log the full URL of a collector."""
@@ -91,7 +91,7 @@ def _mark_foreign(
 ) -> structlog.typing.EventDict:
     """Add the logger's name to a line of a library, and redact the secrets of URLs in it."""
     name = event["_record"].name
-    if not name.startswith(OURS):
+    if not name.startswith(OWN_LOGGERS):
         event["logger"] = name
         event["event"] = URL_SECRETS.sub("", event["event"])
     return event

@@ -438,7 +438,7 @@ class Settings(BaseSettings):
     shutdown: ShutdownSettings = ShutdownSettings()
     logging: LoggingSettings = LoggingSettings()
 
-    def doubts(self) -> Iterator[SettingsWarning]:
+    def warnings(self) -> Iterator[SettingsWarning]:
         """Yield warnings, which `check` prints and the relay logs at startup."""
         jwt = self.auth.jwt
         if self.auth.mode == "none":

@@ -80,7 +80,7 @@ def run(settings: Settings, stop: Stop) -> None:
 
 def doubts(settings: Settings) -> Iterator[SettingsWarning]:
     """Yield warnings about the settings and the limits of this machine."""
-    yield from settings.doubts()
+    yield from settings.warnings()
     limit = highest_limit()
     needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
     if limit < needed:
