@@ -1,4 +1,7 @@
-"""Compose the relay: build the parts and hand them to each other."""
+"""Build the components of a replica and connect them. The only composition root.
+
+Knows no port and no signal.
+"""
 
 import json
 import socket
@@ -48,37 +51,39 @@ if TYPE_CHECKING:
 
 REPLICA = socket.gethostname()
 
-PENDING_PART, UNHEARD_PART, APPENDS_PART = 2, 4, 16
-"""What was said and is not written yet comes to limits.total_backlog_bytes at most: a half of it
-waits for its fan-out, a quarter was read and is not heard yet, and a sixteenth waits to get into
-the log, which is what a broker takes in a tenth of a second. The rest is for what is in work: with
-each of them one message may pass its part."""
+PENDING_PART, UNPROCESSED_PART, APPENDS_PART = 2, 4, 16
+"""Messages that are not written yet take at most limits.total_backlog_bytes: a half is pending
+fan-out, a quarter is received but unprocessed, and a sixteenth is pending append to the log, which
+is what a broker accepts in 0.1 s. The rest is headroom: each of the three may be exceeded by one
+message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """What `server` runs.
+    """The components that `server` runs.
 
     Attributes:
-        app: the relay's port.
-        metrics_app: the metrics port.
-        shared: what the connections of the relay's port are given.
-        plain: those of them that are no clients.
-        metrics_plain: the metrics port's connections.
+        app: the application of the relay's port.
+        metrics_app: the application of the metrics port.
+        shared: the context of all connections on the relay's port.
+        http_connections: the plain HTTP connections on the relay's port.
+        metrics_http_connections: the connections on the metrics port.
         backplane: the log.
-        history: what is kept for clients that come back.
-        certificates: what is served there, or None for plain ws://.
-        tokens: what checks tokens, or None where there are none.
+        history: messages retained for replay.
+        lifecycle: the phase of the relay.
+        metrics: the metrics of the replica.
+        certificates: the served certificate; None: no TLS.
+        tokens: verifies tokens; None: no token is required.
     """
 
     app: ASGIApp
     metrics_app: ASGIApp
     shared: ConnectionContext
-    plain: HttpConnections
-    metrics_plain: HttpConnections
+    http_connections: HttpConnections
+    metrics_http_connections: HttpConnections
     backplane: Backplane
     history: History
-    health: Lifecycle
+    lifecycle: Lifecycle
     metrics: Metrics
     certificates: Certificates | None
     tokens: "TokenVerifier | None"
@@ -90,14 +95,21 @@ def build(
     tokens: "TokenVerifier | None",
     tracing: "Tracing | None" = None,
 ) -> Replica:
-    """Build one replica."""
+    """Build one replica.
+
+    Args:
+        settings: of the relay.
+        certificates: the served certificate; None: no TLS.
+        tokens: verifies tokens; None: no token is required.
+        tracing: traces requests; None: no tracing.
+    """
     limits = settings.limits
-    ledger, metrics = Counters(), Metrics()
+    counters, metrics = Counters(), Metrics()
 
     def describe() -> bytes:
-        clients = ledger.connections - ledger.disconnections
-        said = {"name": REPLICA[:64], "clients": clients, "messages": ledger.messages}
-        return json.dumps(said).encode()
+        clients = counters.connections - counters.disconnections
+        facts = {"name": REPLICA[:64], "clients": clients, "messages": counters.messages}
+        return json.dumps(facts).encode()
 
     appends = HighWaterMark(limits.total_backlog_bytes // APPENDS_PART)
     relays_locally = settings.backplane.on_outage == "local"
@@ -113,23 +125,23 @@ def build(
         observe_append=metrics.observe_append,
         observe_lag=metrics.observe_backplane_lag,
     )
-    can_do_without = (
+    serving_states = (
         {BackplaneState.UP, BackplaneState.OUTAGE} if relays_locally else {BackplaneState.UP}
     )
-    health = Lifecycle(is_cut_off=lambda: backplane.state not in can_do_without)
+    lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
     backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
-    # One message alone must have room.
-    unfinished = PartialMessages(
+    # A single message of the maximum size must fit.
+    partial_messages = PartialMessages(
         max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
     )
     shared = ConnectionContext(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
-        ledger=ledger,
+        ledger=counters,
         backlogs=backlogs,
-        unfinished=unfinished,
-        unheard=HighWaterMark(limits.total_backlog_bytes // UNHEARD_PART),
+        unfinished=partial_messages,
+        unheard=HighWaterMark(limits.total_backlog_bytes // UNPROCESSED_PART),
         appends=appends,
         pending=HighWaterMark(limits.total_backlog_bytes // PENDING_PART),
     )
@@ -149,14 +161,21 @@ def build(
         history=history,
         written=metrics.observe_delivery,
     )
-    refusals = Refusals(ledger, RefusalLog(), tracing.note_refusal if tracing else None)
-    metrics_plain = HttpConnections(OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count)
-    descriptors = FileDescriptors(
-        connections=lambda: len(shared.clients) + plain.deciding + len(plain) + len(metrics_plain),
-        of_requests=lambda: len(plain),
-        of_metrics=lambda: len(metrics_plain),
+    refusals = Refusals(counters, RefusalLog(), tracing.annotate_refusal if tracing else None)
+    metrics_http_connections = HttpConnections(
+        OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count
     )
-    plain = HttpConnections(
+    descriptors = FileDescriptors(
+        connections=lambda: (
+            len(shared.clients)
+            + http_connections.deciding
+            + len(http_connections)
+            + len(metrics_http_connections)
+        ),
+        of_requests=lambda: len(http_connections),
+        of_metrics=lambda: len(metrics_http_connections),
+    )
+    http_connections = HttpConnections(
         limits.max_http_connections,
         Refusal.HTTP_CONNECTIONS,
         refusals.count,
@@ -172,28 +191,31 @@ def build(
         connections=lambda: len(shared.clients),
         has_descriptor=descriptors.fit_client,
         has_room=broadcaster.has_room,
-        health=health,
+        health=lifecycle,
     )
-    metrics.watch(
-        ledger,
+    metrics.register(
+        counters,
         Gauges(
             max_connections=limits.max_connections,
             free_descriptors=lambda: descriptors.free,
-            http_connections=lambda: {"relay": len(plain), "metrics": len(metrics_plain)},
-            http_evictions=lambda: plain.evictions + metrics_plain.evictions,
+            http_connections=lambda: {
+                "relay": len(http_connections),
+                "metrics": len(metrics_http_connections),
+            },
+            http_evictions=lambda: http_connections.evictions + metrics_http_connections.evictions,
             total_backlog_bytes=limits.total_backlog_bytes,
-            ready=lambda: health.ready,
+            ready=lambda: lifecycle.ready,
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
-            unfinished_bytes=lambda: unfinished.total_bytes,
+            unfinished_bytes=lambda: partial_messages.total_bytes,
             paused_publishers=lambda: shared.held,
-            log_books=backplane.books,
-            log_up=lambda: backplane.state is BackplaneState.UP,
+            backplane_counters=backplane.books,
+            backplane_up=lambda: backplane.state is BackplaneState.UP,
             appends_bytes=lambda: appends.bytes,
             history_messages=lambda: len(history),
             history_bytes=lambda: history.bytes,
-            draining=lambda: health.phase is Phase.DRAINING,
+            draining=lambda: lifecycle.phase is Phase.DRAINING,
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},
             key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
@@ -201,23 +223,23 @@ def build(
     )
     started_at = time.monotonic()
 
-    def figures() -> dict[str, Any]:
+    def stats() -> dict[str, Any]:
         return {
             "version": __version__,
             "replica": REPLICA,
             "uptime_s": round(time.monotonic() - started_at),
-            "status": health.status,
-            "replicas": [_said(note) for note in backplane.replicas()],
+            "status": lifecycle.status,
+            "replicas": [_parse_description(text) for text in backplane.replicas()],
             "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
             "max_message_bytes": limits.max_message_bytes,
-            **metrics.figures(),
+            **metrics.to_stats(),
         }
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
-    app.include_router(health_router(health))
-    for router in _routers(settings, admission, broadcaster, refusals, figures):
+    app.include_router(health_router(lifecycle))
+    for router in _routers(settings, admission, broadcaster, refusals, stats):
         app.include_router(router)
     app.add_middleware(
         CORSMiddleware,
@@ -228,18 +250,18 @@ def build(
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()
-    metrics_app.include_router(health_router(health))
+    metrics_app.include_router(health_router(lifecycle))
     metrics_app.include_router(metrics_router(metrics))
-    safe_app = SecurityHeaders(app)
+    app_with_headers = SecurityHeaders(app)
     return Replica(
-        tracing.traced(safe_app) if tracing else safe_app,
+        tracing.traced(app_with_headers) if tracing else app_with_headers,
         SecurityHeaders(metrics_app),
         shared,
-        plain,
-        metrics_plain,
+        http_connections,
+        metrics_http_connections,
         backplane,
         history,
-        health,
+        lifecycle,
         metrics,
         certificates,
         tokens,
@@ -251,13 +273,13 @@ def _routers(
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     refusals: Refusals,
-    figures: Callable[[], dict[str, Any]],
+    stats: Callable[[], dict[str, Any]],
 ) -> Iterator[APIRouter]:
-    """Yield the routes of the relay's port but for the probes."""
+    """Yield the routers of the relay's port, except the probes."""
     base_path = settings.server.base_path
     yield script_router(base_path=base_path)
     if settings.console.enabled:
-        yield console_router(admission, refusals, figures, base_path=base_path)
+        yield console_router(admission, refusals, stats, base_path=base_path)
     yield publish_router(
         admission,
         broadcaster,
@@ -272,13 +294,13 @@ def _routers(
         base_path=base_path,
         silence_s=settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s,
     )
-    # The last: it answers what no other does.
+    # Last, because the console's page has the same path.
     yield upgrade_router(base_path=base_path)
 
 
-def _said(note: bytes) -> Any:
+def _parse_description(text: bytes) -> Any:
     try:
-        return json.loads(note)
+        return json.loads(text)
     except ValueError:
         return {}
 
@@ -288,10 +310,10 @@ def _fastapi(openapi_url: str | None = None) -> FastAPI:
         title="websocket-relay",
         version=__version__,
         openapi_url=openapi_url,
-        docs_url=None,  # a page of scripts from elsewhere
+        docs_url=None,  # it loads scripts from a third party
         redoc_url=None,
-        # A redirect is nothing a WebSocket client follows.
+        # WebSocket clients do not follow redirects.
         redirect_slashes=False,
-        # FastAPI's own traces hold queries, and with them tokens. Ours are in `tracing`.
+        # FastAPI's own traces contain queries, and so tokens. The relay's are in `tracing`.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

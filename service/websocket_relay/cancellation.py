@@ -1,9 +1,9 @@
-"""End tasks and calls in time, also where a library loses a cancellation.
+"""Cancel tasks and calls reliably, even if a library loses a cancellation.
 
-asyncio cancels a task once. Python 3.11's `asyncio.wait_for` drops that cancellation where its
-result comes in the same turn of the event loop (https://github.com/python/cpython/issues/86296),
-nats-py waits by it, and some libraries catch CancelledError. The task then runs on as if nothing
-had happened. So a cancellation is repeated here until the task is done, or the block is left.
+asyncio cancels a task once. Python 3.11's `asyncio.wait_for` drops that cancellation if its result
+arrives in the same turn of the event loop (https://github.com/python/cpython/issues/86296), nats-py
+uses it, and some libraries catch CancelledError. The task then continues as if it had not been
+cancelled. So this module repeats a cancellation until the task is done or the block is left.
 
 Knows no connection and no broker.
 """
@@ -24,7 +24,7 @@ async def cancel_until_done(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks until all of them are done.
 
     Raises:
-        CancelledError: the caller was cancelled meanwhile. The tasks are done then, too.
+        CancelledError: the caller was cancelled meanwhile. The tasks are done in this case, too.
     """
     cancelled: asyncio.CancelledError | None = None
     while pending := [task for task in tasks if not task.done()]:
@@ -38,14 +38,14 @@ async def cancel_until_done(*tasks: asyncio.Task[Any]) -> None:
         raise cancelled
 
 
-async def run_cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run a coroutine so that one cancellation ends it.
+async def run_cancellable(function: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run a coroutine such that a single cancellation ends it.
 
     Args:
-        begin: makes the coroutine. A coroutine that exists already would never be awaited where the
-            cancellation comes before the first step.
+        function: creates the coroutine. An existing coroutine would never be awaited if the
+            cancellation arrives before the first step.
     """
-    task = asyncio.create_task(begin())
+    task = asyncio.create_task(function())
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
@@ -57,13 +57,13 @@ async def run_cancellable(begin: Callable[[], Coroutine[Any, Any, Result]]) -> R
 
 
 class Deadline:
-    """Raise TimeoutError in a block that takes longer.
+    """Raise TimeoutError in a block that exceeds its deadline.
 
-    It is `asyncio.timeout`, except that the cancellation is repeated until the block is left: a
-    block that lost it would run on without a deadline.
+    Unlike `asyncio.timeout` it repeats the cancellation until the block is left: a block that lost
+    it would continue without a deadline.
 
     Args:
-        after_s: how long the block may take.
+        after_s: maximum duration of the block.
     """
 
     __slots__ = ("_after_s", "_cancelled_before", "_cancels", "_task", "_timer")
@@ -73,7 +73,7 @@ class Deadline:
         self._cancels = 0
 
     async def __aenter__(self) -> None:
-        """Start the clock."""
+        """Start the timer."""
         task = asyncio.current_task()
         assert task is not None
         self._task = task
@@ -86,7 +86,7 @@ class Deadline:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop the clock; take back the cancellations that are the deadline's."""
+        """Stop the timer; revoke the cancellations that the deadline made."""
         self._timer.cancel()
         for _ in range(self._cancels):
             self._task.uncancel()

@@ -1,6 +1,6 @@
-"""Know how many file descriptors the process may still open, and keep some for what matters most.
+"""Own the budget of file descriptors: how many are free, and how many are reserved.
 
-Knows no connection: others tell how many there are.
+Knows no connection: callbacks return how many there are.
 """
 
 import contextlib
@@ -12,33 +12,34 @@ from pathlib import Path
 from time import perf_counter, thread_time
 
 OF_METRICS = 32
-"""What the metrics port may have: probes and Prometheus are answered whatever clients take."""
+"""Reserved for the metrics port, and its maximum: probes and Prometheus are always answered."""
 
-OF_REQUESTS = 32
-"""What plain HTTP on the relay's port has at least: probes there, and clients that are refused."""
+RESERVED_FOR_REQUESTS = 32
+"""Minimum for plain HTTP on the relay's port: probes there, and clients that are refused."""
 
-OF_ITS_OWN = 32
-"""Connections to the broker, the issuer of keys and a collector; certificates; looking up names."""
+RESERVED_FOR_BACKENDS = 32
+"""Reserved for connections to the broker, the issuer and the collector; for certificates; for name
+resolution."""
 
-RESERVED = OF_METRICS + OF_REQUESTS + OF_ITS_OWN
-"""Clients may have all but these."""
+RESERVED = OF_METRICS + RESERVED_FOR_REQUESTS + RESERVED_FOR_BACKENDS
+"""Descriptors that are not available to clients."""
 
 AT_START = 32
-"""What a relay without clients has open, libraries and listening sockets included."""
+"""Descriptors that a relay without clients has open, libraries and listening sockets included."""
 
-LOOK_FACTOR = 20
-"""A look that took a millisecond is followed by 20 without one: a twentieth of the time."""
+SCAN_PAUSE_FACTOR = 20
+"""A scan that took 1 ms is followed by 20 ms without one: scans take a twentieth of the time."""
 
 MAX_PAUSE_S = 1.0
 
 OPEN_MAX = 10_240
-"""What macOS allows a process where its hard limit says "unlimited" (sys/syslimits.h)."""
+"""What macOS allows a process whose hard limit is "unlimited" (sys/syslimits.h)."""
 
 DIRECTORY = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
 
 
-def most_possible() -> int:
-    """Return how many descriptors the process may raise its limit to."""
+def highest_limit() -> int:
+    """Return the highest limit that the process may set."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         return hard
@@ -46,18 +47,18 @@ def most_possible() -> int:
 
 
 def raise_limit() -> None:
-    """Take all the descriptors there are: every client is one, and shells start with 1,024."""
+    """Raise the limit to the maximum: each client needs one, and the shell's default is 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS may allow less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most_possible(), hard))
+    with contextlib.suppress(OSError, ValueError):  # macOS may allow less than it reports
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest_limit(), hard))
 
 
 def count_open() -> int:
-    """Return how many descriptors the process has open."""
+    """Return the number of descriptors that the process has open."""
     try:
-        # Since Linux 6.2 the directory's size is their number; before, it has none.
+        # Since Linux 6.2 the directory's size is the number of descriptors; before, it is 0.
         size = DIRECTORY.stat().st_size if sys.platform == "linux" else 0
-        return size or len(list(DIRECTORY.iterdir())) - 1  # less the one that reads the directory
+        return size or len(list(DIRECTORY.iterdir())) - 1  # minus the one that reads the directory
     except OSError as error:
         return sys.maxsize if error.errno in (errno.EMFILE, errno.ENFILE) else 0
 
@@ -65,14 +66,14 @@ def count_open() -> int:
 class FileDescriptors:
     """The file descriptors of the process.
 
-    To look how many are open takes milliseconds on some systems where they are many. So connections
-    are counted, all else is what the last look found beside them, and a look is taken only where
-    that sum comes near the limit.
+    On some systems, scanning many open descriptors takes milliseconds. So the estimate is the
+    number of connections plus the other descriptors that the last scan found. A scan is made only
+    if the estimate is close to the limit.
 
     Args:
-        connections: tells how many connections there are, of all kinds.
-        of_requests: tells how many of them speak plain HTTP on the relay's port.
-        of_metrics: tells how many the metrics port has.
+        connections: returns the number of all connections.
+        of_requests: returns how many of them are plain HTTP on the relay's port.
+        of_metrics: returns how many of them are on the metrics port.
     """
 
     def __init__(
@@ -91,30 +92,30 @@ class FileDescriptors:
 
     @property
     def free(self) -> int:
-        """How many there are, as far as it is known."""
-        self._look()
-        return max(0, self._left())
+        """The estimated number of free descriptors."""
+        self._scan()
+        return max(0, self._estimated_free())
 
     def fit_client(self) -> bool:
-        """Tell whether one of the connections that speak HTTP may become a client."""
+        """Return whether an HTTP connection may become a client."""
         return self._are_free(RESERVED - self._of_requests() - self._of_metrics())
 
     def fit_request(self) -> bool:
-        """Tell whether the relay's port may have the HTTP connections that it has, and one more."""
-        return self._are_free(OF_METRICS + OF_ITS_OWN + 1 - self._of_metrics())
+        """Return whether the relay's port may accept one more HTTP connection."""
+        return self._are_free(OF_METRICS + RESERVED_FOR_BACKENDS + 1 - self._of_metrics())
 
-    def _left(self) -> int:
+    def _estimated_free(self) -> int:
         return self._limit - self._others - self._connections()
 
     def _are_free(self, count: int) -> bool:
-        if self._left() < count + RESERVED:
-            self._look()
-        return self._left() >= count
+        if self._estimated_free() < count + RESERVED:
+            self._scan()
+        return self._estimated_free() >= count
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         now = perf_counter()
         if now < self._look_at:
             return
-        began = thread_time()  # what others take of the processor meanwhile does not count
+        started_at = thread_time()  # excludes the time that other processes take
         self._others = count_open() - self._connections()
-        self._look_at = now + min((thread_time() - began) * LOOK_FACTOR, MAX_PAUSE_S)
+        self._look_at = now + min((thread_time() - started_at) * SCAN_PAUSE_FACTOR, MAX_PAUSE_S)

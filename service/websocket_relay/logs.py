@@ -1,4 +1,7 @@
-"""Set up logging: one event a line, stable text, facts as fields. Never a payload or a token."""
+"""Configure logging: one event a line, constant text, facts as fields; no payload and no token.
+
+Knows no event.
+"""
 
 import logging
 import re
@@ -13,34 +16,34 @@ from websocket_relay.config.model import LoggingSettings
 log = logging.getLogger(__name__)
 
 QUIET = {
-    # uvicorn says "started", "listening" and the like; the relay says it in its own words.
+    # uvicorn logs "started", "listening" and the like; the relay has its own events for these.
     "uvicorn.error": logging.ERROR,
     "uvicorn.access": logging.ERROR,
     "websockets.server": logging.ERROR,
     "asyncio": logging.ERROR,
-    # A line for every fetch of keys, and at debug level all of its headers.
+    # One line for every fetch of keys, and at debug level all of its headers.
     "httpx2": logging.WARNING,
     "httpcore2": logging.WARNING,
-    # The same of traces that are sent.
+    # The same for every export of traces.
     "urllib3": logging.WARNING,
-    # A line for every broken traceparent: any client could fill the log.
+    # One line for every malformed traceparent: any client could flood the log.
     "opentelemetry.trace": logging.ERROR,
-    # Writes what it can't read of OTEL_EXPORTER_OTLP_HEADERS, where the collector's tokens are.
+    # It logs the malformed parts of OTEL_EXPORTER_OTLP_HEADERS, which contains tokens.
     "opentelemetry.util.re": logging.CRITICAL,
 }
 
-OURS = "websocket_relay."
+OWN_LOGGERS = "websocket_relay."
 
-ADDRESS_S_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
-"""User, password and query: libraries write the address of a collector whole."""
+URL_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
+"""User, password and query: libraries log the full URL of a collector."""
 
 
 def configure(settings: LoggingSettings) -> None:
-    """Send all logs to standard error, in the format and from the level of the settings."""
+    """Send all logs to standard error, with the format and minimum level of the settings."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
-        _introduce_others,
+        _mark_foreign,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: structlog.typing.Processor = (
@@ -49,7 +52,7 @@ def configure(settings: LoggingSettings) -> None:
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
             pad_event_to=0,
-            # The pretty one shows local variables, and with them payloads.
+            # The default formatter prints local variables, which include payloads.
             exception_formatter=structlog.dev.plain_traceback,
         )
     )
@@ -69,11 +72,11 @@ def configure(settings: LoggingSettings) -> None:
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
     logging.captureWarnings(True)
-    sys.excepthook = _tell_crash
+    sys.excepthook = _log_crash
 
 
 def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:
-    """Have every line from now on carry what `facts` says when it is written."""
+    """Add the result of `facts`, at the time of each line, to the fields of the line."""
 
     def add(record: logging.LogRecord) -> bool:
         record.__dict__.update(facts())
@@ -83,18 +86,18 @@ def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:
         handler.addFilter(add)
 
 
-def _introduce_others(
+def _mark_foreign(
     _: object, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    """Say which library wrote a line that is not the relay's, and leave out what is secret."""
+    """Add the logger's name to a line of a library, and redact the secrets of URLs in it."""
     name = event["_record"].name
-    if not name.startswith(OURS):
+    if not name.startswith(OWN_LOGGERS):
         event["logger"] = name
-        event["event"] = ADDRESS_S_SECRETS.sub("", event["event"])
+        event["event"] = URL_SECRETS.sub("", event["event"])
     return event
 
 
-def _tell_crash(
+def _log_crash(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     log.critical("crashed", exc_info=(kind, error, trace))

@@ -1,7 +1,7 @@
-"""Show the books to Prometheus. The only room that knows prometheus_client.
+"""Export the counters to Prometheus. The only module that uses prometheus_client.
 
-Plain integers of the ledger become metrics when the page is asked for; what needs a distribution
-is observed in a histogram, once a batch or less often.
+The integers of Counters are converted to metrics when the page is scraped. Distributions are
+observed in histograms, once per batch or less often. Knows no connection and no channel.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25
 
 BACKPLANE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
 
-LAG_LOOK_S = 0.05
+LAG_INTERVAL_S = 0.05
 
-OURS = "websocket_"
+PREFIX = "websocket_"
 
 OPENMETRICS = "application/openmetrics-text"
-DRAFT = "version=0.0.1"  # of that; old Prometheus asks for it before the text format
+DRAFT = "version=0.0.1"  # of OpenMetrics; old Prometheus prefers it to the text format
 
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """What is read off the parts when the page is asked for."""
+    """Callbacks that read the current state of the components when the page is scraped."""
 
     max_connections: int
     free_descriptors: Callable[[], int]
@@ -52,8 +52,8 @@ class Gauges:
     backlog_bytes: Callable[[], int]
     unfinished_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
-    log_books: BackplaneCounters
-    log_up: Callable[[], bool]
+    backplane_counters: BackplaneCounters
+    backplane_up: Callable[[], bool]
     appends_bytes: Callable[[], int]
     history_messages: Callable[[], int]
     history_bytes: Callable[[], int]
@@ -64,7 +64,7 @@ class Gauges:
 
 
 class Metrics:
-    """The metrics of one replica, on a registry of their own."""
+    """The metrics of one replica, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -80,60 +80,61 @@ class Metrics:
         )
         lag = Histogram(
             "websocket_event_loop_lag_seconds",
-            "How late the event loop was to wake a sleeper",
+            "Delay of the event loop in waking a task",
             buckets=LAG_BUCKETS_S,
             registry=self.registry,
         )
         self.observe_delivery: Callable[[float], None] = delivery.observe
         append = Histogram(
             "websocket_backplane_append_seconds",
-            "From giving the broker a packet of messages to its answer",
+            "From sending a packet to the broker to its acknowledgement",
             buckets=BACKPLANE_BUCKETS_S,
             registry=self.registry,
         )
-        canary = Histogram(
+        backplane_lag = Histogram(
             "websocket_backplane_lag_seconds",
-            "From appending a canary to reading it",
+            "From appending a heartbeat to reading it",
             buckets=BACKPLANE_BUCKETS_S,
             registry=self.registry,
         )
         self._observe_lag: Callable[[float], None] = lag.observe
         self.observe_append: Callable[[float], None] = append.observe
-        self.observe_backplane_lag: Callable[[float], None] = canary.observe
+        self.observe_backplane_lag: Callable[[float], None] = backplane_lag.observe
 
-    def watch(self, ledger: Counters, gauges: Gauges) -> None:
-        """Show these from now on."""
-        self.registry.register(_RelayCollector(ledger, gauges))
+    def register(self, counters: Counters, gauges: Gauges) -> None:
+        """Register the counters and gauges of the replica."""
+        self.registry.register(_RelayCollector(counters, gauges))
 
     async def page(self, accept: str) -> tuple[bytes, str]:
-        """Return the page and its content type, in the format that an Accept header asks for."""
-        # Not prometheus_client's choose_encoder: it makes a format of each version that a client
-        # may name, so that requests would not share a page, and fails for those that are no number.
+        """Return the page and its content type, in the format that an Accept header selects."""
+        # Not prometheus_client's choose_encoder: it returns a different format for each version
+        # that a client names, so that requests would not share a page, and it fails for a version
+        # that is not a number.
         encode: Callable[[Collector], bytes] = generate_latest
         content_type = CONTENT_TYPE_PLAIN_0_0_4
         if _is_openmetrics(accept):
             encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         return await self._pages.get(content_type, lambda: encode(self.registry)), content_type
 
-    def figures(self) -> dict[str, Any]:
-        """Return what is the relay's own on that page, for a page that people look at.
+    def to_stats(self) -> dict[str, Any]:
+        """Return the relay's own metrics as plain values, for the console.
 
-        Counters and gauges are numbers, or numbers by their label; histograms have `buckets`, pairs
-        of a bound and how many observations were not above it, and `count` and `sum`.
+        Counters and gauges are numbers, or numbers by label value. Histograms have `count`, `sum`
+        and `buckets`: pairs of an upper bound and the number of observations not above it.
         """
         families = self.registry.collect()
         return {
-            family.name.removeprefix(OURS): _plain(family)
+            family.name.removeprefix(PREFIX): _plain(family)
             for family in families
-            if family.name.startswith(OURS)
+            if family.name.startswith(PREFIX)
         }
 
     async def measure_loop_lag(self) -> None:
-        """Sleep and see how late it was, for ever."""
+        """Observe how late the event loop wakes a sleeping task, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + LAG_LOOK_S
-            await asyncio.sleep(LAG_LOOK_S)
+            due = loop.time() + LAG_INTERVAL_S
+            await asyncio.sleep(LAG_INTERVAL_S)
             self._observe_lag(max(0.0, loop.time() - due))
 
 
@@ -146,108 +147,113 @@ def _is_openmetrics(accept: str) -> bool:
 
 
 def _plain(family: Metric) -> Any:
-    samples = [each for each in family.samples if not each.name.endswith("_created")]
+    """Return the value of a metric: a number, numbers by label value, or a histogram's parts."""
+    samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
     if family.type == "histogram":
+        buckets = [sample for sample in samples if sample.name.endswith("_bucket")]
         return {
-            "buckets": [
-                [each.labels["le"], each.value] for each in samples if each.name.endswith("_bucket")
-            ],
-            "count": sum(each.value for each in samples if each.name.endswith("_count")),
-            "sum": sum(each.value for each in samples if each.name.endswith("_sum")),
+            "buckets": [[sample.labels["le"], sample.value] for sample in buckets],
+            "count": sum(sample.value for sample in samples if sample.name.endswith("_count")),
+            "sum": sum(sample.value for sample in samples if sample.name.endswith("_sum")),
         }
-    if any(each.labels for each in samples):
-        return {list(each.labels.values())[-1]: each.value for each in samples}
-    return sum(each.value for each in samples)
+    if any(sample.labels for sample in samples):
+        return {list(sample.labels.values())[-1]: sample.value for sample in samples}
+    return sum(sample.value for sample in samples)
 
 
 class _RelayCollector(Collector):
-    def __init__(self, ledger: Counters, gauges: Gauges) -> None:
-        self._ledger = ledger
+    def __init__(self, counters: Counters, gauges: Gauges) -> None:
+        self._counters = counters
         self._gauges = gauges
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # names are not reserved: reading the gauges before the start makes no sense
+        return ()  # no names to reserve: the gauges can't be read before the relay is built
 
     def collect(self) -> Iterator[Metric]:
-        books, now = self._ledger, self._gauges
-        connected = books.connections - books.disconnections
+        counters, now = self._counters, self._gauges
+        connected = counters.connections - counters.disconnections
         yield _gauge("connected_clients", "Clients connected now", connected)
         yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections)
         free = now.free_descriptors()
         yield _gauge("free_descriptors", "File descriptors that may still be opened", free)
         open_now = GaugeMetricFamily(
-            "websocket_http_connections", "Connections that are no clients", labels=["port"]
+            "websocket_http_connections", "Plain HTTP connections, by port", labels=["port"]
         )
         for port, count in now.http_connections().items():
             open_now.add_metric([port], count)
         yield open_now
-        text = "Idle HTTP connections closed for the sake of others"
+        text = "Idle HTTP connections closed to accept others"
         yield _counter("http_evictions", text, now.http_evictions())
-        yield _counter("connections", "Connections established", books.connections)
-        yield _counter("disconnections", "Connections ended", books.disconnections)
-        yield _counter("messages", "Messages taken from clients and relayed", books.messages)
-        yield _counter("owed", "Deliveries owed: members when published", books.owed)
-        yield _counter("deliveries", "Messages written to clients' sockets", books.deliveries)
-        drops = {(why.value,): count for why, count in books.drops.items()}
-        yield _labelled("drops", "Deliveries owed and not made", ["reason"], drops)
-        yield _counter("received_bytes", "Payload taken from clients", books.received_bytes)
-        yield _counter("sent_bytes", "Frames of messages given to sockets", books.sent_bytes)
-        closes = {(str(why.code), why.label): count for why, count in books.closes.items()}
-        yield _labelled("closes", "Connections ended", ["code", "reason"], closes)
-        refusals = {(why.label,): count for why, count in books.refusals.items()}
+        yield _counter("connections", "Connections established", counters.connections)
+        yield _counter("disconnections", "Connections ended", counters.disconnections)
+        yield _counter("messages", "Messages taken from clients and relayed", counters.messages)
+        yield _counter("owed", "Expected deliveries: subscribers at publish time", counters.owed)
+        yield _counter("deliveries", "Messages written to clients' sockets", counters.deliveries)
+        drops = {(why.value,): count for why, count in counters.drops.items()}
+        yield _labelled("drops", "Expected deliveries that were not made", ["reason"], drops)
+        yield _counter("received_bytes", "Payload taken from clients", counters.received_bytes)
+        yield _counter("sent_bytes", "Bytes of frames written to sockets", counters.sent_bytes)
+        closes = {(str(why.code), why.label): count for why, count in counters.closes.items()}
+        yield _labelled("closes", "Connections ended, by reason", ["code", "reason"], closes)
+        refusals = {(why.label,): count for why, count in counters.refusals.items()}
         yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
-        yield _gauge("backlog_bytes", "Memory held for slow clients", now.backlog_bytes())
+        yield _gauge("backlog_bytes", "Memory used by send backlogs", now.backlog_bytes())
         text = "limits.total_backlog_bytes"
         yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes)
         unfinished = now.unfinished_bytes()
         yield _gauge("unfinished_bytes", "Bytes kept of messages that are not whole", unfinished)
         yield _gauge("slow_clients", "Clients that are behind now", now.slow_clients())
-        yield _gauge("channels", "Channels with a client", now.channels())
-        yield _gauge("paused_publishers", "Clients not read now", now.paused_publishers())
-        pauses = books.publisher_pauses
-        yield _counter("publisher_pauses", "Times a client was read no longer for a while", pauses)
+        yield _gauge("channels", "Channels with subscribers", now.channels())
+        yield _gauge(
+            "paused_publishers", "Publishers paused by flow control", now.paused_publishers()
+        )
+        pauses = counters.publisher_pauses
+        yield _counter("publisher_pauses", "Times a publisher was paused", pauses)
         yield from self._backplane()
-        kept = "for clients that come back"
-        yield _gauge("history_messages", f"Messages kept {kept}", now.history_messages())
-        yield _gauge("history_bytes", f"Memory that is kept {kept}", now.history_bytes())
-        replays = {("recovered",): books.recovered, ("not_recovered",): books.not_recovered}
-        text = "Clients that asked for what they had missed"
+        yield _gauge("history_messages", "Messages retained for replay", now.history_messages())
+        yield _gauge("history_bytes", "Memory used by retained messages", now.history_bytes())
+        replays = {("recovered",): counters.recovered, ("not_recovered",): counters.not_recovered}
+        text = "Replays requested by clients"
         yield _labelled("history_replays", text, ["result"], replays)
-        yield _gauge("ready", "1 while the relay lets clients in", int(now.ready()))
+        yield _gauge("ready", "1 while the relay accepts clients", int(now.ready()))
         draining = now.draining()
-        yield _gauge("draining", "1 while the relay stops", int(draining))
-        left = connected if draining else 0
-        yield _gauge("drain_clients_left", "Clients still to go in a stop", left)
+        yield _gauge("draining", "1 while the relay shuts down", int(draining))
+        remaining = connected if draining else 0
+        yield _gauge("drain_clients_left", "Clients not yet closed in a shutdown", remaining)
         yield from self._certificate()
         fetches = {(result,): count for result, count in now.key_fetches().items()}
         if fetches:
-            text = "Fetches of the keys that tokens are checked with"
+            text = "Fetches of the signing keys"
             yield _labelled("jwks_fetches", text, ["result"], fetches)
 
     def _backplane(self) -> Iterator[Metric]:
-        books, pending = self._gauges.log_books, self._gauges.appends_bytes()
-        up = int(self._gauges.log_up())
+        counters, pending = self._gauges.backplane_counters, self._gauges.appends_bytes()
+        up = int(self._gauges.backplane_up())
         yield _gauge("backplane_up", "1 while messages get into the log and back", up)
-        yield _gauge("backplane_pending_bytes", "What waits to get into the log", pending)
-        yield _counter("backplane_outages", "Times that they did not for a while", books.outages)
-        yield _counter("backplane_lost", "Messages that the log lost", books.lost)
-        yield _counter("backplane_gaps", "Times that the log had lost some", books.gaps)
+        yield _gauge("backplane_pending_bytes", "Bytes not yet appended to the log", pending)
+        yield _counter("backplane_outages", "Outages of the backplane", counters.outages)
+        yield _counter("backplane_lost", "Messages lost by the log", counters.lost)
+        yield _counter("backplane_gaps", "Gaps found in the log", counters.gaps)
         yield _counter(
-            "backplane_duplicates", "Packets left out, read or given up before", books.duplicates
+            "backplane_duplicates", "Packets skipped: repeated or expired", counters.duplicates
         )
-        yield _counter("backplane_unreadable", "Entries that are no packets", books.unreadable)
-        unavailable = books.unavailable
+        yield _counter(
+            "backplane_unreadable", "Entries that are not valid packets", counters.unreadable
+        )
+        unavailable = counters.unavailable
         yield _counter("backplane_unavailable", "Messages not relayed in an outage", unavailable)
-        yield _counter("backplane_local", "Messages relayed here only, in an outage", books.local)
+        yield _counter(
+            "backplane_local", "Messages relayed on this replica only, in an outage", counters.local
+        )
 
     def _certificate(self) -> Iterator[Metric]:
         expiry = self._gauges.certificate_expiry()
         if expiry is None:
             return
-        text = "When the served certificate expires"
+        text = "Expiry of the served certificate"
         yield _gauge("tls_certificate_expiry_timestamp_seconds", text, expiry)
-        reloads = {(result,): n for result, n in self._gauges.certificate_reloads().items()}
-        yield _labelled("tls_reloads", "Renewed certificates found", ["result"], reloads)
+        reloads = {(result,): count for result, count in self._gauges.certificate_reloads().items()}
+        yield _labelled("tls_reloads", "Reloads of the certificate", ["result"], reloads)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

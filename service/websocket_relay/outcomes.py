@@ -1,7 +1,7 @@
-"""Name every way in which something ends badly: failures, closes, refusals, drops.
+"""Define every failure: errors, closes, refusals, drops.
 
-One table of facts each: the wire, the metrics, the logs and the docs read them from here.
-Knows no connection, no channel and no library.
+There is one table of each; the wire, the metrics, the logs and the docs use these tables. Knows no
+connection, no channel and no library.
 """
 
 import random
@@ -15,10 +15,10 @@ class RelayError(Exception):
 
 
 class SettingsError(RelayError):
-    """The operator's settings can't be used.
+    """The settings are invalid.
 
     Args:
-        problems: one sentence each: where it was said, the key, the value, what is allowed.
+        problems: one message each: file or variable, key, value, allowed values.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -27,11 +27,11 @@ class SettingsError(RelayError):
 
 
 class UnusableSettingError(RelayError):
-    """What the operator's settings name, or hold, can't be used.
+    """A setting is valid, but its value or the file that it names can't be used.
 
     Args:
-        setting: which: `auth.jwt.secret`, say.
-        reason: why not; never a secret.
+        setting: its path, such as `auth.jwt.secret`.
+        reason: never contains a secret.
     """
 
     def __init__(self, setting: str, reason: str) -> None:
@@ -41,33 +41,33 @@ class UnusableSettingError(RelayError):
 
 
 class StartError(RelayError):
-    """The relay can't start on this machine as it is now: a port in use, say."""
+    """The relay can't start on this machine, for example because a port is in use."""
 
 
 class UnhealthyError(RelayError):
-    """The relay on this machine does not say that it is well."""
+    """The relay on this machine fails its health check."""
 
 
 class Close(Enum):
-    """Why a connection ended: the code on the wire, the reason, and by its name the label.
+    """Why a connection ended: close code, reason, and the metric label, which is the name.
 
     Codes: RFC 6455 section 7.4.1 and the IANA registry; 1006 is never sent.
     """
 
-    CLIENT = (1000, "")  # the client closed; its own code goes back to it
-    DRAINING = (1001, "draining")  # the relay stops; retry_ms follows
-    PROTOCOL = (1002, "protocol error")  # a frame that RFC 6455 forbids
+    CLIENT = (1000, "")  # the client closed; its own code is echoed
+    DRAINING = (1001, "draining")  # the relay shuts down; the reason is followed by retry_ms
+    PROTOCOL = (1002, "protocol error")  # a frame violates RFC 6455
     VANISHED = (1006, "")  # the TCP connection ended without a close frame
     NOT_UTF8 = (1007, "text is not UTF-8")
     BAD_DEFLATE = (1007, "compressed data is broken")  # it does not inflate
-    RATE_LIMIT = (1008, "rate limit")  # over limits.max_messages_per_s
-    NOT_ALLOWED = (1008, "not allowed to publish")  # its token has no right to
-    TOO_BIG = (1009, "message too big")  # over limits.max_message_bytes
-    INTERNAL = (1011, "internal error")  # the relay's own fault; the log has it
+    RATE_LIMIT = (1008, "rate limit")  # limits.max_messages_per_s exceeded
+    NOT_ALLOWED = (1008, "not allowed to publish")  # the token does not permit it
+    TOO_BIG = (1009, "message too big")  # limits.max_message_bytes exceeded
+    INTERNAL = (1011, "internal error")  # a bug in the relay; the log has the traceback
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
-    SLOW_CONSUMER = (1013, "slow consumer")  # its backlog, or all of them together, is full
-    UNAVAILABLE = (1013, "backplane unavailable")  # its message can't be relayed, or its past read
-    UNFINISHED = (1013, "unfinished message")  # all clients' unfinished messages come to too much
+    SLOW_CONSUMER = (1013, "slow consumer")  # its send backlog, or the sum of all, is full
+    UNAVAILABLE = (1013, "backplane unavailable")  # publish or replay failed in an outage
+    UNFINISHED = (1013, "unfinished message")  # the sum of all partial messages is too large
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
     def __init__(self, code: int, reason: str) -> None:
@@ -77,16 +77,17 @@ class Close(Enum):
 
 
 class Refusal(Enum):
-    """Why a client was not let in: the HTTP status, what it is told, and by its name the label."""
+    """Why a request was refused: HTTP status, reason, and the metric label, which is the name."""
 
-    BODY = (HTTPStatus.BAD_REQUEST, "bad message")  # what was posted is not what it is said to be
+    BODY = (HTTPStatus.BAD_REQUEST, "bad message")  # the body does not match its Content-Type
     TOO_LARGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
-    CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # gzip, say
-    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too much is being said")  # see wire/unfinished
+    CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # such as gzip
+    # The sum of all partial messages is too large: see wire/partial_messages.
+    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too much is being said")
     HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
-    QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # and which parameter
+    QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # followed by the problem
     NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
-    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # and why
+    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # followed by the TokenProblem
     ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NO_RIGHT = (HTTPStatus.FORBIDDEN, "no right to this channel")
     NO_STATS = (HTTPStatus.FORBIDDEN, "no right to the figures")
@@ -111,16 +112,16 @@ class Refusal(Enum):
 
 
 RETRY_AFTER_S = (1, 5)
-"""Between these a refused client is told to come back, at random, so that not all do at once."""
+"""Range of Retry-After, which is random so that refused clients do not reconnect together."""
 
 
 def random_retry_after_s() -> int:
-    """Return when a client that was refused for now should come back."""
+    """Return a Retry-After, in seconds, for a temporary refusal."""
     return random.randint(*RETRY_AFTER_S)
 
 
 class TokenProblem(StrEnum):
-    """What is wrong with a token, as a refused client is told."""
+    """The check that a token failed, as sent to the client."""
 
     MALFORMED = "malformed"
     ALGORITHM = "algorithm"
@@ -134,11 +135,11 @@ class TokenProblem(StrEnum):
 
 
 class RefusedError(RelayError):
-    """A client is not let in.
+    """A request is refused.
 
     Args:
-        why: what it is told, and the label.
-        detail: what else it is told; never its own words.
+        why: the status, the reason and the label.
+        detail: appended to the reason; never a part of the request.
     """
 
     def __init__(self, why: Refusal, detail: str = "") -> None:
@@ -148,7 +149,7 @@ class RefusedError(RelayError):
 
 
 class Drop(Enum):
-    """Why a message that was owed to a client was not written to it."""
+    """Why an expected delivery to a client was not made."""
 
-    DISCONNECTED = "disconnected"  # the client was gone before its turn came
-    SLOW_CONSUMER = "slow_consumer"  # it did not fit into the client's backlog
+    DISCONNECTED = "disconnected"  # the client disconnected before the write
+    SLOW_CONSUMER = "slow_consumer"  # the message did not fit into the client's send backlog

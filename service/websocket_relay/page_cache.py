@@ -1,6 +1,6 @@
-"""Render pages that cost more than other answers, once for all who ask at the same time.
+"""Render expensive pages once for all concurrent requests.
 
-Owns how much of the time goes into it. Knows no page, no route and no metric.
+Owns the share of time spent on rendering. Knows no page, no route and no metric.
 """
 
 import asyncio
@@ -9,30 +9,30 @@ from collections.abc import Callable
 from time import perf_counter
 
 COST_FACTOR = 20
-"""A page that took a millisecond to render pays for it with 20: rendering takes at most a twentieth
-of the time in the long run."""
+"""A page that took 1 ms to render is followed by a pause of 20 ms: in the long run, rendering takes
+at most a twentieth of the time."""
 
 MAX_PAUSE_S = 1.0
-"""However long it took, the next page is rendered after a second."""
+"""Maximum pause after a page, however long its rendering took."""
 
 BURST_S = 1.0
-"""How much of that is advanced after a rest: requests that come seldom never wait."""
+"""Pause time that idle time pays in advance: infrequent requests never wait."""
 
-ANSWERS_A_TURN = 4
-"""Requests that get their page in one turn of the loop. Each then writes it to its connection."""
+ANSWERS_PER_TURN = 4
+"""Requests answered in one turn of the event loop. Each then writes the page to its connection."""
 
 RenderPage = Callable[[], bytes]
 
 
 class PageCache:
-    """Pages that share one budget of time.
+    """Pages that share one time budget.
 
-    A request gets a page whose rendering began after the request came: it never sees a state that
-    is older than its question. All requests that wait by then get the same bytes.
+    A request gets a page whose rendering started after the request arrived, so it never sees a
+    state older than itself. All requests that are pending at that moment get the same bytes.
     """
 
     def __init__(self) -> None:
-        self._wanted: dict[str, tuple[RenderPage, list[asyncio.Future[bytes]]]] = {}
+        self._pending: dict[str, tuple[RenderPage, list[asyncio.Future[bytes]]]] = {}
         self._rendered: deque[tuple[asyncio.Future[bytes], bytes]] = deque()
         self._is_scheduled = False
         self._next_at = 0.0
@@ -41,24 +41,24 @@ class PageCache:
         """Return the page.
 
         Args:
-            name: tells pages apart.
-            render: makes the page; of all who ask at the same time, the first one's is called.
+            name: identifies the page.
+            render: renders the page; of all pending requests, the first one's is called.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes] = loop.create_future()
-        self._wanted.setdefault(name, (render, []))[1].append(answer)
+        self._pending.setdefault(name, (render, []))[1].append(answer)
         if not self._is_scheduled:
             self._is_scheduled = True
             loop.call_at(self._next_at, self._render)
         return await answer
 
     def _render(self) -> None:
-        name = next(iter(self._wanted))
-        render, answers = self._wanted.pop(name)
-        began = perf_counter()
+        name = next(iter(self._pending))
+        render, answers = self._pending.pop(name)
+        started_at = perf_counter()
         try:
             page = render()
-        except Exception as error:  # noqa: BLE001  # it is raised where the page is asked for
+        except Exception as error:  # noqa: BLE001  # it is raised in every pending request
             for answer in answers:
                 if not answer.done():
                     answer.set_exception(error)
@@ -66,18 +66,18 @@ class PageCache:
             if not self._rendered:
                 asyncio.get_running_loop().call_soon(self._answer_some)
             self._rendered.extend((answer, page) for answer in answers)
-        self._pay(perf_counter() - began)
+        self._schedule_next(perf_counter() - started_at)
 
-    def _pay(self, cost_s: float) -> None:
+    def _schedule_next(self, cost_s: float) -> None:
         loop = asyncio.get_running_loop()
         pause_s = min(cost_s * COST_FACTOR, MAX_PAUSE_S)
         self._next_at = max(self._next_at, loop.time() - BURST_S) + pause_s
-        self._is_scheduled = bool(self._wanted)
+        self._is_scheduled = bool(self._pending)
         if self._is_scheduled:
             loop.call_at(self._next_at, self._render)
 
     def _answer_some(self) -> None:
-        for _ in range(min(ANSWERS_A_TURN, len(self._rendered))):
+        for _ in range(min(ANSWERS_PER_TURN, len(self._rendered))):
             answer, page = self._rendered.popleft()
             if not answer.done():
                 answer.set_result(page)

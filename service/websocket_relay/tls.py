@@ -1,4 +1,7 @@
-"""Serve the certificate that is on disk now, and make one for a developer's machine."""
+"""Reload the TLS certificate when its files change, and create one for development.
+
+Knows no port and no connection.
+"""
 
 import asyncio
 import contextlib
@@ -20,54 +23,56 @@ from websocket_relay.outcomes import SettingsError, StartError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-"""How often the files are looked at. A look is two stat calls; watching for events would miss the
-way in which Kubernetes swaps a mounted Secret (a link in the folder above)."""
+POLL_INTERVAL_S = 1.0
+"""Interval between two polls of the files, of two stat calls each. File system events would not
+report that Kubernetes replaces a mounted Secret, because it swaps a link in the parent
+directory."""
 
 DEV_NAME = "websocket-relay dev"
 DEV_DAYS = 365
 
 
 class Certificates:
-    """The pair of files that is served.
+    """The certificate and key in use, and their reload.
 
-    New handshakes get the newest pair that was whole; open connections keep theirs. The context
-    that listens stays: its server-name callback, which is called with and without a name, puts the
-    current one in its place for each handshake. Loading a new pair into the one that listens would
-    do, too, but a key that does not match would leave it with half of each.
+    New handshakes use the newest valid pair; open connections keep theirs. The listening context
+    never changes: its server-name callback, which is called with and without a name, replaces it
+    with the current one for each handshake. Loading a new pair into the listening context would
+    also work, but a key that does not match would leave it with a certificate and key of different
+    pairs.
 
     Args:
         cert_file: the chain, PEM.
         key_file: its private key, PEM.
 
     Raises:
-        SettingsError: the pair can't be served.
+        SettingsError: the pair can't be loaded.
     """
 
     def __init__(self, cert_file: Path, key_file: Path) -> None:
         self._files = (cert_file, key_file)
-        self._seen = self._state()
+        self._loaded_state = self._file_state()
         self.reloads = {"ok": 0, "error": 0}
         try:
             self._current, self.expiry = self._load()
         except (OSError, ValueError) as error:
             raise SettingsError([self._problem(error)]) from None
         self.context = self._current
-        self.context.sni_callback = self._choose
+        self.context.sni_callback = self._select_context
 
     async def watch(self) -> None:
-        """Take up renewed pairs, for ever."""
+        """Poll the files and reload a renewed pair, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S)
-            if (state := self._state()) != self._seen:
-                self._seen = state
+            await asyncio.sleep(POLL_INTERVAL_S)
+            if (state := self._file_state()) != self._loaded_state:
+                self._loaded_state = state
                 try:
-                    self._renew()
-                except Exception:  # the edge of a task whose end would end the relay
+                    self._reload()
+                except Exception:  # the task's edge: an error here would end the relay
                     self.reloads["error"] += 1
                     log.exception("certificate not renewed")
 
-    def _renew(self) -> None:
+    def _reload(self) -> None:
         try:
             self._current, self.expiry = self._load()
         except (OSError, ValueError) as error:
@@ -81,29 +86,31 @@ class Certificates:
     def _load(self) -> tuple[ssl.SSLContext, float]:
         cert_file, key_file = self._files
         for file in self._files:
-            if not file.is_file():  # a FIFO, say, would be waited for
+            if not file.is_file():  # opening a FIFO, for example, would block
                 raise FileNotFoundError(errno.ENOENT, "no such file", str(file))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        key_file.open("rb").close()  # OpenSSL does not say which of the two it could not open
+        key_file.open("rb").close()  # OpenSSL does not report which of the two it could not open
         try:
             certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
         except (x509.InvalidVersion, UnsupportedAlgorithm) as error:
             raise ValueError(str(error)) from None
-        # A key with a passphrase is an error, not a question on the terminal.
+        # A key with a passphrase is an error; without `password`, OpenSSL prompts on the terminal.
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
         return context, certificate.not_valid_after_utc.timestamp()
 
-    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+    def _select_context(
+        self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext
+    ) -> None:
         connection.context = self._current
 
-    def _state(self) -> list[tuple[int, int, int] | None]:
+    def _file_state(self) -> list[tuple[int, int, int] | None]:
         states: list[tuple[int, int, int] | None] = []
         for file in self._files:
             try:
                 stat = file.stat()
                 states.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
-            except (OSError, ValueError):  # a name with a NUL byte in it is a ValueError
+            except (OSError, ValueError):  # a NUL byte in a name raises ValueError
                 states.append(None)
         return states
 
@@ -114,25 +121,25 @@ class Certificates:
             return f"server.tls.{key}: {error.filename}: {error.strerror}"
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error)
         words = reason.replace("_", " ").lower()
-        return f"server.tls: {cert_file} and {key_file} can't be served: {words}"
+        return f"server.tls: can't load {cert_file} and {key_file}: {words}"
 
 
 def write_dev_pair(directory: Path) -> tuple[Path, Path]:
     """Write a self-signed cert.pem and key.pem for localhost, 127.0.0.1 and ::1.
 
     Args:
-        directory: where to; made if it is not there.
+        directory: the target directory, created if missing.
 
     Raises:
-        StartError: the files can't be written, or there are some that this did not make.
+        StartError: the files can't be written, or exist and were not created by this function.
     """
     cert_file, key_file = directory / "cert.pem", directory / "key.pem"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if (cert_file.exists() or key_file.exists()) and not _is_ours(cert_file):
+        if (cert_file.exists() or key_file.exists()) and not _is_dev_certificate(cert_file):
             raise StartError(
-                f"{cert_file} or {key_file} is there and is no development certificate;"
-                " move them away or choose another --directory"
+                f"{cert_file} or {key_file} exists and is not a development certificate;"
+                " remove them or choose another --directory"
             )
         certificate, key = _make_pair()
         _replace(key_file, key, mode=0o600)
@@ -173,7 +180,7 @@ def _make_pair() -> tuple[bytes, bytes]:
     )
 
 
-def _is_ours(cert_file: Path) -> bool:
+def _is_dev_certificate(cert_file: Path) -> bool:
     try:
         certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
     except (OSError, ValueError):
@@ -183,12 +190,12 @@ def _is_ours(cert_file: Path) -> bool:
 
 
 def _replace(file: Path, content: bytes, *, mode: int) -> None:
-    """Write a file so that a reader sees the old or the new one, and only those who may."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    """Replace a file atomically; the new one has the given permissions from the start."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
             out.write(content)
-        draft.replace(file)
+        temporary.replace(file)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
+            temporary.unlink()

@@ -1,8 +1,8 @@
-"""Trace handshakes and requests with OpenTelemetry. Nobody else knows its SDK.
+"""Trace handshakes and requests. The only module that uses OpenTelemetry's SDK.
 
-Nothing imports this room until a collector is named: a relay that does not trace has not loaded the
-library, and its application is the same as ever. Knows no channel and no framework; of a request it
-takes what is no secret: never the query, never a header but `traceparent` and `tracestate`.
+It is imported only if a collector is configured: without one, the library is not loaded and the
+application is not wrapped. Knows no channel and no framework. It reads no secret of a request:
+never the query, and no header but `traceparent` and `tracestate`.
 """
 
 import platform
@@ -30,57 +30,57 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 NAME = "websocket-relay"
 
 PROBES = {"/healthz", "/readyz"}
-"""They are asked for every few seconds, and say nothing that the metrics don't."""
+"""Paths that are not traced: they are requested every few seconds, and metrics cover them."""
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"}
 
 MAX_PATH_CHARACTERS = 256
 
-PARENT = TraceContextTextMapPropagator()
+PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """What makes spans, and sends them to the collector that the environment names.
+    """Create spans and export them to the collector in the environment.
 
-    Endpoint, headers, sampler, batches and the resource's attributes are read by the library:
+    The library reads the endpoint, headers, sampler, batching and resource attributes:
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/.
 
     Raises:
-        ValueError: the library can't use what the environment says.
-        OSError: a certificate that it names can't be read.
+        ValueError: a variable is invalid.
+        OSError: a certificate named by a variable can't be read.
     """
 
     def __init__(self) -> None:
-        ours = {
+        defaults = {
             "service.name": NAME,
             "service.version": __version__,
             "service.instance.id": platform.node(),
         }
-        resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
-        # Not at exit: it would wait for a collector for half a minute. See close().
+        resource = Resource.create({**defaults, **OTELResourceDetector().detect().attributes})
+        # The library's exit handler would wait 30 s for an unreachable collector. See close().
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer(NAME, __version__)
-        self._request: ContextVar[_Request | None] = ContextVar("request", default=None)
+        self._request: ContextVar[_TracedRequest | None] = ContextVar("request", default=None)
 
     def traced(self, app: App) -> App:
-        """Return an application that is the same, and whose requests have a span each."""
+        """Wrap an application so that each of its requests has a span."""
 
         async def trace(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
             if scope["path"] in PROBES:
                 await app(scope, receive, send)
                 return
-            request = _Request(self._begin(scope))
-            # Read by timers and tasks that begin in this one, too; some of them stay for as long as
-            # the client does. So it is a small thing, that lets go of the span.
+            request = _TracedRequest(self._start_span(scope))
+            # Timers and tasks that this task creates inherit the context variable. Some of them
+            # live as long as the client, so the object is small and drops its span at the end.
             self._request.set(request)
 
-            async def watch(message: Event) -> None:
-                request.note(message)
+            async def send_and_record(message: Event) -> None:
+                request.record_response(message)
                 await send(message)
 
             try:
-                await app(scope, receive, watch)
+                await app(scope, receive, send_and_record)
             except BaseException as error:
                 request.fault = type(error).__name__
                 raise
@@ -89,16 +89,16 @@ class Tracing:
 
         return trace
 
-    def _begin(self, scope: Mapping[str, Any]) -> Span:
+    def _start_span(self, scope: Mapping[str, Any]) -> Span:
         return self._tracer.start_span(_name(scope), _parent(scope["headers"]), SpanKind.SERVER)
 
-    def note_refusal(self, refused: RefusedError) -> None:
-        """Note why the request that is being answered is refused."""
+    def annotate_refusal(self, error: RefusedError) -> None:
+        """Record the reason for which the current request is refused."""
         if (request := self._request.get()) is not None:
-            request.refusal = refused.why.label
+            request.refusal = error.why.label
 
     def facts(self) -> Mapping[str, str]:
-        """Return what a line of the log has that is written for a request."""
+        """Return the trace and span id of the current request, for log lines."""
         request = self._request.get()
         if request is None or request.span is None:
             return {}
@@ -106,14 +106,14 @@ class Tracing:
         return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, and wait for that no longer than `timeout_s`."""
-        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
-        ending.start()
-        ending.join(timeout_s)
+        """Export the pending spans, for at most `timeout_s` seconds."""
+        thread = threading.Thread(target=self._provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
 
 
-class _Request:
-    """One request, or handshake, on its way to an answer."""
+class _TracedRequest:
+    """The span of one request or handshake, until its response."""
 
     __slots__ = ("fault", "refusal", "span", "status")
 
@@ -123,8 +123,8 @@ class _Request:
         self.refusal = ""
         self.fault = ""
 
-    def note(self, message: Event) -> None:
-        """Take note of what is answered."""
+    def record_response(self, message: Event) -> None:
+        """Record the status of a response."""
         match message["type"]:
             case "http.response.start" | "websocket.http.response.start":
                 self.status = message["status"]
@@ -168,7 +168,7 @@ class _Request:
 
 
 def _name(scope: Mapping[str, Any]) -> str:
-    """Return what a span's name begins with: one of few."""
+    """Return the prefix of a span's name, from a small fixed set."""
     if scope["type"] == "websocket":
         return "handshake"
     method: str = scope["method"]
@@ -176,21 +176,21 @@ def _name(scope: Mapping[str, Any]) -> str:
 
 
 def _route(scope: Mapping[str, Any], parameters: Mapping[str, str]) -> str:
-    """Return the path with the channel's name taken out; empty for one that is not there."""
+    """Return the path with a placeholder for the channel's name; empty for an unknown path."""
     path: str = scope["path"]
     if "endpoint" not in scope or "path" in parameters:
         return ""
     if "channel" not in parameters:
         return path
-    before, _, behind = path.partition(f"/channels/{parameters['channel']}")
-    return f"{before}/channels/{{channel}}{behind}"
+    prefix, _, suffix = path.partition(f"/channels/{parameters['channel']}")
+    return f"{prefix}/channels/{{channel}}{suffix}"
 
 
 def _parent(headers: list[tuple[bytes, bytes]]) -> Any:
-    """Return the caller's span, where it says which (https://www.w3.org/TR/trace-context/)."""
-    told: dict[str, str] = {}
+    """Return the caller's span, or None (https://www.w3.org/TR/trace-context/)."""
+    carrier: dict[str, str] = {}
     for name, value in headers:
         if name in (b"traceparent", b"tracestate"):
             key, text = name.decode(), value.decode("latin-1")
-            told[key] = f"{told[key]},{text}" if key in told else text
-    return PARENT.extract(told) if "traceparent" in told else None
+            carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
+    return PROPAGATOR.extract(carrier) if "traceparent" in carrier else None

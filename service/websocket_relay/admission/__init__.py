@@ -1,1 +1,1 @@
-"""Who may come in, and how much: origins, tokens, rights, limits. Knows no HTTP framework."""
+"""Admit or refuse clients: origins, tokens, permissions, limits. Knows no HTTP framework."""

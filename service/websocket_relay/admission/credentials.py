@@ -1,4 +1,4 @@
-"""Find the token that a request brings, and keep it out of the answer. Knows no key."""
+"""Find the token in a request, and keep it out of the response. Knows no key."""
 
 import re
 from collections.abc import Sequence
@@ -11,27 +11,29 @@ SCHEME = "bearer"
 PARAMETER = b"access_token="
 
 POSITIONS_SUBPROTOCOL = "relay.v1"
-"""Who offers it is told each message's position. It goes before all others."""
+"""A client that offers it receives the position of each message. It is preferred to all others."""
 
 TOKEN_LIKE = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*")
-"""A JSON Web Token: its first part is JSON, which begins with a brace and a quotation mark."""
+"""A JSON Web Token: its first part is base64url of JSON, which begins with a brace and a quotation
+mark."""
 
 
 def find_token(
     authorization: Sequence[str], query: bytes, subprotocols: Sequence[str]
 ) -> str | None:
-    """Return the token of a request, or None where it brings none.
+    """Return the token of a request, or None if it has none.
 
-    Looked for in the Authorization header and the query (RFC 6750 sections 2.1 and 2.3), then
-    among the subprotocols, for browsers can send nothing else.
+    The order is: the Authorization header, the query (RFC 6750 sections 2.1 and 2.3), the
+    subprotocols, which are the only header that a browser's WebSocket can set.
 
     Args:
-        authorization: what the header lines of that name say.
-        query: what stands behind the question mark.
-        subprotocols: what is offered; `bearer` and behind it the token.
+        authorization: the values of the Authorization header lines.
+        query: the part of the URL after the question mark.
+        subprotocols: the offered subprotocols: `bearer`, followed by the token.
 
     Raises:
-        RefusedError: there is more than one such line: a proxy might have looked at another.
+        RefusedError: there is more than one Authorization line. A proxy might have checked another
+            one than the relay.
     """
     if len(authorization) > 1:
         raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.MALFORMED)
@@ -42,26 +44,26 @@ def find_token(
         for part in query.split(b"&"):
             if part.startswith(PARAMETER) and len(part) > len(PARAMETER):
                 return unquote(part[len(PARAMETER) :].decode("latin-1"))
-    return next((token for token in _behind_bearer(subprotocols) if token), None)
+    return next((token for token in _after_bearer(subprotocols) if token), None)
 
 
 def select_subprotocol(subprotocols: Sequence[str]) -> str | None:
-    """Return which of the offered subprotocols is answered; never a token.
+    """Return the offered subprotocol to answer with; never a token.
 
-    The relay is transparent to what its clients speak, so where they do not offer what it speaks
-    itself it takes their first offer: browsers drop a connection whose offer is not answered. A
-    token that stands in the wrong place is not sent back either, for answers are logged more often.
+    The relay is transparent to the clients' own protocol. If a client does not offer the relay's
+    subprotocol, its first offer is accepted, because browsers drop a connection whose offer is not
+    answered. A token in the wrong place is not echoed either: responses are logged more often.
     """
     if not subprotocols:
         return None
     if POSITIONS_SUBPROTOCOL in subprotocols:
         return POSITIONS_SUBPROTOCOL
-    hidden = {SCHEME, *_behind_bearer(subprotocols)}
+    hidden = {SCHEME, *_after_bearer(subprotocols)}
     for offer in subprotocols:
         if offer and offer not in hidden and not TOKEN_LIKE.fullmatch(offer):
             return offer
     return SCHEME if SCHEME in subprotocols else None
 
 
-def _behind_bearer(subprotocols: Sequence[str]) -> list[str]:
-    return [behind for offer, behind in pairwise(subprotocols) if offer == SCHEME]
+def _after_bearer(subprotocols: Sequence[str]) -> list[str]:
+    return [following for offer, following in pairwise(subprotocols) if offer == SCHEME]

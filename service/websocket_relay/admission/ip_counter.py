@@ -1,20 +1,21 @@
-"""Count clients by the address they come from. Knows no connection."""
+"""Count clients by IP address. Knows no connection."""
 
 import ipaddress
 
 UNKNOWN = "unknown"
-"""What stands for everything that is no address: a trusted proxy may forward anything. All of it
-counts as one address."""
+"""The key for every value that is not an IP address, because a trusted proxy may forward anything.
+All such clients count as one address."""
 
 SITE_BITS = 64
-"""Of an IPv6 address: a site has at least 2^64 addresses (RFC 6177), so one says nothing."""
+"""Prefix length under which IPv6 clients are counted. A site has at least 2^64 addresses (RFC
+6177), so a single address does not identify a client."""
 
 
 class IpCounter:
-    """How many clients there are from each address.
+    """The number of clients from each address.
 
     Args:
-        limit: clients at a time from one address, or one IPv6 /64.
+        limit: maximum number of concurrent clients from one address, or one IPv6 /64.
     """
 
     def __init__(self, limit: int) -> None:
@@ -22,28 +23,28 @@ class IpCounter:
         self._clients: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """From how many addresses there are clients."""
+        """Return the number of addresses with at least one client."""
         return len(self._clients)
 
     def has_room(self, network: str) -> bool:
-        """Tell whether one more client may come from there."""
+        """Return whether the address is below the limit."""
         return self._clients.get(network, 0) < self._limit
 
     def enter(self, network: str) -> None:
-        """Count a client in."""
+        """Add a client."""
         self._clients[network] = self._clients.get(network, 0) + 1
 
     def leave(self, network: str) -> None:
-        """Count a client out."""
-        left = self._clients[network] - 1
-        if left:
-            self._clients[network] = left
+        """Remove a client."""
+        remaining = self._clients[network] - 1
+        if remaining:
+            self._clients[network] = remaining
         else:
             del self._clients[network]
 
 
 def network_of(host: str | None) -> str:
-    """Return under what a client with this address is counted."""
+    """Return the key under which a client with this address is counted."""
     try:
         address = ipaddress.ip_address(host or "")
     except ValueError:

@@ -1,7 +1,7 @@
-"""Keep an issuer's public keys (a JWK set, RFC 7517) at hand. The only room that knows httpx2.
+"""Fetch and cache an issuer's public keys (a JWK set, RFC 7517). The only module that uses httpx2.
 
-Keys that are known stay in use while the issuer's server is down; only tokens with an unknown key
-feel an outage.
+Cached keys stay in use while the issuer's server is down. An outage affects only tokens that name
+an unknown key. Knows no token and no claim.
 """
 
 import asyncio
@@ -27,41 +27,42 @@ from websocket_relay.token_bucket import TokenBucket
 log = logging.getLogger(__name__)
 
 FETCH_S = 5.0
-"""What a fetch may take from the first look at the server's name to the last byte."""
+"""Deadline of one fetch, from name resolution to the last byte."""
 
 MAX_BYTES = 1_048_576
 
 MAX_KEYS = 256
-"""Of a set, those included that are of no use here. Reading one takes up to 0.1 ms, and every token
-looks through all of them."""
+"""Keys in one set, unusable ones included. Parsing a key takes up to 0.1 ms, and every token causes
+a search through all of them."""
 
 MAX_AGE_S = 300.0
-"""Keys that are older are fetched anew, in the background, as soon as one is used."""
+"""A set that is older is refetched in the background when one of its keys is next used."""
 
 FETCH_INTERVAL_S = 10.0
 FETCH_BURST = 5
-"""How often is fetched at most: tokens that name keys nobody has must not become a flood of
+"""Rate limit of fetches, as a token bucket: tokens that name unknown keys must not cause a flood of
 requests to the issuer."""
 
-FIRST_PAUSE_S = 1.0
-"""Until the second try to get the first keys. It doubles up to FETCH_INTERVAL_S, and each is cut by
-chance to between a half and the whole, so that replicas do not ask an issuer all at once."""
+INITIAL_BACKOFF_S = 1.0
+"""Delay before the second attempt to fetch the first keys. It doubles up to FETCH_INTERVAL_S. Each
+delay is multiplied by a random factor from 0.5 to 1, so that replicas do not query the issuer at
+the same moment."""
 
-READERS: dict[str, Callable[[Any], object]] = {
+PARSERS: dict[str, Callable[[Any], object]] = {
     "RSA": RSAAlgorithm.from_jwk,
     "EC": ECAlgorithm.from_jwk,
     "OKP": OKPAlgorithm.from_jwk,
 }
-"""What makes a key of a JWK, by its kty. Secrets (oct) have no business in a public set."""
+"""The parser of a JWK, by its kty. Symmetric keys (oct) do not belong in a public set."""
 
 
 class FetchError(RelayError):
-    """The issuer's server did not give a key set. Says why."""
+    """The issuer's server did not return a usable key set. The message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key of the set."""
+    """A key of the set, its key id, and the algorithms that it verifies."""
 
     kid: str | None
     key: PublicKey
@@ -69,13 +70,13 @@ class NamedKey:
 
 
 class Jwks:
-    """The keys behind a URL.
+    """The cached keys of one URL.
 
-    Use it as a context manager, which cleans up. It fetches as the need arises, and `get_first` to
-    begin with.
+    Use it as a context manager, which cancels the fetch in flight and closes the HTTP client. It
+    fetches on demand; `get_first` makes the first fetch.
 
     Args:
-        url: of the key set.
+        url: the URL of the key set.
     """
 
     def __init__(self, url: str) -> None:
@@ -83,14 +84,14 @@ class Jwks:
         self._url = url
         self._keys: tuple[NamedKey, ...] = ()
         self._fetched_at = 0.0
-        self._there = asyncio.Event()  # set once there are keys, for good
-        self._reachable = False  # whether the last fetch was a good one
-        self._rate = TokenBucket(1 / FETCH_INTERVAL_S, FETCH_BURST)
+        self._has_keys = asyncio.Event()  # never cleared
+        self._is_reachable = False  # whether the last fetch succeeded
+        self._fetch_rate = TokenBucket(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
         self._http: httpx2.AsyncClient
 
     async def __aenter__(self) -> Self:
-        # Every fetch has a deadline of its own for all of it; httpx2's are for each step.
+        # Every fetch has its own deadline for the whole; httpx2's timeouts apply to each step.
         self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=1))
         return self
 
@@ -105,74 +106,75 @@ class Jwks:
         await self._http.aclose()
 
     async def get_first(self) -> None:
-        """Return once there are keys; fetch until then, again and again."""
-        pause_s = FIRST_PAUSE_S
+        """Retry the fetch until it succeeds once."""
+        backoff_s = INITIAL_BACKOFF_S
         while True:
-            await asyncio.wait({self._fetch_soon()})
+            await asyncio.wait({self._start_fetch()})
             with suppress(TimeoutError):
-                # A client's token may bring the next fetch about, and be quicker.
-                async with asyncio.timeout(pause_s * random.uniform(0.5, 1)):
-                    await self._there.wait()
+                # A client's token may cause a fetch that succeeds during the backoff.
+                async with asyncio.timeout(backoff_s * random.uniform(0.5, 1)):
+                    await self._has_keys.wait()
                     return
-            pause_s = min(2 * pause_s, FETCH_INTERVAL_S)
+            backoff_s = min(2 * backoff_s, FETCH_INTERVAL_S)
 
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
-        """Return the key that a token names; fetch the set where it is not in it.
+        """Return the key that a token names; fetch the set if the key is not in it.
 
-        A token without a key id is for the only key of its algorithm.
+        A token without a key id matches only if the set has one key for its algorithm.
 
         Raises:
-            RefusedError: the key is not known, and the server can't or may not be asked now: the
-                token may be good once it can.
+            RefusedError: the key is unknown, and the server is unreachable or the rate limit of
+                fetches is exhausted. The token may turn out to be valid after the next fetch.
         """
         loop = asyncio.get_running_loop()
-        asked = True
-        found = self._known(algorithm, kid)
+        is_fresh = True
+        found = self._cached(algorithm, kid)
         if found:
-            if loop.time() - self._fetched_at > MAX_AGE_S and self._rate.take(loop.time()):
-                self._fetch_soon()  # nobody waits for it
-        elif self._fetching is not None or self._rate.take(loop.time()):
-            # Not awaited as such: a client that leaves would cancel it for all who wait.
-            await asyncio.wait({self._fetch_soon()})
-            found = self._known(algorithm, kid)
+            if loop.time() - self._fetched_at > MAX_AGE_S and self._fetch_rate.take(loop.time()):
+                self._start_fetch()  # in the background
+        elif self._fetching is not None or self._fetch_rate.take(loop.time()):
+            # Not awaited directly: a client that disconnects would cancel it for all that wait.
+            await asyncio.wait({self._start_fetch()})
+            found = self._cached(algorithm, kid)
         else:
-            asked = False
-        if not found and not (asked and self._reachable):
+            is_fresh = False
+        if not found and not (is_fresh and self._is_reachable):
             raise RefusedError(Refusal.KEYS)
         return found[0] if len(found) == 1 or (found and kid is not None) else None
 
-    def _known(self, algorithm: str, kid: str | None) -> list[PublicKey]:
+    def _cached(self, algorithm: str, kid: str | None) -> list[PublicKey]:
         return [
             named.key
             for named in self._keys
             if algorithm in named.algorithms and kid in (None, named.kid)
         ]
 
-    def _fetch_soon(self) -> "asyncio.Task[None]":
-        """Return the fetch under way, or a new one."""
+    def _start_fetch(self) -> "asyncio.Task[None]":
+        """Return the fetch in flight, or start one."""
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._fetch())
         return self._fetching
 
     async def _fetch(self) -> None:
         try:
-            self._keys = await key_set(await self._body())
+            self._keys = await key_set(await self._download())
         except FetchError as error:
-            self._reachable = False
+            self._is_reachable = False
             self.fetches["error"] += 1
             log.error("keys not fetched", extra={"url": self._url, "error": str(error)})
         else:
-            level = logging.DEBUG if self._reachable else logging.INFO  # news: the first, or again
+            # The first success, and the first after a failure, are worth a line.
+            level = logging.DEBUG if self._is_reachable else logging.INFO
             log.log(level, "keys fetched", extra={"keys": len(self._keys)})
-            self._reachable = True
+            self._is_reachable = True
             self._fetched_at = asyncio.get_running_loop().time()
             self.fetches["ok"] += 1
-            self._there.set()
+            self._has_keys.set()
         finally:
             self._fetching = None
 
-    async def _body(self) -> bytes:
-        # Not compressed: what a few bytes would inflate to is known only when it is there.
+    async def _download(self) -> bytes:
+        # Uncompressed: the size of an inflated body is known only after inflating it.
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         body = bytearray()
         try:
@@ -187,69 +189,69 @@ class Jwks:
                     if len(body) > MAX_BYTES:
                         raise FetchError(f"more than {MAX_BYTES} bytes")
         except TimeoutError:
-            raise FetchError(f"not done in {FETCH_S:g} seconds") from None
+            raise FetchError(f"timeout after {FETCH_S:g} seconds") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-            raise FetchError(_innermost(error)) from None
+            raise FetchError(_root_cause(error)) from None
         return bytes(body)
 
 
-def _innermost(error: BaseException) -> str:
-    """Return what began it: "Connection refused", where those who wrap it say less or nothing."""
-    said = type(error).__name__
+def _root_cause(error: BaseException) -> str:
+    """Return the message of the innermost cause that has one, such as "Connection refused"."""
+    message = type(error).__name__
     cause: BaseException | None = error
     while cause is not None:
-        said = getattr(cause, "strerror", None) or str(cause) or said
-        if isinstance(cause, BaseExceptionGroup):  # an attempt for each address of the name
+        message = getattr(cause, "strerror", None) or str(cause) or message
+        if isinstance(cause, BaseExceptionGroup):  # one attempt for each address of the name
             cause = cause.exceptions[0]
         else:
             cause = cause.__cause__ or cause.__context__
-    return said
+    return message
 
 
 async def key_set(body: bytes) -> tuple[NamedKey, ...]:
-    """Return the keys of a JWK set that tokens can be checked with. Others in it do no harm.
+    """Return the keys of a JWK set that can verify tokens; skip all others.
 
     Raises:
-        FetchError: there are none, or too many.
+        FetchError: no key is usable, or there are too many.
     """
-    named = []
-    for jwk in _listed(body):
-        if (one := _named(jwk)) is not None:
-            named.append(one)
+    usable = []
+    for jwk in _parse_set(body):
+        if (key := _parse_key(jwk)) is not None:
+            usable.append(key)
         await asyncio.sleep(0)  # messages are relayed between one key and the next
-    keys = tuple(one for one in named if not is_short(one.key))
-    if len(keys) < len(named):
-        facts = {"keys": len(named) - len(keys), "min_bits": MIN_RSA_BITS}
+    keys = tuple(key for key in usable if not is_short(key.key))
+    if len(keys) < len(usable):
+        facts = {"keys": len(usable) - len(keys), "min_bits": MIN_RSA_BITS}
         log.warning("short RSA keys not used", extra=facts)
     if not keys:
-        raise FetchError("no key to check tokens with")
+        raise FetchError("no usable key in the set")
     return keys
 
 
-def _listed(body: bytes) -> list[object]:
+def _parse_set(body: bytes) -> list[object]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
         raise FetchError("not JSON") from None
-    listed = content.get("keys") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
+    jwks = content.get("keys") if isinstance(content, dict) else None
+    if not isinstance(jwks, list):
         raise FetchError("not a JWK set")
-    if len(listed) > MAX_KEYS:
-        raise FetchError(f"{len(listed)} keys, more than {MAX_KEYS}")
-    return listed
+    if len(jwks) > MAX_KEYS:
+        raise FetchError(f"{len(jwks)} keys, more than {MAX_KEYS}")
+    return jwks
 
 
-def _named(jwk: object) -> NamedKey | None:
-    if not isinstance(jwk, dict) or "d" in jwk:  # a private key that got out proves nothing
+def _parse_key(jwk: object) -> NamedKey | None:
+    if not isinstance(jwk, dict) or "d" in jwk:  # a published private key proves nothing
         return None
-    if jwk.get("use", "sig") != "sig" or not _verifies(jwk.get("key_ops", ["verify"])):
+    if jwk.get("use", "sig") != "sig" or not _may_verify(jwk.get("key_ops", ["verify"])):
         return None
-    kind = jwk.get("kty")
-    read = READERS.get(kind) if isinstance(kind, str) else None
-    if read is None:
+    kty = jwk.get("kty")
+    parse = PARSERS.get(kty) if isinstance(kty, str) else None
+    if parse is None:
         return None
     try:
-        key = read(jwk)
+        key = parse(jwk)
     except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, AttributeError, KeyError):
         return None
     algorithms = algorithms_of(key)
@@ -261,5 +263,5 @@ def _named(jwk: object) -> NamedKey | None:
     return NamedKey(kid if isinstance(kid, str) else None, key, algorithms)
 
 
-def _verifies(operations: object) -> bool:
+def _may_verify(operations: object) -> bool:
     return isinstance(operations, list) and "verify" in operations

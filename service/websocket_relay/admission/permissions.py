@@ -1,4 +1,4 @@
-"""Read what a token allows. Knows no signature."""
+"""Read the permissions in a token's claims. Knows no signature."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,14 @@ CLAIM = "relay"
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Patterns of channels, and until when they count.
+    """Patterns of channel names, and when they expire.
 
-    A `*` at a pattern's end matches the rest; anywhere else it is a letter, which no channel has.
+    A trailing `*` in a pattern matches any rest. Anywhere else it is a literal character, which no
+    channel name contains.
 
     Attributes:
         expires_at: seconds since 1970; None: never.
-        stats: whether the relay's figures may be seen.
+        stats: whether the holder may read the relay's stats.
     """
 
     subscribe: tuple[str, ...]
@@ -24,7 +25,7 @@ class Permissions:
 
     @classmethod
     def of(cls, claims: dict[str, Any], expires_at: float | None) -> "Permissions":
-        """Return the rights that the claim `relay` gives: none where it is not as it should be."""
+        """Return the permissions in the claim `relay`; none if the claim is malformed."""
         claim = claims.get(CLAIM)
         if not isinstance(claim, dict):
             return cls((), (), expires_at)
@@ -32,11 +33,11 @@ class Permissions:
         return cls(subscribe, publish, expires_at, stats=claim.get("stats") is True)
 
     def may_subscribe(self, channel: str) -> bool:
-        """Tell whether the channel may be joined."""
+        """Return whether the holder may subscribe to the channel."""
         return any(_matches(pattern, channel) for pattern in self.subscribe)
 
     def may_publish(self, channel: str) -> bool:
-        """Tell whether messages may be sent to the channel."""
+        """Return whether the holder may publish to the channel."""
         return any(_matches(pattern, channel) for pattern in self.publish)
 
 

@@ -1,4 +1,7 @@
-"""Decide who may come in. Knows no HTTP framework; a refusal is a fact for others to tell."""
+"""Decide which clients are admitted, publish or read stats.
+
+Knows no HTTP framework: a refusal is an exception, which others turn into a response.
+"""
 
 import re
 import time
@@ -19,25 +22,25 @@ if TYPE_CHECKING:
     from websocket_relay.admission.verifier import TokenVerifier
 
 CHANNEL_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
-"""Not . and .., which browsers take out of a path before they ask for it."""
+"""Excludes `.` and `..`, which browsers remove from a path before they request it."""
 
 DEFAULT_CHANNEL = "default"
 
 MESSAGE_BURST_S = 2
-"""So many seconds' worth of messages a client may send at once."""
+"""A client may send the messages of this many seconds in one burst."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRequest:
-    """What a client says that asks to be let in.
+    """The parts of a request that admission depends on.
 
     Attributes:
         channel: the name in the path.
         headers: by their names in lower case.
-        query: what stands behind the question mark in the path.
-        subprotocols: what it offers.
-        host: the address it comes from; trusted proxies may have said which.
-        authorization: what its Authorization header says; several texts where there are several.
+        query: the part of the URL after the question mark.
+        subprotocols: the offered subprotocols.
+        host: the client's address; a trusted proxy may have forwarded it.
+        authorization: the values of all Authorization header lines.
     """
 
     channel: str
@@ -49,26 +52,26 @@ class AdmissionRequest:
 
 
 class AdmittedClient(Protocol):
-    """What can be asked of a connection."""
+    """The part of a connection that admission uses."""
 
-    def allow(self, allowance: PublishPolicy) -> None:
-        """Hold the client to what it may send."""
+    def allow(self, policy: PublishPolicy) -> None:
+        """Enforce a policy on what the client publishes."""
 
     def expire_in(self, seconds: float) -> None:
-        """Close the client after so many seconds."""
+        """Close the client after a number of seconds."""
 
-    def when_lost(self, act: Callable[[], None]) -> None:
-        """Call `act` once, when the TCP connection has ended."""
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the TCP connection has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """On what terms a client is let in.
+    """The conditions under which a client is admitted.
 
     Attributes:
-        may_publish: whether it may send messages.
-        expires_in_s: how long it may stay; None: as long as it likes.
-        network: where it comes from, as the limit per address counts.
+        may_publish: whether it may publish.
+        expires_in_s: seconds until its token expires; None: never.
+        network: its key for the limit per address.
     """
 
     may_publish: bool
@@ -77,19 +80,19 @@ class Grant:
 
 
 class AdmissionPolicy:
-    """The checks before an upgrade, in the order in which a client hears of them.
+    """The checks before an upgrade; the first one that fails determines the refusal.
 
     Args:
-        allowed_origins: what browsers may say in Origin; `*` lets all in.
-        max_connections: clients at a time; 0 for no limit.
-        max_connections_per_ip: clients at a time from one address; 0 for no limit.
-        max_handshakes_per_s: upgrades asked for in a second; 0 for no limit.
-        max_messages_per_s: what one client may send; 0 for no limit.
-        tokens: checks tokens; None lets everybody in.
-        connections: tells how many there are.
-        has_descriptor: tells whether there is a file descriptor for another client.
-        has_room: tells whether a channel may be joined.
-        health: tells whether the relay stops.
+        allowed_origins: accepted values of the Origin header; `*` accepts all.
+        max_connections: concurrent clients; 0: no limit.
+        max_connections_per_ip: concurrent clients from one address; 0: no limit.
+        max_handshakes_per_s: upgrade requests per second; 0: no limit.
+        max_messages_per_s: messages per second from one client; 0: no limit.
+        tokens: verifies tokens; None: no token is required.
+        connections: returns the number of clients.
+        has_descriptor: returns whether a file descriptor is free for another client.
+        has_room: returns whether a channel exists or may be created.
+        health: the phase of the relay and the state of its backplane.
     """
 
     def __init__(
@@ -122,100 +125,103 @@ class AdmissionPolicy:
         self._has_room = has_room
         self._health = health
 
-    async def admit(self, upgrade: AdmissionRequest) -> Grant:
-        """Let a client in.
+    async def admit(self, request: AdmissionRequest) -> Grant:
+        """Admit a subscriber.
 
-        The limits are looked at last. Accept and count the client without awaiting anything that
-        waits, or others come in meanwhile.
+        The limits are checked last. Invariant: the caller accepts and counts the client without
+        an await that suspends; otherwise other clients are admitted in between and exceed them.
 
         Returns:
-            On what terms.
+            The conditions of the admission.
 
         Raises:
-            RefusedError: it may not come in.
+            RefusedError: a check failed.
         """
-        self._look_at(upgrade)
-        rights = await self._rights(upgrade) if self._tokens is not None else None
-        network = network_of(upgrade.host) if self._addresses is not None else ""
-        self._find_room(upgrade.channel, network)
-        if rights is None:
+        self._check_cheaply(request)
+        permissions = (
+            await self._authorize_subscriber(request) if self._tokens is not None else None
+        )
+        network = network_of(request.host) if self._addresses is not None else ""
+        self._check_limits(request.channel, network)
+        if permissions is None:
             return Grant(may_publish=True, expires_in_s=None, network=network)
-        return Grant(rights.may_publish(upgrade.channel), _time_left(rights), network)
+        may_publish = permissions.may_publish(request.channel)
+        return Grant(may_publish, _remaining_s(permissions), network)
 
-    async def admit_publisher(self, upgrade: AdmissionRequest) -> None:
-        """Let somebody publish who does not stay.
+    async def admit_publisher(self, request: AdmissionRequest) -> None:
+        """Admit a publisher that makes one request and does not subscribe.
 
         Raises:
-            RefusedError: it may not.
+            RefusedError: a check failed.
         """
-        self._look_at_words(upgrade)
+        self._check_path_and_origin(request)
         if self._tokens is not None:
-            rights = await self._checked(upgrade)
-            if not rights.may_publish(upgrade.channel):
+            permissions = await self._authenticate(request)
+            if not permissions.may_publish(request.channel):
                 raise RefusedError(Refusal.NO_RIGHT)
-            _time_left(rights)
-        self._see_whether_open()
+            _remaining_s(permissions)
+        self._check_availability()
 
-    async def admit_viewer(self, upgrade: AdmissionRequest) -> None:
-        """Let somebody see the relay's figures.
+    async def admit_viewer(self, request: AdmissionRequest) -> None:
+        """Admit a reader of the relay's stats.
 
         Raises:
-            RefusedError: it may not.
+            RefusedError: a check failed.
         """
         if self._tokens is not None:
-            rights = await self._checked(upgrade)
-            if not rights.stats:
+            permissions = await self._authenticate(request)
+            if not permissions.stats:
                 raise RefusedError(Refusal.NO_STATS)
-            _time_left(rights)
+            _remaining_s(permissions)
 
-    def bind(self, client: AdmittedClient, terms: Grant) -> None:
-        """Hold a client to its terms, and count it until its connection has ended."""
-        most = self._max_messages_per_s
-        if most or not terms.may_publish:
-            rate = TokenBucket(most, most * MESSAGE_BURST_S) if most else None
-            client.allow(PublishPolicy(may_publish=terms.may_publish, rate=rate))
-        if terms.expires_in_s is not None:
-            client.expire_in(terms.expires_in_s)
+    def bind(self, client: AdmittedClient, grant: Grant) -> None:
+        """Enforce a grant on a client, and count the client until its connection has ended."""
+        per_s = self._max_messages_per_s
+        if per_s or not grant.may_publish:
+            rate = TokenBucket(per_s, per_s * MESSAGE_BURST_S) if per_s else None
+            client.allow(PublishPolicy(may_publish=grant.may_publish, rate=rate))
+        if grant.expires_in_s is not None:
+            client.expire_in(grant.expires_in_s)
         if self._addresses is not None:
-            self._addresses.enter(terms.network)
-            client.when_lost(partial(self._addresses.leave, terms.network))
+            self._addresses.enter(grant.network)
+            client.when_lost(partial(self._addresses.leave, grant.network))
 
-    def _look_at(self, upgrade: AdmissionRequest) -> None:
-        """Check what costs nothing."""
-        self._look_at_words(upgrade)
-        self._see_whether_open()
+    def _check_cheaply(self, request: AdmissionRequest) -> None:
+        """Make the checks that need no cryptography."""
+        self._check_path_and_origin(request)
+        self._check_availability()
         if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
             raise RefusedError(Refusal.HANDSHAKES)
 
-    def _look_at_words(self, upgrade: AdmissionRequest) -> None:
-        if not CHANNEL_NAME.fullmatch(upgrade.channel):
+    def _check_path_and_origin(self, request: AdmissionRequest) -> None:
+        if not CHANNEL_NAME.fullmatch(request.channel):
             raise RefusedError(Refusal.PATH)
         if self._origins is not None:
-            origin = upgrade.headers.get("origin")  # only browsers send one, and they always do
+            origin = request.headers.get("origin")  # only browsers send one, and they always do
             if origin is not None and origin.lower() not in self._origins:
                 raise RefusedError(Refusal.ORIGIN)
 
-    def _see_whether_open(self) -> None:
-        if self._health.refusing:
+    def _check_availability(self) -> None:
+        if self._health.refuses_upgrades:
             raise RefusedError(Refusal.DRAINING)
-        if self._health.is_cut_off:
+        if self._health.is_backplane_down:
             raise RefusedError(Refusal.UNAVAILABLE)
 
-    async def _rights(self, upgrade: AdmissionRequest) -> Permissions:
-        rights = await self._checked(upgrade)
-        if not rights.may_subscribe(upgrade.channel):
+    async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
+        permissions = await self._authenticate(request)
+        if not permissions.may_subscribe(request.channel):
             raise RefusedError(Refusal.NO_RIGHT)
-        return rights
+        return permissions
 
-    async def _checked(self, upgrade: AdmissionRequest) -> Permissions:
+    async def _authenticate(self, request: AdmissionRequest) -> Permissions:
         assert self._tokens is not None
-        token = find_token(upgrade.authorization, upgrade.query, upgrade.subprotocols)
+        token = find_token(request.authorization, request.query, request.subprotocols)
         if token is None:
             raise RefusedError(Refusal.NO_TOKEN)
-        return await self._tokens.rights(token)
+        return await self._tokens.verify(token)
 
-    def _find_room(self, channel: str, network: str) -> None:
-        self._see_whether_open()  # still, since the token was looked at
+    def _check_limits(self, channel: str, network: str) -> None:
+        self._check_availability()  # again: it may have changed while the token was verified
         if self._max_connections and self._connections() >= self._max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():
@@ -226,10 +232,15 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.CHANNELS)
 
 
-def _time_left(rights: Permissions) -> float | None:
-    if rights.expires_at is None:
+def _remaining_s(permissions: Permissions) -> float | None:
+    """Return the seconds until the permissions expire; None: never.
+
+    Raises:
+        RefusedError: they have expired.
+    """
+    if permissions.expires_at is None:
         return None
-    left_s = rights.expires_at - time.time()
-    if left_s <= 0:
+    remaining_s = permissions.expires_at - time.time()
+    if remaining_s <= 0:
         raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.EXPIRED)
-    return left_s
+    return remaining_s

@@ -1,8 +1,8 @@
-"""Own the public keys that tokens are checked with, and what each may be used for.
+"""Own the public keys that verify tokens, and the algorithms that each may be used for.
 
-A key is good for the algorithms that its own kind and curve have, whatever a token says; a secret
-is never looked up here. So no token can have a public key taken for a secret (RFC 8725 section
-3.1). Knows no token.
+The type and curve of a key determine its algorithms, whatever a token's header states. Secrets are
+never looked up here, so no token can cause a public key to be used as an HMAC secret (RFC 8725
+section 3.1). Knows no token.
 """
 
 import errno
@@ -25,26 +25,26 @@ CURVE_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES
 EDWARDS_ALGORITHMS = frozenset({"EdDSA"})
 
 MIN_RSA_BITS = 2048
-"""RFC 7518 section 3.3. Shorter keys have been, or are about to be, factored."""
+"""RFC 7518 section 3.3. Shorter keys have been factored, or soon will be."""
 
 
 class KeySource(Protocol):
-    """Where the keys come from."""
+    """A file or a JWK set that provides public keys."""
 
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
-        """Return the key that a token names, or None where it is not known.
+        """Return the key that a token names, or None if it is unknown.
 
         Args:
-            algorithm: what the token is signed with; the key returned is of that kind.
+            algorithm: the algorithm in the token's header. The returned key is suitable for it.
             kid: the token's key id.
 
         Raises:
-            RefusedError: keys can't be had now.
+            RefusedError: the keys are unavailable now.
         """
 
 
 def algorithms_of(key: object) -> frozenset[str]:
-    """Return what a public key may be used for; nothing for a key of another kind."""
+    """Return the algorithms of a public key; none for an unsupported type."""
     match key:
         case RSAPublicKey():
             return RSA_ALGORITHMS
@@ -56,33 +56,34 @@ def algorithms_of(key: object) -> frozenset[str]:
 
 
 def is_short(key: PublicKey) -> bool:
-    """Tell whether a key proves little because signatures can be made without the private one."""
+    """Return whether an RSA key is so short that its signatures can be forged."""
     return isinstance(key, RSAPublicKey) and key.key_size < MIN_RSA_BITS
 
 
 class PublicKeyFile:
-    """One public key from a file; a token's key id says nothing then.
+    """One public key from a file. The key id of a token is ignored.
 
     Args:
         file: the key, PEM.
-        algorithms: for which it has to do, those of secrets left out.
+        algorithms: the asymmetric algorithms that the key has to support.
 
     Raises:
-        UnfitError: it does not.
+        UnusableSettingError: the file can't be read, or the key is unsuitable.
     """
 
     def __init__(self, file: Path, algorithms: frozenset[str]) -> None:
         try:
             self._key = _read(file)
         except OSError as error:
-            raise _unfit(file, error.strerror or "can't be read") from None
+            raise _unusable(file, error.strerror or "not readable") from None
         except ValueError as error:
-            raise _unfit(file, str(error)) from None
+            raise _unusable(file, str(error)) from None
         if is_short(self._key):
-            raise _unfit(file, f"an RSA key of fewer than {MIN_RSA_BITS} bits")
-        unsuited = algorithms - algorithms_of(self._key)
-        if unsuited:
-            raise _unfit(file, f"this kind of key is not for {', '.join(sorted(unsuited))}")
+            raise _unusable(file, f"RSA key of fewer than {MIN_RSA_BITS} bits")
+        unsupported = algorithms - algorithms_of(self._key)
+        if unsupported:
+            reason = f"this type of key does not support {', '.join(sorted(unsupported))}"
+            raise _unusable(file, reason)
 
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
         """Return the key."""
@@ -91,12 +92,12 @@ class PublicKeyFile:
 
 def _read(file: Path) -> PublicKey:
     if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a directory, where a file should be")
-    if not file.is_file():  # a FIFO, say, would be waited for
+        raise IsADirectoryError(errno.EISDIR, "a directory, not a file")
+    if not file.is_file():  # opening a FIFO, for example, would block
         raise FileNotFoundError(errno.ENOENT, "no such file")
     pem = file.read_bytes()
     if b"PRIVATE KEY" in pem:
-        raise ValueError("a private key; the relay needs the public one only")
+        raise ValueError("a private key; the relay needs only the public key")
     try:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm):
@@ -106,5 +107,5 @@ def _read(file: Path) -> PublicKey:
     return key
 
 
-def _unfit(file: Path, reason: str) -> UnusableSettingError:
+def _unusable(file: Path, reason: str) -> UnusableSettingError:
     return UnusableSettingError("auth.jwt.public_key_file", f"{file}: {reason}")

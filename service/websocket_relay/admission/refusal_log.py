@@ -1,4 +1,4 @@
-"""Tell the log that a limit keeps clients out, without letting them flood it. Knows no client."""
+"""Log that a limit refuses clients, at a bounded rate. Knows no client."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from websocket_relay.outcomes import Refusal
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 60.0
-"""How often the log hears of one limit at most."""
+"""Minimum time between two log lines about the same limit."""
 
 SETTINGS = {
     Refusal.HTTP_CONNECTIONS: "limits.max_http_connections",
@@ -21,29 +21,29 @@ SETTINGS = {
     Refusal.KEYS: "auth.jwt.jwks_url",
     Refusal.UNFINISHED: "limits.total_backlog_bytes",
 }
-"""The refusals that an operator may have to do something about, and by which setting. What others
-say is the client's own fault."""
+"""The refusals that may need an operator, and the setting to change. All others are errors of the
+client."""
 
 
 class RefusalLog:
-    """Which limits were hit in the last minute, and how often since the log heard of it."""
+    """The limits hit in the last minute, with the number of refusals not yet logged."""
 
     def __init__(self) -> None:
-        self._untold: dict[Refusal, int] = {}
+        self._unlogged: dict[Refusal, int] = {}
 
     def note(self, why: Refusal) -> None:
-        """Take note of a refusal: the first is told at once, the others after a minute, as one."""
-        if why in self._untold:
-            self._untold[why] += 1
+        """Record a refusal: log the first at once, and the following ones as one line a minute."""
+        if why in self._unlogged:
+            self._unlogged[why] += 1
         elif why in SETTINGS:
-            self._tell(why, 1)
+            self._log(why, 1)
 
-    def _tell(self, why: Refusal, count: int) -> None:
+    def _log(self, why: Refusal, count: int) -> None:
         facts = {"reason": why.label, "count": count, "setting": SETTINGS[why]}
         log.warning("clients refused", extra=facts)
-        self._untold[why] = 0
-        asyncio.get_running_loop().call_later(INTERVAL_S, self._look_again, why)
+        self._unlogged[why] = 0
+        asyncio.get_running_loop().call_later(INTERVAL_S, self._log_rest, why)
 
-    def _look_again(self, why: Refusal) -> None:
-        if count := self._untold.pop(why):
-            self._tell(why, count)
+    def _log_rest(self, why: Refusal) -> None:
+        if count := self._unlogged.pop(why):
+            self._log(why, count)

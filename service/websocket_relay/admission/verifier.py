@@ -1,7 +1,7 @@
-"""Check tokens (JWT, RFC 7519): signature, times, audience, issuer. Knows no channel.
+"""Verify tokens (JWT, RFC 7519): signature, times, audience, issuer. Knows no channel.
 
-Nothing of a token leaves this room but what it allows: refusals say which check it failed, in
-words that stand here.
+Only the permissions of a token leave this module. A refusal names the check that failed, with a
+fixed text and no part of the token.
 """
 
 import math
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
     from websocket_relay.admission.jwks import Jwks
 
 MAX_CHARACTERS = 16_384
-"""Of a token: more than others let into a whole request's head."""
+"""Maximum length of a token. Other servers allow less for a whole request head."""
 
 NOT_BEFORE_LEEWAY_S = 5
-"""Clocks differ: a token that was just made must not be refused because its maker's is ahead. There
-is none for `exp`: whoever is let in would have to leave at once."""
+"""Clocks differ: a token that was just issued must be accepted though the issuer's clock is ahead.
+`exp` has no leeway: the admitted client would be closed at once."""
 
 CHECKS: "Options" = {
-    "verify_exp": False,  # below, for the leeway is not for it
-    "verify_iat": False,  # nor is a token refused because its maker's clock is ahead
+    "verify_exp": False,  # checked in _expiry, because the leeway must not apply to it
+    "verify_iat": False,  # the issuer's clock may be ahead
 }
 
 TIMES = ("exp", "nbf", "iat")
 """Claims that are numbers (RFC 7519 section 4.1)."""
 
 FAR_FUTURE = 253_402_300_800  # the year 10000
-"""A token that expires there or beyond does not."""
+"""A token with a later `exp` never expires."""
 
 
 class TokenVerifier:
-    """What is asked of tokens.
+    """The checks that a token has to pass.
 
     Args:
-        settings: what the operator asks of them.
+        settings: keys, algorithms, audience and issuer.
 
     Raises:
-        UnfitError: the keys can't be used.
+        UnusableSettingError: the keys can't be used.
     """
 
     def __init__(self, settings: JwtSettings) -> None:
@@ -61,25 +61,25 @@ class TokenVerifier:
         self._issuer = settings.issuer or None
         self._secret = settings.secret.get_secret_value().encode()
         if self._algorithms & SECRET_BYTES.keys():
-            _prove_secret(self._secret)
+            _check_secret(self._secret)
         public = self._algorithms - SECRET_BYTES.keys()
         self.jwks = _jwks(settings.jwks_url) if public and settings.jwks_url else None
         self._keys: KeySource | None = self.jwks
         if public and self.jwks is None:
             self._keys = PublicKeyFile(Path(settings.public_key_file), public)
-        # PyJWT would say it to standard error, for every token; it is said once, at the start.
+        # PyJWT would warn on standard error, for every token. The relay warns once, at the start.
         warnings.simplefilter("ignore", InsecureKeyLengthWarning)
 
-    async def rights(self, token: str) -> Permissions:
-        """Return what a token allows.
+    async def verify(self, token: str) -> Permissions:
+        """Verify a token and return its permissions.
 
         Raises:
-            RefusedError: nothing, or it can't be checked now.
+            RefusedError: it is invalid, or the keys are unavailable now.
         """
-        with self._faults():
+        with self._refusing():
             algorithm, kid = self._header(token)
         key = await self._key(algorithm, kid)
-        with self._faults():
+        with self._refusing():
             claims = jwt.decode(
                 token,
                 key,
@@ -104,17 +104,18 @@ class TokenVerifier:
     async def _key(self, algorithm: str, kid: str | None) -> PublicKey | bytes:
         if algorithm in SECRET_BYTES:
             return self._secret
-        assert self._keys is not None  # the settings have a key for every algorithm
+        assert self._keys is not None  # the settings require a key for every algorithm
         key = await self._keys.find(algorithm, kid)
         if key is None:
             raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.UNKNOWN_KEY)
         return key
 
     def _check_types(self, claims: dict[str, Any]) -> None:
-        """Check the types of registered claims where PyJWT does not, or not always.
+        """Check the types of registered claims that PyJWT does not always check.
 
         Raises:
-            jwt.PyJWTError: one has the wrong type, or there is an audience and none is asked for.
+            jwt.PyJWTError: a claim has the wrong type, or the token has an audience and the
+                settings have none.
         """
         if not all(_is_time(claims[name]) for name in TIMES if name in claims):
             raise jwt.DecodeError
@@ -122,25 +123,25 @@ class TokenVerifier:
             raise jwt.DecodeError
         if not isinstance(claims.get("aud", ""), str | list):
             raise jwt.DecodeError
-        if "aud" in claims and self._audience is None:  # PyJWT lets empty ones pass
+        if "aud" in claims and self._audience is None:  # PyJWT accepts empty ones
             raise jwt.InvalidAudienceError
 
     @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Turn whatever a token makes PyJWT raise into a refusal."""
+    def _refusing(self) -> Iterator[None]:
+        """Convert every error that a token causes in PyJWT into a refusal."""
         try:
             yield
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise RefusedError(Refusal.BAD_TOKEN, self._fault(error)) from None
+            raise RefusedError(Refusal.BAD_TOKEN, self._problem(error)) from None
 
-    def _fault(self, error: Exception) -> TokenProblem:
+    def _problem(self, error: Exception) -> TokenProblem:
         match error:
             case jwt.ExpiredSignatureError():
                 return TokenProblem.EXPIRED
             case jwt.ImmatureSignatureError():
                 return TokenProblem.NOT_YET_VALID
             case jwt.InvalidAudienceError() if self._audience is None:
-                # RFC 7519 section 4.1.3: it is for somebody else.
+                # RFC 7519 section 4.1.3: the token is meant for another recipient.
                 return TokenProblem.SURPLUS_AUDIENCE
             case jwt.InvalidAudienceError() | jwt.MissingRequiredClaimError(claim="aud"):
                 return TokenProblem.AUDIENCE
@@ -154,35 +155,35 @@ class TokenVerifier:
 
 
 def _jwks(url: str) -> "Jwks":
-    from websocket_relay.admission.jwks import Jwks  # httpx2 takes a tenth of a second
+    from websocket_relay.admission.jwks import Jwks  # importing httpx2 takes 0.1 s
 
     return Jwks(url)
 
 
-def _prove_secret(secret: bytes) -> None:
+def _check_secret(secret: bytes) -> None:
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
-        problem = "a key in PEM, DER, SSH or JWK format, where a secret should be"
+        problem = "a key in PEM, DER, SSH or JWK format, not a secret"
         raise UnusableSettingError("auth.jwt.secret", problem) from None
     if secret != secret.strip():
-        # Who signs tokens has the secret without it, and would be let in nowhere.
+        # The issuer's secret lacks the white space, so that every token would be refused.
         problem = "white space at an end, such as the newline of the file that it came from"
         raise UnusableSettingError("auth.jwt.secret", problem)
 
 
 def _is_time(value: object) -> bool:
-    """Tell whether a claim is a NumericDate (RFC 7519 section 2)."""
+    """Return whether a claim is a NumericDate (RFC 7519 section 2)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -math.inf < value < math.inf
 
 
 def _expiry(claims: dict[str, Any]) -> float | None:
-    """Return until when a token is good, in seconds since 1970; None: for ever.
+    """Return when a token expires, in seconds since 1970; None: never.
 
     Raises:
-        jwt.PyJWTError: that is over.
+        jwt.PyJWTError: it has expired.
     """
     if "exp" not in claims:
         return None

@@ -1,1 +1,1 @@
-"""The HTTP side: one router for each thing that can be asked for."""
+"""The HTTP interface: one router for each kind of request."""

@@ -1,4 +1,4 @@
-"""Serve the console and the browser's client, which are files, and the figures that it shows."""
+"""Serve the console, the browser client and the stats. Knows no connection and no channel."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.page_cache import PageCache
@@ -24,8 +24,8 @@ PARTS = {
     "icon.svg": "image/svg+xml",
 }
 
-FIGURES: dict[str, Any] = {
-    "description": "What the console shows.",
+STATS_RESPONSE: dict[str, Any] = {
+    "description": "The stats that the console shows.",
     "content": {"application/json": {"schema": {"type": "object"}}},
 }
 
@@ -35,7 +35,7 @@ POLICY = "; ".join(
         "script-src 'self'",
         "style-src 'self'",
         "img-src 'self'",
-        "connect-src 'self' ws: wss:",  # 'self' is no WebSocket's address in every browser
+        "connect-src 'self' ws: wss:",  # in some browsers 'self' does not include WebSockets
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
@@ -44,11 +44,11 @@ POLICY = "; ".join(
 
 
 def script_router(*, base_path: str) -> APIRouter:
-    """Return the routes of the client for browsers, which pages of any origin may load."""
-    anybody = {"Cross-Origin-Resource-Policy": "cross-origin", "Cache-Control": "no-cache"}
+    """Return the routes of the browser client, which pages of any origin may load."""
+    headers = {"Cross-Origin-Resource-Policy": "cross-origin", "Cache-Control": "no-cache"}
     router = APIRouter()
-    for name, kind in ((SCRIPT, "text/javascript"), (TYPES, "text/plain")):
-        serve = _file(name, kind, anybody | {"Access-Control-Allow-Origin": "*"})
+    for name, media_type in ((SCRIPT, "text/javascript"), (TYPES, "text/plain")):
+        serve = _file(name, media_type, headers | {"Access-Control-Allow-Origin": "*"})
         router.add_route(f"{base_path}/{name}", serve, methods=["GET"])
     return router
 
@@ -56,55 +56,56 @@ def script_router(*, base_path: str) -> APIRouter:
 def console_router(
     admission: AdmissionPolicy,
     refusals: Refusals,
-    figures: Callable[[], Mapping[str, Any]],
+    stats: Callable[[], Mapping[str, Any]],
     *,
     base_path: str,
 ) -> APIRouter:
     """Return the routes of the console: `/`, its parts, and `/stats`.
 
     Args:
-        admission: who may see figures.
-        refusals: what answers the others.
-        figures: what there is to see.
-        base_path: what stands before the paths.
+        admission: decides who may read stats.
+        refusals: answers refused requests.
+        stats: returns the current stats.
+        base_path: the prefix of all paths.
     """
 
     pages = PageCache()
 
-    def rendered() -> bytes:
-        return bytes(JSONResponse(figures()).body)
+    def render() -> bytes:
+        return bytes(JSONResponse(stats()).body)
 
-    async def stats(request: Request) -> Response:
+    async def serve_stats(request: Request) -> Response:
         try:
             await admission.admit_viewer(admission_request_of(request))
         except RefusedError as error:
             return refusals.answer(error)
-        return Response(await pages.get("stats", rendered), media_type="application/json")
+        return Response(await pages.get("stats", render), media_type="application/json")
 
     router = APIRouter()
     page = _file(PAGE, "text/html", {"Content-Security-Policy": POLICY})
     router.add_route(f"{base_path}/", page, methods=["GET"])
-    for name, kind in PARTS.items():
-        router.add_route(f"{base_path}/{name}", _file(name, kind, {}), methods=["GET"])
+    for name, media_type in PARTS.items():
+        router.add_route(f"{base_path}/{name}", _file(name, media_type, {}), methods=["GET"])
     router.add_api_route(
         f"{base_path}/stats",
-        stats,
+        serve_stats,
+        name="stats",
         methods=["GET"],
-        summary="See the relay's figures",
+        summary="Read the relay's stats",
         response_model=None,
-        responses={200: FIGURES, **refused(401, 403, 503)},
+        responses={200: STATS_RESPONSE, **refusal_responses(401, 403, 503)},
         openapi_extra={"parameters": [TOKEN_PARAMETER]},
     )
     return router
 
 
 def _file(
-    name: str, kind: str, headers: Mapping[str, str]
+    name: str, media_type: str, headers: Mapping[str, str]
 ) -> Callable[[Request], Awaitable[Response]]:
     content = (FILES / name).read_bytes()
 
-    # Not a plain function: each request would go through a thread.
+    # Not a plain function: Starlette would run it in a thread.
     async def serve(request: Request) -> Response:
-        return Response(content, headers=dict(headers), media_type=kind)
+        return Response(content, headers=dict(headers), media_type=media_type)
 
     return serve

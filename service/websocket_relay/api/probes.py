@@ -1,4 +1,4 @@
-"""Answer probes: `/healthz` while the event loop turns, `/readyz` while clients are welcome."""
+"""Answer probes: `/healthz` (the event loop runs) and `/readyz` (clients are accepted)."""
 
 from http import HTTPStatus
 from typing import Any
@@ -9,20 +9,20 @@ from fastapi.responses import JSONResponse
 from websocket_relay.lifecycle import Lifecycle
 
 
-def health_router(health: Lifecycle) -> APIRouter:
+def health_router(lifecycle: Lifecycle) -> APIRouter:
     """Return the routes of the probes."""
     router = APIRouter()
     not_ready: dict[int | str, dict[str, Any]] = {
-        HTTPStatus.SERVICE_UNAVAILABLE: {"description": "Not ready; the status says why."}
+        HTTPStatus.SERVICE_UNAVAILABLE: {"description": "Not ready; the status has the reason."}
     }
 
-    @router.get("/healthz", summary="Tell whether the event loop turns")
+    @router.get("/healthz", summary="Check that the event loop runs")
     async def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @router.get("/readyz", summary="Tell whether clients are welcome", responses=not_ready)
+    @router.get("/readyz", summary="Check that clients are accepted", responses=not_ready)
     async def readyz() -> JSONResponse:
-        status = HTTPStatus.OK if health.ready else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse({"status": health.status}, status)
+        status = HTTPStatus.OK if lifecycle.ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({"status": lifecycle.status}, status)
 
     return router

@@ -1,4 +1,7 @@
-"""Take messages by HTTP: one in a request, or many, a line each."""
+"""Publish by HTTP: one message in a request, or a batch with one message a line.
+
+Knows no subscriber and no frame.
+"""
 
 import asyncio
 import json
@@ -13,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -34,22 +37,29 @@ JSON = "application/json"
 TEXTS = "text/"
 
 MAX_BATCH = 10_000
-"""Messages in one request: they are appended in one turn of the loop, and so stay together."""
+"""Messages in one request. They are appended in one turn of the event loop, and so are
+contiguous."""
 
 VALUE = re.compile(rb"[^ \t\r\n][^\n]*")
-"""A line from its first character on that is no whitespace of JSON (RFC 8259 section 2)."""
+"""A line from its first character that is not JSON whitespace (RFC 8259 section 2)."""
 
-ANSWERS: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, Any]] = {
     202: {
-        "description": "It has its place among the channel's messages.",
+        "description": "The message has a position in the channel.",
         "content": {
             "application/json": {
                 "schema": {
                     "type": "object",
                     "required": ["position"],
                     "properties": {
-                        "position": {"type": "string", "description": "where the last one stands"},
-                        "messages": {"type": "integer", "description": "of a batch: how many"},
+                        "position": {
+                            "type": "string",
+                            "description": "position of the last message",
+                        },
+                        "messages": {
+                            "type": "integer",
+                            "description": "number of messages in a batch",
+                        },
                     },
                 },
                 "example": {"position": "1795441056000-8-0"},
@@ -60,10 +70,10 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 ANY = {"schema": {"type": "string", "format": "binary"}}
 BODY = {
     "required": True,
-    "description": "text/* and application/json are relayed as text, application/x-ndjson as a"
-    f" text message for each line, {MAX_BATCH} at most, anything else as binary.",
+    "description": "text/* and application/json are relayed as text, application/x-ndjson as one"
+    f" text message for each line, {MAX_BATCH} at most, any other type as binary.",
     "content": {
-        "text/plain": {"schema": {"type": "string"}, "example": "hello, everybody"},
+        "text/plain": {"schema": {"type": "string"}, "example": "hello, world"},
         "application/json": {"schema": {}},
         BATCH: {"schema": {"type": "string"}, "example": '{"n":1}\n{"n":2}\n'},
         "application/octet-stream": ANY,
@@ -71,7 +81,7 @@ BODY = {
     },
 }
 
-Said = tuple[int, bytes]
+Message = tuple[int, bytes]
 """An opcode and a payload."""
 
 
@@ -83,37 +93,37 @@ def publish_router(
     base_path: str,
     max_bytes: int,
 ) -> APIRouter:
-    """Return the routes that take messages at `/` and `/channels/{channel}`.
+    """Return the routes that accept messages at `/` and `/channels/{channel}`.
 
     Args:
-        admission: who may publish.
-        broadcaster: where it goes.
-        refusals: what answers the others.
-        base_path: what stands before both paths.
-        max_bytes: what a request may bring.
+        admission: decides who may publish.
+        broadcaster: receives the messages.
+        refusals: answers refused requests.
+        base_path: the prefix of both paths.
+        max_bytes: maximum size of a request body.
     """
     shared = broadcaster.shared
 
     async def publish(request: Request) -> Response:
-        channel, kind = channel_of(request), _kind(request)
+        channel, media_type = channel_of(request), _media_type(request)
         try:
             await admission.admit_publisher(admission_request_of(request))
-            _expect_no_coding(request)
-            async with MessageBatch(shared.unfinished) as parcel:
-                body = await _body(request, max_bytes, parcel)
-                said = await _said(kind, body, shared.reading)
-                courier = broadcaster.courier(channel)
-                await courier.wait_for_room()
-            _expect_listener(request)
-            position = await broadcaster.publish(channel, said, courier)
+            _require_identity_coding(request)
+            async with MessageBatch(shared.unfinished) as batch:
+                body = await _read_body(request, max_bytes, batch)
+                messages = await _decode(media_type, body, shared.reading)
+                publisher = broadcaster.courier(channel)
+                await publisher.wait_for_room()
+            _require_connected(request)
+            position = await broadcaster.publish(channel, messages, publisher)
         except RefusedError as error:
             return refusals.answer(error)
         except ClientDisconnect:
-            return Response(status_code=HTTPStatus.BAD_REQUEST)  # which nobody hears
-        told: dict[str, object] = {"position": str(position)}
-        if kind == BATCH:
-            told["messages"] = len(said)
-        return JSONResponse(told, HTTPStatus.ACCEPTED)
+            return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
+        content: dict[str, object] = {"position": str(position)}
+        if media_type == BATCH:
+            content["messages"] = len(messages)
+        return JSONResponse(content, HTTPStatus.ACCEPTED)
 
     router = APIRouter()
     for path, parameters in ((DEFAULT_PATH, []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
@@ -122,22 +132,25 @@ def publish_router(
             publish,
             methods=["POST"],
             status_code=HTTPStatus.ACCEPTED,
-            summary="Publish a message, or many",
+            summary="Publish one message or a batch",
             response_model=None,
-            responses={**ANSWERS, **refused(400, 401, 403, 404, 408, 413, 415, 503, 504)},
+            responses={
+                **RESPONSES,
+                **refusal_responses(400, 401, 403, 404, 408, 413, 415, 503, 504),
+            },
             openapi_extra={"parameters": [*parameters, TOKEN_PARAMETER], "requestBody": BODY},
         )
     return router
 
 
 class MessageBatch:
-    """What a request brings, from its first byte until there is room for it.
+    """The body of one request, from its first byte until the backlog accepts it.
 
-    All of them together are bounded like what other clients have begun to say: past that, those
-    that hold most are refused.
+    All bodies share one bound with the partial messages of WebSocket clients. Above the bound the
+    largest are refused.
 
     Args:
-        unfinished: the bound.
+        unfinished: the shared bound.
     """
 
     def __init__(self, unfinished: PartialMessages) -> None:
@@ -145,15 +158,15 @@ class MessageBatch:
         self._scope = asyncio.timeout(None)
 
     async def __aenter__(self) -> "MessageBatch":
-        """Begin."""
+        """Start to count the body."""
         await self._scope.__aenter__()
         return self
 
     async def __aexit__(self, *raised: Any) -> None:
-        """Keep nothing any more.
+        """Release the body.
 
         Raises:
-            RefusedError: it was too much.
+            RefusedError: the body was dropped because the bound was exceeded.
         """
         self._unfinished.note(self, 0)
         try:
@@ -161,36 +174,36 @@ class MessageBatch:
         except TimeoutError:
             raise RefusedError(Refusal.UNFINISHED) from None
 
-    def keep(self, size: int) -> None:
-        """Take note of what is kept now."""
+    def record_size(self, size: int) -> None:
+        """Record the number of bytes received so far."""
         self._unfinished.note(self, size)
 
     def drop_unfinished(self) -> None:
-        """End the request, whatever it waits for."""
+        """Cancel the request, whatever it awaits."""
         self._unfinished.note(self, 0)
         self._scope.reschedule(asyncio.get_running_loop().time())
 
 
-def _kind(request: Request) -> str:
-    """Return what the body is said to be, without parameters."""
+def _media_type(request: Request) -> str:
+    """Return the Content-Type without its parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _expect_no_coding(request: Request) -> None:
+def _require_identity_coding(request: Request) -> None:
     codings = ",".join(request.headers.getlist("content-encoding"))
     if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
         raise RefusedError(Refusal.CODING)
 
 
-def _expect_listener(request: Request) -> None:
-    """See that somebody waits for the answer: who gave up may have said it elsewhere."""
+def _require_connected(request: Request) -> None:
+    """Raise if the client has disconnected: it may have published to another replica since."""
     connection: HttpProtocol = request.scope[CONNECTION_KEY]
     if connection.is_gone:
         raise ClientDisconnect
 
 
-async def _body(request: Request, max_bytes: int, parcel: MessageBatch) -> bytes:
-    """Return what a request brings; do not wait for what is too much anyway."""
+async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> bytes:
+    """Return the body of a request; refuse one that is too large as early as possible."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise RefusedError(Refusal.TOO_LARGE)
@@ -200,40 +213,40 @@ async def _body(request: Request, max_bytes: int, parcel: MessageBatch) -> bytes
         if size > max_bytes:
             raise RefusedError(Refusal.TOO_LARGE)
         parts.append(part)
-        parcel.keep(size)
+        batch.record_size(size)
     return b"".join(parts)
 
 
-async def _said(kind: str, body: bytes, turns: TimeSlicer) -> list[Said]:
-    """Return the messages that a request brings.
+async def _decode(media_type: str, body: bytes, slicer: TimeSlicer) -> list[Message]:
+    """Return the messages in a body.
 
     Raises:
-        RefusedError: they are not what they are said to be.
+        RefusedError: the body does not match its media type.
     """
-    if kind == BATCH:
-        return await _gathered(_lines(body), turns)
-    if kind != JSON and not kind.startswith(TEXTS):
+    if media_type == BATCH:
+        return await _collect(_lines(body), slicer)
+    if media_type != JSON and not media_type.startswith(TEXTS):
         return [(BINARY, body)]
     if not _is_utf8(body):
         raise RefusedError(Refusal.BODY, "text is not UTF-8")
     return [(TEXT, body)]
 
 
-async def _gathered(messages: Iterator[Said], turns: TimeSlicer) -> list[Said]:
-    """Return them all, looked at in turn with what else there is to read.
+async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Message]:
+    """Return all messages, parsed in time slices shared with other input.
 
     Raises:
-        RefusedError: one of them is none.
+        RefusedError: a line is not a message.
     """
-    gathered: list[Said] = []
+    collected: list[Message] = []
     done: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
 
-    def gather(until: float) -> bool:
-        if done.done():  # nobody waits for them any more
+    def parse_slice(until: float) -> bool:
+        if done.done():  # cancelled
             return True
         try:
             for message in messages:
-                gathered.append(message)
+                collected.append(message)
                 if perf_counter() > until:
                     return False
         except RefusedError as error:
@@ -242,15 +255,15 @@ async def _gathered(messages: Iterator[Said], turns: TimeSlicer) -> list[Said]:
             done.set_result(None)
         return True
 
-    turns.add(gather)
-    fault = await done
-    if fault is not None:
-        raise fault
-    return gathered
+    slicer.add(parse_slice)
+    refusal = await done
+    if refusal is not None:
+        raise refusal
+    return collected
 
 
-def _lines(body: bytes) -> Iterator[Said]:
-    """Yield a text message for each line that is one JSON value, as it stands."""
+def _lines(body: bytes) -> Iterator[Message]:
+    """Yield one text message for each line, unchanged; each must be one JSON value."""
     for number, line in enumerate(VALUE.finditer(body), 1):
         if number > MAX_BATCH:
             raise RefusedError(Refusal.TOO_LARGE, f"a batch has up to {MAX_BATCH} lines")
@@ -258,8 +271,8 @@ def _lines(body: bytes) -> Iterator[Said]:
         try:
             decode(text.decode())
         except (ValueError, RecursionError):
-            place = body.count(b"\n", 0, line.start()) + 1
-            raise RefusedError(Refusal.BODY, f"line {place} is not JSON") from None
+            line_number = body.count(b"\n", 0, line.start()) + 1
+            raise RefusedError(Refusal.BODY, f"line {line_number} is not JSON") from None
         yield TEXT, text
 
 
@@ -276,8 +289,8 @@ def _refuse_constant(name: str) -> None:
 
 
 decode = json.JSONDecoder(
-    parse_constant=_refuse_constant,  # NaN and the like, which Python takes and browsers do not
-    parse_int=bool,  # what a number comes to nobody asks, and long ones take their time
+    parse_constant=_refuse_constant,  # NaN and Infinity, which Python accepts and browsers do not
+    parse_int=bool,  # the value is not needed, and converting long numbers is slow
     parse_float=bool,
 ).decode
 """Read one JSON value (RFC 8259)."""

@@ -1,4 +1,4 @@
-"""Answer requests that are refused, and count the refusals: the one place for all routes."""
+"""Answer and count refused requests, for all routes. Knows no admission rule."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -14,74 +14,78 @@ from websocket_relay.outcomes import Refusal, RefusedError, random_retry_after_s
 
 log = logging.getLogger(__name__)
 
-TOLD: Mapping[int, Mapping[str, Any]] = {
+RESPONSE_HEADERS: Mapping[int, Mapping[str, Any]] = {
     HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": {"schema": {"type": "string"}}},
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: {"Accept-Encoding": {"schema": {"type": "string"}}},
     HTTPStatus.SERVICE_UNAVAILABLE: {
         "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}
     },
 }
-"""What refusals say besides, by their status."""
+"""The OpenAPI description of the headers of a refusal, by its status."""
 
-ELSEWHERE = (Refusal.HANDSHAKE, Refusal.METRICS_CONNECTIONS)
-"""No request that is described is refused for these."""
+UNDOCUMENTED = (Refusal.HANDSHAKE, Refusal.METRICS_CONNECTIONS)
+"""Reasons that no request in the OpenAPI document is refused for."""
 
 
-def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return what the description of a route says of its refusals."""
+def refusal_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of a route's refusals."""
     text = {"text/plain": {"schema": {"type": "string"}}}
-    reasons: dict[int, list[str]] = {status: [] for status in statuses}
+    reasons_by_status: dict[int, list[str]] = {status: [] for status in statuses}
     for why in Refusal:
-        if why.status in reasons and why not in ELSEWHERE:
-            reasons[why.status].append(why.reason)
+        if why.status in reasons_by_status and why not in UNDOCUMENTED:
+            reasons_by_status[why.status].append(why.reason)
     return {
-        status: {"description": "; ".join(said), "content": text, "headers": TOLD.get(status, {})}
-        for status, said in reasons.items()
+        status: {
+            "description": "; ".join(reasons),
+            "content": text,
+            "headers": RESPONSE_HEADERS.get(status, {}),
+        }
+        for status, reasons in reasons_by_status.items()
     }
 
 
 class Refusals:
-    """Count refusals, and answer them.
+    """Count and answer refusals.
 
     Args:
-        ledger: where they are counted.
-        pressure: what tells the log of limits that are hit.
-        trace: what else is told of each; None: nobody.
+        counters: counts refusals by reason.
+        refusal_log: logs the limits that were hit.
+        trace: called with each refusal that is answered; None: not traced.
     """
 
     def __init__(
         self,
-        ledger: Counters,
-        pressure: RefusalLog,
+        counters: Counters,
+        refusal_log: RefusalLog,
         trace: Callable[[RefusedError], None] | None = None,
     ) -> None:
-        self._ledger = ledger
-        self._pressure = pressure
+        self._counters = counters
+        self._refusal_log = refusal_log
         self._trace = trace
 
     def count(self, why: Refusal) -> None:
-        """Count a refusal that is answered elsewhere, or not at all."""
-        self._ledger.refusals[why] += 1
-        self._pressure.note(why)
+        """Count a refusal that is answered elsewhere or not at all."""
+        self._counters.refusals[why] += 1
+        self._refusal_log.note(why)
 
-    def answer(self, refused: RefusedError) -> Response:
-        """Return the answer to a refusal, which is counted."""
-        self.count(refused.why)
+    def answer(self, error: RefusedError) -> Response:
+        """Count a refusal and return the response to it."""
+        self.count(error.why)
         if self._trace is not None:
-            self._trace(refused)
-        log.debug("refused", extra={"reason": refused.why.label, "detail": refused.detail})
-        return answer_to(refused)
+            self._trace(error)
+        log.debug("refused", extra={"reason": error.why.label, "detail": error.detail})
+        return answer_to(error)
 
 
-def answer_to(refused: RefusedError) -> Response:
-    """Return what a client is told that is refused."""
-    status = refused.why.status
+def answer_to(error: RefusedError) -> Response:
+    """Return the response to a refusal, with the headers that its status requires."""
+    status = error.why.status
     headers = {}
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(random_retry_after_s())
     elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
-        bad = refused.why is Refusal.BAD_TOKEN
-        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if bad else "Bearer"
-    elif refused.why is Refusal.CODING:  # RFC 9110 section 15.5.16
+        is_invalid = error.why is Refusal.BAD_TOKEN
+        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
+    elif error.why is Refusal.CODING:  # RFC 9110 section 15.5.16
         headers["Accept-Encoding"] = "identity"
-    return PlainTextResponse(f"{refused}\n", status, headers)
+    return PlainTextResponse(f"{error}\n", status, headers)

@@ -1,4 +1,4 @@
-"""Read what a client asks for, and answer where it is refused: for all that let clients in."""
+"""Parse requests of all routes: channel, token, replay. Knows no response."""
 
 import re
 from urllib.parse import parse_qs
@@ -27,19 +27,19 @@ CHANNEL_PARAMETER = {
 TOKEN_PARAMETER = {
     "name": "access_token",
     "in": "query",
-    "description": "a token, where they are asked for; better: `Authorization: Bearer TOKEN`",
+    "description": "a token, if auth.mode is jwt; prefer `Authorization: Bearer TOKEN`",
     "schema": {"type": "string"},
 }
 
 
 def channel_of(connection: HTTPConnection) -> str:
-    """Return the channel that the path names."""
+    """Return the channel in the path, or the default channel."""
     channel: str = connection.path_params.get("channel", DEFAULT_CHANNEL)
     return channel
 
 
 def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
-    """Return what admission wants to know."""
+    """Return the parts of a request that admission depends on."""
     scope = connection.scope
     client = scope["client"]
     return AdmissionRequest(
@@ -53,29 +53,32 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
 
 
 def replay_request_of(
-    query: bytes, *, tells_positions: bool, last_event_id: str = ""
+    query: bytes, *, sends_positions: bool, last_event_id: str = ""
 ) -> ReplayRequest | None:
-    """Return what a client wants to hear first; None: nothing.
+    """Return the replay that a client requests; None: it subscribes without one.
 
     Args:
-        last_event_id: a position; it is newer than the query of the same address.
+        query: the part of the URL after the question mark.
+        sends_positions: whether the client receives the position of each message.
+        last_event_id: a position. It overrides `since`: a browser that reconnects sends the same
+            URL again, so the query is older.
 
     Raises:
-        RefusedError: it asks for what there can't be.
+        RefusedError: a parameter is invalid.
     """
     since, last = None, 0
     if b"since=" in query or b"history=" in query:
-        asked = _parameters(query)
-        since = _position(asked["since"]) if "since" in asked else None
-        counts = asked.get("history", ["0"])
+        parameters = _parameters(query)
+        since = _position(parameters["since"]) if "since" in parameters else None
+        counts = parameters.get("history", ["0"])
         if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
-            raise RefusedError(Refusal.QUERY, "history is one number of messages")
+            raise RefusedError(Refusal.QUERY, "history must be one number of messages")
         last = int(counts[0])
     if last_event_id:
         since = _position([last_event_id])
-    if since is None and not last and not tells_positions:
+    if since is None and not last and not sends_positions:
         return None
-    return ReplayRequest(since, last, tells_positions)
+    return ReplayRequest(since, last, sends_positions)
 
 
 def _parameters(query: bytes) -> dict[str, list[str]]:
@@ -91,4 +94,4 @@ def _position(texts: list[str]) -> Position:
         (text,) = texts
         return Position.parse(text)
     except ValueError:
-        raise RefusedError(Refusal.QUERY, "since is one position, as the relay told it") from None
+        raise RefusedError(Refusal.QUERY, "since must be one position") from None

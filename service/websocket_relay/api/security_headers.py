@@ -1,4 +1,4 @@
-"""Put the headers on every answer that keep browsers from doing more than read it."""
+"""Add security headers to every HTTP response. Knows no route."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -8,29 +8,29 @@ ENCODED = [(name.lower().encode(), value.encode()) for name, value in SECURITY_H
 
 
 class SecurityHeaders:
-    """An application whose answers have them, but for those that an answer says itself.
+    """Middleware that adds the security headers that a response does not set itself.
 
     Args:
-        app: the application.
+        app: the wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Answer a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def send_safely(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = message["headers"]
-                said = {name.lower() for name, _ in headers}
+                present = {name.lower() for name, _ in headers}
                 message["headers"] = [
                     *headers,
-                    *(header for header in ENCODED if header[0] not in said),
+                    *(header for header in ENCODED if header[0] not in present),
                 ]
             await send(message)
 
-        await self._app(scope, receive, send_safely)
+        await self._app(scope, receive, send_with_headers)

@@ -1,4 +1,7 @@
-"""Let clients of server-sent events in: decide, answer with a head, hand over, and be gone."""
+"""Admit clients of server-sent events, send the response head, and hand the connection over.
+
+Knows no message: after the handover the event stream belongs to wire.sse.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refused
+from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -22,34 +25,34 @@ from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 from websocket_relay.wire.sse import SseConnection
 
 HEAD = {
-    "Cache-Control": "no-store, no-transform",  # what compresses would wait for more
-    "X-Accel-Buffering": "no",  # nginx and what is built on it
+    "Cache-Control": "no-store, no-transform",  # a proxy that compresses would buffer events
+    "X-Accel-Buffering": "no",  # for nginx and its derivatives
     "Connection": "close",
 }
 
 
 STREAM: dict[str, Any] = {
-    "description": "Events without end: `id` is a message's position, binary is base64 in events"
-    " named `binary`; `welcome`, `gap` and `close` are the relay's own.",
+    "description": "An endless event stream: `id` is the position of a message; binary messages are"
+    " base64 in events named `binary`; the relay itself sends `welcome`, `gap` and `close`.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 PARAMETERS = [
     {
         "name": "since",
         "in": "query",
-        "description": "a position: all that came behind it goes first",
+        "description": "a position; all messages after it are replayed first",
         "schema": {"type": "string"},
     },
     {
         "name": "history",
         "in": "query",
-        "description": "so many messages, the last ones, go first",
+        "description": "number of most recent messages to replay first",
         "schema": {"type": "integer", "minimum": 0},
     },
     {
         "name": "Last-Event-ID",
         "in": "header",
-        "description": "as `since`, and before it",
+        "description": "like `since`, and overrides it",
         "schema": {"type": "string"},
     },
     TOKEN_PARAMETER,
@@ -57,21 +60,21 @@ PARAMETERS = [
 
 
 class EventsResponse(Response):
-    """An answer whose end is the connection's: a head, and then whatever is said.
+    """A response that consists of a head and an event stream, and ends with the connection.
 
     Args:
-        begin: takes the connection over behind the head.
+        start_stream: takes the connection over after the head was sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, begin: Callable[[HttpProtocol], None]) -> None:
+    def __init__(self, start_stream: Callable[[HttpProtocol], None]) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
-        self._begin = begin
+        self._start_stream = start_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the head, and hand the connection over."""
+        """Send the head and hand the connection over."""
         connection: HttpProtocol = scope[CONNECTION_KEY]
         connection.leave_open()
         await send(
@@ -81,7 +84,7 @@ class EventsResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        self._begin(connection)
+        self._start_stream(connection)
 
 
 def events_router(
@@ -95,10 +98,10 @@ def events_router(
     """Return the routes of `/events` and `/channels/{channel}/events`.
 
     Args:
-        admission: who may come in.
-        broadcaster: where they go.
-        refusals: what answers the others.
-        base_path: what stands before both paths.
+        admission: decides who may subscribe.
+        broadcaster: owns the channels.
+        refusals: answers refused requests.
+        base_path: the prefix of both paths.
         silence_s: see `SseConnection`.
     """
 
@@ -107,23 +110,24 @@ def events_router(
         query = request.scope["query_string"]
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
         try:
-            wish = replay_request_of(query, tells_positions=True, last_event_id=last_event_id)
-            await connection.answers_are_out()  # nothing waits from the look at the limits on
-            terms = await admission.admit(admission_request_of(request))
+            replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
+            # Before admission: from its check of the limits on, nothing may suspend.
+            await connection.answers_are_out()
+            grant = await admission.admit(admission_request_of(request))
         except RefusedError as error:
             return refusals.answer(error)
 
-        def begin(connection: HttpProtocol) -> None:
+        def start_stream(connection: HttpProtocol) -> None:
             transport = connection.take_over()
             if transport is None:
                 return
             client = SseConnection(broadcaster.shared, silence_s)
             transport.set_protocol(client)
             client.begin(transport)
-            admission.bind(client, terms)
-            broadcaster.subscribe(channel_of(request), client, wish)
+            admission.bind(client, grant)
+            broadcaster.subscribe(channel_of(request), client, replay)
 
-        return EventsResponse(begin)
+        return EventsResponse(start_stream)
 
     router = APIRouter()
     for path, parameters in (("", []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
@@ -131,9 +135,9 @@ def events_router(
             f"{base_path}{path}/events",
             listen,
             methods=["GET"],
-            summary="Listen to a channel by server-sent events",
+            summary="Subscribe to a channel by server-sent events",
             response_model=None,
-            responses={200: STREAM, **refused(400, 401, 403, 404, 503)},
+            responses={200: STREAM, **refusal_responses(400, 401, 403, 404, 503)},
             openapi_extra={"parameters": [*parameters, *PARAMETERS]},
         )
     return router

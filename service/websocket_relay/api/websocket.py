@@ -1,4 +1,4 @@
-"""Let WebSocket clients in: decide, accept, hand over, and be gone."""
+"""Admit WebSocket clients, accept the upgrade, and hand the connection over. Knows no message."""
 
 from http import HTTPStatus
 from typing import cast
@@ -33,49 +33,50 @@ def add_websocket_routes(
     """Add the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
 
     Args:
-        router: the application's own. FastAPI asks a router that is included in it one route after
-            the other, twice: with some routers before this one, a tenth of the handshake's cost.
-        admission: who may come in.
-        broadcaster: where they go.
-        refusals: what answers the others.
-        base_path: what stands before both paths.
+        router: the router of the application itself. FastAPI matches the routes of an included
+            router one after another, twice: with some routers before this one, that is a tenth of
+            the handshake's cost.
+        admission: decides who may subscribe.
+        broadcaster: owns the channels.
+        refusals: answers refused requests.
+        base_path: the prefix of both paths.
     """
 
     async def subscribe(websocket: WebSocket) -> None:
         scope = websocket.scope
         offered: list[str] = scope["subprotocols"]
-        tells_positions = POSITIONS_SUBPROTOCOL in offered
+        sends_positions = POSITIONS_SUBPROTOCOL in offered
         try:
-            wish = replay_request_of(scope["query_string"], tells_positions=tells_positions)
-            terms = await admission.admit(admission_request_of(websocket))
-        except RefusedError as refused:
-            await refuse(websocket, refused)
+            replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
+            grant = await admission.admit(admission_request_of(websocket))
+        except RefusedError as error:
+            await refuse(websocket, error)
             return
-        # Nothing waits from here on, accept() neither: who was let in is in before anybody else
-        # is looked at.
+        # Nothing suspends from here on, nor does accept(): an admitted client is counted before
+        # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
         client = cast(WebSocketConnection, scope[CLIENT_KEY])
-        admission.bind(client, terms)
-        broadcaster.subscribe(channel_of(websocket), client, wish)
+        admission.bind(client, grant)
+        broadcaster.subscribe(channel_of(websocket), client, replay)
 
     async def no_such_path(websocket: WebSocket) -> None:
         await refuse(websocket, RefusedError(Refusal.PATH))
 
-    async def refuse(websocket: WebSocket, refused: RefusedError) -> None:
-        await websocket.send_denial_response(refusals.answer(refused))
+    async def refuse(websocket: WebSocket, error: RefusedError) -> None:
+        await websocket.send_denial_response(refusals.answer(error))
 
-    # Starlette's plain routes: FastAPI's own solve dependencies, of which there are none here,
-    # at a third of the handshake's cost.
+    # Starlette's plain routes: FastAPI's resolve dependencies, which these routes do not have, at
+    # a third of the handshake's cost.
     for path in (DEFAULT_PATH, CHANNEL_PATH):
         router.add_websocket_route(base_path + path, subscribe)
     router.add_websocket_route("/{path:path}", no_such_path)
 
 
 def upgrade_router(*, base_path: str) -> APIRouter:
-    """Return the routes that tell plain requests for the same paths to upgrade.
+    """Return the routes that answer plain requests for the same paths with 426.
 
     Args:
-        base_path: what stands before both paths.
+        base_path: the prefix of both paths.
     """
 
     async def upgrade_required(request: Request) -> Response:

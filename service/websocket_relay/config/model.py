@@ -1,7 +1,6 @@
-"""Own the settings tree: environment over file over defaults, and one clear line per mistake.
+"""Own the settings tree: every setting with its type, bounds, default and description.
 
-Every setting is declared once, here, with its bound and its sentence; config.yaml is rendered from
-it. Knows nothing of what the settings are used for.
+config.yaml and the chart's values are rendered from it. Knows no component that uses the settings.
 """
 
 import ipaddress
@@ -39,21 +38,21 @@ MAX_COUNT = 1 << 31
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
-SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 ITEMS = "items_in_words"
-"""Where a list's schema says what its items may be."""
+"""The key in a list's JSON schema under which its allowed items are described."""
 
 
 def _listed(value: object) -> object:
-    # An environment variable holds a JSON list or texts with commas between them.
+    # An environment variable contains a JSON list or comma-separated strings.
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
         try:
             return json.loads(value)
         except (json.JSONDecodeError, RecursionError):
-            raise ValueError("a JSON list of texts, or texts with commas between them") from None
+            raise ValueError("a JSON list of strings, or comma-separated strings") from None
     return [part.strip() for part in value.split(",")] if value.strip() else []
 
 
@@ -67,76 +66,76 @@ BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 @dataclass(frozen=True, slots=True)
 class SettingsWarning:
-    """Settings that can be used and are hardly what was meant.
+    """Settings that are valid but probably unintended.
 
     Attributes:
-        text: which and why, always in the same words.
-        facts: what differs.
+        text: the warning, a constant text.
+        facts: its variable parts.
     """
 
     text: str
     facts: Mapping[str, object]
 
     def __str__(self) -> str:
-        """Return all of it on one line."""
+        """Return the warning on one line."""
         return f"{self.text} ({', '.join(f'{name}: {fact}' for name, fact in self.facts.items())})"
 
 
 class Section(BaseModel):
-    """A part of the tree. Unknown keys are errors."""
+    """A section of the tree. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _a_flag_is_no_number(cls, value: object, info: Any) -> object:
-        # pydantic takes true for 1; in a settings file that is a slip of the pen.
+        # pydantic converts true to 1; in a settings file that is a mistake.
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and annotation in (int, float):
-            raise ValueError("a flag is no number")
+            raise ValueError("a boolean is not a number")
         return value
 
 
 def _is_web_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        # Asking for the port is what checks it.
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        # Reading the property `port` validates it.
+        is_complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         return False
-    return bool(whole) and "@" not in parts.netloc and url.isprintable() and " " not in url
+    return bool(is_complete) and "@" not in parts.netloc and url.isprintable() and " " not in url
 
 
 class TlsSettings(Section):
-    """wss:// and https://."""
+    """TLS on server.port."""
 
-    enabled: bool = Field(False, description="true: wss:// and https:// on server.port")
+    enabled: bool = Field(False, description="true: server.port serves wss:// and https:// only")
     cert_file: str = Field("cert.pem", min_length=1, description="certificate chain, PEM")
     key_file: str = Field(
         "key.pem",
         min_length=1,
-        description="its private key, PEM; a renewed pair serves new handshakes, no restart",
+        description="its private key, PEM; a renewed pair is reloaded for new handshakes",
     )
 
 
 class ServerSettings(Section):
-    """Where the relay listens and whom it lets in."""
+    """The relay's port, its origins and its proxies."""
 
     host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
     port: Port = Field(8443, description="port to listen on; 0: any free one")
     tls: TlsSettings = TlsSettings()
     allowed_origins: Texts = Field(
         ("*",),
-        description="browsers' Origin headers let in, like https://example.com; * lets all",
+        description="accepted Origin headers of browsers, like https://example.com; *: all",
         json_schema_extra={ITEMS: "origins, each scheme://host[:port] or *"},
     )
     trusted_proxies: Texts = Field(
         (),
-        description="addresses or networks whose X-Forwarded-For and -Proto are believed",
+        description="addresses or networks whose X-Forwarded-For and -Proto are trusted",
         json_schema_extra={ITEMS: "addresses like 10.0.0.7 or networks like 10.0.0.0/8"},
     )
     base_path: str = Field(
-        "", description="a path prefix like /relay, for an Ingress that does not rewrite"
+        "", description="a path prefix like /relay, for an Ingress that does not rewrite paths"
     )
 
     @field_validator("allowed_origins")
@@ -163,63 +162,65 @@ class ServerSettings(Section):
     @classmethod
     def _prefix(cls, value: str) -> str:
         if not BASE_PATH.fullmatch(value):
-            raise ValueError("a path begins with / and does not end with one")
+            raise ValueError("a path that begins with / and does not end with /")
         return value
 
 
 class MetricsSettings(Section):
     """The port that Prometheus scrapes."""
 
-    enabled: bool = Field(True, description="false: nothing listens there")
+    enabled: bool = Field(True, description="false: the port is closed")
     host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
     port: Port = Field(9090, description="port of /metrics, /healthz and /readyz; 0: any free one")
 
 
 class ChannelsSettings(Section):
-    """The rooms that clients share."""
+    """Named channels that clients subscribe to."""
 
     max_channels: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
-        10_000, description="channels that exist at a time; they come and go with use"
+        10_000, description="maximum number of channels with subscribers"
     )
 
 
 class LimitsSettings(Section):
-    """How much of everything."""
+    """Limits on messages, connections and memory."""
 
     max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = Field(
-        1_048_576, description="a larger message closes its sender (1009)"
+        1_048_576, description="a larger message closes its publisher (1009)"
     )
-    max_connections: Count = Field(0, description="clients at a time; 0: no limit of its own")
+    max_connections: Count = Field(
+        0, description="concurrent clients; 0: limited by file descriptors only"
+    )
     max_http_connections: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
-        1000, description="connections at a time that are no clients (yet); the idlest makes room"
+        1000,
+        description="concurrent connections that are not clients (yet); beyond it the idlest is"
+        " closed",
     )
     max_connections_per_ip: Count = Field(
-        0, description="clients at a time from one address, or one IPv6 /64; 0: no limit"
+        0, description="concurrent clients from one address, or one IPv6 /64; 0: no limit"
     )
-    max_handshakes_per_s: Count = Field(
-        0, description="upgrades asked for in a second; 0: no limit"
-    )
+    max_handshakes_per_s: Count = Field(0, description="upgrade requests per second; 0: no limit")
     max_messages_per_s: Count = Field(
-        0, description="per connection, with a burst of twice as many (1008 past it); 0: no limit"
+        0, description="per connection, with a burst of twice as many (else 1008); 0: no limit"
     )
-    handshake_timeout_s: SomeSeconds = Field(
-        10, description="from TCP accept to the upgrade, and for the answer to a close"
+    handshake_timeout_s: PositiveSeconds = Field(
+        10, description="from TCP accept to the upgrade, and for the closing handshake"
     )
     send_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
-        1_048_576, description="what one slow client may have waiting (1013 past it)"
+        1_048_576, description="maximum memory for the unsent data of one slow client (else 1013)"
     )
     total_backlog_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
         268_435_456,
-        description="memory held for all of them, the worst goes first; messages on their way take"
-        " up to twice as much again",
+        description="maximum memory for the unsent data of all slow clients; the largest backlog is"
+        " closed first; messages in flight take up to twice as much again",
     )
 
 
 class KeepaliveSettings(Section):
-    """One sweep pings every connection."""
+    """Pings that detect dead connections."""
 
-    ping_interval_s: SomeSeconds = Field(20, description="seconds between two pings")
-    ping_timeout_s: SomeSeconds = Field(
+    ping_interval_s: PositiveSeconds = Field(20, description="seconds between two pings")
+    ping_timeout_s: PositiveSeconds = Field(
         20, description="seconds until a client that is silent after a ping is closed (1011)"
     )
 
@@ -227,40 +228,44 @@ class KeepaliveSettings(Section):
 class CompressionSettings(Section):
     """permessage-deflate (RFC 7692), for the clients that offer it."""
 
-    enabled: bool = Field(False, description="true: compressed once per message for all clients")
-    min_message_bytes: Count = Field(256, description="shorter messages go as they are")
+    enabled: bool = Field(
+        False, description="true: each message is compressed once for all clients"
+    )
+    min_message_bytes: Count = Field(256, description="shorter messages are sent uncompressed")
 
 
 class HistorySettings(Section):
-    """What is kept of all channels together, for clients that come back."""
+    """Messages retained for replay to clients that reconnect, over all channels."""
 
     max_messages: Count = Field(
-        10_000, description="past it the channel with the most messages loses its oldest; 0: none"
+        10_000,
+        description="beyond it the channel with the most messages loses its oldest; 0: no history",
     )
     max_bytes: Annotated[int, Field(ge=1024, le=MAX_BYTES)] = Field(
-        16_777_216, description="memory; past it the channel that takes the most loses its oldest"
+        16_777_216,
+        description="memory; beyond it the channel that uses the most loses its oldest message",
     )
-    max_age_s: SomeSeconds = Field(300, description="older messages are forgotten")
+    max_age_s: PositiveSeconds = Field(300, description="older messages are removed")
 
 
 class BrokerUrl(SecretStr):
-    """An address that may hold a password. As a text it shows all but that."""
+    """A URL that may contain a password, which its text form redacts."""
 
     def _display(self) -> str:
         return redacted(self.get_secret_value())
 
 
 class BackplaneSettings(Section):
-    """What gives all replicas' messages one order."""
+    """The log that puts the messages of all replicas in one order."""
 
     url: BrokerUrl = Field(
         BrokerUrl("memory://"),
         description="memory:// for one replica; redis://, rediss://, nats:// or tls:// for several",
     )
-    stream: str = Field("relay", description="the stream's name on the broker")
+    stream: str = Field("relay", description="name of the stream on the broker")
     on_outage: Literal["reject", "local"] = Field(
         "reject",
-        description="reject: publishers are told (1013); local: relayed on this replica only",
+        description="reject: publishers are closed (1013); local: messages reach this replica only",
     )
 
     @field_validator("stream")
@@ -286,38 +291,42 @@ Algorithm = Literal[
 
 
 SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
-"""The algorithms that need the secret, and how long it should be (RFC 7518 section 3.2)."""
+"""The algorithms that need the secret, and its minimum length in bytes (RFC 7518 section 3.2)."""
 
 
 class JwtSettings(Section):
-    """How tokens are checked. HS algorithms need the secret, all others the key file or the URL."""
+    """Token verification: HS algorithms need the secret, all others the key file or the URL."""
 
-    secret: SecretStr = Field(SecretStr(""), description="of HS256, HS384 and HS512")
-    public_key_file: str = Field("", description="of the others: one public key, PEM")
+    secret: SecretStr = Field(SecretStr(""), description="shared secret of HS256, HS384 and HS512")
+    public_key_file: str = Field(
+        "", description="file with one public key, PEM, for the other algorithms"
+    )
     jwks_url: str = Field(
-        "", description="or all the issuer's public keys, kept up to date (RFC 7517)"
+        "", description="or the URL of the issuer's key set (RFC 7517), which is refreshed"
     )
     algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
         ("HS256",),
-        description="what tokens may be signed with",
+        description="accepted signature algorithms",
         json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
     )
-    audience: str = Field("", description="a token's aud must hold it; empty: it must have none")
-    issuer: str = Field("", description="a token's iss must be it; empty: any")
+    audience: str = Field(
+        "", description="required in a token's aud; empty: tokens with an aud are rejected"
+    )
+    issuer: str = Field("", description="required iss of a token; empty: any")
 
     @field_validator("secret")
     @classmethod
     def _utf_8(cls, value: SecretStr) -> SecretStr:
         try:
             value.get_secret_value().encode()
-        except UnicodeEncodeError:  # an environment variable may hold any bytes
-            raise ValueError("a text in UTF-8") from None
+        except UnicodeEncodeError:  # an environment variable may contain any bytes
+            raise ValueError("a string in UTF-8") from None
         return value
 
     @field_validator("algorithms")
     @classmethod
     def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        # As a bound of the field it would be a second error where the only item is wrong.
+        # As a bound of the field this would be a second error if the only item is invalid.
         if not value:
             raise ValueError(f"one or more of {', '.join(get_args(Algorithm))}")
         return value
@@ -325,7 +334,7 @@ class JwtSettings(Section):
     @field_validator("public_key_file")
     @classmethod
     def _path(cls, value: str) -> str:
-        if not value.isprintable():  # a key's own text, say
+        if not value.isprintable():  # for example the key itself
             raise ValueError("the path of a file")
         return value
 
@@ -333,16 +342,16 @@ class JwtSettings(Section):
     @classmethod
     def _url(cls, value: str) -> str:
         if value and not _is_web_address(value):
-            raise ValueError("an address like https://issuer.example/jwks.json, without a password")
+            raise ValueError("a URL like https://issuer.example/jwks.json, without a password")
         return value
 
     @property
-    def of_public_keys(self) -> list[str]:
-        """The settings that say where public keys come from, if they do."""
+    def public_key_settings(self) -> list[str]:
+        """The names of the settings that provide public keys and are not empty."""
         return [name for name in ("public_key_file", "jwks_url") if getattr(self, name)]
 
-    def short_secret(self) -> Iterator[tuple[str, int]]:
-        """Yield the algorithms that ask for a longer secret, and for how many bytes."""
+    def algorithms_needing_longer_secret(self) -> Iterator[tuple[str, int]]:
+        """Yield each algorithm for which the secret is too short, and the minimum in bytes."""
         length = len(self.secret.get_secret_value().encode())
         for algorithm in sorted(set(self.algorithms)):
             if length < SECRET_BYTES.get(algorithm, 0):
@@ -350,10 +359,10 @@ class JwtSettings(Section):
 
 
 class AuthSettings(Section):
-    """Who may connect."""
+    """Authentication of clients."""
 
     mode: Literal["none", "jwt"] = Field(
-        "none", description="none: everybody; jwt: who has a token"
+        "none", description="none: all clients are accepted; jwt: a token is required"
     )
     jwt: JwtSettings = JwtSettings()
 
@@ -363,12 +372,12 @@ class AuthSettings(Section):
             return self
         with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
         others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
-        if self.jwt.of_public_keys and not others:
+        if self.jwt.public_key_settings and not others:
             raise ValueError(
-                f"auth.jwt.{self.jwt.of_public_keys[0]} is set, and auth.jwt.algorithms"
-                f" ({', '.join(with_secret)}) asks for no public key; set"
-                " auth.jwt.algorithms to what tokens are signed with: RS256 for most RSA keys,"
-                " ES256 or EdDSA for others"
+                f"auth.jwt.{self.jwt.public_key_settings[0]} is set, but auth.jwt.algorithms"
+                f" ({', '.join(with_secret)}) uses no public key; set auth.jwt.algorithms"
+                " to the algorithms of the tokens: RS256 for most RSA keys, ES256 or EdDSA"
+                " for others"
             )
         if with_secret and not self.jwt.secret.get_secret_value():
             raise ValueError(f"{', '.join(with_secret)} needs auth.jwt.secret")
@@ -381,27 +390,27 @@ class AuthSettings(Section):
 
 
 class ConsoleSettings(Section):
-    """The page that shows the relay at work."""
+    """The web page with live stats."""
 
     enabled: bool = Field(
-        True, description="the page at / and its live figures; turn it off on a public relay"
+        True, description="the page at / and its live stats; disable it on a public relay"
     )
 
 
 class ShutdownSettings(Section):
-    """How a stop goes."""
+    """Graceful shutdown."""
 
     readiness_delay_s: Seconds = Field(
-        0, description="still serving while load balancers take the replica out"
+        0, description="time to keep serving while load balancers remove the replica"
     )
     spread_s: Seconds = Field(5, description="clients are closed one after another over this time")
     timeout_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] = Field(
-        10, description="the whole stop takes no longer"
+        10, description="maximum duration of the whole shutdown"
     )
 
 
 class LoggingSettings(Section):
-    """What is logged to standard error."""
+    """The log on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error"
@@ -410,7 +419,7 @@ class LoggingSettings(Section):
 
 
 class Settings(BaseSettings):
-    """The whole tree. Build it with `load`, which says what is wrong in the operator's words."""
+    """The whole tree. Build it with `load`, which reports problems in the terms of the settings."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
@@ -429,19 +438,19 @@ class Settings(BaseSettings):
     shutdown: ShutdownSettings = ShutdownSettings()
     logging: LoggingSettings = LoggingSettings()
 
-    def doubts(self) -> Iterator[SettingsWarning]:
-        """Yield what the operator had better look at; `check` and the start tell it."""
+    def warnings(self) -> Iterator[SettingsWarning]:
+        """Yield warnings, which `check` prints and the relay logs at startup."""
         jwt = self.auth.jwt
         if self.auth.mode == "none":
-            named = [*(["secret"] if jwt.secret else []), *jwt.of_public_keys]
+            named = [*(["secret"] if jwt.secret else []), *jwt.public_key_settings]
             if named:
                 unused = ", ".join(f"auth.jwt.{name}" for name in named)
                 yield SettingsWarning(
                     "auth.mode is none, so everybody may connect", {"unused": unused}
                 )
             return
-        for algorithm, least in jwt.short_secret():
-            facts = {"algorithm": algorithm, "min_bytes": least}
+        for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():
+            facts = {"algorithm": algorithm, "min_bytes": min_bytes}
             yield SettingsWarning("auth.jwt.secret is short", facts)
 
     @classmethod
@@ -453,7 +462,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings  # what the file says comes as init values
+        return env_settings, init_settings  # the file's values are passed as init values
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":

@@ -1,30 +1,27 @@
-"""Write settings as YAML. Knows no file."""
+"""Render settings as YAML. Knows no file."""
 
 import json
 from collections.abc import Iterator
 
-from pydantic import (
-    BaseModel,
-    SecretStr,
-)
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from websocket_relay.config.model import Settings
 
 FILE_HEAD = """\
-# Every setting of websocket-relay with its default. Each can come from the environment, too, and
-# the environment wins: server.tls.cert_file is RELAY__SERVER__TLS__CERT_FILE. Durations are in
-# seconds, sizes in bytes. `websocket-relay check` prints what is in force.
+# Every setting of websocket-relay with its default. Each can also be set in the environment, which
+# takes precedence: server.tls.cert_file is RELAY__SERVER__TLS__CERT_FILE. Durations are in
+# seconds, sizes in bytes. `websocket-relay check` prints the effective settings.
 """
 
 
 def render(settings: Settings, *, comments: bool = False) -> str:
-    """Return the settings as YAML that `load` reads again, on request with their sentences."""
+    """Return the settings as YAML that `load` can read, optionally with their descriptions."""
     return "\n".join(_lines(settings, 0, comments)) + "\n"
 
 
 def default_file() -> str:
-    """Return the text of config.yaml: every setting with its default and its sentence."""
+    """Return the text of config.yaml: every setting with its default and its description."""
     return f"{FILE_HEAD}\n{render(Settings.model_construct(), comments=True)}"
 
 
@@ -55,5 +52,5 @@ def _scalar(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, SecretStr):
-        value = str(value)  # stars
+        value = str(value)  # asterisks
     return json.dumps(list(value) if isinstance(value, tuple) else value)

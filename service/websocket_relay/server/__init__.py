@@ -1,1 +1,1 @@
-"""Run the relay: two ports in one event loop, signals, the shutdown."""
+"""Run the relay: both ports in one event loop, signals, shutdown."""

@@ -1,4 +1,7 @@
-"""Let clients go one after another when the relay stops, so that they do not return all at once."""
+"""Close clients gradually at shutdown, so that they do not reconnect at the same moment.
+
+Knows no port and no signal.
+"""
 
 import asyncio
 import random
@@ -9,51 +12,52 @@ from websocket_relay.wire.registry import ConnectionRegistry
 STEP_S = 0.01  # clients that are due within one step are closed together
 
 RETRY_WINDOW_S = 1.0
-"""Clients are told to come back at random within this time. The pace of the closes is what spreads
-them; this keeps those apart who were closed in the same moment (bench/results/simulation.md)."""
+"""Clients reconnect after a random delay up to this time. The reconnects are spread by the pace of
+the closes; this delay separates the clients that were closed in the same step
+(bench/results/simulation.md)."""
 
 
 async def close_all(clients: ConnectionRegistry, *, spread_s: float, rng: random.Random) -> None:
-    """Close every client with 1001, evenly spread over time, each after all it is owed.
+    """Close every client with 1001, evenly spread over time, each after its pending messages.
 
-    Each is told in `retry_ms` when to come back, so that those who left together do not return
-    together.
+    The close reason has a random `retry_ms`, so that clients that were closed together do not
+    reconnect together.
 
     Args:
-        clients: the connections; no new ones come any more.
-        spread_s: how long it takes to say goodbye to all of them.
-        rng: who goes first and comes back when.
+        clients: the connections; no new ones are accepted any more.
+        spread_s: time from the first close to the last.
+        rng: chooses the order of the clients, and `retry_ms`.
     """
     loop = asyncio.get_running_loop()
     start = loop.time()
-    leaving = list(clients)
-    rng.shuffle(leaving)
-    for number, client in enumerate(leaving):
-        due = start + spread_s * number / len(leaving)
+    remaining = list(clients)
+    rng.shuffle(remaining)
+    for index, client in enumerate(remaining):
+        due = start + spread_s * index / len(remaining)
         if due - loop.time() > STEP_S:
             await asyncio.sleep(due - loop.time())
-        elif number % 100 == 99:
+        elif index % 100 == 99:
             await asyncio.sleep(0)
         retry_ms = rng.randint(0, round(RETRY_WINDOW_S * 1000))
         client.close_when_written(Close.DRAINING, f"{Close.DRAINING.reason}; retry_ms={retry_ms}")
 
 
 async def wait_until_closed(clients: ConnectionRegistry, *, until: float) -> int:
-    """Wait for the clients' answers; cut off who has not gone by then.
+    """Wait for the closing handshakes; abort the connections that remain at the deadline.
 
     Args:
         clients: the connections.
-        until: by the loop's clock.
+        until: the deadline, by the event loop's clock.
 
     Returns:
-        How many were cut off.
+        The number of connections aborted.
     """
     try:
         async with asyncio.timeout_at(until):
             await clients.none_left.wait()
     except TimeoutError:
         pass
-    left = list(clients)
-    for client in left:
+    remaining = list(clients)
+    for client in remaining:
         client.abort(Close.DRAINING)
-    return len(left)
+    return len(remaining)

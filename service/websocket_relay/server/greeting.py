@@ -1,6 +1,6 @@
-"""Tell who has started the relay what to open and what to type next.
+"""Print the addresses of a running relay and example commands, for a person at a terminal.
 
-Knows the settings and the ports that were bound. The log is apart, with one event a line.
+Knows the settings and the bound ports, and nothing of the log, which has one event a line.
 """
 
 import shutil
@@ -17,22 +17,22 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 
 
 def greet(settings: Settings, port: int, metrics_port: int | None) -> None:
-    """Print the greeting for a person, on standard output, for the log has one event a line."""
+    """Print the greeting on standard output; the log goes to standard error."""
     if settings.logging.format == "text":
-        with suppress(OSError, ValueError):  # no reader, or no certificate any more
+        with suppress(OSError, ValueError):  # stdout is closed, or the certificate was removed
             print(greeting(settings, port, metrics_port), end="", flush=True)
 
 
 def greeting(
     settings: Settings, port: int, metrics_port: int | None, *, argv0: str = sys.argv[0]
 ) -> str:
-    """Return the addresses of a relay that is ready, and commands to try it with.
+    """Return the addresses of a ready relay, and example commands.
 
     Args:
-        settings: of the relay.
-        port: on which it listens.
-        metrics_port: on which its metrics are, or None where there are none.
-        argv0: the name by which the relay was started.
+        settings: the relay's settings.
+        port: the relay's bound port.
+        metrics_port: the bound metrics port; None: metrics are disabled.
+        argv0: the command by which the relay was started.
     """
     return "".join(f"{line}\n" for line in _lines(settings, port, metrics_port, argv0))
 
@@ -57,23 +57,23 @@ def _lines(settings: Settings, port: int, metrics_port: int | None, argv0: str) 
 
 
 def _host(host: str) -> str:
-    """Return the name of a host on which something listens, as clients on this machine write it."""
+    """Return a listening address as clients on this machine write it in a URL."""
     if host in ANY_ADDRESS:
         return "localhost"
     return f"[{host}]" if ":" in host else host
 
 
 def _program(argv0: str) -> str:
-    """Return the command by which this program can be started again."""
+    """Return the command that starts this program."""
     is_a_module = Path(argv0).name == "__main__.py"
     return NAME if is_a_module or shutil.which(NAME) else argv0
 
 
 def _is_self_signed(server: ServerSettings) -> bool:
-    """Return whether clients need the relay's own certificate in order to trust it."""
+    """Return whether clients need the relay's own certificate as their CA."""
     if not server.tls.enabled:
         return False
-    from cryptography import x509  # takes a while to import
+    from cryptography import x509  # slow to import
 
     leaf = x509.load_pem_x509_certificate(Path(server.tls.cert_file).read_bytes())
     return leaf.issuer == leaf.subject

@@ -1,4 +1,4 @@
-"""Accept connections on one port, with uvicorn. Knows no setting and no signal."""
+"""Accept connections on one port, with uvicorn. Knows no settings and no signal."""
 
 import asyncio
 import contextlib
@@ -6,13 +6,8 @@ import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import uvicorn
 
@@ -20,50 +15,35 @@ from websocket_relay.outcomes import StartError
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
-if TYPE_CHECKING:
-    pass
-
-
 LISTEN_BACKLOG = 4096
-
-
-"""Connections that wait in the kernel to be accepted; it caps this at net.core.somaxconn."""
-
+"""Length of the kernel's accept queue; the kernel caps it at net.core.somaxconn."""
 
 UNSENT_BYTES = 131_072
-
-
-"""What the kernel takes for a client beyond what TCP can send now (TCP_NOTSENT_LOWAT; accepted
-connections have it from the one that listens). Without it up to 4 MB of kernel memory fill for each
-slow client before the relay sees that it is behind, and then it sees in steps of a third of that
-whether it moves."""
-
+"""Bytes that the kernel buffers for a client beyond what TCP can send now (TCP_NOTSENT_LOWAT;
+accepted sockets inherit it from the listening one). Without it each slow client fills up to 4 MB of
+kernel memory before the relay notices that it lags, and then the relay sees progress only in steps
+of a third of that."""
 
 FINISH_S = 0.1
-
-
-"""What answers to plain requests have to get out when the ports close."""
-
+"""Time for responses to plain requests to be sent when the ports close."""
 
 MAPPED_BITS = 96
-
-
-"""What comes before the IPv4 address in an IPv6 address that holds one."""
+"""Bits of prefix before the IPv4 address in an IPv4-mapped IPv6 address."""
 
 
 class Listener(uvicorn.Server):
-    """uvicorn on one port, as the relay needs it.
+    """A uvicorn server on one port, with the relay's own startup, TLS and signals.
 
-    uvicorn's own start has no deadline for TLS handshakes and exits the process where a port is
-    taken; and its signals are the relay's business.
+    uvicorn's own startup sets no deadline for TLS handshakes and exits the process if the port is
+    in use. Its signal handlers would replace the relay's.
 
     Args:
-        app: what answers there.
-        host, port: where; port 0 takes any free one.
-        plain: its connections that speak HTTP.
-        context: for TLS, or None.
-        handshake_timeout_s: for TLS handshakes.
-        trusted_proxies: whose X-Forwarded-For and -Proto are believed.
+        app: the application.
+        host, port: the address; port 0 selects a free one.
+        http_connections: the plain HTTP connections of the port.
+        context: for TLS; None: no TLS.
+        handshake_timeout_s: deadline of a TLS handshake.
+        trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
         protocols: uvicorn's `http` and `ws` settings.
     """
 
@@ -73,7 +53,7 @@ class Listener(uvicorn.Server):
         host: str,
         port: int,
         *,
-        plain: HttpConnections,
+        http_connections: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
         trusted_proxies: Sequence[str] = (),
@@ -92,21 +72,21 @@ class Listener(uvicorn.Server):
             **protocols,
         )
         super().__init__(config)
-        self._plain = plain
+        self._http_connections = http_connections
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The bound host and port."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return host, port
 
     async def listen(self) -> None:
-        """Bind and accept connections.
+        """Bind the port and start to accept connections.
 
         Raises:
-            StartError: the address can't be had.
+            StartError: the address can't be bound.
         """
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
@@ -117,9 +97,9 @@ class Listener(uvicorn.Server):
                 self.config.port,
                 backlog=LISTEN_BACKLOG,
             )
-        except (OSError, UnicodeError) as error:  # the latter of a host that is no name at all
-            number = getattr(error, "errno", None)
-            reason = os.strerror(number) if number and number > 0 else str(error)
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
+            code = getattr(error, "errno", None)
+            reason = os.strerror(code) if code and code > 0 else str(error)
             raise StartError(
                 f"can't listen on {self.config.host} port {self.config.port}: {reason}"
             ) from None
@@ -133,31 +113,33 @@ class Listener(uvicorn.Server):
         protocol = make(config=self.config, server_state=self.server_state, app_state={})
         if self._context is None:
             return protocol
-        return TlsHandshake(protocol, self._plain, self._context, self._handshake_timeout_s)
+        return TlsHandshake(
+            protocol, self._http_connections, self._context, self._handshake_timeout_s
+        )
 
     async def startup(self, sockets: object = None) -> None:
-        """Do nothing: `listen` did it."""
+        """Do nothing: `listen` has bound the port."""
 
-    async def answer_all(self, *, until: float) -> int:
-        """Wait for the requests that are in progress: a POST may wait for its message's position.
+    async def wait_for_responses(self, *, until: float) -> int:
+        """Wait for the requests in flight: a POST may wait for the position of its message.
 
         Args:
-            until: no longer than this, by the event loop's clock.
+            until: the deadline, by the event loop's clock.
 
         Returns:
-            How many are not answered by then.
+            The number of requests without a response at the deadline.
         """
         requests = list(self.server_state.tasks)
         if not requests:
             return 0
-        left_s = until - asyncio.get_running_loop().time()
-        _, unanswered = await asyncio.wait(requests, timeout=max(0.0, left_s))
+        remaining_s = until - asyncio.get_running_loop().time()
+        _, unanswered = await asyncio.wait(requests, timeout=max(0.0, remaining_s))
         return len(unanswered)
 
     async def shutdown(self, sockets: object = None) -> None:
-        """Close the port, and after a moment cut off who has not taken its answer.
+        """Close the port, and after FINISH_S abort the connections with an unsent response.
 
-        uvicorn's own waits a second or more for such a client.
+        uvicorn's own shutdown waits a second or more for them.
         """
         for server in self.servers:
             server.close()
@@ -169,15 +151,14 @@ class Listener(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to the relay."""
+        """Install no signal handlers: server.signals has its own."""
         yield
 
 
 def _mapped(proxies: Iterable[str]) -> Iterator[str]:
-    """Yield the IPv4 networks in their other form, which proxies write that listen on IPv6, too.
+    """Yield the other form of each IPv4 network, which proxies write that also listen on IPv6.
 
-    That is `::ffff:10.0.0.0/104` for `10.0.0.0/8`, and the other way round (RFC 4291 section
-    2.5.5.2).
+    That is `::ffff:10.0.0.0/104` for `10.0.0.0/8`, and vice versa (RFC 4291 section 2.5.5.2).
     """
     for proxy in map(ipaddress.ip_network, proxies):
         if isinstance(proxy, ipaddress.IPv4Network):

@@ -1,4 +1,4 @@
-"""Run the relay: both ports in one event loop, signals, the stop."""
+"""Run the relay: startup, both ports in one event loop, shutdown. Knows no message."""
 
 import asyncio
 import contextlib
@@ -8,12 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import (
-    Callable,
-    Coroutine,
-    Iterator,
-    Mapping,
-)
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +19,7 @@ from websocket_relay.app import Replica, build
 from websocket_relay.cancellation import run_cancellable
 from websocket_relay.channels.keepalive import keep_alive
 from websocket_relay.config.model import Settings, SettingsWarning
-from websocket_relay.file_descriptors import AT_START, RESERVED, most_possible, raise_limit
+from websocket_relay.file_descriptors import AT_START, RESERVED, highest_limit, raise_limit
 from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Refusal
 from websocket_relay.server.drain import close_all, wait_until_closed
@@ -41,41 +36,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 CUT_OFF_RESERVE_S = 0.5
-"""The part of shutdown.timeout_s that is kept to close the ports (FINISH_S) and to end. The rest of
-it is room for a busy machine: at the deadline the process is ended as it is, with status 1."""
-
+"""The part of shutdown.timeout_s reserved for closing the ports (FINISH_S) and exiting. The rest of
+it is slack for a busy machine: at the deadline the process is killed as it is, with status 1."""
 
 LAST_TRACES_S = 1.0
-"""What a collector has at most to take the last spans, within shutdown.timeout_s."""
+"""Maximum time to export the last spans, within shutdown.timeout_s."""
 
 EXIT_S = 0.1
-"""The part of shutdown.timeout_s that is kept for the end of the process itself."""
+"""The part of shutdown.timeout_s reserved for the exit of the process itself."""
 
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
-
 GC_THRESHOLDS = (50_000, 20, 50)
-"""A client is some twenty objects that live long and hold no cycles. With Python's own thresholds
-a storm of arrivals has the collector walk over all of them again and again."""
+"""A client is about twenty long-lived objects without cycles. With Python's default thresholds, a
+burst of connects makes the garbage collector traverse all of them repeatedly."""
 
 
 def run(settings: Settings, stop: Stop) -> None:
     """Run the relay until a signal stops it.
 
-    The event loop is not closed: that would wait for names that are still looked up. The process
-    has to end without it (`signals.leave`).
+    The event loop is not closed: closing it would wait for pending name resolutions. The process
+    has to exit without that (`signals.leave`).
 
     Raises:
-        SettingsError: the certificate can't be served.
-        UnfitError: the keys of tokens can't be used.
-        StartError: a port can't be listened on.
+        SettingsError: the certificate can't be loaded.
+        UnusableSettingError: the signing keys can't be used.
+        StartError: a port can't be bound.
     """
     certificates = load_certificates(settings)
     tokens = load_tokens(settings)
-    for doubt in doubts(settings):
-        log.warning(doubt.text, extra=doubt.facts)
+    for warning in doubts(settings):
+        log.warning(warning.text, extra=warning.facts)
     raise_limit()
     gc.set_threshold(*GC_THRESHOLDS)
     tracing = load_tracing(os.environ)
@@ -87,44 +79,43 @@ def run(settings: Settings, stop: Stop) -> None:
 
 
 def doubts(settings: Settings) -> Iterator[SettingsWarning]:
-    """Yield what the operator should look at, in the settings and on this machine."""
-    yield from settings.doubts()
-    limit = most_possible()
+    """Yield warnings about the settings and the limits of this machine."""
+    yield from settings.warnings()
+    limit = highest_limit()
     needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
     if limit < needed:
         yield SettingsWarning("too few file descriptors", {"limit": limit, "needed": needed})
 
 
 def load_certificates(settings: Settings) -> Certificates | None:
-    """Return the pair that the settings name, or None where TLS is off.
+    """Load the certificate and its key; return None if TLS is disabled.
 
     Raises:
-        SettingsError: it can't be served.
+        SettingsError: they can't be loaded.
     """
     tls = settings.server.tls
     return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
 
 
 def load_tokens(settings: Settings) -> "TokenVerifier | None":
-    """Return what checks tokens, or None where everybody may come in.
+    """Return the token verifier, or None if no token is required.
 
     Raises:
-        UnfitError: the keys can't be used.
+        UnusableSettingError: the keys can't be used.
     """
     if settings.auth.mode == "none":
         return None
-    from websocket_relay.admission.verifier import (
-        TokenVerifier,  # a fifth of a second that most starts need not
-    )
+    # Importing it takes 0.2 s, which most relays do not need.
+    from websocket_relay.admission.verifier import TokenVerifier
 
     return TokenVerifier(settings.auth.jwt)
 
 
 def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
-    """Return what traces, or None where no collector is named.
+    """Return the tracing, or None if no collector is configured.
 
-    The variables are OpenTelemetry's own; an empty one counts as none. They may be meant for
-    everybody on a machine or in a cluster, so what can't be done is logged and stops nothing.
+    The variables are OpenTelemetry's own; an empty one counts as unset. They may be set for all
+    programs on a machine or in a cluster, so an unsupported value is logged and not fatal.
     """
     if not any(environ.get(name) for name in COLLECTOR_VARIABLES):
         return None
@@ -138,7 +129,7 @@ def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
         log.warning("no traces", extra={"reason": f"{protocol} is not spoken, http/protobuf is"})
         return None
     try:
-        from websocket_relay.tracing import Tracing  # the library, which is an extra
+        from websocket_relay.tracing import Tracing  # its library is an optional dependency
 
         tracing = Tracing()
     except ImportError:
@@ -158,31 +149,32 @@ async def _serve(
     tracing: "Tracing | None",
     stop: Stop,
 ) -> float:
-    """Serve until a stop is asked for; return its deadline, by `time.monotonic`."""
-    asked = asyncio.Event()
+    """Serve until a signal, then shut down; return the deadline, by `time.monotonic`."""
+    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     timeout_s = settings.shutdown.timeout_s
     relay = build(settings, certificates, tokens, tracing)
     async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
         if tokens is not None and tokens.jwks is not None:
             await owned.enter_async_context(tokens.jwks)  # the ports open before it has keys
-        # Before the broker's name is looked up: uvloop looks up two at a time, "127.0.0.1" too.
+        # Before the broker's name is resolved: uvloop resolves two names at a time, and treats
+        # "127.0.0.1" as one, too.
         relay_port, metrics_port = await _open_ports(settings, relay)
         ports = [port for port in (metrics_port, relay_port) if port is not None]
-        # Not before: while an address is looked up there is nothing to stop, and no way to.
-        ask = functools.partial(loop.call_soon_threadsafe, asked.set)
-        stop.attach(ask, timeout_s, functools.partial(_running, loop))
+        # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
+        request_stop = functools.partial(loop.call_soon_threadsafe, stopping.set)
+        stop.attach(request_stop, timeout_s, functools.partial(_running_tasks, loop))
         _log_ports(relay, relay_port, metrics_port)
-        begins = [*(port.serve for port in ports), *_background(settings, relay)]
-        background = [group.create_task(run_cancellable(begin)) for begin in begins]
-        gc.freeze()  # what is here now stays: the collector need not look at it
-        tell = functools.partial(_greet, settings, relay_port, metrics_port)
-        becoming_ready = group.create_task(_become_ready(relay, tell))
-        await asked.wait()
+        coroutines = [*(port.serve for port in ports), *_background(settings, relay)]
+        background = [group.create_task(run_cancellable(coroutine)) for coroutine in coroutines]
+        gc.freeze()  # all objects so far are permanent: exempt them from garbage collection
+        on_ready = functools.partial(_greet, settings, relay_port, metrics_port)
+        becoming_ready = group.create_task(_become_ready(relay, on_ready))
+        await stopping.wait()
         becoming_ready.cancel()  # before the phase changes
-        asked_at = stop.asked_at
-        assert asked_at is not None
-        until = asked_at + timeout_s
+        signalled_at = stop.signalled_at
+        assert signalled_at is not None
+        until = signalled_at + timeout_s
         await _drain(settings, relay, relay_port, until)
         await asyncio.gather(*(port.shutdown() for port in ports))
         for task in background:
@@ -193,7 +185,7 @@ async def _serve(
 def _background(
     settings: Settings, relay: Replica
 ) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
-    """Yield what begins each of the tasks that run as long as the relay does."""
+    """Yield the coroutine functions of the tasks that run as long as the relay does."""
     keepalive = settings.keepalive
     yield lambda: keep_alive(
         relay.shared.clients,
@@ -208,10 +200,10 @@ def _background(
 
 
 async def _open_ports(settings: Settings, relay: Replica) -> tuple[Listener, Listener | None]:
-    """Open the metrics port, where there is one, and the relay's; return them the other way round.
+    """Open the metrics port, if enabled, then the relay's port; return the relay's port first.
 
     Raises:
-        StartError: an address can't be had.
+        StartError: an address can't be bound.
     """
     metrics_port = _metrics_listener(settings, relay)
     if metrics_port is not None:
@@ -233,34 +225,33 @@ def _log_ports(relay: Replica, relay_port: Listener, metrics_port: Listener | No
 
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
-    metrics = metrics_port.address[1] if metrics_port is not None else None
-    greet(settings, relay_port.address[1], metrics)
+    metrics_number = metrics_port.address[1] if metrics_port is not None else None
+    greet(settings, relay_port.address[1], metrics_number)
 
 
-def _running(loop: asyncio.AbstractEventLoop) -> str:
-    """List the tasks that run, for the log."""
+def _running_tasks(loop: asyncio.AbstractEventLoop) -> str:
+    """Return the names of the running tasks, for the log."""
     names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)}
     return ", ".join(sorted(names))
 
 
-async def _become_ready(relay: Replica, tell: Callable[[], None]) -> None:
-    """Say that clients are welcome, once all that they need is there.
+async def _become_ready(relay: Replica, on_ready: Callable[[], None]) -> None:
+    """Wait for the backplane with its history, then for the signing keys, and set the phase READY.
 
-    That is the backplane, with what was said before; and the keys that tell those with a good token
-    from others. After that an issuer that is away is no reason to send them elsewhere: the other
-    replicas have the same one, and most keys are known.
+    After that, an unreachable issuer does not make the replica unready: all replicas have the same
+    issuer, and most keys are cached.
     """
-    if relay.health.is_cut_off:
-        relay.health.phase = Phase.WAITING_FOR_BACKPLANE
+    if relay.lifecycle.is_backplane_down:
+        relay.lifecycle.phase = Phase.WAITING_FOR_BACKPLANE
         await relay.backplane.begun.wait()
-    if relay.health.is_cut_off:  # and may not do without
+    if relay.lifecycle.is_backplane_down:  # in an outage, and backplane.on_outage is reject
         await relay.backplane.up.wait()
     if relay.tokens is not None and relay.tokens.jwks is not None:
-        relay.health.phase = Phase.WAITING_FOR_KEYS
+        relay.lifecycle.phase = Phase.WAITING_FOR_KEYS
         await relay.tokens.jwks.get_first()
-    relay.health.phase = Phase.READY
+    relay.lifecycle.phase = Phase.READY
     log.info("ready")
-    tell()
+    on_ready()
 
 
 def _relay_listener(settings: Settings, relay: Replica) -> Listener:
@@ -270,11 +261,11 @@ def _relay_listener(settings: Settings, relay: Replica) -> Listener:
         relay.app,
         server.host,
         server.port,
-        plain=relay.plain,
+        http_connections=relay.http_connections,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
-        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.plain),
+        http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),
         ws=functools.partial(WebSocketConnection, shared=relay.shared),
     )
 
@@ -283,12 +274,14 @@ def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
     metrics = settings.metrics
     if not metrics.enabled:
         return None
-    http = functools.partial(HttpProtocol, shared=relay.shared, plain=relay.metrics_plain)
+    http = functools.partial(
+        HttpProtocol, shared=relay.shared, plain=relay.metrics_http_connections
+    )
     return Listener(
         relay.metrics_app,
         metrics.host,
         metrics.port,
-        plain=relay.metrics_plain,
+        http_connections=relay.metrics_http_connections,
         http=http,
         ws="none",
     )
@@ -299,13 +292,13 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
     loop = asyncio.get_running_loop()
     shutdown, clients = settings.shutdown, relay.shared.clients
     until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
-    # Nobody was sent to a relay that was never ready.
-    readiness_delay_s = shutdown.readiness_delay_s if relay.health.ready else 0
-    relay.health.phase = Phase.DRAINING
+    # No load balancer sends clients to a relay that was never ready.
+    readiness_delay_s = shutdown.readiness_delay_s if relay.lifecycle.ready else 0
+    relay.lifecycle.phase = Phase.DRAINING
     log.info("draining", extra={"clients": len(clients)})
     await asyncio.sleep(min(readiness_delay_s, max(0.0, until - loop.time())))
-    relay.health.refusing = True
-    # Clients need time to answer: what does not fit into the whole is taken off the spread.
+    relay.lifecycle.refuses_upgrades = True
+    # Clients need time for the closing handshake: the spread is cut to leave a fifth for it.
     spread_s = min(shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
     await close_all(clients, spread_s=spread_s, rng=random.Random())
     cut_off = await wait_until_closed(clients, until=until)
@@ -316,6 +309,6 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
             await relay.backplane.flush()
     except TimeoutError:
         log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
-    relay.plain.end_idle(Refusal.DRAINING)  # their peers may take any time to go on
-    if unanswered := await port.answer_all(until=until):
+    relay.http_connections.end_idle(Refusal.DRAINING)  # their next request may never arrive
+    if unanswered := await port.wait_for_responses(until=until):
         log.warning("requests cut off", extra={"requests": unanswered})

@@ -1,9 +1,9 @@
-"""Receive SIGTERM and SIGINT, and end the process in time. Knows no event loop and no setting.
+"""Receive SIGTERM and SIGINT, and exit by the deadline. Knows no event loop and no settings.
 
-Both signals are blocked in all threads, from before the imports that take time until the process
-ends, and one thread waits for them. So they neither interrupt nor kill the process, also while the
-interpreter ends and has taken back its handlers. And the kernel keeps a blocked signal for process
-1 of a container, whereas it discards one that has no handler yet (pid_namespaces(7)).
+Both signals are blocked in all threads, from before the slow imports until the process exits, and
+one thread waits for them. So they neither interrupt nor kill the process, even while the
+interpreter finalizes and has restored the default handlers. The kernel keeps a blocked signal
+pending for process 1 of a container, but discards one that has no handler yet (pid_namespaces(7)).
 """
 
 import logging
@@ -22,25 +22,26 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 LOG_S = 0.2
-"""Standard error may be a pipe that nobody reads: a last line is given up after this time."""
+"""Standard error may be a full pipe without a reader: the last line is abandoned after this
+time."""
 
 STACK_FRAMES = 3
 
 CAN_BLOCK = hasattr(signal, "pthread_sigmask")
-"""Not on Windows, where the clients' commands run, too."""
+"""False on Windows, where only the client commands run."""
 
 
 def unblock() -> None:
-    """Let signals do what they do by default, where the process was started with them blocked."""
+    """Unblock the signals: the parent process may have blocked them."""
     if CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def leave(status: int) -> NoReturn:
-    """End the process without the interpreter's own end.
+    """Exit without finalizing the interpreter.
 
-    That one waits for threads, and a thread that looks up a name may take a minute. It would also
-    take apart all objects of all clients, one by one.
+    Finalization waits for threads, and a thread that resolves a name may take a minute. It would
+    also deallocate the objects of all clients one by one.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -50,81 +51,81 @@ def leave(status: int) -> NoReturn:
 
 
 class Stop:
-    """The request to stop, and the deadline of the stop.
+    """Start the shutdown at the first signal, and enforce its deadline.
 
-    Until `attach` there is nothing to stop: a signal ends the process at once, with status 0.
+    Before `attach` a signal exits the process at once, with status 0.
 
     Attributes:
-        asked_at: when the first signal came, by `time.monotonic`; None: none did.
+        signalled_at: time of the first signal, by `time.monotonic`; None: none was received.
     """
 
     def __init__(self) -> None:
-        self.asked_at: float | None = None
-        self._asked = threading.Event()
-        self._begin: Callable[[], object] | None = None
+        self.signalled_at: float | None = None
+        self._signalled = threading.Event()
+        self._start_shutdown: Callable[[], object] | None = None
         self._timeout_s = 0.0
-        self._tasks: Callable[[], str] = str
+        self._list_tasks: Callable[[], str] = str
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        # Started now: when a stop begins there may be no room for another thread.
+        # Started now: at shutdown the limit of threads may be exhausted.
         for target in (self._receive, self._enforce):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def attach(
         self,
-        begin: Callable[[], object],
+        start_shutdown: Callable[[], object],
         timeout_s: float,
-        tasks: Callable[[], str],
+        list_tasks: Callable[[], str],
     ) -> None:
-        """Have the first signal begin a stop.
+        """Make the first signal start a graceful shutdown.
 
         Args:
-            begin: begins it; called in another thread.
-            timeout_s: the process is ended so long after the signal.
-            tasks: lists what runs still, for the log; called in another thread.
+            start_shutdown: called in another thread.
+            timeout_s: the process exits this long after the signal at the latest.
+            list_tasks: returns the running tasks, for the log; called in another thread.
         """
-        self._timeout_s, self._tasks = timeout_s, tasks
-        self._begin = begin
+        self._timeout_s, self._list_tasks = timeout_s, list_tasks
+        self._start_shutdown = start_shutdown
 
     def _receive(self) -> None:
         while True:
             number = signal.sigwait(SIGNALS)
-            if self._begin is None:
+            if self._start_shutdown is None:
                 os._exit(0)
-            if self.asked_at is None:
-                self.asked_at = time.monotonic()
-                self._asked.set()
-                with suppress(RuntimeError):  # the event loop is closed: the relay ends anyway
-                    self._begin()
+            if self.signalled_at is None:
+                self.signalled_at = time.monotonic()
+                self._signalled.set()
+                with suppress(RuntimeError):  # the event loop is closed: the relay exits anyway
+                    self._start_shutdown()
             elif number == signal.SIGINT:
-                _end(0, lambda: log.warning("stopped at once"))
+                _exit_now(0, lambda: log.warning("stopped at once"))
 
     def _enforce(self) -> None:
-        self._asked.wait()
-        assert self.asked_at is not None
-        time.sleep(max(0.0, self.asked_at + self._timeout_s - time.monotonic()))
-        _end(1, self._log_unfinished)
+        self._signalled.wait()
+        assert self.signalled_at is not None
+        time.sleep(max(0.0, self.signalled_at + self._timeout_s - time.monotonic()))
+        _exit_now(1, self._log_unfinished)
 
     def _log_unfinished(self) -> None:
         facts = {
             "timeout_s": self._timeout_s,
             "main_thread": _main_stack(),
-            "tasks": self._tasks(),
+            "tasks": self._list_tasks(),
         }
         log.error("stop not finished in time", extra=facts)
 
 
-def _end(status: int, tell: Callable[[], object]) -> NoReturn:
-    """Log a last line, and end the process, whether that line could be written or not."""
+def _exit_now(status: int, write_log: Callable[[], object]) -> NoReturn:
+    """Log a last line and exit, even if the line can't be written."""
     try:
-        telling = threading.Thread(target=tell, daemon=True)
-        telling.start()
-        telling.join(LOG_S)
+        thread = threading.Thread(target=write_log, daemon=True)
+        thread.start()
+        thread.join(LOG_S)
     finally:
         os._exit(status)
 
 
 def _main_stack() -> str:
-    """Return where the main thread is, the innermost call first."""
+    """Return the stack of the main thread, the innermost call first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = reversed(traceback.extract_stack(frame)[-STACK_FRAMES:])
     return ", ".join(f"{call.filename}:{call.lineno} {call.name}" for call in calls)
