@@ -46,7 +46,7 @@ def test_a_relay_that_speaks_tls_is_alive(
 def test_a_relay_that_waits_for_its_broker_is_alive(tmp_path: Path) -> None:
     relay = Relay(tmp_path, {"backplane": {"url": "redis://127.0.0.1:1/0"}})
     try:
-        relay.launch()
+        relay.start()
         relay.await_log("relay listening")
         assert ask(relay, tmp_path) == Finished(0, "", "")
     finally:

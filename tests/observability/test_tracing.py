@@ -336,7 +336,7 @@ async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: St
 def test_a_relay_that_does_not_trace_has_not_loaded_the_library_and_goes_the_same_way() -> None:
     done = run_python("-c", BUILD, directory=ROOT)
     assert done.exit_code == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == ["SafeHeaders", "[]\n"]
+    assert done.stdout.split(maxsplit=1) == ["SecurityHeaders", "[]\n"]
 
 
 @pytest.mark.parametrize(
