@@ -72,7 +72,7 @@ class Speaker:
     def resume_reading(self) -> None:
         self.may_speak.set()
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Give up: a message that is not relayed makes all figures worthless."""
         sys.exit("the log took a message not")
 
@@ -101,7 +101,7 @@ class Log:
             observe_append=lambda _: None,
             observe_lag=lambda _: None,
         )
-        self.backplane.tail(self._deliver, lambda _: None)
+        self.backplane.consume(self._deliver, lambda _: None)
 
     def _deliver(self, entry: LogEntry) -> None:
         self._take(entry)
@@ -147,8 +147,8 @@ class Log:
         for _ in range(AT_ONCE):
             self.backplane.append("default", 1, payload, self._speaker)
         self._said += AT_ONCE
-        if self._gate.is_shut:
-            self._gate.hold(self._speaker)
+        if self._gate.is_exceeded:
+            self._gate.pause_publisher(self._speaker)
         await asyncio.sleep(0)
         while (self._said - self._own) * MESSAGE_BYTES > UNDER_WAY_BYTES:
             self._came.clear()
@@ -156,7 +156,7 @@ class Log:
 
     async def heard(self) -> Figures:
         """Say how much of a flood has come, in all."""
-        books = self.backplane.books
+        books = self.backplane.counters
         return {"heard": self._heard, "lost": books.lost, "duplicates": books.duplicates}
 
     def _stamped(self, entry: LogEntry) -> None:

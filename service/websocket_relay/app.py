@@ -20,7 +20,7 @@ from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.api.console import console_router, script_router
 from websocket_relay.api.metrics import metrics_router
-from websocket_relay.api.probes import health_router
+from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import Refusals
 from websocket_relay.api.security_headers import SecurityHeaders
@@ -138,12 +138,12 @@ def build(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
-        ledger=counters,
+        counters=counters,
         backlogs=backlogs,
-        unfinished=partial_messages,
-        unheard=HighWaterMark(limits.total_backlog_bytes // UNPROCESSED_PART),
-        appends=appends,
-        pending=HighWaterMark(limits.total_backlog_bytes // PENDING_PART),
+        partial_messages=partial_messages,
+        unparsed=HighWaterMark(limits.total_backlog_bytes // UNPROCESSED_PART),
+        pending_appends=appends,
+        pending_fan_out=HighWaterMark(limits.total_backlog_bytes // PENDING_PART),
     )
     history = History(
         max_messages=settings.history.max_messages,
@@ -168,7 +168,7 @@ def build(
     descriptors = FileDescriptors(
         connections=lambda: (
             len(shared.clients)
-            + http_connections.deciding
+            + http_connections.pending_handshakes
             + len(http_connections)
             + len(metrics_http_connections)
         ),
@@ -179,7 +179,7 @@ def build(
         limits.max_http_connections,
         Refusal.HTTP_CONNECTIONS,
         refusals.count,
-        has_descriptors=descriptors.fit_request,
+        has_descriptors=descriptors.can_accept_request,
     )
     admission = AdmissionPolicy(
         allowed_origins=settings.server.allowed_origins,
@@ -189,8 +189,8 @@ def build(
         max_messages_per_s=limits.max_messages_per_s,
         tokens=tokens,
         connections=lambda: len(shared.clients),
-        has_descriptor=descriptors.fit_client,
-        has_room=broadcaster.has_room,
+        has_descriptor=descriptors.can_accept_client,
+        has_room=broadcaster.has_channel_capacity,
         health=lifecycle,
     )
     metrics.register(
@@ -209,8 +209,8 @@ def build(
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
             unfinished_bytes=lambda: partial_messages.total_bytes,
-            paused_publishers=lambda: shared.held,
-            backplane_counters=backplane.books,
+            paused_publishers=lambda: shared.paused_connections,
+            backplane_counters=backplane.counters,
             backplane_up=lambda: backplane.state is BackplaneState.UP,
             appends_bytes=lambda: appends.bytes,
             history_messages=lambda: len(history),
@@ -238,7 +238,7 @@ def build(
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
-    app.include_router(health_router(lifecycle))
+    app.include_router(probes_router(lifecycle))
     for router in _routers(settings, admission, broadcaster, refusals, stats):
         app.include_router(router)
     app.add_middleware(
@@ -250,7 +250,7 @@ def build(
     )
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()
-    metrics_app.include_router(health_router(lifecycle))
+    metrics_app.include_router(probes_router(lifecycle))
     metrics_app.include_router(metrics_router(metrics))
     app_with_headers = SecurityHeaders(app)
     return Replica(

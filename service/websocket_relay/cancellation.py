@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-AGAIN_S = 0.1
+RETRY_CANCEL_S = 0.1
 """A cancelled task has this time to clean up; then it is cancelled again."""
 
 
@@ -31,7 +31,7 @@ async def cancel_until_done(*tasks: asyncio.Task[Any]) -> None:
         for task in pending:
             task.cancel()
         try:
-            await asyncio.wait(pending, timeout=AGAIN_S)
+            await asyncio.wait(pending, timeout=RETRY_CANCEL_S)
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
@@ -97,4 +97,4 @@ class Deadline:
     def _expire(self) -> None:
         self._cancels += 1
         self._task.cancel()
-        self._timer = asyncio.get_running_loop().call_later(AGAIN_S, self._expire)
+        self._timer = asyncio.get_running_loop().call_later(RETRY_CANCEL_S, self._expire)

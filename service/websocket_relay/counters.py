@@ -18,7 +18,9 @@ class Counters:
     connections: int = 0
     disconnections: int = 0
     messages: int = 0  # received from clients and relayed
-    owed: int = 0  # expected deliveries: channel size at publish time, summed over messages
+    expected_deliveries: int = (
+        0  # expected deliveries: channel size at publish time, summed over messages
+    )
     deliveries: int = 0  # messages written to clients' sockets
     received_bytes: int = 0  # payload of these messages
     sent_bytes: int = 0  # frames of delivered messages, headers included

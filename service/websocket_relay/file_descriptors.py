@@ -96,11 +96,11 @@ class FileDescriptors:
         self._scan()
         return max(0, self._estimated_free())
 
-    def fit_client(self) -> bool:
+    def can_accept_client(self) -> bool:
         """Return whether an HTTP connection may become a client."""
         return self._are_free(RESERVED - self._of_requests() - self._of_metrics())
 
-    def fit_request(self) -> bool:
+    def can_accept_request(self) -> bool:
         """Return whether the relay's port may accept one more HTTP connection."""
         return self._are_free(OF_METRICS + RESERVED_FOR_BACKENDS + 1 - self._of_metrics())
 

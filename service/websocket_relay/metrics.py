@@ -187,7 +187,9 @@ class _RelayCollector(Collector):
         yield _counter("connections", "Connections established", counters.connections)
         yield _counter("disconnections", "Connections ended", counters.disconnections)
         yield _counter("messages", "Messages taken from clients and relayed", counters.messages)
-        yield _counter("owed", "Expected deliveries: subscribers at publish time", counters.owed)
+        yield _counter(
+            "owed", "Expected deliveries: subscribers at publish time", counters.expected_deliveries
+        )
         yield _counter("deliveries", "Messages written to clients' sockets", counters.deliveries)
         drops = {(why.value,): count for why, count in counters.drops.items()}
         yield _labelled("drops", "Expected deliveries that were not made", ["reason"], drops)

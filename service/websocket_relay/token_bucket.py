@@ -1,6 +1,6 @@
 """Limit the rate of an event. Knows no event and no clock."""
 
-MAX_LATE_S = 10.0
+MAX_CREDIT_S = 10.0
 """Maximum paused time that is credited to a bucket."""
 
 
@@ -34,6 +34,6 @@ class TokenBucket:
             self._credit_s = 0.0
         return True
 
-    def excuse(self, seconds: float) -> None:
+    def credit_paused_time(self, seconds: float) -> None:
         """Credit time during which no event could happen; its events arrive late, in a burst."""
-        self._credit_s = min(self._credit_s + seconds, MAX_LATE_S)
+        self._credit_s = min(self._credit_s + seconds, MAX_CREDIT_S)

@@ -195,12 +195,12 @@ def test_connections_count_without_a_look(monkeypatch: pytest.MonkeyPatch) -> No
     assert held.free == 900
     taken = len(looks)
     connected = 500
-    assert held.fit_client()
+    assert held.can_accept_client()
     assert len(looks) == taken, "no look is taken where there are enough anyway"
     monkeypatch.setattr(held, "_look_at", float("inf"))
     connected = 1_000 - 80 - RESERVED
-    assert held.fit_client()
+    assert held.can_accept_client()
     connected += 1
-    assert not held.fit_client()
+    assert not held.can_accept_client()
     monkeypatch.setattr(held, "_look_at", 0.0)
-    assert held.fit_client(), "a look found that others were closed"
+    assert held.can_accept_client(), "a look found that others were closed"

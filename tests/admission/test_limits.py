@@ -7,10 +7,10 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
-from websocket_relay.admission.ip_counter import IpCounter, network_of
+from websocket_relay.admission.ip_counter import IpCounter, network_key
 from websocket_relay.admission.policy import AdmissionPolicy, AdmissionRequest
 from websocket_relay.lifecycle import Lifecycle
-from websocket_relay.token_bucket import MAX_LATE_S, TokenBucket
+from websocket_relay.token_bucket import MAX_CREDIT_S, TokenBucket
 from websocket_relay.wire.publish_policy import PublishPolicy
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -289,20 +289,20 @@ async def test_an_ipv6_client_counts(relay_with: StartRelay, channel: str) -> No
     ],
 )
 def test_an_address_stands_for_its_network(host: str | None, network: str) -> None:
-    assert network_of(host) == network
+    assert network_key(host) == network
 
 
 @pytest.mark.fast
 def test_nothing_is_kept_of_an_address_once_its_clients_have_left() -> None:
     addresses = IpCounter(3)
-    hosts = [network_of(f"2001:db8:{number:x}::1") for number in range(1000)]
+    hosts = [network_key(f"2001:db8:{number:x}::1") for number in range(1000)]
     for host in hosts * 3:
-        assert addresses.has_room(host)
-        addresses.enter(host)
+        assert addresses.is_below_limit(host)
+        addresses.add_client(host)
     assert len(addresses) == 1000
-    assert not any(addresses.has_room(host) for host in hosts)
+    assert not any(addresses.is_below_limit(host) for host in hosts)
     for host in hosts * 3:
-        addresses.leave(host)
+        addresses.remove_client(host)
     assert len(addresses) == 0
 
 
@@ -455,7 +455,7 @@ def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
     now = 1e6
     bucket = TokenBucket(100, 200)
     assert sum(bucket.take(now) for _ in range(5_000)) == 200
-    bucket.excuse(3)
+    bucket.credit_paused_time(3)
     assert sum(bucket.take(now + 3) for _ in range(5_000)) == 300, "what came meanwhile, no more"
     assert sum(bucket.take(now + 4) for _ in range(5_000)) == 100, "and the same rate from then on"
 
@@ -464,11 +464,11 @@ def test_a_rate_makes_good_for_time_in_which_nothing_could_happen() -> None:
 def test_a_rate_makes_good_once_and_not_for_an_age() -> None:
     now = 1e6
     bucket = TokenBucket(100, 200)
-    bucket.excuse(3)
+    bucket.credit_paused_time(3)
     assert sum(bucket.take(now) for _ in range(5_000)) == 500
     assert sum(bucket.take(now + 1e3) for _ in range(5_000)) == 200
-    bucket.excuse(1e3)
-    assert sum(bucket.take(now + 1e4) for _ in range(5_000)) == 200 + 100 * MAX_LATE_S
+    bucket.credit_paused_time(1e3)
+    assert sum(bucket.take(now + 1e4) for _ in range(5_000)) == 200 + 100 * MAX_CREDIT_S
 
 
 # What costs nothing where it is not asked for
@@ -480,10 +480,10 @@ class Guest:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def allow(self, allowance: PublishPolicy) -> None:
+    def set_publish_policy(self, policy: PublishPolicy) -> None:
         self.asked.append("allow")
 
-    def expire_in(self, seconds: float) -> None:
+    def start_expiry_timer(self, seconds: float) -> None:
         self.asked.append("expire")
 
     def when_lost(self, act: Callable[[], None]) -> None:
@@ -520,7 +520,9 @@ async def test_nothing_watches_a_client_for_a_limit_that_is_off(
         health=Lifecycle(),
     )
     guest = Guest()
-    admission.bind(guest, await admission.admit(AdmissionRequest("news", {}, b"", [], "127.0.0.1")))
+    admission.enforce_grant(
+        guest, await admission.admit(AdmissionRequest("news", {}, b"", [], "127.0.0.1"))
+    )
     assert guest.asked == asked
 
 

@@ -402,7 +402,7 @@ async def test_keys_that_are_old_are_renewed_while_they_are_used(
 ) -> None:
     """In this process, for five minutes are too long to wait."""
     async with jwks.Jwks(key_server.url) as keys:
-        await keys.get_first()
+        await keys.fetch_until_available()
         assert await keys.find("ES256", "key-1") is not None
         assert key_server.requests == 1
         monkeypatch.setattr(jwks, "MAX_AGE_S", -1.0)

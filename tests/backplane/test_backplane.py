@@ -76,7 +76,7 @@ def nothing_goes_unnoticed(caplog: pytest.LogCaptureFixture) -> object:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declare an outage after a second instead of three."""
     monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
-    monkeypatch.setattr(replicated, "APPEND_S", 0.7)
+    monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.7)
 
 
 def numbered(name: str, count: int) -> list[bytes]:
@@ -238,8 +238,8 @@ async def test_a_replica_that_reads_slowly_misses_nothing_and_sees_no_outage(
     slow.backplane.resume_reading()
     await slow.heard(1000)
     assert slow.entries == replicas[0].entries
-    assert slow.backplane.books.outages == 0
-    assert slow.backplane.books.gaps == 0
+    assert slow.backplane.counters.outages == 0
+    assert slow.backplane.counters.gaps == 0
 
 
 async def test_a_canary_says_how_long_a_message_takes(kept: BrokerLog) -> None:
@@ -265,7 +265,7 @@ async def test_a_broker_killed_amid_traffic_loses_nothing_and_says_nothing_twice
         await replica.backplane.flush()
         assert replica.entries == replicas[0].entries
         assert replica.speaker.told == 0
-        assert replica.backplane.books.lost == replica.backplane.books.gaps == 0
+        assert replica.backplane.counters.lost == replica.backplane.counters.gaps == 0
     assert_each_in_its_order(replicas[0].payloads, said)
 
 
@@ -288,7 +288,7 @@ async def test_a_slow_broker_loses_nothing_and_is_no_outage(kept: BrokerLog) -> 
     kept.broker.thaw()
     for replica in replicas:
         assert replica.entries == replicas[0].entries
-        assert replica.speaker.told == replica.backplane.books.outages == 0
+        assert replica.speaker.told == replica.backplane.counters.outages == 0
     assert_each_in_its_order(replicas[0].payloads, said)
 
 
@@ -336,14 +336,14 @@ async def test_a_frozen_broker_is_an_outage_that_publishers_are_told_of(
     assert replicas[0].pending.bytes == 0
     replicas[0].say(b"refused", b"refused")
     assert replicas[0].speaker.told == 3
-    assert replicas[0].backplane.books.unavailable == 102
+    assert replicas[0].backplane.counters.unavailable == 102
     kept.broker.thaw()
     for replica in replicas:
         await replica.is_up()
     replicas[0].say(b"after")
     for replica in replicas:
         await replica.hears(b"after")
-        assert replica.backplane.books.lost == 0
+        assert replica.backplane.counters.lost == 0
     assert replicas[0].entries == replicas[1].entries
     # What was on its way when it froze may have got there.
     assert replicas[0].payloads in (
@@ -364,7 +364,7 @@ async def test_a_frozen_broker_is_an_outage_in_which_a_replica_goes_on_alone(
     await replicas[0].heard(11)
     replicas[0].say(b"alone")
     assert replicas[0].payloads == [b"before", *numbered("in doubt", 10), b"alone"]
-    assert replicas[0].backplane.books.local == 11
+    assert replicas[0].backplane.counters.local == 11
     await replicas[1].is_out()
     kept.broker.thaw()
     for replica in replicas:
@@ -372,7 +372,7 @@ async def test_a_frozen_broker_is_an_outage_in_which_a_replica_goes_on_alone(
     replicas[1].say(b"after")
     for replica in replicas:
         await replica.hears(b"after")
-        assert replica.backplane.books.lost == replica.speaker.told == 0
+        assert replica.backplane.counters.lost == replica.speaker.told == 0
         assert_growing(replica.positions)
     assert replicas[0].payloads == [b"before", *numbered("in doubt", 10), b"alone", b"after"]
     assert b"alone" not in replicas[1].payloads
@@ -439,7 +439,7 @@ async def test_an_append_whose_answer_was_lost_is_there_once(
         await each.backplane.flush()
         assert each.payloads == said
     assert proxy.cuts == 1
-    assert replica.speaker.told == replica.backplane.books.lost == 0
+    assert replica.speaker.told == replica.backplane.counters.lost == 0
     if size == 10:
         for each in (replica, other):
             await each.has_left_out(1)
@@ -452,7 +452,7 @@ async def test_an_append_whose_answer_was_lost_is_there_once(
 async def test_a_stream_keeps_no_more_bytes_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.factory.KEPT_BYTES", 2_000_000)
+    monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_BYTES", 2_000_000)
     replica = await kept.replica()
     said = [b"%d " % number + bytes(50_000) for number in range(200)]
     for number, payload in enumerate(said):
@@ -469,7 +469,7 @@ async def test_a_stream_keeps_no_more_bytes_than_it_should(
 async def test_a_stream_keeps_nothing_much_longer_than_it_should(
     kept: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.factory.KEPT_AGE_S", 1.0)
+    monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_AGE_S", 1.0)
     replica = await kept.replica()
     for number in range(10):
         replica.say(bytes(10_000))
@@ -478,7 +478,7 @@ async def test_a_stream_keeps_nothing_much_longer_than_it_should(
     replica.say(b"young")
     await replica.heard(11)
     assert (await kept.replica()).payloads == [b"young"]
-    assert replica.backplane.books.gaps == 0
+    assert replica.backplane.counters.gaps == 0
 
 
 # A stream that others touch
@@ -503,7 +503,7 @@ async def test_a_stream_that_loses_what_was_not_read_yet_is_noticed(
         await replica.hears(b"after")
         assert_growing(replica.positions)
     if b"lost" not in slow.payloads:
-        assert slow.backplane.books.gaps + slow.backplane.books.lost > 0
+        assert slow.backplane.counters.gaps + slow.backplane.counters.lost > 0
         assert slow.whole_from[-1] > slow.positions[0]
 
 
@@ -527,7 +527,7 @@ async def test_a_stream_that_went_back_goes_on_behind_what_was_read(kept: Broker
     replica.say(b"before")
     await replica.heard(1)
     await kept.go_back(replica)
-    await until(lambda: replica.backplane.books.gaps > 0)
+    await until(lambda: replica.backplane.counters.gaps > 0)
     await replica.is_up()
     replica.say(b"after")
     await replica.hears(b"after")
@@ -542,7 +542,7 @@ async def test_garbage_in_the_stream_is_counted_and_passed_by(kept: BrokerLog) -
     replicas[0].say(b"message")
     for replica in replicas:
         await replica.heard(1)
-        assert replica.backplane.books.unreadable == len(garbage)
+        assert replica.backplane.counters.unreadable == len(garbage)
     third = await kept.replica()
     assert third.payloads == [b"message"]
 

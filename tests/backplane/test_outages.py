@@ -15,7 +15,7 @@ import pytest
 from websocket_relay.backplane import replicated
 from websocket_relay.backplane.codec import Packet, pack, split_into_parts
 from websocket_relay.backplane.interface import Position
-from websocket_relay.backplane.replicated import LIVES, RESET
+from websocket_relay.backplane.replicated import PRODUCER_EPOCHS, RESET
 
 from tests.support.brokers import Broker
 from tests.support.logs_kept import (
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("outages")
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declare an outage after a second instead of three."""
     monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
-    monkeypatch.setattr(replicated, "APPEND_S", 0.7)
+    monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.7)
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ async def test_connections_that_are_reset_while_they_idle_cost_only_the_moment(
         replica.say(payload)
     await replica.heard(len(said))
     assert replica.payloads == said
-    assert replica.speaker.told == replica.backplane.books.lost == 0
-    assert replica.backplane.books.outages == 0
+    assert replica.speaker.told == replica.backplane.counters.lost == 0
+    assert replica.backplane.counters.outages == 0
     complaints = [each for each in caplog.records if not each.name.startswith("websocket_relay")]
     assert [each.getMessage() for each in complaints if each.levelname == "ERROR"] == []
 
@@ -215,18 +215,20 @@ async def test_what_was_given_up_is_not_heard_behind_what_was_said_later(kept: B
     replicas = await kept.replicas(2)
     said = [(0, 0, b"early"), (1, 0, b"later"), (0, 1, b"given up"), (1, 1, b"at last")]
     for life, number, payload in said:
-        await kept.put(pack(Packet(7 * LIVES + life, number, ["default"], b"\1", [payload])))
+        await kept.put(
+            pack(Packet(7 * PRODUCER_EPOCHS + life, number, ["default"], b"\1", [payload]))
+        )
     for replica in replicas:
         await replica.heard(3)
         assert replica.payloads == [b"early", b"later", b"at last"]
-        assert replica.backplane.books.duplicates == 1
-        assert replica.backplane.books.lost == 0
+        assert replica.backplane.counters.duplicates == 1
+        assert replica.backplane.counters.lost == 0
 
 
 async def test_what_is_said_alone_stands_behind_what_may_be_missing(
     kept: BrokerLog, hasty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicated, "CANARY_S", 3.0)  # nothing else gets into the log meanwhile
+    monkeypatch.setattr(replicated, "HEARTBEAT_INTERVAL_S", 3.0)  # nothing else enters the log
     replica = await kept.replica(on_outage="local")
     known = len(replica.whole_from)
     _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
@@ -269,10 +271,10 @@ async def test_an_entry_deleted_before_it_was_read_is_reported_before_the_next_m
     await behind.hears(b"after")
     assert behind.payloads == [b"both", b"kept", b"after"]
     assert_told_before(behind, b"after")
-    assert behind.backplane.books.gaps == 1
+    assert behind.backplane.counters.gaps == 1
     for each in (speaker, other):
         assert each.payloads == [b"both", b"kept", b"deleted", b"after"]
-        assert each.backplane.books.gaps == each.backplane.books.lost == 0, "it had read that"
+        assert each.backplane.counters.gaps == each.backplane.counters.lost == 0, "it had read that"
 
 
 async def test_what_a_broker_lost_is_reported_by_a_replica_that_had_read_it(
@@ -386,8 +388,8 @@ class Leaving(Speaker):
         super().__init__()
         self._waiting = waiting
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
-        super().tell_unavailable(in_doubt=in_doubt)
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
+        super().fail_publish(is_unconfirmed=is_unconfirmed)
         self._waiting.wait()
 
 
@@ -415,7 +417,7 @@ async def test_who_is_refused_a_message_is_not_let_go_before_its_confirmed_ones_
 async def test_what_is_confirmed_and_does_not_come_back_in_time_is_in_doubt(
     kept: BrokerLog, way: HeldReads, hasty: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicated, "READ_BACK_S", 0.3)
+    monkeypatch.setattr(replicated, "CONFIRMATION_TIMEOUT_S", 0.3)
     replica, waiting = await held_until_out(kept, way, "reject")
     await until(lambda: waiting.told)
     assert waiting.told == [None, None]
@@ -531,7 +533,7 @@ async def test_a_user_of_redis_needs_seven_commands_and_one_key(
     replica.say(b"after")
     await replica.heard(2)
     await until(lambda: len(replica.lags_s) >= 3)
-    assert replica.backplane.books.outages == 0
+    assert replica.backplane.counters.outages == 0
 
 
 async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
@@ -557,7 +559,7 @@ async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
     replica.say(b"after")
     await replica.heard(2)
     await until(lambda: len(replica.lags_s) >= 3)
-    assert replica.backplane.books.outages == 0
+    assert replica.backplane.counters.outages == 0
 
 
 @pytest.mark.parametrize("missing", ["relay", "$JS.API.CONSUMER.MSG.NEXT.relay.*"])
@@ -591,7 +593,7 @@ async def test_a_large_message_passes_a_stream_that_takes_little_at_once(kept: B
     for replica in replicas:
         await replica.heard(2)
         assert replica.payloads == [bytes(300_000), b"behind"]
-        assert replica.backplane.books.outages == 0
+        assert replica.backplane.counters.outages == 0
 
 
 @pytest.mark.parametrize("kind", ["nats"])

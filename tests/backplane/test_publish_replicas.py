@@ -30,14 +30,14 @@ class Hush(Proxy):
 
     Attributes:
         mark: that text.
-        is_silent: whether it came by.
+        is_ping_overdue: whether it came by.
     """
 
     def __init__(self, broker: Broker, mark: bytes) -> None:
         super().__init__(broker.port)
         self._broker = broker
         self.mark = mark
-        self.is_silent = asyncio.Event()
+        self.is_ping_overdue = asyncio.Event()
 
     def broker_url(self) -> str:
         """Return the broker's URL by this way."""
@@ -46,16 +46,16 @@ class Hush(Proxy):
     def speak(self) -> None:
         """Begin anew."""
         self.mark = b""
-        self.is_silent.clear()
+        self.is_ping_overdue.clear()
         self.cut()
 
     def asks(self, data: bytes, connection: Connection) -> bytes:
         if self.mark and self.mark in data:
-            self.is_silent.set()
+            self.is_ping_overdue.set()
         return data
 
     def answers(self, data: bytes, connection: Connection) -> bytes:
-        return b"" if self.is_silent.is_set() else data
+        return b"" if self.is_ping_overdue.is_set() else data
 
 
 @asynccontextmanager
@@ -147,14 +147,14 @@ async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
         async with asyncio.TaskGroup() as group:
             doubtful = group.create_task(post(relay, "news", b'"in doubt"\n"too"', BATCH))
             async with asyncio.timeout(PATIENCE_S):
-                await hush.is_silent.wait()
+                await hush.is_ping_overdue.wait()
             waiting = [group.create_task(post(relay, "news", b"waited", TEXT)) for _ in range(3)]
         assert doubtful.result().status_code == 504
         assert doubtful.result().text == "not known whether it was relayed\n"
         assert "retry-after" not in doubtful.result().headers
         for answer in waiting:
             assert_come_back(answer.result(), "backplane unavailable")
-        await relay.metric_is("websocket_refusals_total", 1, reason="in_doubt")
+        await relay.metric_is("websocket_refusals_total", 1, reason="is_unconfirmed")
         await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
         hush.speak()
         await relay.metric_is("websocket_backplane_up", 1)

@@ -777,7 +777,8 @@ def test_commands_start_without_modules_that_windows_does_not_have(
 
 def test_a_command_does_not_wait_for_a_server_to_be_imported(tmp_path: Path) -> None:
     code = (
-        "import sys, websocket_relay.cli.main as cli; print({'asyncio', 'websockets'} & {*sys.modules});"
+        "import sys, websocket_relay.cli.main as cli;"
+        "print({'asyncio', 'websockets'} & {*sys.modules});"
         "cli._parser(); print({'fastapi', 'uvicorn', 'pydantic'} & {*sys.modules})"
     )
     done = run_python("-c", code, directory=tmp_path)

@@ -216,10 +216,10 @@ async def test_a_few_requests_start_in_one_turn_of_the_loop_in_their_order() -> 
     started: list[int] = []
     count = 3 * STARTS_A_TURN
     for number in range(count):
-        plain.start(lambda number=number: started.append(number))  # type: ignore[misc]
+        plain.start_request(lambda number=number: started.append(number))  # type: ignore[misc]
     for turn in (1, 2, 3):
         assert started == list(range(turn * STARTS_A_TURN))
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    plain.start(lambda: started.append(count))
+    plain.start_request(lambda: started.append(count))
     assert started == list(range(count + 1)), "after a rest a request starts at once"

@@ -98,9 +98,9 @@ async def test_refusals_of_the_same_minute_are_told_at_its_end_as_one(
 
     with caplog.at_level(logging.WARNING, "websocket_relay.admission.refusal_log"):
         for _ in range(8):
-            limits.note(Refusal.HANDSHAKES)
-        limits.note(Refusal.CHANNELS)
-        limits.note(Refusal.NO_TOKEN)
+            limits.record_refusal(Refusal.HANDSHAKES)
+        limits.record_refusal(Refusal.CHANNELS)
+        limits.record_refusal(Refusal.NO_TOKEN)
         assert (told("handshakes"), told("channels")) == ([1], [1])
         await wait_until_told("handshakes", [1, 7])
         assert told("channels") == [1], "told again though nothing happened"

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
 from websocket_relay.wire.deflate import negotiate
-from websocket_relay.wire.parser import HALF, PAUSE, Parser
+from websocket_relay.wire.parser import PAUSE, PAUSE_INFLATING, Parser
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 
 from tests.support.raw_client import (
@@ -610,11 +610,11 @@ async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
 def test_a_message_that_was_let_go_of_is_inflated_again_from_its_start(opcode: int) -> None:
     parser = Parser(MIB, inflates=True)
     events = parser.feed(compressed_frame(opcode, bytes(MIB)) + frame(TEXT, b"next"))
-    assert next(events) is HALF
-    assert parser.kept_bytes > 0
-    assert parser.let_go()
-    assert parser.kept_bytes == 0
-    whole = [event for event in events if event is not HALF and event is not PAUSE]
+    assert next(events) is PAUSE_INFLATING
+    assert parser.buffered_bytes > 0
+    assert parser.discard_inflated()
+    assert parser.buffered_bytes == 0
+    whole = [event for event in events if event is not PAUSE_INFLATING and event is not PAUSE]
     assert whole == [(opcode, bytes(MIB)), (TEXT, b"next")]
 
 
@@ -622,11 +622,11 @@ def test_a_message_of_which_a_part_was_fed_before_is_not_let_go_of() -> None:
     parser = Parser(MIB, inflates=True)
     payload = NOISE[:50_000] + bytes(MIB // 2)
     wire = compressed_frame(BINARY, payload)
-    assert {*parser.feed(wire[:40_000])} <= {HALF, PAUSE}
+    assert {*parser.feed(wire[:40_000])} <= {PAUSE_INFLATING, PAUSE}
     events = parser.feed(wire[40_000:])
-    assert any(event is HALF for event in events)
-    assert not parser.let_go()
-    whole = [event for event in events if event is not HALF and event is not PAUSE]
+    assert any(event is PAUSE_INFLATING for event in events)
+    assert not parser.discard_inflated()
+    whole = [event for event in events if event is not PAUSE_INFLATING and event is not PAUSE]
     assert whole == [(BINARY, payload)]
 
 

@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from websocket_relay.admission.jwks import Jwks
-from websocket_relay.cancellation import AGAIN_S, Deadline, cancel_until_done, run_cancellable
+from websocket_relay.cancellation import (
+    RETRY_CANCEL_S,
+    Deadline,
+    cancel_until_done,
+    run_cancellable,
+)
 from websocket_relay.channels.history import History
 from websocket_relay.channels.keepalive import keep_alive
 from websocket_relay.client import Relay as Client
@@ -173,7 +178,7 @@ async def ended(task: asyncio.Task[Any], place: int, *, is_repeated: bool) -> No
     try:
         async with asyncio.timeout(ENDS_WITHIN_S):
             if is_repeated:
-                await asyncio.wait([task], timeout=AGAIN_S)
+                await asyncio.wait([task], timeout=RETRY_CANCEL_S)
                 await cancel_until_done(task)
             else:
                 await asyncio.wait([task])
@@ -265,7 +270,7 @@ async def test_the_keys_of_an_issuer_are_fetched_until_cancelled(moment: Moment)
 
             async def fetch() -> None:
                 async with jwks:
-                    await jwks.get_first()
+                    await jwks.fetch_until_available()
 
             yield Part(lambda: run_cancellable(fetch), lambda: jwks.fetches["ok"])
 
@@ -281,7 +286,7 @@ async def test_what_recurs_ends_while_it_sleeps(moment: Moment, tmp_path: Path) 
     recurring: list[Begin] = [
         Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").watch,
         Metrics().measure_loop_lag,
-        history.grow_old,
+        history.run_expiry,
         lambda: keep_alive(ConnectionRegistry(), ping_interval_s=0.05, ping_timeout_s=0.05),
     ]
 

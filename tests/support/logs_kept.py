@@ -49,7 +49,7 @@ class Speaker:
     def __init__(self) -> None:
         self.told = 0
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
         self.told += 1
 
 
@@ -75,7 +75,7 @@ class Replica:
             observe_append=lambda _: None,
             observe_lag=self.lags_s.append,
         )
-        self.backplane.tail(self.entries.append, self._lost)
+        self.backplane.consume(self.entries.append, self._lost)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -125,7 +125,7 @@ class Replica:
 
     async def has_left_out(self, count: int) -> None:
         """Wait until so many packets were there twice."""
-        await until(lambda: self.backplane.books.duplicates == count)
+        await until(lambda: self.backplane.counters.duplicates == count)
 
     async def hears(self, *payloads: bytes) -> None:
         """Wait until it heard some messages."""
@@ -227,7 +227,7 @@ class RedisLog(BrokerLog):
         await self.command("XTRIM", self.stream, "MAXLEN", "=", 0)
 
     async def remove(self, position: Position) -> None:
-        await self.command("XDEL", self.stream, f"{position.major}-{position.minor}")
+        await self.command("XDEL", self.stream, f"{position.epoch}-{position.offset}")
 
     async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
         dumped = await self.command("DUMP", self.stream)
@@ -236,9 +236,9 @@ class RedisLog(BrokerLog):
 
     async def go_back(self, replica: Replica) -> None:
         # As if the clock of the broker, before it was replaced, had been ahead.
-        before = replica.backplane.books.unreadable
+        before = replica.backplane.counters.unreadable
         await self.command("XADD", self.stream, "99999999999999-0", "d", "from the future")
-        await until(lambda: replica.backplane.books.unreadable > before)
+        await until(lambda: replica.backplane.counters.unreadable > before)
         await self.command("DEL", self.stream)
 
 
@@ -276,7 +276,7 @@ class NatsLog(BrokerLog):
         await self.forget(happens)
 
     async def remove(self, position: Position) -> None:
-        request = json.dumps({"seq": position.minor}).encode()
+        request = json.dumps({"seq": position.offset}).encode()
         await self.ask(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", request)
 
     async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:

@@ -3,11 +3,11 @@
 import pytest
 from websocket_relay.backplane.confirmations import Confirmations
 from websocket_relay.backplane.interface import Position
-from websocket_relay.backplane.replicated import LIVES
+from websocket_relay.backplane.replicated import PRODUCER_EPOCHS
 
 pytestmark = pytest.mark.fast
 
-LIFE = 7 * LIVES
+LIFE = 7 * PRODUCER_EPOCHS
 NEXT_LIFE = LIFE + 1
 
 Told = dict[str, Position | None]
@@ -66,7 +66,7 @@ def test_a_packet_of_an_earlier_life_is_not_what_the_later_one_waits_for() -> No
 def test_who_waits_for_what_is_given_up_is_let_go_and_nobody_else() -> None:
     told: Told = {}
     awaiting = waiting_for(told, ("kept", LIFE, 4), ("a", LIFE, 5), ("b", LIFE, 6))
-    assert [waiter.following for waiter in awaiting.take_given_up(LIFE, 4)] == [5, 6]
+    assert [waiter.next_sequence for waiter in awaiting.pop_abandoned(LIFE, 4)] == [5, 6]
     assert (told, len(awaiting)) == ({}, 1)
 
 

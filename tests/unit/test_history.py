@@ -10,8 +10,8 @@ from websocket_relay.backplane.interface import START, LogEntry, Position
 from websocket_relay.channels.history import (
     CHANNEL_BYTES,
     ENTRY_BYTES,
-    OLD_AT_ONCE,
-    ROOM_PART,
+    EVICTION_DIVISOR,
+    EXPIRY_SLICE_MESSAGES,
     History,
 )
 from websocket_relay.channels.usage_ranking import PRECISION, STARTS, Usage, UsageRanking
@@ -52,25 +52,25 @@ class Kept:
     def lose(self) -> None:
         self.count += 1
         self.gap = Position(1, self.count, 0)
-        self.history.begin_after(self.gap)
+        self.history.record_gap(self.gap)
 
-    def grow_old(self, seconds: float) -> None:
-        self.forget_old()
+    def run_expiry(self, seconds: float) -> None:
+        self.evict_expired()
         self.now += seconds
-        self.forget_old()
+        self.evict_expired()
 
-    def forget_old(self) -> None:
-        for _ in self.history.forget_old():
+    def evict_expired(self) -> None:
+        for _ in self.history.evict_expired():
             pass
 
     def of(self, channel: str) -> list[LogEntry]:
-        return list(self.history.after(channel, START, self.count))
+        return list(self.history.entries_after(channel, START, self.count))
 
     def missing(self, channel: str) -> list[LogEntry]:
         """Return what was said and is not kept; check that the rest is the latest."""
         said, kept = self.said[channel], self.of(channel)
         assert kept == said[len(said) - len(kept) :]
-        assert kept == list(self.history.last(channel, self.count))
+        assert kept == list(self.history.latest_entries(channel, self.count))
         return said[: len(said) - len(kept)]
 
     def first_known(self, channel: str) -> Position:
@@ -96,7 +96,7 @@ def test_the_channel_that_holds_most_messages_loses_and_a_quiet_one_nothing() ->
     kept.say("quiet", times=5)
     kept.say("noisy", times=10_000)
     assert kept.missing("quiet") == []
-    assert 95 - 100 // ROOM_PART <= len(kept.of("noisy")) <= 95
+    assert 95 - 100 // EVICTION_DIVISOR <= len(kept.of("noisy")) <= 95
 
 
 def test_the_channel_that_holds_most_bytes_loses_though_it_has_few_messages() -> None:
@@ -113,7 +113,7 @@ def test_a_message_that_is_larger_than_the_bound_is_not_kept_and_takes_nothing_w
     kept.say("large", b"x" * 20_000)
     assert kept.missing("small") == []
     assert kept.of("large") == []
-    assert kept.history.known_after("large") == Position(1, 2, 0)
+    assert kept.history.complete_after("large") == Position(1, 2, 0)
 
 
 def test_of_channels_that_hold_equally_much_the_longest_untouched_loses() -> None:
@@ -140,19 +140,19 @@ def test_a_channel_is_complete_behind_its_own_last_loss_whatever_others_lost() -
     kept = Kept(max_messages=10)
     kept.say("quiet", times=2)
     kept.say("noisy", times=50)
-    assert kept.history.has_all_after("quiet", START)
-    assert kept.history.known_after("noisy") == kept.first_known("noisy")
+    assert kept.history.is_complete_after("quiet", START)
+    assert kept.history.complete_after("noisy") == kept.first_known("noisy")
 
 
 def test_of_a_channel_that_lost_all_messages_it_is_known_where_it_is_complete() -> None:
     kept = Kept()
     kept.say("old", times=3)
-    kept.grow_old(AGE_S)
+    kept.run_expiry(AGE_S)
     kept.say("new")
     assert kept.of("old") == []
-    assert not kept.history.has_all_after("old", Position(1, 2, 0))
-    assert kept.history.has_all_after("old", Position(1, 3, 0))
-    assert kept.history.has_all_after("new", START)
+    assert not kept.history.is_complete_after("old", Position(1, 2, 0))
+    assert kept.history.is_complete_after("old", Position(1, 3, 0))
+    assert kept.history.is_complete_after("new", START)
 
 
 def test_channels_past_the_table_of_those_without_messages_are_never_wrongly_complete() -> None:
@@ -160,12 +160,12 @@ def test_channels_past_the_table_of_those_without_messages_are_never_wrongly_com
     kept.say("quiet")
     for number in range(5):
         kept.say(str(number))
-    kept.grow_old(AGE_S)
+    kept.run_expiry(AGE_S)
     kept.say("quiet")
-    assert kept.history.known_after("4") == Position(1, 6, 0)
-    assert kept.history.known_after("1") == Position(1, 4, 0), "as the last that is not known"
-    assert kept.history.known_after("never heard of") == Position(1, 4, 0)
-    assert not kept.history.has_all_after("1", Position(1, 3, 0))
+    assert kept.history.complete_after("4") == Position(1, 6, 0)
+    assert kept.history.complete_after("1") == Position(1, 4, 0), "as the last that is not known"
+    assert kept.history.complete_after("never heard of") == Position(1, 4, 0)
+    assert not kept.history.is_complete_after("1", Position(1, 3, 0))
 
 
 def test_a_channel_that_holds_messages_does_not_suffer_from_a_full_table() -> None:
@@ -175,8 +175,8 @@ def test_a_channel_that_holds_messages_does_not_suffer_from_a_full_table() -> No
         if number % 5 == 0:
             kept.say("quiet")
     assert kept.of("quiet")
-    assert START < kept.first_known("quiet") == kept.history.known_after("quiet")
-    assert kept.history.known_after("0") > kept.first_known("0"), "the table is full"
+    assert START < kept.first_known("quiet") == kept.history.complete_after("quiet")
+    assert kept.history.complete_after("0") > kept.first_known("0"), "the table is full"
 
 
 # Whatever happens
@@ -201,7 +201,7 @@ def carry_out(kept: Kept, acts: Iterable[tuple[object, ...]]) -> Iterable[None]:
                     kept.say(channel, bytes(size))
                     yield
             case ("age", float(seconds)):
-                kept.grow_old(seconds)
+                kept.run_expiry(seconds)
                 yield
             case _:
                 kept.lose()
@@ -226,7 +226,7 @@ def test_bounds_hold_and_every_channel_is_known_to_be_complete_exactly_where_it_
     for _ in carry_out(kept, acts):
         check_bounds(kept)
         for channel in kept.said:
-            assert kept.history.known_after(channel) == kept.first_known(channel)
+            assert kept.history.complete_after(channel) == kept.first_known(channel)
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -237,7 +237,7 @@ def test_with_a_table_that_is_too_small_no_channel_is_known_to_be_complete_where
     kept = Kept(max_messages, max_channels=max_channels)
     for _ in carry_out(kept, acts):
         for channel in kept.said:
-            assert kept.history.known_after(channel) >= kept.first_known(channel)
+            assert kept.history.complete_after(channel) >= kept.first_known(channel)
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -269,7 +269,7 @@ def test_a_channel_loses_only_while_none_holds_an_eighth_more(
 def test_what_is_too_old_is_forgotten_and_nothing_else(acts: list[tuple[object, ...]]) -> None:
     kept = Kept()
     for _ in carry_out(kept, acts):
-        kept.forget_old()
+        kept.evict_expired()
         for channel, entries in kept.said.items():
             young = [entry for entry in entries if kept.times[entry.position] > kept.now - AGE_S]
             assert kept.of(channel) == young
@@ -280,16 +280,16 @@ def test_much_that_is_too_old_is_forgotten_a_part_at_a_time_while_more_is_said()
     kept.say("one", times=1_000)
     for number in range(1_000):
         kept.say(str(number))
-    kept.forget_old()
+    kept.evict_expired()
     kept.now = AGE_S
     left = len(kept.history)
-    for _ in kept.history.forget_old():
-        assert left - len(kept.history) <= OLD_AT_ONCE
+    for _ in kept.history.evict_expired():
+        assert left - len(kept.history) <= EXPIRY_SLICE_MESSAGES
         kept.say("one")
         left = len(kept.history)
     assert 0 < len(kept.of("one")) == len(kept.history) < 10
-    assert kept.history.known_after("one") == Position(1, 1_000, 0)
-    assert kept.history.known_after("999") == Position(1, 2_000, 0)
+    assert kept.history.complete_after("one") == Position(1, 1_000, 0)
+    assert kept.history.complete_after("999") == Position(1, 2_000, 0)
 
 
 # Memory
@@ -299,7 +299,7 @@ def test_channels_that_come_and_go_leave_nothing_but_the_bounded_table() -> None
     kept = Kept(max_messages=20, max_channels=30)
     for number in range(5_000):
         kept.say(str(number))
-        kept.grow_old(0.01)
+        kept.run_expiry(0.01)
     assert sum(len(step.peers) for step in kept.history._steps) + len(kept.history._peers) == 20
     assert len(kept.history._emptied) == 30
     assert len(kept.history._channels) == len(kept.history)

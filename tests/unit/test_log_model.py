@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from websocket_relay.backplane.codec import Packet, pack, split_into_parts
 from websocket_relay.backplane.interface import LogEntry, Position
-from websocket_relay.backplane.replicated import LIVES, Id, RemoteBackplane, Stream, StreamEntry
+from websocket_relay.backplane.replicated import (
+    PRODUCER_EPOCHS,
+    Id,
+    ReplicatedBackplane,
+    Stream,
+    StreamEntry,
+)
 from websocket_relay.channels.history import History
 
 from tests.support.logs_kept import Pending
@@ -60,7 +66,7 @@ class Reader:
     """A replica, and all that it said of the log."""
 
     def __init__(self, number: int, life: int) -> None:
-        self.origin = (number + 1) * LIVES + life
+        self.origin = (number + 1) * PRODUCER_EPOCHS + life
         self.said = 0
         self.after: Id = (0, 0)
         self.known: Id = (0, 0)
@@ -73,7 +79,7 @@ class Reader:
             max_channels=10,
             clock=lambda: 0.0,
         )
-        self.backplane = RemoteBackplane(
+        self.backplane = ReplicatedBackplane(
             Never(),  # type: ignore[abstract]
             address="model",
             pending=Pending(),
@@ -83,7 +89,7 @@ class Reader:
             observe_append=lambda _: None,
             observe_lag=lambda _: None,
         )
-        self.backplane.tail(self._deliver, self.history.begin_after)
+        self.backplane.consume(self._deliver, self.history.record_gap)
 
     def _deliver(self, entry: LogEntry) -> None:
         self.delivered.append(entry.position)
@@ -222,10 +228,10 @@ class LogModel(RuleBasedStateMachine):
     def who_is_recovered_misses_nothing(self) -> None:
         for reader in self.readers:
             position = reader.backplane.position
-            kept = {each.position for each in reader.history.last(CHANNEL, 10_000)}
+            kept = {each.position for each in reader.history.latest_entries(CHANNEL, 10_000)}
             for other in self.readers:
                 for since in other.delivered[-3:]:
-                    if since <= position and reader.history.has_all_after(CHANNEL, since):
+                    if since <= position and reader.history.is_complete_after(CHANNEL, since):
                         missing = self._has_to_have(reader, since, position) - kept
                         assert not missing, f"{missing} after {since}"
 

@@ -28,22 +28,22 @@ class Lines:
     def feed(self, data: bytes) -> None:
         start = 0
         while start < len(data):
-            end = self._framing.pass_piece(data, start)
+            end = self._framing.consume_piece(data, start)
             assert start < end <= len(data)
             self._parser.feed_data(data[start:end])
             start = end
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name == b"Content-Length":
-            self._framing.begin_content(int(value))
+            self._framing.expect_content(int(value))
         elif name == b"Transfer-Encoding":
-            self._framing.begin_chunks()
+            self._framing.expect_chunks()
 
     def on_headers_complete(self) -> None:
         self.seen.append(self._framing.line)
 
     def on_message_complete(self) -> None:
-        self._framing.begin_request()
+        self._framing.expect_request()
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -66,12 +66,12 @@ def test_every_request_line_is_kept_as_it_came(
 
 def test_a_piece_has_a_bounded_number_of_chunks() -> None:
     framing = RequestFraming()
-    framing.begin_chunks()
+    framing.expect_chunks()
     chunk = b"1\r\na\r\n"
     data = chunk * 10 * CHUNKS_AT_ONCE
     start = pieces = 0
     while start < len(data):
-        end = framing.pass_piece(data, start)
+        end = framing.consume_piece(data, start)
         assert start < end <= start + CHUNKS_AT_ONCE * len(chunk)
         start, pieces = end, pieces + 1
     assert pieces >= 10

@@ -128,7 +128,7 @@ class Leaving:
 async def test_a_relay_that_stops_tells_clients_what_is_simulated() -> None:
     clients, leaving = ConnectionRegistry(), [Leaving() for _ in range(500)]
     for each in leaving:
-        clients.add(each)  # type: ignore[arg-type]
+        clients.register(each)  # type: ignore[arg-type]
     started_at = asyncio.get_running_loop().time()
     await close_all(clients, spread_s=0.2, rng=random.Random(1))
     closed_s = sorted(each.closed_at - started_at for each in leaving)

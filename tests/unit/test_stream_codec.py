@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websocket_relay.backplane.codec import (
     HEAD,
-    MAX_NOTE_BYTES,
+    MAX_HEARTBEAT_BYTES,
     PART,
     FormatError,
     Packet,
@@ -50,7 +50,7 @@ def joined(joiner: PartAssembler, parts: Sequence[bytes]) -> list[bytes]:
     return [payload for data in whole if data is not None for payload in unpack(data).payloads]
 
 
-@given(MESSAGES, ORIGINS, NUMBERS, st.none() | st.binary(max_size=MAX_NOTE_BYTES))
+@given(MESSAGES, ORIGINS, NUMBERS, st.none() | st.binary(max_size=MAX_HEARTBEAT_BYTES))
 def test_what_is_packed_is_unpacked(
     messages: list[tuple[str, int, bytes]], origin: int, number: int, note: bytes | None
 ) -> None:
@@ -172,9 +172,9 @@ def test_a_part_whose_first_ones_are_gone_is_known_for_that() -> None:
     joiner = PartAssembler(ROOM)
     parts = parts_of(b"x" * 1000, origin=9)
     assert joiner.join(parts[1]) is None
-    assert joiner.stray == (9, 0)
+    assert joiner.orphan_part == (9, 0)
     assert joiner.join(parts[0]) is None
-    assert joiner.stray is None
+    assert joiner.orphan_part is None
 
 
 def test_a_part_beyond_the_last_is_a_format_error() -> None:

@@ -19,7 +19,7 @@ async def test_tasks_that_wake_each_other_get_through_between_two_slices() -> No
         slices += 1
         return slices == 3
 
-    turns.add(work)
+    turns.schedule_work(work)
     seen = []
     while slices < 3:
         await asyncio.sleep(0)  # a turn of the loop

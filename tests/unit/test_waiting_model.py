@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from websocket_relay.backplane import replicated
 from websocket_relay.backplane.codec import unpack
 from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
-from websocket_relay.backplane.replicated import BrokerError, RemoteBackplane, StreamEntry
+from websocket_relay.backplane.replicated import BrokerError, ReplicatedBackplane, StreamEntry
 
 from tests.support.logs_kept import Pending
 
@@ -63,8 +63,8 @@ class Broker:
             raise BrokerError("no answer")
 
 
-def backplane_on(broker: Broker, pending: Pending, *, relays_locally: bool) -> RemoteBackplane:
-    return RemoteBackplane(
+def backplane_on(broker: Broker, pending: Pending, *, relays_locally: bool) -> ReplicatedBackplane:
+    return ReplicatedBackplane(
         broker,  # type: ignore[arg-type]
         address="model",
         pending=pending,
@@ -85,8 +85,8 @@ class Sayer:
         self.is_refused = self.is_in_doubt = False
         self._run = run
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
-        self.is_refused, self.is_in_doubt = not in_doubt, in_doubt
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
+        self.is_refused, self.is_in_doubt = not is_unconfirmed, is_unconfirmed
         self._run.leave()
 
 
@@ -102,8 +102,8 @@ class Run:
         self.owed: list[tuple[list[Sayer], set[bytes]]] = []  # to who left, and what was delivered
         self.pending = Pending()
         self.backplane = backplane_on(self.broker, self.pending, relays_locally=relays_locally)
-        self.backplane.tail(self._deliver, lambda _: None)
-        self.backplane._send_canary(1.0)
+        self.backplane.consume(self._deliver, lambda _: None)
+        self.backplane._send_heartbeat(1.0)
 
     def _deliver(self, entry: LogEntry) -> None:
         assert entry.payload not in self.delivered, "delivered twice"
@@ -112,7 +112,7 @@ class Run:
     def say(self) -> None:
         sayer = Sayer(self, b"%d" % len(self.sayers))
         self.sayers.append(sayer)
-        self.backplane.append_all("news", [(1, sayer.name)], sayer)
+        self.backplane.append_batch("news", [(1, sayer.name)], sayer)
         self.backplane.when_delivered(sayer.answers.append)
 
     def leave(self) -> None:
@@ -145,7 +145,7 @@ class Run:
             case Step.TURN:
                 await turn(APPEND_TURNS)
             case Step.OUTAGE if self.backplane.state is not BackplaneState.OUTAGE:
-                self.backplane._begin_outage(1.0)
+                self.backplane._start_outage(1.0)
             case Step.ARRIVE:
                 self.arrive()
             case Step.CONFIRM | Step.LOSE_ANSWER | Step.TAKE_LATE | Step.REFUSE:
@@ -156,7 +156,7 @@ class Run:
         self.broker.does = Step.CONFIRM
         self.arrive()
         await turn(MANY_TURNS)
-        self.backplane._send_canary(1.0)
+        self.backplane._send_heartbeat(1.0)
         await turn(MANY_TURNS)
         while self.read < len(self.broker.entries):
             self.read_one()
@@ -179,11 +179,11 @@ class Run:
     def lost_without(self, *payloads: bytes) -> int:
         """Return how many messages another replica misses that does not read those with these."""
         other = backplane_on(Broker(), Pending(), relays_locally=False)
-        other.tail(lambda _: None, lambda _: None)
+        other.consume(lambda _: None, lambda _: None)
         for number, data in enumerate(self.broker.entries):
             if not set(payloads) & set(unpack(data).payloads):
                 other.on_entry(StreamEntry((1, number), data, follows=True))
-        return other.books.lost
+        return other.counters.lost
 
 
 async def turn(count: int) -> None:

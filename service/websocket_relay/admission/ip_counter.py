@@ -26,15 +26,15 @@ class IpCounter:
         """Return the number of addresses with at least one client."""
         return len(self._clients)
 
-    def has_room(self, network: str) -> bool:
+    def is_below_limit(self, network: str) -> bool:
         """Return whether the address is below the limit."""
         return self._clients.get(network, 0) < self._limit
 
-    def enter(self, network: str) -> None:
+    def add_client(self, network: str) -> None:
         """Add a client."""
         self._clients[network] = self._clients.get(network, 0) + 1
 
-    def leave(self, network: str) -> None:
+    def remove_client(self, network: str) -> None:
         """Remove a client."""
         remaining = self._clients[network] - 1
         if remaining:
@@ -43,7 +43,7 @@ class IpCounter:
             del self._clients[network]
 
 
-def network_of(host: str | None) -> str:
+def network_key(host: str | None) -> str:
     """Return the key under which a client with this address is counted."""
     try:
         address = ipaddress.ip_address(host or "")

@@ -73,7 +73,7 @@ class Jwks:
     """The cached keys of one URL.
 
     Use it as a context manager, which cancels the fetch in flight and closes the HTTP client. It
-    fetches on demand; `get_first` makes the first fetch.
+    fetches on demand; `fetch_until_available` makes the first fetch.
 
     Args:
         url: the URL of the key set.
@@ -105,7 +105,7 @@ class Jwks:
             await cancel_until_done(self._fetching)
         await self._http.aclose()
 
-    async def get_first(self) -> None:
+    async def fetch_until_available(self) -> None:
         """Retry the fetch until it succeeds once."""
         backoff_s = INITIAL_BACKOFF_S
         while True:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from websocket_relay.admission.credentials import find_token
-from websocket_relay.admission.ip_counter import IpCounter, network_of
+from websocket_relay.admission.ip_counter import IpCounter, network_key
 from websocket_relay.admission.permissions import Permissions
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
@@ -54,10 +54,10 @@ class AdmissionRequest:
 class AdmittedClient(Protocol):
     """The part of a connection that admission uses."""
 
-    def allow(self, policy: PublishPolicy) -> None:
+    def set_publish_policy(self, policy: PublishPolicy) -> None:
         """Enforce a policy on what the client publishes."""
 
-    def expire_in(self, seconds: float) -> None:
+    def start_expiry_timer(self, seconds: float) -> None:
         """Close the client after a number of seconds."""
 
     def when_lost(self, callback: Callable[[], None]) -> None:
@@ -141,7 +141,7 @@ class AdmissionPolicy:
         permissions = (
             await self._authorize_subscriber(request) if self._tokens is not None else None
         )
-        network = network_of(request.host) if self._addresses is not None else ""
+        network = network_key(request.host) if self._addresses is not None else ""
         self._check_limits(request.channel, network)
         if permissions is None:
             return Grant(may_publish=True, expires_in_s=None, network=network)
@@ -174,17 +174,17 @@ class AdmissionPolicy:
                 raise RefusedError(Refusal.NO_STATS)
             _remaining_s(permissions)
 
-    def bind(self, client: AdmittedClient, grant: Grant) -> None:
+    def enforce_grant(self, client: AdmittedClient, grant: Grant) -> None:
         """Enforce a grant on a client, and count the client until its connection has ended."""
         per_s = self._max_messages_per_s
         if per_s or not grant.may_publish:
             rate = TokenBucket(per_s, per_s * MESSAGE_BURST_S) if per_s else None
-            client.allow(PublishPolicy(may_publish=grant.may_publish, rate=rate))
+            client.set_publish_policy(PublishPolicy(may_publish=grant.may_publish, rate=rate))
         if grant.expires_in_s is not None:
-            client.expire_in(grant.expires_in_s)
+            client.start_expiry_timer(grant.expires_in_s)
         if self._addresses is not None:
-            self._addresses.enter(grant.network)
-            client.when_lost(partial(self._addresses.leave, grant.network))
+            self._addresses.add_client(grant.network)
+            client.when_lost(partial(self._addresses.remove_client, grant.network))
 
     def _check_cheaply(self, request: AdmissionRequest) -> None:
         """Make the checks that need no cryptography."""
@@ -226,7 +226,7 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():
             raise RefusedError(Refusal.DESCRIPTORS)
-        if self._addresses is not None and not self._addresses.has_room(network):
+        if self._addresses is not None and not self._addresses.is_below_limit(network):
             raise RefusedError(Refusal.CONNECTIONS_PER_IP)
         if not self._has_room(channel):
             raise RefusedError(Refusal.CHANNELS)

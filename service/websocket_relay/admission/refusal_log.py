@@ -31,7 +31,7 @@ class RefusalLog:
     def __init__(self) -> None:
         self._unlogged: dict[Refusal, int] = {}
 
-    def note(self, why: Refusal) -> None:
+    def record_refusal(self, why: Refusal) -> None:
         """Record a refusal: log the first at once, and the following ones as one line a minute."""
         if why in self._unlogged:
             self._unlogged[why] += 1

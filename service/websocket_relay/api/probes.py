@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from websocket_relay.lifecycle import Lifecycle
 
 
-def health_router(lifecycle: Lifecycle) -> APIRouter:
+def probes_router(lifecycle: Lifecycle) -> APIRouter:
     """Return the routes of the probes."""
     router = APIRouter()
     not_ready: dict[int | str, dict[str, Any]] = {

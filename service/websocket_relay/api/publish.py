@@ -109,11 +109,11 @@ def publish_router(
         try:
             await admission.admit_publisher(admission_request_of(request))
             _require_identity_coding(request)
-            async with MessageBatch(shared.unfinished) as batch:
+            async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
-                messages = await _decode(media_type, body, shared.reading)
-                publisher = broadcaster.courier(channel)
-                await publisher.wait_for_room()
+                messages = await _decode(media_type, body, shared.parse_slicer)
+                publisher = broadcaster.create_one_shot_publisher(channel)
+                await publisher.wait_for_capacity()
             _require_connected(request)
             position = await broadcaster.publish(channel, messages, publisher)
         except RefusedError as error:
@@ -168,7 +168,7 @@ class MessageBatch:
         Raises:
             RefusedError: the body was dropped because the bound was exceeded.
         """
-        self._unfinished.note(self, 0)
+        self._unfinished.record_partial_bytes(self, 0)
         try:
             await self._scope.__aexit__(*raised)
         except TimeoutError:
@@ -176,11 +176,11 @@ class MessageBatch:
 
     def record_size(self, size: int) -> None:
         """Record the number of bytes received so far."""
-        self._unfinished.note(self, size)
+        self._unfinished.record_partial_bytes(self, size)
 
-    def drop_unfinished(self) -> None:
+    def drop_partial_message(self) -> None:
         """Cancel the request, whatever it awaits."""
-        self._unfinished.note(self, 0)
+        self._unfinished.record_partial_bytes(self, 0)
         self._scope.reschedule(asyncio.get_running_loop().time())
 
 
@@ -198,7 +198,7 @@ def _require_identity_coding(request: Request) -> None:
 def _require_connected(request: Request) -> None:
     """Raise if the client has disconnected: it may have published to another replica since."""
     connection: HttpProtocol = request.scope[CONNECTION_KEY]
-    if connection.is_gone:
+    if connection.is_disconnected:
         raise ClientDisconnect
 
 
@@ -255,7 +255,7 @@ async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Mess
             done.set_result(None)
         return True
 
-    slicer.add(parse_slice)
+    slicer.schedule_work(parse_slice)
     refusal = await done
     if refusal is not None:
         raise refusal

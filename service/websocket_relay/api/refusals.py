@@ -66,7 +66,7 @@ class Refusals:
     def count(self, why: Refusal) -> None:
         """Count a refusal that is answered elsewhere or not at all."""
         self._counters.refusals[why] += 1
-        self._refusal_log.note(why)
+        self._refusal_log.record_refusal(why)
 
     def answer(self, error: RefusedError) -> Response:
         """Count a refusal and return the response to it."""

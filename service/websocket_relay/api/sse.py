@@ -76,7 +76,7 @@ class EventsResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head and hand the connection over."""
         connection: HttpProtocol = scope[CONNECTION_KEY]
-        connection.leave_open()
+        connection.delimit_body_by_close()
         await send(
             {
                 "type": "http.response.start",
@@ -112,19 +112,19 @@ def events_router(
         try:
             replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
             # Before admission: from its check of the limits on, nothing may suspend.
-            await connection.answers_are_out()
+            await connection.drain_responses()
             grant = await admission.admit(admission_request_of(request))
         except RefusedError as error:
             return refusals.answer(error)
 
         def start_stream(connection: HttpProtocol) -> None:
-            transport = connection.take_over()
+            transport = connection.detach_transport()
             if transport is None:
                 return
             client = SseConnection(broadcaster.shared, silence_s)
             transport.set_protocol(client)
-            client.begin(transport)
-            admission.bind(client, grant)
+            client.start_stream(transport)
+            admission.enforce_grant(client, grant)
             broadcaster.subscribe(channel_of(request), client, replay)
 
         return EventsResponse(start_stream)

@@ -18,7 +18,7 @@ from websocket_relay.api.requests import (
 )
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.outcomes import Refusal, RefusedError
-from websocket_relay.wire.handshake import CLIENT_KEY
+from websocket_relay.wire.handshake import WEBSOCKET_CONNECTION_KEY
 from websocket_relay.wire.websocket import WebSocketConnection
 
 
@@ -55,8 +55,8 @@ def add_websocket_routes(
         # Nothing suspends from here on, nor does accept(): an admitted client is counted before
         # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
-        client = cast(WebSocketConnection, scope[CLIENT_KEY])
-        admission.bind(client, grant)
+        client = cast(WebSocketConnection, scope[WEBSOCKET_CONNECTION_KEY])
+        admission.enforce_grant(client, grant)
         broadcaster.subscribe(channel_of(websocket), client, replay)
 
     async def no_such_path(websocket: WebSocket) -> None:

@@ -29,7 +29,7 @@ MESSAGE_OVERHEAD_BYTES = 7
 """Bytes that a message takes in the columns besides its payload: length, channel and opcode."""
 
 MAX_CHANNELS = 65_536
-MAX_NOTE_BYTES = 1024
+MAX_HEARTBEAT_BYTES = 1024
 
 OPCODES = b"\x01\x02"  # text and binary
 
@@ -129,7 +129,7 @@ def _unpack(data: bytes) -> Packet:
     heartbeat = data[bounds[-1] :] if flags & HEARTBEAT_FLAG else None
     if bounds[-1] + len(heartbeat or b"") != len(data):
         raise FormatError("truncated")
-    if len(heartbeat or b"") > MAX_NOTE_BYTES:
+    if len(heartbeat or b"") > MAX_HEARTBEAT_BYTES:
         raise FormatError("heartbeat too long")
     payloads = [data[start:end] for start, end in pairwise(bounds)]
     return Packet(producer, sequence, channels, opcodes, payloads, heartbeat)
@@ -183,13 +183,13 @@ class PartAssembler:
 
     Attributes:
         dropped: count of packets of which some parts arrived and the rest never did.
-        stray: producer and sequence number of the latest part if an earlier part of its packet is
-            missing, else None.
+        orphan_part: producer and sequence number of the latest part if an earlier part of its packet
+            is missing, else None.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.dropped = 0
-        self.stray: tuple[int, int] | None = None
+        self.orphan_part: tuple[int, int] | None = None
         self.bytes = 0
         self._max_bytes = max_bytes
         # By producer, least recently active first; a producer has one packet in flight at a time.
@@ -211,7 +211,7 @@ class PartAssembler:
             raise FormatError("unknown entry type")
         partial = self._find(producer, sequence, index, count)
         is_stray = partial is None or index > len(partial.parts)
-        self.stray = (producer, sequence) if is_stray else None
+        self.orphan_part = (producer, sequence) if is_stray else None
         if partial is None or index != len(partial.parts):
             return None
         part = data[HEAD.size :]

@@ -20,12 +20,12 @@ class Confirmation(NamedTuple):
 
     Attributes:
         producer: producer of the message, with its producer epoch.
-        following: sequence number after that of the message.
+        next_sequence: sequence number after that of the message.
         callback: called once, when the wait ends.
     """
 
     producer: int
-    following: int
+    next_sequence: int
     callback: OnPosition
 
 
@@ -65,11 +65,11 @@ class Confirmations:
             is_of_packet = awaited_producer == producer and following > sequence
             callback(Position(epoch, offset, following - 1 - sequence) if is_of_packet else None)
 
-    def take_given_up(self, producer: int, sequence: int) -> Sequence[Confirmation]:
+    def pop_abandoned(self, producer: int, sequence: int) -> Sequence[Confirmation]:
         """Remove and return the waits for messages from `sequence` on, without calling them."""
         abandoned: deque[Confirmation] = deque()
         waiters = self._waiters
-        while waiters and waiters[-1].producer == producer and waiters[-1].following > sequence:
+        while waiters and waiters[-1].producer == producer and waiters[-1].next_sequence > sequence:
             abandoned.appendleft(waiters.pop())
         return abandoned
 

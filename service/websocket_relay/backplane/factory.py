@@ -9,11 +9,11 @@ from typing import Any
 
 from websocket_relay.backplane.interface import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
-from websocket_relay.backplane.replicated import PendingBytes, RemoteBackplane
+from websocket_relay.backplane.replicated import PendingBytes, ReplicatedBackplane
 from websocket_relay.redaction import is_ambiguous, redacted, unusable_url
 
-KEPT_BYTES = 67_108_864
-KEPT_AGE_S = 60.0
+MIN_RETENTION_BYTES = 67_108_864
+MIN_RETENTION_AGE_S = 60.0
 """What a broker retains at least: replicas that lose it for a while resume without a gap."""
 
 STREAMS = {
@@ -48,7 +48,7 @@ def open_backplane(
         max_message_bytes: message limit of the clients of any replica.
         history_bytes, history_age_s: what replicas that start need to read.
         pending: bound on the bytes of pending appends.
-        describe, observe_append, observe_lag: see `RemoteBackplane`.
+        describe, observe_append, observe_lag: see `ReplicatedBackplane`.
 
     Raises:
         UnusableSettingError: the URL names no usable broker.
@@ -70,12 +70,12 @@ def open_backplane(
         )
     except ModuleNotFoundError as error:
         raise unusable_url(url, f"missing Python package {error.name}") from None
-    return RemoteBackplane(
+    return ReplicatedBackplane(
         stream_class(
             url,
             stream,
-            max_bytes=max(history_bytes, KEPT_BYTES),
-            max_age_s=max(history_age_s, KEPT_AGE_S),
+            max_bytes=max(history_bytes, MIN_RETENTION_BYTES),
+            max_age_s=max(history_age_s, MIN_RETENTION_AGE_S),
         ),
         address=redacted(url),
         pending=pending,

@@ -23,20 +23,20 @@ class Position(NamedTuple):
     Positions only grow, also over restarts of relays and of the broker.
 
     Attributes:
-        major: epoch. With Redis the milliseconds of the entry id, with JetStream the creation time
+        epoch: epoch. With Redis the milliseconds of the entry id, with JetStream the creation time
             of the stream in milliseconds. Unrelated to the producer epoch.
-        minor: offset in the epoch, as the broker counts it: the sequence of a Redis id (ms-seq), or
-            the JetStream sequence.
-        nth: index of the message in its packet.
+        offset: in the epoch, as the broker counts it: the sequence of a Redis id (ms-seq), or the
+            JetStream sequence.
+        index: index of the message in its packet.
     """
 
-    major: int
-    minor: int
-    nth: int
+    epoch: int
+    offset: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
     def __str__(self) -> str:
         """Return the text form, which clients receive and send back."""
-        return f"{self.major}-{self.minor}-{self.nth}"
+        return f"{self.epoch}-{self.offset}-{self.index}"
 
     @classmethod
     def parse(cls, text: str) -> "Position":
@@ -90,8 +90,8 @@ were not delivered may have existed. So it is called at the start, too."""
 class Rejectable(Protocol):
     """A publisher, as the log sees it when a message can't be relayed."""
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
-        """Report that a message did not enter the log; with `in_doubt`, that it is unconfirmed."""
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
+        """Report that a message did not enter the log, or that nothing confirms that it did."""
 
 
 class BackplaneState(Enum):
@@ -110,18 +110,18 @@ class Backplane(Protocol):
     delivered. The exception is an outage where `relays_locally` is set.
 
     Attributes:
-        books: counters.
-        begun: set once `state` has left STARTING.
+        counters: counters.
+        started: set once `state` has left STARTING.
         up: set while `state` is UP.
-        turns: iterations of the event loop that a message needs to pass the backplane's tasks.
+        loop_iterations: of the event loop, that a message needs to pass the backplane's tasks.
         relays_locally: whether messages are relayed on this replica alone during an outage.
     """
 
-    books: BackplaneCounters
+    counters: BackplaneCounters
     state: BackplaneState
-    begun: asyncio.Event
+    started: asyncio.Event
     up: asyncio.Event
-    turns: int
+    loop_iterations: int
     relays_locally: bool
 
     @property
@@ -136,10 +136,10 @@ class Backplane(Protocol):
         """Return the descriptions of the replicas that are alive, this one included."""
 
     @property
-    def waiting(self) -> int:
+    def unconfirmed_messages(self) -> int:
         """The count of messages whose append is not confirmed."""
 
-    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`, in order, in the event loop's thread.
 
         Args:
@@ -153,7 +153,7 @@ class Backplane(Protocol):
             publisher: notified, now or later, if the message can't be relayed.
         """
 
-    def append_all(
+    def append_batch(
         self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Append messages next to each other: all of them, or none.

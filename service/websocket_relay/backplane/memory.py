@@ -21,15 +21,15 @@ from websocket_relay.counters import BackplaneCounters
 class MemoryBackplane:
     """`memory://`: delivers an entry before `append` returns."""
 
-    turns = 0
+    loop_iterations = 0
     relays_locally = True
 
     def __init__(self, describe: Callable[[], bytes]) -> None:
         self._describe = describe
-        self.books = BackplaneCounters()
+        self.counters = BackplaneCounters()
         self.state = BackplaneState.UP
-        self.begun, self.up = asyncio.Event(), asyncio.Event()
-        self.begun.set()
+        self.started, self.up = asyncio.Event(), asyncio.Event()
+        self.started.set()
         self.up.set()
         # Milliseconds since 1970: greater than the epoch of any earlier process.
         self._epoch = time.time_ns() // 1_000_000
@@ -51,11 +51,11 @@ class MemoryBackplane:
         return [self._describe()]
 
     @property
-    def waiting(self) -> int:
+    def unconfirmed_messages(self) -> int:
         """Zero: no message is ever pending."""
         return 0
 
-    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`."""
         self._deliver = deliver
         lost(Position(self._epoch, self._offset, 0))  # messages of earlier processes are lost
@@ -68,7 +68,7 @@ class MemoryBackplane:
                 LogEntry(Position(self._epoch, self._offset, 0), channel, opcode, payload)
             )
 
-    def append_all(
+    def append_batch(
         self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Append messages and deliver them."""

@@ -63,10 +63,10 @@ PENDING_OVERHEAD_BYTES = 64
 """Memory of a pending message besides its bytes in the packet: an object, and places in two
 lists."""
 
-APPEND_S = 2.0
+APPEND_TIMEOUT_S = 2.0
 """An append that is not confirmed within this time is retried."""
 
-CANARY_S = 1.0
+HEARTBEAT_INTERVAL_S = 1.0
 """Interval of heartbeats."""
 
 REPLICA_TIMEOUT_S = 5.0
@@ -76,7 +76,7 @@ OUTAGE_AFTER_S = 3.0
 """As a rule a broker that restarts, or fails over, is available again within this time, and a
 client that waits for its own message has not timed out."""
 
-READ_BACK_S = 5.0
+CONFIRMATION_TIMEOUT_S = 5.0
 """Time from the start of an outage in which a message that was confirmed before it may still be
 read back. Then the waits for it end: as a rule clients time out after ten seconds."""
 
@@ -94,7 +94,7 @@ messages, so that fewer of them leave together: at 4, one in five with nats-py."
 MAX_PRODUCERS = 10_000
 """Replicas whose sequence numbers are remembered, the latest ones: more than a stream has had."""
 
-LIVES = 1 << 16
+PRODUCER_EPOCHS = 1 << 16
 """Count of producer epochs, which are the lower bits of a producer. Each outage starts a new
 producer epoch. A message that was abandoned in an earlier one may still arrive; it is discarded
 after the first packet of the new one. So messages of a client are never delivered out of order."""
@@ -230,13 +230,13 @@ class ProducerStates:
 
     def next_sequence(self, producer: int, first_sequence: int) -> int:
         """Return the next sequence number to read of a producer that starts at `first_sequence`."""
-        replica, producer_epoch = divmod(producer, LIVES)
+        replica, producer_epoch = divmod(producer, PRODUCER_EPOCHS)
         latest_epoch, following = self._latest.get(replica, (producer_epoch, first_sequence))
         return following if producer_epoch == latest_epoch else first_sequence
 
     def is_expected(self, producer: int, sequence: int) -> bool:
         """Return whether a packet that starts with this message is unread, and may be read."""
-        replica, producer_epoch = divmod(producer, LIVES)
+        replica, producer_epoch = divmod(producer, PRODUCER_EPOCHS)
         latest_epoch, following = self._latest.get(replica, (producer_epoch, sequence))
         return producer_epoch > latest_epoch or (
             producer_epoch == latest_epoch and sequence >= following
@@ -248,7 +248,7 @@ class ProducerStates:
         Returns:
             A negative number if the packet is a duplicate, or its producer epoch is not the latest.
         """
-        replica, producer_epoch = divmod(producer, LIVES)
+        replica, producer_epoch = divmod(producer, PRODUCER_EPOCHS)
         expected = 0 if self.is_current and not producer_epoch else sequence
         latest_epoch, following = self._latest.get(replica, (producer_epoch, expected))
         if producer_epoch < latest_epoch:
@@ -263,7 +263,7 @@ class ProducerStates:
         return sequence - expected
 
 
-class RemoteBackplane:
+class ReplicatedBackplane:
     """The log of one replica, on a broker's stream.
 
     Args:
@@ -278,7 +278,7 @@ class RemoteBackplane:
         observe_lag: receives the seconds from the append of a heartbeat until it is read back.
     """
 
-    turns = TURNS
+    loop_iterations = TURNS
 
     def __init__(
         self,
@@ -292,9 +292,9 @@ class RemoteBackplane:
         observe_append: Callable[[float], None],
         observe_lag: Callable[[float], None],
     ) -> None:
-        self.books = BackplaneCounters()
+        self.counters = BackplaneCounters()
         self.state = BackplaneState.STARTING
-        self.begun, self.up = asyncio.Event(), asyncio.Event()
+        self.started, self.up = asyncio.Event(), asyncio.Event()
         self._stream = stream
         self._address = address
         self._pending = pending
@@ -339,7 +339,7 @@ class RemoteBackplane:
 
     # Interface of `Backplane`
 
-    def tail(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`; call `lost` where entries are missing."""
         self._deliver = deliver
         self._on_gap = lost
@@ -361,7 +361,7 @@ class RemoteBackplane:
         if outgoing.size >= PACKET_BYTES:
             self._start_packet()
 
-    def append_all(
+    def append_batch(
         self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
     ) -> None:
         """Append messages in one packet: next to each other, and all of them or none."""
@@ -436,7 +436,7 @@ class RemoteBackplane:
         return [description for read_at, description in self._replicas.values() if read_at > since]
 
     @property
-    def waiting(self) -> int:
+    def unconfirmed_messages(self) -> int:
         """The count of messages whose append is pending or in flight."""
         return sum(len(each.payloads) for each in self._unconfirmed)
 
@@ -451,7 +451,7 @@ class RemoteBackplane:
 
     async def flush(self) -> None:
         """Return once each append is confirmed or abandoned."""
-        while self.waiting:
+        while self.unconfirmed_messages:
             self._pending_reduced.clear()
             await self._pending_reduced.wait()
 
@@ -501,7 +501,7 @@ class RemoteBackplane:
                 for part in split_into_parts(
                     data, producer, sequence, self._stream.max_entry_bytes
                 ):
-                    async with Deadline(APPEND_S):
+                    async with Deadline(APPEND_TIMEOUT_S):
                         await self._stream.append(part)
             except (BrokerError, TimeoutError) as error:
                 self._record_failure("append", error)
@@ -559,23 +559,23 @@ class RemoteBackplane:
             whole = self._assembler.join(data)
             packet = unpack(whole) if whole is not None else None
         except FormatError as error:
-            self.books.unreadable += 1
+            self.counters.unreadable += 1
             log.debug("entry not readable", extra={"error": str(error)})
             self._report_gap_through(entry.entry_id)  # may hold messages of a newer version
             return
         if self._assembler.dropped:
-            self.books.unreadable += self._assembler.dropped
+            self.counters.unreadable += self._assembler.dropped
             self._assembler.dropped = 0
         if packet is not None:
             self._deliver_packet(epoch, offset, packet)
-        elif self._assembler.stray is not None and self._producers.is_expected(
-            *self._assembler.stray
+        elif self._assembler.orphan_part is not None and self._producers.is_expected(
+            *self._assembler.orphan_part
         ):
             # The first parts of a packet are lost. Its messages have the position of its last part.
             self._report_gap_through(entry.entry_id)
 
     def _record_gap(self, after: Id) -> None:
-        self.books.gaps += 1
+        self.counters.gaps += 1
         log.error("backplane lost messages", extra={"after": f"{after[0]}-{after[1]}"})
 
     def _report_gap_through(self, entry_id: Id) -> None:
@@ -589,10 +589,10 @@ class RemoteBackplane:
         count = len(payloads)
         missing = self._producers.record_packet(producer, sequence, count)
         if missing < 0:
-            self.books.duplicates += 1
+            self.counters.duplicates += 1
             return
         if missing:
-            self.books.lost += missing
+            self.counters.lost += missing
             log.error("backplane lost messages", extra={"count": missing})
             self._on_gap(Position(epoch, offset, 0).before())
         self._position = Position(epoch, offset, count - 1)
@@ -608,7 +608,7 @@ class RemoteBackplane:
                 deliver(entry)
         if heartbeat is not None:
             self._record_replica(producer, heartbeat[TIMESTAMP.size :])
-        if producer // LIVES == self._producer // LIVES:
+        if producer // PRODUCER_EPOCHS == self._producer // PRODUCER_EPOCHS:
             self._position_waits.on_packet(producer, sequence, self._position)
             self._settled_waits.on_packet(producer, sequence, self._position)
         if producer == self._producer and heartbeat is not None:
@@ -616,7 +616,7 @@ class RemoteBackplane:
 
     def _record_replica(self, producer: int, description: bytes) -> None:
         replicas = self._replicas
-        replica = producer // LIVES
+        replica = producer // PRODUCER_EPOCHS
         replicas[replica] = time.monotonic(), description
         replicas.move_to_end(replica)
         if len(replicas) > MAX_PRODUCERS:
@@ -625,9 +625,9 @@ class RemoteBackplane:
     # Heartbeats and outages
 
     async def _monitor(self) -> None:
-        self._send_canary(time.monotonic())
+        self._send_heartbeat(time.monotonic())
         checked_at = time.monotonic()
-        due = checked_at + CANARY_S
+        due = checked_at + HEARTBEAT_INTERVAL_S
         while True:
             await asyncio.sleep(MONITOR_INTERVAL_S)
             now = time.monotonic()
@@ -638,17 +638,17 @@ class RemoteBackplane:
                 self._expire_earlier_epochs()
             if not self._heartbeat_sent_at:
                 if now >= due:
-                    self._send_canary(now)
-                    due = now + CANARY_S
+                    self._send_heartbeat(now)
+                    due = now + HEARTBEAT_INTERVAL_S
             elif self._is_overdue(now):
                 if self._heartbeat_confirmed_at:  # after a failover: reader on the former primary
                     self._stream.reconnect_reader()
                 if self._is_outage:  # the latest heartbeat was lost
-                    self._send_canary(now)
+                    self._send_heartbeat(now)
                 else:
-                    self._begin_outage(now)
+                    self._start_outage(now)
 
-    def _send_canary(self, now: float) -> None:
+    def _send_heartbeat(self, now: float) -> None:
         self._heartbeat_sent_at, self._heartbeat_confirmed_at = now, 0.0
         outgoing = self._outbox[-1] if self._outbox else self._start_packet()
         outgoing.is_heartbeat = True
@@ -685,22 +685,22 @@ class RemoteBackplane:
             self.state = BackplaneState.UP
             self._is_outage = False
             self._producers.is_current = True
-            self.begun.set()
+            self.started.set()
             self.up.set()
 
-    def _begin_outage(self, now: float) -> None:
+    def _start_outage(self, now: float) -> None:
         """Abandon pending messages: reject them, or deliver them on this replica alone.
 
-        Messages that are confirmed and unread are awaited until `READ_BACK_S` have passed.
+        Messages that are confirmed and unread are awaited for `CONFIRMATION_TIMEOUT_S`.
         """
         log.error(
             "backplane outage", extra={"broker": self._address, "on_outage": self._outage_mode}
         )
         self._expire_earlier_epochs()
-        self.books.outages += 1
+        self.counters.outages += 1
         self.state = BackplaneState.OUTAGE
         self._is_outage = True
-        self.begun.set()
+        self.started.set()
         self.up.clear()
         abandoned = self._unconfirmed
         self._outbox.clear()
@@ -723,8 +723,8 @@ class RemoteBackplane:
         self._next_sequence = self._first_sequence
         self._abandon_from(producer, sequence, abandoned, is_read=is_read)
         self._pending_reduced.set()
-        self._confirmation_deadline = now + READ_BACK_S
-        self._send_canary(now)
+        self._confirmation_deadline = now + CONFIRMATION_TIMEOUT_S
+        self._send_heartbeat(now)
 
     def _abandon_from(
         self, producer: int, sequence: int, abandoned: Sequence[OutgoingPacket], *, is_read: bool
@@ -736,8 +736,8 @@ class RemoteBackplane:
             abandoned: the packets.
             is_read: whether all messages before them were read.
         """
-        position_waits = deque(self._position_waits.take_given_up(producer, sequence))
-        settled_waits = self._settled_waits.take_given_up(producer, sequence)
+        position_waits = deque(self._position_waits.pop_abandoned(producer, sequence))
+        settled_waits = self._settled_waits.pop_abandoned(producer, sequence)
         if not is_read:
             # Waits that are added from now on end after the messages of this producer epoch, too.
             # One may be that of a client that closes because its message is rejected below.
@@ -770,13 +770,13 @@ class RemoteBackplane:
             columns = zip(outgoing.channels, outgoing.opcodes, outgoing.payloads, strict=True)
             for following, message in enumerate(columns, sequence + 1):
                 self._deliver_locally(*message)
-                while position_waits and position_waits[0].following <= following:
+                while position_waits and position_waits[0].next_sequence <= following:
                     position_waits.popleft().callback(self._position)
         else:
-            self.books.unavailable += len(outgoing.payloads)
-            in_doubt = outgoing is self._in_flight
+            self.counters.unavailable += len(outgoing.payloads)
+            is_unconfirmed = outgoing is self._in_flight
             for publisher in outgoing.publishers:
-                publisher.tell_unavailable(in_doubt=in_doubt)
+                publisher.fail_publish(is_unconfirmed=is_unconfirmed)
 
     def _handle_in_outage(
         self, channel: str, opcode: int, payload: bytes, publisher: Rejectable
@@ -784,13 +784,13 @@ class RemoteBackplane:
         if self.relays_locally:
             self._deliver_locally(channel, opcode, payload)
         else:
-            self.books.unavailable += 1
-            publisher.tell_unavailable(in_doubt=False)
+            self.counters.unavailable += 1
+            publisher.fail_publish(is_unconfirmed=False)
 
     def _deliver_locally(self, channel: str, opcode: int, payload: bytes) -> None:
         epoch, offset, index = self._position
         self._position = Position(epoch, offset, index + 1)
-        self.books.local += 1
+        self.counters.local += 1
         self._deliver(LogEntry(self._position, channel, opcode, payload))
 
     def _record_failure(self, action: str, error: Exception) -> None:
@@ -839,7 +839,7 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
 
 
 def _new_producer() -> int:
-    return random.getrandbits(48) * LIVES
+    return random.getrandbits(48) * PRODUCER_EPOCHS
 
 
 def _next_producer_epoch(producer: int, sequence: int) -> tuple[int, int]:
@@ -849,7 +849,7 @@ def _next_producer_epoch(producer: int, sequence: int) -> tuple[int, int]:
         sequence: number after the last message that was confirmed in the present producer epoch.
     """
     following = producer + 1
-    return (following, sequence) if following % LIVES else (_new_producer(), 0)
+    return (following, sequence) if following % PRODUCER_EPOCHS else (_new_producer(), 0)
 
 
 async def _pause(pause_s: float) -> float:

@@ -23,19 +23,19 @@ class DeliveryFormat(NamedTuple):
 
     Attributes:
         encoding: PLAIN, SSE, or the window bits of permessage-deflate (see `wire.deflate`).
-        tells_positions: whether each message starts with its position (the subprotocol relay.v1).
+        sends_positions: whether each message starts with its position (the subprotocol relay.v1).
     """
 
     encoding: int
-    tells_positions: bool
+    sends_positions: bool
 
 
-PLAIN_FORMAT = DeliveryFormat(PLAIN, tells_positions=False)
+PLAIN_FORMAT = DeliveryFormat(PLAIN, sends_positions=False)
 
 
 def format_of(client: Connection) -> DeliveryFormat:
     """Return the delivery format of a client."""
-    return DeliveryFormat(client.encoding, client.tells_positions)
+    return DeliveryFormat(client.encoding, client.sends_positions)
 
 
 RecipientGroups = list[tuple[DeliveryFormat, list[Connection]]]
@@ -115,7 +115,7 @@ class Batch:
         self.encoded = b""
         self._parts: list[bytes] = []  # headers and payloads, alternating
         self._parts_bytes = 0  # memory of the parts
-        self._needs_positions = any(each.tells_positions for each, _ in groups)
+        self._needs_positions = any(each.sends_positions for each, _ in groups)
         self._positions: list[Position] = []  # empty unless a group is sent positions
         self._frames: list[bytes] = []
         self._encoder: Iterator[bytes] | None = None
@@ -196,7 +196,7 @@ def _encode(
 ) -> Iterator[bytes]:
     if delivery_format.encoding == SSE:
         return sse.encode_messages(messages, positions)
-    if delivery_format.tells_positions:
+    if delivery_format.sends_positions:
         messages = _prefix_positions(messages, positions)
     if delivery_format.encoding != PLAIN:
         return deflate_messages(messages, delivery_format.encoding, min_bytes)

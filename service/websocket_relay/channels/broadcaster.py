@@ -52,15 +52,15 @@ class Broadcaster:
         self._pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
-        self._time_slicer = TimeSlicer(backplane.turns)
+        self._time_slicer = TimeSlicer(backplane.loop_iterations)
         self._history = history
-        backplane.tail(self._deliver, self._on_gap)
+        backplane.consume(self._deliver, self._on_gap)
 
     def __len__(self) -> int:
         """Return the number of channels."""
         return len(self._channels)
 
-    def has_room(self, name: str) -> bool:
+    def has_channel_capacity(self, name: str) -> bool:
         """Return whether a client may join a channel without exceeding `max_channels`."""
         return name in self._channels or len(self._channels) < self._max_channels
 
@@ -85,23 +85,23 @@ class Broadcaster:
             )
         if replay_request is None:
             channel.add_member(client)
-            client.hand_over(channel)
+            client.attach_sink(channel)
             return
-        client.tells_positions = replay_request.tells_positions
+        client.sends_positions = replay_request.sends_positions
         recovery = Recovery(
             client, channel, replay_request, self, self._history, self._deflate_from_bytes
         )
-        client.hand_over(recovery)
+        client.attach_sink(recovery)
         recovery.start_replay()
 
-    def courier(self, name: str) -> OneShotPublisher:
+    def create_one_shot_publisher(self, name: str) -> OneShotPublisher:
         """Return a publisher to a channel for a caller that has no connection in it."""
         channel = self._channels.get(name)
         shared = self.shared
         return OneShotPublisher(
             (
-                shared.pending,
-                shared.appends,
+                shared.pending_fan_out,
+                shared.pending_appends,
                 *([channel.high_water_mark] if channel is not None else []),
             )
         )
@@ -114,7 +114,7 @@ class Broadcaster:
         Args:
             name: of the channel.
             messages: opcodes and payloads.
-            publisher: from `courier`, for the same channel.
+            publisher: from `create_one_shot_publisher`, for the same channel.
 
         Returns:
             The position of the last message, once it is delivered on this replica; the newest
@@ -125,7 +125,7 @@ class Broadcaster:
         """
         if not messages:
             return self._history.newest
-        counters = self.shared.ledger
+        counters = self.shared.counters
         counters.messages += len(messages)
         counters.received_bytes += sum(len(payload) for _, payload in messages)
         return await publisher.publish_all(self.backplane, name, messages)
@@ -134,7 +134,7 @@ class Broadcaster:
 
     def schedule(self, work: SlicedWork) -> None:
         """Add work to the time slicer. It must not be scheduled already."""
-        self._time_slicer.add(work)
+        self._time_slicer.schedule_work(work)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
         """Call `callback` after `delay_s` seconds."""
@@ -151,7 +151,7 @@ class Broadcaster:
         """Record and announce that messages up to a position may be lost."""
         if position <= self._history.floor:  # announced already
             return
-        self._history.begin_after(position)
+        self._history.record_gap(position)
         for channel in list(self._channels.values()):
             channel.send_notice({"type": "gap", "position": str(position)})
 
@@ -160,6 +160,6 @@ class Broadcaster:
         channel = self._channels.get(entry.channel)
         if channel is not None:
             channel.deliver(entry)
-            pending = self.shared.pending
-            if pending.is_shut:
-                pending.hold(self.backplane)
+            pending = self.shared.pending_fan_out
+            if pending.is_exceeded:
+                pending.pause_publisher(self.backplane)

@@ -94,8 +94,8 @@ class Channel:
         self._high_water_mark = HighWaterMark(pending_limit_bytes)
         self._publish_limits = (
             self._high_water_mark,
-            self._shared.pending,
-            self._shared.appends,
+            self._shared.pending_fan_out,
+            self._shared.pending_appends,
         )
         self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
         self._recovering: set[Connection] = set()  # subscribing: not members before their replay
@@ -115,17 +115,17 @@ class Channel:
 
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
         """Publish a client's message to all members, on every replica."""
-        counters = self._shared.ledger
+        counters = self._shared.counters
         counters.messages += 1
         counters.received_bytes += len(payload)
         self._backplane.append(self.name, opcode, payload, client)
-        self.hold_back(client)
+        self.pause_if_over_limit(client)
 
-    def hold_back(self, client: Publisher) -> None:
+    def pause_if_over_limit(self, client: Publisher) -> None:
         """Pause reading from a publisher while a high-water mark is exceeded."""
         for mark in self._publish_limits:
-            if mark.is_shut and mark.hold(client):
-                self._shared.ledger.publisher_pauses += 1
+            if mark.is_exceeded and mark.pause_publisher(client):
+                self._shared.counters.publisher_pauses += 1
 
     @property
     def high_water_mark(self) -> HighWaterMark:
@@ -142,7 +142,7 @@ class Channel:
         self._members.setdefault(format_of(client), {})[client] = None
         self._on_members_changed()
 
-    def leave(self, client: Connection) -> None:
+    def detach_connection(self, client: Connection) -> None:
         """Remove a client. Batches that still name it are counted as drops when written."""
         if client in self._recovering:
             self._recovering.discard(client)
@@ -154,21 +154,21 @@ class Channel:
                 del self._members[delivery_format]
             self._on_members_changed()
         for mark in self._publish_limits:
-            mark.release(client)
+            mark.resume_publisher(client)
         self._slow_members.pop(client, None)
         self._delay_repaid_at.pop(client, None)
         if not self._members and not self._recovering:
             self._host.remove_channel(self)
 
-    def fell_behind(self, client: Connection) -> None:
+    def on_backlog_started(self, client: Connection) -> None:
         """Mark a member as slow: its socket is full."""
         self._slow_members[client] = (0, perf_counter())
 
-    def caught_up(self, client: Connection) -> None:
+    def on_backlog_drained(self, client: Connection) -> None:
         """Clear the mark: the member's send backlog is empty."""
         self._slow_members.pop(client, None)
 
-    def when_written(self, act: Callable[[], None]) -> None:
+    def call_when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written."""
         self._backplane.when_settled(lambda: self._when_queue_is_written(act))
 
@@ -188,8 +188,8 @@ class Channel:
         batch = self._open_batch or self._start_batch()
         added_bytes = batch.add(entry)
         self._high_water_mark.bytes += added_bytes
-        self._shared.pending.bytes += added_bytes
-        self._shared.ledger.owed += batch.recipient_count
+        self._shared.pending_fan_out.bytes += added_bytes
+        self._shared.counters.expected_deliveries += batch.recipient_count
         if batch.plain_bytes >= self._batch_limit_bytes:
             self._open_batch = None
 
@@ -199,7 +199,7 @@ class Channel:
 
     def _write_notice(self, notice: Mapping[str, object]) -> None:
         for delivery_format, group in self._members.items():
-            if delivery_format.tells_positions:
+            if delivery_format.sends_positions:
                 data = encode_notice(notice, delivery_format)
                 self._shared.write(list(group), data, messages=0)
 
@@ -246,10 +246,10 @@ class Channel:
         """Add to the bytes that are pending fan-out or, if `size` is negative, free some."""
         if size > 0:
             self._high_water_mark.bytes += size
-            self._shared.pending.bytes += size
+            self._shared.pending_fan_out.bytes += size
         elif size:
             self._high_water_mark.drained(-size)
-            self._shared.pending.drained(-size)
+            self._shared.pending_fan_out.drained(-size)
 
     def _start_batch(self) -> Batch:
         groups_bytes = 0

@@ -29,11 +29,11 @@ CHANNEL_BYTES = 600
 AGE_STEP_S = 1.0
 """Resolution of ages."""
 
-OLD_AT_ONCE = 256
+EXPIRY_SLICE_MESSAGES = 256
 """Expired messages that are evicted before the event loop runs other tasks."""
 
-ROOM_PART = 64
-"""When a bound is exceeded, the eviction frees this fraction of it: 1 / ROOM_PART."""
+EVICTION_DIVISOR = 64
+"""When a bound is exceeded, the eviction frees this fraction of it: 1 / EVICTION_DIVISOR."""
 
 COMPACT_FROM = 64
 """Evicted entries at the front of a list before it is compacted."""
@@ -111,7 +111,7 @@ AgeGroup = OrderedDict[ChannelHistory, None]
 
 
 class AgeStep(NamedTuple):
-    """The interval between two calls of `History.forget_old`.
+    """The interval between two calls of `History.evict_expired`.
 
     Attributes:
         ended_at: its end, by the history's clock.
@@ -190,18 +190,18 @@ class History:
         if self._message_count > self._max_messages or self.bytes > self._max_bytes:
             self._evict_surplus()
 
-    async def grow_old(self) -> None:
+    async def run_expiry(self) -> None:
         """Evict expired messages once every AGE_STEP_S, until cancelled."""
         while True:
             await asyncio.sleep(AGE_STEP_S)
-            for _ in self.forget_old():
+            for _ in self.evict_expired():
                 await asyncio.sleep(0)
 
-    def forget_old(self) -> Iterator[None]:
+    def evict_expired(self) -> Iterator[None]:
         """Evict messages whose age step ended `max_age_s` ago or earlier.
 
         Yields:
-            After every OLD_AT_ONCE messages: other tasks may run then, and add messages.
+            After every EXPIRY_SLICE_MESSAGES messages: other tasks may run then, and add messages.
         """
         now = self._clock()
         self._steps.append(AgeStep(now, self.newest, self._peers))
@@ -217,16 +217,16 @@ class History:
                     del age_group[channel_history]
                     self._assign_age_group(channel_history)
                 checked += 1
-                if checked % OLD_AT_ONCE == 0:
+                if checked % EXPIRY_SLICE_MESSAGES == 0:
                     yield
             del self._steps[0]
 
-    def begin_after(self, position: Position) -> None:
+    def record_gap(self, position: Position) -> None:
         """Record a gap: messages up to a position may be missing, and none after it is."""
         self.floor = max(self.floor, position)
         self.newest = max(self.newest, position)
 
-    def known_after(self, channel: str) -> Position:
+    def complete_after(self, channel: str) -> Position:
         """Return a position after which no message of a channel is missing."""
         return max(self.floor, self.evicted_up_to(channel))
 
@@ -237,16 +237,16 @@ class History:
             return channel_history.floor
         return self._emptied.get(channel, self._others_evicted_up_to)
 
-    def has_all_after(self, channel: str, position: Position) -> bool:
+    def is_complete_after(self, channel: str, position: Position) -> bool:
         """Return whether no message of a channel after a position is missing."""
-        return position >= self.known_after(channel)
+        return position >= self.complete_after(channel)
 
-    def after(self, channel: str, position: Position, count: int) -> Sequence[LogEntry]:
+    def entries_after(self, channel: str, position: Position, count: int) -> Sequence[LogEntry]:
         """Return the first `count` entries of a channel after a position."""
         channel_history = self._channels.get(channel)
         return channel_history.entries_after(position, count) if channel_history is not None else ()
 
-    def last(self, channel: str, count: int) -> Sequence[LogEntry]:
+    def latest_entries(self, channel: str, count: int) -> Sequence[LogEntry]:
         """Return the newest `count` entries of a channel, oldest first."""
         channel_history = self._channels.get(channel)
         return channel_history.latest_entries(count) if channel_history is not None else ()
@@ -271,13 +271,13 @@ class History:
     def _evict_surplus(self) -> None:
         """Evict messages over the bounds, and some more, so that not every message evicts one."""
         if self._message_count > self._max_messages:
-            target = self._max_messages - self._max_messages // ROOM_PART
+            target = self._max_messages - self._max_messages // EVICTION_DIVISOR
             while self._message_count > target:
                 channel_history = self._by_messages.largest()
                 for _ in range(min(self._message_count - target, channel_history.messages.surplus)):
                     self._evict_oldest(channel_history)
         if self.bytes > self._max_bytes:
-            target = self._max_bytes - self._max_bytes // ROOM_PART
+            target = self._max_bytes - self._max_bytes // EVICTION_DIVISOR
             while self.bytes > target:
                 channel_history = self._by_bytes.largest()
                 while self.bytes > target and channel_history.bytes.surplus > 0:

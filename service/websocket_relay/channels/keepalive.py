@@ -56,7 +56,7 @@ async def _close_silent_clients(clients: ConnectionRegistry, since: float) -> No
     for _ in range(2):
         await asyncio.sleep(0)
     for number, client in enumerate(clients, 1):
-        if client.is_silent(since):
+        if client.is_ping_overdue(since):
             client.close(Close.PING_TIMEOUT)
         if number % CLIENTS_PER_SLICE == 0:
             await asyncio.sleep(0)

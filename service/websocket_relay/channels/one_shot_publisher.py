@@ -25,7 +25,7 @@ class OneShotPublisher:
         self._resumed = asyncio.Event()
         self._resumed.set()
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_capacity(self) -> None:
         """Return when no high-water mark is exceeded; publish then, before any other await."""
         try:
             # Checked again after each wait: publishers that resume earlier may exceed a mark.
@@ -33,7 +33,7 @@ class OneShotPublisher:
                 await self._resumed.wait()
         finally:
             for mark in self._high_water_marks:
-                mark.release(self)
+                mark.resume_publisher(self)
 
     async def publish_all(
         self, backplane: Backplane, channel: str, messages: Sequence[tuple[int, bytes]]
@@ -48,7 +48,7 @@ class OneShotPublisher:
         Raises:
             RefusedError: the messages could not be relayed.
         """
-        backplane.append_all(channel, messages, self)
+        backplane.append_batch(channel, messages, self)
         delivered: asyncio.Future[Position | None] = asyncio.get_running_loop().create_future()
 
         def set_position(position: Position | None) -> None:
@@ -74,13 +74,13 @@ class OneShotPublisher:
         if not self._pause_count:
             self._resumed.set()
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Record that a message was not relayed or, in doubt, that the outcome is unknown."""
-        if in_doubt or self._failure is None:
-            self._failure = Refusal.IN_DOUBT if in_doubt else Refusal.UNAVAILABLE
+        if is_unconfirmed or self._failure is None:
+            self._failure = Refusal.IN_DOUBT if is_unconfirmed else Refusal.UNAVAILABLE
 
     def _is_paused(self) -> bool:
         for mark in self._high_water_marks:
-            if mark.is_shut:
-                mark.hold(self)
+            if mark.is_exceeded:
+                mark.pause_publisher(self)
         return not self._resumed.is_set()

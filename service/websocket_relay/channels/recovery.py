@@ -34,12 +34,12 @@ class ReplayRequest(NamedTuple):
         since: replay all messages after this position; None: not requested.
         history_count: replay the channel's latest messages, up to this many; ignored if `since` is
             given.
-        tells_positions: the client uses relay.v1, and is sent a welcome.
+        sends_positions: the client uses relay.v1, and is sent a welcome.
     """
 
     since: Position | None
     history_count: int
-    tells_positions: bool
+    sends_positions: bool
 
 
 class Recovery:
@@ -71,7 +71,7 @@ class Recovery:
         self._deflate_from_bytes = deflate_from_bytes
         self._cursor: Position | None = None  # replayed up to here; None: not known yet
         self._is_recovered = True
-        self._needs_welcome = request.tells_positions
+        self._needs_welcome = request.sends_positions
         self._started_at = monotonic()
         self._is_socket_full = False
         self._is_finished = False
@@ -91,24 +91,24 @@ class Recovery:
         """Publish a message, though its publisher is not subscribed yet."""
         self._channel.publish(client, opcode, payload)
 
-    def hold_back(self, client: Publisher) -> None:
+    def pause_if_over_limit(self, client: Publisher) -> None:
         """Pause reading from a publisher while a high-water mark is exceeded."""
-        self._channel.hold_back(client)
+        self._channel.pause_if_over_limit(client)
 
-    def when_written(self, act: Callable[[], None]) -> None:
+    def call_when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once all that was published so far has been written to the members."""
-        self._channel.when_written(act)
+        self._channel.call_when_written(act)
 
-    def leave(self, client: Connection) -> None:
+    def detach_connection(self, client: Connection) -> None:
         """End the recovery: the client disconnects."""
         self._is_finished = True
-        self._channel.leave(client)
+        self._channel.detach_connection(client)
 
-    def fell_behind(self, client: Connection) -> None:
+    def on_backlog_started(self, client: Connection) -> None:
         """Pause the replay: the client's socket is full."""
         self._is_socket_full = True
 
-    def caught_up(self, client: Connection) -> None:
+    def on_backlog_drained(self, client: Connection) -> None:
         """Resume the replay: the client's send backlog is empty."""
         self._is_socket_full = False
         self._schedule()
@@ -175,16 +175,16 @@ class Recovery:
         history, name, since = self._history, self._channel.name, self._request.since
         if since is not None:
             is_in_log = since <= self._host.backplane.position
-            self._is_recovered = is_in_log and history.has_all_after(name, since)
-            counters = self._host.shared.ledger
+            self._is_recovered = is_in_log and history.is_complete_after(name, since)
+            counters = self._host.shared.counters
             counters.recovered += self._is_recovered
             counters.not_recovered += not self._is_recovered
-            return max(since, history.known_after(name)) if is_in_log else history.newest
+            return max(since, history.complete_after(name)) if is_in_log else history.newest
         count = self._request.history_count
-        latest = history.last(name, count) if count else ()
+        latest = history.latest_entries(name, count) if count else ()
         if not latest:
             return history.newest
-        return max(latest[0].position.before(), history.known_after(name))  # not across a gap
+        return max(latest[0].position.before(), history.complete_after(name))  # not across a gap
 
     def _send_welcome(self, position: Position) -> None:
         self._send_notice(
@@ -202,7 +202,7 @@ class Recovery:
             The new cursor.
         """
         name, floor = self._channel.name, self._history.floor
-        if self._request.tells_positions and floor > cursor:
+        if self._request.sends_positions and floor > cursor:
             # The log has lost messages in the meantime, right after the cursor or later: the
             # replay up to the floor would be incomplete. A client that is sent no notices gets
             # what there is, as members do.
@@ -212,7 +212,7 @@ class Recovery:
             # The history evicted messages faster than the client read them.
             self._client.close(Close.SLOW_CONSUMER)
             return cursor
-        chunk = _first_chunk(self._history.after(name, cursor, REPLAY_CHUNK_MESSAGES))
+        chunk = _first_chunk(self._history.entries_after(name, cursor, REPLAY_CHUNK_MESSAGES))
         if not chunk:
             self._join_channel()
             return cursor
@@ -222,12 +222,12 @@ class Recovery:
     def _write(self, chunk: Sequence[LogEntry]) -> None:
         shared = self._host.shared
         data = b"".join(encode_entries(chunk, format_of(self._client), self._deflate_from_bytes))
-        shared.ledger.owed += len(chunk)
+        shared.counters.expected_deliveries += len(chunk)
         shared.write([self._client], data, messages=len(chunk))
 
     def _join_channel(self) -> None:
         self._is_finished = True
-        self._client.pass_on(self._channel)
+        self._client.switch_sink(self._channel)
         self._channel.add_member(self._client)
 
 

@@ -98,7 +98,7 @@ def _check(config_file: Path | None) -> None:
 
     loaded = loader.load(config_file, os.environ)
     app.build(loaded, run.load_certificates(loaded), run.load_tokens(loaded))
-    for doubt in run.doubts(loaded):
+    for doubt in run.startup_warnings(loaded):
         print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
     print(render.render(loaded), end="")
 

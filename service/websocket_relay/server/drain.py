@@ -54,7 +54,7 @@ async def wait_until_closed(clients: ConnectionRegistry, *, until: float) -> int
     """
     try:
         async with asyncio.timeout_at(until):
-            await clients.none_left.wait()
+            await clients.all_closed.wait()
     except TimeoutError:
         pass
     remaining = list(clients)

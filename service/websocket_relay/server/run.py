@@ -66,7 +66,7 @@ def run(settings: Settings, stop: Stop) -> None:
     """
     certificates = load_certificates(settings)
     tokens = load_tokens(settings)
-    for warning in doubts(settings):
+    for warning in startup_warnings(settings):
         log.warning(warning.text, extra=warning.facts)
     raise_limit()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -78,7 +78,7 @@ def run(settings: Settings, stop: Stop) -> None:
     log.info("stopped")
 
 
-def doubts(settings: Settings) -> Iterator[SettingsWarning]:
+def startup_warnings(settings: Settings) -> Iterator[SettingsWarning]:
     """Yield warnings about the settings and the limits of this machine."""
     yield from settings.warnings()
     limit = highest_limit()
@@ -193,7 +193,7 @@ def _background(
         ping_timeout_s=keepalive.ping_timeout_s,
     )
     yield relay.metrics.measure_loop_lag
-    yield relay.history.grow_old
+    yield relay.history.run_expiry
     yield relay.backplane.run
     if relay.certificates is not None:
         yield relay.certificates.watch
@@ -243,12 +243,12 @@ async def _become_ready(relay: Replica, on_ready: Callable[[], None]) -> None:
     """
     if relay.lifecycle.is_backplane_down:
         relay.lifecycle.phase = Phase.WAITING_FOR_BACKPLANE
-        await relay.backplane.begun.wait()
+        await relay.backplane.started.wait()
     if relay.lifecycle.is_backplane_down:  # in an outage, and backplane.on_outage is reject
         await relay.backplane.up.wait()
     if relay.tokens is not None and relay.tokens.jwks is not None:
         relay.lifecycle.phase = Phase.WAITING_FOR_KEYS
-        await relay.tokens.jwks.get_first()
+        await relay.tokens.jwks.fetch_until_available()
     relay.lifecycle.phase = Phase.READY
     log.info("ready")
     on_ready()
@@ -308,7 +308,7 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
     except TimeoutError:
-        log.error("messages not relayed", extra={"messages": relay.backplane.waiting})
-    relay.http_connections.end_idle(Refusal.DRAINING)  # their next request may never arrive
+        log.error("messages not relayed", extra={"messages": relay.backplane.unconfirmed_messages})
+    relay.http_connections.evict_idle(Refusal.DRAINING)  # their next request may never arrive
     if unanswered := await port.wait_for_responses(until=until):
         log.warning("requests cut off", extra={"requests": unanswered})

@@ -34,11 +34,11 @@ class Publisher(Protocol):
     def resume_reading(self) -> None:
         """Undo one `pause_reading`."""
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Close the connection: its message could not be relayed.
 
         Args:
-            in_doubt: whether the message may have been relayed all the same.
+            is_unconfirmed: whether the message may have been relayed all the same.
         """
 
 
@@ -48,19 +48,19 @@ class MessageSink(Protocol):
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
         """Publish a complete message of the client."""
 
-    def hold_back(self, client: Publisher) -> None:
+    def pause_if_over_limit(self, client: Publisher) -> None:
         """Pause a client that has more to publish, if too much waits to be written."""
 
-    def leave(self, client: "Connection") -> None:
+    def detach_connection(self, client: "Connection") -> None:
         """Stop writing to the client. Called once; it may still publish what it sent before."""
 
-    def fell_behind(self, client: "Connection") -> None:
+    def on_backlog_started(self, client: "Connection") -> None:
         """Record that the client's socket is full: the connection lags."""
 
-    def caught_up(self, client: "Connection") -> None:
+    def on_backlog_drained(self, client: "Connection") -> None:
         """Record that the client's backlog is empty."""
 
-    def when_written(self, callback: Callable[[], None]) -> None:
+    def call_when_written(self, callback: Callable[[], None]) -> None:
         """Call `callback` once everything published so far has been written."""
 
 
@@ -91,7 +91,7 @@ class ConnectionState(Enum):
 
     HANDSHAKE = auto()  # the upgrade is neither accepted nor refused
     OPEN = auto()
-    PARTING = auto()  # parsing has stopped; our close frame follows the pending deliveries
+    CLOSE_PENDING = auto()  # parsing has stopped; our close frame follows the pending deliveries
     CLOSING = auto()  # our close frame is sent, the client's is awaited
     DISCARDING = auto()  # input is discarded, nothing more is sent; TCP's end is awaited
     LOST = auto()  # the TCP connection has ended
@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
             waits, the backlog's while the connection lags, and a drop counter once the connection
             has left its sink.
         encoding: the encoding of its deliveries, see `deflate` and `sse.SSE`.
-        tells_positions: whether each of its messages begins with its position in the log.
+        sends_positions: whether each of its messages begins with its position in the log.
     """
 
     __slots__ = (
@@ -126,14 +126,14 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_write_now",
         "encoding",
-        "tells_positions",
+        "sends_positions",
         "write",
     )
 
     write: Callable[[bytes], None]
 
     @staticmethod
-    def count_whole(batch: bytes, end: int) -> int:
+    def count_complete_messages(batch: bytes, end: int) -> int:
         """Return how many messages end within the first `end` bytes of a batch."""
         raise NotImplementedError
 
@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], None] | None = None
         self.encoding = PLAIN
-        self.tells_positions = False
+        self.sends_positions = False
         self.write = shared.drop_disconnected
 
     # Lifetime
@@ -185,8 +185,8 @@ class Connection(asyncio.Protocol):
         self._state = ConnectionState.OPEN
         self.encoding = encoding
         self._cancel_deadline()
-        shared.clients.add(self)
-        shared.ledger.connections += 1
+        shared.clients.register(self)
+        shared.counters.connections += 1
         self._transport.write(response)
         # With a high-water mark of 1 byte, the transport calls pause_writing in the write that
         # fills the socket; see SendBacklog. With uvloop, write() then also writes at once rather
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
         if self._backlog is not None:  # responses sent before the upgrade fill the socket
             self.start_backlog(response, 0)
 
-    def hand_over(self, sink: MessageSink) -> None:
+    def attach_sink(self, sink: MessageSink) -> None:
         """Attach a sink, which writes to the client from now on."""
         self._sink = sink
         self._is_member = True
@@ -203,15 +203,15 @@ class Connection(asyncio.Protocol):
             self.write = self._write_now
         else:
             self.write = self._write_to_backlog
-            sink.fell_behind(self)
+            sink.on_backlog_started(self)
 
-    def pass_on(self, sink: MessageSink) -> None:
+    def switch_sink(self, sink: MessageSink) -> None:
         """Send all further messages to another sink. The previous one gets no more calls."""
         self._sink = sink
         if self._backlog is not None:
-            sink.fell_behind(self)
+            sink.on_backlog_started(self)
 
-    def expire_in(self, seconds: float) -> None:
+    def start_expiry_timer(self, seconds: float) -> None:
         """Close the connection after `seconds` (code 3000), unless it has closed by then."""
         # uvloop rounds to milliseconds: one more, so that the timer never fires early.
         self._expiry_timer = asyncio.get_running_loop().call_later(
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         """Call `callback` once, when the TCP connection has ended."""
         self._on_lost = callback
 
-    def expect_within(self, seconds: float) -> None:
+    def start_deadline(self, seconds: float) -> None:
         """Abort the connection unless it makes progress within `seconds`."""
         self._cancel_deadline()
         self._deadline_timer = asyncio.get_running_loop().call_later(seconds, self._on_deadline)
@@ -248,7 +248,7 @@ class Connection(asyncio.Protocol):
         """Send a keepalive: `frame`, where the protocol has frames."""
         raise NotImplementedError
 
-    def is_silent(self, since: float) -> bool:
+    def is_ping_overdue(self, since: float) -> bool:
         """Return whether a ping sent at `since` or before is still unanswered."""
         raise NotImplementedError
 
@@ -259,7 +259,7 @@ class Connection(asyncio.Protocol):
     def close_when_written(self, why: Close, reason: str) -> None:
         """Close once everything published for the client so far has been written."""
         if self._sink is not None and self._state is ConnectionState.OPEN:
-            self._sink.when_written(lambda: self.close(why, reason))
+            self._sink.call_when_written(lambda: self.close(why, reason))
 
     def abort(self, why: Close) -> None:
         """End the TCP connection now; its backlog is dropped and counted."""
@@ -279,12 +279,14 @@ class Connection(asyncio.Protocol):
     def backlog_bytes(self) -> int:
         """Bytes that wait for the client to read."""
         buffered_bytes = self._transport.get_write_buffer_size()
-        return buffered_bytes if self._backlog is None else self._backlog.unsent(buffered_bytes)
+        return (
+            buffered_bytes if self._backlog is None else self._backlog.unsent_bytes(buffered_bytes)
+        )
 
     @property
-    def held_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory of the backlog: a write that was sent in part counts whole."""
-        return self._backlog.held_bytes if self._backlog is not None else 0
+        return self._backlog.memory_bytes if self._backlog is not None else 0
 
     @property
     def drained_bytes(self) -> int:
@@ -305,37 +307,37 @@ class Connection(asyncio.Protocol):
         if self._backlog is not None:
             self._backlog.is_blocked = True
             return
-        self._backlog = SendBacklog(self.count_whole)
+        self._backlog = SendBacklog(self.count_complete_messages)
         if self._is_member and self._sink is not None:
             self.write = self._write_to_backlog
-            self._sink.fell_behind(self)
+            self._sink.on_backlog_started(self)
         if self._shared.is_writing:
             self._shared.newly_lagging.append(self)
 
     def start_backlog(self, data: bytes, messages: int) -> None:
         """Queue the write that filled the socket; `pause_writing` does not get its bytes."""
         assert self._backlog is not None
-        self._backlog.begin(data, messages)
+        self._backlog.add_blocked_write(data, messages)
         self._shared.backlogs.add_slow_consumer(self)
         if messages:
-            self._shared.ledger.sent_bytes += len(data)
+            self._shared.counters.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
         """Give the transport the next chunk: the previous one has left for the socket."""
-        backlog, transport, ledger = self._backlog, self._transport, self._shared.ledger
+        backlog, transport, counters = self._backlog, self._transport, self._shared.counters
         if backlog is None or transport.is_closing():
             return
         backlog.is_blocked = False
-        ledger.deliveries += backlog.advance()
-        while chunk := backlog.piece(self._chunk_bytes):
+        counters.deliveries += backlog.advance()
+        while chunk := backlog.next_chunk(self._chunk_bytes):
             transport.write(chunk)
             if backlog.is_blocked or transport.is_closing():
                 return
-            ledger.deliveries += backlog.advance()
+            counters.deliveries += backlog.advance()
         self._discard_backlog(backlog, 0)
         if self._is_member and self._sink is not None:
             self.write = self._write_now
-            self._sink.caught_up(self)
+            self._sink.on_backlog_drained(self)
         elif self._state is ConnectionState.DISCARDING:
             self._half_close()
 
@@ -364,10 +366,10 @@ class Connection(asyncio.Protocol):
         if self._on_lost is not None:
             callback, self._on_lost = self._on_lost, None
             callback()
-        if shared.clients.discard(self):
+        if shared.clients.unregister(self):
             assert self._close_reason is not None
-            shared.ledger.disconnections += 1
-            shared.ledger.closes[self._close_reason] += 1
+            shared.counters.disconnections += 1
+            shared.counters.closes[self._close_reason] += 1
             log.debug("client gone", extra={"close": self._close_reason.label})
         self._sink = None
 
@@ -382,12 +384,12 @@ class Connection(asyncio.Protocol):
             self._expiry_timer = None
         # No bound method of this object: a batch may still refer to it after the connection closed.
         shared = self._shared
-        shared.unheard.release(self)
+        shared.unparsed.resume_publisher(self)
         slow = self._close_reason is Close.SLOW_CONSUMER
         self.write = shared.drop_slow_consumer if slow else shared.drop_disconnected
         if self._is_member and self._sink is not None:
             self._is_member = False
-            self._sink.leave(self)
+            self._sink.detach_connection(self)
 
     def _close_after_flush(self) -> None:
         # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: to close both
@@ -395,7 +397,7 @@ class Connection(asyncio.Protocol):
         # frame. Further input is discarded until the client's FIN, or our deadline.
         if self._transport.is_closing():
             return
-        self.expect_within(self._shared.deadline_s)
+        self.start_deadline(self._shared.deadline_s)
         if self._backlog is None:  # otherwise once it is empty: see resume_writing
             self._half_close()
 
@@ -433,7 +435,7 @@ class Connection(asyncio.Protocol):
             ):
                 self.close(Close.SLOW_CONSUMER)
                 return
-            shared.backlogs.record_growth(backlog.note(data, 0))
+            shared.backlogs.record_growth(backlog.add_write(data, 0))
             return
         self._write_now(data)
         if self._backlog is not None:
@@ -467,9 +469,9 @@ class Connection(asyncio.Protocol):
             self.close(Close.SLOW_CONSUMER)
             self.write(batch)  # counts the drop: the connection has left its sink
             return
-        memory_bytes = backlog.note(batch, shared.batch_messages)
+        memory_bytes = backlog.add_write(batch, shared.batch_messages)
         shared.not_sent += 1
-        shared.ledger.sent_bytes += len(batch)
+        shared.counters.sent_bytes += len(batch)
         shared.backlogs.record_growth(memory_bytes)
 
     @property
@@ -479,9 +481,9 @@ class Connection(asyncio.Protocol):
 
     def _discard_backlog(self, backlog: SendBacklog, unsent: int) -> None:
         """Discard the backlog; count which of its messages were sent and which never will be."""
-        delivered, dropped = backlog.split(unsent)
-        self._shared.ledger.deliveries += delivered
-        self._shared.ledger.drops[self._drop_reason] += dropped
+        delivered, dropped = backlog.count_sent_messages(unsent)
+        self._shared.counters.deliveries += delivered
+        self._shared.counters.drops[self._drop_reason] += dropped
         self._shared.backlogs.remove_slow_consumer(self)
         self._backlog = None
 

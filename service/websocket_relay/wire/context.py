@@ -30,10 +30,10 @@ class ConnectionContext:
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
         ledger: the replica's counters.
         backlogs: the lagging connections, and the bounds on their backlogs.
-        unfinished: the incomplete incoming messages, and the bound on them.
-        unheard: the bound on bytes that are read and not parsed yet.
-        appends: the bound on messages that wait to be appended to the log.
-        pending: the bound on messages that wait for their fan-out.
+        partial_messages: the incomplete incoming messages, and the bound on them.
+        unparsed: the bound on bytes that are read and not parsed yet.
+        pending_appends: the bound on messages that wait to be appended to the log.
+        pending_fan_out: the bound on messages that wait for their fan-out.
     """
 
     def __init__(
@@ -42,25 +42,25 @@ class ConnectionContext:
         max_message_bytes: int,
         compresses: bool,
         deadline_s: float,
-        ledger: Counters,
+        counters: Counters,
         backlogs: SendBacklogs,
-        unfinished: PartialMessages,
-        unheard: HighWaterMark,
-        appends: HighWaterMark,
-        pending: HighWaterMark,
+        partial_messages: PartialMessages,
+        unparsed: HighWaterMark,
+        pending_appends: HighWaterMark,
+        pending_fan_out: HighWaterMark,
     ) -> None:
         self.max_message_bytes = max_message_bytes
         self.compresses = compresses
         self.deadline_s = deadline_s
-        self.ledger = ledger
+        self.counters = counters
         self.backlogs = backlogs
-        self.unfinished = unfinished
-        self.unheard = unheard
-        self.appends = appends
-        self.pending = pending
+        self.partial_messages = partial_messages
+        self.unparsed = unparsed
+        self.pending_appends = pending_appends
+        self.pending_fan_out = pending_fan_out
         self.clients = ConnectionRegistry()
-        self.reading = TimeSlicer()  # of reads that hold more than is parsed at once
-        self.held = 0  # connections that are paused because they publish too fast
+        self.parse_slicer = TimeSlicer()  # of reads that hold more than is parsed at once
+        self.paused_connections = 0  # connections that are paused because they publish too fast
         # The fan-out's write in progress: whether there is one; its number of messages; how many
         # connections it did not reach at once; and those whose transport could not send all of it.
         self.is_writing = False
@@ -99,14 +99,14 @@ class ConnectionContext:
         sent = len(clients) - self.not_sent
         self.is_writing = False
         self.batch_messages = 0
-        self.ledger.deliveries += sent * messages
-        self.ledger.sent_bytes += sent * len(data)
+        self.counters.deliveries += sent * messages
+        self.counters.sent_bytes += sent * len(data)
 
     def pause_all_reading(self) -> None:
         """Pause every connection that has nothing unparsed, until the unparsed bytes drain."""
         for client in self.clients:
             if not client.has_unparsed:
-                self.unheard.hold(client)
+                self.unparsed.pause_publisher(client)
 
     def drop_disconnected(self, batch: bytes) -> None:
         """Count a batch as dropped: its connection has closed since it was published."""
@@ -126,4 +126,4 @@ class ConnectionContext:
 
     def _count_drop(self, why: Drop) -> None:
         self.not_sent += 1
-        self.ledger.drops[why] += self.batch_messages
+        self.counters.drops[why] += self.batch_messages

@@ -30,11 +30,11 @@ class HighWaterMark:
         self.bytes = 0
 
     @property
-    def is_shut(self) -> bool:
+    def is_exceeded(self) -> bool:
         """Whether the waiting bytes are above the high-water mark."""
         return self.bytes > self.limit_bytes
 
-    def hold(self, publisher: Pausable) -> bool:
+    def pause_publisher(self, publisher: Pausable) -> bool:
         """Pause a publisher unless it is paused here already; return whether that changed it."""
         if publisher in self._paused:
             return False
@@ -42,7 +42,7 @@ class HighWaterMark:
         publisher.pause_reading()
         return True
 
-    def release(self, publisher: object) -> None:
+    def resume_publisher(self, publisher: object) -> None:
         """Resume a publisher, if it is paused here."""
         if publisher in self._paused:
             del self._paused[publisher]
@@ -65,7 +65,7 @@ class HighWaterMark:
         # their socket buffers.
         for _ in range(1 + max(0, self._bytes_below_low_water) // RESUMED_READ_BYTES):
             if self._paused:
-                self.release(next(iter(self._paused)))
+                self.resume_publisher(next(iter(self._paused)))
         self._is_resuming = bool(self._paused) and self._bytes_below_low_water >= 0
         if self._is_resuming:  # the resumed ones may send nothing: resume more
             asyncio.get_running_loop().call_soon(self._resume_some)

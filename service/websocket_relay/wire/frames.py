@@ -62,7 +62,7 @@ def close(code: int, reason: str = "") -> bytes:
     return control(CLOSE, code.to_bytes(2, "big") + reason.encode()[: MAX_CONTROL_BYTES - 2])
 
 
-def count_whole(batch: bytes, end: int) -> int:
+def count_complete_messages(batch: bytes, end: int) -> int:
     """Count the data messages that end within the first `end` bytes of a batch of frames.
 
     Args:

@@ -33,7 +33,7 @@ from websocket_relay.wire.websocket import WebSocketConnection
 
 log = logging.getLogger(__name__)
 
-CLIENT_KEY = "relay.client"
+WEBSOCKET_CONNECTION_KEY = "relay.client"
 """The key of the WebSocketConnection in the ASGI scope."""
 
 VERSION = b"13"
@@ -182,15 +182,15 @@ class Handshake:
                 method, http_version, headers, compresses=self._context.compresses
             )
         except HandshakeError as error:
-            self._context.ledger.refusals[Refusal.HANDSHAKE] += 1
+            self._context.counters.refusals[Refusal.HANDSHAKE] += 1
             text = f"{Refusal.HANDSHAKE.reason}: {error}\n"
             self._deny(error.status, [*error.headers.items(), TEXT_CONTENT_TYPE], text.encode())
         return self._result
 
     async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
         """Run the application, which accepts or denies the handshake."""
-        cast(dict[str, Any], scope)[CLIENT_KEY] = self._connection
-        self._http_connections.deciding += 1
+        cast(dict[str, Any], scope)[WEBSOCKET_CONNECTION_KEY] = self._connection
+        self._http_connections.pending_handshakes += 1
         try:
             await app(scope, self._receive, self._send)
         except ClientDisconnectedError:
@@ -198,7 +198,7 @@ class Handshake:
         except Exception:
             log.exception("endpoint failed")
         finally:
-            self._http_connections.deciding -= 1
+            self._http_connections.pending_handshakes -= 1
         if self._connection.in_handshake:
             self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [TEXT_CONTENT_TYPE], b"internal error\n")
         elif not self._connection.has_sink:
@@ -255,7 +255,7 @@ class Handshake:
             ("Content-Length", str(len(body))),
         ]
         if self._connection.in_handshake:
-            self._connection.refuse(_encode_head(HTTPStatus(status), headers) + body)
+            self._connection.reject_upgrade(_encode_head(HTTPStatus(status), headers) + body)
             RefusedConnection(self._connection, self._http_connections)
 
 

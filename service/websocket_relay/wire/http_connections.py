@@ -55,7 +55,7 @@ class HttpConnections:
         has_descriptors: Callable[[], bool] = lambda: True,
     ) -> None:
         self.record_refusal = record_refusal
-        self.deciding = 0  # handshakes that are neither accepted nor refused yet
+        self.pending_handshakes = 0  # handshakes that are neither accepted nor refused yet
         self.evictions = 0  # of connections without an unanswered request
         self._max_connections = max_connections
         self._limit_refusal = limit_refusal
@@ -128,7 +128,7 @@ class HttpConnections:
         self._busy.pop(connection, None)
         self._refused.pop(connection, None)
 
-    def end_idle(self, refusal: Refusal) -> None:
+    def evict_idle(self, refusal: Refusal) -> None:
         """Evict all connections that wait for their peers; refuse their partial requests."""
         for waiting in (self._idle, self._refused):
             while waiting:
@@ -149,7 +149,7 @@ class HttpConnections:
         self._members.discard(connection)
         connection.evict(refusal)
 
-    def start(self, request: Callable[[], None]) -> None:
+    def start_request(self, request: Callable[[], None]) -> None:
         """Start a request, in this loop iteration or a later one. Requests start in order."""
         if self._starts_left:
             self._starts_left -= 1

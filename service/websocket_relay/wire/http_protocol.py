@@ -170,7 +170,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._unparsed:
             self._is_paused = True
             self._reading.pause_reading()
-            self._context.reading.add(self._parse_next_slice)
+            self._context.parse_slicer.schedule_work(self._parse_next_slice)
 
     def _parse_next_slice(self, until: float) -> bool:
         """Parse some of the unparsed bytes; return whether none are left."""
@@ -213,7 +213,7 @@ class HttpProtocol(HttpToolsProtocol):
         while start < len(data):
             if start and perf_counter() > until:  # many tiny chunks take long
                 return data[start:]
-            end = self._framing.pass_piece(data, start)
+            end = self._framing.consume_piece(data, start)
             self._head_bytes += end - start
             try:
                 self.parser.feed_data(data[start:end])
@@ -260,7 +260,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._responding_cycle = cycle
         cast(dict[str, Any], cycle.scope)[CONNECTION_KEY] = self
-        self._http_connections.start(partial(self._run_request, cycle, app))
+        self._http_connections.start_request(partial(self._run_request, cycle, app))
 
     def _run_request(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not cycle.disconnected:
@@ -348,14 +348,14 @@ class HttpProtocol(HttpToolsProtocol):
             elif name == b"transfer-encoding":
                 codings += value.lower().split(b",")
         if codings == [b"chunked"] and version == "1.1":
-            self._framing.begin_chunks()
+            self._framing.expect_chunks()
         elif codings:
             *others, last = (coding.strip() for coding in codings)
             if last == b"chunked" and any(others) and version == "1.1":
                 raise RequestError(*NOT_IMPLEMENTED)
             raise RequestError(*MALFORMED)
         elif length:
-            self._framing.begin_content(length)
+            self._framing.expect_content(length)
         return bool(codings or length)
 
     def _requests_websocket(self) -> bool:
@@ -386,7 +386,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._head_bytes = 0
         self._receiving_cycle = None
-        self._framing.begin_request()
+        self._framing.expect_request()
         super().on_message_complete()
         if not self._is_websocket_request:
             self._cancel_deadline_timer()
@@ -437,21 +437,21 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle is not None and self.cycle.response_complete and self._deadline_timer is None
         )
 
-    def leave_open(self) -> None:
+    def delimit_body_by_close(self) -> None:
         """Delimit the body of the next response by the connection's end (RFC 9112 section 6.3)."""
         if self._responding_cycle is not None:
             self._responding_cycle.chunked_encoding = False
 
     @property
-    def is_gone(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether the client can no longer receive a response."""
         return self.transport.is_closing()
 
-    async def answers_are_out(self) -> None:
+    async def drain_responses(self) -> None:
         """Wait until the responses to earlier requests are written to the socket."""
         await self.flow.drain()
 
-    def take_over(self) -> asyncio.Transport | None:
+    def detach_transport(self) -> asyncio.Transport | None:
         """Detach the transport from HTTP after the head of the current response.
 
         Returns:
@@ -500,7 +500,7 @@ class HttpProtocol(HttpToolsProtocol):
         websocket.connection_made(self.transport)
         self.transport.set_protocol(websocket)
         self.parser = None  # type: ignore[assignment]  # breaks a reference cycle
-        websocket.expect_within(self._deadline_at - self.loop.time())
+        websocket.start_deadline(self._deadline_at - self.loop.time())
         websocket.data_received(trailing)
         handshake = Handshake(websocket, self._context, self._http_connections)
         result = handshake.validate(method, version, self.headers)
@@ -560,7 +560,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, status: HTTPStatus, refusal: Refusal, text: str) -> None:
-        self._context.ledger.refusals[refusal] += 1
+        self._context.counters.refusals[refusal] += 1
         self._respond_and_close(status, text)
 
     def _respond_and_close(self, status: HTTPStatus, text: str, extra_header: str = "") -> None:

@@ -42,7 +42,7 @@ ParserEvent = tuple[int, bytes]
 PAUSE: ParserEvent = (CONTINUATION, b"pause")
 """Yielded after a slice of work, so that the event loop can serve others. Compare by identity."""
 
-HALF: ParserEvent = (CONTINUATION, b"half")
+PAUSE_INFLATING: ParserEvent = (CONTINUATION, b"half")
 """Like PAUSE, within a message that inflates fast: complete it before others start theirs."""
 
 PAUSE_INTERVAL_BYTES = 2_048  # input between two pauses: about 300 of the smallest frames
@@ -69,7 +69,7 @@ class Parser:
         inflates: whether permessage-deflate is negotiated.
 
     Attributes:
-        kept_bytes: the memory used by the partial message.
+        buffered_bytes: the memory used by the partial message.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class Parser:
         "_partial_frame",
         "_remaining_bytes",
         "_wire_bytes",
-        "kept_bytes",
+        "buffered_bytes",
     )
 
     def __init__(self, max_message_bytes: int, *, inflates: bool) -> None:
@@ -102,7 +102,7 @@ class Parser:
         # The current message; the opcode is CONTINUATION while there is none
         self._message_opcode = CONTINUATION
         self._message = bytearray()
-        self.kept_bytes = 0
+        self.buffered_bytes = 0
         self._wire_bytes = 0  # payload bytes as received, before inflating
         self._decoder: IncrementalDecoder | None = None
         self._inflater: Inflater | None = None
@@ -110,7 +110,7 @@ class Parser:
             False  # whether the message being inflated starts within the last feed
         )
         self._inflate_steps: Generator[ParserEvent, None, None]
-        self._is_restarting = False  # whether `let_go` requested to inflate the message again
+        self._is_restarting = False  # `discard_inflated` asked to inflate the message again
         self._inflate_cost_bytes = 0  # cost of inflating since the last pause, as output bytes
 
     # Hot path: splitting it into functions would cost a call for every frame.
@@ -227,7 +227,7 @@ class Parser:
                 yield PAUSE
         return start + consumed
 
-    def let_go(self) -> bool:
+    def discard_inflated(self) -> bool:
         """Discard the output of the message that paused with HALF, if it can be inflated again.
 
         Returns:
@@ -241,11 +241,11 @@ class Parser:
 
     def _reset(self) -> None:
         self._message = bytearray()
-        self.kept_bytes = 0
+        self.buffered_bytes = 0
         self._decoder = self._inflater = None
 
     def _inflate(self, payload: bytes) -> Iterator[ParserEvent]:
-        """Inflate the received part of a message; start again if `let_go` discarded the output."""
+        """Inflate the received part of a message; start again if the output was discarded."""
         while True:
             self._inflate_steps = self._inflate_once(payload)
             yield from self._inflate_steps
@@ -267,7 +267,7 @@ class Parser:
                     yield pause
                 self._append(part)
                 self._inflate_cost_bytes += max(INFLATE_CALL_COST_BYTES, len(part))
-                pause = HALF if len(part) == INFLATED_SLICE_BYTES else PAUSE
+                pause = PAUSE_INFLATING if len(part) == INFLATED_SLICE_BYTES else PAUSE
             self._inflate_cost_bytes += len(deflated) * DEFLATED_BYTE_COST
 
     def _append(self, payload: bytes, *, final: bool = False) -> None:
@@ -282,9 +282,9 @@ class Parser:
             if undecoded[:1] == b"\xed" and undecoded[1:] >= b"\xa0":
                 raise ProtocolViolationError(Close.NOT_UTF8)
         self._message += payload
-        self.kept_bytes = len(self._message)
+        self.buffered_bytes = len(self._message)
         if self._inflater is not None:
-            self.kept_bytes += INFLATER_BYTES
+            self.buffered_bytes += INFLATER_BYTES
 
     def _finish_message(self) -> ParserEvent:
         """Return the complete message and reset the state for the next one."""

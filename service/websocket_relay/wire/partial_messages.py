@@ -11,7 +11,7 @@ from typing import Protocol
 class PartialSender(Protocol):
     """A client with an incomplete message."""
 
-    def drop_unfinished(self) -> None: ...
+    def drop_partial_message(self) -> None: ...
 
 
 class PartialMessages:
@@ -26,10 +26,10 @@ class PartialMessages:
         self._bytes_by_sender: dict[PartialSender, int] = {}
         self.total_bytes = 0
 
-    def note(self, sender: PartialSender, buffered_bytes: int) -> None:
+    def record_partial_bytes(self, sender: PartialSender, buffered_bytes: int) -> None:
         """Record how much of a client's message is buffered: 0 once it is complete or discarded."""
         self.total_bytes += buffered_bytes - self._bytes_by_sender.pop(sender, 0)
         if buffered_bytes:
             self._bytes_by_sender[sender] = buffered_bytes
         while self.total_bytes > self._limit_bytes:
-            max(self._bytes_by_sender, key=self._bytes_by_sender.__getitem__).drop_unfinished()
+            max(self._bytes_by_sender, key=self._bytes_by_sender.__getitem__).drop_partial_message()

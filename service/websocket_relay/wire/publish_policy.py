@@ -28,7 +28,7 @@ class PublishPolicy:
             return Close.RATE_LIMIT
         return None
 
-    def excuse(self, seconds: float) -> None:
+    def credit_paused_time(self, seconds: float) -> None:
         """Credit the rate limit for time in which the relay did not read from the client."""
         if self._token_bucket is not None:
-            self._token_bucket.excuse(seconds)
+            self._token_bucket.credit_paused_time(seconds)

@@ -12,13 +12,13 @@ class ConnectionRegistry:
     """The established connections.
 
     Attributes:
-        none_left: set while there is no established connection.
+        all_closed: set while there is no established connection.
     """
 
     def __init__(self) -> None:
         self._connections: set[Connection] = set()
-        self.none_left = asyncio.Event()
-        self.none_left.set()
+        self.all_closed = asyncio.Event()
+        self.all_closed.set()
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -27,15 +27,15 @@ class ConnectionRegistry:
         """Iterate over a copy: the set may change during the iteration."""
         return iter(list(self._connections))
 
-    def add(self, client: "Connection") -> None:
+    def register(self, client: "Connection") -> None:
         """Register a connection whose 101 response was sent."""
         self._connections.add(client)
-        self.none_left.clear()
+        self.all_closed.clear()
 
-    def discard(self, client: "Connection") -> bool:
+    def unregister(self, client: "Connection") -> bool:
         """Remove a connection whose TCP connection ended; return whether it was registered."""
         was_registered = client in self._connections
         self._connections.discard(client)
         if not self._connections:
-            self.none_left.set()
+            self.all_closed.set()
         return was_registered

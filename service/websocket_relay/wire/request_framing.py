@@ -32,24 +32,24 @@ class RequestFraming:
     __slots__ = ("_part", "_remaining_bytes", "_size_line", "line")
 
     def __init__(self) -> None:
-        self.begin_request()
+        self.expect_request()
 
-    def begin_request(self) -> None:
+    def expect_request(self) -> None:
         """Expect the start of a request."""
         self.line = b""
         self._part = RequestPart.LINE
         self._remaining_bytes = 0  # of the content, or of a chunk and its line terminator
         self._size_line = b""  # the received part of the line before a chunk
 
-    def begin_content(self, size: int) -> None:
+    def expect_content(self, size: int) -> None:
         """Expect `size` bytes of content after the head."""
         self._part, self._remaining_bytes = RequestPart.CONTENT, size
 
-    def begin_chunks(self) -> None:
+    def expect_chunks(self) -> None:
         """Expect a chunked body after the head."""
         self._part = RequestPart.CHUNKS
 
-    def pass_piece(self, data: bytes, start: int) -> int:
+    def consume_piece(self, data: bytes, start: int) -> int:
         """Advance past the next piece. Requests start and end only at the boundaries of pieces.
 
         Returns:

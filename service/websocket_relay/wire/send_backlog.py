@@ -19,10 +19,10 @@ class SendBacklog:
     """The queued writes of one lagging connection, oldest first.
 
     Args:
-        count_whole: returns how many messages end within the first n bytes of a write.
+        count_complete_messages: returns how many messages end within the first n bytes of a write.
 
     Attributes:
-        held_bytes: memory in use: whole writes, including parts that were sent already.
+        memory_bytes: memory in use: whole writes, including parts that were sent already.
         messages: number of messages in these writes.
         is_blocked: whether the transport could not send its last chunk at once.
         first_chunk_bytes: how much of the first write the transport was given; None: all of it.
@@ -36,30 +36,30 @@ class SendBacklog:
         "_sent_bytes",
         "_writes",
         "first_chunk_bytes",
-        "held_bytes",
         "is_blocked",
+        "memory_bytes",
         "messages",
     )
 
-    def __init__(self, count_whole: Callable[[bytes, int], int]) -> None:
-        self._count_whole = count_whole
+    def __init__(self, count_complete_messages: Callable[[bytes, int], int]) -> None:
+        self._count_whole = count_complete_messages
         self._writes: deque[tuple[bytes, int]] = deque()
         self._queued_bytes = 0  # size of all these writes
         self._sent_bytes = 0  # of the first write: sent in earlier chunks
         self._chunk_bytes = 0  # after these: the chunk that the transport has
         self._drained_bytes = 0  # sum of all earlier chunks
-        self.held_bytes = 0
+        self.memory_bytes = 0
         self.messages = 0
         self.is_blocked = True
         self.first_chunk_bytes: int | None = None
 
-    def begin(self, data: bytes, messages: int) -> int:
+    def add_blocked_write(self, data: bytes, messages: int) -> int:
         """Add the write that the transport could not complete; return the memory that it takes."""
         chunk_bytes = self.first_chunk_bytes
         self._chunk_bytes = len(data) if chunk_bytes is None else chunk_bytes
-        return self.note(data, messages)
+        return self.add_write(data, messages)
 
-    def note(self, data: bytes, messages: int) -> int:
+    def add_write(self, data: bytes, messages: int) -> int:
         """Queue a write; return the memory that it takes.
 
         Args:
@@ -71,10 +71,10 @@ class SendBacklog:
         self._queued_bytes += size
         self.messages += messages
         memory_bytes = size + WRITE_BYTES
-        self.held_bytes += memory_bytes
+        self.memory_bytes += memory_bytes
         return memory_bytes
 
-    def unsent(self, buffered_bytes: int) -> int:
+    def unsent_bytes(self, buffered_bytes: int) -> int:
         """Return how many bytes were not sent to the socket.
 
         Args:
@@ -96,12 +96,12 @@ class SendBacklog:
             data, messages = writes.popleft()
             self._sent_bytes -= len(data)
             self._queued_bytes -= len(data)
-            self.held_bytes -= len(data) + WRITE_BYTES
+            self.memory_bytes -= len(data) + WRITE_BYTES
             completed += messages
         self.messages -= completed
         return completed
 
-    def piece(self, max_bytes: int) -> bytes | memoryview:
+    def next_chunk(self, max_bytes: int) -> bytes | memoryview:
         """Return the next chunk for a transport whose buffer is empty; empty if the backlog is."""
         if not self._writes:
             return b""
@@ -121,14 +121,14 @@ class SendBacklog:
         start = self._sent_bytes + self._chunk_bytes
         unsent = b"".join(data for data, _ in self._writes)[start:]
         self._chunk_bytes += len(unsent)
-        self.held_bytes += len(unsent)
+        self.memory_bytes += len(unsent)
         return unsent
 
-    def split(self, unsent: int) -> tuple[int, int]:
+    def count_sent_messages(self, unsent: int) -> tuple[int, int]:
         """Return how many of the queued messages were sent whole, and how many were not.
 
         Args:
-            unsent: bytes that were never sent to the socket.
+            unsent_bytes: bytes that were never sent to the socket.
         """
         sent = max(0, self._queued_bytes - unsent)
         completed = 0
@@ -146,7 +146,7 @@ class SlowConsumer(Protocol):
     """A lagging connection, as `SendBacklogs` sees it."""
 
     @property
-    def held_bytes(self) -> int: ...
+    def memory_bytes(self) -> int: ...
     def abort_slow_consumer(self) -> None: ...
 
 
@@ -178,12 +178,12 @@ class SendBacklogs:
     @property
     def total_bytes(self) -> int:
         """Memory that all backlogs take now."""
-        return sum(consumer.held_bytes for consumer in self._slow_consumers)
+        return sum(consumer.memory_bytes for consumer in self._slow_consumers)
 
     def add_slow_consumer(self, consumer: SlowConsumer) -> None:
         """Start to count the backlog of a connection that began to lag."""
         self._slow_consumers[consumer] = None
-        self.record_growth(consumer.held_bytes)
+        self.record_growth(consumer.memory_bytes)
 
     def remove_slow_consumer(self, consumer: SlowConsumer) -> None:
         """Stop counting a backlog that is empty, or whose connection was lost."""
@@ -199,9 +199,9 @@ class SendBacklogs:
         total = self.total_bytes
         if total > self._total_limit_bytes:
             for consumer in sorted(
-                self._slow_consumers, key=lambda each: each.held_bytes, reverse=True
+                self._slow_consumers, key=lambda each: each.memory_bytes, reverse=True
             ):
-                total -= consumer.held_bytes
+                total -= consumer.memory_bytes
                 consumer.abort_slow_consumer()
                 if total <= self._total_limit_bytes:
                     break

@@ -67,7 +67,7 @@ def _data_lines(payload: bytes) -> bytes:
     return normalized.replace(b"\n", b"\ndata: ")
 
 
-def count_whole(batch: bytes, end: int) -> int:
+def count_complete_messages(batch: bytes, end: int) -> int:
     """Return how many messages end within the first `end` bytes of a batch of events."""
     return batch.count(b"\n\n", 0, end)
 
@@ -83,16 +83,16 @@ class SseConnection(Connection):
 
     __slots__ = ("_silence_s",)
 
-    count_whole = staticmethod(count_whole)
+    count_complete_messages = staticmethod(count_complete_messages)
 
     def __init__(self, shared: ConnectionContext, silence_s: float) -> None:
         super().__init__(shared)
         self._silence_s = silence_s
 
-    def allow(self, policy: PublishPolicy) -> None:
+    def set_publish_policy(self, policy: PublishPolicy) -> None:
         """Ignore the policy: an SSE client publishes nothing."""
 
-    def begin(self, transport: asyncio.Transport) -> None:
+    def start_stream(self, transport: asyncio.Transport) -> None:
         """Take over the transport after the response head."""
         self.connection_made(transport)
         # A client does not answer events. TCP detects a dead one (RFC 5482), as each keepalive
@@ -139,8 +139,8 @@ class SseConnection(Connection):
         if self._state is ConnectionState.OPEN:
             self._write_control(KEEPALIVE_COMMENT)
 
-    def is_silent(self, since: float) -> bool:
-        """Return False: TCP_USER_TIMEOUT detects dead clients, see `begin`."""
+    def is_ping_overdue(self, since: float) -> bool:
+        """Return False: TCP_USER_TIMEOUT detects dead clients, see `start_stream`."""
         return False
 
     def _on_token_expired(self) -> None:

@@ -37,7 +37,7 @@ class TimeSlicer:
         """Whether work is queued."""
         return self._is_scheduled
 
-    def add(self, work: SlicedWork, *, first: bool = False) -> None:
+    def schedule_work(self, work: SlicedWork, *, first: bool = False) -> None:
         """Queue work, which must not be in the queue already.
 
         Args:

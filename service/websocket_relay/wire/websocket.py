@@ -30,10 +30,10 @@ from websocket_relay.wire.frames import (
     PONG,
     ProtocolViolationError,
     control,
-    count_whole,
+    count_complete_messages,
 )
 from websocket_relay.wire.frames import close as close_frame
-from websocket_relay.wire.parser import HALF, PAUSE, Parser, ParserEvent
+from websocket_relay.wire.parser import PAUSE, PAUSE_INFLATING, Parser, ParserEvent
 from websocket_relay.wire.publish_policy import PublishPolicy
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class WebSocketConnection(Connection):
         "_unparsed_bytes",
     )
 
-    count_whole = staticmethod(count_whole)
+    count_complete_messages = staticmethod(count_complete_messages)
 
     def __init__(
         self,
@@ -97,20 +97,20 @@ class WebSocketConnection(Connection):
         """Whether the upgrade is neither accepted nor refused yet."""
         return self._state is ConnectionState.HANDSHAKE
 
-    def hand_over(self, sink: MessageSink) -> None:
+    def attach_sink(self, sink: MessageSink) -> None:
         """Attach the sink, and parse what arrived during the handshake."""
-        super().hand_over(sink)
+        super().attach_sink(sink)
         self._parser = Parser(self._shared.max_message_bytes, inflates=self.encoding != PLAIN)
         if self._early_data:
             early_data, self._early_data = self._early_data, b""
             self._transport.resume_reading()
             self.data_received(early_data)
 
-    def allow(self, policy: PublishPolicy) -> None:
+    def set_publish_policy(self, policy: PublishPolicy) -> None:
         """Set what the client may publish."""
         self._publish_policy = policy
 
-    def refuse(self, response: bytes) -> None:
+    def reject_upgrade(self, response: bytes) -> None:
         """Answer the upgrade with an HTTP response and close the connection."""
         if self._state is ConnectionState.LOST:
             return
@@ -131,14 +131,14 @@ class WebSocketConnection(Connection):
             return
         events = self._parser.feed(data)
         shared = self._shared
-        pending, appends = shared.pending, shared.appends
+        pending, appends = shared.pending_fan_out, shared.pending_appends
         if pending.bytes > pending.limit_bytes or appends.bytes > appends.limit_bytes:
             self._defer_parsing(events, len(data))
         elif (pause := self._process_events(events)) is not None:
             # uvloop reads up to 256 KB at a time, and goes on reading as long as there is so much.
             # Tens of thousands of tiny frames, or data that inflates to a thousand times its size,
             # would block the loop.
-            if pause is HALF and (self._is_paused or shared.reading.is_busy):
+            if pause is PAUSE_INFLATING and (self._is_paused or shared.parse_slicer.is_busy):
                 self._discard_half_inflated()
             self._defer_parsing(events, len(data))
 
@@ -147,10 +147,10 @@ class WebSocketConnection(Connection):
         shared = self._shared
         self._unparsed = events
         self._unparsed_bytes = size
-        shared.unheard.bytes += size
+        shared.unparsed.bytes += size
         self._pause_transport()
         self._schedule_parsing()
-        if shared.unheard.is_shut:
+        if shared.unparsed.is_exceeded:
             shared.pause_all_reading()
 
     @property
@@ -178,7 +178,7 @@ class WebSocketConnection(Connection):
         self._is_queued = not is_done
         if is_done or not self._has_priority:
             return is_done
-        self._shared.reading.add(self.parse_slice, first=True)
+        self._shared.parse_slicer.schedule_work(self.parse_slice, first=True)
         return True
 
     def _parse_slice(self, until: float) -> bool:
@@ -188,18 +188,18 @@ class WebSocketConnection(Connection):
             pause = self._process_events(self._unparsed)
             if pause is None:
                 self._release_unparsed()
-            elif pause is HALF and self._is_paused:
+            elif pause is PAUSE_INFLATING and self._is_paused:
                 self._discard_half_inflated()
             elif perf_counter() > until or (self._has_priority and pause is PAUSE):
                 # Too many half-inflated messages would fill the memory: this one is finished first.
-                self._has_priority = pause is HALF
+                self._has_priority = pause is PAUSE_INFLATING
                 return self._is_paused
         if self._transport is CLOSED_TRANSPORT:
             self._finalize()
         elif self._has_received_eof and self._parser is not None:
             self._close_abnormally()
-        elif self._shared.unheard.is_shut:
-            self._shared.unheard.hold(self)
+        elif self._shared.unparsed.is_exceeded:
+            self._shared.unparsed.pause_publisher(self)
         elif not self._is_paused:
             self._resume_transport()
         return True
@@ -211,24 +211,24 @@ class WebSocketConnection(Connection):
     def _apply_flow_control(self) -> bool:
         """Pause the client if too much waits; return whether it is paused."""
         assert self._sink is not None
-        self._sink.hold_back(self)
+        self._sink.pause_if_over_limit(self)
         return self._is_paused
 
     def _release_unparsed(self) -> None:
         self._unparsed = None
         if self._unparsed_bytes:
-            self._shared.unheard.drained(self._unparsed_bytes)
+            self._shared.unparsed.drained(self._unparsed_bytes)
             self._unparsed_bytes = 0
 
     def _discard_half_inflated(self) -> None:
         """Discard a half-inflated message, if it can be inflated again from its start."""
-        if self._parser is not None and self._parser.let_go():
+        if self._parser is not None and self._parser.discard_inflated():
             self._report_partial_bytes(0)
 
     def _schedule_parsing(self) -> None:
         if not self._pause_count and not self._is_queued:
             self._is_queued = True
-            self._shared.reading.add(self.parse_slice)
+            self._shared.parse_slicer.schedule_work(self.parse_slice)
 
     def _pause_transport(self) -> None:
         self._read_paused_at = self._read_paused_at or monotonic()
@@ -236,7 +236,7 @@ class WebSocketConnection(Connection):
 
     def _resume_transport(self) -> None:
         if self._read_paused_at and self._publish_policy is not None:
-            self._publish_policy.excuse(monotonic() - self._read_paused_at)
+            self._publish_policy.credit_paused_time(monotonic() - self._read_paused_at)
         self._read_paused_at = 0.0
         if not self._transport.is_closing():
             self._transport.resume_reading()
@@ -258,7 +258,7 @@ class WebSocketConnection(Connection):
                         pongs.append(control(PONG, payload))
                     elif opcode == CLOSE:
                         end = Close.CLIENT, _close_response(payload)
-                elif event is PAUSE or event is HALF:
+                elif event is PAUSE or event is PAUSE_INFLATING:
                     pause = event
                     break
                 elif self._publish_policy is not None and (why := self._publish_policy.violation()):
@@ -277,22 +277,22 @@ class WebSocketConnection(Connection):
             self._queue_close(*end)
         if self._parser is None:  # an event above stopped the parsing
             return None
-        if parser.kept_bytes != self._partial_bytes:
-            self._report_partial_bytes(parser.kept_bytes)
+        if parser.buffered_bytes != self._partial_bytes:
+            self._report_partial_bytes(parser.buffered_bytes)
         if pause is None or self._parser is None:
             return None
-        sink.hold_back(self)
+        sink.pause_if_over_limit(self)
         return pause
 
     def _report_partial_bytes(self, size: int) -> None:
         self._partial_bytes = size
-        self._shared.unfinished.note(self, size)
+        self._shared.partial_messages.record_partial_bytes(self, size)
 
-    def drop_unfinished(self) -> None:
+    def drop_partial_message(self) -> None:
         """Close the connection, so that the memory of its incomplete message is freed."""
         self._queue_close_for(Close.UNFINISHED)
 
-    def tell_unavailable(self, *, in_doubt: bool) -> None:
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Close the connection: its message could not be relayed."""
         self._queue_close_for(Close.UNAVAILABLE)
 
@@ -303,7 +303,7 @@ class WebSocketConnection(Connection):
             Whether the connection stays open to send the client's backlog.
         """
         self._has_received_eof = True
-        if self._state is ConnectionState.PARTING and self._transport.can_write_eof():
+        if self._state is ConnectionState.CLOSE_PENDING and self._transport.can_write_eof():
             return True
         self._send_queued_close()
         if self._unparsed is None:
@@ -313,7 +313,7 @@ class WebSocketConnection(Connection):
             # takes up to half a minute to close.
             self._detach_from_sink()
         if self._deadline_timer is None:
-            self.expect_within(self._shared.deadline_s)
+            self.start_deadline(self._shared.deadline_s)
         return self._stays_open_after_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -355,7 +355,7 @@ class WebSocketConnection(Connection):
             return
         self._detach(why)
         self._state = ConnectionState.CLOSING
-        self.expect_within(self._shared.deadline_s)
+        self.start_deadline(self._shared.deadline_s)
         self._write_control(close_frame(why.code, reason or why.reason))
 
     def abort(self, why: Close) -> None:
@@ -371,7 +371,7 @@ class WebSocketConnection(Connection):
                 self._ping_unanswered_since = now
                 self._drained_bytes_at_ping = self.drained_bytes
 
-    def is_silent(self, since: float) -> bool:
+    def is_ping_overdue(self, since: float) -> bool:
         """Return whether a ping sent at `since` or before is still unanswered.
 
         A client is not silent if the relay itself has paused reading from it, or if some of its
@@ -393,14 +393,14 @@ class WebSocketConnection(Connection):
         """Stop reading from the client until `resume_reading` was called as often."""
         self._pause_count += 1
         if self._pause_count == 1:
-            self._shared.held += 1
+            self._shared.paused_connections += 1
             self._pause_transport()
 
     def resume_reading(self) -> None:
         """Undo one `pause_reading`; the last one resumes parsing and reading."""
         self._pause_count -= 1
         if self._pause_count == 0:
-            self._shared.held -= 1
+            self._shared.paused_connections -= 1
             if self._unparsed is not None:
                 self._schedule_parsing()
             else:
@@ -435,10 +435,10 @@ class WebSocketConnection(Connection):
             self._close_after_flush()
         elif self._state is ConnectionState.OPEN:
             self._queued_close_frame = frame
-            self._state = ConnectionState.PARTING
-            self.expect_within(self._shared.deadline_s)
+            self._state = ConnectionState.CLOSE_PENDING
+            self.start_deadline(self._shared.deadline_s)
             assert self._sink is not None
-            self._sink.when_written(self._send_queued_close)
+            self._sink.call_when_written(self._send_queued_close)
 
     def _finalize_if_lost(self) -> None:
         """Discard the unparsed bytes of a connection that has ended."""
@@ -452,7 +452,7 @@ class WebSocketConnection(Connection):
             self._report_partial_bytes(0)
 
     def _send_queued_close(self) -> None:
-        if self._state is ConnectionState.PARTING:
+        if self._state is ConnectionState.CLOSE_PENDING:
             self._detach_from_sink()
             self._write_control(self._queued_close_frame)
             self._state = ConnectionState.DISCARDING
@@ -463,13 +463,13 @@ class WebSocketConnection(Connection):
         self._queue_close_for(Close.TOKEN_EXPIRED)
 
     def _on_deadline(self) -> None:
-        if self._state is ConnectionState.PARTING and not self._transport.is_closing():
+        if self._state is ConnectionState.CLOSE_PENDING and not self._transport.is_closing():
             # Pending deliveries take too long, maybe because of others: send the close frame now.
             self._deadline_timer = None
             self._send_queued_close()
             return
         if self._state is ConnectionState.HANDSHAKE:
-            self._shared.ledger.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
+            self._shared.counters.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
         super()._on_deadline()
 
 
