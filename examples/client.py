@@ -1,9 +1,9 @@
-"""Print what a channel relays, and send every line of standard input.
+"""Print the messages of a channel, and send every line of standard input.
 
 python examples/client.py [ws://localhost:8443/channels/news]
 
-A relay with auth.mode jwt wants a token. It comes from the environment variable RELAY_TOKEN, for
-everybody on the machine sees the arguments of programs, and addresses stand in logs.
+A relay with auth.mode jwt requires a token. It is read from the environment variable RELAY_TOKEN:
+every user of the machine can see the arguments of programs, and URLs are logged.
 """
 
 import os
@@ -30,88 +30,88 @@ DEFAULT_URL = "ws://localhost:8443/"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
-def send_lines(websocket: ClientConnection, unheard: Queue[str]) -> None:
-    # A file object of its own: at exit Python would wait for the lock of sys.stdin, which a
-    # thread that waits for the keyboard holds.
+def send_lines(websocket: ClientConnection, unechoed: Queue[str]) -> None:
+    # A second file object for standard input: the thread that waits for the keyboard would keep the
+    # lock of sys.stdin, and Python waits for that lock at exit.
     with suppress(ConnectionClosed), open(0, encoding="utf-8", closefd=False) as lines:
         for line in lines:
             text = line.rstrip("\n")
-            unheard.put(text)
+            unechoed.put(text)
             websocket.send(text)
-        unheard.join()
+        unechoed.join()
         websocket.close()
 
 
-def print_messages(websocket: ClientConnection, unheard: Queue[str]) -> None:
+def print_messages(websocket: ClientConnection, unechoed: Queue[str]) -> None:
     for message in websocket:
         print(message, flush=True)
-        # The relay sends to everybody, in one order: what was sent first comes back first.
-        if not unheard.empty() and message == unheard.queue[0]:
-            unheard.get()
-            unheard.task_done()
+        # The relay sends each message back to its publisher too, in order: the oldest comes first.
+        if not unechoed.empty() and message == unechoed.queue[0]:
+            unechoed.get()
+            unechoed.task_done()
 
 
-def talk(websocket: ClientConnection) -> int:
-    unheard: Queue[str] = Queue()  # what was sent and has not come back yet
-    Thread(target=send_lines, args=(websocket, unheard), daemon=True).start()
+def run_session(websocket: ClientConnection) -> int:
+    unechoed: Queue[str] = Queue()  # messages whose echo has not arrived yet
+    Thread(target=send_lines, args=(websocket, unechoed), daemon=True).start()
     try:
-        print_messages(websocket, unheard)
+        print_messages(websocket, unechoed)
     except KeyboardInterrupt:
-        websocket.close()  # or it would go as an internal error
+        websocket.close()  # else the close code would be 1011, internal error
         raise
     except ConnectionClosedError:
-        closed_well = False
+        is_clean_close = False
     else:
-        closed_well = True
-    say(f"closed: {websocket.close_code} {websocket.close_reason}".rstrip())
-    return 0 if closed_well else FAILED
+        is_clean_close = True
+    print_error(f"closed: {websocket.close_code} {websocket.close_reason}".rstrip())
+    return 0 if is_clean_close else FAILED
 
 
-def without_secrets(url: str) -> str:
-    """Return an address without its user, password and query, where a token may be."""
+def redacted(url: str) -> str:
+    """Return a URL without user, password and query, which may contain a token."""
     parse_uri(url)
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def refusal(response: Response) -> str:
-    """Say what the relay answered instead of connecting: the first line of the body has why."""
+def rejection(response: Response) -> str:
+    """Return status and reason of a rejected handshake; the reason is the body's first line."""
     headers = response.headers
     is_text = any(kind.startswith("text/plain") for kind in headers.get_all("Content-Type"))
     body = (response.body or b"").decode(errors="replace") if is_text else ""
-    why = body.partition("\n")[0] or response.reason_phrase
-    said = f"HTTP {response.status_code}, {why}"
-    for when in headers.get_all("Retry-After"):
-        said += f"; come back in {when} s" if when.isdecimal() else f"; come back at {when}"
-    return said
+    reason = body.partition("\n")[0] or response.reason_phrase
+    text = f"HTTP {response.status_code}, {reason}"
+    for time in headers.get_all("Retry-After"):
+        text += f"; retry after {time} s" if time.isdecimal() else f"; retry after {time}"
+    return text
 
 
-def reason(error: Exception) -> str:
-    # Where a redirect could not be followed, the error shows the whole address and stands before
-    # the answer.
-    answer = error if isinstance(error, InvalidStatus) else error.__context__
-    return refusal(answer.response) if isinstance(answer, InvalidStatus) else str(error)
+def error_text(error: Exception) -> str:
+    # When a redirect can't be followed, websockets raises an error whose text has the whole URL;
+    # its context is the InvalidStatus with the response.
+    cause = error if isinstance(error, InvalidStatus) else error.__context__
+    return rejection(cause.response) if isinstance(cause, InvalidStatus) else str(error)
 
 
-def say(line: str) -> None:
+def print_error(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def main(url: str, token: str) -> int:
     try:
-        address = without_secrets(url)
-    except (ValueError, InvalidURI):  # their texts repeat it
-        say("that is not an address such as ws://localhost:8443/channels/news")
+        shown_url = redacted(url)
+    except (ValueError, InvalidURI):  # their texts repeat the URL
+        print_error("not a channel URL such as ws://localhost:8443/channels/news")
         return WRONG_USAGE
     if not re.fullmatch(r"[\w.-]*", token, re.ASCII):
-        say("RELAY_TOKEN: a token has letters, digits, dots, - and _ only")
+        print_error("RELAY_TOKEN: a token has letters, digits, dots, - and _ only")
         return WRONG_USAGE
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with connect(url, additional_headers=headers) as websocket:
-            return talk(websocket)
+            return run_session(websocket)
     except (OSError, UnicodeError, WebSocketException) as error:
-        say(f"{address}: {reason(error)}")
+        print_error(f"{shown_url}: {error_text(error)}")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

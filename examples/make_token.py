@@ -1,6 +1,6 @@
-"""Print a token for the channels that are named, which ends in an hour.
+"""Print a token for the given channels, which expires in one hour.
 
-This is for trying it out: where there are users, a service of yours signs their tokens.
+This is for trials: in production, a service of yours signs its users' tokens.
 """
 
 import sys
@@ -13,7 +13,7 @@ import jwt
 
 LIFETIME_S = 3600
 EXAMPLE = """\
-example (umask 077: nobody else may read the files):
+example (umask 077: no other user may read the files):
   umask 077
   python -c "import secrets; print(secrets.token_hex(32))" > secret.txt
   python examples/make_token.py secret.txt news "chat.*" > token.txt
@@ -21,8 +21,8 @@ example (umask 077: nobody else may read the files):
 
 
 def make_token(secret: str, channels: Sequence[str]) -> str:
-    rights = {"subscribe": channels, "publish": channels}
-    claims = {"exp": int(time.time()) + LIFETIME_S, "relay": rights}
+    permissions = {"subscribe": channels, "publish": channels}
+    claims = {"exp": int(time.time()) + LIFETIME_S, "relay": permissions}
     return jwt.encode(claims, secret, algorithm="HS256")
 
 
@@ -32,7 +32,7 @@ def main(secret_file: Path, channels: Sequence[str]) -> int:
     except OSError as error:
         problem = error.strerror
     except (UnicodeDecodeError, jwt.InvalidKeyError):
-        problem = "not a secret, but empty, no text or a key of another kind"
+        problem = "not a secret: empty, not UTF-8 text, or a key of another type"
     else:
         print(token)
         return 0
@@ -44,7 +44,7 @@ if __name__ == "__main__":
     parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument("secret_file", type=Path, help="what the relay has as auth.jwt.secret")
-    parser.add_argument("channels", nargs="+", help="a * at the end stands for any rest")
+    parser.add_argument("secret_file", type=Path, help="file with the relay's auth.jwt.secret")
+    parser.add_argument("channels", nargs="+", help="names; a trailing * matches any suffix")
     arguments = parser.parse_args()
     sys.exit(main(arguments.secret_file, arguments.channels))

@@ -1,1 +1,1 @@
-"""The chart, and what makes the parts of it that are not written by hand."""
+"""The chart, and the generator of those of its files that are not written by hand."""

@@ -1,4 +1,4 @@
-"""`make chart`: write what is generated."""
+"""`make chart`: write the generated files."""
 
 from helm.generate import write
 from tests.support.helm import newest_helm

@@ -1,8 +1,8 @@
-"""Write what in chart and manifests follows from something else: `make chart`.
+"""Generate files of the chart and the manifests: `make chart`.
 
 Owns values.yaml's `config` and values.schema.json (from the settings), the table in the chart's
-README (from the comments in values.yaml) and k8s/base (from the chart). Knows nothing of where Helm
-comes from.
+README (from the comments in values.yaml) and k8s/base (from the chart). Knows no Helm program: the
+caller renders the chart.
 """
 
 import json
@@ -22,7 +22,7 @@ SCHEMA_BY_HAND = ROOT / "helm" / "values.schema.yaml"
 BASE = ROOT / "k8s" / "base"
 
 Render = Callable[[], str]
-"""Returns what `helm template` makes of the chart with its defaults, hooks left out."""
+"""Returns the output of `helm template` for the chart with its defaults, without hooks."""
 
 CONFIG_COMMENT = """\
 # config.yaml of the relay, key for key: all settings. Each may be left out. What differs from the
@@ -31,8 +31,8 @@ CONFIG_COMMENT = """\
 """
 
 SHUTDOWN = model.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20)
-"""Five seconds until every node and Ingress has noticed that a pod goes; ten for its clients, who
-may be some ten thousand (docs/scaling.md)."""
+"""5 s until every node and Ingress has noticed that a pod terminates; 10 s to close its clients,
+which may be some ten thousand (docs/scaling.md)."""
 
 PATTERNS = {
     ("server", "base_path"): model.BASE_PATH,
@@ -40,8 +40,8 @@ PATTERNS = {
     ("server", "trusted_proxies"): re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?"),
     ("backplane", "stream"): model.STREAM_NAME,
 }
-"""What the settings check, and pydantic's schema does not say; of lists their items. Of networks it
-is roughly that."""
+"""Patterns that the settings check and pydantic's schema lacks; for a list, of its items. The
+pattern for networks is only approximate."""
 
 SCHEMA_KEYS = {"type", "enum", "items", "minimum", "maximum", "exclusiveMinimum", "minLength"}
 
@@ -52,7 +52,7 @@ TABLE = re.compile(r"(?<=<!-- values -->\n).*(?=<!-- /values -->)", re.DOTALL)
 HEADER = "# Rendered from helm/websocket-relay by make chart. Change things in an overlay.\n"
 
 RELEASE_LABELS = ("app.kubernetes.io/version", "app.kubernetes.io/managed-by", "helm.sh/chart")
-"""What changes with each version, or says that Helm was here."""
+"""Labels that change with each version, or that belong to Helm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Row:
 
     Attributes:
         path: its keys.
-        default: what values.yaml says.
-        comment: what stands above it there.
+        default: its value in values.yaml.
+        comment: the comment above it there.
     """
 
     path: tuple[str, ...]
@@ -71,19 +71,19 @@ class Row:
 
 
 def values(text: str) -> str:
-    """Return values.yaml with its `config` as the settings are."""
+    """Return values.yaml with `config` generated from the settings."""
     chart_defaults = model.Settings.model_construct(
         shutdown=SHUTDOWN, logging=model.LoggingSettings(format="json")
     )
     tree = render.render(chart_defaults, comments=True)
     indented = "".join(f"  {line}\n" if line else "\n" for line in tree.splitlines())
     block = f"{CONFIG_COMMENT}config:\n{indented}\n"
-    # A text for a replacement would have its backslashes read.
+    # A function, since re would interpret backslashes in a replacement string.
     return CONFIG_BLOCK.sub(lambda _: block, text, count=1)
 
 
 def rows(text: str) -> list[Row]:
-    """Return what values.yaml holds: each value that has a comment above it."""
+    """Return the values of values.yaml that have a comment above them."""
     found: list[Row] = []
     tree = yaml.safe_load(text)
     path: list[tuple[int, str]] = []
@@ -101,7 +101,7 @@ def rows(text: str) -> list[Row]:
                 names = tuple(name for _, name in path)
                 found.append(Row(names, _at(tree, names), " ".join(comments)))
         comments = []
-    # A section whose values have comments of their own is no value.
+    # A section is not a row itself if its values have comments of their own.
     parents = {row.path[:length] for row in found for length in range(1, len(row.path))}
     return [row for row in found if row.path not in parents]
 
@@ -132,18 +132,18 @@ def readme(text: str, values_text: str) -> str:
 
 
 def manifests(rendered: str) -> Iterator[tuple[Path, str]]:
-    """Yield the files of k8s/base, from what Helm made of the chart."""
+    """Yield the files of k8s/base, from the chart as rendered by Helm."""
     names = []
     for document in filter(None, yaml.safe_load_all(rendered)):
         if document["kind"] == "ConfigMap":
-            # kustomize makes it anew, with its hash in its name: other settings are other pods.
+            # kustomize adds a hash to the ConfigMap's name: changed settings replace the pods.
             config = yaml.safe_load(document["data"]["config.yaml"])
             yield BASE / "config.yaml", HEADER + _dumped(config)
             continue
         name = f"{document['kind'].lower()}.yaml"
         names.append(name)
         yield BASE / name, HEADER + _dumped(_plain(document))
-    # The ConfigMap's name is the only thing that has to be known of it here.
+    # Of the ConfigMap, only the name is needed here.
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -154,9 +154,9 @@ def manifests(rendered: str) -> Iterator[tuple[Path, str]]:
 
 
 def files(render: Render) -> dict[Path, str]:
-    """Return all that is generated, by where it belongs.
+    """Return the generated files, by path.
 
-    Helm renders the chart as it lies there, so a values.yaml that changes has to be written first.
+    Helm renders the chart on disk, so a changed values.yaml has to be written first.
     """
     values_file, readme_file = CHART / "values.yaml", CHART / "README.md"
     values_text = values(values_file.read_text())
@@ -169,16 +169,16 @@ def files(render: Render) -> dict[Path, str]:
 
 
 def write(render: Render) -> None:
-    """Write all that is generated."""
-    # Helm reads the first two before the last are made.
+    """Write the generated files."""
+    # Helm reads values.yaml and values.schema.json when it renders the others.
     values_file = CHART / "values.yaml"
     values_text = values(values_file.read_text())
     values_file.write_text(values_text)
     (CHART / "values.schema.json").write_text(schema(values_text))
-    made = files(render)
+    generated = files(render)
     shutil.rmtree(BASE, ignore_errors=True)
     BASE.mkdir(parents=True)
-    for path, text in made.items():
+    for path, text in generated.items():
         path.write_text(text)
 
 
@@ -189,7 +189,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pydantic's schema of the settings as one tree, without what Helm has no use for."""
+    """Return pydantic's schema of the settings as one tree, without keys that Helm does not use."""
 
     def whole(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         node = root["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
@@ -197,7 +197,7 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
         if "properties" in node:
             children = node["properties"].items()
             inner = {name: whole(child, (*path, name)) for name, child in children}
-            # values.yaml has them all: one that is missing was taken out by a null.
+            # values.yaml has every key: a missing one was removed by a null.
             closed = {"type": "object", "additionalProperties": False, "required": [*inner]}
             return kept | closed | {"properties": inner}
         kept |= {key: value for key, value in node.items() if key in SCHEMA_KEYS}
@@ -210,10 +210,10 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require(node: dict[str, Any], defaults: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-    """Ask for what values.yaml has: one that is missing was taken out by a null.
+    """Require the keys that values.yaml has: a missing one was removed by a null.
 
-    Without a section or a number Helm would make nonsense, or say where in a template it gave up.
-    What is empty, free or allowed to be null can be missing.
+    Without a section or a number Helm would render nonsense, or fail with a position in a template.
+    A value that is empty, free-form or nullable may be missing.
     """
     needed = []
     for name, default in defaults.items():
@@ -229,19 +229,19 @@ def _require(node: dict[str, Any], defaults: Mapping[str, Any], shared: Mapping[
 
 
 def _schema_of(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return a value's own place in the schema; none where it is in a definition, or is free."""
+    """Return a value's node in the schema; None if it is in a definition, or is free-form."""
     node = tree
     for key in path:
         if "properties" not in node or key not in node["properties"]:
             return None
         node = node["properties"][key]
-    if "$ref" in node:  # beside a reference draft 7 has no eyes for anything
+    if "$ref" in node:  # draft 7 ignores all keys beside a $ref
         node["allOf"] = [{"$ref": node.pop("$ref")}]
     return node
 
 
 def _plain(document: dict[str, Any]) -> dict[str, Any]:
-    """Take from an object what says that Helm made it, and what kustomize does itself."""
+    """Remove Helm's labels from an object, and the annotation that kustomize makes unnecessary."""
     for label in RELEASE_LABELS:
         document["metadata"]["labels"].pop(label)
     template = document.get("spec", {}).get("template", {}).get("metadata", {})
@@ -251,7 +251,7 @@ def _plain(document: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes lists the way that yamllint likes them."""
+    """Indents lists as yamllint requires."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

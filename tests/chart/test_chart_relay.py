@@ -145,7 +145,7 @@ async def test_helm_test_is_a_round_trip_of_two_clients(
     with running(tmp_path, values) as (release, relay):
         done = release.test(relay)
         assert (done.exit_code, done.stderr) == (0, "")
-        assert done.stdout == "two clients hear each other, in one order\n"
+        assert done.stdout == "two clients receive each other's messages, in one order\n"
         assert await relay.metric("websocket_messages_total") == 2
 
 
@@ -153,7 +153,7 @@ def test_helm_test_without_a_token_sees_that_nobody_comes_in(tmp_path: Path) -> 
     with running(tmp_path, KEY_TOKENS) as (release, relay):
         done = release.test(relay)
         assert (done.exit_code, done.stderr) == (0, "")
-        assert done.stdout.startswith("nobody comes in without a token: HTTP 401")
+        assert done.stdout.startswith("a client without a token is rejected: HTTP 401")
 
 
 def test_helm_test_fails_where_tokens_are_not_asked_for_as_they_should_be(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_helm_test_fails_where_tokens_are_not_asked_for_as_they_should_be(tmp_pa
         relay = stack.enter_context(Relay(tmp_path / "open", everybody))
         done = release.test(relay)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "a client without a token was let in\n"
+    assert done.stderr == "a client without a token was accepted\n"
 
 
 def test_helm_test_fails_where_another_certificate_is_served(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_helm_test_fails_where_another_certificate_is_served(tmp_path: Path) -> 
         certificate.write_bytes(other.certificate_pem)
         done = release.test(relay)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith("no round trip: its certificate is not trusted")
+    assert done.stderr.startswith("round trip failed: certificate not trusted")
 
 
 async def test_the_relay_serves_the_certificate_in_the_secret(tmp_path: Path) -> None:

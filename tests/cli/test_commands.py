@@ -207,7 +207,7 @@ async def test_listen_comes_back_and_prints_what_it_missed(relay: Relay, channel
             await say(other, "before")
             assert await command.line() == "before\n"
             proxy.cut()
-            assert "connection lost; again in 0." in await command.note()
+            assert "connection lost; retrying in 0." in await command.note()
             await say(other, "meanwhile")
             assert await command.line() == "meanwhile\n"
             assert await command.note() == f"websocket-relay: connected to {url}\n"
@@ -279,7 +279,7 @@ async def test_listen_ends_quietly_with_ctrl_c(relay: Relay, channel: str) -> No
 
 async def test_ctrl_c_ends_the_waiting_for_a_relay(channel: str) -> None:
     async with running("listen", "--patience", "60", "ws://127.0.0.1:1/") as command:
-        await command.note_with("connection refused; again in")
+        await command.note_with("connection refused; retrying in")
         command.process.send_signal(signal.SIGINT)
         assert (await command.end()).exit_code == 130
 
@@ -359,11 +359,11 @@ async def test_send_says_how_much_it_does_not_know_of(relay: Relay, channel: str
         await command.type("one\n")
         await proxy.has_lost_something()
         proxy.cut()
-        await command.note_with("connection lost; again in")
+        await command.note_with("connection lost; retrying in")
         done = await command.end()
     assert done.exit_code == 1
     shown = proxy.url(path_of(channel))
-    why = "1 message is not known to be relayed: connection lost"
+    why = "1 message unconfirmed: connection lost"
     assert done.error_lines[-1] == f"websocket-relay: {shown}: {why}"
 
 
@@ -457,7 +457,7 @@ async def test_bench_ends_with_a_table_that_the_relay_s_own_figures_bear_out(
 async def test_bench_with_a_window_goes_as_fast_as_it_goes(relay: Relay, channel: str) -> None:
     done = await typed("bench", *BRIEF, "--window", "2", "--bytes", "70000", url_of(relay, channel))
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "2 each on the way, 70,000 bytes each" in done.stdout
+    assert "2 in flight each, 70,000 bytes each" in done.stdout
 
 
 async def test_bench_over_tls_with_tokens(
@@ -588,7 +588,7 @@ async def test_a_bench_client_counts_its_messages_however_they_arrive_and_no_oth
     [
         (0.95, 1.0, 1_000, "This client was the bottleneck"),
         (0.5, 20.0, 1_000, "This client was late itself"),
-        (0.5, 1.0, 900, "The relay did not take 100 messages a second."),
+        (0.5, 1.0, 900, "The relay did not accept 100 messages a second."),
         (0.5, 1.0, 1_000, "own delay p99"),
     ],
 )
@@ -670,7 +670,7 @@ async def test_a_wrong_address_is_one_line_and_2(
     command: Sequence[str], url: str, why: str
 ) -> None:
     done = await typed(*with_url(command, url))
-    line = "that is not an address such as ws://localhost:8443/channels/news: "
+    line = "not a channel URL such as ws://localhost:8443/channels/news: "
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"websocket-relay: {line}")
     assert done.stderr.endswith(f"{why}\n")
@@ -709,7 +709,7 @@ async def test_a_token_file_without_a_token_is_one_line_and_2(
     assert missing == Finished(2, "", f"websocket-relay: {file}: No such file or directory\n")
     file.write_text("\n")
     empty = await typed(*named)
-    assert empty == Finished(2, "", f"websocket-relay: {file}: there is no token in it\n")
+    assert empty == Finished(2, "", f"websocket-relay: {file}: contains no token\n")
 
 
 @pytest.mark.parametrize("command", EVERY, ids=lambda command: command[0])
@@ -724,15 +724,15 @@ async def test_a_certificate_is_trusted_when_it_is_named(
     done = await typed(*with_url(command, url))
     assert done.exit_code == 1
     (line,) = done.error_lines
-    assert line.startswith(f"websocket-relay: {url}: its certificate is not trusted: self")
-    assert line.endswith("; --ca FILE names another authority")
+    assert line.startswith(f"websocket-relay: {url}: certificate not trusted: self")
+    assert line.endswith("; trust its authority with --ca FILE")
     if command[0] != "listen":
         assert (await typed(*with_url(command, url, "--ca", ca))).exit_code == 0
     key = str(certificate_directory / "key.pem")
     done = await typed(*with_url(command, url, "--ca", key))
-    assert done == Finished(2, "", f"websocket-relay: {key}: it holds no certificate\n")
+    assert done == Finished(2, "", f"websocket-relay: {key}: contains no certificate\n")
     done = await typed(*with_url(command, AWAY, "--ca", ca))
-    line = "--ca is for addresses that begin with wss://"
+    line = "--ca requires a wss:// URL"
     assert done == Finished(2, "", f"websocket-relay: {line}\n")
 
 

@@ -152,7 +152,7 @@ def test_client_py_says_when_to_come_back(relay_with: StartRelay) -> None:
         done = client_py_reading("", url)
     assert done.exit_code == 1
     (line,) = done.error_lines
-    told = re.escape(f"{url}: HTTP 503, too many connections; come back in ")
+    told = re.escape(f"{url}: HTTP 503, too many connections; retry after ")
     assert re.fullmatch(rf"{told}\d+ s", line)
 
 
@@ -162,7 +162,7 @@ async def test_client_py_says_in_one_line_what_a_proxy_answered() -> None:
     async with answering(head, "<html>\n<h1>It is the gateway</h1>\n") as url:
         done = await asyncio.to_thread(client_py_reading, "", url)
     assert done.exit_code == 1
-    assert done.error_lines == [f"{url}: HTTP 502, Bad Gateway; come back at {when}"]
+    assert done.error_lines == [f"{url}: HTTP 502, Bad Gateway; retry after {when}"]
 
 
 async def test_client_py_does_not_show_the_token_of_an_address_that_it_is_sent_on_to() -> None:
@@ -183,7 +183,7 @@ def test_client_py_shows_neither_query_nor_password_of_an_address() -> None:
 def test_client_py_says_in_one_line_that_it_was_given_no_address(url: str) -> None:
     done = client_py_reading("", url)
     assert done.exit_code == 2
-    assert done.error_lines == ["that is not an address such as ws://localhost:8443/channels/news"]
+    assert done.error_lines == ["not a channel URL such as ws://localhost:8443/channels/news"]
 
 
 @pytest.mark.parametrize("token", ["se cret", "se\ncret", "s\u20accret"])
@@ -321,7 +321,7 @@ def test_make_token_py_says_in_one_line_that_a_file_has_no_secret(
     file.write_bytes(content)
     done = make_token_py(str(file), "news")
     assert (done.exit_code, done.stdout) == (1, "")
-    why = "not a secret, but empty, no text or a key of another kind"
+    why = "not a secret: empty, not UTF-8 text, or a key of another type"
     assert done.error_lines == [f"{file}: {why}"]
 
 
@@ -505,7 +505,7 @@ async def test_client_html_does_not_repeat_what_is_no_address(url: str) -> None:
         await page.goto(f"{CLIENT_HTML.as_uri()}?url={url}")
         said = page.locator("#log .bad .text")
         await expect(said).to_have_text(
-            "that is not an address such as ws://localhost:8443/channels/news"
+            "not a channel URL such as ws://localhost:8443/channels/news"
         )
         await expect(page.locator("#state")).to_have_text("closed")
         assert "se.cr.et" not in await everything_shown(page)

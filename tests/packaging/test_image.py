@@ -176,7 +176,7 @@ def test_its_health_is_asked_for_without_a_shell(engine: Engine, image: str, sta
 def test_what_helm_test_runs_runs_in_it(start: Start) -> None:
     script = (ROOT / "helm" / "websocket-relay" / "files" / "round_trip.py").read_text()
     relay = start(env={"RELAY_TEST_URL": "ws://localhost:8443/channels/"})
-    assert relay.python(script) == "two clients hear each other, in one order"
+    assert relay.python(script) == "two clients receive each other's messages, in one order"
 
 
 # What is in it

@@ -1,7 +1,7 @@
-"""What `helm test` runs in the relay's image: two clients hear each other, in one order.
+"""What `helm test` runs in the relay's image: two clients exchange messages, in one order.
 
-RELAY_TEST_URL is the address, ending where the channel's name belongs. For the rest see the chart's
-templates/tests/round-trip.yaml.
+RELAY_TEST_URL is the URL up to the channel's name. The chart's templates/tests/round-trip.yaml sets
+the other variables. Knows no Kubernetes and no server code.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ import jwt
 from websocket_relay.client import RejectedError, Relay
 from websocket_relay.outcomes import RelayError
 
-PATIENCE_S = 60
+TIMEOUT_S = 60
 CHANNEL = f"helm-test-{uuid.uuid4().hex}"
 
 
-def trust() -> ssl.SSLContext | None:
-    """Return what trusts the certificate in the Secret, and no other.
+def tls_context() -> ssl.SSLContext | None:
+    """Return a context that trusts only the certificate in the Secret.
 
-    It is for the names that clients use, and not for the Service's.
+    The certificate is for the public host names, not for the Service's, so no name is checked.
     """
     file = os.environ.get("RELAY_TEST_CERTIFICATE")
     if file is None:
@@ -34,12 +34,12 @@ def trust() -> ssl.SSLContext | None:
 
 
 def token() -> str:
-    """Return a token that is good for this channel and a minute, or the one that was given."""
+    """Return a token for this channel, valid for one minute, or the given one."""
     secret = os.environ.get("RELAY_TEST_SECRET")
     if secret is None:
         return os.environ.get("RELAY_TEST_TOKEN", "").strip()
     claims = {
-        "exp": int(time.time()) + PATIENCE_S,
+        "exp": int(time.time()) + TIMEOUT_S,
         "relay": {"subscribe": [CHANNEL], "publish": [CHANNEL]},
     }
     for claim in ("aud", "iss"):
@@ -51,40 +51,40 @@ def token() -> str:
 def client() -> Relay:
     """Return a client of the test's channel."""
     url = os.environ["RELAY_TEST_URL"] + CHANNEL
-    return Relay(url, token=token(), ssl=trust(), start_patience_s=PATIENCE_S)
+    return Relay(url, token=token(), ssl=tls_context(), start_patience_s=TIMEOUT_S)
 
 
 async def round_trip() -> None:
-    """Let two clients say something, and both hear both."""
-    said = {"from one", "from the other"}
+    """Check that two clients receive each other's messages in the same order."""
+    sent = {"from one", "from the other"}
     async with client() as one, client() as other:
         await one.send("from one")
         await other.send("from the other")
-        heard = [[(await anext(each)).data for _ in said] for each in (one, other)]
-    if set(heard[0]) != said or heard[0] != heard[1]:
-        raise SystemExit(f"one client heard {heard[0]}, the other {heard[1]}")
-    print("two clients hear each other, in one order")
+        received = [[(await anext(each)).data for _ in sent] for each in (one, other)]
+    if set(received[0]) != sent or received[0] != received[1]:
+        raise SystemExit(f"one client received {received[0]}, the other {received[1]}")
+    print("two clients receive each other's messages, in one order")
 
 
-async def refusal() -> None:
-    """See that nobody comes in without a token."""
+async def rejection() -> None:
+    """Check that a client without a token is rejected."""
     try:
         async with client():
-            raise SystemExit("a client without a token was let in")
-    except RejectedError as denied:
-        print(f"nobody comes in without a token: {denied}")
+            raise SystemExit("a client without a token was accepted")
+    except RejectedError as error:
+        print(f"a client without a token is rejected: {error}")
 
 
 async def main() -> None:
-    """Do what can be done with what is known."""
-    nobody_comes_in = os.environ.get("RELAY_TEST_REFUSED") == "true"
-    async with asyncio.timeout(PATIENCE_S):
-        await (refusal() if nobody_comes_in else round_trip())
+    """Run the test that is possible with the given variables."""
+    expects_rejection = os.environ.get("RELAY_TEST_REFUSED") == "true"
+    async with asyncio.timeout(TIMEOUT_S):
+        await (rejection() if expects_rejection else round_trip())
 
 
 try:
     asyncio.run(main())
 except RelayError as error:
-    sys.exit(f"no round trip: {error}")
+    sys.exit(f"round trip failed: {error}")
 except TimeoutError:
-    sys.exit("no round trip: not in time")
+    sys.exit("round trip failed: timed out")

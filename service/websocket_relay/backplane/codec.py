@@ -183,8 +183,8 @@ class PartAssembler:
 
     Attributes:
         dropped: count of packets of which some parts arrived and the rest never did.
-        orphan_part: producer and sequence number of the latest part if an earlier part of its packet
-            is missing, else None.
+        orphan_part: producer and sequence number of the latest part if an earlier part of its
+            packet is missing, else None.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -1,1 +1,1 @@
-"""The command line: the relay itself, and commands that use one as any client does."""
+"""The command line: the relay itself, and commands that connect to one as any client does."""

@@ -1,7 +1,7 @@
-"""What the commands have in common: how they are told of a relay, and how they end.
+"""The parts that the client commands share: arguments, token, TLS, notices, exit status.
 
-Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted by Ctrl-C. One line on standard error
-says why; there is never a traceback.
+Exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted by Ctrl-C. An error is one line on
+standard error, never a traceback. Knows no server code.
 """
 
 import asyncio
@@ -21,69 +21,74 @@ from websocket_relay.client import (
     RejectedError,
     Unconfirmed,
 )
-from websocket_relay.client.url import EXAMPLE, ChannelUrl
+from websocket_relay.client.url import EXAMPLE_URL, ChannelUrl
 from websocket_relay.outcomes import RelayError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 TOKEN_VARIABLE = "RELAY_TOKEN"
-UNTRUSTED = "its certificate is not trusted"
+UNTRUSTED = "certificate not trusted"
 
 EPILOG = f"""\
-A token comes from --token-file or from the environment variable {TOKEN_VARIABLE}, never from an
-argument: those are seen by everybody on the machine. Exit status: 0 done, 1 failed, 2 bad usage,
+The token is read from --token-file or from the environment variable {TOKEN_VARIABLE}. It is never
+an argument: every user of the machine can see those. Exit status: 0 done, 1 failed, 2 bad usage,
 130 interrupted by Ctrl-C."""
 
 
 class UsageError(RelayError):
-    """What was typed, or what it names, can't be used."""
+    """An argument, or the file that it names, is invalid."""
 
 
-def add_target(parser: ArgumentParser) -> None:
-    """Add the arguments that say where the relay is and how it is come to."""
-    parser.add_argument("url", metavar="URL", help=f"the channel's address: {EXAMPLE}")
-    group = parser.add_argument_group("to come in")
+def add_connection_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments for the relay's URL, the token and the certificate."""
+    parser.add_argument("url", metavar="URL", help=f"the channel's URL: {EXAMPLE_URL}")
+    group = parser.add_argument_group("connection")
     group.add_argument(
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="has the token; read again before every connection",
+        help="file with the token; read again before every connection",
     )
     group.add_argument(
         "--ca", type=Path, metavar="FILE", help="PEM file with the authorities to trust for wss://"
     )
 
 
-def add_patience(parser: ArgumentParser, otherwise: str) -> None:
-    """Add the arguments of those who come back by themselves."""
+def add_reconnect_arguments(parser: ArgumentParser, default: str) -> None:
+    """Add the arguments of the commands that reconnect.
+
+    Args:
+        parser: of the command.
+        default: the default of --patience, for the help.
+    """
     parser.add_argument(
         "--patience",
-        type=seconds,
+        type=non_negative_seconds,
         metavar="S",
-        help=f"give up after S seconds without a connection (default: {otherwise})",
+        help=f"give up after S seconds without a connection (default: {default})",
     )
     parser.add_argument(
-        "-q", "--quiet", action="store_true", help="no notes on standard error, only errors"
+        "-q", "--quiet", action="store_true", help="print errors only, no connection notices"
     )
 
 
-def seconds(text: str) -> float:
-    """Read a time that is not negative."""
+def non_negative_seconds(text: str) -> float:
+    """Parse a number of seconds, 0 or more."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise ArgumentTypeError("must be 0 or more")
     return value
 
 
-def count(text: str) -> int:
-    """Read a number of things: one or more."""
+def positive_int(text: str) -> int:
+    """Parse a whole number, 1 or more."""
     value = int(text)
     if value < 1:
         raise ArgumentTypeError("must be 1 or more")
     return value
 
 
-def token_of(options: Namespace) -> Callable[[], str]:
-    """Return what gives the token, fresh each time."""
+def token_source(options: Namespace) -> Callable[[], str]:
+    """Return a function that reads the token again at each call."""
     file: Path | None = options.token_file
     return lambda: os.environ.get(TOKEN_VARIABLE, "").strip() if file is None else _read(file)
 
@@ -96,45 +101,48 @@ def _read(file: Path) -> str:
     except UnicodeDecodeError:
         token = ""
     if not token:
-        raise UsageError(f"{file}: there is no token in it")
+        raise UsageError(f"{file}: contains no token")
     return token
 
 
-def trust_of(options: Namespace) -> ssl.SSLContext | None:
-    """Return how the relay's certificate is checked; None: as is usual on this machine."""
+def tls_context(options: Namespace) -> ssl.SSLContext | None:
+    """Return the context that trusts the authorities of --ca; None: the system's authorities."""
     file: Path | None = options.ca
     if file is None:
         return None
     if not ChannelUrl.parse(options.url).is_secure:
-        raise UsageError("--ca is for addresses that begin with wss://")
+        raise UsageError("--ca requires a wss:// URL")
     try:
         return ssl.create_default_context(cafile=file)
-    except OSError as error:  # ssl.SSLError is one
-        words = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise UsageError(f"{file}: {words}") from None
+    except OSError as error:  # ssl.SSLError is a subclass
+        is_tls_error = isinstance(error, ssl.SSLError)
+        reason = "contains no certificate" if is_tls_error else error.strerror
+        raise UsageError(f"{file}: {reason}") from None
 
 
-def note(text: str) -> None:
-    """Print a line for whoever watches."""
+def print_notice(text: str) -> None:
+    """Print a line to standard error."""
     print(f"websocket-relay: {text}", file=sys.stderr, flush=True)
 
 
-def notes_of(options: Namespace) -> Callable[[Connected | Disconnected | Unconfirmed], None]:
-    """Return what tells of a connection's ups and downs."""
-    where = ChannelUrl.parse(options.url).shown
+def event_printer(
+    options: Namespace,
+) -> Callable[[Connected | Disconnected | Unconfirmed], None]:
+    """Return the function that prints a notice for each connect and disconnect."""
+    url = ChannelUrl.parse(options.url).redacted
 
-    def tell(event: Connected | Disconnected | Unconfirmed) -> None:
+    def print_event(event: Connected | Disconnected | Unconfirmed) -> None:
         match event:
             case Connected(is_recovered=True):
-                note(f"connected to {where}")
+                print_notice(f"connected to {url}")
             case Connected():
-                note(f"connected to {where}; some messages were missed")
+                print_notice(f"connected to {url}; some messages were missed")
             case Disconnected():
-                note(f"{event.reason}; again in {event.retry_s:.1f} s")
+                print_notice(f"{event.reason}; retrying in {event.retry_s:.1f} s")
             case Unconfirmed():
-                pass  # the command's last line says so
+                pass  # the command's last line reports it
 
-    return (lambda _: None) if options.quiet else tell
+    return (lambda _: None) if options.quiet else print_event
 
 
 def run(
@@ -148,24 +156,25 @@ def run(
             return runner.run(_interruptible(main(options)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has had enough of it
-        _forget_output()
+    except BrokenPipeError:  # the reader of standard output has exited: no failure
+        _discard_output()
         return 0
     except (InvalidUrlError, UsageError) as error:
-        note(str(error))
+        print_notice(str(error))
         return WRONG_USAGE
     except RelayError as error:
-        note(f"{ChannelUrl.parse(options.url).shown}: {error}{_advice(error, options)}")
+        url = ChannelUrl.parse(options.url).redacted
+        print_notice(f"{url}: {error}{_advice(error, options)}")
         return FAILED
-    except OSError as error:  # a file, or what is printed to
-        note(f"{error.filename or 'standard output'}: {error.strerror}")
-        _forget_output()
+    except OSError as error:  # of a file, or of standard output
+        print_notice(f"{error.filename or 'standard output'}: {error.strerror}")
+        _discard_output()
         return FAILED
 
 
 async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
-    """Have Ctrl-C cancel a command, and a second one end it at once, wherever it hangs."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, say
+    """Cancel a command on the first Ctrl-C; on the second, end the process wherever it hangs."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script
         return await command
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -183,9 +192,9 @@ async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
 
 def _advice(error: RelayError, options: Namespace) -> str:
     is_untrusted = isinstance(error, RejectedError) and str(error).startswith(UNTRUSTED)
-    return "; --ca FILE names another authority" if is_untrusted and not options.ca else ""
+    return "; trust its authority with --ca FILE" if is_untrusted and not options.ca else ""
 
 
-def _forget_output() -> None:
-    """Throw away what could not be written: at exit Python would try once more."""
+def _discard_output() -> None:
+    """Discard output that can't be written: Python would write it again at exit, and fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""Ask a relay on this machine whether its event loop turns, as the image's HEALTHCHECK does.
+"""Check that a relay on this machine answers /healthz, as the image's HEALTHCHECK does.
 
-Knows where settings make a relay listen; nothing of what runs there.
+Knows the settings that make a relay listen; no server code.
 """
 
 import http.client
@@ -10,37 +10,38 @@ from websocket_relay.config.model import Settings
 from websocket_relay.outcomes import UnhealthyError
 
 TIMEOUT_S = 4.0
-"""For a step of the answer. The image's HEALTHCHECK allows ten seconds for all of it, the start of
-this process included."""
+"""For each step of the exchange. The image's HEALTHCHECK allows 10 s for all of them and for the
+start of this process."""
 
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def ask(settings: Settings) -> None:
-    """Ask for /healthz on the metrics port, or on the relay's where metrics are off.
+def check_health(settings: Settings) -> None:
+    """Request /healthz from the metrics port, or from the relay's port if metrics are off.
 
     Raises:
-        UnhealthyError: it does not answer, or not with 200.
+        UnhealthyError: there is no answer, or its status is not 200.
     """
     connection = _connection(settings)
-    where = f"{connection.host}:{connection.port}"
+    address = f"{connection.host}:{connection.port}"
     try:
         connection.request("GET", "/healthz")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        raise UnhealthyError(f"no answer from {where}: {error}") from error
+        raise UnhealthyError(f"no answer from {address}: {error}") from error
     finally:
         connection.close()
     if status != http.client.OK:
-        raise UnhealthyError(f"{where} answers {status}")
+        raise UnhealthyError(f"{address} answers {status}")
 
 
 def _connection(settings: Settings) -> http.client.HTTPConnection:
     section = settings.metrics if settings.metrics.enabled else settings.server
-    host = ANY_ADDRESS.get(section.host, section.host)
+    host = LOOPBACK_FOR.get(section.host, section.host)
     if settings.metrics.enabled or not settings.server.tls.enabled:
         return http.client.HTTPConnection(host, section.port, timeout=TIMEOUT_S)
-    # The certificate names what clients call the relay, not this address; nothing secret is said.
+    # The certificate is for the public host name, not for this address. The request has no secret,
+    # so the certificate is not verified.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""Print what a channel relays."""
+"""The command `listen`: print the messages of a channel. Knows no server code."""
 
 import asyncio
 import base64
@@ -15,28 +15,28 @@ from typing import Any
 
 from websocket_relay.cli.common import (
     EPILOG,
-    add_patience,
-    add_target,
-    count,
-    notes_of,
+    add_connection_arguments,
+    add_reconnect_arguments,
+    event_printer,
+    positive_int,
     run,
-    token_of,
-    trust_of,
+    tls_context,
+    token_source,
 )
 from websocket_relay.client import Message, Relay
 
 DESCRIPTION = """\
-Print what a channel relays, one message a line, until Ctrl-C.
+Print the messages of a channel, one a line, until Ctrl-C.
 
-It comes back by itself when the connection is lost or the relay restarts, and asks for what it
-missed; nothing is printed twice. Text is printed as it is, with its control characters made
-visible where it goes to a terminal. Binary messages are written as they are, without a line end,
-but for a terminal, which is told their size only. With --json every line is an object:
+When the connection is lost or the relay restarts, the command reconnects and resumes after the last
+message; no message is printed twice. Text is printed as it is; on a terminal, control characters
+are escaped. Binary messages are written as they are, without a line end; on a terminal, only their
+size is printed. With --json every line is an object:
 
   {"position": "1795441056000-7-0", "text": "hello"}
   {"position": "1795441056000-8-0", "base64": "AAEC"}
 
-and has "after_gap": true where messages before it were missed for good."""
+and has "after_gap": true where messages before it are lost."""
 
 EXAMPLES = """\
 examples:
@@ -47,89 +47,95 @@ examples:
 """
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal might obey. Tabs and line feeds are left."""
+"""Characters that may control a terminal. Tabs and line feeds are not among them."""
 
 
 def add_to(commands: Any) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "listen",
-        help="print what a channel relays",
+        help="print the messages of a channel",
         description=DESCRIPTION,
         epilog=EXAMPLES + EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    add_target(parser)
+    add_connection_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    first = parser.add_mutually_exclusive_group()
-    first.add_argument("--since", default="", metavar="P", help="begin behind this position")
-    first.add_argument(
-        "--history", type=count, default=0, metavar="N", help="begin with the last N messages"
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--since", default="", metavar="P", help="start after this position")
+    start.add_argument(
+        "--history",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="start with the last N messages",
     )
-    parser.add_argument("--count", type=count, default=0, metavar="N", help="end after N messages")
-    add_patience(parser, "at the first attempt when it starts, then never")
+    parser.add_argument(
+        "--count", type=positive_int, default=0, metavar="N", help="end after N messages"
+    )
+    add_reconnect_arguments(parser, "after one attempt at the start, later never")
     parser.set_defaults(run=lambda options: run(listen, options))
 
 
 async def listen(options: Namespace) -> int:
-    """Print messages until there are enough of them."""
-    write = _writer(options)
+    """Print messages, up to --count; return the exit status."""
+    write_message = _writer(options)
     relay = Relay(
         options.url,
-        token=token_of(options),
-        ssl=trust_of(options),
+        token=token_source(options),
+        ssl=tls_context(options),
         since=options.since,
         history=options.history,
         start_patience_s=options.patience or 0.0,
         patience_s=math.inf if options.patience is None else options.patience,
-        on_event=notes_of(options),
+        on_event=event_printer(options),
     )
-    async with _while_somebody_reads(), relay:
-        left = options.count
+    async with _broken_pipe_ends_it(), relay:
+        remaining = options.count
         async for message in relay:
-            write(message)
-            left -= 1
-            if left == 0 or not relay.waiting:
+            write_message(message)
+            remaining -= 1
+            if remaining == 0 or not relay.waiting:
                 sys.stdout.flush()
-            if left == 0:
+            if remaining == 0:
                 break
     return 0
 
 
 def _writer(options: Namespace) -> Callable[[Message], None]:
     if options.json:
-        return lambda message: print(_object(message))
-    return _write_shown if sys.stdout.isatty() else _write_as_it_is
+        return lambda message: print(_as_json(message))
+    return _write_to_terminal if sys.stdout.isatty() else _write_raw
 
 
-def _object(message: Message) -> str:
-    said: dict[str, object] = {"position": message.position}
+def _as_json(message: Message) -> str:
+    fields: dict[str, object] = {"position": message.position}
     if isinstance(message.data, str):
-        said["text"] = message.data
+        fields["text"] = message.data
     else:
-        said["base64"] = base64.b64encode(message.data).decode()
+        fields["base64"] = base64.b64encode(message.data).decode()
     if message.after_gap:
-        said["after_gap"] = True
-    return json.dumps(said, ensure_ascii=False)
+        fields["after_gap"] = True
+    return json.dumps(fields, ensure_ascii=False)
 
 
-def _write_shown(message: Message) -> None:
+def _write_to_terminal(message: Message) -> None:
     if isinstance(message.data, bytes):
         print(f"[{len(message.data)} bytes]")
     else:
         print(CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", message.data))
 
 
-def _write_as_it_is(message: Message) -> None:
+def _write_raw(message: Message) -> None:
     data = message.data
     sys.stdout.buffer.write(data if isinstance(data, bytes) else data.encode() + b"\n")
 
 
 @asynccontextmanager
-async def _while_somebody_reads() -> AsyncIterator[None]:
-    """Raise BrokenPipeError when the pipe that is written to has lost its reader.
+async def _broken_pipe_ends_it() -> AsyncIterator[None]:
+    """Raise BrokenPipeError when the reader of the output pipe has closed it.
 
-    Writing would tell as well, but only with the next message, and there may be none.
+    A write would raise it too, but only with the next message, which may never arrive.
     """
     output = sys.stdout.fileno()
     task = asyncio.current_task()
@@ -137,20 +143,20 @@ async def _while_somebody_reads() -> AsyncIterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    was_left = False
+    was_closed = False
 
-    def leave() -> None:
-        nonlocal was_left
-        was_left = True
+    def on_pipe_closed() -> None:
+        nonlocal was_closed
+        was_closed = True
         loop.remove_reader(output)
         task.cancel()
 
-    # A pipe's writing end never becomes readable; that its reader is gone is told all the same.
-    loop.add_reader(output, leave)
+    # The write end of a pipe never becomes readable, but the loop reports that its reader closed.
+    loop.add_reader(output, on_pipe_closed)
     try:
         yield
     except asyncio.CancelledError:
-        if was_left and not task.uncancel():
+        if was_closed and not task.uncancel():
             raise BrokenPipeError from None
         raise
     finally:

@@ -1,9 +1,10 @@
-"""The command line. Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings.
+"""The entry point of the command line: argument parsing, and the commands of the operator.
 
-`listen`, `send` and `bench` have theirs in `commands/terminal`: the same, and 130 after Ctrl-C.
+Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings. For `listen`, `send` and
+`bench` see `cli/common`: the same, and 130 after Ctrl-C.
 
-What takes time to import is imported when it is needed: who sends a message shall not wait for a
-server, and Ctrl-C ends that well, too.
+Slow modules are imported when they are needed: `send` does not wait for the server's imports, and
+Ctrl-C during an import ends the process without a traceback.
 """
 
 import argparse
@@ -16,29 +17,29 @@ from typing import Any, NoReturn, cast
 from websocket_relay.outcomes import SettingsError, StartError, UnhealthyError, UnusableSettingError
 from websocket_relay.server.signals import Stop, leave
 
-CONFIG_HELP = "YAML file with settings (default: config.yaml where there is one)"
+CONFIG_HELP = "YAML file with settings (default: config.yaml if it exists)"
 
 
 def main(arguments: Sequence[str] | None = None, *, stop: Stop | None = None) -> int:
-    """Run a command and return the exit status; the relay's own command ends the process.
+    """Run a command and return the exit status; `serve` ends the process instead.
 
     Args:
         arguments: of the command line; None: those of this process.
-        stop: receives signals already.
+        stop: receives signals already; None: `serve` makes a new one.
     """
     try:
         options = _parser().parse_args(arguments)
         if options.command in (None, "serve"):
-            _be_the_relay(options, stop or Stop())
+            _serve_and_exit(options, stop or Stop())
         return _run(options)
-    except KeyboardInterrupt:  # that nothing else handled: during an import, say
+    except KeyboardInterrupt:  # outside of a command, for example during an import
         return 130
 
 
-def _be_the_relay(options: argparse.Namespace, stop: Stop) -> NoReturn:
+def _serve_and_exit(options: argparse.Namespace, stop: Stop) -> NoReturn:
     try:
         status = _run(options, stop)
-    except Exception:  # noqa: BLE001 - with signals blocked, nothing else may end the process
+    except Exception:  # noqa: BLE001 - the process must end by leave(): signals are blocked
         sys.excepthook(*cast(Any, sys.exc_info()))
         status = 1
     leave(status)
@@ -66,8 +67,8 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
     except UnusableSettingError as error:
         from websocket_relay.config import loader
 
-        where = loader.where(error.setting, options.config_file, os.environ)
-        print(f"websocket-relay: {where}: {error}", file=sys.stderr)
+        source = loader.where(error.setting, options.config_file, os.environ)
+        print(f"websocket-relay: {source}: {error}", file=sys.stderr)
         return 2
     except (StartError, UnhealthyError) as error:
         print(f"websocket-relay: {error}", file=sys.stderr)
@@ -98,8 +99,8 @@ def _check(config_file: Path | None) -> None:
 
     loaded = loader.load(config_file, os.environ)
     app.build(loaded, run.load_certificates(loaded), run.load_tokens(loaded))
-    for doubt in run.startup_warnings(loaded):
-        print(f"websocket-relay: warning: {doubt}", file=sys.stderr)
+    for warning in run.startup_warnings(loaded):
+        print(f"websocket-relay: warning: {warning}", file=sys.stderr)
     print(render.render(loaded), end="")
 
 
@@ -107,7 +108,7 @@ def _healthcheck(config_file: Path | None) -> None:
     from websocket_relay.cli import healthcheck
     from websocket_relay.config import loader
 
-    healthcheck.ask(loader.load(config_file, os.environ))
+    healthcheck.check_health(loader.load(config_file, os.environ))
 
 
 def _dev_cert(directory: Path) -> None:
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="websocket-relay",
-        description="A WebSocket relay: what one client sends, every client of its channel gets.",
+        description="A WebSocket relay: every client of a channel receives what one of them sends.",
         epilog="Every setting can also come from the environment: server.port is"
         " RELAY__SERVER__PORT.",
     )
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("serve", "run the relay (the default)"),
         ("check", "validate the settings and print the effective ones"),
-        ("healthcheck", "ask the relay with these settings whether it is alive"),
+        ("healthcheck", "check that the relay with these settings is alive"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument(
@@ -146,8 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a self-signed cert.pem and key.pem for localhost, 127.0.0.1 and ::1.",
     )
     dev_cert.add_argument(
-        "--directory", type=Path, metavar="D", default=Path(), help="where to (default: here)"
+        "--directory",
+        type=Path,
+        metavar="D",
+        default=Path(),
+        help="output directory (default: the current one)",
     )
-    for client in (listen, send, bench):
-        client.add_to(commands)
+    for module in (listen, send, bench):
+        module.add_to(commands)
     return parser

@@ -1,4 +1,4 @@
-"""Send messages to a channel, and see to it that they were relayed."""
+"""The command `send`: publish messages, and wait until they are relayed. Knows no server code."""
 
 import asyncio
 import os
@@ -14,13 +14,13 @@ from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.cli.common import (
     EPILOG,
     UsageError,
-    add_patience,
-    add_target,
-    note,
-    notes_of,
+    add_connection_arguments,
+    add_reconnect_arguments,
+    event_printer,
+    print_notice,
     run,
-    token_of,
-    trust_of,
+    tls_context,
+    token_source,
 )
 from websocket_relay.client import (
     MAX_MESSAGE_BYTES,
@@ -33,10 +33,11 @@ from websocket_relay.client import (
 DESCRIPTION = """\
 Send one message to a channel, or every line of standard input.
 
-It ends with 0 only when all of it was relayed. It comes back by itself when the connection is lost
-or the relay restarts, and sends what was not relayed. Where a connection breaks off, nobody may
-know of the last messages whether they were: those are not sent again, and it ends with 1 and says
-how many. With --repeat they are sent again, so some may be relayed twice."""
+The exit status is 0 only if every message was relayed. When the connection is lost or the relay
+restarts, the command reconnects and sends the messages that were not relayed. A message that may or
+may not have been relayed is unconfirmed: it is not sent again, the exit status is 1, and the last
+line has their number. With --repeat unconfirmed messages are sent again, so some may be relayed
+twice."""
 
 EXAMPLES = """\
 examples:
@@ -59,26 +60,27 @@ def add_to(commands: Any) -> None:
         epilog=EXAMPLES + EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    add_target(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "message", nargs="?", metavar="MESSAGE", help="what to send (default: every line of input)"
+    add_connection_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "message",
+        nargs="?",
+        metavar="MESSAGE",
+        help="the text to send (default: every line of standard input)",
     )
-    what.add_argument(
+    source.add_argument(
         "--binary",
         type=Path,
         metavar="FILE",
-        help="send a file as one binary message; -: the input",
+        help="send a file as one binary message; -: standard input",
     )
-    parser.add_argument(
-        "--repeat", action="store_true", help="send again what may or may not have been relayed"
-    )
-    add_patience(parser, f"at the first attempt when it starts, then {PATIENCE_S:g}")
+    parser.add_argument("--repeat", action="store_true", help="send unconfirmed messages again")
+    add_reconnect_arguments(parser, f"after one attempt at the start, later {PATIENCE_S:g}")
     parser.set_defaults(run=lambda options: run(send, options))
 
 
 def send(options: Namespace) -> Coroutine[Any, Any, int]:
-    """Read what there is to send; return what sends it and waits until it was relayed."""
+    """Read the message; return the coroutine that sends it and waits until it is relayed."""
     return _send(options, _message(options))
 
 
@@ -86,13 +88,13 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
     patience_s = options.patience
     relay = Relay(
         options.url,
-        token=token_of(options),
-        ssl=trust_of(options),
+        token=token_source(options),
+        ssl=tls_context(options),
         listens=False,
         repeats=options.repeat,
         start_patience_s=patience_s or 0.0,
         patience_s=PATIENCE_S if patience_s is None else patience_s,
-        on_event=notes_of(options),
+        on_event=event_printer(options),
     )
     try:
         async with relay:
@@ -100,7 +102,7 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
             await relay.flush()
     except asyncio.CancelledError:
         if relay.unconfirmed:
-            note(str(UnconfirmedError(relay.unconfirmed, "interrupted")))
+            print_notice(str(UnconfirmedError(relay.unconfirmed, "interrupted")))
         raise
     except (UnavailableError, RejectedError) as error:
         if not relay.unconfirmed:
@@ -110,9 +112,9 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
 
 
 def _message(options: Namespace) -> str | bytes | None:
-    """Return the one message to send; None: it is lines."""
+    """Return the message to send; None: the lines of standard input."""
     if options.binary is not None:
-        return _content(options.binary)
+        return _file_content(options.binary)
     if options.message is None:
         return None
     try:
@@ -123,49 +125,49 @@ def _message(options: Namespace) -> str | bytes | None:
     return text
 
 
-def _content(file: Path) -> bytes:
-    pieces: list[bytes] = []
+def _file_content(file: Path) -> bytes:
+    chunks: list[bytes] = []
     size = 0
-    source: int | Path = sys.stdin.fileno() if file == Path("-") else file
-    with open(source, "rb", buffering=0) as opened:
-        while piece := opened.read(CHUNK_BYTES):
-            pieces.append(piece)
-            size += len(piece)
+    path: int | Path = sys.stdin.fileno() if file == Path("-") else file
+    with open(path, "rb", buffering=0) as opened:
+        while chunk := opened.read(CHUNK_BYTES):
+            chunks.append(chunk)
+            size += len(chunk)
             if size > MAX_MESSAGE_BYTES:
                 raise UsageError(f"{file}: a message has at most {MAX_MESSAGE_BYTES:,} bytes")
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 async def _send_lines(relay: Relay) -> None:
-    """Send standard input; end early when the relay is lost while nobody types."""
-    reading = asyncio.create_task(_read_and_send(relay))
-    failing = asyncio.create_task(_hear_nothing(relay))
+    """Send standard input; end when the relay is lost, even while no input arrives."""
+    sending = asyncio.create_task(_read_and_send(relay))
+    failing = asyncio.create_task(_wait_for_failure(relay))
     try:
-        await asyncio.wait({reading, failing}, return_when=asyncio.FIRST_COMPLETED)
-        await (reading if reading.done() else failing)
+        await asyncio.wait({sending, failing}, return_when=asyncio.FIRST_COMPLETED)
+        await (sending if sending.done() else failing)
     finally:
-        await cancel_until_done(reading, failing)
+        await cancel_until_done(sending, failing)
 
 
-async def _hear_nothing(relay: Relay) -> None:
+async def _wait_for_failure(relay: Relay) -> None:
     async for _ in relay:
-        pass  # it listens to nothing: this ends when the relay is lost
+        pass  # with listens=False no message arrives: the loop ends when the relay is lost
 
 
 async def _read_and_send(relay: Relay) -> None:
-    number = 0
-    async for chunk in _input():
-        for line in chunk:
-            number += 1
+    line_number = 0
+    async for lines in _input_lines():
+        for line in lines:
+            line_number += 1
             try:
-                text = _text(line)
+                text = _decoded(line)
             except ValueError as error:
                 await relay.flush()
-                raise UsageError(f"line {number} {error}") from None
+                raise UsageError(f"line {line_number} {error}") from None
             await relay.send(text)
 
 
-def _text(line: bytes) -> str:
+def _decoded(line: bytes) -> str:
     if len(line) > MAX_MESSAGE_BYTES:
         raise ValueError(f"has more than {MAX_MESSAGE_BYTES:,} bytes")
     try:
@@ -174,24 +176,24 @@ def _text(line: bytes) -> str:
         raise ValueError("is not UTF-8; --binary sends any bytes") from None
 
 
-async def _input() -> AsyncIterator[list[bytes]]:
-    """Read lines of standard input, as many at a time as there are.
+async def _input_lines() -> AsyncIterator[list[bytes]]:
+    """Yield the lines of standard input, all that are available at a time.
 
-    A thread of its own reads: asyncio can't wait for files. At exit Python does not wait for a
-    daemon, which may wait for the keyboard for ever.
+    A thread reads them: asyncio can't wait for files. It is a daemon thread, because Python would
+    wait for any other at exit, and a read from the keyboard may never return.
     """
     loop = asyncio.get_running_loop()
     chunks: asyncio.Queue[list[bytes] | OSError | None] = asyncio.Queue()
-    wanted = threading.Semaphore(0)
+    requests = threading.Semaphore(0)
 
     def hand_over(chunk: list[bytes] | OSError | None) -> None:
-        wanted.acquire()
-        with suppress(RuntimeError):  # the loop has ended, and so will this thread
+        requests.acquire()
+        with suppress(RuntimeError):  # the loop is closed: the process exits
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
     def read() -> None:
         try:
-            for lines in _lines(sys.stdin.fileno()):
+            for lines in _read_lines(sys.stdin.fileno()):
                 hand_over(lines)
         except OSError as error:
             hand_over(error)
@@ -200,7 +202,7 @@ async def _input() -> AsyncIterator[list[bytes]]:
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        wanted.release()
+        requests.release()
         chunk = await chunks.get()
         if isinstance(chunk, OSError):
             raise chunk
@@ -209,16 +211,16 @@ async def _input() -> AsyncIterator[list[bytes]]:
         yield chunk
 
 
-def _lines(descriptor: int) -> Iterator[list[bytes]]:
-    """Read lines, those of one read at a time; end with one that is too long for a message."""
-    begun, size = [b""], 0
+def _read_lines(descriptor: int) -> Iterator[list[bytes]]:
+    """Yield the lines of each read; stop after a line that is too long for a message."""
+    partial, size = [b""], 0
     while size <= MAX_MESSAGE_BYTES and (chunk := os.read(descriptor, CHUNK_BYTES)):
-        more, *others = chunk.split(b"\n")
-        begun.append(more)
-        size += len(more)
+        head, *others = chunk.split(b"\n")
+        partial.append(head)
+        size += len(head)
         if others:
-            *lines, rest = [b"".join(begun), *others]
-            begun, size = [rest], len(rest)
+            *lines, rest = [b"".join(partial), *others]
+            partial, size = [rest], len(rest)
             yield [line.removesuffix(b"\r") for line in lines]
     if size:
-        yield [b"".join(begun)]
+        yield [b"".join(partial)]

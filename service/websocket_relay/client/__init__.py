@@ -1,11 +1,11 @@
-"""Talk to a relay from Python: hear a channel without a gap, send to it, and come back by itself.
+"""Receive a channel without gaps, send to it, and reconnect automatically.
 
     async with Relay("ws://localhost:8443/channels/news") as relay:
         await relay.send("hello, everybody")
         async for message in relay:
             print(message.data)
 
-Knows the relay by what it promises to its clients (README), and nothing of how it is made.
+Knows the relay's public protocol (README), and no server code.
 """
 
 from websocket_relay.client.errors import (

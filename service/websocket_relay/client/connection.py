@@ -1,4 +1,7 @@
-"""One connection to a relay that tells positions. Knows nothing of the ones before and after it."""
+"""One connection to a relay, with the subprotocol that transmits positions.
+
+Knows no earlier and no later connection, and no outbox.
+"""
 
 import json
 import re
@@ -14,27 +17,27 @@ from websockets.typing import Subprotocol
 from websocket_relay.client.errors import RejectedError, UnavailableError, error_for
 from websocket_relay.outcomes import Close
 
-POSITIONS = Subprotocol("relay.v1")
+SUBPROTOCOL = Subprotocol("relay.v1")
 OPEN_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
-POSITION_BYTES = 256  # at most, before a message; as a rule some 20
+MAX_POSITION_BYTES = 256  # before each message; usually about 20
 RETRY_MS = re.compile(r"retry_ms=(\d{1,9})")
 
-REPEATED = frozenset({1002, 1003, 1007, 1009, 1010})
-"""These closes would come again: what was said is at fault."""
+PERMANENT_CLOSE_CODES = frozenset({1002, 1003, 1007, 1009, 1010})
+"""A retry would be closed with the same code: the data that was sent is the cause."""
 
-RELAYS_NO_MORE = frozenset({Close.UNAVAILABLE, Close.UNFINISHED})
-"""Of the closes with 1013, those that come behind all that was relayed."""
+CLOSES_AFTER_ECHOES = frozenset({Close.UNAVAILABLE, Close.UNFINISHED})
+"""The closes with code 1013 that the relay sends after the echoes of everything it relayed."""
 
 Data = str | bytes
 
 
 class ReceivedMessage(NamedTuple):
-    """What the relay said.
+    """A message from the relay.
 
     Attributes:
-        position: empty where the relay speaks for itself.
-        data: as it was sent.
+        position: empty for the relay's own messages.
+        data: as published.
     """
 
     position: str
@@ -42,11 +45,11 @@ class ReceivedMessage(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """What the relay says first.
+    """The relay's first message.
 
     Attributes:
-        is_recovered: whether it holds all that was asked for.
-        position: behind which it begins.
+        is_recovered: whether the relay has every message since the requested position.
+        position: the position after which the messages start.
     """
 
     is_recovered: bool
@@ -57,31 +60,33 @@ class ConnectionEnd(NamedTuple):
     """How a connection ended.
 
     Attributes:
-        reason: in words.
-        denial: what makes another try useless; None: nothing.
-        retry_after_s: when the relay wants the client back; None: it did not say.
-        is_settled: whether all that was relayed came back before: what did not was not relayed.
-        is_relayed: whether all that was said is relayed, also what did not come back: a relay that
-            drains goes on relaying until its close is answered.
-        is_goodbye: whether the relay answered our own close, behind all that was said before it.
-        token_expired: whether another token is needed.
+        reason: the cause, as text.
+        rejection: the error that makes a retry useless; None if a retry may help.
+        retry_after_s: seconds after which the relay asks the client to reconnect; None if unset.
+        has_all_echoes: whether the echo of every relayed message arrived before the end, so that
+            a message without an echo was not relayed.
+        is_all_relayed: whether every message that was sent is relayed, with or without an echo: a
+            draining relay continues to relay until its close frame is answered.
+        is_close_reply: whether the relay answered this client's close frame, which it does after
+            relaying everything that was sent before.
+        token_expired: whether the next connection needs another token.
     """
 
     reason: str
-    denial: RejectedError | None = None
+    rejection: RejectedError | None = None
     retry_after_s: float | None = None
-    is_settled: bool = False
-    is_relayed: bool = False
-    is_goodbye: bool = False
+    has_all_echoes: bool = False
+    is_all_relayed: bool = False
+    is_close_reply: bool = False
     token_expired: bool = False
 
 
 class RelayConnection:
-    """A connection that is open.
+    """An open connection.
 
     Args:
-        connection: of the library's.
-        welcome: what the relay said first.
+        connection: the connection of websockets.
+        welcome: the relay's first message.
     """
 
     def __init__(self, connection: ClientConnection, welcome: Welcome) -> None:
@@ -90,39 +95,39 @@ class RelayConnection:
 
     @property
     def is_open(self) -> bool:
-        """Whether what is sent now is sent at all, and not too late."""
+        """Whether a message that is sent now is sent before any close frame."""
         return self._connection.state is State.OPEN
 
     async def receive(self) -> ReceivedMessage:
-        """Return what comes next.
+        """Return the next message.
 
         Raises:
-            ConnectionClosed: nothing does.
+            ConnectionClosed: there is none.
         """
-        return _heard(await self._connection.recv())
+        return _received(await self._connection.recv())
 
     async def send(self, data: Data) -> None:
-        """Send a message; wait while the network is slower.
+        """Send a message; wait while the send buffer is full.
 
         Raises:
-            ConnectionClosed: it may have been sent all the same.
+            ConnectionClosed: the message may have been sent all the same.
         """
         await self._connection.send(data)
 
     async def ping(self) -> None:
-        """Return when the relay has answered a ping.
+        """Send a ping and wait for its pong.
 
         Raises:
-            ConnectionClosed: it did not.
+            ConnectionClosed: no pong arrived.
         """
         await (await self._connection.ping())
 
     async def close(self) -> None:
-        """Say goodbye and wait for the answer, which comes behind all that was relayed."""
+        """Do the closing handshake. The relay's reply comes after everything that it relayed."""
         await self._connection.close()
 
-    def leave(self) -> None:
-        """End the connection at once; say goodbye where that takes no time."""
+    def close_nowait(self) -> None:
+        """Close at once: with a close frame if the send buffer is empty, else abort."""
         connection = self._connection
         if connection.state is State.OPEN and not connection.transport.get_write_buffer_size():
             connection.protocol.send_close(Close.CLIENT.code)
@@ -135,42 +140,42 @@ class RelayConnection:
 async def connect_to_relay(
     url: str, headers: dict[str, str], context: ssl.SSLContext | None, max_message_bytes: int
 ) -> RelayConnection:
-    """Connect, and hear the welcome.
+    """Connect, and receive the welcome.
 
     Args:
-        url: with what is to be heard first.
-        headers: further ones of the request.
-        context: how the relay's certificate is checked; None: as usual.
-        max_message_bytes: a larger message ends the connection.
+        url: with the position or the history to start with.
+        headers: additional headers of the request.
+        context: verifies the relay's certificate; None: the library's default.
+        max_message_bytes: a larger message closes the connection.
 
     Raises:
-        DeniedError: another try would not help.
-        AwayError: another try might.
+        RejectedError: a retry would not help.
+        UnavailableError: a retry may help.
     """
     options: dict[str, Any] = {"ssl": context} if context is not None else {}
     try:
         connection = await connect(
             url,
-            subprotocols=[POSITIONS],
+            subprotocols=[SUBPROTOCOL],
             additional_headers=headers,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
-            max_size=max_message_bytes + POSITION_BYTES,
+            max_size=max_message_bytes + MAX_POSITION_BYTES,
             **options,
         )
     except (
         OSError, InvalidHandshake, InvalidProxy, ProtocolError, ValueError, ImportError
     ) as error:  # fmt: skip
         raise error_for(error, is_secure=urlsplit(url).scheme == "wss") from None
-    if connection.subprotocol != POSITIONS:
+    if connection.subprotocol != SUBPROTOCOL:
         connection.transport.abort()
-        raise RejectedError(f"that is no relay: it does not speak {POSITIONS}")
+        raise RejectedError(f"not a relay: subprotocol {SUBPROTOCOL} not accepted")
     try:
-        return RelayConnection(connection, _welcome(_heard(await connection.recv())))
+        return RelayConnection(connection, _welcome(_received(await connection.recv())))
     except ConnectionClosed as closed:
-        ending = connection_end_of(closed)
-        raise ending.denial or UnavailableError(ending.reason, ending.retry_after_s) from None
-    except BaseException:  # cancelled, or no welcome: nobody else knows of the connection
+        end = connection_end_of(closed)
+        raise end.rejection or UnavailableError(end.reason, end.retry_after_s) from None
+    except BaseException:  # cancelled, or no welcome: nothing else owns the connection
         connection.transport.abort()
         raise
 
@@ -179,58 +184,59 @@ def connection_end_of(closed: ConnectionClosed) -> ConnectionEnd:
     """Return what the end of a connection means."""
     frame = closed.rcvd
     if frame is None:
-        return _loss(closed)
-    code, words = frame.code, frame.reason
-    reason = f"closed by the relay: {words or 'without a reason'} ({code})"
+        return _end_without_close_frame(closed)
+    code, close_reason = frame.code, frame.reason
+    reason = f"closed by the relay: {close_reason or 'without a reason'} ({code})"
     if code == Close.CLIENT.code:
-        return ConnectionEnd(reason, is_goodbye=closed.rcvd_then_sent is False)
+        return ConnectionEnd(reason, is_close_reply=closed.rcvd_then_sent is False)
     if code == Close.DRAINING.code:
-        told = RETRY_MS.search(words)
+        retry_ms = RETRY_MS.search(close_reason)
         was_cut_off = closed.__cause__ is not None
         return ConnectionEnd(
             reason,
-            retry_after_s=int(told[1]) / 1000 if told else None,
-            is_relayed=not was_cut_off,
+            retry_after_s=int(retry_ms[1]) / 1000 if retry_ms else None,
+            is_all_relayed=not was_cut_off,
         )
     if code == Close.TOKEN_EXPIRED.code:
-        return ConnectionEnd(reason, is_settled=True, token_expired=True)
-    if code in REPEATED or (code, words) == Close.NOT_ALLOWED.value:
-        return ConnectionEnd(reason, RejectedError(reason), is_settled=True)
-    is_known = (code, words) in {each.value for each in RELAYS_NO_MORE}
-    return ConnectionEnd(reason, is_settled=is_known or code == Close.RATE_LIMIT.code)
+        return ConnectionEnd(reason, has_all_echoes=True, token_expired=True)
+    if code in PERMANENT_CLOSE_CODES or (code, close_reason) == Close.NOT_ALLOWED.value:
+        return ConnectionEnd(reason, RejectedError(reason), has_all_echoes=True)
+    is_after_echoes = (code, close_reason) in {each.value for each in CLOSES_AFTER_ECHOES}
+    return ConnectionEnd(reason, has_all_echoes=is_after_echoes or code == Close.RATE_LIMIT.code)
 
 
-def _loss(closed: ConnectionClosed) -> ConnectionEnd:
-    said = closed.sent
-    if said is not None and said.code == 1011:
-        return ConnectionEnd("connection lost: no answer to a ping")
-    if said is not None and said.code == Close.TOO_BIG.code:
-        reason = f"what came is larger than this client takes: {said.reason}"
-        return ConnectionEnd(reason, RejectedError(reason))  # who resumes would be sent it again
-    if said is not None and said.code in REPEATED:
-        return ConnectionEnd(f"connection lost: {said.reason or 'what came was broken'}")
+def _end_without_close_frame(closed: ConnectionClosed) -> ConnectionEnd:
+    sent = closed.sent
+    if sent is not None and sent.code == 1011:
+        return ConnectionEnd("connection lost: ping timeout")
+    if sent is not None and sent.code == Close.TOO_BIG.code:
+        reason = f"received a message over the client's size limit: {sent.reason}"
+        return ConnectionEnd(reason, RejectedError(reason))  # resuming would replay the message
+    if sent is not None and sent.code in PERMANENT_CLOSE_CODES:
+        return ConnectionEnd(f"connection lost: {sent.reason or 'received invalid data'}")
     return ConnectionEnd("connection lost")
 
 
-def _heard(said: Data) -> ReceivedMessage:
-    if isinstance(said, str):
-        position, _, text = said.partition("\n")
+def _received(raw: Data) -> ReceivedMessage:
+    """Split a message as received into position and data."""
+    if isinstance(raw, str):
+        position, _, text = raw.partition("\n")
         return ReceivedMessage(position, text)
-    head, _, payload = said.partition(b"\n")
+    head, _, payload = raw.partition(b"\n")
     return ReceivedMessage(head.decode("ascii", "replace"), payload)
 
 
 def is_gap(data: Data) -> bool:
-    """Tell whether the relay says, for itself, that its log lost messages."""
+    """Return whether one of the relay's own messages reports that its log lost messages."""
     try:
         return bool(json.loads(data)["type"] == "gap")
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 
-def _welcome(heard: ReceivedMessage) -> Welcome:
+def _welcome(message: ReceivedMessage) -> Welcome:
     try:
-        said = json.loads(heard.data)
-        return Welcome(bool(said["recovered"]), str(said["position"]))
+        fields = json.loads(message.data)
+        return Welcome(bool(fields["recovered"]), str(fields["position"]))
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise RejectedError("that is no relay: it does not welcome") from None
+        raise RejectedError("not a relay: invalid welcome message") from None

@@ -1,4 +1,4 @@
-"""What a client is told: messages, and what happens to its connection."""
+"""The values that a client receives: messages, and changes of its connection."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from websocket_relay.client.connection import Data
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a channel relayed.
+    """A message of the channel.
 
     Attributes:
-        data: text or bytes, as it was sent.
-        position: where it stands; `Relay(since=…)` goes on behind it.
-        after_gap: the relay no longer had all that came before it.
+        data: text or bytes, as published.
+        position: the message's position; `Relay(since=…)` resumes after it.
+        after_gap: messages before this one are lost: the relay no longer had them.
     """
 
     data: Data
@@ -22,10 +22,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The relay was reached.
+    """The client is connected.
 
     Attributes:
-        is_recovered: whether nothing was missed.
+        is_recovered: whether the relay replays every message since the last connection.
     """
 
     is_recovered: bool
@@ -33,11 +33,11 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The relay is not reached.
+    """The connection was lost, or an attempt to connect failed.
 
     Attributes:
-        reason: why.
-        retry_s: when it is tried again.
+        reason: the cause.
+        retry_s: seconds until the next attempt.
     """
 
     reason: str
@@ -46,11 +46,11 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Unconfirmed:
-    """Nobody knows whether messages were relayed, and they are not sent again.
+    """Messages may or may not have been relayed, and are not sent again.
 
     Attributes:
-        count: how many.
-        reason: what happened.
+        count: number of messages.
+        reason: the cause.
     """
 
     count: int

@@ -1,8 +1,8 @@
-"""Keep what is to be sent until it is known to have been relayed. Knows no connection.
+"""Keep messages until their echo confirms that the relay relayed them. Knows no connection.
 
-The relay sends every message back to its sender as well, in order: what was sent first is heard
-first. A message has no name of its own, so its echo is known by what it says; when somebody else
-says the same at the same time, one stands for the other.
+The relay sends every message back to its publisher, in order, so the oldest unconfirmed message is
+echoed first. Messages carry no id: an echo is recognized by its content. When another client
+publishes the same content at the same time, its message counts as the echo.
 """
 
 from collections import deque
@@ -10,79 +10,79 @@ from collections import deque
 Data = str | bytes
 
 MESSAGE_BYTES = 64
-"""What a message takes beside its own bytes, so that empty ones are bounded too."""
+"""Overhead that is counted for each message, so that empty messages are bounded too."""
 
 
 def size_of(data: Data) -> int:
-    """Return what a message counts for.
+    """Return the size that a message is counted with, in bytes.
 
     Raises:
-        UnicodeEncodeError: it is text that is none: with half a surrogate pair.
+        UnicodeEncodeError: the text has an unpaired surrogate.
     """
     return MESSAGE_BYTES + len(data if isinstance(data, bytes) else data.encode())
 
 
 class Outbox:
-    """What one client sends, in order.
+    """The unsent and the unconfirmed messages of one client, in order.
 
     Args:
-        max_bytes: what may be in it; a larger message has it to itself.
+        max_bytes: size limit; a larger message is accepted when the outbox is empty.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._unsent: deque[Data] = deque()
-        self._unheard: deque[Data] = deque()
+        self._unconfirmed: deque[Data] = deque()
 
     def __len__(self) -> int:
-        """Return how many messages are not known to have been relayed."""
-        return len(self._unsent) + len(self._unheard)
+        """Return the number of messages that are not confirmed, sent or not."""
+        return len(self._unsent) + len(self._unconfirmed)
 
     @property
     def has_unsent(self) -> bool:
-        """Whether there is something to send."""
+        """Whether a message waits to be sent."""
         return bool(self._unsent)
 
     @property
-    def has_unheard(self) -> bool:
-        """Whether something was sent that did not come back yet."""
-        return bool(self._unheard)
+    def has_unconfirmed(self) -> bool:
+        """Whether a message was sent and its echo has not arrived."""
+        return bool(self._unconfirmed)
 
     def has_room_for(self, size: int) -> bool:
-        """Tell whether a message of this size fits in."""
+        """Return whether a message of this size fits."""
         return not len(self) or self._bytes + size <= self._max_bytes
 
     def put(self, data: Data) -> None:
-        """Add a message."""
+        """Append a message to send."""
         self._unsent.append(data)
         self._bytes += size_of(data)
 
     def take(self) -> Data:
-        """Return the next message to send; from now on its echo is awaited."""
+        """Return the next message to send, and expect its echo from now on."""
         data = self._unsent.popleft()
-        self._unheard.append(data)
+        self._unconfirmed.append(data)
         return data
 
     def hear(self, data: Data) -> bool:
-        """Take note of what the relay relayed; return whether it is what was awaited."""
-        if not self._unheard or self._unheard[0] != data:
+        """Confirm the oldest unconfirmed message if `data` is its echo; return whether it is."""
+        if not self._unconfirmed or self._unconfirmed[0] != data:
             return False
-        self._bytes -= size_of(self._unheard.popleft())
+        self._bytes -= size_of(self._unconfirmed.popleft())
         return True
 
-    def hear_all(self) -> None:
-        """Take note that all that was sent was relayed."""
-        while self._unheard:
-            self.hear(self._unheard[0])
+    def confirm_all(self) -> None:
+        """Confirm every message that was sent."""
+        while self._unconfirmed:
+            self.hear(self._unconfirmed[0])
 
     def send_again(self) -> None:
-        """Have all that did not come back sent once more, before all else."""
-        self._unsent.extendleft(reversed(self._unheard))
-        self._unheard.clear()
+        """Queue the unconfirmed messages for sending again, before all unsent ones."""
+        self._unsent.extendleft(reversed(self._unconfirmed))
+        self._unconfirmed.clear()
 
     def abandon(self) -> int:
-        """Forget what was sent and did not come back; return how many messages it was."""
-        count = len(self._unheard)
-        self.hear_all()
+        """Remove the unconfirmed messages; return their number."""
+        count = len(self._unconfirmed)
+        self.confirm_all()
         return count

@@ -1,15 +1,16 @@
-"""Hear one channel and send to it, over as many connections as it takes. Knows no frame.
+"""Receive one channel and send to it, over as many connections as needed. Knows no frame.
 
-What is promised:
+Guarantees:
 
-- Heard: every message once, in the channel's one order, as long as the relay remembers what was
-  missed between two connections. Where it does not, or its log lost some, the client is told:
-  `Message.after_gap`.
-- Sent: in order, and never twice what is known to have been relayed. A message is known to have
-  been relayed when it came back. When a connection ends before, the client looks for it among what
-  it missed; and some closes tell: behind all that was relayed (a limit), or that all is (a drain).
-  Of the rest nobody knows: it is given up, so that each message is relayed once at most, or, with
-  `repeats`, sent again, so that each is relayed once at least.
+- Receive: each message once, in the channel's one order, as long as the relay's history still has
+  the messages between two connections. Where it has not, or the relay's log lost messages, the
+  next message has `Message.after_gap`.
+- Send: in order, and never again what is known to have been relayed. A message is confirmed when
+  its echo arrives. After a connection has ended, the client looks for the missing echoes among the
+  messages that the relay replays. Some closes settle the question: a close for a limit comes after
+  the echoes of everything that was relayed, a drain means that everything is relayed. Any other
+  message is unconfirmed: it is abandoned, so that it is relayed at most once, or, with `repeats`,
+  sent again, so that it is relayed at least once.
 """
 
 import asyncio
@@ -39,14 +40,17 @@ from websocket_relay.client.events import Connected, Disconnected, Event, Messag
 from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
 from websocket_relay.client.url import ChannelUrl, authorization
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # at most, and doubled each time; half of it is by chance
-LASTING_S = 10.0
-"""A connection that held so long was a good one: the next wait is a first one."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+"""Backoff: the first upper bound of the delay, which doubles with each attempt, and its maximum.
+Half of the bound is jitter."""
+
+BACKOFF_RESET_S = 10.0
+"""A connection that lasted longer resets the backoff."""
 
 QUIET_ROUNDS, QUIET_S = 2, 0.05
-SEARCH_S = 2.0
-"""What was missed is searched for echoes until nothing came in two rounds of ping and pong; on a
-channel that is never silent, for so long."""
+REPLAY_TIMEOUT_S = 2.0
+"""The client waits for echoes among the replayed messages until two rounds of ping and pong brought
+no message, and on a channel that is never quiet for this time."""
 
 MAX_PENDING_BYTES = 1_048_576
 MAX_WAITING_BYTES = 4_194_304
@@ -57,22 +61,23 @@ Token = str | Callable[[], str | Awaitable[str]]
 
 
 class Relay:
-    """A client of one channel. It is also what its messages are iterated over.
+    """A client of one channel, and the async iterator over its messages.
 
     Args:
-        url: the channel's address; a `since` or `history` in its query is heeded.
-        token: a bearer token, or what is called for one before every connection.
-        ssl: how a wss:// relay's certificate is checked; None: with the system's authorities.
-        since: the position behind which to begin; empty: with what comes now.
-        history: how many of the last messages to hear first, where `since` is empty.
-        listens: False throws away what is heard: for who only sends.
-        repeats: send again what may have been relayed or not.
-        start_patience_s: how long to try for the first connection; 0: once.
-        patience_s: how long to try for a connection after that.
-        max_pending_bytes: of messages sent and not known to be relayed; `send` waits then.
-        max_waiting_bytes: of messages that nobody took yet; the network waits then.
-        max_message_bytes: a larger message is neither sent nor heard.
-        on_event: called with what happens to the connection.
+        url: the channel's URL; `since` or `history` in its query apply.
+        token: a bearer token, or a function that returns one and is called before each connection.
+        ssl: verifies the certificate of a wss:// relay; None: the system's authorities.
+        since: the position after which to start; empty: with new messages.
+        history: number of past messages to start with, where `since` is empty.
+        listens: False discards received messages: for a client that only publishes.
+        repeats: send unconfirmed messages again; some may be relayed twice.
+        start_patience_s: how long to try to connect the first time; 0: one attempt.
+        patience_s: how long to try to reconnect.
+        max_pending_bytes: limit of unconfirmed messages; `send` waits while it is exceeded.
+        max_waiting_bytes: limit of received messages that are not read yet; above it the client
+            pauses reading from the network.
+        max_message_bytes: a larger message is neither sent nor accepted.
+        on_event: called when the state of the connection changes.
     """
 
     def __init__(
@@ -92,54 +97,53 @@ class Relay:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        self._address = ChannelUrl.parse(url)
+        self._url = ChannelUrl.parse(url)
         self._token = token
-        self._ssl = ssl if self._address.is_secure else None
-        self._position = since or self._address.since
-        self._history = history or self._address.history
+        self._ssl = ssl if self._url.is_secure else None
+        self._position = since or self._url.since
+        self._history = history or self._url.history
         self._listens = listens
         self._repeats = repeats
         self._start_patience_s = start_patience_s
         self._patience_s = patience_s
-        self._max_waiting_bytes = max_waiting_bytes
+        self._max_unread_bytes = max_waiting_bytes
         self._max_message_bytes = max_message_bytes
         self._on_event = on_event
 
         self._outbox = Outbox(max_pending_bytes)
-        self._waiting: deque[Message] = deque()
-        self._waiting_bytes = 0
-        self._heard = 0  # messages, over all connections
+        self._unread: deque[Message] = deque()
+        self._unread_bytes = 0
+        self._received_count = 0  # over all connections
         self._has_gap = False  # before the next message
         self._was_iterated = False
-        self._is_open = False  # since the first connection
+        self._was_connected = False  # at least once
         self._is_connected = False
-        self._is_leaving = False
-        self._is_gone = False  # having left
-        self._unsettled: ConnectionEnd | None = (
-            None  # how the connection ended whose echoes are missing
-        )
+        self._is_closing = False
+        self._is_closed = False  # everything was sent, then the connection ended
+        # The end of the connection whose echoes are missing.
+        self._unresolved_end: ConnectionEnd | None = None
         self._abandoned: Unconfirmed | None = None
-        self._bell = asyncio.Event()  # rung whenever anything above changed
-        self._sleepers = 0
+        self._changed = asyncio.Event()  # set, and replaced, when anything above changes
+        self._waiter_count = 0
         self._fault: Exception | None = None
-        self._is_told = False  # somebody was given the fault
+        self._was_fault_raised = False
         self._task: asyncio.Task[None] | None = None
 
-    # What it is used by
+    # Public interface
 
     async def __aenter__(self) -> Self:
         """Connect.
 
         Raises:
-            AddressError: the token is none.
-            DeniedError: the relay refuses.
-            AwayError: there is none within `start_patience_s`.
+            InvalidUrlError: the token is invalid.
+            RejectedError: the relay rejects the client.
+            UnavailableError: no connection within `start_patience_s`.
         """
-        self._task = asyncio.create_task(self._live())
+        self._task = asyncio.create_task(self._run())
         try:
-            await self._until(lambda: self._is_open)
+            await self._wait_until(lambda: self._was_connected)
         except BaseException:
-            await self._end()
+            await self._stop()
             raise
         return self
 
@@ -152,18 +156,18 @@ class Relay:
         if kind is None:
             await self.close()
         else:
-            await self._end()
+            await self._stop()
 
     async def send(self, data: Data) -> None:
-        """Have a message sent, now or as soon as there is a connection.
+        """Queue a message, which is sent as soon as there is a connection.
 
-        Waits while `max_pending_bytes` are not known to be relayed. Returns before this one is:
-        `flush` tells.
+        Waits while more than `max_pending_bytes` are unconfirmed. Returns before this message is
+        confirmed; `flush` waits for that.
 
         Raises:
-            TypeError, UnicodeEncodeError: that is no message.
-            ValueError: it is larger than `max_message_bytes`.
-            RelayError: the relay refuses, or was away for longer than `patience_s`.
+            TypeError, UnicodeEncodeError: the data is not a valid message.
+            ValueError: the message is larger than `max_message_bytes`.
+            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
         """
         if not isinstance(data, str | bytes):
             raise TypeError(f"a message is str or bytes, not {type(data).__name__}")
@@ -171,53 +175,51 @@ class Relay:
         if size - MESSAGE_BYTES > self._max_message_bytes:
             raise ValueError(f"a message has at most {self._max_message_bytes:,} bytes")
         self._raise_fault()
-        await self._until_heard(lambda: self._outbox.has_room_for(size))
+        await self._wait_for_echoes_until(lambda: self._outbox.has_room_for(size))
         self._outbox.put(data)
-        self._ring()
+        self._notify_waiters()
 
     async def flush(self) -> None:
-        """Wait until all that was sent is known to have been relayed.
+        """Wait until every message is confirmed.
 
         Raises:
-            UnsentError: some of it was given up.
-            RelayError: the relay refuses, or was away for longer than `patience_s`.
+            UnconfirmedError: messages were abandoned.
+            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
         """
-        await self._until_heard(lambda: not len(self._outbox))
-        self._tell_abandoned()
+        await self._wait_for_echoes_until(lambda: not len(self._outbox))
+        self._raise_abandoned()
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Send what waits, say goodbye, and be gone.
+        """Send the queued messages, do the closing handshake and disconnect.
 
-        The relay answers a goodbye when all that was said before it is relayed.
+        The relay replies to a close frame when it has relayed everything that was sent before.
 
         Raises:
-            UnsentError: something is not known to have been relayed.
-            RelayError: the relay refuses, and nobody was told so far.
+            UnconfirmedError: messages may not have been relayed.
+            RelayError: the relay rejects the client, and no other call has raised that yet.
         """
-        self._is_leaving = True
-        self._ring()
+        self._is_closing = True
+        self._notify_waiters()
         try:
-            if not self._is_told and (self._is_connected or len(self._outbox)):
+            if not self._was_fault_raised and (self._is_connected or len(self._outbox)):
                 async with asyncio.timeout(timeout_s):
-                    await self._until(lambda: self._is_gone)
+                    await self._wait_until(lambda: self._is_closed)
         except TimeoutError:
             if len(self._outbox):
-                raise UnconfirmedError(
-                    len(self._outbox), "the relay did not answer in time"
-                ) from None
+                raise UnconfirmedError(len(self._outbox), "close timed out") from None
         finally:
-            await self._end()
-        self._tell_abandoned()
+            await self._stop()
+        self._raise_abandoned()
 
     @property
     def unconfirmed(self) -> int:
-        """How many messages are not known to have been relayed."""
+        """The number of messages that are not confirmed."""
         return len(self._outbox)
 
     @property
     def waiting(self) -> int:
-        """How many messages were heard and not taken yet."""
-        return len(self._waiting)
+        """The number of received messages that are not read yet."""
+        return len(self._unread)
 
     def __aiter__(self) -> AsyncIterator[Message]:
         return self
@@ -226,211 +228,214 @@ class Relay:
         """Return the next message of the channel.
 
         Raises:
-            RelayError: the relay refuses, or was away for longer than `patience_s`.
+            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
             StopAsyncIteration: `close` was called.
         """
         self._was_iterated = True
-        if not self._waiting:
-            await self._until(lambda: self._waiting or self._is_leaving)
-        if not self._waiting:
+        if not self._unread:
+            await self._wait_until(lambda: self._unread or self._is_closing)
+        if not self._unread:
             raise StopAsyncIteration
-        message = self._waiting.popleft()
-        self._waiting_bytes -= size_of(message.data)
-        self._ring()
+        message = self._unread.popleft()
+        self._unread_bytes -= size_of(message.data)
+        self._notify_waiters()
         return message
 
-    # One thing waits for another
+    # Waiting for a change of state
 
-    def _ring(self) -> None:
-        if self._sleepers:
-            self._bell.set()
-            self._bell = asyncio.Event()
+    def _notify_waiters(self) -> None:
+        if self._waiter_count:
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
-            self._is_told = True
+            self._was_fault_raised = True
             raise self._fault
 
-    async def _until(self, is_so: Callable[[], object]) -> None:
-        while not is_so():
+    async def _wait_until(self, condition: Callable[[], object]) -> None:
+        while not condition():
             self._raise_fault()
-            self._sleepers += 1
+            self._waiter_count += 1
             try:
-                await self._bell.wait()
+                await self._changed.wait()
             finally:
-                self._sleepers -= 1
+                self._waiter_count -= 1
 
-    async def _until_heard(self, is_so: Callable[[], object]) -> None:
-        """Wait for what comes back. It never would if nobody took what is heard before it."""
-        await self._until(lambda: is_so() or self._is_stuck)
-        if not is_so():
-            raise RuntimeError("nobody takes what is heard: iterate, or say listens=False")
+    async def _wait_for_echoes_until(self, condition: Callable[[], object]) -> None:
+        """Wait for echoes. None arrives while unread messages before them pause the connection."""
+        await self._wait_until(lambda: condition() or self._is_stuck)
+        if not condition():
+            raise RuntimeError(
+                "unread messages block the client: iterate over it, or pass listens=False"
+            )
 
     @property
     def _is_stuck(self) -> bool:
-        return self._is_full and not self._was_iterated and not self._is_leaving
+        return self._is_full and not self._was_iterated and not self._is_closing
 
     @property
     def _is_full(self) -> bool:
-        return self._waiting_bytes > self._max_waiting_bytes
+        return self._unread_bytes > self._max_unread_bytes
 
-    def _tell_abandoned(self) -> None:
+    def _raise_abandoned(self) -> None:
         if self._abandoned is not None:
             abandoned, self._abandoned = self._abandoned, None
             raise UnconfirmedError(abandoned.count, abandoned.reason)
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         if self._task is not None:
             await cancel_until_done(self._task)
 
-    # From connection to connection
+    # All connections
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         try:
-            await self._go_on()
+            await self._run_connections()
         except asyncio.CancelledError:
             self._fault = self._fault or RuntimeError("the client was closed")
             raise
-        except Exception as fault:  # noqa: BLE001 - whoever waits is given it, be it what it may
+        except Exception as fault:  # noqa: BLE001 - the task's edge: the next call raises it
             self._fault = fault
         finally:
-            self._ring()
+            self._notify_waiters()
 
-    async def _go_on(self) -> None:
+    async def _run_connections(self) -> None:
         clock = asyncio.get_running_loop().time
         attempt = 0
         while True:
-            attempt, link = await self._connect(attempt)
-            since = clock()
-            ending = await self._talk(link)
-            if self._is_leaving and not len(self._outbox):
-                self._is_gone = True
+            attempt, connection = await self._connect(attempt)
+            connected_at = clock()
+            end = await self._run_connection(connection)
+            if self._is_closing and not len(self._outbox):
+                self._is_closed = True
                 return
-            if self._unsettled is None and self._outbox.has_unheard:
-                self._unsettled = ending
-            if ending.denial is not None:
-                raise ending.denial
-            if ending.token_expired and not callable(self._token):
-                raise RejectedError(ending.reason)
-            attempt = 0 if clock() - since > LASTING_S else attempt
-            await self._pause(ending.reason, delay_s(attempt, ending.retry_after_s))
+            if self._unresolved_end is None and self._outbox.has_unconfirmed:
+                self._unresolved_end = end
+            if end.rejection is not None:
+                raise end.rejection
+            if end.token_expired and not callable(self._token):
+                raise RejectedError(end.reason)
+            attempt = 0 if clock() - connected_at > BACKOFF_RESET_S else attempt
+            await self._wait_before_retry(end.reason, delay_s(attempt, end.retry_after_s))
             attempt += 1
 
     async def _connect(self, attempt: int) -> tuple[int, RelayConnection]:
-        """Try until there is a connection; return it and how many attempts there were."""
+        """Try until connected; return the number of attempts so far and the connection."""
         clock = asyncio.get_running_loop().time
-        patience_s = self._patience_s if self._is_open else self._start_patience_s
-        until = clock() + patience_s
+        patience_s = self._patience_s if self._was_connected else self._start_patience_s
+        deadline = clock() + patience_s
         while True:
             try:
-                link = await self._open()
-            except UnavailableError as away:
-                wait_s = delay_s(attempt, away.retry_after_s)
-                if clock() + wait_s > until:
+                connection = await self._connect_once()
+            except UnavailableError as error:
+                wait_s = delay_s(attempt, error.retry_after_s)
+                if clock() + wait_s > deadline:
                     raise
-                await self._pause(str(away), wait_s)
+                await self._wait_before_retry(str(error), wait_s)
                 attempt += 1
             else:
-                return attempt, link
+                return attempt, connection
 
-    async def _open(self) -> RelayConnection:
+    async def _connect_once(self) -> RelayConnection:
         token = self._token() if callable(self._token) else self._token
         headers = authorization(await token if isawaitable(token) else token)
-        url = self._address.asking(since=self._position, history=self._history)
+        url = self._url.url_with_start(since=self._position, history=self._history)
         return await connect_to_relay(url, headers, self._ssl, self._max_message_bytes)
 
-    async def _pause(self, reason: str, wait_s: float) -> None:
+    async def _wait_before_retry(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
         await asyncio.sleep(wait_s)
 
     # One connection
 
-    async def _talk(self, link: RelayConnection) -> ConnectionEnd:
-        """Hear and send until the connection ends."""
-        self._position = link.welcome.position
-        self._has_gap |= not link.welcome.is_recovered
-        self._is_open = self._is_connected = True
-        self._ring()
-        self._on_event(Connected(link.welcome.is_recovered))
-        writer = asyncio.create_task(self._write(link))
+    async def _run_connection(self, connection: RelayConnection) -> ConnectionEnd:
+        """Receive and send until the connection ends."""
+        self._position = connection.welcome.position
+        self._has_gap |= not connection.welcome.is_recovered
+        self._was_connected = self._is_connected = True
+        self._notify_waiters()
+        self._on_event(Connected(connection.welcome.is_recovered))
+        writer = asyncio.create_task(self._send_messages(connection))
         try:
-            ending = await self._listen(link)
+            end = await self._receive_messages(connection)
         finally:
             self._is_connected = False
-            link.leave()
+            connection.close_nowait()
             await cancel_until_done(writer)
         if not writer.cancelled():
             writer.result()
-        if ending.is_goodbye:
-            self._outbox.hear_all()
-        return ending
+        if end.is_close_reply:
+            self._outbox.confirm_all()
+        return end
 
-    async def _listen(self, link: RelayConnection) -> ConnectionEnd:
+    async def _receive_messages(self, connection: RelayConnection) -> ConnectionEnd:
         try:
             while True:
-                position, data = await link.receive()
-                if position:  # what has none the relay says for itself
-                    self._hear(position, data)
+                position, data = await connection.receive()
+                if position:  # the relay's own messages have none
+                    self._on_message(position, data)
                 elif is_gap(data):
                     self._has_gap = True
                 if self._is_full:
-                    await self._until(lambda: not self._is_full or self._is_leaving)
+                    await self._wait_until(lambda: not self._is_full or self._is_closing)
         except ConnectionClosed as closed:
             return connection_end_of(closed)
 
-    def _hear(self, position: str, data: Data) -> None:
+    def _on_message(self, position: str, data: Data) -> None:
         self._position = position
-        self._heard += 1
+        self._received_count += 1
         self._outbox.hear(data)
-        if self._listens and not self._is_leaving:
-            self._waiting.append(Message(data, position, self._has_gap))
-            self._waiting_bytes += size_of(data)
+        if self._listens and not self._is_closing:
+            self._unread.append(Message(data, position, self._has_gap))
+            self._unread_bytes += size_of(data)
             self._has_gap = False
-        self._ring()
+        self._notify_waiters()
 
-    async def _write(self, link: RelayConnection) -> None:
+    async def _send_messages(self, connection: RelayConnection) -> None:
         with contextlib.suppress(ConnectionClosed):
-            if self._unsettled is not None:
-                await self._settle(link, self._unsettled)
-            while not self._is_leaving or self._outbox.has_unsent:
+            if self._unresolved_end is not None:
+                await self._resolve_unconfirmed(connection, self._unresolved_end)
+            while not self._is_closing or self._outbox.has_unsent:
                 while self._outbox.has_unsent:
-                    if not link.is_open:
-                        return  # or it would count as sent
-                    await link.send(self._outbox.take())
-                await self._until(lambda: self._outbox.has_unsent or self._is_leaving)
-            await link.close()
+                    if not connection.is_open:
+                        return  # else the outbox would count the message as sent
+                    await connection.send(self._outbox.take())
+                await self._wait_until(lambda: self._outbox.has_unsent or self._is_closing)
+            await connection.close()
 
-    async def _settle(self, link: RelayConnection, ending: ConnectionEnd) -> None:
-        """Decide what becomes of messages that were sent on the connection before."""
-        if link.welcome.is_recovered:
-            await self._search(link)
-        self._unsettled = None
-        if ending.is_relayed and not link.welcome.is_recovered:
-            self._outbox.hear_all()
-            self._ring()
-        elif ending.is_settled or self._repeats:
+    async def _resolve_unconfirmed(self, connection: RelayConnection, end: ConnectionEnd) -> None:
+        """Confirm, send again or abandon the messages of the previous connection."""
+        if connection.welcome.is_recovered:
+            await self._wait_for_replayed_echoes(connection)
+        self._unresolved_end = None
+        if end.is_all_relayed and not connection.welcome.is_recovered:
+            self._outbox.confirm_all()
+            self._notify_waiters()
+        elif end.has_all_echoes or self._repeats:
             self._outbox.send_again()
         elif count := self._outbox.abandon():
-            before = self._abandoned.count if self._abandoned else 0
-            self._abandoned = Unconfirmed(before + count, ending.reason)
-            self._on_event(Unconfirmed(count, ending.reason))
-            self._ring()
+            abandoned_before = self._abandoned.count if self._abandoned else 0
+            self._abandoned = Unconfirmed(abandoned_before + count, end.reason)
+            self._on_event(Unconfirmed(count, end.reason))
+            self._notify_waiters()
 
-    async def _search(self, link: RelayConnection) -> None:
-        """Listen to what was missed, until there is no more of it."""
+    async def _wait_for_replayed_echoes(self, connection: RelayConnection) -> None:
+        """Wait until every echo arrived, or the relay has replayed all messages."""
         clock = asyncio.get_running_loop().time
-        until, quiet = clock() + SEARCH_S, 0
-        while self._outbox.has_unheard and quiet < QUIET_ROUNDS and clock() < until:
-            heard = self._heard
-            await link.ping()
-            await asyncio.sleep(QUIET_S)  # the pong overtakes what waits to be heard
-            is_quiet = heard == self._heard and not self._is_full
-            quiet = quiet + 1 if is_quiet else 0
+        deadline, quiet_rounds = clock() + REPLAY_TIMEOUT_S, 0
+        while self._outbox.has_unconfirmed and quiet_rounds < QUIET_ROUNDS and clock() < deadline:
+            received_before = self._received_count
+            await connection.ping()
+            # The pong overtakes messages in the receive queue of websockets.
+            await asyncio.sleep(QUIET_S)
+            is_quiet = received_before == self._received_count and not self._is_full
+            quiet_rounds = quiet_rounds + 1 if is_quiet else 0
 
 
-def delay_s(attempt: int, told_s: float | None) -> float:
-    """Return how long to wait: what the relay told, or else longer each time, and by chance."""
-    if told_s is not None:
-        return min(told_s, LONGEST_WAIT_S)
-    most = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10))
-    return random.uniform(most / 2, most)
+def delay_s(attempt: int, retry_after_s: float | None) -> float:
+    """Return the reconnect delay: the relay's, or an exponential backoff with jitter."""
+    if retry_after_s is not None:
+        return min(retry_after_s, LONGEST_WAIT_S)
+    max_delay_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10))
+    return random.uniform(max_delay_s / 2, max_delay_s)

@@ -1,4 +1,4 @@
-"""Read the address of a channel, and show it without what is secret in it. Knows no connection."""
+"""Parse a channel's URL, and redact it for display. Knows no connection."""
 
 import re
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from websockets.uri import parse_uri
 
 from websocket_relay.client.errors import InvalidUrlError
 
-EXAMPLE = "ws://localhost:8443/channels/news"
-NO_ADDRESS = f"that is not an address such as {EXAMPLE}"
+EXAMPLE_URL = "ws://localhost:8443/channels/news"
+INVALID_URL = f"not a channel URL such as {EXAMPLE_URL}"
 TOKEN = re.compile(r"[\w.~+/-]+=*", re.ASCII)
-"""What a bearer token is made of (RFC 6750 section 2.1)."""
+"""The syntax of a bearer token (RFC 6750 section 2.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelUrl:
-    """Where a channel is.
+    """The URL of a channel.
 
     Attributes:
-        url: without what is asked for.
-        since: the position that its query has, or an empty text.
-        history: likewise, how many messages.
+        url: without the parameters `since` and `history`.
+        since: the position in its query; empty if it has none.
+        history: the number of messages in its query; 0 if it has none.
     """
 
     url: str
@@ -32,54 +32,54 @@ class ChannelUrl:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Take an address apart.
+        """Split a URL.
 
         Raises:
-            AddressError: it is none. The text does not repeat it.
+            InvalidUrlError: the URL is invalid. The text does not repeat it.
         """
         try:
             parse_uri(url)
             parts = urlsplit(url)
             (parts.hostname or "").encode("idna")
-            asked = parse_qsl(parts.query, keep_blank_values=True)
-            wishes = {name: value for name, value in asked if name in {"since", "history"}}
-            history = int(wishes.get("history", "0"))
+            query = parse_qsl(parts.query, keep_blank_values=True)
+            start = {name: value for name, value in query if name in {"since", "history"}}
+            history = int(start.get("history", "0"))
         except InvalidURI as error:
-            raise InvalidUrlError(f"{NO_ADDRESS}: {error.msg}") from None
-        except ValueError:  # its text may repeat what is secret
-            raise InvalidUrlError(NO_ADDRESS) from None
-        rest = urlencode([pair for pair in asked if pair[0] not in wishes])
-        plain = urlunsplit(parts._replace(query=rest)) if wishes else url
-        return cls(plain, wishes.get("since", ""), history)
+            raise InvalidUrlError(f"{INVALID_URL}: {error.msg}") from None
+        except ValueError:  # its text may repeat a secret of the URL
+            raise InvalidUrlError(INVALID_URL) from None
+        other_parameters = urlencode([pair for pair in query if pair[0] not in start])
+        plain = urlunsplit(parts._replace(query=other_parameters)) if start else url
+        return cls(plain, start.get("since", ""), history)
 
     @property
     def is_secure(self) -> bool:
-        """Whether it is spoken to by TLS."""
+        """Whether connections use TLS."""
         return urlsplit(self.url).scheme == "wss"
 
     @property
-    def shown(self) -> str:
-        """The address without user, password and query, where a token may be."""
+    def redacted(self) -> str:
+        """The URL without user, password and query, which may contain a token."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def asking(self, *, since: str, history: int) -> str:
-        """Return the address with what is to be heard first."""
-        wish = {"since": since} if since else {"history": str(history)} if history else {}
-        if not wish:
+    def url_with_start(self, *, since: str, history: int) -> str:
+        """Return the URL with the position or the history to start with; `since` has precedence."""
+        start = {"since": since} if since else {"history": str(history)} if history else {}
+        if not start:
             return self.url
-        joint = "&" if urlsplit(self.url).query else "?"
-        return f"{self.url}{joint}{urlencode(wish)}"
+        separator = "&" if urlsplit(self.url).query else "?"
+        return f"{self.url}{separator}{urlencode(start)}"
 
 
 def authorization(token: str) -> dict[str, str]:
-    """Return the header that brings a token.
+    """Return the request header with a token; no header for an empty one.
 
     Raises:
-        AddressError: no token looks like that.
+        InvalidUrlError: the token has characters that no bearer token has.
     """
     if not token:
         return {}
     if not TOKEN.fullmatch(token):
-        raise InvalidUrlError("that is no token: it has letters, digits and -._~+/ only")
+        raise InvalidUrlError("invalid token: only letters, digits and -._~+/ are allowed")
     return {"Authorization": f"Bearer {token}"}

@@ -1,1 +1,1 @@
-"""The load test: clients in one process, what they measure, how it is shown."""
+"""The load test: many clients in one process, their counters, and the report."""

@@ -1,4 +1,4 @@
-"""What a load test was and what came of it: as figures, and as a table. Measures nothing."""
+"""The load and the result of a load test, as JSON and as a table. Measures nothing."""
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -6,28 +6,28 @@ from typing import Any
 
 from websocket_relay.cli.bench.tally import Tally
 
-BUSY = 0.9
-"""Of a core; a client that takes more may have been what was slow."""
+BUSY_CPU_SHARE = 0.9
+"""Of one core. A client that uses more may have been the bottleneck."""
 
-LATE_MS = 5.0
-"""So much a machine with a free core is late at times."""
+MIN_LATE_MS = 5.0
+"""Timers are this late at times even on a machine with a free core: never reported."""
 
-LATE, MOST_LATE_MS = 0.2, 100.0
-"""Of a latency, and at most; if more of it was the client's own, that is said."""
+LATE_SHARE, MAX_LATE_MS = 0.2, 100.0
+"""Share of the median latency, and its upper limit: a larger timer lag is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchLoad:
-    """What is done to the relay.
+    """The load on the relay.
 
     Attributes:
-        clients: how many hear.
-        publishers: how many of them send.
-        rate_per_s: messages in all; 0: as `window` says.
-        window: messages of each publisher that are on the way; 0: as `rate_per_s` says.
-        message_bytes: the size of each.
-        duration_s: how long it is measured.
-        warmup_s: how long it goes on before.
+        clients: number of clients; each receives every message.
+        publishers: number of clients that also publish.
+        rate_per_s: messages per second of all publishers together; 0: `window` applies.
+        window: messages in flight of each publisher; 0: `rate_per_s` applies.
+        message_bytes: size of each message.
+        duration_s: duration of the measurement.
+        warmup_s: time under load before the measurement.
     """
 
     clients: int
@@ -40,26 +40,28 @@ class BenchLoad:
 
     @property
     def text(self) -> str:
-        """The load in words."""
-        how = (
+        """The load as text."""
+        pace = (
             f"{self.rate_per_s:,g} messages a second in all"
             if self.rate_per_s
-            else f"{self.window:,} each on the way"
+            else f"{self.window:,} in flight each"
         )
         return (
-            f"{self.clients:,} clients, {self.publishers:,} of them publishing, {how},"
+            f"{self.clients:,} clients, {self.publishers:,} of them publishing, {pace},"
             f" {self.message_bytes:,} bytes each, {self.duration_s:g} s"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """What came of it.
+    """The result of a load test.
 
     Attributes:
-        took_s: from the start to the last delivery.
-        cpu_share: of one core, this process.
-        late_ms: by how much this process woke up too late, 99 times of 100 at most.
+        load: the load.
+        tally: the counters.
+        took_s: from the start of the measurement to the last delivery.
+        cpu_share: CPU use of this process, of one core.
+        late_ms: timer lag of this process, 99th percentile.
     """
 
     load: BenchLoad
@@ -69,31 +71,31 @@ class BenchResult:
     late_ms: float
 
     @property
-    def owed(self) -> int:
-        """How many deliveries there should be."""
+    def expected_deliveries(self) -> int:
+        """The number of deliveries if none is missing."""
         return self.tally.sent * self.load.clients
 
     @property
     def was_busy(self) -> bool:
         """Whether the client may have been the bottleneck."""
-        return self.cpu_share >= BUSY
+        return self.cpu_share >= BUSY_CPU_SHARE
 
     @property
     def was_late(self) -> bool:
-        """Whether much of the latencies may be the client's own."""
-        typical_ms = self.tally.total.quantile_ms(0.5) or 0.0
-        return self.late_ms > max(LATE_MS, min(typical_ms * LATE, MOST_LATE_MS))
+        """Whether timer lag of the client may be a large part of the latencies."""
+        median_ms = self.tally.total.quantile_ms(0.5) or 0.0
+        return self.late_ms > max(MIN_LATE_MS, min(median_ms * LATE_SHARE, MAX_LATE_MS))
 
-    def as_json(self, address: str) -> dict[str, Any]:
-        """Return all figures."""
+    def as_json(self, url: str) -> dict[str, Any]:
+        """Return all results for JSON."""
         tally, took_s = self.tally, self.took_s
         return {
-            "url": address,
+            "url": url,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "load": asdict(self.load),
             "sent": tally.sent,
             "deliveries": tally.deliveries,
-            "missing": self.owed - tally.deliveries,
+            "missing": self.expected_deliveries - tally.deliveries,
             "closed": dict(tally.closed),
             "took_s": took_s,
             "sent_per_s": tally.sent / took_s,
@@ -107,8 +109,8 @@ class BenchResult:
         }
 
 
-def table(address: str, result: BenchResult) -> str:
-    """Return the summary."""
+def table(url: str, result: BenchResult) -> str:
+    """Return the summary table."""
     tally, load, took_s = result.tally, result.load, result.took_s
     megabytes = tally.deliveries * load.message_bytes / took_s / 1e6
     latency = tally.total.summary_ms()
@@ -119,24 +121,24 @@ def table(address: str, result: BenchResult) -> str:
             f"{tally.deliveries:,}",
             f"{tally.deliveries / took_s:,.0f} a second, {megabytes:,.1f} MB/s",
         ),
-        ("missing", f"{result.owed - tally.deliveries:,}", ""),
+        ("missing", f"{result.expected_deliveries - tally.deliveries:,}", ""),
         *((f"latency {name}", milliseconds(value), "") for name, value in latency.items()),
         ("own CPU", f"{result.cpu_share:.0%}", "of one core"),
-        ("own delay p99", milliseconds(result.late_ms), "how late this client was itself"),
+        ("own delay p99", milliseconds(result.late_ms), "timer lag of this client"),
     ]
-    wide = max(len(value) for _, value, _ in rows)
-    lines = [f"{name:<14}  {value:>{wide}}  {more}".rstrip() for name, value, more in rows]
+    width = max(len(value) for _, value, _ in rows)
+    lines = [f"{name:<14}  {value:>{width}}  {more}".rstrip() for name, value, more in rows]
     if result.was_busy:
-        lines += ["", "This client was the bottleneck: the figures are its own, not the relay's."]
+        lines += ["", "This client was the bottleneck: the result measures it, not the relay."]
     elif result.was_late:
-        lines += ["", "This client was late itself: that much of the latencies is its own."]
+        lines += ["", "This client was late itself: its own delay is part of the latencies."]
     elif load.rate_per_s and tally.sent < 0.95 * load.rate_per_s * took_s:
-        lines += ["", f"The relay did not take {load.rate_per_s:,g} messages a second."]
-    return "\n".join([f"{address}: {load.text}", "", *lines])
+        lines += ["", f"The relay did not accept {load.rate_per_s:,g} messages a second."]
+    return "\n".join([f"{url}: {load.text}", "", *lines])
 
 
 def milliseconds(value: float | None) -> str:
-    """Return a time as it is shown."""
+    """Format a time in milliseconds; - for None."""
     if value is None:
         return "-"
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
