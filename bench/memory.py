@@ -25,7 +25,7 @@ UNREAD_BYTES = 160 * 1024
 RECEIVE_BUFFER_BYTES = 4096
 TIMEOUT_S = 60.0
 CORES = "0,1"
-GAUGES = ("backlog_bytes", "unfinished_bytes", "slow_clients", "messages", "closes")
+GAUGES = ("backlog_bytes", "partial_message_bytes", "slow_clients", "messages", "closes")
 
 Connect = Callable[[str, str], socket.socket]
 

@@ -40,7 +40,7 @@ LEFT_AT_REST = (
     "connected_clients",
     "channels",
     "backlog_bytes",
-    "unfinished_bytes",
+    "partial_message_bytes",
     "paused_publishers",
     "backplane_pending_bytes",
 )
@@ -287,8 +287,10 @@ class Checker:
     def _check_rest(self, rest: Rest) -> None:
         counters = rest.counters
         settled = counters["deliveries_total"] + counters["drops_total"]
-        if counters["owed_total"] != settled:
-            text = f"{rest.relay}: owed {counters['owed_total']:g}, settled {settled:g}"
+        if counters["expected_deliveries_total"] != settled:
+            text = (
+                f"{rest.relay}: owed {counters['expected_deliveries_total']:g}, settled {settled:g}"
+            )
             self._report(Kind.COUNTERS, text)
         if counters["connections_total"] != counters["disconnections_total"]:
             self._report(Kind.COUNTERS, f"{rest.relay}: connections and disconnections differ")

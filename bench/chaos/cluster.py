@@ -62,7 +62,7 @@ SETTINGS: dict[str, Any] = {
     "shutdown": {"spread_s": 1, "timeout_s": 5},
 }
 
-COUNTERS = ("owed", "deliveries", "drops", "connections", "disconnections")
+COUNTERS = ("expected_deliveries", "deliveries", "drops", "connections", "disconnections")
 FIGURES = ("backplane_outages", "backplane_gaps", "backplane_lost", "backplane_duplicates")
 
 
@@ -187,7 +187,7 @@ class RelaySlot:
             metrics = await self.process.metrics()
             counters = _counters(metrics)
             settled = counters["deliveries_total"] + counters["drops_total"]
-            is_settled = counters["owed_total"] == settled
+            is_settled = counters["expected_deliveries_total"] == settled
             if is_settled and not any(counters[name] for name in LEFT_AT_REST):
                 break
             if time.monotonic() > deadline:

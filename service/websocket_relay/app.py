@@ -208,7 +208,7 @@ def build(
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
             backlog_bytes=lambda: backlogs.total_bytes,
-            unfinished_bytes=lambda: partial_messages.total_bytes,
+            partial_message_bytes=lambda: partial_messages.total_bytes,
             paused_publishers=lambda: shared.paused_connections,
             backplane_counters=backplane.counters,
             backplane_up=lambda: backplane.state is BackplaneState.UP,

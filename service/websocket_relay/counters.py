@@ -3,7 +3,7 @@
 Hot paths increment these attributes, once per batch where possible; the metrics page reads them
 when it is scraped. One event loop writes and reads, so there is no lock.
 
-Invariant, once nothing is in flight: owed == deliveries + the sum of drops.
+Invariant, once nothing is in flight: expected_deliveries == deliveries + the sum of drops.
 """
 
 from dataclasses import dataclass, field

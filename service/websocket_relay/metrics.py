@@ -50,7 +50,7 @@ class Gauges:
     channels: Callable[[], int]
     slow_clients: Callable[[], int]
     backlog_bytes: Callable[[], int]
-    unfinished_bytes: Callable[[], int]
+    partial_message_bytes: Callable[[], int]
     paused_publishers: Callable[[], int]
     backplane_counters: BackplaneCounters
     backplane_up: Callable[[], bool]
@@ -186,14 +186,18 @@ class _RelayCollector(Collector):
         yield _counter("http_evictions", text, now.http_evictions())
         yield _counter("connections", "Connections established", counters.connections)
         yield _counter("disconnections", "Connections ended", counters.disconnections)
-        yield _counter("messages", "Messages taken from clients and relayed", counters.messages)
+        yield _counter("messages", "Messages received from clients and relayed", counters.messages)
         yield _counter(
-            "owed", "Expected deliveries: subscribers at publish time", counters.expected_deliveries
+            "expected_deliveries",
+            "Expected deliveries: subscribers at publish time",
+            counters.expected_deliveries,
         )
         yield _counter("deliveries", "Messages written to clients' sockets", counters.deliveries)
         drops = {(why.value,): count for why, count in counters.drops.items()}
         yield _labelled("drops", "Expected deliveries that were not made", ["reason"], drops)
-        yield _counter("received_bytes", "Payload taken from clients", counters.received_bytes)
+        yield _counter(
+            "received_bytes", "Payload bytes received from clients", counters.received_bytes
+        )
         yield _counter("sent_bytes", "Bytes of frames written to sockets", counters.sent_bytes)
         closes = {(str(why.code), why.label): count for why, count in counters.closes.items()}
         yield _labelled("closes", "Connections ended, by reason", ["code", "reason"], closes)
@@ -202,9 +206,9 @@ class _RelayCollector(Collector):
         yield _gauge("backlog_bytes", "Memory used by send backlogs", now.backlog_bytes())
         text = "limits.total_backlog_bytes"
         yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes)
-        unfinished = now.unfinished_bytes()
-        yield _gauge("unfinished_bytes", "Bytes kept of messages that are not whole", unfinished)
-        yield _gauge("slow_clients", "Clients that are behind now", now.slow_clients())
+        partial = now.partial_message_bytes()
+        yield _gauge("partial_message_bytes", "Memory used by partial messages", partial)
+        yield _gauge("slow_clients", "Clients with a send backlog", now.slow_clients())
         yield _gauge("channels", "Channels with subscribers", now.channels())
         yield _gauge(
             "paused_publishers", "Publishers paused by flow control", now.paused_publishers()
@@ -221,7 +225,7 @@ class _RelayCollector(Collector):
         draining = now.draining()
         yield _gauge("draining", "1 while the relay shuts down", int(draining))
         remaining = connected if draining else 0
-        yield _gauge("drain_clients_left", "Clients not yet closed in a shutdown", remaining)
+        yield _gauge("draining_clients", "Clients not yet closed in a shutdown", remaining)
         yield from self._certificate()
         fetches = {(result,): count for result, count in now.key_fetches().items()}
         if fetches:
@@ -231,7 +235,7 @@ class _RelayCollector(Collector):
     def _backplane(self) -> Iterator[Metric]:
         counters, pending = self._gauges.backplane_counters, self._gauges.appends_bytes()
         up = int(self._gauges.backplane_up())
-        yield _gauge("backplane_up", "1 while messages get into the log and back", up)
+        yield _gauge("backplane_up", "1 while the backplane is up", up)
         yield _gauge("backplane_pending_bytes", "Bytes not yet appended to the log", pending)
         yield _counter("backplane_outages", "Outages of the backplane", counters.outages)
         yield _counter("backplane_lost", "Messages lost by the log", counters.lost)

@@ -57,9 +57,9 @@ class Close(Enum):
     CLIENT = (1000, "")  # the client closed; its own code is echoed
     DRAINING = (1001, "draining")  # the relay shuts down; the reason is followed by retry_ms
     PROTOCOL = (1002, "protocol error")  # a frame violates RFC 6455
-    VANISHED = (1006, "")  # the TCP connection ended without a close frame
+    CONNECTION_LOST = (1006, "")  # the TCP connection ended without a close frame
     NOT_UTF8 = (1007, "text is not UTF-8")
-    BAD_DEFLATE = (1007, "compressed data is broken")  # it does not inflate
+    BAD_DEFLATE = (1007, "invalid compressed data")  # it does not inflate
     RATE_LIMIT = (1008, "rate limit")  # limits.max_messages_per_s exceeded
     NOT_ALLOWED = (1008, "not allowed to publish")  # the token does not permit it
     TOO_BIG = (1009, "message too big")  # limits.max_message_bytes exceeded
@@ -67,7 +67,7 @@ class Close(Enum):
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its send backlog, or the sum of all, is full
     UNAVAILABLE = (1013, "backplane unavailable")  # publish or replay failed in an outage
-    UNFINISHED = (1013, "unfinished message")  # the sum of all partial messages is too large
+    UNFINISHED = (1013, "too many partial messages")  # the sum of all partial messages is too large
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
     def __init__(self, code: int, reason: str) -> None:
@@ -83,26 +83,26 @@ class Refusal(Enum):
     TOO_LARGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
     CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # such as gzip
     # The sum of all partial messages is too large: see wire/partial_messages.
-    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too much is being said")
+    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too many partial messages")
     HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
     QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # followed by the problem
     NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
-    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "token not accepted")  # followed by the TokenProblem
+    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "invalid token")  # followed by the TokenProblem
     ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
-    NO_RIGHT = (HTTPStatus.FORBIDDEN, "no right to this channel")
-    NO_STATS = (HTTPStatus.FORBIDDEN, "no right to the figures")
+    NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
+    STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
     PATH = (HTTPStatus.NOT_FOUND, "no such channel")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     HTTP_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many HTTP connections")
-    METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections to this port")
+    METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections on this port")
     DESCRIPTORS = (HTTPStatus.SERVICE_UNAVAILABLE, "too few file descriptors")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
     CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
-    KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "no keys to check tokens with")  # auth.jwt.jwks_url
+    KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "signing keys unavailable")  # auth.jwt.jwks_url
     UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
-    IN_DOUBT = (HTTPStatus.GATEWAY_TIMEOUT, "not known whether it was relayed")
+    UNCONFIRMED = (HTTPStatus.GATEWAY_TIMEOUT, "publish unconfirmed")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:
@@ -130,7 +130,7 @@ class TokenProblem(StrEnum):
     EXPIRED = "expired"
     NOT_YET_VALID = "not yet valid"
     AUDIENCE = "wrong audience"
-    SURPLUS_AUDIENCE = "an audience, where auth.jwt.audience is empty"
+    UNEXPECTED_AUDIENCE = "unexpected audience"
     ISSUER = "wrong issuer"
 
 

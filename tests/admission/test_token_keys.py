@@ -94,7 +94,7 @@ async def answer_of(relay: Relay, channel: str | None, brought: str) -> int:
 def assert_unavailable(answer: Response) -> None:
     """Insist on the documented answer where keys can't be had."""
     assert answer.status_code == 503
-    assert bytes(answer.body or b"") == b"no keys to check tokens with\n"
+    assert bytes(answer.body or b"") == b"signing keys unavailable\n"
     assert 1 <= int(answer.headers["Retry-After"]) <= 5
 
 
@@ -298,15 +298,15 @@ async def test_short_rsa_keys_of_the_set_are_not_used_and_told_once_a_fetch(
     body = key_set(short, short_signer("short too"), long)
     with KeyServer(body) as server:
         relay = relay_with(auth=by_url(server, "RS256"))
-        told = relay.await_log("short RSA keys not used")
+        told = relay.await_log("short RSA keys ignored")
         assert (told["level"], told["keys"], told["min_bits"]) == ("warning", 2, 2048)
         assert relay.await_log("keys fetched")["keys"] == 1
         await works(bearing(relay, channel, long.token()))
         assert_bad(await refused(bearing(relay, channel, short.token())), "unknown key")
         assert server.requests == 2
-        relay.await_log("short RSA keys not used", count=2)
+        relay.await_log("short RSA keys ignored", count=2)
         events = [event["event"] for event in relay.log_events]
-        assert events.count("short RSA keys not used") == 2
+        assert events.count("short RSA keys ignored") == 2
 
 
 @pytest.mark.parametrize("fault", ["no name", "hangs up", "no TLS"])

@@ -150,7 +150,7 @@ async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
                 await hush.is_ping_overdue.wait()
             waiting = [group.create_task(post(relay, "news", b"waited", TEXT)) for _ in range(3)]
         assert doubtful.result().status_code == 504
-        assert doubtful.result().text == "not known whether it was relayed\n"
+        assert doubtful.result().text == "publish unconfirmed\n"
         assert "retry-after" not in doubtful.result().headers
         for answer in waiting:
             assert_come_back(answer.result(), "backplane unavailable")
@@ -228,7 +228,7 @@ async def test_a_relay_whose_stop_takes_too_long_cuts_off_requests_and_logs_how_
         await relay.metric_is("websocket_backplane_pending_bytes", 0)
         assert await relay.stop() == 0
         await posting
-        assert relay.await_log("requests cut off")["requests"] == 1
+        assert relay.await_log("requests aborted")["requests"] == 1
 
 
 async def assert_cut_off(relay: Relay) -> None:
@@ -268,10 +268,10 @@ async def test_what_finds_no_room_waits_for_it_and_is_relayed(
     async with relay.client("news") as listener, asyncio.TaskGroup() as group:
         async with jammed(broker, relay, b"x" * (MIB // 8)) as first:
             second = group.create_task(post(relay, "news", b"second", TEXT))
-            await relay.metric_is("websocket_unfinished_bytes", len(b"second"))
+            await relay.metric_is("websocket_partial_message_bytes", len(b"second"))
         assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "second"]
     assert (first.result().status_code, second.result().status_code) == (202, 202)
-    assert await relay.metric("websocket_unfinished_bytes") == 0
+    assert await relay.metric("websocket_partial_message_bytes") == 0
 
 
 async def test_who_gives_up_while_it_waits_for_room_has_said_nothing(
@@ -281,12 +281,12 @@ async def test_who_gives_up_while_it_waits_for_room_has_said_nothing(
     async with relay.client("news") as listener:
         async with jammed(broker, relay, b"x" * (MIB // 8)), await relay.tcp() as impatient:
             await impatient.send(posting("news", b"given up"))
-            await relay.metric_is("websocket_unfinished_bytes", len(b"given up"))
+            await relay.metric_is("websocket_partial_message_bytes", len(b"given up"))
             impatient.vanish()
-            assert await relay.metric("websocket_unfinished_bytes")  # and it knows by now
+            assert await relay.metric("websocket_partial_message_bytes")  # and it knows by now
         assert (await post(relay, "news", b"after", TEXT)).status_code == 202
         assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "after"]
-    assert await relay.metric("websocket_unfinished_bytes") == 0
+    assert await relay.metric("websocket_partial_message_bytes") == 0
 
 
 async def test_in_an_outage_a_relay_on_its_own_takes_what_is_posted(

@@ -341,7 +341,7 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(
         await expect(page.get_by_label("JSON Web Token")).to_be_focused()
         assert await page.get_by_label("JSON Web Token").get_attribute("type") == "password"
         await give_token(page, "not.the.one")
-        await expect(dialog).to_contain_text("The relay says: 401 token not accepted")
+        await expect(dialog).to_contain_text("The relay says: 401 invalid token")
         await give_token(page, given)
         await is_connected(page)
         await expect(tile(page, "Up for")).not_to_be_empty()
@@ -365,7 +365,7 @@ async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
         await give_token(page, token())
         await is_connected(page)
         notice = page.locator("#no-figures")
-        await expect(notice).to_contain_text("403 no right to the figures")
+        await expect(notice).to_contain_text("403 not authorized for stats")
         await expect(page.locator("#charts")).to_be_hidden()
         await send(page, "typed")
         await expect(rows(page)).to_have_text(["typed"])
@@ -424,7 +424,7 @@ async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one
 
 
 NO_FIGURES = (
-    (403, "text/plain", "no right to the figures\n", "403 no right to the figures"),
+    (403, "text/plain", "not authorized for stats\n", "403 not authorized for stats"),
     (503, "text/plain", "draining" + "x" * 100_000, "503 draining"),
     (502, "text/html", "<h1>Bad Gateway</h1>" * 5_000, "502"),
     (200, "text/html", "<h1>Welcome</h1>", "something else"),

@@ -537,7 +537,7 @@ async def test_what_is_no_token_is_not_sent(tab: Tab, relay: Relay) -> None:
 
 @pytest.mark.parametrize(
     ("token", "status", "reason"),
-    [("", 401, "token required"), ("other", 403, "no right to this channel")],
+    [("", 401, "token required"), ("other", 403, "not authorized for this channel")],
 )
 async def test_a_refusal_is_told_and_not_asked_for_again(
     tab: Tab, guarded_relay: Relay, secret: str, channel: str, token: str, status: int, reason: str

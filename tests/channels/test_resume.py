@@ -177,7 +177,7 @@ async def test_clients_that_come_and_go_amid_traffic_miss_nothing_and_hear_nothi
     for heard in coming:
         assert heard.result() == numbers(0, count)
     metrics = await relay.metrics()
-    assert metrics.value("websocket_owed_total") == metrics.value(
+    assert metrics.value("websocket_expected_deliveries_total") == metrics.value(
         "websocket_deliveries_total"
     ) + metrics.value("websocket_drops_total")
 
@@ -228,7 +228,7 @@ async def test_a_client_that_leaves_amid_its_history_leaves_nothing(
     await relay.metric_is("websocket_connected_clients", 0)
     await relay.metric_is("websocket_channels", 0)
     metrics = await relay.metrics()
-    assert metrics.value("websocket_owed_total") == metrics.value(
+    assert metrics.value("websocket_expected_deliveries_total") == metrics.value(
         "websocket_deliveries_total"
     ) + metrics.value("websocket_drops_total")
 

@@ -23,7 +23,7 @@ MESSAGE = bytes(65_536)
 
 async def assert_books_balance(relay: Relay) -> None:
     metrics = await relay.metrics()
-    owed = metrics.value("websocket_owed_total")
+    owed = metrics.value("websocket_expected_deliveries_total")
     assert owed == metrics.value("websocket_deliveries_total") + metrics.value(
         "websocket_drops_total"
     )
@@ -89,7 +89,7 @@ def say_and_hang_up(relay: Relay, path: str, wire: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "reason"), [(b"", "vanished"), (frame(CLOSE, close_payload(1000)), "client")]
+    ("end", "reason"), [(b"", "connection_lost"), (frame(CLOSE, close_payload(1000)), "client")]
 )
 async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
     tls_relay_with: StartRelay, end: bytes, reason: str
@@ -141,7 +141,7 @@ async def test_a_tls_client_that_hangs_up_behind_is_let_go_by_the_deadline(
             await publisher.send(MESSAGE)
             assert await receive(publisher) == MESSAGE
         is_behind.set()
-        await relay.metric_is("websocket_closes_total", 1, reason="vanished")
+        await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
         await relay.metric_is("websocket_connected_clients", 1)
         is_let_go.set()
         await hanging

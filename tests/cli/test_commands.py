@@ -692,7 +692,7 @@ async def test_a_refused_token_is_one_line_and_1_and_never_shown(
         await typed(*with_url(command, url), env={"RELAY_TOKEN": bad}),
         await typed(*with_url(command, url, "--token-file", str(file))),
     ):
-        why = "HTTP 401, token not accepted: expired"
+        why = "HTTP 401, invalid token: expired"
         assert done == Finished(1, "", f"websocket-relay: {url}: {why}\n")
     file.write_text(token())
     sent = await typed("send", "--token-file", str(file), url, "hello")

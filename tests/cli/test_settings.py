@@ -572,7 +572,7 @@ def test_keys_that_nobody_is_asked_for_are_a_warning(
 ) -> None:
     settings = {"auth": {"jwt": of_jwt}}
     unused = ", ".join(f"auth.jwt.{name}" for name in of_jwt if name != "algorithms")
-    text = "auth.mode is none, so everybody may connect"
+    text = "auth.mode is none: all clients are accepted"
     done = check(yaml.safe_dump(settings))
     assert effective(done)
     assert done.error_lines == [f"websocket-relay: warning: {text} (unused: {unused})"]

@@ -394,12 +394,12 @@ def test_an_outbox_sends_again_in_order_and_before_what_is_new() -> None:
     ("path", "options", "words"),
     [
         ("/channels/news", {}, "HTTP 401, token required"),
-        ("/channels/news", {"token": "a.b.c"}, "HTTP 401, token not accepted: malformed"),
-        ("/channels/news", {"token": token(exp=1)}, "HTTP 401, token not accepted: expired"),
+        ("/channels/news", {"token": "a.b.c"}, "HTTP 401, invalid token: malformed"),
+        ("/channels/news", {"token": token(exp=1)}, "HTTP 401, invalid token: expired"),
         (
             "/channels/news",
             {"token": token(relay={}, exp=None)},
-            "HTTP 403, no right to this channel",
+            "HTTP 403, not authorized for this channel",
         ),
         ("/nowhere", {"token": token(exp=None)}, "HTTP 404, no such channel"),
         (

@@ -139,7 +139,7 @@ def test_client_py_says_in_one_line_why_it_was_refused(
     expired = a_token(secret, channel, lasts_s=-600)
     done = client_py_reading("", f"{address}?access_token={expired}")
     assert done.exit_code == 1
-    assert done.error_lines == [f"{address}: HTTP 401, token not accepted: expired"]
+    assert done.error_lines == [f"{address}: HTTP 401, invalid token: expired"]
 
 
 def test_client_py_says_when_to_come_back(relay_with: StartRelay) -> None:

@@ -129,12 +129,12 @@ async def test_listeners_are_counted_like_any_client(relay: Relay, channel: str)
         await speaker.send("counted")
         assert await events.messages(1) == ["counted"]
         assert await receive(speaker) == "counted"
-        for name, more in (("owed", 2), ("deliveries", 2), ("connections", 2)):
+        for name, more in (("expected_deliveries", 2), ("deliveries", 2), ("connections", 2)):
             was = before.value(f"websocket_{name}_total")
             await relay.metric_is(f"websocket_{name}_total", was + more)
     await relay.metric_is("websocket_connected_clients", 0)
-    vanished = before.value("websocket_closes_total", reason="vanished")
-    await relay.metric_is("websocket_closes_total", vanished + 1, reason="vanished")
+    connection_lost = before.value("websocket_closes_total", reason="connection_lost")
+    await relay.metric_is("websocket_closes_total", connection_lost + 1, reason="connection_lost")
 
 
 async def test_an_idle_listener_is_sent_signs_of_life(relay_with: StartRelay) -> None:

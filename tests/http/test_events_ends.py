@@ -219,7 +219,7 @@ async def test_a_listener_that_vanishes_without_a_word_is_found(relay_with: Star
         lose_all_packets(raw)
         await relay.metric_is("websocket_connected_clients", 1)
         assert time.monotonic() - started < 8
-        assert await relay.metric("websocket_closes_total", reason="vanished") == 1
+        assert await relay.metric("websocket_closes_total", reason="connection_lost") == 1
         async with relay.client("a") as speaker:
             await speaker.send("still here")
             assert await other.messages(1) == ["still here"]

@@ -31,11 +31,11 @@ async def test_bodies_that_stall_are_bounded_all_together(relay_with: StartRelay
             stalled.append(raw)
         await relay.metric_reaches("websocket_refusals_total", 60 - 8 - 1, reason="unfinished")
         assert relay.rss_bytes() < before + 40 * MIB
-        assert await relay.metric("websocket_unfinished_bytes") <= 8 * MIB
+        assert await relay.metric("websocket_partial_message_bytes") <= 8 * MIB
         assert (await post(relay, "a", b"small", TEXT)).status_code == 202
         refused = await answered(stalled[0])
-        assert refused == (503, b"too much is being said\n")
-    await relay.metric_is("websocket_unfinished_bytes", 0)
+        assert refused == (503, b"too many partial messages\n")
+    await relay.metric_is("websocket_partial_message_bytes", 0)
 
 
 async def test_a_body_in_the_smallest_chunks_is_read_a_part_at_a_time_and_whole(

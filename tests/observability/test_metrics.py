@@ -29,7 +29,7 @@ FOUR = (
     "websocket_disconnections_total",
 )
 OTHERS = (
-    "websocket_owed_total",
+    "websocket_expected_deliveries_total",
     "websocket_deliveries_total",
     "websocket_drops_total",
     "websocket_received_bytes_total",
@@ -44,7 +44,7 @@ OTHERS = (
     "websocket_delivery_seconds",
     "websocket_event_loop_lag_seconds",
     "websocket_draining",
-    "websocket_drain_clients_left",
+    "websocket_draining_clients",
 )
 
 
@@ -65,7 +65,7 @@ async def test_counts_are_exact_before_during_and_after(relay_with: StartRelay) 
         await relay.metric_is("websocket_deliveries_total", 10)
         during = await relay.metrics()
         assert [during.value(name) for name in FOUR] == [4, 4, 4, 0]
-        assert during.value("websocket_owed_total") == 10
+        assert during.value("websocket_expected_deliveries_total") == 10
         assert during.value("websocket_channels") == 2
         assert during.value("websocket_received_bytes_total") >= 4 * 5
         assert during.value("websocket_sent_bytes_total") >= 10 * 5
@@ -90,7 +90,7 @@ async def test_a_fragmented_message_counts_as_one_and_a_ping_as_none(
         await raw.send(frame(TEXT, b"a", fin=False) + frame(9, b"ping") + frame(0, b"b"))
         assert await raw.message() == "ab"
         await relay.metric_is("websocket_messages_total", 1)
-        assert await relay.metric("websocket_owed_total") == 1
+        assert await relay.metric("websocket_expected_deliveries_total") == 1
 
 
 async def test_the_books_balance_after_clients_came_went_and_vanished_under_load(

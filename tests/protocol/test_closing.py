@@ -96,7 +96,7 @@ async def test_a_client_that_ends_and_reads_nothing_is_cut_off_by_the_deadline(
     owed, delivered, dropped = (
         after.value(name) - before.value(name)
         for name in (
-            "websocket_owed_total",
+            "websocket_expected_deliveries_total",
             "websocket_deliveries_total",
             "websocket_drops_total",
         )
@@ -129,10 +129,10 @@ async def test_a_message_to_a_channel_is_not_owed_to_who_has_closed(
     async with relay.client(channel) as other, relay.raw_client(channel) as raw:
         await raw.send(frame(CLOSE, close_payload(1000)))
         await raw.close_frame()
-        before = await relay.metric("websocket_owed_total")
+        before = await relay.metric("websocket_expected_deliveries_total")
         await other.send("for one")
         await receive(other)
-        await relay.metric_is("websocket_owed_total", before + 1)
+        await relay.metric_is("websocket_expected_deliveries_total", before + 1)
 
 
 async def test_a_client_that_starts_a_close_and_reads_no_more_is_dropped_by_the_deadline(

@@ -603,7 +603,7 @@ async def test_many_who_send_what_inflates_a_thousandfold_wait_for_one_another(
         assert relay.peak_rss_bytes() < before_bytes + total + 24 * MIB
         assert await relay.metric("websocket_disconnections_total") == 0
         await relay.metric_is("websocket_paused_publishers", 0)
-        assert await relay.metric("websocket_unfinished_bytes") == 0
+        assert await relay.metric("websocket_partial_message_bytes") == 0
 
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])

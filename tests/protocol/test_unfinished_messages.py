@@ -27,9 +27,9 @@ async def test_clients_who_never_finish_are_closed_before_they_fill_the_memory(
             await begin(relay, channel, stack)
         await relay.metric_is("websocket_closes_total", 52, reason="unfinished")
         assert await relay.metric("websocket_connected_clients") == 8
-        assert await relay.metric("websocket_unfinished_bytes") <= TOGETHER_BYTES
+        assert await relay.metric("websocket_partial_message_bytes") <= TOGETHER_BYTES
         assert relay.rss_bytes() < before_bytes + TOGETHER_BYTES + 16 * MIB
-    await relay.metric_is("websocket_unfinished_bytes", 0)
+    await relay.metric_is("websocket_partial_message_bytes", 0)
 
 
 async def test_who_has_said_most_goes_first_and_the_others_finish(
@@ -42,7 +42,7 @@ async def test_who_has_said_most_goes_first_and_the_others_finish(
         relay.client(channel) as other,
     ):
         await modest.send(frame(TEXT, b"one ", fin=False))
-        await relay.metric_is("websocket_unfinished_bytes", 4)
+        await relay.metric_is("websocket_partial_message_bytes", 4)
         for _ in range(3):
             await begin(relay, channel, stack)
         await relay.metric_is("websocket_closes_total", 1, reason="unfinished")
@@ -54,10 +54,10 @@ async def test_who_is_closed_for_it_is_told_so(relay_with: StartRelay, channel: 
     relay = relay_with(limits={"total_backlog_bytes": MIB})
     async with AsyncExitStack() as stack:
         first = await begin(relay, channel, stack)
-        await relay.metric_reaches("websocket_unfinished_bytes", BEGUN_BYTES - 14)
+        await relay.metric_reaches("websocket_partial_message_bytes", BEGUN_BYTES - 14)
         second = await stack.enter_async_context(relay.raw_client(channel))
         await second.send(frame(BINARY, bytes(MIB))[: MIB // 2])
-        assert await first.answer_close() == (1013, "unfinished message")
+        assert await first.answer_close() == (1013, "too many partial messages")
         await relay.metric_is("websocket_connected_clients", 1)
 
 

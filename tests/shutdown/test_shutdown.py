@@ -61,7 +61,7 @@ async def test_a_request_whose_client_is_late_is_refused_and_holds_up_no_stop(
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 60})
     async with await relay.tcp() as publisher:
         await publisher.send(b"POST / HTTP/1.1\r\nHost: relay\r\nContent-Length: 5\r\n\r\nhel")
-        await relay.metric_is("websocket_unfinished_bytes", 3)
+        await relay.metric_is("websocket_partial_message_bytes", 3)
         relay.signal()
         assert (await publisher.response()).status == 503
         assert await publisher.ended() == b"draining\n"
@@ -219,7 +219,7 @@ async def test_while_clients_are_closed_the_ports_answer_and_newcomers_are_refus
         metrics = await relay.metrics()
         assert metrics.value("websocket_refusals_total", reason="draining") == 1
         assert metrics.value("websocket_draining") == 1
-        assert 0 < metrics.value("websocket_drain_clients_left") < 20
+        assert 0 < metrics.value("websocket_draining_clients") < 20
         assert not all(end.done() for end in ends), "all was over before it could be seen"
 
         for close in await asyncio.gather(*ends):
@@ -415,7 +415,7 @@ async def test_the_books_are_right_while_it_stops(relay_with: StartRelay) -> Non
         relay.signal()
         retry_ms(await closed(client))
         metrics = await relay.metrics()
-        assert metrics.value("websocket_owed_total") == 2
+        assert metrics.value("websocket_expected_deliveries_total") == 2
         assert metrics.value("websocket_deliveries_total") == 2
         assert metrics.value("websocket_closes_total", code="1001") >= 1
         retry_ms(await late.answer_close())

@@ -41,5 +41,5 @@ async def works(attempt: connect) -> None:
 def assert_bad(answer: Response, detail: str) -> None:
     """Insist on the documented answer to a token that is not accepted."""
     assert answer.status_code == 401
-    assert bytes(answer.body or b"").decode() == f"token not accepted: {detail}\n"
+    assert bytes(answer.body or b"").decode() == f"invalid token: {detail}\n"
     assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'

@@ -32,7 +32,7 @@ from bench.chaos.observations import (
 )
 
 AT_REST: Mapping[str, float] = {
-    "owed_total": 10,
+    "expected_deliveries_total": 10,
     "deliveries_total": 7,
     "drops_total": 3,
     "connections_total": 5,
@@ -198,7 +198,10 @@ BROKEN: Sequence[tuple[Kind, Record]] = [
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-20-0")])),
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-3--1")])),
     (Kind.REFUSED, record_of(answers=[Answer((name(3),), 503)])),
-    (Kind.COUNTERS, record_of(rests=[replace(REST, counters={**AT_REST, "owed_total": 11})])),
+    (
+        Kind.COUNTERS,
+        record_of(rests=[replace(REST, counters={**AT_REST, "expected_deliveries_total": 11})]),
+    ),
     (
         Kind.COUNTERS,
         record_of(rests=[replace(REST, counters={**AT_REST, "connections_total": 6})]),

@@ -145,7 +145,7 @@ async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(
     async with connected(shared, 1) as [(client, raw)]:
         write = client.write
         raw.vanish()
-        await closes_are(shared, Close.VANISHED, 1)
+        await closes_are(shared, Close.CONNECTION_LOST, 1)
         with pytest.raises(RuntimeError, match="the handler is closed"):
             write(HELLO)
         client.write = write  # as if the write were under way

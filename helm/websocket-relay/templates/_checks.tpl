@@ -119,7 +119,7 @@ config.auth.jwt.algorithms is empty; set it to what tokens are signed with, like
 {{- end }}
 {{- if eq $auth.mode "none" }}
 {{- if or $secret $byKey }}
-{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} says how tokens are checked and config.auth.mode is none, so everybody may connect; set config.auth.mode to jwt, or leave the first out
+{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} says how tokens are checked and config.auth.mode is none: all clients are accepted; set config.auth.mode to jwt, or leave the first out
 {{- end }}
 {{- else }}
 {{- if and $signed.secret (not $secret) (not $auth.jwt.secret) }}

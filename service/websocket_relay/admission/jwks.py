@@ -222,7 +222,7 @@ async def key_set(body: bytes) -> tuple[NamedKey, ...]:
     keys = tuple(key for key in usable if not is_short(key.key))
     if len(keys) < len(usable):
         facts = {"keys": len(usable) - len(keys), "min_bits": MIN_RSA_BITS}
-        log.warning("short RSA keys not used", extra=facts)
+        log.warning("short RSA keys ignored", extra=facts)
     if not keys:
         raise FetchError("no usable key in the set")
     return keys

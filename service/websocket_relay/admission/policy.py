@@ -158,7 +158,7 @@ class AdmissionPolicy:
         if self._tokens is not None:
             permissions = await self._authenticate(request)
             if not permissions.may_publish(request.channel):
-                raise RefusedError(Refusal.NO_RIGHT)
+                raise RefusedError(Refusal.NOT_AUTHORIZED)
             _remaining_s(permissions)
         self._check_availability()
 
@@ -171,7 +171,7 @@ class AdmissionPolicy:
         if self._tokens is not None:
             permissions = await self._authenticate(request)
             if not permissions.stats:
-                raise RefusedError(Refusal.NO_STATS)
+                raise RefusedError(Refusal.STATS_NOT_AUTHORIZED)
             _remaining_s(permissions)
 
     def enforce_grant(self, client: AdmittedClient, grant: Grant) -> None:
@@ -210,7 +210,7 @@ class AdmissionPolicy:
     async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
         permissions = await self._authenticate(request)
         if not permissions.may_subscribe(request.channel):
-            raise RefusedError(Refusal.NO_RIGHT)
+            raise RefusedError(Refusal.NOT_AUTHORIZED)
         return permissions
 
     async def _authenticate(self, request: AdmissionRequest) -> Permissions:

@@ -142,7 +142,7 @@ class TokenVerifier:
                 return TokenProblem.NOT_YET_VALID
             case jwt.InvalidAudienceError() if self._audience is None:
                 # RFC 7519 section 4.1.3: the token is meant for another recipient.
-                return TokenProblem.SURPLUS_AUDIENCE
+                return TokenProblem.UNEXPECTED_AUDIENCE
             case jwt.InvalidAudienceError() | jwt.MissingRequiredClaimError(claim="aud"):
                 return TokenProblem.AUDIENCE
             case jwt.InvalidIssuerError() | jwt.MissingRequiredClaimError(claim="iss"):

@@ -560,7 +560,7 @@ class ReplicatedBackplane:
             packet = unpack(whole) if whole is not None else None
         except FormatError as error:
             self.counters.unreadable += 1
-            log.debug("entry not readable", extra={"error": str(error)})
+            log.debug("unreadable entry", extra={"error": str(error)})
             self._report_gap_through(entry.entry_id)  # may hold messages of a newer version
             return
         if self._assembler.dropped:
@@ -804,7 +804,7 @@ class ReplicatedBackplane:
     def _record_success(self, action: str) -> None:
         if action in self._failures:
             del self._failures[action]
-            log.info("backplane works again", extra={"action": action})
+            log.info("backplane recovered", extra={"action": action})
 
 
 def broker_error(error: Exception, secrets: Sequence[str], *, is_expected: bool) -> BrokerError:

@@ -60,7 +60,7 @@ class OneShotPublisher:
         if self._failure is not None:
             raise RefusedError(self._failure)
         if position is None:  # the broker accepted the messages, and did not deliver them
-            raise RefusedError(Refusal.IN_DOUBT)
+            raise RefusedError(Refusal.UNCONFIRMED)
         return position
 
     def pause_reading(self) -> None:
@@ -77,7 +77,7 @@ class OneShotPublisher:
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Record that a message was not relayed or, in doubt, that the outcome is unknown."""
         if is_unconfirmed or self._failure is None:
-            self._failure = Refusal.IN_DOUBT if is_unconfirmed else Refusal.UNAVAILABLE
+            self._failure = Refusal.UNCONFIRMED if is_unconfirmed else Refusal.UNAVAILABLE
 
     def _is_paused(self) -> bool:
         for mark in self._high_water_marks:

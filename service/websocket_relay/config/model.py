@@ -446,7 +446,7 @@ class Settings(BaseSettings):
             if named:
                 unused = ", ".join(f"auth.jwt.{name}" for name in named)
                 yield SettingsWarning(
-                    "auth.mode is none, so everybody may connect", {"unused": unused}
+                    "auth.mode is none: all clients are accepted", {"unused": unused}
                 )
             return
         for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():

@@ -303,7 +303,7 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
     await close_all(clients, spread_s=spread_s, rng=random.Random())
     cut_off = await wait_until_closed(clients, until=until)
     if cut_off:
-        log.warning("clients cut off", extra={"clients": cut_off})
+        log.warning("clients aborted", extra={"clients": cut_off})
     try:
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
@@ -311,4 +311,4 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
         log.error("messages not relayed", extra={"messages": relay.backplane.unconfirmed_messages})
     relay.http_connections.evict_idle(Refusal.DRAINING)  # their next request may never arrive
     if unanswered := await port.wait_for_responses(until=until):
-        log.warning("requests cut off", extra={"requests": unanswered})
+        log.warning("requests aborted", extra={"requests": unanswered})

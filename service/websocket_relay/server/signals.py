@@ -97,7 +97,7 @@ class Stop:
                 with suppress(RuntimeError):  # the event loop is closed: the relay exits anyway
                     self._start_shutdown()
             elif number == signal.SIGINT:
-                _exit_now(0, lambda: log.warning("stopped at once"))
+                _exit_now(0, lambda: log.warning("stopped immediately"))
 
     def _enforce(self) -> None:
         self._signalled.wait()
@@ -111,7 +111,7 @@ class Stop:
             "main_thread": _main_stack(),
             "tasks": self._list_tasks(),
         }
-        log.error("stop not finished in time", extra=facts)
+        log.error("shutdown timeout", extra=facts)
 
 
 def _exit_now(status: int, write_log: Callable[[], object]) -> NoReturn:

@@ -360,7 +360,7 @@ class Connection(asyncio.Protocol):
         if self._state is ConnectionState.LOST:
             return
         shared = self._shared
-        self._detach(Close.VANISHED)
+        self._detach(Close.CONNECTION_LOST)
         self._state = ConnectionState.LOST
         self._cancel_deadline()
         if self._on_lost is not None:

@@ -98,22 +98,22 @@ def validate_handshake(
     """
     if method != "GET":
         status = HTTPStatus.METHOD_NOT_ALLOWED
-        raise HandshakeError("a WebSocket begins with GET", status, {"Allow": "GET"})
+        raise HandshakeError("method must be GET", status, {"Allow": "GET"})
     if http_version != "1.1":
         status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-        raise HandshakeError("a WebSocket begins with HTTP/1.1", status)
+        raise HandshakeError("HTTP version must be 1.1", status)
     fields: dict[bytes, list[bytes]] = {}
     for name, value in headers:
         fields.setdefault(name, []).append(value)
     if fields.get(b"sec-websocket-version") != [VERSION]:
         status = HTTPStatus.UPGRADE_REQUIRED
         raise HandshakeError(
-            "the only version is 13 (Sec-WebSocket-Version)",
+            "unsupported Sec-WebSocket-Version: must be 13",
             status,
             {"Sec-WebSocket-Version": VERSION.decode(), "Upgrade": "websocket"},
         )
     if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
-        raise HandshakeError("a request for a WebSocket has no body")
+        raise HandshakeError("request body not allowed")
     accept = _accept_value(fields.get(b"sec-websocket-key", []))
     protocols = _join_offers(fields.get(b"sec-websocket-protocol", []))
     offers = _join_offers(fields.get(b"sec-websocket-extensions", []))
@@ -123,7 +123,7 @@ def validate_handshake(
     except InvalidHeaderFormat as error:
         raise HandshakeError(f"{error.name} is malformed") from None
     if len(set(subprotocols)) < len(subprotocols):
-        raise HandshakeError("a subprotocol is offered twice")
+        raise HandshakeError("duplicate subprotocol")
     extensions, encoding = negotiated if negotiated and compresses else ("", PLAIN)
     return HandshakeResult(accept, cast(list[str], subprotocols), extensions, encoding)
 
@@ -138,7 +138,7 @@ def _join_offers(lines: list[bytes]) -> str:
 
 def _accept_value(keys: list[bytes]) -> str:
     if len(keys) != 1:
-        raise HandshakeError("there must be one Sec-WebSocket-Key")
+        raise HandshakeError("exactly one Sec-WebSocket-Key required")
     try:
         key = base64.b64decode(keys[0], validate=True)
     except (binascii.Error, ValueError):
@@ -277,7 +277,7 @@ class RefusedConnection:
 
     def evict(self, refusal: Refusal) -> None:
         """Abort the connection. Its response is already written."""
-        self._connection.abort(Close.VANISHED)
+        self._connection.abort(Close.CONNECTION_LOST)
 
 
 TEXT_CONTENT_TYPE = ("Content-Type", "text/plain; charset=utf-8")

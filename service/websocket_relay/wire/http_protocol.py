@@ -314,7 +314,7 @@ class HttpProtocol(HttpToolsProtocol):
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.0", "1.1"):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-            raise RequestError(status, "HTTP/1.1 is spoken here.")
+            raise RequestError(status, "HTTP version not supported.")
         # llhttp accepts several spaces as one, other line terminators before the request line, and
         # names of other protocols (RFC 9112 section 3).
         if self._framing.line != b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode()):
@@ -333,7 +333,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._set_body_framing(version) and self.parser.should_upgrade():
             raise RequestError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests at once.")
+            raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many pipelined requests.")
 
     def _set_body_framing(self, version: str) -> bool:
         """Determine the framing of the body; return whether there is a body.
@@ -535,7 +535,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._deadline_timer = None
         if not self.transport.is_closing():
             status = HTTPStatus.REQUEST_TIMEOUT
-            self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request not finished in time.")
+            self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request timeout.")
 
     def _refuse_unparsed(self, error: httptools.HttpParserError) -> None:
         # No local variable of data_received may refer to a callback's exception. The traceback

@@ -172,21 +172,21 @@ class Parser:
         opcode, reserved = first & OPCODE, first & RESERVED
         is_compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
         if not second & MASK_BIT:
-            raise ProtocolViolationError(Close.PROTOCOL, "a frame without a mask")
+            raise ProtocolViolationError(Close.PROTOCOL, "unmasked frame")
         if reserved and not is_compressed:
             raise ProtocolViolationError(Close.PROTOCOL, "reserved bits")
         if opcode not in OPCODES:
-            raise ProtocolViolationError(Close.PROTOCOL, "a reserved opcode")
+            raise ProtocolViolationError(Close.PROTOCOL, "reserved opcode")
         if opcode & CONTROL:
             if not first & FIN:
-                raise ProtocolViolationError(Close.PROTOCOL, "a control frame in fragments")
+                raise ProtocolViolationError(Close.PROTOCOL, "fragmented control frame")
             if size > MAX_CONTROL_BYTES:
-                raise ProtocolViolationError(Close.PROTOCOL, "a control frame that is too long")
+                raise ProtocolViolationError(Close.PROTOCOL, "control frame too long")
             return
         if opcode == CONTINUATION and self._message_opcode == CONTINUATION:
-            raise ProtocolViolationError(Close.PROTOCOL, "a continuation of nothing")
+            raise ProtocolViolationError(Close.PROTOCOL, "unexpected continuation frame")
         if opcode != CONTINUATION and self._message_opcode != CONTINUATION:
-            raise ProtocolViolationError(Close.PROTOCOL, "a message inside a message")
+            raise ProtocolViolationError(Close.PROTOCOL, "expected continuation frame")
         may_inflate = is_compressed or self._inflater is not None
         max_bytes = _max_deflated_bytes(self._max_bytes) if may_inflate else self._max_bytes
         if self._wire_bytes + size > max_bytes:
@@ -311,9 +311,9 @@ def _extended_length(data: bytes, position: int, size: int) -> tuple[int, int]:
         return size, len(data) + 1
     size = int.from_bytes(length, "big")
     if size >> 63:
-        raise ProtocolViolationError(Close.PROTOCOL, "a length with its top bit set")
+        raise ProtocolViolationError(Close.PROTOCOL, "payload length: most significant bit set")
     if size < 126 or (length_bytes == 8 and size < 65_536):
-        raise ProtocolViolationError(Close.PROTOCOL, "a length that is not in its shortest form")
+        raise ProtocolViolationError(Close.PROTOCOL, "payload length: not minimally encoded")
     return size, position + 2 + length_bytes + MASK_BYTES
 
 
@@ -336,8 +336,8 @@ def _control_event(opcode: int, payload: bytes) -> ParserEvent:
     """Return the event of a control frame; validate a close frame's payload (section 5.5.1)."""
     if opcode == CLOSE and payload:
         if len(payload) == 1:
-            raise ProtocolViolationError(Close.PROTOCOL, "a close frame of one byte")
+            raise ProtocolViolationError(Close.PROTOCOL, "close frame too short")
         if int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise ProtocolViolationError(Close.PROTOCOL, "a close code that must not be sent")
+            raise ProtocolViolationError(Close.PROTOCOL, "invalid close code")
         _check_utf8(payload[2:])
     return opcode, payload

@@ -108,7 +108,7 @@ class SseConnection(Connection):
 
     def eof_received(self) -> bool:
         """Close: a client that ended its side reads no more events."""
-        self._detach(Close.VANISHED)
+        self._detach(Close.CONNECTION_LOST)
         self._state = ConnectionState.DISCARDING
         self._has_received_eof = True
         self._close_after_flush()

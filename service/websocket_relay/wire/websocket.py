@@ -327,7 +327,7 @@ class WebSocketConnection(Connection):
             self._finalize()
 
     def _close_abnormally(self) -> None:
-        self._detach(Close.VANISHED)
+        self._detach(Close.CONNECTION_LOST)
         self._state = ConnectionState.DISCARDING
         self._stop_parsing()
         if self._backlog is None:  # otherwise once it is empty: see resume_writing
