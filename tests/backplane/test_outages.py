@@ -605,4 +605,4 @@ async def test_a_stream_that_is_no_log_is_named_for_that(
 ) -> None:
     await made_for(kept, **config)
     await kept.replica(is_up=False)
-    await until(lambda: any("needs" in str(e.__dict__.get("error")) for e in caplog.records))
+    await until(lambda: any("must " in str(e.__dict__.get("error")) for e in caplog.records))

@@ -154,7 +154,7 @@ async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
         assert "retry-after" not in doubtful.result().headers
         for answer in waiting:
             assert_come_back(answer.result(), "backplane unavailable")
-        await relay.metric_is("websocket_refusals_total", 1, reason="is_unconfirmed")
+        await relay.metric_is("websocket_refusals_total", 1, reason="unconfirmed")
         await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
         hush.speak()
         await relay.metric_is("websocket_backplane_up", 1)
