@@ -120,13 +120,13 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 lock: $(VENV)/.python  ## write the lock files anew from pyproject.toml
 	@$(PIP) install --quiet uv==$(UV_VERSION)
-	@$(COMPILE) pyproject.toml --output-file requirements/run.lock
+	@$(COMPILE) pyproject.toml --extra server --output-file requirements/run.lock
 	@$(COMPILE) --group build --output-file requirements/build.lock
 	@$(COMPILE) --group audit --output-file requirements/audit.lock
 	@$(COMPILE) --group chart --no-deps --output-file requirements/chart.lock
-	@$(COMPILE) pyproject.toml --extra otel --constraint requirements/run.lock \
+	@$(COMPILE) pyproject.toml --extra server --extra otel --constraint requirements/run.lock \
 		--output-file requirements/otel.lock
-	@$(COMPILE) pyproject.toml --group dev --constraint requirements/otel.lock \
+	@$(COMPILE) pyproject.toml --extra server --group dev --constraint requirements/otel.lock \
 		--constraint requirements/build.lock --output-file requirements/dev.lock
 
 clean:  ## remove the environment, caches and builds

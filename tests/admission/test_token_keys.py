@@ -582,7 +582,9 @@ FAULTY: list[Any] = [
     pytest.param(b"[]", {}, 200, "not a JWK set", id="a list"),
     pytest.param(b'{"keys": 5}', {}, 200, "not a JWK set", id="no list"),
     pytest.param(b'{"keys": []}', {}, 200, "no usable key", id="no key"),
-    pytest.param(b'{"keys": [{"kty": "oct", "k": "AAAA"}]}', {}, 200, "no usable key", id="a secret"),
+    pytest.param(
+        b'{"keys": [{"kty": "oct", "k": "AAAA"}]}', {}, 200, "no usable key", id="a secret"
+    ),
     pytest.param(b" " * 1_048_577 + key_set(ONE, TWO), {}, 200, "bytes", id="too large"),
     pytest.param(crowded_set(256, TWO), {}, 200, "257 keys, more than 256", id="a key too many"),
     pytest.param(crowded_set(7_000, TWO), {}, 200, "more than 256", id="thousands of keys"),

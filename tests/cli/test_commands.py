@@ -785,6 +785,50 @@ def test_a_command_does_not_wait_for_a_server_to_be_imported(tmp_path: Path) -> 
     assert (done.exit_code, done.stdout) == (0, "set()\nset()\n"), done.stderr
 
 
+WITH_THE_CLIENT_ONLY = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in {"websockets", "websocket_relay"} | sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from websocket_relay.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("command", [["listen"], ["send"], ["bench"]])
+def test_the_client_s_commands_need_no_package_of_the_relay(
+    tmp_path: Path, command: list[str]
+) -> None:
+    url = "ws://127.0.0.1:1/"
+    done = run_python("-c", WITH_THE_CLIENT_ONLY, *command, url, "--help", directory=tmp_path)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+async def test_a_client_only_installation_sends_and_listens(
+    relay: Relay, channel: str, tmp_path: Path
+) -> None:
+    url = relay.ws_url(f"/channels/{channel}")
+    sent = await asyncio.to_thread(
+        run_python, "-c", WITH_THE_CLIENT_ONLY, "send", url, "hello", directory=tmp_path
+    )
+    assert sent.exit_code == 0, sent.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["healthcheck"], ["dev-cert"]])
+def test_a_command_of_the_relay_says_which_extra_is_missing(
+    tmp_path: Path, command: list[str]
+) -> None:
+    done = run_python("-c", WITH_THE_CLIENT_ONLY, *command, directory=tmp_path)
+    assert done.exit_code == 1
+    assert "pip install 'websocket-relay[server]'" in done.stderr
+    assert len(done.error_lines) == 1
+
+
 @pytest.mark.parametrize("command", ["listen", "send", "bench"])
 def test_the_help_has_examples_and_says_how_it_ends(tmp_path: Path, command: str) -> None:
     done = run_command(command, "--help", directory=tmp_path)

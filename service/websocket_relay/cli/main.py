@@ -45,8 +45,24 @@ def _serve_and_exit(options: argparse.Namespace, stop: Stop) -> NoReturn:
     leave(status)
 
 
+def _require_server() -> None:
+    """Check that the relay's dependencies are installed; the client needs few of them.
+
+    Raises:
+        StartError: they are not.
+    """
+    try:
+        import pydantic_settings  # noqa: F401
+    except ModuleNotFoundError:
+        raise StartError(
+            "this command needs the extra `server`: pip install 'websocket-relay[server]'"
+        ) from None
+
+
 def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
     try:
+        if options.command not in ("listen", "send", "bench"):
+            _require_server()
         match options.command:
             case "check":
                 _check(options.config_file)
