@@ -405,7 +405,7 @@ def test_an_outbox_sends_again_in_order_and_before_what_is_new() -> None:
         (
             "/",
             {"token": token(exp=None), "since": "yesterday"},
-            "HTTP 400, bad query: since is one",
+            "HTTP 400, bad query: since must be one position",
         ),
     ],
 )

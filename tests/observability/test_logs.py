@@ -68,7 +68,7 @@ def _events(call: ast.Call, scope: ast.AST, file: Path) -> Iterator[Event]:
         case ast.Call(func=ast.Name("SettingsWarning"), args=[ast.Constant(str(text)), facts]):
             yield Event(text, "warning", _keys(facts, scope))  # as `run` logs it
         case ast.Call(func=ast.Attribute(ast.Name("log"), "warning"), args=[ast.Attribute()]):
-            assert ast.unparse(call) == "log.warning(doubt.text, extra=doubt.facts)"
+            assert ast.unparse(call) == "log.warning(warning.text, extra=warning.facts)"
         case ast.Call(func=ast.Attribute(ast.Name("log"), "log"), args=[ast.Name(level), text]):
             choice = _value_of(level, scope)
             assert isinstance(choice, ast.IfExp), file
