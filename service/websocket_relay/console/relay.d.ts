@@ -1,53 +1,53 @@
 /** Types of relay.js, the relay's client for browsers. */
 
 export interface RelayOptions {
-  /** A name, where `url` is the relay's own address: `/channels/NAME` is put behind it. */
+  /** A channel name, if `url` is the relay's base URL: `/channels/NAME` is appended. */
   channel?: string;
   /**
-   * A JSON Web Token, or a function that gives a fresh one for each connection. It travels as a
-   * subprotocol or in a header, never in an address.
+   * A JSON Web Token, or a function that returns a fresh one for each connection. It is sent as a
+   * subprotocol or in a header, never in a URL.
    */
   token?: string | (() => string | Promise<string>);
-  /** So many of the channel's last messages come first. Default: 0. */
+  /** Number of the channel's last messages to receive first. Default: 0. */
   history?: number;
-  /** All that came behind this position comes first; `Relay.position` of an earlier visit. */
+  /** Resume after this position: `Relay.position` of an earlier visit. */
   since?: string;
-  /** So many messages may wait to be sent. Default: 1,000. */
+  /** Maximum number of queued messages. Default: 1,000. */
   maxOffline?: number;
-  /** So many bytes may wait to be sent, or to come back. Default: 8 MiB. */
+  /** Maximum bytes of queued and unconfirmed messages. Default: 8 MiB. */
   maxWaitingBytes?: number;
 }
 
 export type RelayState = "connecting" | "open" | "waiting" | "closed";
 export type RelayTransport = "websocket" | "stream";
 
-/** A message of the channel, once and in order; one's own as well. */
+/** A message of the channel, delivered once and in order; includes this client's own. */
 export interface RelayMessageEvent extends MessageEvent<string | ArrayBuffer> {
-  /** Where it stands in the channel: growing, the same for all. */
+  /** The position in the channel: increasing, the same for all subscribers. */
   readonly position: string;
 }
 
-/** There is a connection again, after none. */
+/** A connection was opened while there was none. */
 export interface RelayOpenEvent extends Event {
   readonly transport: RelayTransport;
 }
 
-/** A connection is gone. Unless "refused" follows, there will be another. */
+/** A connection was closed. The client reconnects, unless "refused" follows. */
 export interface RelayCloseEvent extends Event {
-  /** As the relay's README lists them; 1006 where the network broke. */
+  /** A close code of the relay's README; 1006 after a network failure. */
   readonly code: number;
   readonly reason: string;
 }
 
-/** The relay no longer holds all that came between these positions, or its log lost some of it. */
+/** Messages between these positions are missing: expired, or lost by the relay's log. */
 export interface RelayGapEvent extends Event {
-  /** What was heard last. */
+  /** The position of the last message received. */
   readonly since: string | null;
-  /** Behind this one nothing is missing. */
+  /** The position after which nothing is missing. */
   readonly position: string;
 }
 
-/** The relay does not let this page in, and will not: a token that it does not accept, say. */
+/** The relay refused the connection permanently: for an invalid token, for example. */
 export interface RelayRefusedEvent extends Event {
   /** 401, 403, ...: README, "Answers". */
   readonly status: number;
@@ -58,9 +58,9 @@ export interface RelayRefusedEvent extends Event {
 export interface RelayStateEvent extends Event {
   readonly state: RelayState;
   readonly transport: RelayTransport | null;
-  /** Why there is no connection. */
+  /** The reason why there is no connection. */
   readonly reason: string;
-  /** While "waiting": until the next attempt. */
+  /** While "waiting": milliseconds until the next attempt. */
   readonly retryInMs: number;
 }
 
@@ -73,21 +73,21 @@ export interface RelayEvents {
   state: RelayStateEvent;
 }
 
-/** Why a message was not sent, or is not known to be relayed. */
+/** A message was not sent, or its delivery is unknown. */
 export class RelayError extends Error {
   constructor(why: "full" | "closed" | "refused" | "uncertain", message: string);
   /**
-   * - `full`: too much waits already
+   * - `full`: the send buffer is full
    * - `closed`: the page closed the connection
-   * - `refused`: the relay does not take it, or does not let this page in
-   * - `uncertain`: the connection broke, and the message did not come back over the next one
+   * - `refused`: the relay rejected the message or the connection
+   * - `uncertain`: the connection was lost, and the message was not echoed over the next one
    */
   why: "full" | "closed" | "refused" | "uncertain";
 }
 
 /**
- * A channel of a relay, for as long as the page likes: connects, returns by itself, resumes behind
- * the last message it heard.
+ * A connection to a channel: reconnects until it is closed or refused, and resumes after the last
+ * message received.
  */
 export class Relay extends EventTarget {
   /**
@@ -97,28 +97,28 @@ export class Relay extends EventTarget {
    */
   constructor(url: string | URL, options?: RelayOptions);
 
-  /** For the next connection. */
+  /** The token of the next connection. */
   token: string | (() => string | Promise<string>) | null;
   get state(): RelayState;
-  /** What carries the messages now: "websocket", "stream", or null. */
+  /** The transport of the active connection: "websocket", "stream", or null. */
   get transport(): RelayTransport | null;
-  /** The last message's position: bring it as `since`, and nothing in between is missed. */
+  /** The position of the last message. Passed as `since`, it resumes without a gap. */
   get position(): string | null;
-  /** How many messages were not sent yet, for want of a connection. */
+  /** The number of messages queued until there is a connection. */
   get offline(): number;
 
-  /** Connect again after `close()` or "refused"; go on behind the last position. */
+  /** Reconnect after `close()` or "refused", and resume after the last position. */
   open(): void;
-  /** Let go of the channel. What waits to be sent is not. */
+  /** Close the connection. Queued messages are discarded, and their promises rejected. */
   close(): void;
   /**
-   * Send a message to everybody in the channel, now or when there is a connection again.
+   * Publish a message to the channel, at once or after the next reconnect.
    *
-   * It is sent once. The promise need not be looked at.
+   * A message is never published twice. The promise may be ignored.
    *
-   * @returns its position, once it was relayed. Rejected with a RelayError where it was not, or
-   *   where that is not known.
-   * @throws RelayError: too much waits already ("full"), or nothing is to come ("closed").
+   * @returns resolves with the position when the message is relayed. Rejects with a RelayError if
+   *   it is not, or if that is unknown.
+   * @throws RelayError: the send buffer is full ("full"), or the connection is closed ("closed").
    */
   send(data: string | ArrayBuffer | ArrayBufferView): Promise<string>;
 

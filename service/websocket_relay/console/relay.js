@@ -1,54 +1,56 @@
 // @ts-check
 /**
- * The relay's client for browsers: connects, returns, misses nothing, sends nothing twice.
+ * Connect a browser to a channel: reconnect, resume without gaps, send nothing twice.
  *
  *     import {Relay} from "https://relay.example/relay.js";
  *
  *     const relay = new Relay("wss://relay.example/channels/news");
  *     relay.addEventListener("message", ({data}) => console.log(data));
- *     relay.send("hello, everybody");
+ *     relay.send("hello");
  *
- * It speaks WebSocket with the subprotocol relay.v1, so that it knows each message's position and
- * resumes behind the last one it heard. Where WebSockets are blocked it listens to server-sent
- * events and publishes by POST. One file, nothing else is loaded; types are in relay.d.ts. It runs
- * in browsers since the end of 2021, and in their workers.
+ * The transport is WebSocket with the subprotocol relay.v1, in which each message has a position; a
+ * new connection resumes after the last received one. Where WebSockets are blocked, the client
+ * reads server-sent events and publishes by POST. One file without dependencies; its types are in
+ * relay.d.ts. Runs in browsers released since the end of 2021, and in their workers.
+ *
+ * Knows no page: no DOM beyond the lifecycle events of `document`, and no storage.
  */
 
 const SUBPROTOCOL = "relay.v1";
-const TOKEN = /^[\w.-]+$/; // what can be a subprotocol, and is a JSON Web Token
+const TOKEN_PATTERN = /^[\w.-]+$/; // valid as a subprotocol; covers JSON Web Tokens
 
-// Twice as long each time, and by chance, so that not all come back in the same instant.
-const FIRST_WAIT_MS = 500;
-const LONGEST_WAIT_MS = 30_000;
-const LONGEST_TOLD_MS = 300_000; // of what the relay, or a proxy, may ask for
-const STEADY_MS = 5_000; // a connection that lasted so long was a good one
+// Exponential backoff with jitter, so that clients do not reconnect in the same instant.
+const INITIAL_BACKOFF_MS = 500;
+const MAX_BACKOFF_MS = 30_000;
+const MAX_RETRY_AFTER_MS = 300_000; // upper bound for a delay that the relay or a proxy requests
+const STABLE_AFTER_MS = 5_000; // a connection of this age resets the backoff
 
-const CONNECT_MS = 10_000; // until the relay's welcome
-const SETTLE_MS = 2_000; // after a return, until what has not come back counts as not relayed
+const CONNECT_TIMEOUT_MS = 10_000; // from the attempt to the relay's welcome
+const ECHO_TIMEOUT_MS = 2_000; // after a reconnect, for the echo of an unconfirmed message
 
-const BLOCKED_AFTER = 2; // times in a row that a stream worked and a WebSocket did not
-const PROBE_EVERY = 4; // failures
-const UPGRADE_MS = [60_000, 600_000]; // on a stream, until a WebSocket is tried: first, and most
+const STREAM_AFTER_BLOCKED = 2; // times in a row that the stream worked and the WebSocket did not
+const PROBE_EVERY_FAILURES = 4;
+const UPGRADE_RETRY_MS = [60_000, 600_000]; // between WebSocket attempts: first, longest
 
-const LOOK_MS = 5_000; // how often the clock is looked at
-const ASLEEP_MS = 15_000; // a jump of it by so much is a sleep
-const ASLEEP_HIDDEN_MS = 75_000; // timers of hidden pages run once a minute
-const WAKE_MS = 2_000; // after a sleep, until a connection that is silent is replaced
+const CLOCK_CHECK_MS = 5_000; // interval of the check for clock jumps
+const SLEEP_GAP_MS = 15_000; // a longer clock jump means that the machine slept
+const SLEEP_GAP_HIDDEN_MS = 75_000; // browsers run timers of hidden pages once a minute
+const WAKE_PROBE_MS = 2_000; // after a sleep, until a silent connection is replaced
 
-const MAX_OFFLINE = 1_000; // messages
-const MAX_WAITING_BYTES = 8 * 1024 * 1024;
-const ENTRY_BYTES = 128; // what a message takes besides its payload
+const MAX_QUEUED_MESSAGES = 1_000;
+const MAX_PENDING_BYTES = 8 * 1024 * 1024;
+const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
 
-const DRAINING = 1001;
-const TOKEN_EXPIRED = 3000;
-const ALWAYS_FINAL = [401, 403];
-const FINAL_AT_FIRST = [400, 404, 405, 426]; // later they may come from a proxy that reloads
+const CLOSE_GOING_AWAY = 1001;
+const CLOSE_TOKEN_EXPIRED = 3000;
+const FINAL_STATUSES = [401, 403];
+const FINAL_BEFORE_OPEN = [400, 404, 405, 426]; // later, a reloading proxy may send them
 
 const encoder = new TextEncoder();
 const latin1 = new TextDecoder("latin1");
 const utf8 = new TextDecoder("utf-8", {ignoreBOM: true});
 
-/** Why a message was not sent, or is not known to be relayed: `why` is for programs. */
+/** A message was not sent, or its delivery is unknown. `why` is machine-readable. */
 export class RelayError extends Error {
   /**
    * @param {"full" | "closed" | "refused" | "uncertain"} why
@@ -61,57 +63,57 @@ export class RelayError extends Error {
   }
 }
 
-/** A channel of a relay, for as long as the page likes. */
+/** A connection to a channel that reconnects until it is closed or refused. */
 export class Relay extends EventTarget {
-  #address;
+  #channelUrl;
   #history;
-  #maxOffline;
-  #maxWaitingBytes;
+  #maxQueued;
+  #maxPendingBytes;
 
   /** @type {"connecting" | "open" | "waiting" | "closed"} */
   #state = "closed";
-  /** @type {Link | null} the connection there is: it was welcomed */
+  /** @type {Link | null} the active connection: its welcome has arrived */
   #link = null;
-  /** @type {Link | null} the one that is being made; there may be both */
-  #next = null;
-  #dial = 0; // counts attempts: who waits for a token sees whether his is still wanted
-  #isDialing = false;
+  /** @type {Link | null} the connection being opened; both may exist */
+  #candidate = null;
+  #attempt = 0; // number of the attempt: one that awaited a token detects that it is stale
+  #isConnecting = false;
   #wasOpen = false;
   #isFrozen = false;
-  #isSuspect = false; // nothing was heard of the connection since a sleep
+  #isUnresponsive = false; // the connection has received nothing since a sleep
   #openedAt = 0;
-  #heard = 0; // messages, over all connections
+  #receivedCount = 0; // messages, over all connections
 
-  #failures = 0; // in a row
-  #unauthorized = 0; // in a row
-  #blocked = 0; // in a row: a stream worked, a WebSocket did not
+  #failureCount = 0; // consecutive
+  #unauthorizedCount = 0; // consecutive
+  #blockedCount = 0; // consecutive: the stream worked, the WebSocket did not
   #prefersStream = false;
-  #upgradeMs = UPGRADE_MS[0];
+  #upgradeMs = UPGRADE_RETRY_MS[0];
 
   /** @type {string | null} */
   #position = null;
   /** @type {Outgoing[]} not sent yet */
   #queue = [];
-  /** @type {Outgoing[]} sent over a connection that is gone, and not come back yet */
-  #doubtful = [];
-  #waitingBytes = 0; // of all that is not known to be relayed
+  /** @type {Outgoing[]} sent over a closed connection, echo not received yet */
+  #unconfirmed = [];
+  #pendingBytes = 0; // of all messages not yet known to be relayed
 
-  /** @type {Timer} of the next attempt */
+  /** @type {Timer} starts the next attempt */
   #retryTimer;
-  #dueAt = 0;
-  #wasTold = false; // the relay said when to come back
+  #retryAt = 0;
+  #hasRetryHint = false; // the relay requested the delay of the next attempt
   /** @type {Timer} */
-  #settleTimer;
+  #echoTimer;
   /** @type {Timer} */
   #upgradeTimer;
   /** @type {Timer} */
   #wakeTimer;
   /** @type {Timer} */
-  #lookTimer;
-  #lookedAt = 0;
+  #clockTimer;
+  #clockCheckedAt = 0;
   #wasHidden = false;
-  /** @type {AbortController | null} takes the listeners off */
-  #listening = null;
+  /** @type {AbortController | null} removes the page's event listeners */
+  #pageListeners = null;
 
   /**
    * Connect to a channel.
@@ -121,12 +123,12 @@ export class Relay extends EventTarget {
    */
   constructor(url, options = {}) {
     super();
-    this.#address = addressOf(url, options.channel);
+    this.#channelUrl = channelUrlOf(url, options.channel);
     this.token = options.token ?? null;
     this.#history = options.history ?? 0;
     this.#position = options.since ?? null;
-    this.#maxOffline = options.maxOffline ?? MAX_OFFLINE;
-    this.#maxWaitingBytes = options.maxWaitingBytes ?? MAX_WAITING_BYTES;
+    this.#maxQueued = options.maxOffline ?? MAX_QUEUED_MESSAGES;
+    this.#maxPendingBytes = options.maxWaitingBytes ?? MAX_PENDING_BYTES;
     this.open();
   }
 
@@ -135,58 +137,58 @@ export class Relay extends EventTarget {
     return this.#state;
   }
 
-  /** What carries the messages now: "websocket", "stream", or null. */
+  /** The transport of the active connection: "websocket", "stream", or null. */
   get transport() {
     return this.#link?.kind ?? null;
   }
 
-  /** The last message's position: bring it as `since`, and nothing in between is missed. */
+  /** The position of the last message. Passed as `since`, it resumes without a gap. */
   get position() {
     return this.#position;
   }
 
-  /** How many messages were not sent yet, for want of a connection. */
+  /** The number of messages queued until there is a connection. */
   get offline() {
     return this.#queue.length;
   }
 
-  /** Connect again after `close()` or "refused"; go on behind the last position. */
+  /** Reconnect after `close()` or "refused", and resume after the last position. */
   open() {
     if (this.#state !== "closed") return;
-    this.#failures = this.#unauthorized = this.#blocked = 0;
+    this.#failureCount = this.#unauthorizedCount = this.#blockedCount = 0;
     this.#wasOpen = this.#isFrozen = false;
-    this.#listen();
+    this.#addPageListeners();
     this.#connect();
   }
 
-  /** Let go of the channel. What waits to be sent is not. */
+  /** Close the connection. Queued messages are discarded, and their promises rejected. */
   close() {
     if (this.#state === "closed") return;
-    this.#stop(new RelayError("closed", "the page closed the connection"));
-    this.#become("closed", {});
+    this.#shutDown(new RelayError("closed", "the page closed the connection"));
+    this.#setState("closed", {});
   }
 
   /**
-   * Send a message to everybody in the channel, now or when there is a connection again.
+   * Publish a message to the channel, at once or after the next reconnect.
    *
-   * It is sent once. The promise need not be looked at.
+   * A message is never published twice. The promise may be ignored.
    *
    * @param {string | ArrayBuffer | ArrayBufferView} data
-   * @returns {Promise<string>} its position, once it was relayed. Rejected with a RelayError where
-   *   it was not, or where that is not known ("uncertain": the connection broke, and the message
-   *   did not come back over the next one).
-   * @throws {RelayError} too much waits already ("full"), or nothing is to come ("closed").
+   * @returns {Promise<string>} resolves with the position when the message is relayed. Rejects with
+   *   a RelayError if it is not, or if that is unknown ("uncertain": the connection was lost, and
+   *   the message was not echoed over the next one).
+   * @throws {RelayError} the send buffer is full ("full"), or the connection is closed ("closed").
    */
   send(data) {
-    if (this.#state === "closed") throw new RelayError("closed", "there is no connection");
-    const message = new Outgoing(data, (size) => (this.#waitingBytes -= size));
-    if (this.#waitingBytes + message.size > this.#maxWaitingBytes) {
-      throw new RelayError("full", `over ${this.#maxWaitingBytes} bytes wait to be relayed`);
+    if (this.#state === "closed") throw new RelayError("closed", "the connection is closed");
+    const message = new Outgoing(data, (size) => (this.#pendingBytes -= size));
+    if (this.#pendingBytes + message.size > this.#maxPendingBytes) {
+      throw new RelayError("full", `send buffer full: limit ${this.#maxPendingBytes} bytes`);
     }
-    if (this.#queue.length >= this.#maxOffline) {
-      throw new RelayError("full", `${this.#maxOffline} messages wait to be sent`);
+    if (this.#queue.length >= this.#maxQueued) {
+      throw new RelayError("full", `send buffer full: limit ${this.#maxQueued} messages`);
     }
-    this.#waitingBytes += message.size;
+    this.#pendingBytes += message.size;
     this.#queue.push(message);
     this.#flush();
     return message.relayed;
@@ -194,232 +196,241 @@ export class Relay extends EventTarget {
 
   // Connecting
 
-  /** Make a connection, beside the one there is, if there is one. */
+  /** Open a new connection. An active one stays until the new one replaces it. */
   async #connect() {
-    if (this.#isDialing) return;
+    if (this.#isConnecting) return;
     clearTimeout(this.#retryTimer);
-    const dial = ++this.#dial;
-    this.#isDialing = true;
-    if (!this.#link) this.#become("connecting", {});
+    const attempt = ++this.#attempt;
+    this.#isConnecting = true;
+    if (!this.#link) this.#setState("connecting", {});
     let token;
     try {
       token = await (typeof this.token === "function" ? this.token() : this.token);
     } catch {
-      token = undefined; // the page's own failure; it can tell its user more than can be said here
+      token = undefined; // the page's callback failed; the page knows the cause
     }
-    if (dial !== this.#dial) return;
-    if (token === undefined) return this.#failed({reason: "the page has no token"});
-    if (token && !TOKEN.test(token)) {
-      return this.#refuse(401, "a token has letters, digits, dots, - and _ only");
+    if (attempt !== this.#attempt) return;
+    if (token === undefined) return this.#onAttemptFailed({reason: "the page has no token"});
+    if (token && !TOKEN_PATTERN.test(token)) {
+      return this.#onRefused(401, "a token has letters, digits, dots, - and _ only");
     }
-    // A WebSocket is tried first, but where it did not work lately; beside a stream it always is.
-    this.#start(this.#prefersStream && !this.#link ? Stream : Socket, token ?? "");
+    // A WebSocket is tried first, unless the last ones failed; beside a stream it is always tried.
+    this.#openLink(this.#prefersStream && !this.#link ? Stream : Socket, token ?? "");
   }
 
   /**
    * @param {typeof Socket | typeof Stream} Kind
    * @param {string} token
    */
-  #start(Kind, token) {
-    const address = new URL(this.#address);
+  #openLink(Kind, token) {
+    const channelUrl = new URL(this.#channelUrl);
     const since = this.#position;
-    if (since) address.searchParams.set("since", since);
-    else if (this.#history) address.searchParams.set("history", String(this.#history));
+    if (since) channelUrl.searchParams.set("since", since);
+    else if (this.#history) channelUrl.searchParams.set("history", String(this.#history));
     /** @type {Link} */
-    const link = new Kind(address, token, {
-      welcome: (said) => this.#welcomed(link, since, said),
-      message: (position, data) => link === this.#link && this.#hear(position, data),
-      gap: (position) => link === this.#link && this.#miss(position),
+    const link = new Kind(channelUrl, token, {
+      welcome: (welcome) => this.#onWelcome(link, since, welcome),
+      message: (position, data) => link === this.#link && this.#onMessage(position, data),
+      gap: (position) => link === this.#link && this.#onGap(position),
       ready: () => this.#flush(),
-      lost: (how) => (link === this.#link ? this.#lost(how) : this.#notMade(link, how)),
+      lost: (end) => (link === this.#link ? this.#onLost(end) : this.#onConnectFailed(link, end)),
     });
-    this.#next = link;
+    this.#candidate = link;
     link.open();
   }
 
   /**
    * @param {Link} link
    * @param {string | null} since
-   * @param {Welcome} said
+   * @param {Welcome} welcome
    */
-  #welcomed(link, since, said) {
-    if (link !== this.#next) return;
+  #onWelcome(link, since, welcome) {
+    if (link !== this.#candidate) return;
     if (link.kind === "websocket") {
-      this.#blocked = 0;
+      this.#blockedCount = 0;
       this.#prefersStream = false;
-    } else if (!this.#prefersStream && ++this.#blocked < BLOCKED_AFTER) {
-      this.#letGoOfNext();
-      return this.#failed({reason: "no WebSocket"});
+    } else if (!this.#prefersStream && ++this.#blockedCount < STREAM_AFTER_BLOCKED) {
+      this.#dropCandidate();
+      return this.#onAttemptFailed({reason: "WebSocket blocked"});
     } else {
       this.#prefersStream = true;
     }
-    this.#adopt(link);
-    if (link === this.#link) this.#resume(since, said); // not closed by the page meanwhile
+    this.#activate(link);
+    // The page may have closed the link in an event.
+    if (link === this.#link) this.#applyWelcome(since, welcome);
   }
 
   /** @param {Link} link */
-  #adopt(link) {
-    const before = this.#letGoOfLink();
-    this.#next = null;
-    this.#isDialing = false;
+  #activate(link) {
+    const previous = this.#dropLink();
+    this.#candidate = null;
+    this.#isConnecting = false;
     this.#link = link;
     this.#wasOpen = true;
-    this.#unauthorized = 0;
+    this.#unauthorizedCount = 0;
     this.#openedAt = Date.now();
     clearTimeout(this.#upgradeTimer);
-    if (link.kind === "stream") this.#upgradeLater();
-    else this.#upgradeMs = UPGRADE_MS[0];
-    if (before?.kind !== link.kind) this.#become("open", {});
-    if (!before && this.#link) this.#tell("open", {transport: link.kind});
+    if (link.kind === "stream") this.#scheduleUpgrade();
+    else this.#upgradeMs = UPGRADE_RETRY_MS[0];
+    if (previous?.kind !== link.kind) this.#setState("open", {});
+    if (!previous && this.#link) this.#emit("open", {transport: link.kind});
   }
 
   /**
-   * @param {string | null} since what was asked for
-   * @param {Welcome} said
+   * @param {string | null} since the requested position
+   * @param {Welcome} welcome
    */
-  #resume(since, {recovered, position}) {
+  #applyWelcome(since, {recovered, position}) {
     const before = this.#position;
-    // Another connection may have gone on meanwhile; and a log that was begun anew begins before.
+    // The previous connection may have advanced meanwhile. A recreated log starts lower.
     const isNewLog = !recovered && since !== null && isAfter(since, position);
     if (isNewLog || before === null || isAfter(position, before)) {
       this.#position = position;
-      if (!recovered) this.#tell("gap", {since: before, position});
+      if (!recovered) this.#emit("gap", {since: before, position});
     }
-    const settleMs = isNewLog ? 0 : SETTLE_MS; // of a new log nothing is to come back
-    if (this.#doubtful.length) this.#settleTimer = setTimeout(() => this.#settle(), settleMs);
+    const echoTimeoutMs = isNewLog ? 0 : ECHO_TIMEOUT_MS; // a new log has no echoes
+    if (this.#unconfirmed.length) {
+      this.#echoTimer = setTimeout(() => this.#settleUnconfirmed(), echoTimeoutMs);
+    }
     this.#flush();
   }
 
   /**
-   * The log lost something, while there was a connection.
+   * The relay's log lost messages while the connection was open.
    *
-   * @param {string} position behind which nothing is missing
+   * @param {string} position after which nothing is missing
    */
-  #miss(position) {
+  #onGap(position) {
     const since = this.#position;
     if (since === null || isAfter(position, since)) this.#position = position;
-    this.#tell("gap", {since, position});
+    this.#emit("gap", {since, position});
   }
 
   /**
    * @param {Link} link
-   * @param {End} how
+   * @param {End} end
    */
-  #notMade(link, how) {
-    if (link !== this.#next) return;
-    this.#next = null;
-    if (link.kind === "websocket" && this.#asksWhy()) return this.#start(Stream, link.token);
+  #onConnectFailed(link, end) {
+    if (link !== this.#candidate) return;
+    this.#candidate = null;
+    if (link.kind === "websocket" && this.#shouldProbe()) return this.#openLink(Stream, link.token);
     if (link.kind === "stream") {
-      if (!how.status) this.#blocked = 0; // nothing works, so nothing is blocked
+      if (!end.status) this.#blockedCount = 0; // unreachable, which is not blocked
       this.#prefersStream = false;
     }
-    this.#failed(how);
+    this.#onAttemptFailed(end);
   }
 
-  /** A browser does not say why an upgrade failed; what a stream is answered, the page can see. */
-  #asksWhy() {
+  /** A browser hides why an upgrade failed; the status of a stream request is visible. */
+  #shouldProbe() {
     if (this.#link) return false;
-    return this.#failures < 2 || this.#blocked > 0 || this.#failures % PROBE_EVERY === 0;
+    const isProbeDue = this.#failureCount % PROBE_EVERY_FAILURES === 0;
+    return this.#failureCount < 2 || this.#blockedCount > 0 || isProbeDue;
   }
 
-  /** @param {End} how */
-  #failed(how) {
-    this.#isDialing = false;
-    if (how.status && this.#isFinal(how.status)) return this.#refuse(how.status, how.reason);
-    if (this.#link && !this.#isSuspect) return; // it is no worse for it
-    if (this.#letGoOfLink()) {
-      this.#tell("close", {code: 1006, reason: "nothing was heard of it"});
+  /** @param {End} end */
+  #onAttemptFailed(end) {
+    this.#isConnecting = false;
+    if (end.status && this.#isFinal(end.status)) return this.#onRefused(end.status, end.reason);
+    if (this.#link && !this.#isUnresponsive) return; // the active connection is unaffected
+    if (this.#dropLink()) {
+      this.#emit("close", {code: 1006, reason: "connection unresponsive"});
       if (this.#state === "closed") return;
     }
-    this.#retry(how);
+    this.#scheduleRetry(end);
   }
 
   /** @param {number} status */
   #isFinal(status) {
-    if (status === 401 && typeof this.token === "function") return ++this.#unauthorized > 1;
-    return ALWAYS_FINAL.includes(status) || (!this.#wasOpen && FINAL_AT_FIRST.includes(status));
+    if (status === 401 && typeof this.token === "function") return ++this.#unauthorizedCount > 1;
+    if (FINAL_STATUSES.includes(status)) return true;
+    return !this.#wasOpen && FINAL_BEFORE_OPEN.includes(status);
   }
 
-  /** @param {End} how */
-  #lost(how) {
-    const reason = how.reason ?? "";
-    // The relay says so behind all that it relayed: what did not come back is sent again.
-    if (how.code === DRAINING && reason.startsWith("draining")) {
-      for (const message of this.#link?.unheard ?? []) message.isSentAgain = true;
+  /** @param {End} end */
+  #onLost(end) {
+    const reason = end.reason ?? "";
+    // A draining relay closes after the echo of all that it relayed: resend the rest.
+    if (end.code === CLOSE_GOING_AWAY && reason.startsWith("draining")) {
+      for (const message of this.#link?.inFlight ?? []) message.shouldResend = true;
     }
-    this.#letGoOfLink();
-    if (Date.now() - this.#openedAt >= STEADY_MS) this.#failures = 0;
-    this.#tell("close", {code: how.code ?? 1006, reason});
-    if (this.#state === "closed") return; // by the page, in that event
-    const status = how.code === TOKEN_EXPIRED ? 401 : how.status;
-    if (status && this.#isFinal(status)) return this.#refuse(status, reason);
-    if (this.#isDialing) this.#become("connecting", {reason});
-    else this.#retry(how);
+    this.#dropLink();
+    if (Date.now() - this.#openedAt >= STABLE_AFTER_MS) this.#failureCount = 0;
+    this.#emit("close", {code: end.code ?? 1006, reason});
+    if (this.#state === "closed") return; // the page closed it in that event
+    const status = end.code === CLOSE_TOKEN_EXPIRED ? 401 : end.status;
+    if (status && this.#isFinal(status)) return this.#onRefused(status, reason);
+    if (this.#isConnecting) this.#setState("connecting", {reason});
+    else this.#scheduleRetry(end);
   }
 
-  /** @param {End} how */
-  #retry({code, reason = "", retryMs}) {
-    const told = retryMs ?? (code === DRAINING ? /retry_ms=(\d+)/.exec(reason)?.[1] : undefined);
-    const most = Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** Math.min(this.#failures, 10));
-    const waitMs = told === undefined ? by(most) : Math.min(Number(told), LONGEST_TOLD_MS);
-    this.#failures += told === undefined ? 1 : 0;
-    this.#wasTold = told !== undefined;
-    this.#dueAt = Date.now() + waitMs;
+  /** @param {End} end */
+  #scheduleRetry({code, reason = "", retryMs}) {
+    const drainMs = code === CLOSE_GOING_AWAY ? /retry_ms=(\d+)/.exec(reason)?.[1] : undefined;
+    const hintMs = retryMs ?? drainMs;
+    const backoffMs = INITIAL_BACKOFF_MS * 2 ** Math.min(this.#failureCount, 10);
+    const waitMs =
+      hintMs === undefined
+        ? jittered(Math.min(MAX_BACKOFF_MS, backoffMs))
+        : Math.min(Number(hintMs), MAX_RETRY_AFTER_MS);
+    this.#failureCount += hintMs === undefined ? 1 : 0;
+    this.#hasRetryHint = hintMs !== undefined;
+    this.#retryAt = Date.now() + waitMs;
     clearTimeout(this.#retryTimer);
     this.#retryTimer = setTimeout(() => this.#connect(), waitMs);
-    this.#become("waiting", {reason, retryInMs: Math.round(waitMs)});
+    this.#setState("waiting", {reason, retryInMs: Math.round(waitMs)});
   }
 
   /**
    * @param {number} status
    * @param {string} [reason]
    */
-  #refuse(status, reason = "") {
-    this.#stop(new RelayError("refused", `refused: ${status} ${reason}`));
-    this.#become("closed", {reason});
-    this.#tell("refused", {status, reason});
+  #onRefused(status, reason = "") {
+    this.#shutDown(new RelayError("refused", `refused: ${status} ${reason}`));
+    this.#setState("closed", {reason});
+    this.#emit("refused", {status, reason});
   }
 
-  #upgradeLater() {
+  #scheduleUpgrade() {
     this.#upgradeTimer = setTimeout(() => {
-      this.#upgradeMs = Math.min(this.#upgradeMs * 2, UPGRADE_MS[1]);
-      this.#upgradeLater();
+      this.#upgradeMs = Math.min(this.#upgradeMs * 2, UPGRADE_RETRY_MS[1]);
+      this.#scheduleUpgrade();
       this.#connect();
     }, this.#upgradeMs);
   }
 
   /** @param {RelayError} error */
-  #stop(error) {
-    this.#dial += 1;
-    this.#letGoOfNext();
-    this.#letGoOfLink();
-    this.#listening?.abort();
-    clearInterval(this.#lookTimer);
+  #shutDown(error) {
+    this.#attempt += 1;
+    this.#dropCandidate();
+    this.#dropLink();
+    this.#pageListeners?.abort();
+    clearInterval(this.#clockTimer);
     clearTimeout(this.#retryTimer);
-    clearTimeout(this.#settleTimer);
+    clearTimeout(this.#echoTimer);
     clearTimeout(this.#upgradeTimer);
     clearTimeout(this.#wakeTimer);
-    for (const message of [...this.#doubtful.splice(0), ...this.#queue.splice(0)]) {
+    for (const message of [...this.#unconfirmed.splice(0), ...this.#queue.splice(0)]) {
       message.reject(error);
     }
   }
 
-  #letGoOfNext() {
-    this.#isDialing = false;
-    this.#next?.close();
-    this.#next = null;
+  #dropCandidate() {
+    this.#isConnecting = false;
+    this.#candidate?.close();
+    this.#candidate = null;
   }
 
-  /** @returns {Link | null} the connection there was */
-  #letGoOfLink() {
+  /** @returns {Link | null} the connection that was active */
+  #dropLink() {
     const link = this.#link;
     if (!link) return null;
     this.#link = null;
-    this.#isSuspect = false;
+    this.#isUnresponsive = false;
     clearTimeout(this.#upgradeTimer);
-    clearTimeout(this.#settleTimer);
+    clearTimeout(this.#echoTimer);
     link.close();
-    this.#doubtful.push(...link.unheard);
+    this.#unconfirmed.push(...link.inFlight);
     return link;
   }
 
@@ -429,48 +440,49 @@ export class Relay extends EventTarget {
    * @param {string} position
    * @param {string | ArrayBuffer} data
    */
-  #hear(position, data) {
-    this.#heard += 1;
-    this.#isSuspect = false;
-    if (this.#position !== null && !isAfter(position, this.#position)) return; // heard before
+  #onMessage(position, data) {
+    this.#receivedCount += 1;
+    this.#isUnresponsive = false;
+    if (this.#position !== null && !isAfter(position, this.#position)) return; // duplicate
     this.#position = position;
-    this.#recognize(data)?.resolve(position);
+    this.#matchEcho(data)?.resolve(position);
     this.dispatchEvent(
       Object.assign(new MessageEvent("message", {data, lastEventId: position}), {position}),
     );
   }
 
   /**
-   * Find one's own message: the relay sends it back too, as it came and in order.
+   * Match a message with one of this client's own: the relay echoes them unchanged and in order.
    *
    * @param {string | ArrayBuffer} data
    */
-  #recognize(data) {
-    const at = this.#doubtful.findIndex((message) => message.says(data));
+  #matchEcho(data) {
+    const at = this.#unconfirmed.findIndex((message) => message.matches(data));
     if (at >= 0) {
-      const [found] = this.#doubtful.splice(at, 1);
-      this.#flush(); // it may have been what the others waited for
+      const [found] = this.#unconfirmed.splice(at, 1);
+      this.#flush(); // it may have blocked the queue
       return found;
     }
-    const unheard = this.#link?.unheard;
-    return unheard?.[0]?.says(data) ? unheard.shift() : undefined;
+    const inFlight = this.#link?.inFlight;
+    return inFlight?.[0]?.matches(data) ? inFlight.shift() : undefined;
   }
 
-  /** Decide about what has not come back since the connection did. */
-  #settle() {
-    const settled = this.#doubtful.splice(0);
-    this.#queue.unshift(...settled.filter((message) => message.isSentAgain));
-    for (const message of settled) {
-      if (message.isSentAgain) message.isSentAgain = false;
-      else message.reject(new RelayError("uncertain", "the connection broke: perhaps not relayed"));
+  /** Resend or reject the messages whose echo did not arrive after the reconnect. */
+  #settleUnconfirmed() {
+    const unconfirmed = this.#unconfirmed.splice(0);
+    this.#queue.unshift(...unconfirmed.filter((message) => message.shouldResend));
+    for (const message of unconfirmed) {
+      if (message.shouldResend) message.shouldResend = false;
+      else message.reject(new RelayError("uncertain", "connection lost: delivery unknown"));
     }
     this.#flush();
   }
 
-  /** What was sent before is decided about first, so that the order stays. */
+  /** Unconfirmed messages that may be resent are settled first, which keeps the order. */
   #canSend() {
-    const isEarlier = (/** @type {Outgoing} */ message) => message.isSentAgain || message.isPosted;
-    return this.#link !== null && !this.#doubtful.some(isEarlier);
+    /** @param {Outgoing} message */
+    const blocksQueue = (message) => message.shouldResend || message.isPostPending;
+    return this.#link !== null && !this.#unconfirmed.some(blocksQueue);
   }
 
   #flush() {
@@ -481,179 +493,179 @@ export class Relay extends EventTarget {
 
   // Sleep and wake
 
-  #listen() {
-    this.#listening = new AbortController();
-    const {signal} = this.#listening;
+  #addPageListeners() {
+    this.#pageListeners = new AbortController();
+    const {signal} = this.#pageListeners;
     const page = globalThis.document;
-    const look = () => this.#look();
-    globalThis.addEventListener?.("online", () => this.#online(), {signal});
-    globalThis.addEventListener?.("pageshow", look, {signal});
-    page?.addEventListener("visibilitychange", look, {signal});
-    page?.addEventListener("freeze", () => this.#freeze(), {signal});
-    page?.addEventListener("resume", () => this.#thaw(), {signal});
-    this.#lookedAt = Date.now();
-    this.#lookTimer = setInterval(look, LOOK_MS);
+    const checkClock = () => this.#checkClock();
+    globalThis.addEventListener?.("online", () => this.#onOnline(), {signal});
+    globalThis.addEventListener?.("pageshow", checkClock, {signal});
+    page?.addEventListener("visibilitychange", checkClock, {signal});
+    page?.addEventListener("freeze", () => this.#onFreeze(), {signal});
+    page?.addEventListener("resume", () => this.#onThaw(), {signal});
+    this.#clockCheckedAt = Date.now();
+    this.#clockTimer = setInterval(checkClock, CLOCK_CHECK_MS);
   }
 
-  /** Look at the clock: where it jumped, the machine slept, and the network may have gone. */
-  #look() {
+  /** Detect a sleep of the machine by a clock jump: the network may have changed. */
+  #checkClock() {
     const now = Date.now();
-    const asleepMs = now - this.#lookedAt - LOOK_MS;
-    const slept = asleepMs > (this.#wasHidden ? ASLEEP_HIDDEN_MS : ASLEEP_MS);
-    this.#lookedAt = now;
+    const asleepMs = now - this.#clockCheckedAt - CLOCK_CHECK_MS;
+    const slept = asleepMs > (this.#wasHidden ? SLEEP_GAP_HIDDEN_MS : SLEEP_GAP_MS);
+    this.#clockCheckedAt = now;
     this.#wasHidden = globalThis.document?.visibilityState === "hidden";
-    if (slept) this.#doubtLink();
-    if (this.#state === "waiting" && !this.#isFrozen && now >= this.#dueAt) this.#connect();
+    if (slept) this.#verifyLink();
+    if (this.#state === "waiting" && !this.#isFrozen && now >= this.#retryAt) this.#connect();
   }
 
-  /** The network is back, or is another. */
-  #online() {
-    this.#doubtLink();
-    if (this.#state !== "waiting" || this.#wasTold || this.#isFrozen) return;
+  /** The network is available again, or has changed. */
+  #onOnline() {
+    this.#verifyLink();
+    if (this.#state !== "waiting" || this.#hasRetryHint || this.#isFrozen) return;
     clearTimeout(this.#retryTimer);
-    this.#retryTimer = setTimeout(() => this.#connect(), by(FIRST_WAIT_MS));
+    this.#retryTimer = setTimeout(() => this.#connect(), jittered(INITIAL_BACKOFF_MS));
   }
 
   /**
-   * Replace the connection, unless something is heard of it. A page can't send a ping, and a
-   * connection that died in a sleep says nothing. The new one begins where the old one is, and
-   * takes its place when it is there: nothing is missed.
+   * Replace the connection unless it receives a message. A page can't send a ping, and a connection
+   * that died during a sleep reports nothing. The new connection resumes at the old one's position
+   * and replaces it once it is open: no message is lost.
    */
-  #doubtLink() {
+  #verifyLink() {
     clearTimeout(this.#wakeTimer);
     if (!this.#link) return;
-    const heard = this.#heard;
+    const receivedCount = this.#receivedCount;
     this.#wakeTimer = setTimeout(() => {
-      if (!this.#link || this.#heard !== heard) return;
-      this.#isSuspect = true;
+      if (!this.#link || this.#receivedCount !== receivedCount) return;
+      this.#isUnresponsive = true;
       this.#connect();
-    }, WAKE_MS + by(WAKE_MS));
+    }, WAKE_PROBE_MS + jittered(WAKE_PROBE_MS));
   }
 
-  /** Hold no connection while the page is frozen: what came would pile up, and it hears nothing. */
-  #freeze() {
+  /** Close the connection of a frozen page: it runs no code, and its messages would pile up. */
+  #onFreeze() {
     this.#isFrozen = true;
-    this.#dial += 1;
-    this.#letGoOfNext();
-    this.#letGoOfLink();
+    this.#attempt += 1;
+    this.#dropCandidate();
+    this.#dropLink();
     clearTimeout(this.#retryTimer);
-    this.#become("waiting", {reason: "the page is frozen"});
+    this.#setState("waiting", {reason: "page frozen"});
   }
 
-  #thaw() {
+  #onThaw() {
     if (!this.#isFrozen) return;
     this.#isFrozen = false;
     this.#connect();
   }
 
-  // What the page is told
+  // Events
 
   /**
    * @param {"connecting" | "open" | "waiting" | "closed"} state
-   * @param {{reason?: string, retryInMs?: number}} facts
+   * @param {{reason?: string, retryInMs?: number}} fields
    */
-  #become(state, {reason = "", retryInMs = 0}) {
+  #setState(state, {reason = "", retryInMs = 0}) {
     this.#state = state;
-    this.#tell("state", {state, transport: this.transport, reason, retryInMs});
+    this.#emit("state", {state, transport: this.transport, reason, retryInMs});
   }
 
   /**
    * @param {string} type
-   * @param {object} facts
+   * @param {object} fields
    */
-  #tell(type, facts) {
-    this.dispatchEvent(Object.assign(new Event(type), facts));
+  #emit(type, fields) {
+    this.dispatchEvent(Object.assign(new Event(type), fields));
   }
 }
 
-/** A message on its way out. */
+/** A message that this client sends. */
 class Outgoing {
   /** @type {(position: string) => void} */
   #resolve = () => {};
   /** @type {(error: RelayError) => void} */
   #reject = () => {};
-  #isDone = false;
-  #whenDone;
+  #isSettled = false;
+  #onSettled;
 
   /**
    * @param {string | ArrayBuffer | ArrayBufferView} data
-   * @param {(size: number) => void} whenDone
+   * @param {(size: number) => void} onSettled
    */
-  constructor(data, whenDone) {
-    this.#whenDone = whenDone;
+  constructor(data, onSettled) {
+    this.#onSettled = onSettled;
     const bytes = bytesOf(data);
-    /** A copy, well-formed: as it will come back. */
+    /** A well-formed copy, equal to the echo. */
     this.data = typeof data === "string" ? utf8.decode(bytes) : bytes;
-    this.size = bytes.byteLength + ENTRY_BYTES;
-    /** It was certainly not relayed yet. */
-    this.isSentAgain = false;
-    /** The relay's answer to a POST is awaited. */
-    this.isPosted = false;
+    this.size = bytes.byteLength + MESSAGE_OVERHEAD_BYTES;
+    /** The message is known not to be relayed. */
+    this.shouldResend = false;
+    /** A POST of the message is in flight. */
+    this.isPostPending = false;
     this.relayed = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
     });
-    this.relayed.catch(() => {}); // who does not look at the promise is not troubled by it
+    this.relayed.catch(() => {}); // an ignored promise causes no unhandledrejection event
   }
 
   /** @param {string} position */
   resolve(position) {
-    this.#done();
+    this.#settle();
     this.#resolve(position);
   }
 
   /** @param {RelayError} error */
   reject(error) {
-    this.#done();
+    this.#settle();
     this.#reject(error);
   }
 
-  /** @param {string | ArrayBuffer} heard */
-  says(heard) {
-    if (typeof heard === "string") return heard === this.data;
-    if (typeof this.data === "string" || heard.byteLength !== this.data.byteLength) return false;
-    const bytes = new Uint8Array(heard);
+  /** @param {string | ArrayBuffer} echo */
+  matches(echo) {
+    if (typeof echo === "string") return echo === this.data;
+    if (typeof this.data === "string" || echo.byteLength !== this.data.byteLength) return false;
+    const bytes = new Uint8Array(echo);
     return this.data.every((byte, at) => byte === bytes[at]);
   }
 
-  #done() {
-    if (!this.#isDone) this.#whenDone(this.size);
-    this.#isDone = true;
+  #settle() {
+    if (!this.#isSettled) this.#onSettled(this.size);
+    this.#isSettled = true;
   }
 }
 
-/** A WebSocket. What is sent comes back, if it was relayed; what has not yet is `unheard`. */
+/** A WebSocket link. The relay echoes what it relays; `inFlight` has what is not echoed yet. */
 class Socket {
   kind = /** @type {const} */ ("websocket");
   /** @type {Outgoing[]} */
-  unheard = [];
+  inFlight = [];
   /** @type {WebSocket | null} */
   #socket = null;
   /** @type {Timer} */
   #deadline;
 
   /**
-   * @param {URL} address
+   * @param {URL} channelUrl
    * @param {string} token
-   * @param {Hears} hears
+   * @param {LinkListener} listener
    */
-  constructor(address, token, hears) {
-    this.address = address;
+  constructor(channelUrl, token, listener) {
+    this.channelUrl = channelUrl;
     this.token = token;
-    this.hears = hears;
+    this.listener = listener;
   }
 
   open() {
     const offers = this.token ? [SUBPROTOCOL, "bearer", this.token] : [SUBPROTOCOL];
-    this.#deadline = setTimeout(() => this.#end({reason: "no answer"}), CONNECT_MS);
+    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
     try {
-      this.#socket = new WebSocket(this.address, offers);
+      this.#socket = new WebSocket(this.channelUrl, offers);
     } catch {
-      // ws:// is not opened from a page that came by https://, for one.
-      return this.#end({reason: "the browser opens no WebSocket to there"});
+      // For example: a page loaded by https:// can't open a ws:// URL.
+      return this.#end({reason: "WebSocket URL rejected by the browser"});
     }
     this.#socket.binaryType = "arraybuffer";
-    this.#socket.onmessage = ({data}) => this.#hear(data);
+    this.#socket.onmessage = ({data}) => this.#onFrame(data);
     this.#socket.onclose = ({code, reason}) => this.#end({code, reason});
   }
 
@@ -661,7 +673,7 @@ class Socket {
   send(message) {
     if (this.#socket?.readyState !== WebSocket.OPEN) return false;
     this.#socket.send(/** @type {string | BufferSource} */ (message.data));
-    this.unheard.push(message);
+    this.inFlight.push(message);
     return true;
   }
 
@@ -675,102 +687,103 @@ class Socket {
   }
 
   /** @param {string | ArrayBuffer} data */
-  #hear(data) {
+  #onFrame(data) {
     const [position, payload] = typeof data === "string" ? splitText(data) : splitBytes(data);
-    if (position) return this.hears.message(position, payload);
-    const said = JSON.parse(String(payload));
-    if (said.type === "gap") this.hears.gap(said.position);
-    if (said.type !== "welcome") return;
+    if (position) return this.listener.message(position, payload);
+    const event = JSON.parse(String(payload));
+    if (event.type === "gap") this.listener.gap(event.position);
+    if (event.type !== "welcome") return;
     clearTimeout(this.#deadline);
-    this.hears.welcome(said);
+    this.listener.welcome(event);
   }
 
-  /** @param {End} how */
-  #end(how) {
+  /** @param {End} end */
+  #end(end) {
     this.close();
-    this.hears.lost(how);
+    this.listener.lost(end);
   }
 }
 
 /**
- * Server-sent events in, POST out. By fetch and not by EventSource: so the token goes in a header
- * and not in the address, and a refusal can be seen.
+ * A link that receives server-sent events and publishes by POST. It uses fetch instead of
+ * EventSource: the token goes into a header instead of the URL, and the status of a refusal is
+ * visible.
  */
 class Stream {
   kind = /** @type {const} */ ("stream");
   /** @type {Outgoing[]} */
-  unheard = [];
-  #reading = new AbortController();
+  inFlight = [];
+  #fetchAbort = new AbortController();
   #isSending = false;
   /** @type {Timer} */
   #deadline;
   /** @type {Timer} */
-  #pause;
+  #postTimer;
 
   /**
-   * @param {URL} address
+   * @param {URL} channelUrl
    * @param {string} token
-   * @param {Hears} hears
+   * @param {LinkListener} listener
    */
-  constructor(address, token, hears) {
-    this.address = new URL(address);
-    this.address.protocol = address.protocol === "wss:" ? "https:" : "http:";
+  constructor(channelUrl, token, listener) {
+    this.channelUrl = new URL(channelUrl);
+    this.channelUrl.protocol = channelUrl.protocol === "wss:" ? "https:" : "http:";
     this.token = token;
-    this.hears = hears;
+    this.listener = listener;
   }
 
   async open() {
-    const events = new URL(this.address);
+    const events = new URL(this.channelUrl);
     events.pathname = events.pathname.replace(/\/?$/, "/events");
-    this.#deadline = setTimeout(() => this.#end({reason: "no answer"}), CONNECT_MS);
+    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
     try {
-      const {signal} = this.#reading;
+      const {signal} = this.#fetchAbort;
       const response = await this.#fetch(events, {headers: {Accept: "text/event-stream"}, signal});
       if (response.status !== 200 || !response.body) return this.#end(await refusalOf(response));
       await this.#read(response.body);
-      this.#end({reason: "the stream ended"});
+      this.#end({reason: "stream ended"});
     } catch {
-      this.#end({reason: "no connection"}); // or no right to look, for a page of another origin
+      this.#end({reason: "connection failed"}); // or rejected by CORS
     }
   }
 
   /** @param {Outgoing} message */
   send(message) {
-    if (this.#isSending) return false; // one after another, so that the order stays
+    if (this.#isSending) return false; // one POST at a time keeps the order
     this.#isSending = true;
-    this.unheard.push(message);
+    this.inFlight.push(message);
     this.#post(message);
     return true;
   }
 
   close() {
     clearTimeout(this.#deadline);
-    clearTimeout(this.#pause);
-    this.#reading.abort();
+    clearTimeout(this.#postTimer);
+    this.#fetchAbort.abort();
   }
 
   /** @param {NonNullable<Response["body"]>} body */
   async #read(body) {
-    const events = new Events();
+    const events = new EventParser();
     const decoder = new TextDecoder();
     const reader = body.getReader();
     for (;;) {
       const {done, value} = await reader.read();
       if (done) return;
-      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#hear(event);
+      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
     }
   }
 
   /** @param {ServerEvent} event */
-  #hear({id, type, data}) {
-    if (this.#reading.signal.aborted) return;
-    if (type === "message") this.hears.message(id, data);
-    else if (type === "binary") this.hears.message(id, fromBase64(data));
+  #onEvent({id, type, data}) {
+    if (this.#fetchAbort.signal.aborted) return;
+    if (type === "message") this.listener.message(id, data);
+    else if (type === "binary") this.listener.message(id, fromBase64(data));
     else if (type === "close") this.#end(JSON.parse(data));
-    else if (type === "gap") this.hears.gap(JSON.parse(data).position);
+    else if (type === "gap") this.listener.gap(JSON.parse(data).position);
     else if (type === "welcome") {
       clearTimeout(this.#deadline);
-      this.hears.welcome(JSON.parse(data));
+      this.listener.welcome(JSON.parse(data));
     }
   }
 
@@ -779,17 +792,17 @@ class Stream {
     const isText = typeof message.data === "string";
     const type = isText ? "text/plain; charset=utf-8" : "application/octet-stream";
     const body = /** @type {string | BufferSource} */ (message.data);
-    message.isSentAgain = false;
-    message.isPosted = true;
+    message.shouldResend = false;
+    message.isPostPending = true;
     try {
-      // It goes on to its end, also where another connection takes over meanwhile.
+      // The POST completes even if another connection replaces this one meanwhile.
       const init = {method: "POST", headers: {"Content-Type": type}, body};
-      const response = await this.#fetch(this.address, init);
-      if (response.ok) this.#relayed(message, await response.json());
-      else this.#notRelayed(message, await refusalOf(response));
+      const response = await this.#fetch(this.channelUrl, init);
+      if (response.ok) this.#onRelayed(message, await response.json());
+      else this.#onRejected(message, await refusalOf(response));
     } catch {
-      message.isPosted = false;
-      this.#end({reason: "no connection"});
+      message.isPostPending = false;
+      this.#end({reason: "connection failed"});
     }
   }
 
@@ -797,59 +810,59 @@ class Stream {
    * @param {Outgoing} message
    * @param {{position: string}} answer
    */
-  #relayed(message, {position}) {
+  #onRelayed(message, {position}) {
     message.resolve(position);
-    this.#done(message);
+    this.#finishPost(message);
   }
 
   /**
    * @param {Outgoing} message
-   * @param {End} how
+   * @param {End} end
    */
-  #notRelayed(message, how) {
-    message.isPosted = false;
-    if (how.status === 401) {
-      message.isSentAgain = true; // over the next connection, which brings a fresh token
-      this.#end(how);
-    } else if (how.status === 503) {
-      message.isSentAgain = true;
-      if (this.#reading.signal.aborted) return;
-      this.#pause = setTimeout(() => this.#post(message), how.retryMs ?? FIRST_WAIT_MS);
+  #onRejected(message, end) {
+    message.isPostPending = false;
+    if (end.status === 401) {
+      message.shouldResend = true; // over the next connection, which brings a fresh token
+      this.#end(end);
+    } else if (end.status === 503) {
+      message.shouldResend = true;
+      if (this.#fetchAbort.signal.aborted) return;
+      this.#postTimer = setTimeout(() => this.#post(message), end.retryMs ?? INITIAL_BACKOFF_MS);
     } else {
-      message.reject(new RelayError("refused", `not relayed: ${how.status} ${how.reason}`));
-      this.#done(message);
+      message.reject(new RelayError("refused", `not relayed: ${end.status} ${end.reason}`));
+      this.#finishPost(message);
     }
   }
 
   /** @param {Outgoing} message */
-  #done(message) {
-    message.isPosted = false;
-    this.unheard = this.unheard.filter((each) => each !== message);
+  #finishPost(message) {
+    message.isPostPending = false;
+    this.inFlight = this.inFlight.filter((each) => each !== message);
     this.#isSending = false;
-    this.hears.ready();
+    this.listener.ready();
   }
 
   /**
-   * @param {URL} address
+   * @param {URL} channelUrl
    * @param {RequestInit} init
    */
-  #fetch(address, init) {
+  #fetch(channelUrl, init) {
     const headers = new Headers(init.headers);
     if (this.token) headers.set("Authorization", `Bearer ${this.token}`);
-    return fetch(address, {...init, headers, cache: "no-store"});
+    return fetch(channelUrl, {...init, headers, cache: "no-store"});
   }
 
-  /** @param {End} how */
-  #end(how) {
-    if (this.#reading.signal.aborted) return;
+  /** @param {End} end */
+  #end(end) {
+    if (this.#fetchAbort.signal.aborted) return;
     this.close();
-    this.hears.lost(how);
+    this.listener.lost(end);
   }
 }
 
-/** Takes server-sent events apart, as the HTML standard says (section 9.2.6). */
-class Events {
-  #rest = "";
+/** Parse server-sent events (HTML standard, section 9.2.6). */
+class EventParser {
+  #partialLine = "";
   #id = "";
   #type = "";
   /** @type {string[]} */
@@ -857,16 +870,16 @@ class Events {
 
   /** @param {string} text */
   *feed(text) {
-    const lines = (this.#rest + text).split(/\r?\n/);
-    this.#rest = lines.pop() ?? "";
+    const lines = (this.#partialLine + text).split(/\r?\n/);
+    this.#partialLine = lines.pop() ?? "";
     for (const line of lines) {
-      const event = line ? this.#take(line) : this.#finish();
+      const event = line ? this.#parseLine(line) : this.#takeEvent();
       if (event) yield event;
     }
   }
 
   /** @param {string} line */
-  #take(line) {
+  #parseLine(line) {
     const [, field, value] = /** @type {RegExpExecArray} */ (/^([^:]*):? ?(.*)$/s.exec(line));
     if (field === "data") this.#data.push(value);
     else if (field === "event") this.#type = value;
@@ -874,7 +887,7 @@ class Events {
   }
 
   /** @returns {ServerEvent | undefined} */
-  #finish() {
+  #takeEvent() {
     const event = {id: this.#id, type: this.#type || "message", data: this.#data.join("\n")};
     const isEmpty = !this.#data.length;
     this.#type = "";
@@ -887,15 +900,16 @@ class Events {
  * @param {string | URL} url
  * @param {string} [channel]
  */
-function addressOf(url, channel) {
-  const address = new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href);
-  address.protocol = address.protocol.replace(/^http/, "ws");
-  if (!/^wss?:$/.test(address.protocol)) throw new TypeError(`no relay's address: ${address}`);
-  address.username = address.password = address.hash = ""; // fetch takes none of them
+function channelUrlOf(url, channel) {
+  const channelUrl = new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href);
+  channelUrl.protocol = channelUrl.protocol.replace(/^http/, "ws");
+  if (!/^wss?:$/.test(channelUrl.protocol)) throw new TypeError(`invalid relay URL: ${channelUrl}`);
+  channelUrl.username = channelUrl.password = channelUrl.hash = ""; // fetch rejects credentials
   if (channel !== undefined) {
-    address.pathname = address.pathname.replace(/\/?$/, `/channels/${encodeURIComponent(channel)}`);
+    const path = `/channels/${encodeURIComponent(channel)}`;
+    channelUrl.pathname = channelUrl.pathname.replace(/\/?$/, path);
   }
-  return address;
+  return channelUrl;
 }
 
 /** @param {string | ArrayBuffer | ArrayBufferView} data */
@@ -905,7 +919,7 @@ function bytesOf(data) {
   if (ArrayBuffer.isView(data)) {
     return new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice();
   }
-  throw new TypeError("a message is a string, an ArrayBuffer or a view of one");
+  throw new TypeError("message must be a string, an ArrayBuffer or a view of one");
 }
 
 /**
@@ -949,14 +963,14 @@ function isAfter(one, other) {
  */
 async function refusalOf(response) {
   const seconds = response.headers.get("Retry-After") ?? "";
-  const retryMs = /^\d+$/.test(seconds) ? Number(seconds) * 1000 + by(1000) : undefined;
+  const retryMs = /^\d+$/.test(seconds) ? Number(seconds) * 1000 + jittered(1000) : undefined;
   const reason = (await response.text().catch(() => "")).trim().slice(0, 200);
   return {status: response.status, reason, retryMs};
 }
 
-/** @param {number} most @returns {number} by chance between a half of it and all of it */
-function by(most) {
-  return most / 2 + (Math.random() * most) / 2;
+/** @param {number} maxMs @returns {number} a random delay between half of it and all of it */
+function jittered(maxMs) {
+  return maxMs / 2 + (Math.random() * maxMs) / 2;
 }
 
 /**
@@ -964,13 +978,13 @@ function by(most) {
  * @typedef {Socket | Stream} Link
  * @typedef {{recovered: boolean, position: string}} Welcome
  * @typedef {{id: string, type: string, data: string}} ServerEvent
- * @typedef {{code?: number, status?: number, reason?: string, retryMs?: number}} End how a
- *   connection ended, or why it did not begin
+ * @typedef {{code?: number, status?: number, reason?: string, retryMs?: number}} End why a
+ *   connection ended or failed to open
  *
- * @typedef {object} Hears what a connection tells
- * @property {(said: Welcome) => void} welcome it is there
+ * @typedef {object} LinkListener the callbacks of a link
+ * @property {(welcome: Welcome) => void} welcome the link is open
  * @property {(position: string, data: string | ArrayBuffer) => void} message
- * @property {(position: string) => void} gap before this position, the relay's log lost some
- * @property {() => void} ready more can be sent
- * @property {(how: End) => void} lost it is gone, or was never there
+ * @property {(position: string) => void} gap the relay's log lost messages before this position
+ * @property {() => void} ready the link can send again
+ * @property {(end: End) => void} lost the link ended, or failed to open
  */
