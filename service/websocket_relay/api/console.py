@@ -19,7 +19,7 @@ SCRIPT, TYPES = "relay.js", "relay.d.ts"
 PAGE = "index.html"
 PARTS = {
     "console.js": "text/javascript",
-    "figures.js": "text/javascript",
+    "stats.js": "text/javascript",
     "console.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

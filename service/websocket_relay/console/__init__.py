@@ -1,1 +1,1 @@
-"""The console and the browser's client: files that are served as they are."""
+"""Static files: the console and the browser client. Knows no Python code."""

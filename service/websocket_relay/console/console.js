@@ -1,167 +1,184 @@
 // @ts-check
 /**
- * The console: connect to a channel, send to it, see what it relays.
+ * The console: connect to a channel, publish to it, list its messages.
  *
- * The connection is relay.js's, the figures are figures.js's. A token is kept in a variable here and
- * nowhere else.
+ * relay.js owns the connection, stats.js the stats. The token is kept in a variable of this module
+ * only: in no storage, no cookie and no URL.
  */
 
-import {at, bytes, count, duration, Figures, find, stamp, text} from "./figures.js";
 import {Relay} from "./relay.js";
+import {
+  byId,
+  cloneTemplate,
+  formatBytes,
+  formatCount,
+  formatDuration,
+  query,
+  setText,
+  StatsPanel,
+} from "./stats.js";
 
-const KEPT = 500; // messages: shown, and as many that wait while the list is paused
-const KEPT_BYTES = 32 * 1024 * 1024; // of either
-const LARGEST_BYTES = 64 * 1024 * 1024; // of what is sent, whatever the relay takes
-const PREVIEW = 500; // characters in a row
-const FIRST_BYTES = 16; // of a binary message in a row
-const WHOLE = 200_000; // characters of an opened message
-const WHOLE_BYTES = 4_096; // of an opened binary message
-const JSON_LENGTH = 100_000; // characters; what is longer is text
-const DEEPEST = 32; // indentation
-const LONG_MS = 8; // a list that takes longer to show
-const RESTS = 4; // is not shown again for so many times as long
-const TELL_MS = 500; // how often numbers change
-const ANNOUNCE_MS = 3_000; // how often a screen reader is told
+const MAX_MESSAGES = 500; // in the list, and as many pending while it is paused
+const MAX_BYTES = 32 * 1024 * 1024; // of each of the two
+const MAX_SEND_BYTES = 64 * 1024 * 1024; // of a sent message, if the relay allows more
+const PREVIEW_LENGTH = 500; // characters of a message in its row
+const PREVIEW_BYTES = 16; // of a binary message in its row
+const MAX_DETAIL_LENGTH = 200_000; // characters of an expanded message
+const MAX_DETAIL_BYTES = 4_096; // of an expanded binary message
+const MAX_JSON_LENGTH = 100_000; // characters; longer messages are treated as text
+const MAX_INDENT = 32; // levels
+const SLOW_RENDER_MS = 8; // after a slower render of the list,
+const RENDER_PAUSE_FACTOR = 4; // the next one waits this multiple of its duration
+const COUNT_INTERVAL_MS = 500; // interval between updates of the counts
+const ANNOUNCE_INTERVAL_MS = 3_000; // minimum between screen reader announcements
 
 const encoder = new TextEncoder();
-const hidden = {value: ""}; // the token
-const [form, compose] = [at("connect"), at("compose")];
+const secret = {value: ""}; // the token
+const [connectForm, composeForm] = [byId("connect"), byId("compose")];
 const [nameField, historyField] = [input("name"), input("history")];
-const [message, file, tokenField] = [input("message"), input("file"), input("token")];
-const ask = /** @type {HTMLDialogElement} */ (at("ask"));
+const [messageField, fileField, tokenField] = [input("message"), input("file"), input("token")];
+const tokenDialog = /** @type {HTMLDialogElement} */ (byId("token-dialog"));
 
 /** @type {Relay | null} */
 let relay = null;
 let channel = "";
-/** @type {string | undefined} the last message's, of the connection there was */
+/** @type {string | undefined} the last position of the previous connection */
 let position;
-let joined = ""; // the channel and how much of its history, as they stand in the page's address
+let connectedQuery = ""; // the query of the page's URL: channel and history
 
 // Messages
 
-/** The newest of what was added: so many, and so many bytes, but always the last one. */
-class Newest {
+/** The newest entries, limited by count and bytes; the last one is always kept. */
+class BoundedLog {
   /** @type {Entry[]} */
   entries = [];
   #bytes = 0;
 
-  /** @param {Entry} entry @returns {Entry[]} what had to go for it */
-  add(entry) {
+  /** @param {Entry} entry @returns {Entry[]} the evicted entries */
+  append(entry) {
     this.entries.push(entry);
     this.#bytes += entry.size;
-    let gone = 0;
-    while (this.entries.length - gone > (this.#bytes > KEPT_BYTES ? 1 : KEPT)) {
-      this.#bytes -= this.entries[gone].size;
-      gone += 1;
+    let dropped = 0;
+    while (this.entries.length - dropped > (this.#bytes > MAX_BYTES ? 1 : MAX_MESSAGES)) {
+      this.#bytes -= this.entries[dropped].size;
+      dropped += 1;
     }
-    return this.entries.splice(0, gone);
+    return this.entries.splice(0, dropped);
   }
 
-  /** @returns {Entry[]} all of them, which are no longer kept */
-  take() {
+  /** @returns {Entry[]} all entries, which are removed */
+  drain() {
     this.#bytes = 0;
     return this.entries.splice(0);
   }
 }
 
 /**
- * The list of messages. What comes is shown once per frame, all at once, so that it stays smooth at
- * any rate. While its reader reads, by scrolling back or opening a row, it waits as if paused.
+ * The list of messages. New messages are rendered together, once per frame, which stays smooth at
+ * any rate. The list is paused while the user reads: after scrolling back or expanding a row.
  */
-class List {
-  #list = at("messages");
-  #shown = new Newest();
-  #waiting = new Newest();
-  /** @type {Map<string, number>} positions of one's own messages that are not here yet */
-  #own = new Map();
+class MessageList {
+  #list = byId("messages");
+  #visible = new BoundedLog();
+  #pending = new BoundedLog();
+  /** @type {Map<string, number>} positions of own messages whose echo is not here yet */
+  #ownLatencies = new Map();
   /** @type {"" | "paused" | "reading"} */
-  #hold = "";
+  #pauseReason = "";
   #frame = 0;
-  #restUntil = 0;
-  #top = 0; // where it is scrolled to
-  #messages = 0;
-  #held = 0; // since the list waits
-  #told = {messages: 0, at: 0, announced: 0, announcedAt: 0};
+  #renderAfter = 0;
+  #scrollTop = 0; // at the last scroll event or render
+  #messageCount = 0;
+  #pausedCount = 0; // messages received since the pause
+  #reported = {messages: 0, at: 0, announced: 0, announcedAt: 0};
 
   constructor() {
-    this.#list.addEventListener("scroll", () => this.#scrolled(), {passive: true});
-    this.#list.addEventListener("click", (event) => this.#clicked(event));
-    this.#list.addEventListener("keydown", (event) => this.#pressed(event));
+    this.#list.addEventListener("scroll", () => this.#onScroll(), {passive: true});
+    this.#list.addEventListener("click", (event) => this.#onClick(event));
+    this.#list.addEventListener("keydown", (event) => this.#onKeydown(event));
     this.#list.addEventListener("focusin", ({target}) => {
-      if (target !== this.#list) this.#read();
+      if (target !== this.#list) this.#pauseForReading();
     });
-    this.#list.addEventListener("focusout", ({relatedTarget}) => this.#goOn(relatedTarget));
-    at("pause").addEventListener("click", () => this.#become(this.#hold ? "" : "paused"));
-    at("clear").addEventListener("click", () => this.clear());
-    new ResizeObserver(() => this.#showSoon()).observe(this.#list);
-    setInterval(() => this.#tell(), TELL_MS);
-    this.#label();
+    this.#list.addEventListener("focusout", ({relatedTarget}) => {
+      this.#resumeIfIdle(relatedTarget);
+    });
+    byId("pause").addEventListener("click", () => {
+      this.#setPauseReason(this.#pauseReason ? "" : "paused");
+    });
+    byId("clear").addEventListener("click", () => this.clear());
+    new ResizeObserver(() => this.#scheduleRender()).observe(this.#list);
+    setInterval(() => this.#updateCounts(), COUNT_INTERVAL_MS);
+    this.#updatePauseButton();
   }
 
   /** @param {string} position @param {string | ArrayBuffer} data */
-  add(position, data) {
+  addMessage(position, data) {
     const size = typeof data === "string" ? data.length : data.byteLength;
-    const ms = this.#own.get(position);
-    this.#own.delete(position);
-    this.#messages += 1;
-    this.#put({at: new Date(), position, data, size, ms, note: ""});
+    const ms = this.#ownLatencies.get(position);
+    this.#ownLatencies.delete(position);
+    this.#messageCount += 1;
+    this.#append({at: new Date(), position, data, size, ms, noteKind: ""});
   }
 
-  /** Put a line among the messages that is none. @param {string} words @param {string} [kind] */
-  note(words, kind = "note") {
-    this.#put({at: new Date(), position: "", data: words, size: words.length, ms: undefined, note: kind});
-    if (kind !== "note") text(at("heard"), words);
+  /** Append a note to the list. @param {string} content @param {string} [kind] */
+  addNote(content, kind = "note") {
+    const [at, size] = [new Date(), content.length];
+    this.#append({at, position: "", data: content, size, ms: undefined, noteKind: kind});
+    if (kind !== "note") setText(byId("heard"), content);
   }
 
-  /** Mark a message as one's own. @param {string} position @param {number} ms until it was back */
-  mark(position, ms) {
-    const is = (/** @type {Entry} */ entry) => entry.position === position;
-    const entry = this.#waiting.entries.findLast(is) ?? this.#shown.entries.findLast(is);
-    if (!entry && this.#own.size < KEPT) this.#own.set(position, ms);
+  /** Mark a message as own. @param {string} position @param {number} ms from send to echo */
+  markOwn(position, ms) {
+    const isMatch = (/** @type {Entry} */ entry) => entry.position === position;
+    const entry =
+      this.#pending.entries.findLast(isMatch) ?? this.#visible.entries.findLast(isMatch);
+    if (!entry && this.#ownLatencies.size < MAX_MESSAGES) this.#ownLatencies.set(position, ms);
     if (!entry) return;
     entry.ms = ms;
     if (!entry.row) return;
-    dress(entry.row, entry);
-    this.#showSoon(); // it may have grown
+    fillRow(entry.row, entry);
+    this.#scheduleRender(); // the row may have grown
   }
 
-  /** Forget all messages. */
+  /** Remove all messages. */
   clear() {
-    this.#shown.take();
-    this.#waiting.take();
-    this.#own.clear();
-    this.#messages = this.#told.messages = this.#told.announced = this.#held = 0;
+    this.#visible.drain();
+    this.#pending.drain();
+    this.#ownLatencies.clear();
+    this.#messageCount = this.#reported.messages = this.#reported.announced = this.#pausedCount = 0;
     this.#list.replaceChildren();
-    this.#become("");
+    this.#setPauseReason("");
   }
 
   /** @param {Entry} entry */
-  #put(entry) {
-    this.#waiting.add(entry);
-    if (this.#hold) this.#held += 1;
-    this.#showSoon();
+  #append(entry) {
+    this.#pending.append(entry);
+    if (this.#pauseReason) this.#pausedCount += 1;
+    this.#scheduleRender();
   }
 
-  #showSoon() {
+  #scheduleRender() {
     this.#frame ||= requestAnimationFrame(() => {
       this.#frame = 0;
-      if (this.#hold) return;
-      const begunAt = performance.now();
-      if (begunAt < this.#restUntil) return this.#showSoon();
-      const isLast = !this.#waiting.entries.length;
-      this.#show();
-      if (!isLast) this.#showSoon(); // rows are as high as they are once they were in view
-      const tookMs = performance.now() - begunAt;
-      if (tookMs > LONG_MS) this.#restUntil = begunAt + RESTS * tookMs;
+      if (this.#pauseReason) return;
+      const startedAt = performance.now();
+      if (startedAt < this.#renderAfter) return this.#scheduleRender();
+      const isLast = !this.#pending.entries.length;
+      this.#render();
+      if (!isLast) this.#scheduleRender(); // a row has its final height once it was in view
+      const elapsedMs = performance.now() - startedAt;
+      if (elapsedMs > SLOW_RENDER_MS) {
+        this.#renderAfter = startedAt + RENDER_PAUSE_FACTOR * elapsedMs;
+      }
     });
   }
 
-  #show() {
+  #render() {
     const rows = document.createDocumentFragment();
-    for (const entry of this.#waiting.take()) {
-      for (const old of this.#shown.add(entry)) old.row?.remove();
-      entry.row = stamp("row");
-      dress(entry.row, entry);
+    for (const entry of this.#pending.drain()) {
+      for (const old of this.#visible.append(entry)) old.row?.remove();
+      entry.row = cloneTemplate("row");
+      fillRow(entry.row, entry);
       rows.append(entry.row);
     }
     this.#list.append(rows);
@@ -170,82 +187,83 @@ class List {
 
   #scrollToEnd() {
     this.#list.scrollTop = this.#list.scrollHeight;
-    this.#top = this.#list.scrollTop;
+    this.#scrollTop = this.#list.scrollTop;
   }
 
-  // Waiting for its reader
+  // Pausing
 
-  /** @param {"" | "paused" | "reading"} hold */
-  #become(hold) {
-    if (hold !== this.#hold) this.#held = 0;
-    this.#hold = hold;
-    this.#showSoon();
-    this.#label();
+  /** @param {"" | "paused" | "reading"} pauseReason */
+  #setPauseReason(pauseReason) {
+    if (pauseReason !== this.#pauseReason) this.#pausedCount = 0;
+    this.#pauseReason = pauseReason;
+    this.#scheduleRender();
+    this.#updatePauseButton();
   }
 
-  #read() {
-    if (!this.#hold) this.#become("reading");
+  #pauseForReading() {
+    if (!this.#pauseReason) this.#setPauseReason("reading");
   }
 
-  /** Go on, where nothing is being read any more. @param {EventTarget | null} focused */
-  #goOn(focused) {
+  /** Resume if the user has stopped reading. @param {EventTarget | null} focused */
+  #resumeIfIdle(focused) {
     const isIn = focused instanceof Element && focused.closest("#messages li") !== null;
-    if (this.#hold === "reading" && this.#isAtEnd() && !this.#opened() && !isIn) this.#become("");
+    const isReading = isIn || !this.#isAtEnd() || this.#expandedRow() !== null;
+    if (this.#pauseReason === "reading" && !isReading) this.#setPauseReason("");
   }
 
-  #scrolled() {
-    const isBack = this.#list.scrollTop < this.#top; // and not the list that grew
-    this.#top = this.#list.scrollTop;
-    if (this.#isAtEnd()) this.#goOn(document.activeElement);
-    else if (isBack) this.#read();
+  #onScroll() {
+    const isBack = this.#list.scrollTop < this.#scrollTop; // a growing list does not scroll back
+    this.#scrollTop = this.#list.scrollTop;
+    if (this.#isAtEnd()) this.#resumeIfIdle(document.activeElement);
+    else if (isBack) this.#pauseForReading();
   }
 
   #isAtEnd() {
     return this.#list.scrollHeight - this.#list.scrollTop - this.#list.clientHeight < 24;
   }
 
-  // Opening one
+  // Expanding a row
 
-  #opened() {
+  #expandedRow() {
     return this.#list.querySelector(".whole")?.parentElement ?? null;
   }
 
   /** @param {MouseEvent} event */
-  #clicked({target, detail}) {
+  #onClick({target, detail}) {
     const row = target instanceof Element && target.closest(".line")?.parentElement;
     if (!row) return;
-    const isOpen = row === this.#opened();
-    this.#close();
-    if (!isOpen) this.#open(row);
-    else if (detail) this.#list.focus({preventScroll: true}); // by a pointer, which needs no place
+    const isOpen = row === this.#expandedRow();
+    this.#collapse();
+    if (!isOpen) this.#expand(row);
+    else if (detail) this.#list.focus({preventScroll: true}); // a pointer needs no focused row
   }
 
   /** @param {HTMLElement} row */
-  #open(row) {
-    const entry = this.#shown.entries.find((each) => each.row === row);
-    if (!entry || entry.note) return;
-    this.#read();
-    const whole = stamp("whole");
-    text(find(whole, "p"), `${bytes(sizeOf(entry.data))} · position ${entry.position}`);
-    text(find(whole, "pre"), wholeOf(entry.data));
-    find(whole, "button").addEventListener("click", () => save(entry));
-    row.append(whole);
-    find(row, ".line").setAttribute("aria-expanded", "true");
-    whole.scrollIntoView({block: "nearest"});
+  #expand(row) {
+    const entry = this.#visible.entries.find((each) => each.row === row);
+    if (!entry || entry.noteKind) return;
+    this.#pauseForReading();
+    const detail = cloneTemplate("whole");
+    setText(query(detail, "p"), `${formatBytes(sizeOf(entry.data))} · position ${entry.position}`);
+    setText(query(detail, "pre"), detailOf(entry.data));
+    query(detail, "button").addEventListener("click", () => save(entry));
+    row.append(detail);
+    query(row, ".line").setAttribute("aria-expanded", "true");
+    detail.scrollIntoView({block: "nearest"});
   }
 
-  #close() {
-    const row = this.#opened();
+  #collapse() {
+    const row = this.#expandedRow();
     if (!row) return;
-    if (find(row, ".whole").contains(document.activeElement)) find(row, ".line").focus();
-    find(row, ".whole").remove();
-    find(row, ".line").setAttribute("aria-expanded", "false");
+    if (query(row, ".whole").contains(document.activeElement)) query(row, ".line").focus();
+    query(row, ".whole").remove();
+    query(row, ".line").setAttribute("aria-expanded", "false");
   }
 
   /** @param {KeyboardEvent} event */
-  #pressed(event) {
+  #onKeydown(event) {
     const {key, target} = event;
-    if (key === "Escape") return this.#escape();
+    if (key === "Escape") return this.#onEscape();
     if (!(target instanceof HTMLElement) || target.closest(".whole")) return;
     const row = target.closest("li");
     const rows = this.#list;
@@ -257,68 +275,71 @@ class List {
     }[key];
     if (!next) return;
     event.preventDefault();
-    find(next, ".line").focus();
+    query(next, ".line").focus();
   }
 
-  /** Close what is open, or else leave the rows and go on. */
-  #escape() {
-    if (this.#opened()) return this.#close();
+  /** Collapse the expanded row; without one, move the focus to the list and resume. */
+  #onEscape() {
+    if (this.#expandedRow()) return this.#collapse();
     this.#list.focus();
-    this.#become("");
+    this.#setPauseReason("");
   }
 
-  // Saying how much there is
+  // Counts and announcements
 
-  #tell() {
+  #updateCounts() {
     const now = performance.now();
-    const perSecond = (1000 * (this.#messages - this.#told.messages)) / (now - this.#told.at);
-    Object.assign(this.#told, {messages: this.#messages, at: now});
-    text(at("count"), this.#words(perSecond));
-    this.#label();
-    if (now - this.#told.announcedAt >= ANNOUNCE_MS) this.#announce(now);
+    const newMessages = this.#messageCount - this.#reported.messages;
+    const perSecond = (1000 * newMessages) / (now - this.#reported.at);
+    Object.assign(this.#reported, {messages: this.#messageCount, at: now});
+    setText(byId("count"), this.#countText(perSecond));
+    this.#updatePauseButton();
+    if (now - this.#reported.announcedAt >= ANNOUNCE_INTERVAL_MS) this.#announce(now);
   }
 
-  #label() {
-    const held = this.#held ? ` (${count(this.#held)} new)` : "";
-    text(at("pause"), this.#hold ? `Continue${held}` : "Pause");
-    at("pause").dataset.on = String(Boolean(this.#hold));
+  #updatePauseButton() {
+    const suffix = this.#pausedCount ? ` (${formatCount(this.#pausedCount)} new)` : "";
+    setText(byId("pause"), this.#pauseReason ? `Continue${suffix}` : "Pause");
+    byId("pause").dataset.on = String(Boolean(this.#pauseReason));
   }
 
   /** @param {number} perSecond */
-  #words(perSecond) {
-    const all = this.#messages;
+  #countText(perSecond) {
+    const all = this.#messageCount;
     if (!all) return "no messages yet";
-    const shown = all > KEPT ? `, the last ${KEPT} are kept` : "";
-    const rate = perSecond >= 1 ? ` · ${count(perSecond)}/s` : "";
+    const shown = all > MAX_MESSAGES ? `, last ${MAX_MESSAGES} kept` : "";
+    const rate = perSecond >= 1 ? ` · ${formatCount(perSecond)}/s` : "";
     return `${all.toLocaleString("en")} message${all === 1 ? "" : "s"}${rate}${shown}`;
   }
 
-  /** Tell a screen reader, in one sentence for all that came meanwhile. @param {number} now */
+  /** Announce the new messages to a screen reader, in one sentence. @param {number} now */
   #announce(now) {
-    const fresh = this.#messages - this.#told.announced;
-    if (!fresh || this.#hold) return;
-    Object.assign(this.#told, {announced: this.#messages, announcedAt: now});
-    const last = [...this.#waiting.entries, ...this.#shown.entries].findLast((entry) => !entry.note);
-    const words = fresh === 1 && last ? preview(last.data).slice(0, 120) : `${fresh} new messages`;
-    text(at("heard"), words);
+    const newCount = this.#messageCount - this.#reported.announced;
+    if (!newCount || this.#pauseReason) return;
+    Object.assign(this.#reported, {announced: this.#messageCount, announcedAt: now});
+    const entries = [...this.#pending.entries, ...this.#visible.entries];
+    const last = entries.findLast((entry) => !entry.noteKind);
+    const isSingle = newCount === 1 && last;
+    const content = isSingle ? preview(last.data).slice(0, 120) : `${newCount} new messages`;
+    setText(byId("heard"), content);
   }
 }
 
 /** Fill a row. @param {HTMLElement} row @param {Entry} entry */
-function dress(row, entry) {
+function fillRow(row, entry) {
   const isOwn = entry.ms !== undefined;
-  row.className = entry.note || (isOwn ? "mine" : "");
-  const time = find(row, "time");
-  text(time, clock(entry.at));
-  text(find(row, ".kind"), entry.note ? "" : kindOf(entry.data));
-  text(find(row, ".text"), entry.note ? String(entry.data) : preview(entry.data));
-  if (entry.note) return find(row, ".line").removeAttribute("aria-expanded");
-  const back = isOwn ? `${duration((entry.ms ?? 0) / 1000)} · ` : "";
-  text(find(row, ".facts"), `${back}${bytes(sizeOf(entry.data))}`);
+  row.className = entry.noteKind || (isOwn ? "mine" : "");
+  const time = query(row, "time");
+  setText(time, clockTime(entry.at));
+  setText(query(row, ".kind"), entry.noteKind ? "" : kindOf(entry.data));
+  setText(query(row, ".text"), entry.noteKind ? String(entry.data) : preview(entry.data));
+  if (entry.noteKind) return query(row, ".line").removeAttribute("aria-expanded");
+  const latency = isOwn ? `${formatDuration((entry.ms ?? 0) / 1000)} · ` : "";
+  setText(query(row, ".facts"), `${latency}${formatBytes(sizeOf(entry.data))}`);
 }
 
 /** @param {Date} date */
-function clock(date) {
+function clockTime(date) {
   const parts = [date.getHours(), date.getMinutes(), date.getSeconds()];
   return parts.map((part) => String(part).padStart(2, "0")).join(":");
 }
@@ -329,11 +350,11 @@ function kindOf(data) {
   return isJson(data) ? "JSON" : "text";
 }
 
-/** Whether it is an object or an array. @param {string} words */
-function isJson(words) {
-  if (words.length > JSON_LENGTH || !/^\s*[[{]/.test(words)) return false;
+/** Return whether the text is a JSON object or array. @param {string} content */
+function isJson(content) {
+  if (content.length > MAX_JSON_LENGTH || !/^\s*[[{]/.test(content)) return false;
   try {
-    JSON.parse(words);
+    JSON.parse(content);
     return true;
   } catch {
     return false;
@@ -343,32 +364,33 @@ function isJson(words) {
 /** @param {string | ArrayBuffer} data */
 function preview(data) {
   if (typeof data !== "string") {
-    const first = new Uint8Array(data, 0, Math.min(data.byteLength, FIRST_BYTES));
-    return hexOf(first) + (data.byteLength > FIRST_BYTES ? " …" : "");
+    const first = new Uint8Array(data, 0, Math.min(data.byteLength, PREVIEW_BYTES));
+    return hexOf(first) + (data.byteLength > PREVIEW_BYTES ? " …" : "");
   }
-  return data.length > PREVIEW ? `${data.slice(0, PREVIEW)}…` : data;
+  return data.length > PREVIEW_LENGTH ? `${data.slice(0, PREVIEW_LENGTH)}…` : data;
 }
 
 /** @param {string | ArrayBuffer} data */
-function wholeOf(data) {
-  if (typeof data !== "string") return dump(data);
-  const words = isJson(data) ? indented(data) : data;
-  return words.length > WHOLE ? `${words.slice(0, WHOLE)}\n… the rest is in what Save saves` : words;
+function detailOf(data) {
+  if (typeof data !== "string") return hexDump(data);
+  const content = isJson(data) ? indentJson(data) : data;
+  if (content.length <= MAX_DETAIL_LENGTH) return content;
+  return `${content.slice(0, MAX_DETAIL_LENGTH)}\n… the rest is in what Save saves`;
 }
 
 /**
- * Indent JSON. Its numbers and strings stay as they came: a parser would round large numbers.
+ * Indent JSON. Its numbers and strings stay unchanged: JSON.parse would round large numbers.
  *
- * @param {string} words that are JSON
+ * @param {string} content valid JSON
  */
-function indented(words) {
-  const tokens = words.match(/"(?:\\.|[^"\\])*"|[[\]{},:]|[^\s"[\]{},:]+/g) ?? [];
+function indentJson(content) {
+  const tokens = content.match(/"(?:\\.|[^"\\])*"|[[\]{},:]|[^\s"[\]{},:]+/g) ?? [];
   const [opens, closes] = [/^[[{]$/, /^[\]}]$/];
   let [result, depth, before] = ["", 0, ""];
   for (const token of tokens) {
     if (closes.test(token)) depth -= 1;
     const isNewLine = before === "," || opens.test(before) !== closes.test(token);
-    if (isNewLine) result += `\n${"  ".repeat(Math.min(depth, DEEPEST))}`;
+    if (isNewLine) result += `\n${"  ".repeat(Math.min(depth, MAX_INDENT))}`;
     result += token === ":" ? ": " : token;
     if (opens.test(token)) depth += 1;
     before = token;
@@ -377,14 +399,16 @@ function indented(words) {
 }
 
 /** @param {ArrayBuffer} data */
-function dump(data) {
+function hexDump(data) {
   const lines = [];
-  for (let start = 0; start < Math.min(data.byteLength, WHOLE_BYTES); start += 16) {
+  for (let start = 0; start < Math.min(data.byteLength, MAX_DETAIL_BYTES); start += 16) {
     const part = new Uint8Array(data, start, Math.min(16, data.byteLength - start));
-    const printed = Array.from(part, (byte) => (byte > 31 && byte < 127 ? String.fromCharCode(byte) : "."));
-    lines.push(`${start.toString(16).padStart(8, "0")}  ${hexOf(part).padEnd(47)}  ${printed.join("")}`);
+    const isPrintable = (/** @type {number} */ byte) => byte > 31 && byte < 127;
+    const chars = Array.from(part, (b) => (isPrintable(b) ? String.fromCharCode(b) : "."));
+    const offset = start.toString(16).padStart(8, "0");
+    lines.push(`${offset}  ${hexOf(part).padEnd(47)}  ${chars.join("")}`);
   }
-  if (data.byteLength > WHOLE_BYTES) lines.push("… the rest is in what Save saves");
+  if (data.byteLength > MAX_DETAIL_BYTES) lines.push("… the rest is in what Save saves");
   return lines.join("\n");
 }
 
@@ -410,145 +434,156 @@ function save({data, position}) {
 
 // The connection
 
-/** Connect to the channel that the form names, and to no other any more. */
+/** Close the previous connection, and connect to the channel of the form. */
 function connect() {
-  leave();
-  const since = joined === wanted() ? position : undefined;
+  closeRelay();
+  const since = connectedQuery === formQuery() ? position : undefined;
   position = undefined;
   channel = nameField.value;
-  joined = wanted();
-  remember();
+  connectedQuery = formQuery();
+  updatePageUrl();
   document.title = `${channel} · websocket-relay`;
-  const [last, maxWaitingBytes] = [Number(historyField.value), 2 * LARGEST_BYTES];
-  const own = new Relay("./", {channel, token: hidden.value, history: last, since, maxWaitingBytes});
-  relay = own;
+  const created = new Relay("./", {
+    channel,
+    token: secret.value,
+    history: Number(historyField.value),
+    since,
+    maxWaitingBytes: 2 * MAX_SEND_BYTES,
+  });
+  relay = created;
   /** @param {(event: any) => void} act */
-  const ours = (act) => (/** @type {Event} */ event) => own === relay && act(event);
-  let before = false;
-  own.addEventListener("message", ours(({position, data}) => list.add(position, data)));
-  own.addEventListener("state", ours(showState));
-  own.addEventListener("gap", ours(() => {
-    list.note("something was missed: the relay holds it no longer", "note bad");
+  const ifCurrent = (act) => (/** @type {Event} */ event) => created === relay && act(event);
+  let wasConnected = false;
+  created.addEventListener("message", ifCurrent(({position, data}) => {
+    list.addMessage(position, data);
   }));
-  own.addEventListener("refused", ours(refused));
-  own.addEventListener("close", ours(({code, reason}) => {
-    list.note(`connection lost: ${code} ${reason}`.trim(), "note bad");
+  created.addEventListener("state", ifCurrent(showState));
+  created.addEventListener("gap", ifCurrent(() => {
+    list.addNote("gap: messages are missing and no longer in the relay's history", "note bad");
   }));
-  own.addEventListener("open", ours(({transport}) => {
-    const how = transport === "stream" ? ", by server-sent events: no WebSocket gets through" : "";
-    list.note(`connected ${before ? "again" : `to ${channel}`}${how}`);
-    before = true;
+  created.addEventListener("refused", ifCurrent(onRefused));
+  created.addEventListener("close", ifCurrent(({code, reason}) => {
+    list.addNote(`connection lost: ${code} ${reason}`.trim(), "note bad");
   }));
-  showState({state: own.state});
+  created.addEventListener("open", ifCurrent(({transport}) => {
+    const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
+    list.addNote(`connected ${wasConnected ? "again" : `to ${channel}`}${how}`);
+    wasConnected = true;
+  }));
+  showState({state: created.state});
 }
 
-/** Let go of the connection, and know where to go on. */
-function leave() {
-  const was = relay;
+/** Close the connection, and keep its position for a resume. */
+function closeRelay() {
+  const previous = relay;
   relay = null;
-  was?.close();
-  position = was?.position ?? position;
+  previous?.close();
+  position = previous?.position ?? position;
 }
 
 function disconnect() {
-  leave();
-  list.note("disconnected");
+  closeRelay();
+  list.addNote("disconnected");
   showState({state: "closed"});
 }
 
-/** What the form says, as it stands in the page's address. */
-function wanted() {
+/** Return the form's channel and history as the query of the page's URL. */
+function formQuery() {
   return `?${new URLSearchParams({channel: nameField.value, history: historyField.value})}`;
 }
 
-/** Have the page's address name the channel, and nothing else: no token that somebody put there. */
-function remember() {
-  window.history.replaceState(null, "", `${location.pathname}${joined}`);
+/** Set the page's URL to the channel's query; this removes a token that was put there. */
+function updatePageUrl() {
+  window.history.replaceState(null, "", `${location.pathname}${connectedQuery}`);
 }
 
 /** @param {{state: string, transport?: string | null, reason?: string, retryInMs?: number}} now */
 function showState({state, reason = "", retryInMs = 0}) {
-  const [words, kind] = {
+  const [content, kind] = {
     connecting: ["connecting", "wait"],
     open: ["connected", "good"],
     waiting: ["reconnecting", "wait"],
     closed: ["not connected", "off"],
   }[state] ?? [state, "off"];
-  text(at("state"), words);
-  at("state").dataset.kind = kind;
-  at("state").title = state === "waiting" ? `${reason}; again in ${duration(retryInMs / 1000)}` : "";
+  setText(byId("state"), content);
+  byId("state").dataset.kind = kind;
+  const retryIn = `${reason}; retry in ${formatDuration(retryInMs / 1000)}`;
+  byId("state").title = state === "waiting" ? retryIn : "";
   const isClosed = state === "closed";
   for (const id of ["message", "attach", "send"]) input(id).disabled = isClosed;
-  showToggle();
+  updateToggle();
 }
 
 /** @param {{status: number, reason: string}} refusal */
-function refused({status, reason}) {
-  list.note(`refused: ${status} ${reason}`, "note bad");
-  if (status === 401 || (status === 403 && hidden.value)) askForToken(`${status} ${reason}`);
+function onRefused({status, reason}) {
+  list.addNote(`refused: ${status} ${reason}`, "note bad");
+  if (status === 401 || (status === 403 && secret.value)) promptForToken(`${status} ${reason}`);
 }
 
-function showToggle() {
+function updateToggle() {
   const isOn = relay !== null && relay.state !== "closed";
-  const isOther = wanted() !== joined;
-  text(at("toggle"), isOn ? (isOther ? "Change" : "Disconnect") : "Connect");
+  const isOther = formQuery() !== connectedQuery;
+  setText(byId("toggle"), isOn ? (isOther ? "Change" : "Disconnect") : "Connect");
 }
 
-form.addEventListener("submit", (event) => {
+connectForm.addEventListener("submit", (event) => {
   event.preventDefault();
   const isOn = relay !== null && relay.state !== "closed";
-  if (isOn && wanted() === joined) return disconnect();
-  if (wanted() !== joined) list.clear();
+  if (isOn && formQuery() === connectedQuery) return disconnect();
+  if (formQuery() !== connectedQuery) list.clear();
   connect();
-  if (matchMedia("(pointer: fine)").matches) message.focus(); // a phone would open its keyboard
+  if (matchMedia("(pointer: fine)").matches) messageField.focus(); // a phone opens its keyboard
 });
-form.addEventListener("input", showToggle);
+connectForm.addEventListener("input", updateToggle);
 
 // The token
 
-/** @param {string} why what the relay said; "": the user wants to give one */
-function askForToken(why) {
-  text(at("ask-why"), why && `The relay says: ${why}`);
-  at("ask-why").hidden = !why;
+/** @param {string} reason the relay's refusal; "": the user opened the dialog */
+function promptForToken(reason) {
+  setText(byId("token-reason"), reason && `The relay says: ${reason}`);
+  byId("token-reason").hidden = !reason;
   tokenField.value = "";
-  if (!ask.open) ask.showModal();
+  if (!tokenDialog.open) tokenDialog.showModal();
   tokenField.focus();
 }
 
-at("ask-form").addEventListener("submit", (event) => {
+byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  hidden.value = tokenField.value.trim();
-  ask.close();
-  figures.again();
+  secret.value = tokenField.value.trim();
+  tokenDialog.close();
+  statsPanel.retry();
   if (!relay) return;
-  relay.token = hidden.value;
+  relay.token = secret.value;
   if (relay.state === "closed") connect();
 });
-ask.addEventListener("close", () => (tokenField.value = ""));
-at("ask-cancel").addEventListener("click", () => ask.close());
-at("key").addEventListener("click", () => askForToken(""));
-find(at("no-figures"), "button").addEventListener("click", () => askForToken(""));
+tokenDialog.addEventListener("close", () => (tokenField.value = ""));
+byId("token-cancel").addEventListener("click", () => tokenDialog.close());
+byId("key").addEventListener("click", () => promptForToken(""));
+query(byId("no-figures"), "button").addEventListener("click", () => promptForToken(""));
 
 // Sending
 
-/** @param {string | ArrayBuffer} data @param {string} what it is, for a line that says it failed */
+/** @param {string | ArrayBuffer} data @param {string} what the start of a note about a failure */
 function send(data, what) {
   const sentAt = performance.now();
-  const failed = (/** @type {Error} */ error) => list.note(`${what}: ${error.message}`, "note bad");
+  /** @param {Error} error */
+  const failed = (error) => list.addNote(`${what}: ${error.message}`, "note bad");
+  /** @param {string} position */
+  const relayed = (position) => list.markOwn(position, performance.now() - sentAt);
   try {
-    relay?.send(data).then((position) => list.mark(position, performance.now() - sentAt), failed);
-    if (relay?.offline) list.note(`${relay.offline} to be sent when there is a connection`);
+    relay?.send(data).then(relayed, failed);
+    if (relay?.offline) list.addNote(`${relay.offline} to be sent when there is a connection`);
   } catch (error) {
     failed(/** @type {Error} */ (error));
   }
 }
 
-/** Say so where something is larger than the relay takes. @param {number} size @param {string} what */
+/** Note and return whether a message is too large. @param {number} size @param {string} what */
 function isTooLarge(size, what) {
-  const most = Math.min(figures.maxMessageBytes, LARGEST_BYTES);
-  if (size <= most) return false;
-  const [is, may] = [size, most].map((each) => each.toLocaleString("en"));
-  list.note(`${what}: too large, ${is} bytes; the relay takes ${may} at most`, "note bad");
+  const maxBytes = Math.min(statsPanel.maxMessageBytes, MAX_SEND_BYTES);
+  if (size <= maxBytes) return false;
+  const [actual, limit] = [size, maxBytes].map((each) => each.toLocaleString("en"));
+  list.addNote(`${what}: too large, ${actual} bytes; the relay takes ${limit} at most`, "note bad");
   return true;
 }
 
@@ -559,37 +594,37 @@ async function sendFiles(files) {
     try {
       send(await each.arrayBuffer(), each.name);
     } catch {
-      list.note(`${each.name}: not readable`, "note bad"); // a folder, say
+      list.addNote(`${each.name}: not readable`, "note bad"); // for example, a folder
     }
   }
 }
 
-compose.addEventListener("submit", (event) => {
+composeForm.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!message.value || !relay || relay.state === "closed") return;
-  if (isTooLarge(sizeOf(message.value), "not sent")) return;
-  send(message.value, "not known to be relayed");
-  message.value = "";
-  message.focus();
+  if (!messageField.value || !relay || relay.state === "closed") return;
+  if (isTooLarge(sizeOf(messageField.value), "not sent")) return;
+  send(messageField.value, "publish failed");
+  messageField.value = "";
+  messageField.focus();
 });
-message.addEventListener("keydown", (event) => {
+messageField.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  /** @type {HTMLFormElement} */ (compose).requestSubmit();
+  /** @type {HTMLFormElement} */ (composeForm).requestSubmit();
 });
-message.addEventListener("paste", (event) => {
+messageField.addEventListener("paste", (event) => {
   if (!event.clipboardData?.files.length) return;
   event.preventDefault();
   sendFiles(event.clipboardData.files);
 });
-at("attach").addEventListener("click", () => file.click());
-file.addEventListener("change", async () => {
-  await sendFiles(file.files);
-  file.value = "";
+byId("attach").addEventListener("click", () => fileField.click());
+fileField.addEventListener("change", async () => {
+  await sendFiles(fileField.files);
+  fileField.value = "";
 });
 
-// A file that is dropped beside the channel would otherwise be opened in place of the page.
-const target = find(document.body, ".channel");
+// Without these handlers, a file dropped outside the channel would replace the page.
+const target = query(document.body, ".channel");
 for (const type of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(type, (event) => {
     const {dataTransfer} = /** @type {DragEvent} */ (event);
@@ -602,27 +637,27 @@ for (const type of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-/** @param {string} id @returns {HTMLInputElement} or a field of another kind */
+/** @param {string} id @returns {HTMLInputElement} or another form control */
 function input(id) {
-  return /** @type {HTMLInputElement} */ (at(id));
+  return /** @type {HTMLInputElement} */ (byId(id));
 }
 
 /**
- * @typedef {object} Entry a message, or a note among them
- * @property {Date} at when it came
+ * @typedef {object} Entry a message or a note
+ * @property {Date} at time of arrival
  * @property {string} position
  * @property {string | ArrayBuffer} data
- * @property {number} size roughly
- * @property {number | undefined} ms how long one's own was under way
- * @property {string} note "" for a message, or the note's kind
+ * @property {number} size approximate, in bytes
+ * @property {number | undefined} ms latency of an own message, from send to echo
+ * @property {string} noteKind "" for a message; otherwise the CSS classes of the note
  * @property {HTMLElement} [row]
  */
 
-const asked = new URLSearchParams(location.search);
-const list = new List();
-const figures = new Figures(() => hidden.value);
-nameField.value = asked.get("channel") ?? nameField.value;
-historyField.value = asked.get("history") ?? "";
-historyField.value ||= "20"; // it takes only what it offers
-if (asked.has("channel") && nameField.checkValidity()) connect();
-else remember();
+const pageQuery = new URLSearchParams(location.search);
+const list = new MessageList();
+const statsPanel = new StatsPanel(() => secret.value);
+nameField.value = pageQuery.get("channel") ?? nameField.value;
+historyField.value = pageQuery.get("history") ?? "";
+historyField.value ||= "20"; // a select rejects other values than its options
+if (pageQuery.has("channel") && nameField.checkValidity()) connect();
+else updatePageUrl();
