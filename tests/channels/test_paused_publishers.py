@@ -62,8 +62,7 @@ async def test_what_many_have_said_at_once_is_read_no_faster_than_it_is_heard(
             await stack.enter_async_context(relay.raw_client(f"of-{number}"))
             for number in range(count)
         ]
-        relay.forget_peak()
-        before_bytes = relay.rss_bytes()
+        before_bytes = relay.forget_peak()
         relay.signal(SIGSTOP)
         sending = [asyncio.create_task(client.send(flood)) for client in clients]
         await asyncio.sleep(0)  # all that the kernel takes

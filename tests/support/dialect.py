@@ -8,7 +8,6 @@ import argparse
 import io
 import json
 import re
-import subprocess
 import tokenize
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -55,20 +54,20 @@ def count(path: Path) -> int:
     return sum(len(DIALECT.findall(text)) for text in texts_of(path))
 
 
+def files() -> Iterator[Path]:
+    """Yield the project's files that are read as language, whether there is a repository or not."""
+    found = [*ROOT.glob("*"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*"))]
+    for path in sorted(found):
+        name = path.relative_to(ROOT).as_posix()
+        is_made = name.startswith("bench/results") or "node_modules" in path.parts
+        if path.suffix in SUFFIXES and path.is_file() and not is_made and name not in EXEMPT:
+            yield path
+
+
 def counts() -> Mapping[str, int]:
     """Return the count of each file of the project that has any."""
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-    found = {}
-    for name in listed:
-        path = ROOT / name
-        is_ours = name.split("/")[0] in FOLDERS or "/" not in name
-        if not is_ours or path.suffix not in SUFFIXES or not path.is_file():
-            continue
-        if name.startswith("bench/results") or name in EXEMPT:
-            continue
-        if number := count(path):
-            found[name] = number
-    return found
+    found = {path.relative_to(ROOT).as_posix(): count(path) for path in files()}
+    return {name: number for name, number in found.items() if number}
 
 
 def main() -> None:
@@ -80,10 +79,8 @@ def main() -> None:
         RECORD.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     words: Counter[str] = Counter()
     lines: Counter[str] = Counter()
-    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-        path = ROOT / name
-        if path.suffix not in SUFFIXES or name.startswith("bench/results") or not path.is_file():
-            continue
+    for path in files():
+        name = path.relative_to(ROOT).as_posix()
         parts = name.split("/")
         folder = "/".join(parts[: 3 if parts[0] == "service" else 1]) if len(parts) > 1 else "."
         words[folder] += found.get(name, 0)
