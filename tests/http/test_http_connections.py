@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from websocket_relay.outcomes import Refusal
-from websocket_relay.wire.http_connections import STARTS_A_TURN, HttpConnections
+from websocket_relay.wire.http_connections import MAX_REFUSED, STARTS_A_TURN, HttpConnections
 
 from tests.support.events_client import listening
 from tests.support.http_requests import get, posting
@@ -175,6 +175,26 @@ async def test_where_all_wait_for_the_relay_a_new_connection_is_refused(
             for raw in waiting:
                 assert (await raw.response()).status == 202
             assert (await relay.get("/healthz")).status_code == 200
+
+
+async def test_those_that_wait_to_be_refused_are_bounded_and_counted_once(
+    relay_with: StartRelay, channel: str
+) -> None:
+    known, new = signer("ES256", "known"), signer("ES256", "new", 1)
+    with KeyServer(key_set(known)) as server:
+        auth = {"mode": "jwt", "jwt": {"jwks_url": server.url, "algorithms": ["ES256"]}}
+        relay = relay_with(auth=auth, limits={"max_http_connections": 1})
+        server.go_on.clear()
+        post = posting(channel, b"posted", f"Authorization: Bearer {new.token()}")
+        async with connections(relay.port, 1, post):
+            await asyncio.to_thread(server.await_requests, 2)
+            async with connections(relay.port, MAX_REFUSED + 1) as refused:
+                assert await refused[0].ended() == b"", "evicted without an answer"
+                count = len(refused)
+                await relay.metric_is("websocket_refusals_total", count, reason=TOO_MANY)
+                assert (await ask(refused[-1])).status == 503
+                assert await relay.metric("websocket_refusals_total", reason=TOO_MANY) == count
+            server.go_on.set()
 
 
 # The metrics port

@@ -413,7 +413,8 @@ class HttpProtocol(HttpToolsProtocol):
         """End the connection in favour of another one.
 
         An idle connection closes without a response, as it may at any time (RFC 9112 section 9.5).
-        During shutdown so does a connection without a first request: nginx 1.22 treats a response
+        So does a connection without a first request, during shutdown or if its refusal is recorded
+        already: nginx 1.22 treats a response
         that arrives before it has sent the request as part of the next relay's response. TLS
         connections are aborted, because TLS shutdown waits for the peer.
         """
@@ -422,7 +423,7 @@ class HttpProtocol(HttpToolsProtocol):
         if (
             self.transport.is_closing()
             or self._is_idle()
-            or (is_unused and refusal is Refusal.DRAINING)
+            or (is_unused and (refusal is Refusal.DRAINING or self._refusal is not None))
         ):
             self._http_connections.evictions += 1
             (self.transport.close if closes_at_once else self.transport.abort)()
