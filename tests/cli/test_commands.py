@@ -12,12 +12,13 @@ import sys
 import termios
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import websockets
 from websocket_relay.cli.bench.clients import BenchClient, BenchMessage, control_frame, frame_head
 from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, table
 from websocket_relay.cli.bench.tally import Latencies, Tally
@@ -28,6 +29,7 @@ from tests.support.issuer import SECRET, token
 from tests.support.proxy import Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
+    PACKAGE,
     POLL_S,
     Finished,
     Relay,
@@ -785,45 +787,42 @@ def test_a_command_does_not_wait_for_a_server_to_be_imported(tmp_path: Path) -> 
     assert (done.exit_code, done.stdout) == (0, "set()\nset()\n"), done.stderr
 
 
-WITH_THE_CLIENT_ONLY = """
-import sys
+@pytest.fixture
+def client_only(tmp_path: Path) -> Callable[..., Finished]:
+    """Run the command line where of all packages only the client's are installed."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for package in (PACKAGE, Path(websockets.__path__[0])):
+        (packages / package.name).symlink_to(package)
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top not in {"websockets", "websocket_relay"} | sys.stdlib_module_names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def run(*arguments: str) -> Finished:
+        env = {"PYTHONPATH": str(packages)}
+        return run_python("-S", "-m", "websocket_relay", *arguments, directory=tmp_path, env=env)
 
-sys.meta_path.insert(0, Absent())
-from websocket_relay.__main__ import main
-sys.exit(main())
-"""
+    return run
 
 
-@pytest.mark.parametrize("command", [["listen"], ["send"], ["bench"]])
+@pytest.mark.parametrize("command", ["listen", "send", "bench"])
 def test_the_client_s_commands_need_no_package_of_the_relay(
-    tmp_path: Path, command: list[str]
+    client_only: Callable[..., Finished], command: str
 ) -> None:
-    url = "ws://127.0.0.1:1/"
-    done = run_python("-c", WITH_THE_CLIENT_ONLY, *command, url, "--help", directory=tmp_path)
+    done = client_only(command, "ws://127.0.0.1:1/", "--help")
     assert (done.exit_code, done.stderr) == (0, "")
 
 
-async def test_a_client_only_installation_sends_and_listens(
-    relay: Relay, channel: str, tmp_path: Path
+async def test_a_client_only_installation_sends(
+    relay: Relay, channel: str, client_only: Callable[..., Finished]
 ) -> None:
     url = relay.ws_url(f"/channels/{channel}")
-    sent = await asyncio.to_thread(
-        run_python, "-c", WITH_THE_CLIENT_ONLY, "send", url, "hello", directory=tmp_path
-    )
+    sent = await asyncio.to_thread(client_only, "send", url, "hello")
     assert sent.exit_code == 0, sent.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["healthcheck"], ["dev-cert"]])
 def test_a_command_of_the_relay_says_which_extra_is_missing(
-    tmp_path: Path, command: list[str]
+    client_only: Callable[..., Finished], command: list[str]
 ) -> None:
-    done = run_python("-c", WITH_THE_CLIENT_ONLY, *command, directory=tmp_path)
+    done = client_only(*command)
     assert done.exit_code == 1
     assert "pip install 'websocket-relay[server]'" in done.stderr
     assert len(done.error_lines) == 1

@@ -9,7 +9,7 @@ import os
 import signal
 import ssl
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,24 @@ class UsageError(RelayError):
     """An argument, or the file that it names, is invalid."""
 
 
-def add_connection_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments for the relay's URL, the token and the certificate."""
+def add_command(
+    commands: Any, name: str, summary: str, description: str, examples: str
+) -> ArgumentParser:
+    """Add a command with the arguments for the relay's URL, the token and the certificate.
+
+    Args:
+        commands: argparse's subparsers.
+        name: of the command.
+        summary: one line, for the list of all commands.
+        description, examples: for its own help.
+    """
+    parser: ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples + EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("url", metavar="URL", help=f"the channel's URL: {EXAMPLE_URL}")
     group = parser.add_argument_group("connection")
     group.add_argument(
@@ -51,6 +67,7 @@ def add_connection_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--ca", type=Path, metavar="FILE", help="PEM file with the authorities to trust for wss://"
     )
+    return parser
 
 
 def add_reconnect_arguments(parser: ArgumentParser, default: str) -> None:

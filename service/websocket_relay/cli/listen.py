@@ -8,14 +8,13 @@ import os
 import re
 import stat
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from websocket_relay.cli.common import (
-    EPILOG,
-    add_connection_arguments,
+    add_command,
     add_reconnect_arguments,
     event_printer,
     positive_int,
@@ -52,14 +51,9 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def add_to(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
-        "listen",
-        help="print the messages of a channel",
-        description=DESCRIPTION,
-        epilog=EXAMPLES + EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "listen", "print the messages of a channel", DESCRIPTION, EXAMPLES
     )
-    add_connection_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--since", default="", metavar="P", help="start after this position")

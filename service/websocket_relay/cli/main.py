@@ -11,11 +11,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from websocket_relay.outcomes import SettingsError, StartError, UnhealthyError, UnusableSettingError
 from websocket_relay.server.signals import Stop, leave
+
+CLIENT_COMMANDS = frozenset({"listen", "send", "bench"})
+"""Commands that need the client's dependencies only."""
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml if it exists)"
 
@@ -51,18 +55,18 @@ def _require_server() -> None:
     Raises:
         StartError: they are not.
     """
-    try:
-        import pydantic_settings  # noqa: F401
-    except ModuleNotFoundError:
+    if find_spec("pydantic_settings") is None:  # without importing it: `dev-cert` does not need it
         raise StartError(
             "this command needs the extra `server`: pip install 'websocket-relay[server]'"
-        ) from None
+        )
 
 
 def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
     try:
-        if options.command not in ("listen", "send", "bench"):
-            _require_server()
+        if options.command in CLIENT_COMMANDS:
+            client_status: int = options.run(options)
+            return client_status
+        _require_server()
         match options.command:
             case "check":
                 _check(options.config_file)
@@ -70,9 +74,6 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
                 _healthcheck(options.config_file)
             case "dev-cert":
                 _dev_cert(options.directory)
-            case "listen" | "send" | "bench":
-                status: int = options.run(options)
-                return status
             case _:
                 assert stop is not None
                 _serve(options.config_file, stop)

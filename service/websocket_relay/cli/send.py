@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 import threading
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +12,8 @@ from typing import Any
 
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.cli.common import (
-    EPILOG,
     UsageError,
-    add_connection_arguments,
+    add_command,
     add_reconnect_arguments,
     event_printer,
     print_notice,
@@ -53,14 +52,9 @@ CHUNK_BYTES = 65_536
 
 def add_to(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
-        "send",
-        help="send a message, or every line of standard input",
-        description=DESCRIPTION,
-        epilog=EXAMPLES + EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "send", "send a message, or every line of standard input", DESCRIPTION, EXAMPLES
     )
-    add_connection_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "message",

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,9 @@ from websocket_relay.cli.bench.clients import (
 from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, milliseconds, table
 from websocket_relay.cli.bench.tally import Latencies, Slice, Tally
 from websocket_relay.cli.common import (
-    EPILOG,
     FAILED,
     INTERRUPTED,
-    add_connection_arguments,
+    add_command,
     non_negative_seconds,
     positive_int,
     print_notice,
@@ -68,14 +67,9 @@ MAX_DURATION_S = 3_600.0
 
 def add_to(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
-        "bench",
-        help="put a load on a relay and measure it",
-        description=DESCRIPTION,
-        epilog=EXAMPLES + EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "bench", "put a load on a relay and measure it", DESCRIPTION, EXAMPLES
     )
-    add_connection_arguments(parser)
     _add_load(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all results to a file"
