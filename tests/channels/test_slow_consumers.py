@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 from websockets.asyncio.client import ClientConnection
 
+from tests.support.books import assert_balanced_at_rest
 from tests.support.raw_client import (
     BINARY,
     CLOSE,
@@ -55,17 +56,6 @@ async def read_on(raw: RawClient) -> int:
     return count
 
 
-async def assert_books_balance(relay: Relay) -> None:
-    await relay.metric_is("websocket_connected_clients", 0)
-    metrics = await relay.metrics()
-    delivered = metrics.value("websocket_deliveries_total")
-    dropped = metrics.value("websocket_drops_total")
-    assert metrics.value("websocket_expected_deliveries_total") == delivered + dropped
-    closes = metrics.value("websocket_closes_total")
-    assert closes == metrics.value("websocket_disconnections_total")
-    assert metrics.value("websocket_backlog_bytes") == 0
-
-
 # Clients that stall
 
 
@@ -88,7 +78,7 @@ async def test_a_stalled_client_is_closed_and_delays_nobody(relay_with: StartRel
         assert await stalled.answer_close() == (1013, "slow consumer")
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_stalled_client_that_never_reads_again_is_cut_off(relay_with: StartRelay) -> None:
@@ -103,7 +93,7 @@ async def test_a_stalled_client_that_never_reads_again_is_cut_off(relay_with: St
         await relay.metric_is("websocket_connected_clients", 1)
         await relay.metric_is("websocket_backlog_bytes", 0)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_many_stalled_clients_delay_nobody(relay_with: StartRelay) -> None:
@@ -121,7 +111,7 @@ async def test_many_stalled_clients_delay_nobody(relay_with: StartRelay) -> None
             await publish_and_hear(publisher, numbered(number))
         assert await heard == [numbered(number) for number in range(count)]
         await relay.metric_is("websocket_closes_total", 20, code="1013")
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_stalled_client_over_tls_is_closed_and_delays_nobody(
@@ -142,7 +132,7 @@ async def test_a_stalled_client_over_tls_is_closed_and_delays_nobody(
         await relay.metric_reaches("websocket_drops_total", 1, reason="slow_consumer")
         await relay.metric_is("websocket_connected_clients", 2)
         stalled.transport.abort()
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_client_that_reads_slowly_within_its_backlog_gets_everything_in_order(
@@ -168,7 +158,7 @@ async def test_a_client_that_reads_slowly_within_its_backlog_gets_everything_in_
         assert await slow.message() == b"the end."
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_client_that_stalls_for_a_while_within_its_backlog_is_not_closed(
@@ -209,7 +199,7 @@ async def test_a_client_that_says_nothing_more_still_gets_what_waits_for_it(
         assert await leaving.ended() == b""
         await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
         assert await relay.metric("websocket_drops_total") == 0
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_the_worst_goes_first_where_all_backlogs_together_are_too_many(
@@ -248,7 +238,7 @@ async def test_the_worst_goes_first_where_all_backlogs_together_are_too_many(
         for name in ("second", "third"):
             for number in range(sent[name]):
                 assert await stalled[name].message() == numbered(number)
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_client_that_stalls_in_one_channel_does_not_touch_another(
@@ -333,7 +323,7 @@ async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
         assert metrics.value("websocket_messages_total") == len(payloads) * repeats
         assert metrics.value("websocket_expected_deliveries_total") == 2 * len(payloads) * repeats
     assert highest_rss < started_rss + 60 * MIB
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
     return farthest_ahead
 
 
@@ -407,7 +397,7 @@ async def test_a_flood_past_a_stalled_client_reaches_everybody_else(
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 @pytest.mark.timeout(120)
@@ -440,7 +430,7 @@ async def test_a_flood_over_tls_is_slowed_and_nothing_is_lost(tls_relay_with: St
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
     assert highest_rss < started_rss + 60 * MIB
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def send_for_ever(raw: RawClient, wire: bytes) -> None:
@@ -483,7 +473,7 @@ async def test_a_client_that_pings_and_never_reads_is_closed_and_takes_no_memory
             await ping_for_ever(deaf)
     await relay.metric_is("websocket_closes_total", 1, code="1013")
     assert highest_rss < started_rss + 30 * MIB
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_countless_fragments_are_one_message_and_take_little_memory(
@@ -515,4 +505,4 @@ async def test_a_publisher_that_vanishes_while_it_floods_leaves_no_trace(
         while await receive(reader) != "still here":
             pass
         await relay.metric_is("websocket_paused_publishers", 0)
-    await assert_books_balance(relay)
+    await assert_balanced_at_rest(relay)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.support.books import assert_books_balance
 from tests.support.raw_client import (
     CLOSE,
     PATIENCE_S,
@@ -21,14 +22,6 @@ from tests.support.relay_process import HOST, Relay, StartRelay, receive, receiv
 MESSAGE = bytes(65_536)
 
 
-async def assert_books_balance(relay: Relay) -> None:
-    metrics = await relay.metrics()
-    owed = metrics.value("websocket_expected_deliveries_total")
-    assert owed == metrics.value("websocket_deliveries_total") + metrics.value(
-        "websocket_drops_total"
-    )
-
-
 async def test_the_books_balance_over_tls_from_the_first_message(
     tls_relay_with: StartRelay,
 ) -> None:
@@ -38,7 +31,7 @@ async def test_the_books_balance_over_tls_from_the_first_message(
             await one.send(str(number))
             assert await receive(one) == await receive(two) == str(number)
         assert await relay.metric("websocket_deliveries_total") == 20
-        await assert_books_balance(relay)
+        assert_books_balance(await relay.metrics())
 
 
 async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
@@ -59,7 +52,7 @@ async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
                 assert await receive(publisher) == MESSAGE
         await relay.metric_is("websocket_closes_total", 1, reason="ping_timeout")
         await relay.metric_is("websocket_connected_clients", 1)
-        await assert_books_balance(relay)
+        assert_books_balance(await relay.metrics())
 
 
 def end_tls(tls: ssl.SSLSocket) -> None:
@@ -105,7 +98,7 @@ async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
         await relay.metric_is("websocket_closes_total", 1, reason=reason)
         await relay.metric_is("websocket_connected_clients", 1)
         await leaving
-        await assert_books_balance(relay)
+        assert_books_balance(await relay.metrics())
 
 
 def hang_up_unread(
@@ -145,4 +138,4 @@ async def test_a_tls_client_that_hangs_up_behind_is_let_go_by_the_deadline(
         await relay.metric_is("websocket_connected_clients", 1)
         is_let_go.set()
         await hanging
-        await assert_books_balance(relay)
+        assert_books_balance(await relay.metrics())

@@ -1,6 +1,7 @@
 """The language of code and docs: dialect words may only become fewer."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 
@@ -10,14 +11,18 @@ from tests.support.relay_process import ROOT
 pytestmark = pytest.mark.fast
 
 
-def test_no_file_has_more_words_of_the_dialect_than_are_recorded() -> None:
+@pytest.fixture(scope="module")
+def found() -> Mapping[str, int]:
+    return counts()
+
+
+def test_no_file_has_more_words_of_the_dialect_than_are_recorded(found: Mapping[str, int]) -> None:
     recorded = json.loads(RECORD.read_text())
-    more = {name: number for name, number in counts().items() if number > recorded.get(name, 0)}
+    more = {name: number for name, number in found.items() if number > recorded.get(name, 0)}
     assert more == {}, "use the terms of docs/glossary.md"
 
 
-def test_the_record_shrinks_with_the_words() -> None:
-    found = counts()
+def test_the_record_shrinks_with_the_words(found: Mapping[str, int]) -> None:
     stale = [
         name
         for name, number in json.loads(RECORD.read_text()).items()

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.support.books import assert_books_balance
+from tests.support.books import assert_balanced_at_rest, assert_books_balance
 from tests.support.events_client import Events, listening
 from tests.support.programs import not_tested
 from tests.support.raw_client import RawClient
@@ -26,11 +26,6 @@ async def stalled_listener(relay: Relay) -> RawClient:
     await raw.send(ASK)
     await relay.metric_is("websocket_connected_clients", before + 1)
     return raw
-
-
-async def books_balance(relay: Relay) -> None:
-    await relay.metric_is("websocket_connected_clients", 0)
-    assert_books_balance(await relay.metrics())
 
 
 async def test_a_listener_that_reads_nothing_is_cut_off_and_delays_nobody(
@@ -50,7 +45,7 @@ async def test_a_listener_that_reads_nothing_is_cut_off_and_delays_nobody(
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
-    await books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 async def test_a_listener_whose_backlog_is_full_to_the_last_byte_is_closed_all_the_same(
@@ -67,7 +62,7 @@ async def test_a_listener_whose_backlog_is_full_to_the_last_byte_is_closed_all_t
                 await speaker.send("")
                 await receive(speaker)
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
-    await books_balance(relay)
+    await assert_balanced_at_rest(relay)
     assert relay.complaints == []
 
 
@@ -192,7 +187,7 @@ async def test_the_books_balance_after_listeners_came_went_and_stalled_under_loa
         await relay.metric_is("websocket_closes_total", 3, reason="slow_consumer")
         is_over.set()
         await talking
-    await books_balance(relay)
+    await assert_balanced_at_rest(relay)
 
 
 def lose_all_packets(raw: RawClient) -> None:

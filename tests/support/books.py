@@ -1,10 +1,10 @@
-"""What the metrics say of clients and messages has to add up."""
+"""Assert that the metrics of clients and messages add up."""
 
-from tests.support.relay_process import Metrics
+from tests.support.relay_process import Metrics, Relay
 
 
 def assert_books_balance(metrics: Metrics) -> None:
-    """Insist on what holds whenever nothing is under way."""
+    """Assert the invariants that hold while no message and no connection is in flight."""
     value = metrics.value
     delivered = value("websocket_deliveries_total") + value("websocket_drops_total")
     assert value("websocket_expected_deliveries_total") == delivered
@@ -12,3 +12,11 @@ def assert_books_balance(metrics: Metrics) -> None:
     assert value("websocket_connected_clients") == (
         value("websocket_connections_total") - value("websocket_disconnections_total")
     )
+
+
+async def assert_balanced_at_rest(relay: Relay) -> None:
+    """Wait until no client is connected; assert the invariants, and that no backlog is left."""
+    await relay.metric_is("websocket_connected_clients", 0)
+    metrics = await relay.metrics()
+    assert_books_balance(metrics)
+    assert metrics.value("websocket_backlog_bytes") == 0
