@@ -14,7 +14,10 @@ from tests.support.site import site
 pytestmark = browser.SHARED
 
 LISTEN = """url => {
-    Object.assign(window, {heard: [], refused: false, source: new EventSource(url)});
+    Object.assign(window, {
+        heard: [], welcomed: false, refused: false, source: new EventSource(url),
+    });
+    source.addEventListener("welcome", () => { welcomed = true; });
     source.onmessage = ({data}) => heard.push(data);
     source.onerror = () => { refused = source.readyState === EventSource.CLOSED; };
 }"""
@@ -29,7 +32,8 @@ async def until(page: Page, condition: str) -> None:
 
 async def listen(page: Page, origin: str, channel: str) -> None:
     await page.evaluate(LISTEN, f"{origin}{path_of(channel)}/events")
-    await until(page, "source.readyState === EventSource.OPEN")
+    # The response head opens the source; the position to resume from comes with the first event.
+    await until(page, "welcomed")
 
 
 @pytest.mark.parametrize(
