@@ -5,8 +5,11 @@ a hundredth of a second. A fork is a process like any other: it has its own even
 directory, environment, files and memory, and ends as an interpreter does. Linux only.
 """
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -202,13 +205,15 @@ def _become(request: Mapping[str, object], stdout: int, stderr: int) -> None:
 
 def main() -> int:
     """Serve; in a fork, run the command."""
+    import websocket_relay
     from websocket_relay.__main__ import main as run
 
-    # What the relay imports only where settings ask for it, too.
-    for module in (
-        "cli.main", "server.run", "backplane.nats", "backplane.redis", "admission.verifier"
-    ):  # fmt: skip
-        __import__(f"websocket_relay.{module}")
+    # Also the modules that the relay imports only where settings ask for them. Of tracing, a relay
+    # without a collector must not have anything.
+    for module in pkgutil.walk_packages(websocket_relay.__path__, "websocket_relay."):
+        if module.name.rpartition(".")[2] not in ("__main__", "tracing"):
+            importlib.import_module(module.name)
+    gc.freeze()  # a collection in a fork would otherwise copy every page that it looks at
     return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
 
 
