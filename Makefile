@@ -25,7 +25,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test check fast lint types imports pytest bare-test repeat audit bench replicas stops chaos simulation config chart format lock clean venv
+.PHONY: help run test check fast lint types imports pytest bare-test repeat audit bench replicas stops chaos simulation config chart docs format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -109,6 +109,10 @@ config: $(VENV)/.dev  ## write config.yaml anew from the settings
 
 chart: $(VENV)/.dev  ## write anew what in chart and manifests follows from the settings or the chart
 	@$(BIN)/python -m helm
+
+docs: $(VENV)/.dev  ## build the site of docs/ into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 format: $(VENV)/.dev  ## put the code into its one form
 	@$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ CONFIG_COMMENT = """\
 
 SHUTDOWN = model.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20)
 """5 s until every node and Ingress has noticed that a pod terminates; 10 s to close its clients,
-which may be some ten thousand (docs/scaling.md)."""
+which may be some ten thousand (docs/explanation/scaling.md)."""
 
 PATTERNS = {
     ("server", "base_path"): model.BASE_PATH,

@@ -1,4 +1,4 @@
-"""docs/operations.md taken at its word: its proxies before two relays, under load and in motion."""
+"""docs/how-to/alerts.md taken at its word: its proxies before two relays, under load and in motion."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
 """The README tells the truth: its commands run, its tables are the relay's, its links lead on.
 
-So does docs/security.md: the tests that it names are there, and its lines in YAML and Python work.
+So does the page on security: the tests that it names are there, its lines in YAML and Python work.
 """
 
 import os
@@ -27,7 +27,7 @@ from tests.support.relay_process import ROOT, Relay, StartRelay, receive, run_co
 from tests.support.shell import persons_environment
 
 README = (ROOT / "README.md").read_text()
-SECURITY = (ROOT / "docs" / "security.md").read_text()
+SECURITY = (ROOT / "docs" / "explanation" / "security.md").read_text()
 PORTS = {"server": "8443", "metrics": "9090"}  # as the README writes them
 
 # They run this very test, or run for minutes; make says what they would do.
@@ -259,7 +259,7 @@ async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) ->
 
 @pytest.mark.fast
 def test_every_link_leads_somewhere() -> None:
-    texts = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+    texts = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))}
     links = {
         (path, link) for path, text in texts.items() for link in re.findall(r"\]\(([^)#]+)", text)
     }
@@ -274,7 +274,7 @@ def test_every_link_leads_somewhere() -> None:
 @pytest.mark.fast
 def test_every_link_to_a_heading_finds_one() -> None:
     lost = set()
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         for path, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
             target = page.parent / path if path else page
             if anchor not in anchors(target.read_text()):

@@ -16,7 +16,7 @@ from tests.support.relay_process import ROOT, StartRelay, eventually
 
 ALERTS = CHART / "files" / "alerts.yaml"
 CASES = sorted(Path(__file__).with_name("alerts").glob("*.yaml"))
-RUNBOOK = ROOT / "docs" / "operations.md"
+RUNBOOK = ROOT / "docs" / "how-to" / "alerts.md"
 
 THRESHOLD = re.compile(r"([0-9.e]+) # (\w+)")
 
@@ -63,7 +63,7 @@ def test_each_alert_says_how_bad_it_is_what_it_saw_and_where_to_read_on(rule: Ru
     assert notes.keys() == {"summary", "description", "runbook_url"}
     assert "$value" in notes["description"]
     assert "$labels.job" in notes["description"]
-    assert notes["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
+    assert notes["runbook_url"] == f"docs/how-to/alerts.md#{rule['alert'].lower()}"
 
 
 @pytest.mark.fast

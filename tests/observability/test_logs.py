@@ -1,4 +1,4 @@
-"""The log: what docs/logs.md promises is what the code says, in JSON, with nothing secret in it."""
+"""The log: what its page in the reference promises is what the code says, without a secret."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ from tests.support.relay_process import (
     receive,
 )
 
-PAGE = ROOT / "docs" / "logs.md"
+PAGE = ROOT / "docs" / "reference" / "logs.md"
 ROW = re.compile(r"^\| `(?P<event>[^`]+)` \| (?P<level>[a-z]+) \|(?P<fields>[^|]*)\|")
 ALWAYS = {"timestamp", "level", "event"}
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}

@@ -22,6 +22,7 @@ WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 READ = {"contents": "read"}
 
 MAY_WRITE = {
+    ("docs.yml", "deploy"): {"pages", "id-token"},
     ("release.yml", "image"): {"packages", "id-token"},
     ("release.yml", "chart"): {"packages", "id-token"},
     ("release.yml", "release"): {"contents", "id-token"},

@@ -1,4 +1,4 @@
-"""Start real proxies with the settings of docs/operations.md. Knows the page, and no relay."""
+"""Start real proxies with the settings of docs/how-to/alerts.md. Knows the page, and no relay."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from tests.support.programs import HAPROXY, NGINX, TRAEFIK, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, ROOT, eventually
 
-PAGE = (ROOT / "docs" / "operations.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "alerts.md").read_text()
 NAMES = ("relay-0", "relay-1")
 
 

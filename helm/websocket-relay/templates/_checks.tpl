@@ -55,7 +55,7 @@ replicaCount is {{ int .Values.replicaCount }} and config.backplane.url is memor
 {{- define "websocket-relay.checks.stop" -}}
 {{- $shutdown := .Values.config.shutdown -}}
 {{- $grace := include "websocket-relay.gracePeriod" . | float64 -}}
-{{- /* Clients have a fifth of what is left to answer; half a second is for the rest (docs/scaling.md). */ -}}
+{{- /* Clients have a fifth of what is left to answer; half a second is for the rest (docs/explanation/scaling.md). */ -}}
 {{- $needed := addf $shutdown.readiness_delay_s (mulf 1.25 $shutdown.spread_s) 0.5 -}}
 {{- if le $grace (float64 $shutdown.timeout_s) }}
 terminationGracePeriodSeconds is {{ $grace }} and config.shutdown.timeout_s {{ $shutdown.timeout_s }}, so the relay would be killed while it drains; leave terminationGracePeriodSeconds empty, or set it to more
