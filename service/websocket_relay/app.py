@@ -18,13 +18,14 @@ from starlette.types import ASGIApp
 from websocket_relay import __version__
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.admission.refusal_log import RefusalLog
-from websocket_relay.api.console import console_router, script_router
+from websocket_relay.api.console import console_router
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import Refusals
 from websocket_relay.api.security_headers import SecurityHeaders
 from websocket_relay.api.sse import events_router
+from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState
@@ -277,7 +278,7 @@ def _routers(
 ) -> Iterator[APIRouter]:
     """Yield the routers of the relay's port, except the probes."""
     base_path = settings.server.base_path
-    yield script_router(base_path=base_path)
+    yield browser_client_router(base_path=base_path)
     if settings.console.enabled:
         yield console_router(admission, refusals, stats, base_path=base_path)
     yield publish_router(

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from tests.support.relay_process import PACKAGE
 
-RELAY_JS = PACKAGE / "console" / "relay.js"
+RELAY_JS = PACKAGE / "browser" / "relay.js"
 
 
 PAGE = """<!doctype html><title>a page</title><script type="module">

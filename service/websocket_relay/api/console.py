@@ -1,7 +1,6 @@
-"""Serve the console, the browser client and the stats. Knows no connection and no channel."""
+"""Serve the console and the stats. Knows no connection and no channel."""
 
-from collections.abc import Awaitable, Callable, Mapping
-from importlib import resources
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,12 +9,11 @@ from fastapi.responses import JSONResponse
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
+from websocket_relay.api.static_files import static_file
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.page_cache import PageCache
 
-FILES = resources.files("websocket_relay.console")
-
-SCRIPT, TYPES = "relay.js", "relay.d.ts"
+FILES = "websocket_relay.console"
 PAGE = "index.html"
 PARTS = {
     "console.js": "text/javascript",
@@ -41,16 +39,6 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-
-
-def script_router(*, base_path: str) -> APIRouter:
-    """Return the routes of the browser client, which pages of any origin may load."""
-    headers = {"Cross-Origin-Resource-Policy": "cross-origin", "Cache-Control": "no-cache"}
-    router = APIRouter()
-    for name, media_type in ((SCRIPT, "text/javascript"), (TYPES, "text/plain")):
-        serve = _file(name, media_type, headers | {"Access-Control-Allow-Origin": "*"})
-        router.add_route(f"{base_path}/{name}", serve, methods=["GET"])
-    return router
 
 
 def console_router(
@@ -82,10 +70,12 @@ def console_router(
         return Response(await pages.get("stats", render), media_type="application/json")
 
     router = APIRouter()
-    page = _file(PAGE, "text/html", {"Content-Security-Policy": POLICY})
+    page = static_file(FILES, PAGE, "text/html", {"Content-Security-Policy": POLICY})
     router.add_route(f"{base_path}/", page, methods=["GET"])
     for name, media_type in PARTS.items():
-        router.add_route(f"{base_path}/{name}", _file(name, media_type, {}), methods=["GET"])
+        router.add_route(
+            f"{base_path}/{name}", static_file(FILES, name, media_type, {}), methods=["GET"]
+        )
     router.add_api_route(
         f"{base_path}/stats",
         serve_stats,
@@ -97,15 +87,3 @@ def console_router(
         openapi_extra={"parameters": [TOKEN_PARAMETER]},
     )
     return router
-
-
-def _file(
-    name: str, media_type: str, headers: Mapping[str, str]
-) -> Callable[[Request], Awaitable[Response]]:
-    content = (FILES / name).read_bytes()
-
-    # Not a plain function: Starlette would run it in a thread.
-    async def serve(request: Request) -> Response:
-        return Response(content, headers=dict(headers), media_type=media_type)
-
-    return serve

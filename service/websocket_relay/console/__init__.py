@@ -1,1 +1,1 @@
-"""Static files: the console and the browser client. Knows no Python code."""
+"""Static files: the console. Knows no Python code."""

@@ -34,7 +34,7 @@ export interface RelayOpenEvent extends Event {
 
 /** A connection was closed. The client reconnects, unless "refused" follows. */
 export interface RelayCloseEvent extends Event {
-  /** A close code of the relay's README; 1006 after a network failure. */
+  /** A close code of the relay; 1006 after a network failure. */
   readonly code: number;
   readonly reason: string;
 }
