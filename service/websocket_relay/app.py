@@ -191,7 +191,7 @@ def build(
         tokens=tokens,
         connections=lambda: len(shared.clients),
         has_descriptor=descriptors.can_accept_client,
-        has_room=broadcaster.has_channel_capacity,
+        has_capacity=broadcaster.has_channel_capacity,
         health=lifecycle,
     )
     metrics.register(

@@ -244,7 +244,7 @@ async def test_what_is_too_large_is_not_sent(relay_with: StartRelay, channel: st
         await page.locator("#file").set_input_files(file)
         too_large = "too large, 1,001 bytes; the relay takes 1,000 at most"
         await expect(notes(page, f"a.bin: {too_large}")).to_have_count(1)
-        await expect(page.locator("#heard")).to_contain_text("a.bin: ")
+        await expect(page.locator("#announcement")).to_contain_text("a.bin: ")
         await send(page, "ü" * 500 + "x")
         await expect(notes(page, f"not sent: {too_large}")).to_have_count(1)
         await expect(page.get_by_label("Message", exact=True)).to_have_value("ü" * 500 + "x")
@@ -332,7 +332,7 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(
     async with console_of(guarded_relay, may_miss=True) as page:
         await connect(page, channel)
         dialog = page.get_by_role("dialog", name="Token")
-        await expect(dialog).to_contain_text("The relay says: 401 token required")
+        await expect(dialog).to_contain_text("Reason: 401 token required")
         await page.keyboard.press("Escape")
         await expect(dialog).to_be_hidden()
         await expect(page.locator("#state")).to_have_text("not connected")
@@ -341,7 +341,7 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(
         await expect(page.get_by_label("JSON Web Token")).to_be_focused()
         assert await page.get_by_label("JSON Web Token").get_attribute("type") == "password"
         await give_token(page, "not.the.one")
-        await expect(dialog).to_contain_text("The relay says: 401 invalid token")
+        await expect(dialog).to_contain_text("Reason: 401 invalid token")
         await give_token(page, given)
         await is_connected(page)
         await expect(tile(page, "Up for")).not_to_be_empty()
@@ -364,7 +364,7 @@ async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
     async with console_of(guarded_relay, f"/?channel={channel}", may_miss=True) as page:
         await give_token(page, token())
         await is_connected(page)
-        notice = page.locator("#no-figures")
+        notice = page.locator("#stats-unavailable")
         await expect(notice).to_contain_text("403 not authorized for stats")
         await expect(page.locator("#charts")).to_be_hidden()
         await send(page, "typed")
@@ -441,8 +441,8 @@ async def test_an_answer_without_figures_is_told_in_a_line_and_the_rest_works(
             answer = functools.partial(Route.fulfill, status=status, content_type=kind, body=body)
             await page.route("**/stats", answer)
             await page.goto(relay.http_url(f"/?channel={channel}"))
-            notice = page.locator("#no-figures")
-            await expect(notice).to_contain_text(f"The relay says: {shown}")
+            notice = page.locator("#stats-unavailable")
+            await expect(notice).to_contain_text(f"Reason: {shown}")
             assert len(await notice.inner_text()) < 400
             await expect(notice.get_by_role("button")).to_have_count(1 if status == 403 else 0)
             await expect(page.locator("#status")).to_have_text("unknown")
@@ -507,7 +507,7 @@ async def test_many_messages_are_one_announcement(relay: Relay, channel: str) ->
         await page.evaluate(
             """() => {
                 window.announced = [];
-                const heard = document.getElementById("heard");
+                const heard = document.getElementById("announcement");
                 new MutationObserver(() => window.announced.push(heard.textContent))
                     .observe(heard, {childList: true});
             }"""
@@ -515,7 +515,7 @@ async def test_many_messages_are_one_announcement(relay: Relay, channel: str) ->
         for number in range(200):
             await other.send(f"message {number}")
         await expect(rows(page).last).to_have_text("message 199")
-        await expect(page.locator("#heard")).not_to_be_empty()
+        await expect(page.locator("#announcement")).not_to_be_empty()
         assert len(await page.evaluate("announced")) <= 2
 
 

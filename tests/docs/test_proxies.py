@@ -1,4 +1,4 @@
-"""docs/how-to/alerts.md taken at its word: its proxies before two relays, under load and in motion."""
+"""The proxies of the how-to pages before two relays, under load and in motion."""
 
 import asyncio
 import contextlib

@@ -18,12 +18,12 @@ RECORD = Path(__file__).with_name("dialect.json")
 
 WORDS = (
     r"sa(?:y|ys|id|ying)|tell(?:s|ing)?|told|untold|hear(?:s|d|ing)?|unheard|speakers?"
-    r"|somebody|nobody|everybody|anybody|whoever|audience"
+    r"|somebody|nobody|everybody|anybody|whoever"
     r"|goodbye|farewell|parting|vanish(?:es|ed)?|let(?:s|ting)? go"
     r"|com(?:e|es|ing) back|came back|wish(?:es)?|what (?:it|they|is|was|were) missed"
     r"|fell behind|fall behind|caught up|laggards?|is behind|are behind"
     r"|gates?|hold(?:s)? back|held back|books|ledger|ow(?:ed|es|e)"
-    r"|major|minor|nth|lives|canar(?:y|ies)|allowances?|excus(?:e|ed|es)"
+    r"|nth|lives|canar(?:y|ies)|allowances?|excus(?:e|ed|es)"
     r"|rights|doors?|under way|take(?:s)? note|figures|rooms?|doubts?|courier|office"
     r"|in hand|letting in|let(?:s)? in|in work|good for|be had|that is none"
 )

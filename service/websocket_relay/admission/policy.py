@@ -91,7 +91,7 @@ class AdmissionPolicy:
         tokens: verifies tokens; None: no token is required.
         connections: returns the number of clients.
         has_descriptor: returns whether a file descriptor is free for another client.
-        has_room: returns whether a channel exists or may be created.
+        has_capacity: returns whether a channel exists or may be created.
         health: the phase of the relay and the state of its backplane.
     """
 
@@ -106,7 +106,7 @@ class AdmissionPolicy:
         tokens: "TokenVerifier | None",
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
-        has_room: Callable[[str], bool],
+        has_capacity: Callable[[str], bool],
         health: Lifecycle,
     ) -> None:
         lowered = {origin.lower() for origin in allowed_origins}
@@ -122,7 +122,7 @@ class AdmissionPolicy:
         self._tokens = tokens
         self._connections = connections
         self._has_descriptor = has_descriptor
-        self._has_room = has_room
+        self._has_capacity = has_capacity
         self._health = health
 
     async def admit(self, request: AdmissionRequest) -> Grant:
@@ -228,7 +228,7 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.DESCRIPTORS)
         if self._addresses is not None and not self._addresses.is_below_limit(network):
             raise RefusedError(Refusal.CONNECTIONS_PER_IP)
-        if not self._has_room(channel):
+        if not self._has_capacity(channel):
             raise RefusedError(Refusal.CHANNELS)
 
 

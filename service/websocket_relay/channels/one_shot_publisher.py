@@ -75,7 +75,7 @@ class OneShotPublisher:
             self._resumed.set()
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        """Record that a message was not relayed or, in doubt, that the outcome is unknown."""
+        """Record that a message was not relayed, or that this is unknown."""
         if is_unconfirmed or self._failure is None:
             self._failure = Refusal.UNCONFIRMED if is_unconfirmed else Refusal.UNAVAILABLE
 

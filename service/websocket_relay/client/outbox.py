@@ -49,22 +49,22 @@ class Outbox:
         """Whether a message was sent and its echo has not arrived."""
         return bool(self._unconfirmed)
 
-    def has_room_for(self, size: int) -> bool:
+    def has_capacity_for(self, size: int) -> bool:
         """Return whether a message of this size fits."""
         return not len(self) or self._bytes + size <= self._max_bytes
 
-    def put(self, data: Data) -> None:
+    def append(self, data: Data) -> None:
         """Append a message to send."""
         self._unsent.append(data)
         self._bytes += size_of(data)
 
-    def take(self) -> Data:
+    def next_to_send(self) -> Data:
         """Return the next message to send, and expect its echo from now on."""
         data = self._unsent.popleft()
         self._unconfirmed.append(data)
         return data
 
-    def hear(self, data: Data) -> bool:
+    def confirm_echo(self, data: Data) -> bool:
         """Confirm the oldest unconfirmed message if `data` is its echo; return whether it is."""
         if not self._unconfirmed or self._unconfirmed[0] != data:
             return False
@@ -74,7 +74,7 @@ class Outbox:
     def confirm_all(self) -> None:
         """Confirm every message that was sent."""
         while self._unconfirmed:
-            self.hear(self._unconfirmed[0])
+            self.confirm_echo(self._unconfirmed[0])
 
     def send_again(self) -> None:
         """Queue the unconfirmed messages for sending again, before all unsent ones."""

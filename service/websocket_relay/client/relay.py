@@ -175,8 +175,8 @@ class Relay:
         if size - MESSAGE_BYTES > self._max_message_bytes:
             raise ValueError(f"a message has at most {self._max_message_bytes:,} bytes")
         self._raise_fault()
-        await self._wait_for_echoes_until(lambda: self._outbox.has_room_for(size))
-        self._outbox.put(data)
+        await self._wait_for_echoes_until(lambda: self._outbox.has_capacity_for(size))
+        self._outbox.append(data)
         self._notify_waiters()
 
     async def flush(self) -> None:
@@ -385,7 +385,7 @@ class Relay:
     def _on_message(self, position: str, data: Data) -> None:
         self._position = position
         self._received_count += 1
-        self._outbox.hear(data)
+        self._outbox.confirm_echo(data)
         if self._listens and not self._is_closing:
             self._unread.append(Message(data, position, self._has_gap))
             self._unread_bytes += size_of(data)
@@ -400,7 +400,7 @@ class Relay:
                 while self._outbox.has_unsent:
                     if not connection.is_open:
                         return  # else the outbox would count the message as sent
-                    await connection.send(self._outbox.take())
+                    await connection.send(self._outbox.next_to_send())
                 await self._wait_until(lambda: self._outbox.has_unsent or self._is_closing)
             await connection.close()
 

@@ -124,7 +124,7 @@ class MessageList {
   addNote(content, kind = "note") {
     const [at, size] = [new Date(), content.length];
     this.#append({at, position: "", data: content, size, ms: undefined, noteKind: kind});
-    if (kind !== "note") setText(byId("heard"), content);
+    if (kind !== "note") setText(byId("announcement"), content);
   }
 
   /** Mark a message as own. @param {string} position @param {number} ms from send to echo */
@@ -321,7 +321,7 @@ class MessageList {
     const last = entries.findLast((entry) => !entry.noteKind);
     const isSingle = newCount === 1 && last;
     const content = isSingle ? preview(last.data).slice(0, 120) : `${newCount} new messages`;
-    setText(byId("heard"), content);
+    setText(byId("announcement"), content);
   }
 }
 
@@ -540,7 +540,7 @@ connectForm.addEventListener("input", updateToggle);
 
 /** @param {string} reason the relay's refusal; "": the user opened the dialog */
 function promptForToken(reason) {
-  setText(byId("token-reason"), reason && `The relay says: ${reason}`);
+  setText(byId("token-reason"), reason && `Reason: ${reason}`);
   byId("token-reason").hidden = !reason;
   tokenField.value = "";
   if (!tokenDialog.open) tokenDialog.showModal();
@@ -559,7 +559,7 @@ byId("token-form").addEventListener("submit", (event) => {
 tokenDialog.addEventListener("close", () => (tokenField.value = ""));
 byId("token-cancel").addEventListener("click", () => tokenDialog.close());
 byId("key").addEventListener("click", () => promptForToken(""));
-query(byId("no-figures"), "button").addEventListener("click", () => promptForToken(""));
+query(byId("stats-unavailable"), "button").addEventListener("click", () => promptForToken(""));
 
 // Sending
 

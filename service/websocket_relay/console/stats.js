@@ -150,15 +150,15 @@ export class StatsPanel {
     const isPlain = headers.get("Content-Type")?.startsWith("text/plain"); // no proxy's page
     const reason = ok ? "something else" : `${status} ${isPlain ? body.trim().slice(0, 200) : ""}`;
     const what = isTokenRefusal ? tokenHint : "Stats unavailable.";
-    setText(query(byId("no-figures"), "p"), `${what} The relay says: ${reason.trim()}`);
-    query(byId("no-figures"), "button").hidden = !isTokenRefusal;
+    setText(query(byId("stats-unavailable"), "p"), `${what} Reason: ${reason.trim()}`);
+    query(byId("stats-unavailable"), "button").hidden = !isTokenRefusal;
     this.#setVisible(false);
     this.#showStatus("unknown", "off");
   }
 
   /** @param {boolean} isVisible show the stats; otherwise the notice that replaces them */
   #setVisible(isVisible) {
-    byId("no-figures").hidden = isVisible;
+    byId("stats-unavailable").hidden = isVisible;
     for (const id of ["tiles", "replicas", "charts"]) byId(id).hidden = !isVisible;
   }
 

@@ -28,7 +28,7 @@ class ConnectionContext:
         max_message_bytes: a larger message closes its sender.
         compresses: whether clients that offer permessage-deflate get it.
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
-        ledger: the replica's counters.
+        counters: the replica's counters.
         backlogs: the lagging connections, and the bounds on their backlogs.
         partial_messages: the incomplete incoming messages, and the bound on them.
         unparsed: the bound on bytes that are read and not parsed yet.

@@ -134,7 +134,7 @@ class SendBacklog:
         completed = 0
         for data, messages in self._writes:
             if len(data) > sent:
-                # The frames of the write in progress tell how many of its messages were sent.
+                # The frames of the write in progress show how many of its messages were sent.
                 completed += self._count_whole(data, sent) if messages else 0
                 break
             sent -= len(data)

@@ -84,7 +84,7 @@ class WebSocketConnection(Connection):
         self._read_paused_at = 0.0  # start of the pause in reading; 0: none
         self._ping_unanswered_since = 0.0
         self._unparsed: Iterator[ParserEvent] | None = None  # the rest of the last read
-        self._unparsed_bytes = 0  # as added to `shared.unheard`: whole until all is parsed
+        self._unparsed_bytes = 0  # as added to `shared.unparsed`; unchanged until all is parsed
         self._is_queued = False  # whether parse_slice is queued or running
         self._has_priority = False  # goes before other queued work, to finish a message
         self._queued_close_frame = b""
