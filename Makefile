@@ -25,7 +25,7 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
-.PHONY: help run test check fast lint types imports pytest bare-test repeat audit bench replicas stops chaos simulation config chart docs format lock clean venv
+.PHONY: help run test check fast lint types imports pytest coverage bare-test repeat audit bench replicas stops chaos simulation config chart docs format lock clean venv
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
@@ -99,6 +99,13 @@ stops: $(VENV)/.dev  ## stop 400 relays while their broker misbehaves; each has 
 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation
+
+# Not a part of `test`: tracing every line makes the relay, and so the tests, slower.
+coverage: $(VENV)/.dev  ## run the tests and report the lines and branches that they run
+	@rm -rf build/coverage
+	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
 
 chaos: $(VENV)/.dev  ## break relays and brokers at random, and check what clients observe
 	@exec $(BIN)/python -m bench.chaos $(BENCH_ARGS)

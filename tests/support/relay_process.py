@@ -35,7 +35,7 @@ POLL_S = 0.02
 HOST = "127.0.0.1"
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
 
-
+MEASURES_COVERAGE = "COVERAGE_PROCESS_CONFIG" in os.environ
 QUIET_SETTINGS: Mapping[str, Any] = {
     "server": {"host": HOST, "port": 0},
     "metrics": {"host": HOST, "port": 0},
@@ -222,6 +222,11 @@ class Relay:
         """Leave no process behind, whatever state it is in."""
         if self._process is None:
             return
+        if self._process.poll() is None and MEASURES_COVERAGE:
+            # A process that is killed leaves no record of what it ran.
+            self._process.send_signal(SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE_S)
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait(PATIENCE_S)
