@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its tables are the relay's, its links lead on.
+"""The README tells the truth: its commands run, its links lead on.
 
 So does the page on security: the tests that it names are there, its lines in YAML and Python work.
 """
@@ -19,7 +19,6 @@ from websocket_relay.outcomes import Close, Refusal
 from websockets.sync.client import connect
 
 from tests.support import browser
-from tests.support.issuer import KeyServer, key_set, signer
 from tests.support.markdown import anchors
 from tests.support.programs import CURL, needed
 from tests.support.raw_client import PATIENCE_S
@@ -222,39 +221,6 @@ def cells(row: str) -> tuple[str, ...]:
 def table_rows(page: str) -> list[tuple[str, ...]]:
     """Return the rows of all tables on a page."""
     return [cells(line) for line in page.splitlines() if line.startswith("|")]
-
-
-def rows(first_cell: str) -> set[tuple[str, str]]:
-    """Return the first two cells of the README's rows whose first cell is like this."""
-    found = table_rows(README)
-    return {(row[0], row[1]) for row in found if re.fullmatch(first_cell, row[0])}
-
-
-@pytest.mark.fast
-def test_the_closes_are_those_of_the_relay() -> None:
-    connection_lost = Close.CONNECTION_LOST  # nobody is told
-    sent = {(str(close.code), close.reason) for close in Close if close is not connection_lost}
-    told = {(code, reason.removesuffix("; retry_ms=N")) for code, reason in rows(r"[1-4]\d{3}")}
-    assert told == sent
-
-
-@pytest.mark.fast
-def test_the_refusals_are_those_of_the_relay() -> None:
-    refused = {(str(int(refusal.status)), refusal.reason) for refusal in Refusal}
-    plain_http_s_own = {(status, "") for status in ("405", "426", "429", "431", "505")}
-    assert rows(r"[1-5]\d{2}") == refused | plain_http_s_own
-
-
-async def test_the_metrics_are_those_of_the_relay(tls_relay_with: StartRelay) -> None:
-    with KeyServer(key_set(signer("ES256", "key"))) as keys:
-        jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
-        there = (await tls_relay_with(auth={"mode": "jwt", "jwt": jwt}).metrics()).names
-    ours = {name for name in there if name.startswith("websocket_")}
-    ours -= {name for name in ours if re.search(r"_(bucket|sum|count|created)$", name)}
-    told = set(re.findall(r"`(websocket_\w+)`", README))
-    counters = {name.removesuffix("_total") for name in told if name.endswith("_total")}
-    # A histogram goes by several names, a counter by its family's too.
-    assert ours - counters == told
 
 
 @pytest.mark.fast

@@ -7,3 +7,27 @@ def anchors(page: str) -> set[str]:
     """Return what a page's headings are called in addresses, as GitHub makes it of them."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def section(page: str, heading: str) -> str:
+    """Return the text below a heading, up to the next heading of any level."""
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", page, re.DOTALL | re.MULTILINE
+    )
+    assert found is not None, f"no heading {heading!r}"
+    return found[1]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the tables of a text: lists of rows, without their heads; a row is a list of cells."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[_cells(row) for row in block.splitlines()[2:]] for block in blocks]
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().removeprefix("|").removesuffix("|").split("|")]
+
+
+def code(cell: str) -> list[str]:
+    """Return what a cell has in backticks."""
+    return re.findall(r"`([^`]+)`", cell)

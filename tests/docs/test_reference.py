@@ -1,0 +1,368 @@
+"""The reference pages state what the code does: their tables are compared with it."""
+
+import asyncio
+import dataclasses
+import inspect
+import math
+import re
+import runpy
+from http import HTTPStatus
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import websocket_relay
+from prometheus_client.parser import text_string_to_metric_families
+from websocket_relay.cli import common
+from websocket_relay.cli.main import CLIENT_COMMANDS, main
+from websocket_relay.client import events
+from websocket_relay.config.loader import load
+from websocket_relay.lifecycle import Phase
+from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, TokenProblem
+
+from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.markdown import code, section, tables
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import HOST, PACKAGE, ROOT, Relay, StartRelay
+
+REFERENCE = ROOT / "docs" / "reference"
+
+SETTINGS, COMMANDS, CLOSES, METRICS, HTTP, PYTHON_CLIENT, BROWSER_CLIENT = (
+    (REFERENCE / f"{name}.md").read_text()
+    for name in (
+        "settings",
+        "commands",
+        "close-codes",
+        "metrics",
+        "http",
+        "python-client",
+        "browser-client",
+    )
+)
+
+TYPES_OF_RELAY_JS = (PACKAGE / "console" / "relay.d.ts").read_text()
+
+
+def first_table(page: str, heading: str) -> list[list[str]]:
+    return tables(section(page, heading))[0]
+
+
+# Settings
+
+
+@pytest.mark.fast
+def test_the_tables_of_settings_are_generated_from_the_code() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "settings_page.py"))
+    assert generator["with_tables"](SETTINGS) == SETTINGS, "run make config"
+
+
+@pytest.mark.fast
+def test_the_errors_shown_for_settings_are_those_of_the_relay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("server: {port: 70000}\nauth: {mode: jwt}\n")
+    with pytest.raises(SettingsError) as raised:
+        load(None, {"RELAY__LIMITS__MAX_CONECTIONS": "5000"})
+    shown = re.findall(r"^websocket-relay: (.+)$", SETTINGS, re.MULTILINE)
+    assert shown == list(raised.value.problems)
+
+
+# Close codes and refusals
+
+
+def closes_on_the_page() -> set[tuple[int, str, str]]:
+    return {
+        (int(number), reason.strip("`").removesuffix("; retry_ms=N"), label.strip("`"))
+        for number, reason, label, *_ in first_table(CLOSES, "Closes")
+    }
+
+
+def refusals_on_the_page() -> set[tuple[int, str, str]]:
+    return {
+        (int(status), reason.strip("`"), label.strip("`"))
+        for status, reason, label, *_ in first_table(CLOSES, "Refusals")
+    }
+
+
+@pytest.mark.fast
+def test_the_table_of_closes_is_complete() -> None:
+    assert closes_on_the_page() == {(each.code, each.reason, each.label) for each in Close}
+
+
+@pytest.mark.fast
+def test_the_table_of_refusals_is_complete() -> None:
+    assert refusals_on_the_page() == {
+        (int(each.status), each.reason, each.label) for each in Refusal
+    }
+
+
+@pytest.mark.fast
+def test_the_table_of_token_problems_is_complete() -> None:
+    details = [code(detail) for detail, _ in first_table(CLOSES, "Why a token is invalid")]
+    assert details == [[problem] for problem in TokenProblem]
+
+
+async def status_of(relay: Relay, request: bytes) -> int:
+    """Send bytes on a connection of their own; return the status of the answer."""
+    async with asyncio.timeout(PATIENCE_S):
+        reader, writer = await asyncio.open_connection(HOST, relay.port)
+        writer.write(request)
+        status_line = await reader.readline()
+        writer.close()
+    return int(status_line.split()[1])
+
+
+async def test_the_table_of_http_s_own_answers_is_complete(relay: Relay) -> None:
+    host = b"Host: relay\r\n"
+    answers = {
+        await status_of(relay, request)
+        for request in (
+            b"GET / HTTP/1.1\r\n" + 2 * host + b"\r\n",
+            b"GET /nowhere HTTP/1.1\r\n" + host + b"\r\n",
+            b"PUT /channels/a HTTP/1.1\r\n" + host + b"\r\n",
+            b"GET /channels/a HTTP/1.1\r\n" + host + b"\r\n",
+            b"GET / HTTP/1.1\r\n" + host + 300 * b"A: b\r\n" + b"\r\n",
+            b"POST / HTTP/1.1\r\n" + host + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+            b"GET / HTTP/2.0\r\n" + host + b"\r\n",
+        )
+    }
+    # Not provoked here: requests that wait for their answers, and a bug.
+    others = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR}
+    rows = first_table(CLOSES, "Answers of HTTP itself")
+    assert answers | others == {int(status) for status, *_ in rows}
+
+
+# Metrics
+
+
+def labels_on_the_page(cell: str) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """Return the label names of a cell with their values, one tuple for each series."""
+    names, _, values = cell.partition(":")
+    series: set[tuple[str, ...]]
+    if "#closes" in values:
+        series = {(str(number), label) for number, _, label in closes_on_the_page()}
+    elif "#refusals" in values:
+        series = {(label,) for _, _, label in refusals_on_the_page()}
+    else:
+        series = {(value,) for value in code(values)}
+    return {tuple(code(names)): series} if names else {}
+
+
+async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) -> None:
+    with KeyServer(key_set(signer("ES256", "key"))) as keys:
+        jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
+        relay = tls_relay_with(auth={"mode": "jwt", "jwt": jwt})
+        page = (await relay.get_metrics()).raise_for_status().text
+    exported = {}
+    for family in text_string_to_metric_families(page):
+        if not family.name.startswith("websocket_") or family.name.endswith("_created"):
+            continue
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        samples = [each for each in family.samples if not each.name.endswith("_created")]
+        labels: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        for sample in samples:
+            of_sample = {key: value for key, value in sample.labels.items() if key != "le"}
+            if of_sample:
+                labels.setdefault(tuple(of_sample), set()).add(tuple(of_sample.values()))
+        exported[name] = (family.type, labels)
+    documented = {
+        code(name)[0]: (kind, labels_on_the_page(labels))
+        for table in tables(METRICS)
+        for name, kind, labels, _ in table
+    }
+    assert documented == exported
+
+
+# HTTP
+
+
+@pytest.mark.fast
+def test_the_table_of_readiness_is_complete() -> None:
+    _, statuses = tables(section(HTTP, "Probes"))
+    not_ready = {*Phase} - {Phase.READY} | {"backplane outage"}
+    assert {code(status)[0] for status, _ in statuses} == not_ready
+
+
+async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(relay: Relay) -> None:
+    of_the_relay, of_metrics = (
+        {tuple(request.split()) for cell, _ in table for request in code(cell)}
+        for table in tables(section(HTTP, "Endpoints"))
+    )
+    described = (await relay.get("/openapi.json")).json()["paths"]
+    assert of_the_relay >= {
+        (method.upper(), path) for path, methods in described.items() for method in methods
+    }
+    for method, path in of_the_relay:
+        request = f"{method} {path.format(channel='a')} HTTP/1.1\r\nHost: relay\r\n\r\n"
+        assert await status_of(relay, request.encode()) not in (404, 405), path
+    assert of_metrics == {("GET", path) for path in ("/metrics", "/healthz", "/readyz")}
+    for _, path in of_metrics:
+        assert (await relay.get_metrics(path)).status_code == 200
+
+
+async def test_the_table_of_stats_is_complete(relay: Relay) -> None:
+    stats = (await relay.get("/stats")).json()
+    metrics = {
+        code(row[0])[0].removeprefix("websocket_").removesuffix("_total")
+        for table in tables(METRICS)
+        for row in table
+    }
+    named = {field for row in first_table(HTTP, "Stats") for field in code(row[0])}
+    assert named == stats.keys() - metrics
+
+
+# Commands
+
+
+def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+ARGUMENT = re.compile(r"^  (?P<names>\S.*?)  +(?P<text>\S.*)$", re.MULTILINE)
+DEFAULT = re.compile(r"\(default: (.+)\)$")
+
+
+def arguments_of(text: str) -> dict[str, str]:
+    """Return the arguments in a help text with their defaults; "" where it states none."""
+    _, _, listed = text.partition("\n\n")
+    found = ((match["names"], DEFAULT.search(match["text"])) for match in ARGUMENT.finditer(listed))
+    return {
+        names: default[1] if default else ""
+        for names, default in found
+        if names.startswith("-") or names.isupper()
+        if names not in ("-h, --help", "COMMAND")
+    }
+
+
+def options_on_the_page(heading: str) -> dict[str, str]:
+    return {
+        ", ".join(code(names)): default.replace("`", "")
+        for names, default, _ in first_table(COMMANDS, heading)
+    }
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "command", ["serve", "check", "healthcheck", "dev-cert", "listen", "send", "bench"]
+)
+def test_the_tables_of_options_are_those_of_the_help(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    documented = options_on_the_page(command)
+    if command in CLIENT_COMMANDS:
+        documented |= options_on_the_page("Options of the client commands")
+    assert documented == arguments_of(help_of([command], capsys))
+
+
+@pytest.mark.fast
+def test_the_table_of_commands_is_complete(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    listed = re.findall(r"^    ([a-z-]+)  ", help_of([], capsys), re.MULTILINE)
+    assert [code(name)[0] for name, _ in first_table(COMMANDS, "Commands")] == listed
+
+
+@pytest.mark.fast
+def test_the_table_of_exit_statuses_is_complete() -> None:
+    statuses = {int(status) for status, _ in first_table(COMMANDS, "Exit statuses")}
+    assert statuses == {0, common.FAILED, common.WRONG_USAGE, common.INTERRUPTED}
+
+
+# The Python client
+
+
+@pytest.mark.fast
+def test_every_exported_name_is_on_the_page_of_the_python_client() -> None:
+    exported = {*websocket_relay.__all__} - {"__version__"}
+    assert {name for name in exported if f"`{name}`" not in PYTHON_CLIENT} == {"Relay"}
+    assert "## Relay\n" in PYTHON_CLIENT
+
+
+@pytest.mark.fast
+def test_the_arguments_of_the_python_client_have_the_defaults_in_the_table() -> None:
+    arguments, members = tables(section(PYTHON_CLIENT, "Relay"))
+    documented = {code(name)[0]: default for name, default, _ in arguments}
+    parameters = inspect.signature(websocket_relay.Relay).parameters
+    assert list(documented) == [name for name in parameters if name != "url"]
+    assert documented.pop("on_event") == "no function"
+    for name, default in documented.items():
+        assert eval(code(default)[0], {"math": math}) == parameters[name].default, name
+    named = {name for name, _ in members}
+    public = {name for name in vars(websocket_relay.Relay) if not name.startswith("_")}
+    assert public == {found for cell in named for found in re.findall(r"relay\.(\w+)", cell)}
+
+
+@pytest.mark.fast
+def test_the_fields_of_messages_and_events_are_in_their_tables() -> None:
+    fields = {
+        each: [field.name for field in dataclasses.fields(each)]
+        for each in (events.Message, *get_args(events.Event))
+    }
+    received = [code(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Receiving")]
+    assert received == fields.pop(events.Message)
+    documented = {code(row[0])[0]: code(row[1]) for row in first_table(PYTHON_CLIENT, "Events")}
+    assert documented == {each.__name__: names for each, names in fields.items()}
+
+
+@pytest.mark.fast
+def test_the_table_of_errors_is_complete() -> None:
+    exported = (getattr(websocket_relay, name) for name in websocket_relay.__all__)
+    errors = {
+        each.__name__
+        for each in exported
+        if isinstance(each, type) and issubclass(each, RelayError) and each is not RelayError
+    }
+    assert {code(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Errors")} == errors
+
+
+# The browser client
+
+
+def members_of(declaration: str) -> list[str]:
+    """Return the names of an interface's or a class's members in relay.d.ts, once each."""
+    found = re.search(
+        rf"^export (?:class|interface) {declaration} [^{{]*{{\n(.*?)^}}",
+        TYPES_OF_RELAY_JS,
+        re.DOTALL | re.MULTILINE,
+    )
+    assert found is not None, declaration
+    names = re.findall(r"^  (?:readonly |get )?(\w+)\??[:(<]", found[1], re.MULTILINE)
+    return list(dict.fromkeys(names))
+
+
+@pytest.mark.fast
+def test_the_options_of_the_browser_client_are_in_the_table() -> None:
+    documented = [code(name)[0] for name, *_ in first_table(BROWSER_CLIENT, "Options")]
+    assert documented == members_of("RelayOptions")
+
+
+@pytest.mark.fast
+def test_the_members_of_the_browser_client_are_in_the_table() -> None:
+    documented = {
+        code(name)[0].partition("(")[0] for name, _ in first_table(BROWSER_CLIENT, "Members")
+    }
+    inherited = {"constructor", "addEventListener", "removeEventListener"}
+    assert documented == {*members_of("Relay")} - inherited
+
+
+@pytest.mark.fast
+def test_the_events_of_the_browser_client_are_in_the_table() -> None:
+    documented = {code(row[0])[0]: {*code(row[1])} for row in first_table(BROWSER_CLIENT, "Events")}
+    declared = {
+        name: {*members_of(f"Relay{name.capitalize()}Event")} for name in members_of("RelayEvents")
+    }
+    assert documented == declared | {"message": declared["message"] | {"data"}}
+
+
+@pytest.mark.fast
+def test_the_reasons_of_the_browser_client_s_errors_are_in_the_table() -> None:
+    declared = re.search(r"^  why: (.+);$", TYPES_OF_RELAY_JS, re.MULTILINE)
+    assert declared is not None
+    documented = [code(why)[0] for why, _ in first_table(BROWSER_CLIENT, "Sending")]
+    assert documented == re.findall(r'"(\w+)"', declared[1])
