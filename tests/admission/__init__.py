@@ -1,1 +1,1 @@
-"""Who comes in, and who is refused: the handshake, tokens, keys, limits."""
+"""Admission of clients: handshake, tokens, keys, limits, file descriptors."""
