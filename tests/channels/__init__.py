@@ -1,1 +1,1 @@
-"""What clients of a channel hear: order, history, and who is slow."""
+"""Channels as clients see them: names, order, history, slow consumers."""

@@ -1,180 +1,130 @@
-"""A channel is a name in the path; what is not a name is refused before the upgrade."""
+"""Channel names: a channel is a name in the path; other paths are refused before the upgrade."""
 
 from collections.abc import Iterator
 
 import pytest
-from websockets.exceptions import InvalidStatus
 
+from tests.support.admission import refused
 from tests.support.raw_client import upgrade_request
-from tests.support.relay_process import Relay, receive
+from tests.support.relay_process import Relay, path_of, receive
 
 LONGEST = "x" * 128
 
 
 @pytest.fixture(scope="module")
-def few_channels_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    """A relay that has room for two channels."""
-    with Relay(tmp_path_factory.mktemp("few"), {"channels": {"max_channels": 2}}) as relay:
+def two_channel_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+    """A relay with at most two channels at a time."""
+    with Relay(tmp_path_factory.mktemp("two"), {"channels": {"max_channels": 2}}) as relay:
         yield relay
 
 
-async def test_two_channels_hear_nothing_of_each_other(relay: Relay, channel: str) -> None:
-    one, two = f"{channel}-1", f"{channel}-2"
-    async with relay.client(one) as first, relay.client(two) as second:
-        await first.send("for one")
-        await second.send("for two")
-        assert await receive(first) == "for one"
-        assert await receive(second) == "for two"
+async def assert_same_channel(relay: Relay, path: str, other_path: str) -> None:
+    async with relay.client(path=path) as first, relay.client(path=other_path) as second:
+        await first.send(path)
+        assert await receive(second) == path
+        assert await receive(first) == path
+        await second.send(other_path)
+        assert await receive(first) == other_path
 
 
-async def test_names_that_differ_in_case_are_different_channels(relay: Relay, channel: str) -> None:
-    async with relay.client(f"{channel}A") as upper, relay.client(f"{channel}a") as lower:
-        await upper.send("upper")
-        await lower.send("lower")
-        assert await receive(upper) == "upper"
-        assert await receive(lower) == "lower"
+async def test_channels_with_different_names_share_no_messages(relay: Relay, channel: str) -> None:
+    """Names that differ in case are different."""
+    async with relay.client(f"{channel}A") as first, relay.client(f"{channel}a") as second:
+        await first.send("first")
+        await second.send("second")
+        assert await receive(first) == "first"
+        assert await receive(second) == "second"
 
 
 async def test_the_root_is_the_channel_default(relay: Relay) -> None:
-    async with relay.client() as root, relay.client("default") as named:
-        await root.send("from the root")
-        assert await receive(named) == "from the root"
-        assert await receive(root) == "from the root"
-        await named.send("from the name")
-        assert await receive(named) == "from the name"
-        assert await receive(root) == "from the name"
+    await assert_same_channel(relay, "/", "/channels/default")
 
 
-async def test_a_channel_goes_with_its_last_client(relay: Relay, channel: str) -> None:
+async def test_a_query_is_no_part_of_the_name(relay: Relay, channel: str) -> None:
+    await assert_same_channel(relay, f"{path_of(channel)}?", path_of(channel))
+
+
+async def test_a_channel_ends_with_its_last_client(relay: Relay, channel: str) -> None:
     await relay.metric_is("websocket_channels", 0)
     async with relay.client(channel), relay.client(channel), relay.client(f"{channel}-2"):
         await relay.metric_is("websocket_channels", 2)
     await relay.metric_is("websocket_channels", 0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a",
-        "0",
-        "default",
-        "room-1_2.3:4",
-        "ABCXYZabcxyz0189",
-        "...",
-        "-",
-        "channels",
-        "healthz",
-        LONGEST,
-    ],
-)
-async def test_a_name_of_the_allowed_letters_is_a_channel(relay: Relay, name: str) -> None:
-    async with relay.client(name) as first, relay.client(name) as second:
-        await first.send("hello")
-        assert await receive(second) == "hello"
+async def test_every_name_of_1_to_128_allowed_characters_is_a_channel(relay: Relay) -> None:
+    names = ["a", "0", "default", "area-1_2.3:4", "ABCXYZabcxyz0189", "...", "-", LONGEST]
+    paths_of_the_relay = ["channels", "healthz"]
+    for name in names + paths_of_the_relay:
+        await assert_same_channel(relay, path_of(name), path_of(name))
 
 
-@pytest.mark.parametrize(
-    ("escaped", "plain"),
-    [("%6eews", "news"), ("%6E%65%77%73", "news"), ("chat%3Aroom%2D1", "chat:room-1")],
-)
-async def test_an_escaped_letter_is_the_letter(relay: Relay, escaped: str, plain: str) -> None:
-    async with relay.client(escaped) as first, relay.client(plain) as second:
-        await first.send("hello")
-        assert await receive(second) == "hello"
+async def test_an_escaped_character_in_a_name_is_the_character(relay: Relay) -> None:
+    for escaped, plain in (("%6E%65%77%73", "news"), ("chat%3Aarea%2D1", "chat:area-1")):
+        await assert_same_channel(relay, path_of(escaped), path_of(plain))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(f"/channels/{LONGEST}x", id="too long"),
-        pytest.param(f"/channels/{LONGEST}%78", id="too long once unescaped"),
-        pytest.param("/channels/", id="empty"),
-        pytest.param("/channels", id="no name"),
-        pytest.param("/channels/a/b", id="slash"),
-        pytest.param("/channels/a/", id="slash at the end"),
-        pytest.param("/channels/a%2Fb", id="escaped slash"),
-        pytest.param("/channels//a", id="two slashes"),
-        pytest.param("/channels/a%20b", id="space"),
-        pytest.param("/channels/a+b", id="plus"),
-        pytest.param("/channels/a@b", id="at sign"),
-        pytest.param("/channels/a%00b", id="NUL"),
-        pytest.param("/channels/a%0Ab", id="line end"),
-        pytest.param("/channels/a%0A", id="line end at the end"),
-        pytest.param("/channels/caf%C3%A9", id="unicode"),
-        pytest.param("/channels/%D9%A3", id="a digit that is not ASCII"),
-        pytest.param("/channels/%FF", id="not UTF-8"),
-        pytest.param("/channels/%256eews", id="escaped twice"),
-        pytest.param("/channels/a%", id="broken escape"),
-        pytest.param("/channels/*", id="star"),
-        pytest.param("/nowhere", id="unknown path"),
-        pytest.param("/Channels/a", id="other case"),
-        pytest.param("/default", id="name without its prefix"),
-    ],
-)
-async def test_anything_else_is_refused_with_404_before_the_upgrade(
-    relay: Relay, path: str
-) -> None:
+INVALID_PATHS = {
+    "too long": path_of(f"{LONGEST}x"),
+    "too long once unescaped": path_of(f"{LONGEST}%78"),
+    "empty": "/channels/",
+    "no name": "/channels",
+    "slash": "/channels/a/b",
+    "slash at the end": "/channels/a/",
+    "escaped slash": "/channels/a%2Fb",
+    "two slashes": "/channels//a",
+    "space": "/channels/a%20b",
+    "plus": "/channels/a+b",
+    "at sign": "/channels/a@b",
+    "NUL": "/channels/a%00b",
+    "line feed": "/channels/a%0Ab",
+    "line feed at the end": "/channels/a%0A",
+    "letter that is not ASCII": "/channels/caf%C3%A9",
+    "digit that is not ASCII": "/channels/%D9%A3",
+    "not UTF-8": "/channels/%FF",
+    "escaped twice": "/channels/%256eews",
+    "incomplete escape": "/channels/a%",
+    "star": "/channels/*",
+    "unknown path": "/nowhere",
+    "other case": "/Channels/a",
+    "name without its prefix": "/default",
+}
+
+
+async def test_any_other_path_is_refused_with_404_before_the_upgrade(relay: Relay) -> None:
     before = await relay.metric("websocket_refusals_total", reason="path")
-    async with await relay.tcp() as raw:
-        await raw.send(upgrade_request(path))
-        assert (await raw.response()).status == 404
-    await relay.metric_is("websocket_refusals_total", before + 1, reason="path")
+    for case, path in INVALID_PATHS.items():
+        async with await relay.tcp() as raw:
+            await raw.send(upgrade_request(path))
+            assert (await raw.response()).status == 404, case
+    expected = before + len(INVALID_PATHS)
+    await relay.metric_is("websocket_refusals_total", expected, reason="path")
 
 
-async def test_a_usual_client_is_told_404_too(relay: Relay) -> None:
-    with pytest.raises(InvalidStatus) as refusal:
-        async with relay.client("not a name".replace(" ", "%20")):
-            pass
-    assert refusal.value.response.status_code == 404
-
-
-async def test_a_query_does_not_belong_to_the_name(relay: Relay, channel: str) -> None:
-    async with (
-        relay.client(path=f"/channels/{channel}?") as first,
-        relay.client(channel) as second,
-    ):
-        await first.send("hello")
-        assert await receive(second) == "hello"
-
-
-async def test_no_more_channels_than_the_limit_exist_at_a_time(
-    few_channels_relay: Relay, channel: str
+async def test_at_max_channels_a_new_channel_is_refused_and_existing_ones_accept_clients(
+    two_channel_relay: Relay, channel: str
 ) -> None:
-    relay = few_channels_relay
+    relay = two_channel_relay
     await relay.metric_is("websocket_channels", 0)
     before = await relay.metric("websocket_refusals_total", reason="channels")
-    async with relay.client(f"{channel}-1"), relay.client(f"{channel}-2"):
-        with pytest.raises(InvalidStatus) as refusal:
-            async with relay.client(f"{channel}-3"):
-                pass
-        assert refusal.value.response.status_code == 503
-        assert int(refusal.value.response.headers["Retry-After"]) >= 1
+    async with relay.client(f"{channel}-1") as first, relay.client(f"{channel}-2"):
+        answer = await refused(relay.client(f"{channel}-3"))
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) >= 1
         await relay.metric_is("websocket_refusals_total", before + 1, reason="channels")
+        async with relay.client(f"{channel}-1") as second:
+            await first.send("hello")
+            assert await receive(second) == "hello"
 
 
-async def test_a_channel_that_exists_takes_clients_at_the_limit_of_channels(
-    few_channels_relay: Relay, channel: str
+async def test_a_new_channel_is_admitted_after_the_last_client_of_another_has_disconnected(
+    two_channel_relay: Relay, channel: str
 ) -> None:
-    relay = few_channels_relay
-    await relay.metric_is("websocket_channels", 0)
-    async with (
-        relay.client(f"{channel}-1") as first,
-        relay.client(f"{channel}-2"),
-        relay.client(f"{channel}-1") as second,
-    ):
-        await first.send("hello")
-        assert await receive(second) == "hello"
-
-
-async def test_a_channel_is_free_again_after_its_last_client_left(
-    few_channels_relay: Relay, channel: str
-) -> None:
-    relay = few_channels_relay
+    relay = two_channel_relay
     await relay.metric_is("websocket_channels", 0)
     async with relay.client(f"{channel}-1"):
         async with relay.client(f"{channel}-2"):
             pass
         await relay.metric_is("websocket_channels", 1)
-        async with relay.client(f"{channel}-3") as newcomer:
-            await newcomer.send("hello")
-            assert await receive(newcomer) == "hello"
+        async with relay.client(f"{channel}-3") as client:
+            await client.send("hello")
+            assert await receive(client) == "hello"

@@ -1,4 +1,4 @@
-"""Backlogs and ends over TLS, where more bytes wait than were written."""
+"""Backlogs and closes over TLS, where encrypted bytes are buffered besides those of the socket."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ from tests.support.relay_process import HOST, Relay, StartRelay, receive, receiv
 MESSAGE = bytes(65_536)
 
 
-async def test_the_books_balance_over_tls_from_the_first_message(
+async def test_the_counters_over_tls_add_up_from_the_first_message(
     tls_relay_with: StartRelay,
 ) -> None:
     relay = tls_relay_with()
@@ -34,7 +34,7 @@ async def test_the_books_balance_over_tls_from_the_first_message(
         assert_books_balance(await relay.metrics())
 
 
-async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
+async def test_a_tls_client_that_stops_reading_is_closed_by_the_ping_timeout(
     tls_relay_with: StartRelay,
 ) -> None:
     relay = tls_relay_with(
@@ -47,7 +47,7 @@ async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
     ):
         silent.transport.pause_reading()
         while not await relay.metric("websocket_slow_clients"):
-            for _ in range(4):  # it must be behind before it is found to be silent
+            for _ in range(8):  # it is slow before the ping timeout
                 await publisher.send(MESSAGE)
                 assert await receive(publisher) == MESSAGE
         await relay.metric_is("websocket_closes_total", 1, reason="ping_timeout")
@@ -55,8 +55,8 @@ async def test_a_tls_client_that_falls_silent_while_it_is_behind_is_found(
         assert_books_balance(await relay.metrics())
 
 
-def end_tls(tls: ssl.SSLSocket) -> None:
-    """Say TLS's end and wait for no answer; what comes instead may be what was not read yet."""
+def close_tls(tls: ssl.SSLSocket) -> None:
+    """Send close_notify without waiting for the peer's; unread data may arrive in its place."""
     tls.setblocking(False)
     try:
         tls.unwrap()
@@ -67,44 +67,46 @@ def end_tls(tls: ssl.SSLSocket) -> None:
             raise
 
 
-def say_and_hang_up(relay: Relay, path: str, wire: bytes) -> None:
-    """Send, end TLS right behind it, and read on to TCP's end: to close now would be a reset."""
+def send_and_close_tls(relay: Relay, path: str, wire: bytes) -> None:
+    """Send, close TLS at once, and read to the end of TCP; a close of TCP now would be a reset."""
     with socket.create_connection((HOST, relay.port), PATIENCE_S) as tcp:
         assert relay.tls_context is not None
         with relay.tls_context.wrap_socket(tcp.dup(), server_hostname="localhost") as tls:
             tls.sendall(upgrade_request(path))
             assert b" 101 " in tls.recv(4096)
             tls.sendall(wire)
-            end_tls(tls)
+            close_tls(tls)
         tcp.settimeout(PATIENCE_S)
         while tcp.recv(65_536):
             pass
 
 
 @pytest.mark.parametrize(
-    ("end", "reason"), [(b"", "connection_lost"), (frame(CLOSE, close_payload(1000)), "client")]
+    ("end", "reason"),
+    [(b"", "connection_lost"), (frame(CLOSE, close_payload(1000)), "client")],
+    ids=["without a close frame", "with a close frame"],
 )
-async def test_what_a_tls_client_says_right_before_it_leaves_is_relayed(
+async def test_messages_that_a_tls_client_sends_right_before_its_end_are_relayed(
     tls_relay_with: StartRelay, end: bytes, reason: str
 ) -> None:
     relay = tls_relay_with()
-    texts = [str(number) for number in range(20_000)]
+    texts = [f"{number:0100}" for number in range(3_000)]
     wire = b"".join(frame(TEXT, text.encode()) for text in texts) + end
-    async with relay.client("news") as listener:
-        leaving = asyncio.create_task(
-            asyncio.to_thread(say_and_hang_up, relay, "/channels/news", wire)
+    async with relay.client("news") as subscriber:
+        ending = asyncio.create_task(
+            asyncio.to_thread(send_and_close_tls, relay, "/channels/news", wire)
         )
-        assert await receive_many(listener, len(texts)) == texts
+        assert await receive_many(subscriber, len(texts)) == texts
         await relay.metric_is("websocket_closes_total", 1, reason=reason)
         await relay.metric_is("websocket_connected_clients", 1)
-        await leaving
+        await ending
         assert_books_balance(await relay.metrics())
 
 
-def hang_up_unread(
-    relay: Relay, path: str, wire: bytes, is_behind: threading.Event, is_let_go: threading.Event
+def close_tls_without_reading(
+    relay: Relay, path: str, wire: bytes, is_slow: threading.Event, is_closed: threading.Event
 ) -> None:
-    """Read nothing, and when the relay waits for that, send and end TLS; TCP stays open."""
+    """Read nothing; once the client is slow, send and close TLS. TCP stays open."""
     with socket.socket() as tcp:
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         tcp.settimeout(PATIENCE_S)
@@ -113,29 +115,31 @@ def hang_up_unread(
         with relay.tls_context.wrap_socket(tcp.dup(), server_hostname="localhost") as tls:
             tls.sendall(upgrade_request(path))
             assert b" 101 " in tls.recv(4096)
-            assert is_behind.wait(PATIENCE_S)
+            assert is_slow.wait(PATIENCE_S)
             tls.sendall(wire)
-            end_tls(tls)
-        assert is_let_go.wait(PATIENCE_S)
+            close_tls(tls)
+        assert is_closed.wait(PATIENCE_S)
 
 
-@pytest.mark.parametrize("said", [b"", frame(PING) * 2_000], ids=["nothing", "much"])
-async def test_a_tls_client_that_hangs_up_behind_is_let_go_by_the_deadline(
-    tls_relay_with: StartRelay, said: bytes
+@pytest.mark.parametrize("wire", [b"", frame(PING) * 2_000], ids=["nothing", "pings"])
+async def test_a_slow_client_that_closes_tls_and_keeps_tcp_open_is_aborted_at_the_deadline(
+    tls_relay_with: StartRelay, wire: bytes
 ) -> None:
     relay = tls_relay_with(limits={"handshake_timeout_s": 1})
-    is_behind, is_let_go = threading.Event(), threading.Event()
+    is_slow, is_closed = threading.Event(), threading.Event()
     async with relay.client("news") as publisher:
-        hanging = asyncio.create_task(
-            asyncio.to_thread(hang_up_unread, relay, "/channels/news", said, is_behind, is_let_go)
+        closing = asyncio.create_task(
+            asyncio.to_thread(
+                close_tls_without_reading, relay, "/channels/news", wire, is_slow, is_closed
+            )
         )
         await relay.metric_is("websocket_connected_clients", 2)
         while not await relay.metric("websocket_slow_clients"):
             await publisher.send(MESSAGE)
             assert await receive(publisher) == MESSAGE
-        is_behind.set()
+        is_slow.set()
         await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
         await relay.metric_is("websocket_connected_clients", 1)
-        is_let_go.set()
-        await hanging
+        is_closed.set()
+        await closing
         assert_books_balance(await relay.metrics())
