@@ -1,1 +1,1 @@
-"""The Python client."""
+"""The Python client against real relays, and against servers that violate the protocol."""

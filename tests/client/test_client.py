@@ -1,13 +1,14 @@
-"""The Python client: it hears everything once, sends nothing twice, and comes back by itself."""
+"""The Python client: receives every message once, sends none twice, and reconnects by itself."""
 
 import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from websocket_relay.client import (
@@ -24,6 +25,7 @@ from websocket_relay.client import Relay as Client
 from websocket_relay.client.outbox import Outbox, size_of
 from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 from tests.support.addresses import NO_ADDRESSES
 from tests.support.brokers import RedisBroker
@@ -35,6 +37,7 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartRelay, path_of, receive
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
+RELAY_V1 = Subprotocol("relay.v1")
 Event = Connected | Disconnected | Unconfirmed
 
 
@@ -43,216 +46,211 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
-async def take(client: Client, number: int) -> list[Message]:
-    """Hear so many messages."""
+async def next_messages(client: Client, number: int) -> list[Message]:
     async with asyncio.timeout(PATIENCE_S):
         return [await anext(client) for _ in range(number)]
 
 
-async def said_by(client: Client, number: int) -> list[str | bytes]:
-    return [message.data for message in await take(client, number)]
+async def next_payloads(client: Client, number: int) -> list[str | bytes]:
+    return [message.data for message in await next_messages(client, number)]
 
 
-class Diary:
-    """What a client told of its connection."""
+class EventLog:
+    """The events that a client reports of its connection: `Client(url, on_event=log.append)`."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._grew = asyncio.Event()
+        self._changed = asyncio.Event()
 
-    def note(self, event: Event) -> None:
+    def append(self, event: Event) -> None:
         self.events.append(event)
-        self._grew.set()
+        self._changed.set()
 
     async def wait_for(self, kind: type[Event], *, number: int = 1) -> Event:
+        """Wait until `number` events of a kind were reported; return the last of them."""
         async with asyncio.timeout(PATIENCE_S):
             while len(found := [each for each in self.events if isinstance(each, kind)]) < number:
-                self._grew.clear()
-                await self._grew.wait()
+                self._changed.clear()
+                await self._changed.wait()
         return found[number - 1]
 
 
-# Hearing
+# Receiving
 
 
-async def test_a_client_hears_text_as_text_and_binary_as_binary_and_where_it_stands(
+async def test_a_client_receives_text_and_binary_messages_with_their_positions(
     relay: Relay, channel: str
 ) -> None:
-    async with Client(relay.ws_url(f"/channels/{channel}")) as client:
-        async with relay.client(channel) as other:
-            for data in ("text\nof two lines", b"\x00\n\xff", "", b""):
-                await other.send(data)
-        heard = await take(client, 4)
-    assert [each.data for each in heard] == ["text\nof two lines", b"\x00\n\xff", "", b""]
-    assert len({each.position for each in heard}) == 4
-    assert not any(each.after_gap for each in heard)
+    published: list[str | bytes] = ["text\nof two lines", b"\x00\n\xff", "", b"", b"x" * 1_048_576]
+    async with Client(relay.ws_url(path_of(channel))) as client:
+        async with relay.client(channel) as publisher:
+            for data in published:
+                await publisher.send(data)
+        received = await next_messages(client, 5)
+    assert [message.data for message in received] == published
+    assert len({message.position for message in received}) == 5
+    assert not any(message.after_gap for message in received)
 
 
-async def test_a_client_goes_on_behind_a_position_or_with_the_last_messages(
+async def test_a_client_starts_after_a_position_or_with_the_last_messages(
     relay: Relay, channel: str
 ) -> None:
-    url = relay.ws_url(f"/channels/{channel}")
+    url = relay.ws_url(path_of(channel))
     async with Client(url) as client:
         for number in range(5):
             await client.send(str(number))
-        heard = await take(client, 5)
-    async with Client(url, since=heard[2].position) as client:
-        assert await said_by(client, 2) == ["3", "4"]
+        received = await next_messages(client, 5)
+    async with Client(url, since=received[2].position) as client:
+        assert await next_payloads(client, 2) == ["3", "4"]
     async with Client(url, history=3) as client:
-        assert await said_by(client, 3) == ["2", "3", "4"]
+        assert await next_payloads(client, 3) == ["2", "3", "4"]
     async with Client(f"{url}?history=1") as client:
-        assert await said_by(client, 1) == ["4"]
+        assert await next_payloads(client, 1) == ["4"]
 
 
-async def test_a_client_hears_the_largest_message_there_is(relay: Relay, channel: str) -> None:
-    async with Client(relay.ws_url(f"/channels/{channel}")) as client:
-        largest = b"x" * 1_048_576
-        await client.send(largest)
-        assert await said_by(client, 1) == [largest]
-
-
-async def test_a_client_that_loses_its_connection_misses_nothing_and_hears_nothing_twice(
+async def test_a_client_that_loses_its_connection_receives_every_message_once(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as other:
-        diary = Diary()
-        async with Client(proxy.url(path_of(channel)), on_event=diary.note) as client:
-            for number in range(60):
-                await other.send(str(number))
-                await receive(other)
+    async with Proxy(relay.port) as proxy, relay.client(channel) as publisher:
+        log = EventLog()
+        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
+            for number in range(40):
+                await publisher.send(str(number))
+                await receive(publisher)
                 if number % 20 == 10:
-                    await diary.wait_for(Connected, number=1 + number // 20)
+                    await log.wait_for(Connected, number=1 + number // 20)
                     proxy.cut()
-                    await diary.wait_for(Disconnected, number=1 + number // 20)
-            assert await said_by(client, 60) == [str(number) for number in range(60)]
-    assert {each.is_recovered for each in diary.events if isinstance(each, Connected)} == {True}
+                    await log.wait_for(Disconnected, number=1 + number // 20)
+            assert await next_payloads(client, 40) == [str(number) for number in range(40)]
+    assert {each.is_recovered for each in log.events if isinstance(each, Connected)} == {True}
 
 
-async def test_a_client_is_told_that_the_relay_no_longer_has_what_it_missed(
+async def test_the_next_message_has_after_gap_when_the_relay_no_longer_has_the_missing_ones(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(history={"max_messages": 2})
-    async with Proxy(relay.port) as proxy, relay.client(channel) as other:
-        diary = Diary()
-        async with Client(proxy.url(path_of(channel)), on_event=diary.note) as client:
-            await other.send("before")
-            assert [each.after_gap for each in await take(client, 1)] == [False]
+    async with Proxy(relay.port) as proxy, relay.client(channel) as publisher:
+        log = EventLog()
+        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
+            await publisher.send("before")
+            assert [each.after_gap for each in await next_messages(client, 1)] == [False]
             proxy.cut()
-            await diary.wait_for(Disconnected)
+            await log.wait_for(Disconnected)
             for number in range(5):
-                await other.send(str(number))
-                await receive(other)
-            await diary.wait_for(Connected, number=2)
-            heard = await take(client, 2)
-    assert [(each.data, each.after_gap) for each in heard] == [("3", True), ("4", False)]
+                await publisher.send(str(number))
+                await receive(publisher)
+            await log.wait_for(Connected, number=2)
+            received = await next_messages(client, 2)
+    assert [(each.data, each.after_gap) for each in received] == [("3", True), ("4", False)]
 
 
-async def test_a_client_follows_a_relay_that_is_drained_and_comes_back_elsewhere(
+async def test_a_client_of_a_draining_relay_reconnects_to_another(
     relay_with: StartRelay, channel: str
 ) -> None:
     old = relay_with(shutdown={"spread_s": 0})
     async with Proxy(old.port) as proxy:
-        diary = Diary()
-        async with Client(proxy.url(path_of(channel)), on_event=diary.note) as client:
-            await client.send("to the old")
-            assert await said_by(client, 1) == ["to the old"]
+        log = EventLog()
+        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
+            await client.send("to the old relay")
+            assert await next_payloads(client, 1) == ["to the old relay"]
             new = relay_with()
             assert await old.stop() == 0
             proxy.target = new.port
-            await diary.wait_for(Connected, number=2)
-            await client.send("to the new")
-            assert await said_by(client, 1) == ["to the new"]
-    left = diary.events[1]
-    assert isinstance(left, Disconnected)
-    assert left.reason.startswith("closed by the relay: draining; retry_ms=")
+            await log.wait_for(Connected, number=2)
+            await client.send("to the new relay")
+            assert await next_payloads(client, 1) == ["to the new relay"]
+    disconnected = log.events[1]
+    assert isinstance(disconnected, Disconnected)
+    assert disconnected.reason.startswith("closed by the relay: draining; retry_ms=")
 
 
-async def test_a_client_takes_no_more_than_it_has_room_for(relay: Relay, channel: str) -> None:
-    url = relay.ws_url(f"/channels/{channel}")
-    async with Client(url, max_waiting_bytes=2_000) as client, relay.client(channel) as other:
+async def test_a_client_buffers_no_more_than_max_waiting_bytes(relay: Relay, channel: str) -> None:
+    url = relay.ws_url(path_of(channel))
+    async with Client(url, max_waiting_bytes=2_000) as client, relay.client(channel) as publisher:
         for number in range(200):
-            await other.send(f"{number:0100}")
-            await receive(other)
+            await publisher.send(f"{number:0100}")
+            await receive(publisher)
         assert client.waiting <= 2_000 // size_of("0" * 100) + 1
-        assert await said_by(client, 200) == [f"{number:0100}" for number in range(200)]
+        assert await next_payloads(client, 200) == [f"{number:0100}" for number in range(200)]
 
 
 # Sending
 
 
-async def test_what_was_sent_is_relayed_when_flush_returns(relay: Relay, channel: str) -> None:
+async def test_flush_returns_when_every_message_is_relayed(relay: Relay, channel: str) -> None:
     async with (
-        relay.client(channel) as other,
-        Client(relay.ws_url(f"/channels/{channel}"), listens=False) as client,
+        relay.client(channel) as subscriber,
+        Client(relay.ws_url(path_of(channel)), listens=False) as client,
     ):
-        for number in range(1_000):
+        for number in range(500):
             await client.send(str(number))
         await client.flush()
         assert client.unconfirmed == 0
-        assert [await receive(other) for _ in range(1_000)] == [str(each) for each in range(1_000)]
+        received = [await receive(subscriber) for _ in range(500)]
+    assert received == [str(number) for number in range(500)]
 
 
-async def test_who_leaves_has_sent_everything(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as other:
-        async with Client(relay.ws_url(f"/channels/{channel}"), listens=False) as client:
-            await client.send("the last word")
+async def test_leaving_the_block_sends_every_message(relay: Relay, channel: str) -> None:
+    async with relay.client(channel) as subscriber:
+        async with Client(relay.ws_url(path_of(channel)), listens=False) as client:
+            await client.send("last message")
         assert client.unconfirmed == 0
-        assert await receive(other) == "the last word"
+        assert await receive(subscriber) == "last message"
 
 
-async def test_what_is_sent_while_the_relay_is_away_is_kept_within_bounds_and_sent_then(
+async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as other:
-        diary = Diary()
-        room = size_of("0") * 3
-        client = Client(proxy.url(path_of(channel)), max_pending_bytes=room, on_event=diary.note)
+    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+        log = EventLog()
+        limit = size_of("0") * 3
+        client = Client(proxy.url(path_of(channel)), max_pending_bytes=limit, on_event=log.append)
         async with client:
             proxy.target = None
             proxy.cut()
-            await diary.wait_for(Disconnected)
+            await log.wait_for(Disconnected)
             for number in range(3):
                 await client.send(str(number))
             one_more = asyncio.create_task(client.send("3"))
-            await diary.wait_for(Disconnected, number=2)
+            await log.wait_for(Disconnected, number=2)
             assert not one_more.done()
             proxy.target = relay.port
             await one_more
             await client.flush()
-        assert [await receive(other) for _ in range(4)] == ["0", "1", "2", "3"]
+        assert [await receive(subscriber) for _ in range(4)] == ["0", "1", "2", "3"]
 
 
-async def test_what_was_relayed_before_a_connection_broke_is_not_sent_again(
+async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent_again(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as other:
-        diary = Diary()
-        async with Client(proxy.url(path_of(channel)), on_event=diary.note) as client:
+    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+        log = EventLog()
+        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
             proxy.deafen()
-            await client.send("relayed, and nobody told")
-            assert await receive(other) == "relayed, and nobody told"
+            await client.send("relayed, not confirmed")
+            assert await receive(subscriber) == "relayed, not confirmed"
             proxy.cut()
-            await diary.wait_for(Disconnected)
+            await log.wait_for(Disconnected)
             await client.send("afterwards")
             await client.flush()
-            assert await said_by(client, 2) == ["relayed, and nobody told", "afterwards"]
-        assert await receive(other) == "afterwards"
+            assert await next_payloads(client, 2) == ["relayed, not confirmed", "afterwards"]
+        assert await receive(subscriber) == "afterwards"
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-async def test_what_got_lost_with_a_connection_is_given_up_or_sent_again_as_is_wished(
+async def test_a_message_that_was_lost_with_its_connection_is_abandoned_or_with_repeats_sent_again(
     relay: Relay, channel: str, repeats: bool
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as other:
-        diary = Diary()
+    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+        log = EventLog()
         async with Client(
-            proxy.url(path_of(channel)), repeats=repeats, on_event=diary.note
+            proxy.url(path_of(channel)), repeats=repeats, on_event=log.append
         ) as client:
             proxy.mute()
             await client.send("lost")
             await proxy.has_lost_something()
             proxy.cut()
-            await diary.wait_for(Disconnected)
+            await log.wait_for(Disconnected)
             if repeats:
                 await client.flush()
             else:
@@ -260,72 +258,74 @@ async def test_what_got_lost_with_a_connection_is_given_up_or_sent_again_as_is_w
                     await client.flush()
             await client.send("afterwards")
             await client.flush()
-        assert await receive(other) == ("lost" if repeats else "afterwards")
+        assert await receive(subscriber) == ("lost" if repeats else "afterwards")
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-async def test_of_what_a_killed_relay_relayed_last_nobody_knows_and_nothing_else_is_lost(
+async def test_only_the_messages_in_flight_to_a_killed_relay_are_unconfirmed(
     relay_with: StartRelay, channel: str, repeats: bool
 ) -> None:
     old, new = relay_with(), relay_with()
-    async with Proxy(old.port) as proxy, new.client(channel) as other:
-        diary = Diary()
+    async with Proxy(old.port) as proxy, new.client(channel) as subscriber:
+        log = EventLog()
         url = proxy.url(path_of(channel))
-        async with Client(url, repeats=repeats, listens=False, on_event=diary.note) as client:
-            await client.send("heard")
+        async with Client(url, repeats=repeats, listens=False, on_event=log.append) as client:
+            await client.send("confirmed")
             await client.flush()
             proxy.deafen()
-            await client.send("relayed, and nobody told")
+            await client.send("relayed, not confirmed")
             await old.metric_is("websocket_messages_total", 2)
             assert await old.stop(signal.SIGKILL) != 0
             proxy.target = new.port
             proxy.cut()
-            await diary.wait_for(Disconnected)
+            await log.wait_for(Disconnected)
             await client.send("afterwards")
             if not repeats:
                 with pytest.raises(UnconfirmedError):
                     await client.flush()
             await client.flush()
-        assert await receive(other) == ("relayed, and nobody told" if repeats else "afterwards")
+        expected = "relayed, not confirmed" if repeats else "afterwards"
+        assert await receive(subscriber) == expected
 
 
 @pytest.fixture
 async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[list[Relay]]:
-    """Two relays that are one, by a broker."""
-    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as b:
-        backplane = {"url": b.url}
+    """Two replicas with one broker."""
+    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
+        backplane = {"url": broker.url}
         yield [relay_with(backplane=backplane, shutdown={"spread_s": 0}) for _ in range(2)]
 
 
-async def test_a_drain_in_the_middle_of_a_stream_loses_nothing_and_doubles_nothing(
+async def test_a_drain_during_a_stream_of_messages_loses_none_and_duplicates_none(
     two_replicas: list[Relay], channel: str
 ) -> None:
     old, new = two_replicas
-    texts = [str(number) for number in range(5_000)]
-    async with Proxy(old.port) as proxy, Client(new.ws_url(f"/channels/{channel}")) as witness:
-        hearing = asyncio.create_task(said_by(witness, len(texts)))
+    texts = [str(number) for number in range(2_000)]
+    async with Proxy(old.port) as proxy, Client(new.ws_url(path_of(channel))) as subscriber:
+        receiving = asyncio.create_task(next_payloads(subscriber, len(texts)))
         async with Client(proxy.url(path_of(channel)), listens=False) as client:
             for number, text in enumerate(texts):
                 await client.send(text)
-                if number == 1_000:
-                    proxy.target = new.port  # for who comes from now on
+                if number == 500:
+                    proxy.target = new.port  # of later connections
                     old.signal()
                 if number % 50 == 0:
                     await asyncio.sleep(0)
             await client.flush()
-        assert await hearing == texts
+        assert await receiving == texts
     assert await old.exit_code() == 0
 
 
-async def test_what_a_drained_relay_took_is_not_said_again_though_it_is_forgotten(
+async def test_messages_that_a_draining_relay_accepted_are_confirmed_without_their_echoes(
     relay_with: StartRelay, channel: str
 ) -> None:
+    """The new relay has another log, so that no echo is replayed."""
     old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
     async with Proxy(old.port) as proxy:
         async with Client(proxy.url(path_of(channel)), listens=False) as client:
-            for number in range(3_000):
+            for number in range(1_500):
                 await client.send(str(number))
-                if number == 1_000:
+                if number == 500:
                     proxy.target = new.port
                     old.signal()
                 if number % 50 == 0:
@@ -334,35 +334,34 @@ async def test_what_a_drained_relay_took_is_not_said_again_though_it_is_forgotte
         assert await old.exit_code() == 0
 
 
-async def test_a_client_that_is_not_listened_to_is_told_instead_of_hanging(
+async def test_flush_fails_instead_of_blocking_when_unread_messages_pause_the_client(
     relay: Relay, channel: str
 ) -> None:
-    url = relay.ws_url(f"/channels/{channel}")
-    async with Client(url, max_waiting_bytes=500) as client:
+    async with Client(relay.ws_url(path_of(channel)), max_waiting_bytes=500) as client:
         for number in range(100):
             await client.send(str(number))
         with pytest.raises(RuntimeError, match="unread messages block the client"):
             async with asyncio.timeout(PATIENCE_S):
                 await client.flush()
-        assert await said_by(client, 100) == [str(each) for each in range(100)]
+        assert await next_payloads(client, 100) == [str(each) for each in range(100)]
 
 
-@pytest.mark.parametrize(
-    ("data", "error"),
-    [("half a \ud800", UnicodeEncodeError), (None, TypeError), (["a"], TypeError)],
-)
-async def test_what_is_no_message_is_refused_at_once(
-    relay: Relay, channel: str, data: object, error: type[Exception]
-) -> None:
-    async with Client(relay.ws_url(f"/channels/{channel}")) as client:
-        with pytest.raises(error):
-            await client.send(data)  # type: ignore[arg-type]  # that is the test
-        await client.send("sound")
-        assert await said_by(client, 1) == ["sound"]
+async def test_invalid_data_is_refused_by_send(relay: Relay, channel: str) -> None:
+    invalid: list[tuple[Any, type[Exception]]] = [
+        ("unpaired surrogate \ud800", UnicodeEncodeError),
+        (None, TypeError),
+        (["a"], TypeError),
+    ]
+    async with Client(relay.ws_url(path_of(channel))) as client:
+        for data, error in invalid:
+            with pytest.raises(error):
+                await client.send(data)
+        await client.send("valid")
+        assert await next_payloads(client, 1) == ["valid"]
 
 
 @pytest.mark.fast
-def test_an_outbox_takes_an_echo_for_its_oldest_message_only() -> None:
+def test_an_outbox_accepts_an_echo_of_its_oldest_message_only() -> None:
     outbox = Outbox(1_000)
     for text in ("a", "b", "a"):
         outbox.put(text)
@@ -376,7 +375,7 @@ def test_an_outbox_takes_an_echo_for_its_oldest_message_only() -> None:
 
 
 @pytest.mark.fast
-def test_an_outbox_sends_again_in_order_and_before_what_is_new() -> None:
+def test_an_outbox_sends_unconfirmed_messages_again_in_order_before_new_ones() -> None:
     outbox = Outbox(1_000)
     for text in "abc":
         outbox.put(text)
@@ -387,63 +386,55 @@ def test_an_outbox_sends_again_in_order_and_before_what_is_new() -> None:
     assert outbox.has_room_for(1_000)
 
 
-# Coming in
+# Connecting
 
 
-@pytest.mark.parametrize(
-    ("path", "options", "words"),
-    [
+async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> None:
+    relay = relay_with(auth=JWT)
+    no_permission, everything = token(relay={}, exp=None), token(exp=None)
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("/channels/news", {}, "HTTP 401, token required"),
         ("/channels/news", {"token": "a.b.c"}, "HTTP 401, invalid token: malformed"),
         ("/channels/news", {"token": token(exp=1)}, "HTTP 401, invalid token: expired"),
-        (
-            "/channels/news",
-            {"token": token(relay={}, exp=None)},
-            "HTTP 403, not authorized for this channel",
-        ),
-        ("/nowhere", {"token": token(exp=None)}, "HTTP 404, no such channel"),
+        ("/channels/news", {"token": no_permission}, "HTTP 403, not authorized for this channel"),
+        ("/nowhere", {"token": everything}, "HTTP 404, no such channel"),
         (
             "/",
-            {"token": token(exp=None), "since": "yesterday"},
+            {"token": everything, "since": "yesterday"},
             "HTTP 400, bad query: since must be one position",
         ),
-    ],
-)
-async def test_a_refusal_for_good_is_told_at_once(
-    relay_with: StartRelay, path: str, options: dict[str, str], words: str
-) -> None:
-    url = relay_with(auth=JWT).ws_url(path)
-    started = time.monotonic()
-    with pytest.raises(RejectedError) as raised:
-        async with Client(url, start_patience_s=PATIENCE_S, **options):  # type: ignore[arg-type]
-            pass
-    assert str(raised.value).startswith(words)
-    assert time.monotonic() - started < PATIENCE_S / 2
+    ]
+    for path, options, text in cases:
+        started_at = time.monotonic()
+        with pytest.raises(RejectedError) as raised:
+            async with Client(relay.ws_url(path), start_patience_s=PATIENCE_S, **options):
+                pass
+        assert str(raised.value).startswith(text)
+        assert time.monotonic() - started_at < PATIENCE_S / 2
 
 
-async def test_a_relay_that_is_not_there_is_told_or_waited_for(
-    relay_with: StartRelay, channel: str
+async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
+    relay: Relay, channel: str
 ) -> None:
     with pytest.raises(UnavailableError, match="connection refused"):
         async with Client("ws://127.0.0.1:1/"):
             pass
-    relay = relay_with()
     async with Proxy(None) as proxy:
-        diary = Diary()
+        log = EventLog()
 
-        async def let_it_in() -> None:
-            await diary.wait_for(Disconnected)
+        async def make_reachable() -> None:
+            await log.wait_for(Disconnected)
             proxy.target = relay.port
 
-        opening = asyncio.create_task(let_it_in())
+        reachable = asyncio.create_task(make_reachable())
         url = proxy.url(path_of(channel))
-        async with Client(url, start_patience_s=PATIENCE_S, on_event=diary.note) as client:
-            await client.send("here at last")
-            assert await said_by(client, 1) == ["here at last"]
-        await opening
+        async with Client(url, start_patience_s=PATIENCE_S, on_event=log.append) as client:
+            await client.send("connected")
+            assert await next_payloads(client, 1) == ["connected"]
+        await reachable
 
 
-async def test_who_was_let_in_once_gives_up_when_the_patience_ends(
+async def test_a_client_that_was_connected_gives_up_when_its_patience_ends(
     relay: Relay, channel: str
 ) -> None:
     async with (
@@ -453,123 +444,133 @@ async def test_who_was_let_in_once_gives_up_when_the_patience_ends(
         proxy.target = None
         proxy.cut()
         with pytest.raises(UnavailableError):
-            await take(client, 1)
+            await next_messages(client, 1)
         with pytest.raises(UnavailableError):
-            await client.send("anybody?")
+            await client.send("unavailable")
 
 
-async def test_a_refusal_for_now_is_tried_again_when_the_relay_said(
+async def test_a_temporary_refusal_is_retried_after_the_time_in_retry_after(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(limits={"max_connections": 1})
-    url = relay.ws_url(f"/channels/{channel}")
     async with relay.client(channel):
-        diary = Diary()
-        client = Client(url, start_patience_s=PATIENCE_S, on_event=diary.note)
-        waiting = asyncio.create_task(client.__aenter__())
-        event = await diary.wait_for(Disconnected)
-        waiting.cancel()
-        await asyncio.wait([waiting])
+        log = EventLog()
+        url = relay.ws_url(path_of(channel))
+        client = Client(url, start_patience_s=PATIENCE_S, on_event=log.append)
+        connecting = asyncio.create_task(client.__aenter__())
+        event = await log.wait_for(Disconnected)
+        connecting.cancel()
+        await asyncio.wait([connecting])
     assert isinstance(event, Disconnected)
     assert event.reason == "HTTP 503, too many connections"
     assert 1 <= event.retry_s <= 6
 
 
 @asynccontextmanager
-async def closing_with(code: int, reason: str) -> AsyncIterator[str]:
-    """Be a relay that welcomes and then closes."""
+async def websocket_server(
+    serve_client: Callable[[ServerConnection], Coroutine[Any, Any, None]],
+    subprotocol: Subprotocol | None = RELAY_V1,
+) -> AsyncIterator[str]:
+    """Run a WebSocket server that is not a relay; yield its URL."""
+    subprotocols = None if subprotocol is None else [subprotocol]
+    async with serve(serve_client, "127.0.0.1", 0, subprotocols=subprotocols) as server:
+        (port,) = {listening.getsockname()[1] for listening in server.sockets}
+        yield f"ws://127.0.0.1:{port}/"
+
+
+@asynccontextmanager
+async def server_that_closes(code: int, reason: str) -> AsyncIterator[str]:
+    """Run a server that sends a welcome and closes."""
     welcome = {"type": "welcome", "recovered": True, "position": "1-0-0"}
 
     async def close(websocket: ServerConnection) -> None:
         await websocket.send("\n" + json.dumps(welcome))
         await websocket.close(code, reason)
 
-    async with serve(close, "127.0.0.1", 0, subprotocols=["relay.v1"]) as server:  # type: ignore[list-item]
-        (port,) = {found.getsockname()[1] for found in server.sockets}
-        yield f"ws://127.0.0.1:{port}/"
+    async with websocket_server(close) as url:
+        yield url
 
 
 @pytest.mark.fast
-async def test_a_client_comes_back_when_a_draining_relay_wants_it_back() -> None:
-    diary = Diary()
-    goodbye = closing_with(1001, "draining; retry_ms=1234")
-    async with goodbye as url, Client(url, on_event=diary.note):
-        event = await diary.wait_for(Disconnected)
+async def test_a_client_reconnects_after_the_time_in_the_close_of_a_draining_relay() -> None:
+    log = EventLog()
+    draining = server_that_closes(1001, "draining; retry_ms=1234")
+    async with draining as url, Client(url, on_event=log.append):
+        event = await log.wait_for(Disconnected)
     assert event == Disconnected("closed by the relay: draining; retry_ms=1234 (1001)", 1.234)
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"), [(1008, "not allowed to publish"), (1009, "message too big"), (1007, "x")]
-)
-async def test_a_close_that_would_come_again_is_told_at_once(code: int, reason: str) -> None:
-    async with closing_with(code, reason) as url:
-        with pytest.raises(RejectedError, match=rf"closed by the relay: {reason} \({code}\)"):
-            async with Client(url) as client:
-                await take(client, 1)
+@pytest.mark.fast
+async def test_a_close_that_would_happen_again_is_raised_at_once() -> None:
+    """An expired token is one, unless a function returns a new token for each connection."""
+    for code, reason in (
+        (1008, "not allowed to publish"),
+        (1009, "message too big"),
+        (1007, "x"),
+        (3000, "token expired"),
+    ):
+        async with server_that_closes(code, reason) as url:
+            with pytest.raises(RejectedError, match=rf"closed by the relay: {reason} \({code}\)"):
+                async with Client(url, token="a.b.c") as client:
+                    await next_messages(client, 1)
 
 
 @pytest.mark.parametrize(
     ("code", "reason"), [(1008, "rate limit"), (1013, "slow consumer"), (1000, ""), (1011, "x")]
 )
 @pytest.mark.fast
-async def test_after_any_other_close_it_comes_back(code: int, reason: str) -> None:
-    diary = Diary()
-    async with closing_with(code, reason) as url, Client(url, on_event=diary.note):
-        await diary.wait_for(Connected, number=2)
+async def test_a_client_reconnects_after_any_other_close(code: int, reason: str) -> None:
+    log = EventLog()
+    async with server_that_closes(code, reason) as url, Client(url, on_event=log.append):
+        await log.wait_for(Connected, number=2)
 
 
 @pytest.mark.fast
-async def test_waits_grow_twofold_by_chance_and_up_to_half_a_minute() -> None:
+def test_the_backoff_doubles_up_to_half_a_minute_with_jitter() -> None:
     for attempt in range(200):
-        most = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
-        assert most / 2 <= delay_s(attempt, None) <= most
+        longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
+        assert longest / 2 <= delay_s(attempt, None) <= longest
     assert len({delay_s(0, None) for _ in range(20)}) > 1
     assert delay_s(7, 0.0) == 0.0
     assert delay_s(0, 86_400.0) == LONGEST_WAIT_S
 
 
-async def test_a_token_is_asked_for_before_every_connection(
+async def test_the_token_function_is_called_before_every_connection(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth=JWT)
-    asked = count(1)
+    calls = count(1)
 
-    async def fresh() -> str:
-        return token(exp=int(time.time()) + (2 if next(asked) == 1 else 60))
+    async def new_token() -> str:
+        return token(exp=int(time.time()) + (2 if next(calls) == 1 else 60))
 
-    diary = Diary()
-    url = relay.ws_url(f"/channels/{channel}")
-    async with Client(url, token=fresh, on_event=diary.note) as client:
-        event = await diary.wait_for(Disconnected)
+    log = EventLog()
+    url = relay.ws_url(path_of(channel))
+    async with Client(url, token=new_token, on_event=log.append) as client:
+        event = await log.wait_for(Disconnected)
         assert isinstance(event, Disconnected)
         assert event.reason == "closed by the relay: token expired (3000)"
-        await client.send("let in again")
-        assert await said_by(client, 1) == ["let in again"]
-    assert next(asked) == 3
+        await client.send("admitted again")
+        assert await next_payloads(client, 1) == ["admitted again"]
+    assert next(calls) == 3
 
 
-async def test_a_token_that_stays_the_same_is_not_tried_again(
+async def test_flush_raises_that_the_client_is_not_allowed_to_publish(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth=JWT)
-    url = relay.ws_url(f"/channels/{channel}")
-    async with Client(url, token=token(exp=int(time.time()) + 2)) as client:
-        with pytest.raises(RejectedError, match="token expired"):
-            await take(client, 1)
-
-
-async def test_who_may_not_publish_is_told(relay_with: StartRelay, channel: str) -> None:
-    relay = relay_with(auth=JWT)
-    only_hears = token(relay={"subscribe": ["*"]})
-    async with Client(relay.ws_url(f"/channels/{channel}"), token=only_hears) as client:
-        await client.send("may I?")
+    only_subscribe = token(relay={"subscribe": ["*"]})
+    async with Client(relay.ws_url(path_of(channel)), token=only_subscribe) as client:
+        await client.send("not allowed")
         with pytest.raises(RejectedError, match="not allowed to publish"):
             await client.flush()
 
 
-async def test_a_message_that_is_too_big_is_told(relay_with: StartRelay, channel: str) -> None:
+async def test_flush_raises_that_a_message_is_too_big_for_the_relay(
+    relay_with: StartRelay, channel: str
+) -> None:
     relay = relay_with(limits={"max_message_bytes": 1_000})
-    async with Client(relay.ws_url(f"/channels/{channel}"), listens=False) as client:
+    async with Client(relay.ws_url(path_of(channel)), listens=False) as client:
         await client.send("x" * 1_000)
         await client.flush()
         await client.send("x" * 1_001)
@@ -578,47 +579,49 @@ async def test_a_message_that_is_too_big_is_told(relay_with: StartRelay, channel
         assert client.unconfirmed == 1
 
 
-async def test_a_client_sends_and_hears_nothing_that_is_larger_than_it_may_be(
+async def test_a_client_neither_sends_nor_accepts_a_message_above_its_own_limit(
     relay: Relay, channel: str
 ) -> None:
-    url = relay.ws_url(f"/channels/{channel}")
-    async with Client(url, max_message_bytes=1_000) as client, relay.client(channel) as other:
+    url = relay.ws_url(path_of(channel))
+    async with Client(url, max_message_bytes=1_000) as client, relay.client(channel) as publisher:
         with pytest.raises(ValueError, match="a message has at most 1,000 bytes"):
             await client.send("x" * 1_001)
         await client.send("x" * 1_000)
-        assert await said_by(client, 1) == ["x" * 1_000]
-        await other.send("x" * 2_000)
+        assert await next_payloads(client, 1) == ["x" * 1_000]
+        await publisher.send("x" * 2_000)
         with pytest.raises(RejectedError, match="over the client's size limit"):
-            await take(client, 1)
+            await next_messages(client, 1)
 
 
-async def test_a_certificate_is_trusted_or_it_is_not(
+async def test_an_untrusted_certificate_or_another_host_name_is_rejected(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    url = relay.ws_url(f"/channels/{channel}")
+    url = relay.ws_url(path_of(channel))
     async with Client(url, ssl=relay.tls_context) as client:
-        await client.send("in private")
-        assert await said_by(client, 1) == ["in private"]
+        await client.send("encrypted")
+        assert await next_payloads(client, 1) == ["encrypted"]
     for context in (None, make_pair().trusting_context()):
         with pytest.raises(RejectedError, match="certificate not trusted: self"):
             async with Client(url, ssl=context, start_patience_s=PATIENCE_S):
                 pass
-    same_place = relay.ws_url(f"/channels/{channel}", host="127.1")
+    other_host_name = relay.ws_url(path_of(channel), host="127.1")
     with pytest.raises(RejectedError, match="certificate is for another host name"):
-        async with Client(same_place, ssl=relay.tls_context, start_patience_s=PATIENCE_S):
+        async with Client(other_host_name, ssl=relay.tls_context, start_patience_s=PATIENCE_S):
             pass
 
 
-async def test_what_is_no_relay_is_told(relay: Relay) -> None:
+# Servers that are not a relay
+
+
+async def test_a_server_that_is_not_a_relay_is_rejected(relay: Relay) -> None:
     async def echo(websocket: ServerConnection) -> None:
         async for message in websocket:
             await websocket.send(message)
 
-    async with serve(echo, "127.0.0.1", 0) as server:
-        (port,) = {found.getsockname()[1] for found in server.sockets}
+    async with websocket_server(echo, subprotocol=None) as url:
         with pytest.raises(RejectedError, match="not a relay: subprotocol"):
-            async with Client(f"ws://127.0.0.1:{port}/", start_patience_s=PATIENCE_S):
+            async with Client(url, start_patience_s=PATIENCE_S):
                 pass
     with pytest.raises(RejectedError, match="HTTP 404"):
         async with Client(relay.metrics_url("/").replace("http", "ws")):
@@ -629,71 +632,63 @@ async def test_what_is_no_relay_is_told(relay: Relay) -> None:
 
 
 @asynccontextmanager
-async def answering(answer: bytes) -> AsyncIterator[str]:
-    """Be a server that answers every request with the same bytes."""
+async def server_that_answers(answer: bytes) -> AsyncIterator[str]:
+    """Run a server that answers every request with the same bytes."""
 
-    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
         await writer.drain()
         writer.close()
 
-    async with await asyncio.start_server(say, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "words"),
-    [
+@pytest.mark.fast
+async def test_an_invalid_answer_to_the_upgrade_is_an_error() -> None:
+    long_retry = b"HTTP/1.1 503 No\r\nRetry-After: " + b"9" * 5_000 + b"\r\n\r\n"
+    answers: list[tuple[bytes, type[Exception], str]] = [
         (b"", UnavailableError, "closed during the opening handshake; try wss://"),
         (b"220 mail.example.com\r\n\r\n", RejectedError, "not a relay"),
         (b"HTTP/1.0 404 Not Found\r\n\r\n", RejectedError, "not a relay"),
-        (
-            b"HTTP/1.1 503 No\r\nRetry-After: " + b"9" * 5_000 + b"\r\n\r\n",
-            UnavailableError,
-            "HTTP 503, No",
-        ),
-    ],
-)
+        (long_retry, UnavailableError, "HTTP 503, No"),
+    ]
+    for answer, kind, text in answers:
+        async with server_that_answers(answer) as url:
+            with pytest.raises(kind, match=text):
+                async with Client(url):
+                    pass
+
+
 @pytest.mark.fast
-async def test_an_answer_that_makes_no_sense_is_told(
-    answer: bytes, kind: type[Exception], words: str
-) -> None:
-    async with answering(answer) as url:
-        with pytest.raises(kind, match=words):
+async def test_an_invalid_welcome_is_rejected() -> None:
+    async def send_invalid_welcome(websocket: ServerConnection) -> None:
+        await websocket.send("\n" + "[" * 500_000)
+        await websocket.wait_closed()
+
+    async with websocket_server(send_invalid_welcome) as url:
+        with pytest.raises(RejectedError, match="not a relay: invalid welcome message"):
             async with Client(url):
                 pass
 
 
-@pytest.mark.fast
-async def test_a_welcome_that_makes_no_sense_is_told() -> None:
-    async def welcome(websocket: ServerConnection) -> None:
-        await websocket.send("\n" + "[" * 500_000)
-        await websocket.wait_closed()
-
-    async with serve(welcome, "127.0.0.1", 0, subprotocols=["relay.v1"]) as server:  # type: ignore[list-item]
-        (port,) = {found.getsockname()[1] for found in server.sockets}
-        with pytest.raises(RejectedError, match="not a relay: invalid welcome message"):
-            async with Client(f"ws://127.0.0.1:{port}/"):
-                pass
+# URLs, proxies, tokens
 
 
-@pytest.mark.parametrize(
-    ("proxy", "words"),
-    [
-        ("me:secret@proxy", "invalid proxy URL in the environment"),
-        ("socks5://127.0.0.1:1", "requires python-socks"),
-    ],
-)
-async def test_a_proxy_that_can_t_be_used_is_told(
-    relay: Relay, monkeypatch: pytest.MonkeyPatch, proxy: str, words: str
+async def test_an_unusable_proxy_is_rejected_without_its_password(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("no_proxy")
-    monkeypatch.setenv("socks_proxy", proxy)
-    with pytest.raises(RejectedError, match=words) as raised:
-        async with Client(relay.ws_url()):
-            pass
-    assert "secret" not in str(raised.value)
+    for proxy, text in (
+        ("me:secret@proxy", "invalid proxy URL in the environment"),
+        ("socks5://127.0.0.1:1", "requires python-socks"),
+    ):
+        monkeypatch.setenv("socks_proxy", proxy)
+        with pytest.raises(RejectedError, match=text) as raised:
+            async with Client(relay.ws_url()):
+                pass
+        assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -701,7 +696,7 @@ async def test_a_proxy_that_can_t_be_used_is_told(
     [*NO_ADDRESSES, "ws://one..two/?access_token=secret", "ws://localhost/?history=secret"],
 )
 @pytest.mark.fast
-def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
+def test_an_invalid_url_is_refused_by_an_error_that_does_not_repeat_it(url: str) -> None:
     with pytest.raises(InvalidUrlError) as raised:
         Client(url)
     assert str(raised.value).startswith("not a channel URL such as ws://")
@@ -709,7 +704,7 @@ def test_what_is_no_address_is_told_without_repeating_it(url: str) -> None:
 
 
 @pytest.mark.fast
-async def test_what_is_no_token_is_not_sent() -> None:
+async def test_an_invalid_token_is_refused_by_an_error_that_does_not_repeat_it() -> None:
     with pytest.raises(InvalidUrlError) as raised:
         async with Client("ws://127.0.0.1:1/", token="se\r\ncret"):
             pass
