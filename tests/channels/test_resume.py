@@ -311,7 +311,7 @@ async def test_a_client_that_is_not_recovered_receives_the_messages_that_history
 async def test_messages_older_than_max_age_s_are_removed(
     relay_with: StartRelay, channel: str
 ) -> None:
-    relay = relay_with(history={"max_age_s": 1})
+    relay = relay_with(history={"max_age_s": 0.1})
     async with resuming(relay, channel) as client:
         pass
     await say(relay, channel, "old")
