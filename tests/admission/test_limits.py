@@ -537,7 +537,7 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         tokens=None,
         connections=lambda: 0,
         has_descriptor=lambda: True,
-        has_room=lambda channel: True,
+        has_capacity=lambda channel: True,
         health=Lifecycle(),
     )
     client = RecordingClient()

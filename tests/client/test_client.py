@@ -364,26 +364,26 @@ async def test_invalid_data_is_refused_by_send(relay: Relay, channel: str) -> No
 def test_an_outbox_accepts_an_echo_of_its_oldest_message_only() -> None:
     outbox = Outbox(1_000)
     for text in ("a", "b", "a"):
-        outbox.put(text)
+        outbox.append(text)
     for _ in range(2):
-        outbox.take()
-    assert [outbox.hear(text) for text in ("b", "c", b"a", "a", "a", "b")] == [
+        outbox.next_to_send()
+    assert [outbox.confirm_echo(text) for text in ("b", "c", b"a", "a", "a", "b")] == [
         False, False, False, True, False, True
     ]  # fmt: skip
     assert len(outbox) == 1
-    assert outbox.take() == "a"
+    assert outbox.next_to_send() == "a"
 
 
 @pytest.mark.fast
 def test_an_outbox_sends_unconfirmed_messages_again_in_order_before_new_ones() -> None:
     outbox = Outbox(1_000)
     for text in "abc":
-        outbox.put(text)
-    outbox.take(), outbox.take()
+        outbox.append(text)
+    outbox.next_to_send(), outbox.next_to_send()
     outbox.send_again()
-    assert [outbox.take() for _ in range(3)] == ["a", "b", "c"]
+    assert [outbox.next_to_send() for _ in range(3)] == ["a", "b", "c"]
     assert outbox.abandon() == 3
-    assert outbox.has_room_for(1_000)
+    assert outbox.has_capacity_for(1_000)
 
 
 # Connecting

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pkgutil
+import resource
 import select
 import signal
 import socket
@@ -104,7 +105,13 @@ class Forks:
             return code, stdout.read(), errors
 
     def start(
-        self, arguments: Sequence[str], directory: Path, env: Mapping[str, str], stdout: int
+        self,
+        arguments: Sequence[str],
+        directory: Path,
+        env: Mapping[str, str],
+        stdout: int,
+        *,
+        max_descriptors: int | None = None,
     ) -> Forked:
         """Start a command.
 
@@ -113,11 +120,17 @@ class Forks:
             directory: where it works.
             env: all of its environment.
             stdout: its standard output, which the caller closes.
+            max_descriptors: its hard limit of open files (RLIMIT_NOFILE); None: that of the tests.
         """
         status, write_status = os.pipe()
         stderr, write_stderr = os.pipe()
         theirs = [write_stderr, write_status]
-        request = {"arguments": arguments, "directory": str(directory), "env": dict(env)}
+        request = {
+            "arguments": arguments,
+            "directory": str(directory),
+            "env": dict(env),
+            "max_descriptors": max_descriptors,
+        }
         with self._lock:
             if self._control is None:
                 self._control = self._launch()
@@ -197,6 +210,9 @@ def _become(request: Mapping[str, object], stdout: int, stderr: int) -> None:
     assert isinstance(env, dict)
     assert isinstance(directory, str)
     assert isinstance(arguments, list)
+    if (limit := request["max_descriptors"]) is not None:
+        assert isinstance(limit, int)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(env)

@@ -154,7 +154,7 @@ class Relay:
         self._directory = directory
         self._env = environment(env)
         self._max_descriptors = max_descriptors
-        self._forks = max_descriptors is None and _may_fork(env)
+        self._forks = _may_fork(env)
         self._lines: list[str] = []
         self._log_ended = False
         self._log_grew = threading.Condition()
@@ -188,7 +188,13 @@ class Relay:
             return
         arguments = ["--config-file", str(self._write_settings())]
         with open(os.devnull, "wb") as nothing:
-            self._process = FORKS.start(arguments, self._directory, self._env, nothing.fileno())
+            self._process = FORKS.start(
+                arguments,
+                self._directory,
+                self._env,
+                nothing.fileno(),
+                max_descriptors=self._max_descriptors,
+            )
         self._read_log_beside()
 
     def launch(self) -> None:
