@@ -1,4 +1,4 @@
-"""What pages of other origins may do by HTTP: publish, listen, and read why they may not."""
+"""CORS: which requests pages of other origins may send, and which responses they may read."""
 
 from collections.abc import Mapping
 
@@ -10,86 +10,90 @@ from tests.support.http_requests import TEXT, post
 from tests.support.issuer import SECRET
 from tests.support.relay_process import PLAIN, Relay, StartRelay
 
-OURS, THEIRS = "https://ours.example", "https://theirs.example"
-MAY_READ = "access-control-allow-origin"
+ALLOWED, OTHER = "https://allowed.example", "https://other.example"
+ALLOW_ORIGIN = "access-control-allow-origin"
 
 
-@pytest.fixture(params=[OURS, "https://OURS.example"])
-def choosy_relay(request: pytest.FixtureRequest, relay_with: StartRelay) -> Relay:
-    """A relay for pages of one origin, however it was written in the settings."""
-    return relay_with(server={"allowed_origins": ["https://other.example", request.param]})
+@pytest.fixture
+def restricted_relay(relay_with: StartRelay) -> Relay:
+    """A relay that admits two origins. The settings contain one of them in upper case."""
+    origins = ["https://second.example", "https://ALLOWED.example"]
+    return relay_with(server={"allowed_origins": origins})
 
 
 async def preflight(relay: Relay, origin: str, method: str, *headers: str) -> httpx2.Response:
-    """Ask as a browser does before a request that a form could not make."""
-    asked = {
+    """Send the preflight request of a browser for a request that a form can't send."""
+    fields = {
         "Origin": origin,
         "Access-Control-Request-Method": method,
         **({"Access-Control-Request-Headers": ", ".join(headers)} if headers else {}),
     }
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http:
-        return await http.options(relay.http_url("/channels/a"), headers=asked)
+        return await http.options(relay.http_url("/channels/a"), headers=fields)
 
 
-def listed(headers: Mapping[str, str], name: str) -> set[str]:
-    return {each.strip().lower() for each in headers[name].split(",")}
+def list_members(headers: Mapping[str, str], name: str) -> set[str]:
+    """Return the members of a list field in lower case."""
+    return {member.strip().lower() for member in headers[name].split(",")}
 
 
-async def test_a_page_that_is_let_in_may_post_json_with_a_token(choosy_relay: Relay) -> None:
-    answer = await preflight(choosy_relay, OURS, "POST", "authorization", "content-type")
-    assert answer.status_code == 200
-    assert answer.headers[MAY_READ] == OURS
-    assert "post" in listed(answer.headers, "access-control-allow-methods")
-    allowed = listed(answer.headers, "access-control-allow-headers")
-    assert {"authorization", "content-type"} <= allowed
-    answer = await post(choosy_relay, "a", b"{}", "application/json", {"Origin": OURS})
-    assert answer.status_code == 202
-    assert answer.headers[MAY_READ] == OURS
+async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: Relay) -> None:
+    for origin in (ALLOWED, "https://second.example"):
+        response = await preflight(restricted_relay, origin, "POST", "authorization")
+        assert response.status_code == 200
+        assert response.headers[ALLOW_ORIGIN] == origin
+    response = await preflight(restricted_relay, ALLOWED, "POST", "authorization", "content-type")
+    assert "post" in list_members(response.headers, "access-control-allow-methods")
+    allowed_headers = list_members(response.headers, "access-control-allow-headers")
+    assert {"authorization", "content-type"} <= allowed_headers
+    response = await post(restricted_relay, "a", b"{}", "application/json", {"Origin": ALLOWED})
+    assert response.status_code == 202
+    assert response.headers[ALLOW_ORIGIN] == ALLOWED
 
 
-@pytest.mark.parametrize("origin", [THEIRS, "null", "https://ours.example.theirs.example"])
-async def test_another_page_may_not(choosy_relay: Relay, origin: str) -> None:
-    answer = await preflight(choosy_relay, origin, "POST", "authorization", "content-type")
-    assert answer.status_code == 400
-    assert MAY_READ not in answer.headers
-    answer = await post(choosy_relay, "a", b"{}", TEXT, {"Origin": origin})
-    assert (answer.status_code, answer.text) == (403, "origin not allowed\n")
-    assert MAY_READ not in answer.headers
-    await choosy_relay.metric_is("websocket_messages_total", 0)
+async def test_a_page_of_another_origin_may_not_post(restricted_relay: Relay) -> None:
+    for origin in (OTHER, "null", "https://allowed.example.other.example"):
+        response = await preflight(restricted_relay, origin, "POST", "authorization")
+        assert response.status_code == 400
+        assert ALLOW_ORIGIN not in response.headers
+        response = await post(restricted_relay, "a", b"{}", TEXT, {"Origin": origin})
+        assert (response.status_code, response.text) == (403, "origin not allowed\n")
+        assert ALLOW_ORIGIN not in response.headers
+    await restricted_relay.metric_is("websocket_messages_total", 0)
 
 
-async def test_a_page_may_listen_and_come_back_where_it_is_let_in(choosy_relay: Relay) -> None:
-    async with asking(choosy_relay, "a", headers={"Origin": OURS}) as events:
+async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Relay) -> None:
+    async with asking(restricted_relay, "a", headers={"Origin": ALLOWED}) as events:
         assert events.status == 200
-        assert events.headers[MAY_READ] == OURS
-    async with asking(choosy_relay, "a", headers={"Origin": THEIRS}) as events:
+        assert events.headers[ALLOW_ORIGIN] == ALLOWED
+    async with asking(restricted_relay, "a", headers={"Origin": OTHER}) as events:
         assert events.status == 403
-        assert MAY_READ not in events.headers
-    answer = await preflight(choosy_relay, OURS, "GET", "last-event-id", "authorization")
-    assert answer.status_code == 200
+        assert ALLOW_ORIGIN not in events.headers
+    response = await preflight(restricted_relay, ALLOWED, "GET", "last-event-id", "authorization")
+    assert response.status_code == 200
 
 
-async def test_answers_tell_caches_that_they_depend_on_the_origin(choosy_relay: Relay) -> None:
-    for origin in (OURS, THEIRS):
-        answer = await post(choosy_relay, "a", b"x", TEXT, {"Origin": origin})
-        assert "origin" in listed(answer.headers, "vary")
+async def test_responses_declare_that_they_vary_with_the_origin(restricted_relay: Relay) -> None:
+    for origin in (ALLOWED, OTHER):
+        response = await post(restricted_relay, "a", b"x", TEXT, {"Origin": origin})
+        assert "origin" in list_members(response.headers, "vary")
 
 
-async def test_where_all_are_let_in_all_may_read(relay: Relay, channel: str) -> None:
-    answer = await preflight(relay, THEIRS, "POST", "authorization", "content-type")
-    assert (answer.status_code, answer.headers[MAY_READ]) == (200, "*")
-    for origin in (THEIRS, "null"):
-        answer = await post(relay, channel, b"x", TEXT, {"Origin": origin})
-        assert (answer.status_code, answer.headers[MAY_READ]) == (202, "*")
-        assert "access-control-allow-credentials" not in answer.headers
-        async with asking(relay, channel, headers={"Origin": origin}) as events:
-            assert events.headers[MAY_READ] == "*"
-
-
-async def test_a_page_can_read_why_it_is_refused_and_when_to_come_back(
-    relay_with: StartRelay,
+async def test_by_default_pages_of_all_origins_may_post_and_read(
+    relay: Relay, channel: str
 ) -> None:
+    response = await preflight(relay, OTHER, "POST", "authorization", "content-type")
+    assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (200, "*")
+    for origin in (OTHER, "null"):
+        response = await post(relay, channel, b"x", TEXT, {"Origin": origin})
+        assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (202, "*")
+        assert "access-control-allow-credentials" not in response.headers
+        async with asking(relay, channel, headers={"Origin": origin}) as events:
+            assert events.headers[ALLOW_ORIGIN] == "*"
+
+
+async def test_a_page_can_read_its_refusal_and_when_to_retry(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    answer = await post(relay, "a", b"x", TEXT, {"Origin": THEIRS})
-    assert (answer.status_code, answer.headers[MAY_READ]) == (401, "*")
-    assert "retry-after" in listed(answer.headers, "access-control-expose-headers")
+    response = await post(relay, "a", b"x", TEXT, {"Origin": OTHER})
+    assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (401, "*")
+    assert "retry-after" in list_members(response.headers, "access-control-expose-headers")

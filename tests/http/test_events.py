@@ -1,4 +1,4 @@
-"""Clients of server-sent events: they hear what all hear, and come back without a gap."""
+"""Server-sent events: all messages of a channel, and resuming without a gap."""
 
 import asyncio
 import base64
@@ -6,18 +6,20 @@ import base64
 import pytest
 
 from tests.support.events_client import asking, listening
-from tests.support.relay_process import Relay, StartRelay, receive
+from tests.support.relay_process import Relay, StartRelay, eventually, receive
 from tests.support.relay_v1 import say
 
 
-async def test_a_listener_hears_what_websocket_clients_say(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as speaker, listening(relay, channel) as events:
+async def test_an_event_stream_delivers_what_websocket_clients_publish(
+    relay: Relay, channel: str
+) -> None:
+    async with relay.client(channel) as publisher, listening(relay, channel) as events:
         for text in ("one", "two", ""):
-            await speaker.send(text)
+            await publisher.send(text)
         assert await events.messages(3) == ["one", "two", ""]
 
 
-async def test_a_listener_that_heard_nothing_yet_comes_back_without_a_gap(
+async def test_an_event_stream_without_a_message_resumes_from_its_welcome(
     relay: Relay, channel: str
 ) -> None:
     await say(relay, channel, "before")
@@ -29,7 +31,9 @@ async def test_a_listener_that_heard_nothing_yet_comes_back_without_a_gap(
         assert await events.messages(1) == ["meanwhile"]
 
 
-async def test_the_answer_is_one_that_proxies_pass_on_at_once(relay: Relay, channel: str) -> None:
+async def test_response_headers_prevent_buffering_and_transformation_by_proxies(
+    relay: Relay, channel: str
+) -> None:
     async with listening(relay, channel) as events:
         assert events.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert {"no-store", "no-transform"} <= set(events.headers["cache-control"].split(", "))
@@ -38,109 +42,122 @@ async def test_the_answer_is_one_that_proxies_pass_on_at_once(relay: Relay, chan
         assert "content-length" not in events.headers
 
 
-async def test_a_proxy_that_speaks_http_1_0_gets_events_too(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as speaker, listening(relay, channel, version="1.0") as old:
-        await speaker.send("old")
-        assert await old.messages(1) == ["old"]
+async def test_an_http_1_0_client_receives_events(relay: Relay, channel: str) -> None:
+    async with (
+        relay.client(channel) as publisher,
+        listening(relay, channel, version="1.0") as events,
+    ):
+        await publisher.send("message")
+        assert await events.messages(1) == ["message"]
 
 
-async def test_binary_comes_as_base64_under_a_name_of_its_own(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as speaker, listening(relay, channel) as events:
+async def test_a_binary_message_is_a_base64_event_named_binary(relay: Relay, channel: str) -> None:
+    async with relay.client(channel) as publisher, listening(relay, channel) as events:
         payload = bytes(range(256))
-        await speaker.send(payload)
+        await publisher.send(payload)
         event = await events.event()
         assert event.name == "binary"
         assert base64.b64decode(event.data) == payload
 
 
-@pytest.mark.parametrize(
-    ("said", "heard"),
-    [
-        ("two\nlines", "two\nlines"),
-        ("two\r\nlines", "two\nlines"),
-        ("two\rlines", "two\nlines"),
-        ("\r\r\n\n\rsix lines\r\n", "\n\n\n\nsix lines\n"),
-        ("\n", "\n"),
-        ("ends with one\n", "ends with one\n"),
-        ("data: not a field\nid: 7\n\nretry: 1", "data: not a field\nid: 7\n\nretry: 1"),
-        (" space and : colon", " space and : colon"),
-        ("grüße 😀", "grüße 😀"),
-    ],
-)
-async def test_what_looks_like_an_event_arrives_as_what_was_said(
-    relay: Relay, channel: str, said: str, heard: str
+DATA_OF_TEXTS = {
+    "two\nlines": "two\nlines",
+    "two\r\nlines": "two\nlines",
+    "two\rlines": "two\nlines",
+    "\r\r\n\n\rsix lines\r\n": "\n\n\n\nsix lines\n",
+    "\n": "\n",
+    "ends with one\n": "ends with one\n",
+    "data: not a field\nid: 7\n\nretry: 1": "data: not a field\nid: 7\n\nretry: 1",
+    " space and : colon": " space and : colon",
+    "grüße 😀": "grüße 😀",
+}
+"""Texts that could be read as fields of an event, or that contain line terminators."""
+
+
+async def test_a_text_that_looks_like_an_event_is_the_data_of_one_event(
+    relay: Relay, channel: str
 ) -> None:
-    async with relay.client(channel) as speaker, listening(relay, channel) as events:
-        await speaker.send(said)
-        await speaker.send("next")
-        event = await events.event()
-        assert (event.name, event.data) == ("message", heard)
-        assert await events.messages(1) == ["next"]
+    async with relay.client(channel) as publisher, listening(relay, channel) as events:
+        for text, expected in DATA_OF_TEXTS.items():
+            await publisher.send(text)
+            event = await events.event()
+            assert (event.name, event.data) == ("message", expected)
 
 
-async def test_history_comes_first(relay: Relay, channel: str) -> None:
+async def test_history_is_sent_before_live_messages(relay: Relay, channel: str) -> None:
     await say(relay, channel, *map(str, range(10)))
     async with listening(relay, channel, "?history=3") as events:
-        assert await events.messages(3) == ["7", "8", "9"]
+        await say(relay, channel, "live")
+        assert await events.messages(4) == ["7", "8", "9", "live"]
 
 
 @pytest.mark.parametrize("by_header", [True, False])
-async def test_a_listener_that_comes_back_misses_nothing(
+async def test_an_event_stream_resumes_without_a_gap(
     relay: Relay, channel: str, by_header: bool
 ) -> None:
     async with listening(relay, channel) as events:
-        await say(relay, channel, "heard")
-        last = (await events.event()).id
-    await say(relay, channel, *map(str, range(500)))
-    headers = {"Last-Event-ID": last} if by_header else {}
-    query = "" if by_header else f"?since={last}"
+        await say(relay, channel, "received")
+        last_id = (await events.event()).id
+    await say(relay, channel, *map(str, range(200)))
+    headers = {"Last-Event-ID": last_id} if by_header else {}
+    query = "" if by_header else f"?since={last_id}"
     async with asking(relay, channel, query, headers=headers) as events:
         assert (await events.event()).said["recovered"] is True
         await say(relay, channel, "live")
-        assert await events.messages(501) == [*map(str, range(500)), "live"]
+        assert await events.messages(201) == [*map(str, range(200)), "live"]
 
 
-async def test_the_id_of_a_browser_goes_before_the_query_of_its_first_request(
+async def test_last_event_id_of_a_browser_takes_precedence_over_the_first_query(
     relay: Relay, channel: str
 ) -> None:
     async with listening(relay, channel) as events:
         await say(relay, channel, "first")
-        last = (await events.event()).id
-    async with asking(relay, channel, "?since=1-1-1", headers={"Last-Event-ID": last}) as events:
+        last_id = (await events.event()).id
+    async with asking(relay, channel, "?since=1-1-1", headers={"Last-Event-ID": last_id}) as events:
         assert (await events.event()).said["recovered"] is True
 
 
-async def test_a_listener_is_told_that_something_was_missed(relay: Relay, channel: str) -> None:
+async def test_the_welcome_reports_that_the_history_does_not_hold_the_position(
+    relay: Relay, channel: str
+) -> None:
     async with asking(relay, channel, "?since=1-1-1") as events:
         assert (await events.event()).said["recovered"] is False
 
 
-@pytest.mark.parametrize("query", ["?since=yesterday", "?history=many"])
-async def test_a_bad_query_is_refused(relay: Relay, channel: str, query: str) -> None:
-    async with asking(relay, channel, query) as events:
-        assert events.status == 400
-        assert (await events.body()).startswith("bad query: ")
+async def test_an_invalid_query_is_refused(relay: Relay, channel: str) -> None:
+    for query in ("?since=yesterday", "?history=many"):
+        async with asking(relay, channel, query) as events:
+            assert events.status == 400
+            assert (await events.body()).startswith("bad query: ")
 
 
-async def test_listeners_are_counted_like_any_client(relay: Relay, channel: str) -> None:
+async def test_event_streams_are_counted_like_websocket_clients(relay: Relay, channel: str) -> None:
     before = await relay.metrics()
-    async with relay.client(channel) as speaker, listening(relay, channel) as events:
+    async with relay.client(channel) as publisher, listening(relay, channel) as events:
         await relay.metric_is("websocket_connected_clients", 2)
-        await speaker.send("counted")
+        await publisher.send("counted")
         assert await events.messages(1) == ["counted"]
-        assert await receive(speaker) == "counted"
-        for name, more in (("expected_deliveries", 2), ("deliveries", 2), ("connections", 2)):
-            was = before.value(f"websocket_{name}_total")
-            await relay.metric_is(f"websocket_{name}_total", was + more)
+        assert await receive(publisher) == "counted"
+        for name, added in (("expected_deliveries", 2), ("deliveries", 2), ("connections", 2)):
+            value_before = before.value(f"websocket_{name}_total")
+            await relay.metric_is(f"websocket_{name}_total", value_before + added)
     await relay.metric_is("websocket_connected_clients", 0)
     connection_lost = before.value("websocket_closes_total", reason="connection_lost")
     await relay.metric_is("websocket_closes_total", connection_lost + 1, reason="connection_lost")
 
 
-async def test_an_idle_listener_is_sent_signs_of_life(relay_with: StartRelay) -> None:
+async def test_an_idle_event_stream_receives_keepalive_comments(relay_with: StartRelay) -> None:
     relay = relay_with(keepalive={"ping_interval_s": 0.2})
-    async with relay.client("a") as speaker, listening(relay, "a") as events:
-        await asyncio.sleep(1)
-        await speaker.send("awake")
-        assert await events.messages(1) == ["awake"]
-        assert events.comments >= 3
+    async with (
+        relay.client("a") as publisher,
+        listening(relay, "a") as events,
+        asyncio.TaskGroup() as group,
+    ):
+        receiving = group.create_task(events.messages(1))
+
+        async def comments() -> tuple[bool, object]:
+            return events.comments >= 3, events.comments
+
+        await eventually(comments, "three comments")
+        await publisher.send("after the comments")
+        assert await receiving == ["after the comments"]

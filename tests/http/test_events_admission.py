@@ -1,4 +1,4 @@
-"""Who may listen to server-sent events: limits, tokens, origins, a relay that is full or stops."""
+"""Admission of server-sent events: limits, tokens, channel names, a draining relay."""
 
 import time
 from contextlib import AsyncExitStack
@@ -16,14 +16,14 @@ def assert_refused(events: Events, status: int) -> None:
         assert 1 <= int(events.headers["retry-after"]) <= 5
 
 
-async def test_a_listener_needs_a_token_where_clients_do(relay_with: StartRelay) -> None:
+async def test_an_event_stream_needs_a_token_in_mode_jwt(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    rights = token(relay={"subscribe": ["news"]})
-    bearer = {"Authorization": f"Bearer {rights}"}
+    subscriber = token(relay={"subscribe": ["news"]})
+    bearer = {"Authorization": f"Bearer {subscriber}"}
     async with asking(relay, "news") as events:
         assert_refused(events, 401)
         assert events.headers["www-authenticate"] == "Bearer"
-    async with asking(relay, "news", f"?access_token={rights}") as events:
+    async with asking(relay, "news", f"?access_token={subscriber}") as events:
         assert events.status == 200
     async with asking(relay, "news", headers=bearer) as events:
         assert events.status == 200
@@ -34,10 +34,10 @@ async def test_a_listener_needs_a_token_where_clients_do(relay_with: StartRelay)
         assert_refused(events, 403)
 
 
-async def test_a_stream_ends_when_its_token_expires(relay_with: StartRelay) -> None:
+async def test_an_event_stream_ends_when_its_token_expires(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    rights = token(exp=time.time() + 1.2, relay={"subscribe": ["news"]})
-    bearer = {"Authorization": f"Bearer {rights}"}
+    expiring = token(exp=time.time() + 1.2, relay={"subscribe": ["news"]})
+    bearer = {"Authorization": f"Bearer {expiring}"}
     async with listening(relay, "news", headers=bearer) as events:
         close = await events.event()
         assert close.name == "close"
@@ -50,7 +50,9 @@ async def test_a_stream_ends_when_its_token_expires(relay_with: StartRelay) -> N
 
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_ip"])
-async def test_listeners_and_clients_share_the_limits(relay_with: StartRelay, limit: str) -> None:
+async def test_event_streams_and_websocket_clients_share_the_connection_limits(
+    relay_with: StartRelay, limit: str
+) -> None:
     relay = relay_with(limits={limit: 2})
     reason = limit.removeprefix("max_")
     async with relay.client("a"):
@@ -63,27 +65,29 @@ async def test_listeners_and_clients_share_the_limits(relay_with: StartRelay, li
             assert third.status == 200
 
 
-async def test_the_limit_holds_for_who_has_not_read_earlier_answers(
+async def test_the_limit_covers_requests_that_wait_for_earlier_responses_to_be_read(
     relay_with: StartRelay,
 ) -> None:
-    """Each asks while there is room, and would come in when it reads, all at once."""
+    """Each request arrives below the limit, and would be admitted when its client reads."""
     relay = relay_with(limits={"max_connections": 1})
-    ask = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    line = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with AsyncExitStack() as stack:
-        waiting = []
+        clients = []
         for _ in range(4):
             raw = await stack.enter_async_context(await relay.tcp(receive_buffer_bytes=4096))
-            await raw.send(ask % b"/relay.js" * 30 + ask % b"/events")
-            waiting.append(raw)
-        for raw in waiting:
-            heard = b""
-            while b"text/event-stream; ch" not in heard and b"too many connections\n" not in heard:
-                heard = heard[-100:] + await raw.chunk()
+            await raw.send(line % b"/relay.js" * 30 + line % b"/events")
+            clients.append(raw)
+        for raw in clients:
+            received = b""
+            while not any(
+                end in received for end in (b"text/event-stream; ch", b"too many connections\n")
+            ):
+                received = received[-100:] + await raw.chunk()
         assert await relay.metric("websocket_connected_clients") == 1
         await relay.metric_is("websocket_refusals_total", 3, reason="connections")
 
 
-async def test_channels_that_listeners_make_are_bounded(relay_with: StartRelay) -> None:
+async def test_event_streams_create_no_more_channels_than_the_limit(relay_with: StartRelay) -> None:
     relay = relay_with(channels={"max_channels": 1})
     async with listening(relay, "a"):
         async with asking(relay, "b") as events:
@@ -92,13 +96,13 @@ async def test_channels_that_listeners_make_are_bounded(relay_with: StartRelay) 
             assert events.status == 200
 
 
-@pytest.mark.parametrize("name", ["a%20b", "..%2f", "x" * 129])
-async def test_no_channel_of_another_name(relay: Relay, name: str) -> None:
-    async with asking(relay, name) as events:
-        assert_refused(events, 404)
+async def test_an_invalid_channel_name_is_not_found(relay: Relay) -> None:
+    for name in ("a%20b", "..%2f", "x" * 129):
+        async with asking(relay, name) as events:
+            assert_refused(events, 404)
 
 
-async def test_a_relay_that_stops_lets_no_listener_in(relay_with: StartRelay) -> None:
+async def test_a_draining_relay_refuses_event_streams(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 1})
     async with AsyncExitStack() as stack:
         for _ in range(8):

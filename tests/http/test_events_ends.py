@@ -1,4 +1,4 @@
-"""How streams of server-sent events end: slow listeners, a relay that stops, peers that vanish."""
+"""Ends of event streams: slow consumers, a draining relay, peers whose connection is lost."""
 
 import asyncio
 import ctypes
@@ -13,34 +13,34 @@ from tests.support.books import assert_balanced_at_rest, assert_books_balance
 from tests.support.events_client import Events, listening
 from tests.support.programs import not_tested
 from tests.support.raw_client import RawClient
-from tests.support.relay_process import Relay, StartRelay, closed, receive
+from tests.support.relay_process import Relay, StartRelay, closed, receive, receive_many
 
-ASK = b"GET /channels/a/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+REQUEST = b"GET /channels/a/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 KIB = 1_024
 
 
-async def stalled_listener(relay: Relay) -> RawClient:
-    """Return a listener that reads nothing, once it is one."""
+async def stalled_event_stream(relay: Relay) -> RawClient:
+    """Return a subscriber that reads nothing, once it is connected."""
     before = await relay.metric("websocket_connected_clients")
     raw = await relay.tcp(receive_buffer_bytes=4096)
-    await raw.send(ASK)
+    await raw.send(REQUEST)
     await relay.metric_is("websocket_connected_clients", before + 1)
     return raw
 
 
-async def test_a_listener_that_reads_nothing_is_cut_off_and_delays_nobody(
+async def test_a_stalled_event_stream_is_closed_and_delays_no_other_client(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(limits={"send_backlog_bytes": 64 * KIB, "handshake_timeout_s": 1})
     async with (
-        relay.client("a", max_queue=None) as speaker,
+        relay.client("a", max_queue=None) as publisher,
         listening(relay, "a") as events,
-        await stalled_listener(relay),
+        await stalled_event_stream(relay),
     ):
         for number in range(100):
             text = f"{number} ".ljust(16_000, "x")
-            await speaker.send(text)
-            assert await receive(speaker) == text
+            await publisher.send(text)
+            assert await receive(publisher) == text
             assert (await events.event()).data == text
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         await relay.metric_is("websocket_connected_clients", 2)
@@ -48,111 +48,122 @@ async def test_a_listener_that_reads_nothing_is_cut_off_and_delays_nobody(
     await assert_balanced_at_rest(relay)
 
 
-async def test_a_listener_whose_backlog_is_full_to_the_last_byte_is_closed_all_the_same(
+async def test_an_event_stream_whose_backlog_is_full_to_the_last_byte_is_closed(
     relay_with: StartRelay,
 ) -> None:
     """The close event itself does not fit into the backlog."""
-    relay = relay_with(limits={"send_backlog_bytes": 16 * KIB, "handshake_timeout_s": 1})
-    async with relay.client("a") as speaker, await stalled_listener(relay):
+    relay = relay_with(limits={"send_backlog_bytes": 64 * KIB, "handshake_timeout_s": 1})
+    async with relay.client("a") as publisher, await stalled_event_stream(relay):
+
+        async def publish(count: int, text: str) -> None:
+            for _ in range(count):
+                await publisher.send(text)
+            assert await receive_many(publisher, count) == [text] * count
+
+        # The buffers of the kernel fill first. What is published between two readings of the
+        # metric is less than the limit of the backlog.
         while not await relay.metric("websocket_slow_clients"):
-            await speaker.send("x" * 4_000)
-            await receive(speaker)
+            await publish(10, "x" * 4_000)
         while not await relay.metric("websocket_drops_total", reason="slow_consumer"):
-            for _ in range(20):
-                await speaker.send("")
-                await receive(speaker)
+            await publish(50, "")  # the smallest event
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
     await assert_balanced_at_rest(relay)
     assert relay.complaints == []
 
 
-async def test_a_listener_that_is_behind_when_the_relay_stops_reads_to_the_end(
+async def test_an_event_stream_with_a_backlog_receives_all_of_it_before_the_relay_stops(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 0.1})
-    async with relay.client("a", max_queue=None) as speaker, await stalled_listener(relay) as raw:
+    async with (
+        relay.client("a", max_queue=None) as publisher,
+        await stalled_event_stream(relay) as raw,
+    ):
         for _ in range(50):
-            await speaker.send("x" * 10_000)
-        for _ in range(50):
-            await receive(speaker)
+            await publisher.send("x" * 10_000)
+        await receive_many(publisher, 50)
         relay.signal()
-        assert (await closed(speaker))[0] == 1001
-        heard = bytearray()
+        assert (await closed(publisher))[0] == 1001
+        received = bytearray()
         while chunk := await raw.chunk():
-            heard += chunk
-        assert heard.count(b"data: xxx") == 50
-        assert heard.endswith(b'"}\n\n')
-        assert b"event: close\ndata: " in heard[-200:]
+            received += chunk
+        assert received.count(b"data: xxx") == 50
+        assert received.endswith(b'"}\n\n')
+        assert b"event: close\ndata: " in received[-200:]
         raw.finish()
         assert await relay.exit_code() == 0
 
 
-async def test_each_listener_is_told_when_to_come_back_should_it_be_cut_off(
-    relay: Relay, channel: str
-) -> None:
+async def test_each_event_stream_starts_with_its_own_retry_time(relay: Relay, channel: str) -> None:
     async with AsyncExitStack() as stack:
-        told = [
+        retries_ms = [
             (await stack.enter_async_context(listening(relay, channel))).retry for _ in range(10)
         ]
-    assert len(set(told)) > 1
-    assert all(retry_ms and 500 <= retry_ms <= 2500 for retry_ms in told)
+    assert len(set(retries_ms)) > 1
+    assert all(retry_ms and 500 <= retry_ms <= 2500 for retry_ms in retries_ms)
 
 
-async def test_listeners_and_clients_are_let_go_one_after_another(relay_with: StartRelay) -> None:
-    relay = relay_with(shutdown={"spread_s": 2})
+async def closed_by_drain(events: Events) -> tuple[float, int]:
+    """Read the close event and the end; return the time of the end, and the retry time in ms."""
+    close = await events.event()
+    assert close.name == "close"
+    assert close.said["code"] == 1001
+    assert events.retry is not None
+    assert close.said["reason"] == f"draining; retry_ms={events.retry}"
+    with pytest.raises(EOFError):
+        await events.event()
+    events.writer.close()
+    return time.monotonic(), events.retry
 
-    async def told(events: Events) -> tuple[float, int]:
-        close = await events.event()
-        assert close.name == "close"
-        assert close.said["code"] == 1001
-        assert events.retry is not None
-        assert close.said["reason"] == f"draining; retry_ms={events.retry}"
-        with pytest.raises(EOFError):
-            await events.event()
-        events.writer.close()
-        return time.monotonic(), events.retry
 
+async def test_a_drain_closes_event_streams_and_websocket_clients_spread_over_time(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(shutdown={"spread_s": 1})
     async with AsyncExitStack() as stack:
-        listeners = [await stack.enter_async_context(listening(relay, "a")) for _ in range(20)]
+        streams = [await stack.enter_async_context(listening(relay, "a")) for _ in range(20)]
         clients = [await stack.enter_async_context(relay.client("a")) for _ in range(5)]
-        await clients[0].send("last words")
-        for events in listeners:
-            assert await events.messages(1) == ["last words"]
+        await clients[0].send("last message")
+        for events in streams:
+            assert await events.messages(1) == ["last message"]
         relay.signal()
-        ends = sorted(await asyncio.gather(*map(told, listeners)))
-        assert ends[-1][0] - ends[0][0] > 1, "all at once"
-        assert ends[14][0] - ends[4][0] > 0.3, "in two bursts"
+        ends = sorted(await asyncio.gather(*map(closed_by_drain, streams)))
+        assert ends[-1][0] - ends[0][0] > 0.5, "all at once"
+        assert ends[14][0] - ends[4][0] > 0.15, "in two bursts"
         assert len({retry_ms for _, retry_ms in ends}) > 10
         assert {(await closed(client))[0] for client in clients} == {1001}
         assert await relay.exit_code() == 0
 
 
-async def test_listeners_that_are_let_go_are_counted_as_that(relay_with: StartRelay) -> None:
-    relay = relay_with(shutdown={"spread_s": 1})
+async def test_event_streams_that_a_drain_closes_are_counted_as_draining(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(shutdown={"spread_s": 0.2})
     async with AsyncExitStack() as stack:
-        listeners = [await stack.enter_async_context(listening(relay, "a")) for _ in range(5)]
+        streams = [await stack.enter_async_context(listening(relay, "a")) for _ in range(5)]
         last = await stack.enter_async_context(relay.raw_client("a"))
         relay.signal()
-        for events in listeners:
-            assert (await events.event()).name == "close"
-            events.writer.close()
-        # The client does not answer its close: so long the metrics can be read.
+        for events in streams:
+            await closed_by_drain(events)
+        # The client does not answer its close frame. Until then the relay serves its metrics.
         await relay.metric_is("websocket_closes_total", 5, reason="draining")
         await relay.metric_is("websocket_connected_clients", 1)
         await last.answer_close()
 
 
-async def test_listeners_over_tls_hear_all_and_are_let_go(tls_relay_with: StartRelay) -> None:
+async def test_an_event_stream_over_tls_receives_all_messages_and_a_close_event(
+    tls_relay_with: StartRelay,
+) -> None:
     relay = tls_relay_with(shutdown={"spread_s": 0.1})
     async with (
-        relay.client("a", max_queue=None) as speaker,
+        relay.client("a", max_queue=None) as publisher,
         listening(relay, "a", context=relay.tls_context) as events,
     ):
         for number in range(20):
             text = f"{number} ".ljust(50_000, "x")
-            await speaker.send(text)
+            await publisher.send(text)
             assert (await events.event()).data == text
-            assert await receive(speaker) == text
+            assert await receive(publisher) == text
         await relay.metric_is("websocket_deliveries_total", 40)
         assert_books_balance(await relay.metrics())
         relay.signal()
@@ -162,42 +173,42 @@ async def test_listeners_over_tls_hear_all_and_are_let_go(tls_relay_with: StartR
         assert await relay.exit_code() == 0
 
 
-async def test_the_books_balance_after_listeners_came_went_and_stalled_under_load(
+async def test_the_counters_balance_after_event_streams_joined_left_and_stalled_under_load(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(limits={"send_backlog_bytes": 32 * KIB, "handshake_timeout_s": 1})
     is_over = asyncio.Event()
 
-    async def talk() -> None:
-        async with relay.client("a") as speaker:
+    async def publish() -> None:
+        async with relay.client("a", max_queue=None) as publisher:
             while not is_over.is_set():
-                await speaker.send("x" * 500)
-                await receive(speaker)
+                for _ in range(10):
+                    await publisher.send("x" * 500)
+                await receive_many(publisher, 10)
 
-    async def come_and_go(messages: int) -> None:
+    async def join_and_leave(messages: int) -> None:
         for _ in range(10):
             async with listening(relay, "a", "?history=5") as events:
                 await events.messages(messages)
 
     async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
-        talking = group.create_task(talk())
-        for _ in range(3):
-            await stack.enter_async_context(await stalled_listener(relay))
-        await asyncio.gather(*map(come_and_go, (1, 10, 50)))
-        await relay.metric_is("websocket_closes_total", 3, reason="slow_consumer")
+        publishing = group.create_task(publish())
+        await stack.enter_async_context(await stalled_event_stream(relay))
+        await asyncio.gather(*map(join_and_leave, (1, 10, 50)))
+        await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         is_over.set()
-        await talking
+        await publishing
     await assert_balanced_at_rest(relay)
 
 
-def lose_all_packets(raw: RawClient) -> None:
-    """Have the kernel throw away all that comes to a socket from now on: its machine is gone.
+def drop_all_packets(raw: RawClient) -> None:
+    """Drop all packets to a socket in the kernel from now on, as if its machine lost its network.
 
-    A socket filter that takes nothing (BPF_RET, 0). Linux lets every user attach one, a container's
-    sandbox may not.
+    A socket filter accepts no byte (BPF_RET, 0). Linux allows every user to attach one; the sandbox
+    of a container may not.
     """
-    take_nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    program = struct.pack("HP", 1, ctypes.addressof(take_nothing))
+    accept_nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(accept_nothing))
     so_attach_filter = 26
     try:
         raw.socket.setsockopt(socket.SOL_SOCKET, so_attach_filter, program)
@@ -205,28 +216,30 @@ def lose_all_packets(raw: RawClient) -> None:
         not_tested("this user may not attach a filter to a socket")
 
 
-async def test_a_listener_that_vanishes_without_a_word_is_found(relay_with: StartRelay) -> None:
+async def test_an_event_stream_whose_peer_lost_its_network_is_detected(
+    relay_with: StartRelay,
+) -> None:
     relay = relay_with(keepalive={"ping_interval_s": 0.3, "ping_timeout_s": 0.7})
     async with await relay.tcp() as raw, listening(relay, "a") as other:
-        await raw.send(ASK)
+        await raw.send(REQUEST)
         await relay.metric_is("websocket_connected_clients", 2)
         started = time.monotonic()
-        lose_all_packets(raw)
+        drop_all_packets(raw)
         await relay.metric_is("websocket_connected_clients", 1)
         assert time.monotonic() - started < 8
         assert await relay.metric("websocket_closes_total", reason="connection_lost") == 1
-        async with relay.client("a") as speaker:
-            await speaker.send("still here")
-            assert await other.messages(1) == ["still here"]
+        async with relay.client("a") as publisher:
+            await publisher.send("still connected")
+            assert await other.messages(1) == ["still connected"]
 
 
-async def test_a_listener_that_hangs_up_is_seen_though_it_said_more_than_it_should(
+async def test_the_end_of_an_event_stream_is_detected_after_trailing_bytes(
     relay_with: StartRelay,
 ) -> None:
-    """A request behind it, or a body, must not keep the relay from reading on to the end."""
+    """A pipelined request, or a body, must not keep the relay from reading until the end."""
     relay = relay_with()
     body = b"GET /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n"
-    for wire in (ASK * 2, body + bytes(500_000)):
+    for wire in (REQUEST * 2, body + bytes(500_000)):
         raw = await relay.tcp()
         await raw.send(wire)
         assert (await raw.response()).status == 200
@@ -237,13 +250,13 @@ async def test_a_listener_that_hangs_up_is_seen_though_it_said_more_than_it_shou
         raw.vanish()
 
 
-async def test_a_listener_that_is_gone_before_its_answer_is_no_error(
+async def test_a_peer_that_resets_before_its_response_causes_no_error(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with()
     for _ in range(20):
         raw = await relay.tcp()
-        await raw.send(ASK)
+        await raw.send(REQUEST)
         raw.vanish()
     await relay.metric_is("websocket_http_connections", 0, port="relay")
     assert await relay.stop() == 0

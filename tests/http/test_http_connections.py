@@ -1,8 +1,8 @@
-"""HTTP connections past their bound: those held open make room, and keep nobody out."""
+"""The limit of HTTP connections: evictions in favour of new connections, on both ports."""
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -15,104 +15,110 @@ from tests.support.issuer import KeyServer, key_set, signer
 from tests.support.raw_client import RawClient, Response, upgrade_request
 from tests.support.relay_process import HOST, StartRelay, eventually, receive
 
-SLOW_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
-TOO_MANY = "http_connections"
+PARTIAL_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+REASON = "http_connections"
 
 
-async def ask(raw: RawClient, path: str = "/healthz") -> Response:
-    """Send a request and read the whole answer."""
+async def request_page(raw: RawClient, path: str = "/healthz") -> Response:
+    """Send a request and read the whole response."""
     await raw.send(get(path))
-    answer = await raw.response()
-    await raw.exactly(int(answer.headers["content-length"]))
-    return answer
+    response = await raw.response()
+    await raw.exactly(int(response.headers["content-length"]))
+    return response
 
 
 @asynccontextmanager
-async def connections(port: int, count: int, first: bytes = b"") -> AsyncIterator[list[RawClient]]:
-    """Open so many connections to a port, one after the other, which send this and no more."""
+async def open_connections(
+    port: int, count: int, first_bytes: bytes = b""
+) -> AsyncIterator[Sequence[RawClient]]:
+    """Open connections to a port, one after the other. Each sends `first_bytes` and no more."""
     async with AsyncExitStack() as stack:
         opened = []
         for _ in range(count):
             raw = await stack.enter_async_context(
                 await RawClient.to(HOST, port, receive_buffer_bytes=4096)
             )
-            if first:
-                await raw.send(first)
+            if first_bytes:
+                await raw.send(first_bytes)
             opened.append(raw)
         yield opened
 
 
-async def test_past_the_limit_the_connection_that_is_idle_longest_makes_room(
+async def test_at_the_limit_the_connection_that_is_idle_longest_is_evicted(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(limits={"max_http_connections": 3})
-    async with connections(relay.port, 3) as idle:
+    async with open_connections(relay.port, 3) as idle:
         for raw in (*idle, idle[0]):
-            assert (await ask(raw)).status == 200
+            assert (await request_page(raw)).status == 200
         async with await relay.tcp() as new:
-            assert (await ask(new)).status == 200
-            assert await idle[1].ended() == b"", "it ends without an answer"
+            assert (await request_page(new)).status == 200
+            assert await idle[1].ended() == b"", "a response to no request"
             for raw in (idle[0], idle[2], new):
-                assert (await ask(raw)).status == 200
+                assert (await request_page(raw)).status == 200
             assert await relay.metric("websocket_http_connections", port="relay") == 3
             assert await relay.metric("websocket_http_evictions_total") == 1
-            assert await relay.metric("websocket_refusals_total", reason=TOO_MANY) == 0
+            assert await relay.metric("websocket_refusals_total", reason=REASON) == 0
 
 
-async def test_a_request_that_is_never_finished_makes_room_and_is_told_so(
-    relay_with: StartRelay,
-) -> None:
+async def test_an_unfinished_request_is_evicted_with_a_response(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 3})
-    first = posting("news", b"begun", length=100)
-    async with connections(relay.port, 3, first) as slow, await relay.tcp() as new:
-        assert (await ask(new)).status == 200
-        refusal = await slow[0].response()
+    partial_post = posting("news", b"begun", length=100)
+    async with (
+        open_connections(relay.port, 3, partial_post) as unfinished,
+        await relay.tcp() as new,
+    ):
+        assert (await request_page(new)).status == 200
+        refusal = await unfinished[0].response()
         assert refusal.status == 503
         assert 1 <= int(refusal.headers["retry-after"]) <= 5
-        assert await slow[0].ended() == b"too many HTTP connections\n"
-        await slow[1].send(bytes(95))
-        assert (await slow[1].response()).status == 202
-        assert await relay.metric("websocket_refusals_total", reason=TOO_MANY) == 1
+        assert await unfinished[0].ended() == b"too many HTTP connections\n"
+        await unfinished[1].send(bytes(95))
+        assert (await unfinished[1].response()).status == 202
+        assert await relay.metric("websocket_refusals_total", reason=REASON) == 1
 
 
 @pytest.mark.parametrize(
-    "held",
+    "first_bytes",
     [
         pytest.param(b"", id="silent"),
-        pytest.param(SLOW_HEAD, id="slow heads"),
+        pytest.param(PARTIAL_HEAD, id="partial heads"),
         pytest.param(get("/healthz"), id="idle"),
         pytest.param(get("/stats") * 16, id="busy"),
         pytest.param(upgrade_request("/nowhere"), id="refused"),
     ],
 )
-async def test_connections_that_are_held_open_keep_nobody_out(
-    relay_with: StartRelay, channel: str, held: bytes
+async def test_connections_that_are_kept_open_block_no_new_client(
+    relay_with: StartRelay, channel: str, first_bytes: bytes
 ) -> None:
     relay = relay_with(limits={"max_http_connections": 5, "handshake_timeout_s": 60})
     before = relay.descriptors()
-    async with connections(relay.port, 50, held), relay.client(channel) as client:
-        await client.send("in")
-        assert await receive(client) == "in"
+    async with (
+        open_connections(relay.port, 50, first_bytes),
+        relay.client(channel) as client,
+    ):
+        await client.send("message")
+        assert await receive(client) == "message"
         assert (await relay.get("/readyz")).status_code == 200
 
         async def descriptors() -> tuple[bool, object]:
             count = relay.descriptors()
             return count <= before + 1 + 5, count
 
-        await eventually(descriptors, "5 connections beside the client")
+        await eventually(descriptors, "descriptors of 5 HTTP connections and the client")
     assert relay.complaints == []
 
 
-async def test_the_log_hears_once_of_requests_that_had_to_make_room(relay_with: StartRelay) -> None:
+async def test_refusals_of_evicted_requests_are_logged_once(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 1})
-    async with connections(relay.port, 20, SLOW_HEAD):
-        await relay.metric_is("websocket_refusals_total", 19, reason=TOO_MANY)
+    async with open_connections(relay.port, 20, PARTIAL_HEAD):
+        await relay.metric_is("websocket_refusals_total", 19, reason=REASON)
     warnings = [event for event in relay.log_events if event["level"] == "warning"]
-    told = [(event["event"], event["reason"], event["setting"]) for event in warnings]
-    assert told == [("clients refused", TOO_MANY, "limits.max_http_connections")]
+    fields = [(event["event"], event["reason"], event["setting"]) for event in warnings]
+    assert fields == [("clients refused", REASON, "limits.max_http_connections")]
 
 
-async def test_over_tls_unfinished_requests_make_room_too(
+async def test_unfinished_requests_over_tls_are_evicted(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with(limits={"max_http_connections": 3, "handshake_timeout_s": 60})
@@ -123,17 +129,17 @@ async def test_over_tls_unfinished_requests_make_room_too(
         _, writer = await asyncio.open_connection(
             HOST, relay.port, ssl=context, server_hostname="localhost"
         )
-        writer.write(SLOW_HEAD)
+        writer.write(PARTIAL_HEAD)
         writers.append(writer)
     async with relay.client(channel) as client:
-        await client.send("in")
-        assert await receive(client) == "in"
-    await relay.metric_reaches("websocket_refusals_total", 7, reason=TOO_MANY)
+        await client.send("message")
+        assert await receive(client) == "message"
+    await relay.metric_reaches("websocket_refusals_total", 7, reason=REASON)
     for writer in writers:
         writer.transport.abort()
 
 
-async def test_clients_and_listeners_to_events_are_not_counted(
+async def test_websocket_clients_and_event_streams_do_not_count_as_http_connections(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(limits={"max_http_connections": 2})
@@ -148,7 +154,7 @@ async def test_clients_and_listeners_to_events_are_not_counted(
             assert await receive(client) == "to all"
 
 
-async def test_where_all_wait_for_the_relay_a_new_connection_is_refused(
+async def test_a_new_connection_is_refused_while_posts_occupy_all_connections(
     relay_with: StartRelay, channel: str
 ) -> None:
     known, new = signer("ES256", "known"), signer("ES256", "new", 1)
@@ -159,25 +165,25 @@ async def test_where_all_wait_for_the_relay_a_new_connection_is_refused(
         )
         server.body = key_set(new)
         server.go_on.clear()
-        post = posting(channel, b"said", f"Authorization: Bearer {new.token()}")
-        async with connections(relay.port, 2, post) as waiting:
+        post = posting(channel, b"message", f"Authorization: Bearer {new.token()}")
+        async with open_connections(relay.port, 2, post) as publishing:
             await asyncio.to_thread(server.await_requests, 2)
             await relay.metric_is("websocket_http_connections", 2, port="relay")
             async with await relay.tcp() as refused:
-                await relay.metric_is("websocket_refusals_total", 1, reason=TOO_MANY)
-                assert not refused.has_received(), "there is no answer before there is a request"
+                await relay.metric_is("websocket_refusals_total", 1, reason=REASON)
+                assert not refused.has_received(), "a response before the request"
                 await refused.send(get("/healthz"))
-                answer = await refused.response()
-                assert answer.status == 503
-                assert 1 <= int(answer.headers["retry-after"]) <= 5
+                response = await refused.response()
+                assert response.status == 503
+                assert 1 <= int(response.headers["retry-after"]) <= 5
                 assert await refused.ended() == b"too many HTTP connections\n"
             server.go_on.set()
-            for raw in waiting:
+            for raw in publishing:
                 assert (await raw.response()).status == 202
             assert (await relay.get("/healthz")).status_code == 200
 
 
-async def test_those_that_wait_to_be_refused_are_bounded_and_counted_once(
+async def test_refused_connections_that_send_no_request_are_bounded_and_counted_once(
     relay_with: StartRelay, channel: str
 ) -> None:
     known, new = signer("ES256", "known"), signer("ES256", "new", 1)
@@ -186,14 +192,14 @@ async def test_those_that_wait_to_be_refused_are_bounded_and_counted_once(
         relay = relay_with(auth=auth, limits={"max_http_connections": 1})
         server.go_on.clear()
         post = posting(channel, b"posted", f"Authorization: Bearer {new.token()}")
-        async with connections(relay.port, 1, post):
+        async with open_connections(relay.port, 1, post):
             await asyncio.to_thread(server.await_requests, 2)
-            async with connections(relay.port, MAX_REFUSED + 1) as refused:
-                assert await refused[0].ended() == b"", "evicted without an answer"
+            async with open_connections(relay.port, MAX_REFUSED + 1) as refused:
+                assert await refused[0].ended() == b"", "a response to no request"
                 count = len(refused)
-                await relay.metric_is("websocket_refusals_total", count, reason=TOO_MANY)
-                assert (await ask(refused[-1])).status == 503
-                assert await relay.metric("websocket_refusals_total", reason=TOO_MANY) == count
+                await relay.metric_is("websocket_refusals_total", count, reason=REASON)
+                assert (await request_page(refused[-1])).status == 503
+                assert await relay.metric("websocket_refusals_total", reason=REASON) == count
             server.go_on.set()
 
 
@@ -201,18 +207,20 @@ async def test_those_that_wait_to_be_refused_are_bounded_and_counted_once(
 
 
 @pytest.mark.parametrize(
-    "held",
+    "first_bytes",
     [
         pytest.param(b"", id="silent"),
-        pytest.param(SLOW_HEAD, id="slow heads"),
+        pytest.param(PARTIAL_HEAD, id="partial heads"),
         pytest.param(get("/metrics") * 16, id="slow readers"),
         pytest.param(get("/healthz"), id="idle"),
     ],
 )
-async def test_one_peer_can_not_block_the_metrics_port(relay_with: StartRelay, held: bytes) -> None:
+async def test_connections_that_are_kept_open_do_not_block_the_metrics_port(
+    relay_with: StartRelay, first_bytes: bytes
+) -> None:
     relay = relay_with(limits={"handshake_timeout_s": 60})
     before = relay.descriptors()
-    async with connections(relay.metrics_port, 500, held):
+    async with open_connections(relay.metrics_port, 100, first_bytes):
         for path in ("/healthz", "/readyz", "/metrics"):
             assert (await relay.get_metrics(path)).status_code == 200
         assert relay.descriptors() <= before + 40
@@ -220,26 +228,29 @@ async def test_one_peer_can_not_block_the_metrics_port(relay_with: StartRelay, h
         assert (await relay.get("/healthz")).status_code == 200
 
 
-async def test_the_ports_have_bounds_of_their_own(relay_with: StartRelay) -> None:
+async def test_each_port_has_its_own_limit(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 1, "handshake_timeout_s": 60})
-    async with connections(relay.metrics_port, 40, SLOW_HEAD), await relay.tcp() as raw:
+    async with (
+        open_connections(relay.metrics_port, 40, PARTIAL_HEAD),
+        await relay.tcp() as raw,
+    ):
         await relay.metric_reaches("websocket_refusals_total", 8, reason="metrics_connections")
-        assert (await ask(raw)).status == 200
-        assert await relay.metric("websocket_refusals_total", reason=TOO_MANY) == 0
+        assert (await request_page(raw)).status == 200
+        assert await relay.metric("websocket_refusals_total", reason=REASON) == 0
 
 
-# Turns
+# Iterations of the event loop
 
 
-async def test_a_few_requests_start_in_one_turn_of_the_loop_in_their_order() -> None:
-    plain = HttpConnections(10, Refusal.HTTP_CONNECTIONS, lambda why: None)
+async def test_a_bounded_number_of_requests_starts_in_one_loop_iteration_in_order() -> None:
+    connections = HttpConnections(10, Refusal.HTTP_CONNECTIONS, lambda refusal: None)
     started: list[int] = []
     count = 3 * STARTS_A_TURN
     for number in range(count):
-        plain.start_request(lambda number=number: started.append(number))  # type: ignore[misc]
-    for turn in (1, 2, 3):
-        assert started == list(range(turn * STARTS_A_TURN))
+        connections.start_request(lambda number=number: started.append(number))  # type: ignore[misc]
+    for iteration in (1, 2, 3):
+        assert started == list(range(iteration * STARTS_A_TURN))
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    plain.start_request(lambda: started.append(count))
-    assert started == list(range(count + 1)), "after a rest a request starts at once"
+    connections.start_request(lambda: started.append(count))
+    assert started == list(range(count + 1)), "a request after an idle iteration is delayed"

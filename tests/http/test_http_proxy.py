@@ -1,6 +1,6 @@
-"""Publishing and listening by HTTP through an nginx that nobody told of it."""
+"""Publishing and server-sent events through an nginx whose configuration does not consider them."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,20 +12,19 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PLAIN, Relay, StartRelay, receive
 
 DIRECTIVES = {
-    "as it comes": "",
-    "compressing": "gzip on;",
-    "compressing all": "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;",
-    "keeping connections": "proxy_http_version 1.1; proxy_set_header Connection '';",
+    "defaults": "",
+    "compression": "gzip on; gzip_types *; gzip_proxied any; gzip_min_length 1;",
+    "keep-alive": "proxy_http_version 1.1; proxy_set_header Connection '';",
 }
 
 
-class Simple(Nginx):
-    """nginx with its defaults: it buffers what it passes on.
+class BufferingNginx(Nginx):
+    """nginx with its defaults: it buffers responses.
 
     Args:
-        directory: for what it writes.
-        relay: behind it.
-        directives: what differs.
+        directory: for the files that it writes.
+        relay: its upstream.
+        directives: directives that differ from the defaults.
     """
 
     def __init__(self, directory: Path, relay: Relay, directives: str) -> None:
@@ -39,34 +38,31 @@ class Simple(Nginx):
         )
 
 
-StartNginx = Callable[[Relay], Simple]
+@pytest.fixture
+def proxied_relay(relay_with: StartRelay) -> Relay:
+    return relay_with(shutdown={"spread_s": 0.1})
 
 
 @pytest.fixture(params=DIRECTIVES)
-def in_front_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartNginx]:
-    """Start an nginx in front of a relay."""
-    started: list[Simple] = []
-
-    def start(relay: Relay) -> Simple:
-        nginx = Simple(tmp_path, relay, DIRECTIVES[request.param])
-        nginx.launch()
-        started.append(nginx)
-        return nginx
-
-    yield start
-    for nginx in started:
-        nginx.end()
+def nginx(
+    request: pytest.FixtureRequest, proxied_relay: Relay, tmp_path: Path
+) -> Iterator[BufferingNginx]:
+    """An nginx in front of the relay."""
+    started = BufferingNginx(tmp_path, proxied_relay, DIRECTIVES[request.param])
+    started.launch()
+    yield started
+    started.end()
 
 
 @asynccontextmanager
-async def events_through(
-    nginx: Simple, http: httpx2.AsyncClient, channel: str
+async def event_lines(
+    nginx: BufferingNginx, http: httpx2.AsyncClient
 ) -> AsyncIterator[AsyncIterator[str]]:
-    """Listen to a channel; yield the lines that come."""
-    async with http.stream("GET", nginx.http_url(f"/channels/{channel}/events")) as answer:
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        yield answer.aiter_lines()
+    """Open an event stream through nginx; yield its lines."""
+    async with http.stream("GET", nginx.http_url("/channels/news/events")) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield response.aiter_lines()
 
 
 async def next_message(lines: AsyncIterator[str]) -> str:
@@ -75,42 +71,31 @@ async def next_message(lines: AsyncIterator[str]) -> str:
     return line.removeprefix("data: ")
 
 
-async def test_events_pass_at_once_and_messages_get_there(
-    relay_with: StartRelay, in_front_of: StartNginx
+async def test_a_buffering_proxy_passes_events_at_once_and_posts_and_ends_of_connections(
+    proxied_relay: Relay, nginx: BufferingNginx
 ) -> None:
-    """Each is said when the one before was heard: what waits for more would wait for ever."""
-    relay = relay_with()
-    nginx = in_front_of(relay)
-    await nginx.is_up()
-    http = httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S)
-    async with http, relay.client("news") as client, events_through(nginx, http, "news") as lines:
-        for number in range(20):
-            await client.send(str(number))
-            assert await receive(client) == await next_message(lines) == str(number)
-        for number in range(5):
-            url = nginx.http_url("/channels/news")
-            text = f"posted {number}"
-            answer = await http.post(url, content=text, headers={"Content-Type": "text/plain"})
-            assert answer.status_code == 202
-            assert answer.json()["position"]
-            assert await receive(client) == await next_message(lines) == text
-    await relay.metric_is("websocket_connected_clients", 0)
-
-
-async def test_who_leaves_is_seen_to_leave_and_a_stop_to_end_the_stream(
-    relay_with: StartRelay, in_front_of: StartNginx
-) -> None:
-    relay = relay_with(shutdown={"spread_s": 0.1})
-    nginx = in_front_of(relay)
+    """Each message is published after the previous one was delivered: buffering would block."""
+    relay = proxied_relay
     await nginx.is_up()
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
-        async with events_through(nginx, http, "news"):
-            await relay.metric_is("websocket_connected_clients", 1)
+        async with relay.client("news") as client, event_lines(nginx, http) as lines:
+            for number in range(20):
+                await client.send(str(number))
+                assert await receive(client) == await next_message(lines) == str(number)
+            url = nginx.http_url("/channels/news")
+            for number in range(5):
+                text = f"posted {number}"
+                response = await http.post(
+                    url, content=text, headers={"Content-Type": "text/plain"}
+                )
+                assert response.status_code == 202
+                assert response.json()["position"]
+                assert await receive(client) == await next_message(lines) == text
         await relay.metric_is("websocket_connected_clients", 0)
-        async with events_through(nginx, http, "news") as lines:
+        async with event_lines(nginx, http) as lines:
             await relay.metric_is("websocket_connected_clients", 1)
             relay.signal()
-            heard = [line async for line in lines]
-        assert "event: close" in heard
-        assert heard[-1] == ""
+            received = [line async for line in lines]
+    assert "event: close" in received
+    assert received[-1] == ""
     assert await relay.exit_code() == 0

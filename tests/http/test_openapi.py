@@ -1,4 +1,4 @@
-"""The description of what can be asked by HTTP: valid, whole, and true."""
+"""The OpenAPI document: valid, complete, and in agreement with the responses."""
 
 from typing import Any
 
@@ -22,45 +22,41 @@ ROUTES = {
 }
 
 
-async def described(relay: Relay) -> dict[str, Any]:
-    answer = await relay.get("/openapi.json")
-    assert answer.headers["content-type"] == "application/json"
-    document: dict[str, Any] = answer.json()
+async def openapi_document(relay: Relay) -> dict[str, Any]:
+    response = await relay.get("/openapi.json")
+    assert response.headers["content-type"] == "application/json"
+    document: dict[str, Any] = response.json()
     return document
 
 
-async def test_the_description_is_valid(relay: Relay) -> None:
-    openapi_spec_validator.validate(await described(relay))
+async def test_the_document_is_valid_openapi(relay: Relay) -> None:
+    openapi_spec_validator.validate(await openapi_document(relay))
 
 
-async def test_the_description_names_all_that_can_be_asked(relay: Relay) -> None:
-    paths = (await described(relay))["paths"]
-    assert {(path, method) for path, what in paths.items() for method in what} == ROUTES
-    for what in paths.values():
-        for operation in what.values():
+async def test_the_document_describes_all_routes(relay: Relay) -> None:
+    paths = (await openapi_document(relay))["paths"]
+    assert {(path, method) for path, methods in paths.items() for method in methods} == ROUTES
+    for methods in paths.values():
+        for operation in methods.values():
             assert operation["summary"]
-            for answer in operation["responses"].values():
-                assert answer["description"]
-    assert (
-        "messages"
-        in paths["/"]["post"]["responses"]["202"]["content"]["application/json"]["schema"][
-            "properties"
-        ]
-    )
+            for response in operation["responses"].values():
+                assert response["description"]
+    published = paths["/"]["post"]["responses"]["202"]["content"]["application/json"]["schema"]
+    assert "messages" in published["properties"]
 
 
-async def test_it_stands_below_the_path_that_all_stands_below(relay_with: StartRelay) -> None:
+async def test_the_document_includes_the_base_path(relay_with: StartRelay) -> None:
     relay = relay_with(server={"base_path": "/relay"})
     paths = (await relay.get("/relay/openapi.json")).json()["paths"]
     assert {"/relay/", "/relay/channels/{channel}", "/relay/events"} <= paths.keys()
 
 
 GZIP = {"Content-Encoding": "gzip"}
-ASKED = [
+REQUESTS = [
     ("post", "/channels/{channel}", 202, {}, b"1\n2\n"),
     ("post", "/channels/{channel}", 400, {}, b"no"),
     ("post", "/channels/{channel}", 401, {"Authorization": ""}, b"1"),
-    ("post", "/channels/{channel}", 403, {"Origin": "https://theirs.example"}, b"1"),
+    ("post", "/channels/{channel}", 403, {"Origin": "https://other.example"}, b"1"),
     ("post", "/channels/{channel}", 413, {}, b"1" * 1001),
     ("post", "/channels/{channel}", 415, GZIP, b"1"),
     ("get", "/channels/{channel}/events", 401, {"Authorization": ""}, None),
@@ -73,32 +69,34 @@ ASKED = [
 
 
 @pytest.fixture
-def guarded_relay(relay_with: StartRelay) -> Relay:
-    """A relay with tokens and limits, and room for one client."""
+def limited_relay(relay_with: StartRelay) -> Relay:
+    """A relay that requires tokens, admits one origin, and has a limit of one client."""
     return relay_with(
         auth={"mode": "jwt", "jwt": {"secret": SECRET}},
-        server={"allowed_origins": ["https://ours.example"]},
+        server={"allowed_origins": ["https://allowed.example"]},
         limits={"max_message_bytes": 1000, "max_connections": 1},
     )
 
 
-async def test_answers_are_those_that_are_described(guarded_relay: Relay) -> None:
-    paths = (await described(guarded_relay))["paths"]
-    rights = {"subscribe": ["*"], "publish": ["*"], "stats": True}
-    usual = {
-        "Authorization": f"Bearer {token(relay=rights)}",
+async def test_responses_agree_with_the_document(limited_relay: Relay) -> None:
+    paths = (await openapi_document(limited_relay))["paths"]
+    permissions = {"subscribe": ["*"], "publish": ["*"], "stats": True}
+    default_headers = {
+        "Authorization": f"Bearer {token(relay=permissions)}",
         "Content-Type": "application/x-ndjson",
     }
     http = httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S)
-    first = guarded_relay.client("a", additional_headers={"Authorization": usual["Authorization"]})
-    async with http, first:
-        for method, path, status, headers, body in ASKED:
-            url = guarded_relay.http_url(path.format(channel="a"))
-            answer = await http.request(method, url, headers=usual | headers, content=body)
-            assert answer.status_code == status, (path, answer.text)
-            said = paths[path][method]["responses"][str(status)]
-            kind = answer.headers["content-type"].partition(";")[0]
-            assert kind in said["content"]
-            if kind == "application/json":
-                jsonschema.validate(answer.json(), said["content"][kind]["schema"])
-            assert all(name in answer.headers for name in said.get("headers", {}))
+    bearer = {"Authorization": default_headers["Authorization"]}
+    async with http, limited_relay.client("a", additional_headers=bearer):
+        for method, path, status, headers, body in REQUESTS:
+            url = limited_relay.http_url(path.format(channel="a"))
+            response = await http.request(
+                method, url, headers=default_headers | headers, content=body
+            )
+            assert response.status_code == status, (path, response.text)
+            described = paths[path][method]["responses"][str(status)]
+            media_type = response.headers["content-type"].partition(";")[0]
+            assert media_type in described["content"]
+            if media_type == "application/json":
+                jsonschema.validate(response.json(), described["content"][media_type]["schema"])
+            assert all(name in response.headers for name in described.get("headers", {}))
