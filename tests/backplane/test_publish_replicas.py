@@ -1,4 +1,4 @@
-"""Publishing by HTTP to relays that are one, while their broker is away, or while a relay stops."""
+"""Publishing by HTTP to several replicas on one broker: positions, outages, and stops."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,325 +24,317 @@ from tests.support.relay_v1 import numbers, resuming, wanting
 
 MIB = 1_048_576
 
-
-class Hush(Proxy):
-    """A way to the broker on which nothing comes back any more once a text was sent to it.
-
-    Attributes:
-        mark: that text.
-        is_ping_overdue: whether it came by.
-    """
-
-    def __init__(self, broker: Broker, mark: bytes) -> None:
-        super().__init__(broker.port)
-        self._broker = broker
-        self.mark = mark
-        self.is_ping_overdue = asyncio.Event()
-
-    def broker_url(self) -> str:
-        """Return the broker's URL by this way."""
-        return self._broker.url.replace(str(self._broker.port), str(self.port))
-
-    def speak(self) -> None:
-        """Begin anew."""
-        self.mark = b""
-        self.is_ping_overdue.clear()
-        self.cut()
-
-    def asks(self, data: bytes, connection: Connection) -> bytes:
-        if self.mark and self.mark in data:
-            self.is_ping_overdue.set()
-        return data
-
-    def answers(self, data: bytes, connection: Connection) -> bytes:
-        return b"" if self.is_ping_overdue.is_set() else data
+ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
+ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
-@asynccontextmanager
-async def away(broker: Broker, relay: Relay) -> AsyncIterator[None]:
-    """Have the broker answer nobody, once the relay knows."""
-    broker.freeze()
-    try:
-        await relay.metric_is("websocket_backplane_up", 0)
-        yield
-    finally:
-        broker.thaw()
-    await relay.metric_is("websocket_backplane_up", 1)
+def assert_temporarily_refused(response: httpx2.Response, reason: str) -> None:
+    assert (response.status_code, response.text) == (503, f"{reason}\n")
+    assert 1 <= int(response.headers["retry-after"]) <= 5
 
 
-def assert_come_back(answer: httpx2.Response, reason: str) -> None:
-    assert (answer.status_code, answer.text) == (503, f"{reason}\n")
-    assert 1 <= int(answer.headers["retry-after"]) <= 5
+# Positions
 
 
-async def test_the_position_that_is_told_is_where_others_hear_it_and_go_on(
+@ONLY_NATS
+async def test_the_position_in_a_response_is_that_of_the_delivery_and_can_be_resumed_from(
     replicas_with: StartReplicas,
 ) -> None:
     one, two = replicas_with(2)
-    async with resuming(two, "news") as listener:
-        told = []
+    async with resuming(two, "news") as subscriber:
+        positions = []
         for number in range(20):
-            answer = await post(one, "news", str(number).encode(), TEXT)
-            assert answer.status_code == 202
-            told.append(answer.json()["position"])
+            response = await post(one, "news", str(number).encode(), TEXT)
+            assert response.status_code == 202
+            positions.append(response.json()["position"])
         for number in range(20):
-            assert await listener.message() == str(number)
-            assert listener.position == told[number]
+            assert await subscriber.message() == str(number)
+            assert subscriber.position == positions[number]
     for relay in (one, two):
-        async with resuming(relay, "news", since=told[9]) as again:
-            assert again.welcome["recovered"] is True
-            assert await again.messages(10) == numbers(10, 20)
-        async with resuming(relay, "news", since=told[-1]) as again:
+        async with resuming(relay, "news", since=positions[9]) as resumed:
+            assert resumed.welcome["recovered"] is True
+            assert await resumed.messages(10) == numbers(10, 20)
+        async with resuming(relay, "news", since=positions[-1]) as resumed:
             assert (await post(two, "news", b"next", TEXT)).status_code == 202
-            assert await again.message() == "next"
+            assert await resumed.message() == "next"
 
 
-async def test_a_batch_stays_together_however_much_others_say(
+@ONLY_REDIS
+async def test_lines_of_a_large_batch_are_consecutive_among_messages_of_other_clients(
     replicas_with: StartReplicas,
 ) -> None:
-    """Larger than what a packet holds as a rule; and its position is that of its last line."""
+    """The batch is larger than a usual packet. Its position is that of its last line."""
     one, two = replicas_with(2)
-    lines = [f'"{number} {"x" * 80}"' for number in range(8_000)]
+    lines = [f'"{number} {"x" * 80}"' for number in range(3_000)]
     is_over = asyncio.Event()
 
-    async def talk(relay: Relay) -> None:
+    async def publish(relay: Relay) -> None:
         async with relay.client("news", max_queue=None) as client:
             while not is_over.is_set():
                 await client.send("between")
                 await asyncio.sleep(0)
 
-    async with resuming(two, "news") as listener, asyncio.TaskGroup() as group:
-        talking = [group.create_task(talk(relay)) for relay in (one, two)]
-        answers = [await post(one, "news", "\n".join(lines).encode(), BATCH) for _ in range(3)]
+    async with resuming(two, "news") as subscriber, asyncio.TaskGroup() as group:
+        publishing = [group.create_task(publish(relay)) for relay in (one, two)]
+        body = "\n".join(lines).encode()
+        responses = [await post(one, "news", body, BATCH) for _ in range(2)]
         is_over.set()
-        await asyncio.gather(*talking)
-        for answer in answers:
-            assert answer.json()["messages"] == 8_000
-            while (first := await listener.message()) == "between":
+        await asyncio.gather(*publishing)
+        for response in responses:
+            assert response.json()["messages"] == 3_000
+            while (first := await subscriber.message()) == "between":
                 pass
-            assert [first, *await listener.messages(7_999)] == lines
-            assert listener.position == answer.json()["position"]
+            assert [first, *await subscriber.messages(2_999)] == lines
+            assert subscriber.position == response.json()["position"]
 
 
-async def test_in_an_outage_what_is_posted_is_refused(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    (relay,) = replicas_with(1)
-    async with relay.client("news") as listener:
-        async with away(broker, relay):
-            assert_come_back(await post(relay, "news", b"void", TEXT), "backplane unavailable")
-            assert_come_back(await post(relay, "news", b"1\n2", BATCH), "backplane unavailable")
-            await relay.metric_is("websocket_refusals_total", 2, reason="unavailable")
-        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
-        assert await receive(listener) == "after"
-
-
-async def test_what_was_on_its_way_is_in_doubt_and_what_waited_is_not(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    async with AsyncExitStack() as stack:
-        hush = await stack.enter_async_context(Hush(broker, b"in doubt"))
-        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": hush.broker_url()})
-        listener = await stack.enter_async_context(relay.client("news"))
-        async with asyncio.TaskGroup() as group:
-            doubtful = group.create_task(post(relay, "news", b'"in doubt"\n"too"', BATCH))
-            async with asyncio.timeout(PATIENCE_S):
-                await hush.is_ping_overdue.wait()
-            waiting = [group.create_task(post(relay, "news", b"waited", TEXT)) for _ in range(3)]
-        assert doubtful.result().status_code == 504
-        assert doubtful.result().text == "publish unconfirmed\n"
-        assert "retry-after" not in doubtful.result().headers
-        for answer in waiting:
-            assert_come_back(answer.result(), "backplane unavailable")
-        await relay.metric_is("websocket_refusals_total", 1, reason="unconfirmed")
-        await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
-        hush.speak()
-        await relay.metric_is("websocket_backplane_up", 1)
-        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
-        heard = [await receive(listener)]
-        while heard[-1] != "after":
-            heard.append(await receive(listener))
-        assert heard in (['"in doubt"', '"too"', "after"], ["after"]), "all of it or nothing"
-
-
-async def test_what_the_broker_confirmed_before_an_outage_is_told_its_own_position(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    """And a close that waits for its sender's last message is not answered before that."""
-    async with AsyncExitStack() as stack:
-        way = await stack.enter_async_context(HeldReads(broker.port))
-        url = broker.url.replace(str(broker.port), str(way.port))
-        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": url})
-        listener = await stack.enter_async_context(resuming(relay, "news"))
-        assert (await post(relay, "news", b"before", TEXT)).status_code == 202
-        assert await listener.message() == "before"
-        leaving = await stack.enter_async_context(await relay.tcp())
-        await leaving.upgrade(wanting("other"))
-        way.is_held = True
-        async with asyncio.TaskGroup() as group:
-            posting = [group.create_task(post(relay, "news", b"%d" % n, TEXT)) for n in range(2)]
-            await leaving.send(
-                frame(TEXT_FRAME, b"last") + frame(CLOSE, close_payload(4000)),
-            )
-            await relay.metric_is("websocket_backplane_up", 0)
-            way.release()
-        told = {each.result().json()["position"]: f"{n}" for n, each in enumerate(posting)}
-        assert [each.result().status_code for each in posting] == [202, 202]
-        for _ in range(2):
-            message = await listener.message()
-            assert told[listener.position] == message
-        assert await leaving.message() == "last"
-        assert (await leaving.close_frame())[0] == 4000
-        await relay.metric_is("websocket_backplane_up", 1)
-
-
-async def test_a_relay_that_stops_answers_a_post_whose_message_is_not_read_back_yet(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    async with HeldReads(broker.port) as way, asyncio.TaskGroup() as group:
-        url = broker.url.replace(str(broker.port), str(way.port))
-        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": url})
-        way.is_held = True
-        posting = group.create_task(post(relay, "news", b"last", TEXT))
-        await relay.metric_is("websocket_messages_total", 1)
-        await relay.metric_is("websocket_backplane_pending_bytes", 0)
-        relay.signal()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):  # it takes a fifth of that with nothing to wait for
-                await relay.exit_code()
-        way.release()
-        assert await relay.exit_code() == 0
-        assert (await posting).status_code == 202
-
-
-async def test_a_relay_whose_stop_takes_too_long_cuts_off_requests_and_logs_how_many(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    async with HeldReads(broker.port) as way, asyncio.TaskGroup() as group:
-        url = broker.url.replace(str(broker.port), str(way.port))
-        settings = {"backplane": {"url": url}, "shutdown": {"timeout_s": 1}}
-        (relay,) = await asyncio.to_thread(replicas_with, 1, **settings)
-        way.is_held = True
-        posting = group.create_task(assert_cut_off(relay))
-        await relay.metric_is("websocket_messages_total", 1)
-        await relay.metric_is("websocket_backplane_pending_bytes", 0)
-        assert await relay.stop() == 0
-        await posting
-        assert relay.await_log("requests aborted")["requests"] == 1
-
-
-async def assert_cut_off(relay: Relay) -> None:
-    with pytest.raises(httpx2.RemoteProtocolError):
-        await post(relay, "news", b"last", TEXT)
-
-
-async def test_the_position_of_an_empty_batch_is_one_to_come_back_with(
+@ONLY_REDIS
+async def test_the_position_of_an_empty_batch_can_be_resumed_from(
     replicas_with: StartReplicas,
 ) -> None:
     (relay,) = replicas_with(1)
-    answer = await post(relay, "news", b"", BATCH)
-    assert answer.json()["messages"] == 0
-    async with resuming(relay, "news", since=answer.json()["position"]) as client:
+    response = await post(relay, "news", b"", BATCH)
+    assert response.json()["messages"] == 0
+    async with resuming(relay, "news", since=response.json()["position"]) as client:
         assert client.welcome["recovered"] is True
 
 
-@asynccontextmanager
-async def jammed(
-    broker: Broker, relay: Relay, first: bytes
-) -> AsyncIterator[asyncio.Task[httpx2.Response]]:
-    """Let as much wait for a broker that stands still as there may, before that is an outage."""
-    async with asyncio.TaskGroup() as group:
-        broker.freeze()
-        try:
-            posting = group.create_task(post(relay, "news", first, TEXT))
-            await relay.metric_reaches("websocket_backplane_pending_bytes", len(first))
-            yield posting
-        finally:
-            broker.thaw()
+# Outages
 
 
-async def test_what_finds_no_room_waits_for_it_and_is_relayed(
+class SilentAfterMarker(Proxy):
+    """A proxy that passes on no response any more once a marker was sent to the broker.
+
+    Attributes:
+        marker: bytes of a request; empty: all responses are passed on.
+        is_silent: whether the marker was sent.
+    """
+
+    def __init__(self, broker: Broker, marker: bytes) -> None:
+        super().__init__(broker.port)
+        self._broker = broker
+        self.marker = marker
+        self.is_silent = asyncio.Event()
+
+    def broker_url(self) -> str:
+        """Return the URL of the broker through this proxy."""
+        return self._broker.url.replace(str(self._broker.port), str(self.port))
+
+    def end_silence(self) -> None:
+        """Pass on all responses on new connections."""
+        self.marker = b""
+        self.is_silent.clear()
+        self.cut()
+
+    def asks(self, data: bytes, connection: Connection) -> bytes:
+        if self.marker and self.marker in data:
+            self.is_silent.set()
+        return data
+
+    def answers(self, data: bytes, connection: Connection) -> bytes:
+        return b"" if self.is_silent.is_set() else data
+
+
+@ONLY_NATS
+async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending_ones_refused(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
-    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
-    async with relay.client("news") as listener, asyncio.TaskGroup() as group:
-        async with jammed(broker, relay, b"x" * (MIB // 8)) as first:
-            second = group.create_task(post(relay, "news", b"second", TEXT))
-            await relay.metric_is("websocket_partial_message_bytes", len(b"second"))
-        assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "second"]
-    assert (first.result().status_code, second.result().status_code) == (202, 202)
-    assert await relay.metric("websocket_partial_message_bytes") == 0
-
-
-async def test_who_gives_up_while_it_waits_for_room_has_said_nothing(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
-    async with relay.client("news") as listener:
-        async with jammed(broker, relay, b"x" * (MIB // 8)), await relay.tcp() as impatient:
-            await impatient.send(posting("news", b"given up"))
-            await relay.metric_is("websocket_partial_message_bytes", len(b"given up"))
-            impatient.vanish()
-            assert await relay.metric("websocket_partial_message_bytes")  # and it knows by now
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(SilentAfterMarker(broker, b"in flight"))
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": proxy.broker_url()})
+        subscriber = await stack.enter_async_context(relay.client("news"))
+        async with asyncio.TaskGroup() as group:
+            in_flight = group.create_task(post(relay, "news", b'"in flight"\n"too"', BATCH))
+            async with asyncio.timeout(PATIENCE_S):
+                await proxy.is_silent.wait()
+            pending = [group.create_task(post(relay, "news", b"pending", TEXT)) for _ in range(3)]
+        assert in_flight.result().status_code == 504
+        assert in_flight.result().text == "publish unconfirmed\n"
+        assert "retry-after" not in in_flight.result().headers
+        for task in pending:
+            assert_temporarily_refused(task.result(), "backplane unavailable")
+        await relay.metric_is("websocket_refusals_total", 1, reason="unconfirmed")
+        await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
+        proxy.end_silence()
+        await relay.metric_is("websocket_backplane_up", 1)
         assert (await post(relay, "news", b"after", TEXT)).status_code == 202
-        assert [await receive(listener) for _ in range(2)] == ["x" * (MIB // 8), "after"]
-    assert await relay.metric("websocket_partial_message_bytes") == 0
+        received = [await receive(subscriber)]
+        while received[-1] != "after":
+            received.append(await receive(subscriber))
+        assert received in (['"in flight"', '"too"', "after"], ["after"]), "a part of the batch"
 
 
-async def test_in_an_outage_a_relay_on_its_own_takes_what_is_posted(
+@ONLY_REDIS
+async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_after_it(
+    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+) -> None:
+    """A closing handshake that waits for the sender's last message ends after its delivery, too."""
+    async with AsyncExitStack() as stack:
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
+        subscriber = await stack.enter_async_context(resuming(relay, "news"))
+        assert (await post(relay, "news", b"before", TEXT)).status_code == 202
+        assert await subscriber.message() == "before"
+        closing = await stack.enter_async_context(await relay.tcp())
+        await closing.upgrade(wanting("other"))
+        held_reads.is_held = True
+        async with asyncio.TaskGroup() as group:
+            publishing = [group.create_task(post(relay, "news", b"%d" % n, TEXT)) for n in range(2)]
+            await closing.send(
+                frame(TEXT_FRAME, b"last") + frame(CLOSE, close_payload(4000)),
+            )
+            await relay.metric_is("websocket_backplane_up", 0)
+            held_reads.release()
+        responses = [task.result() for task in publishing]
+        assert [response.status_code for response in responses] == [202, 202]
+        texts = {each.json()["position"]: str(number) for number, each in enumerate(responses)}
+        for _ in range(2):
+            message = await subscriber.message()
+            assert texts[subscriber.position] == message
+        assert await closing.message() == "last"
+        assert (await closing.close_frame())[0] == 4000
+        await relay.metric_is("websocket_backplane_up", 1)
+
+
+@ONLY_REDIS
+async def test_posts_before_and_in_an_outage_are_relayed_locally_and_return_positions(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     (relay,) = replicas_with(1, backplane={"on_outage": "local"})
-    async with resuming(relay, "news") as listener, away(broker, relay):
-        for number in range(3):
-            answer = await post(relay, "news", str(number).encode(), TEXT)
-            assert answer.status_code == 202
-            assert await listener.message() == str(number)
-            assert answer.json() == {"position": listener.position}
-
-
-async def test_what_waited_when_the_outage_began_is_told_its_own_position(
-    broker: Broker, replicas_with: StartReplicas
-) -> None:
-    (relay,) = replicas_with(1, backplane={"on_outage": "local"})
-    async with resuming(relay, "news") as listener:
+    async with resuming(relay, "news") as subscriber:
         broker.freeze()
-        posted = (post(relay, "news", str(number).encode(), TEXT) for number in range(5))
-        answers = await asyncio.gather(*posted)
-        where = {answer.json()["position"]: str(number) for number, answer in enumerate(answers)}
-        assert len(where) == 5
+        pending = (post(relay, "news", str(number).encode(), TEXT) for number in range(5))
+        responses = await asyncio.gather(*pending)
+        texts = {each.json()["position"]: str(number) for number, each in enumerate(responses)}
+        assert len(texts) == 5
         for _ in range(5):
-            message = await listener.message()
-            assert where[listener.position] == message
+            message = await subscriber.message()
+            assert texts[subscriber.position] == message
+        await relay.metric_is("websocket_backplane_up", 0)
+        for number in range(3):
+            response = await post(relay, "news", str(number).encode(), TEXT)
+            assert response.status_code == 202
+            assert await subscriber.message() == str(number)
+            assert response.json() == {"position": subscriber.position}
         broker.thaw()
         await relay.metric_is("websocket_backplane_up", 1)
 
 
-async def test_a_relay_that_stops_takes_nothing_more(relay_with: StartRelay) -> None:
+# Above the high-water mark of pending appends, posts wait
+
+
+@asynccontextmanager
+async def above_high_water_mark(
+    broker: Broker, relay: Relay, first: bytes
+) -> AsyncIterator[asyncio.Task[httpx2.Response]]:
+    """Freeze the broker for less time than makes an outage, with a large post pending."""
+    async with asyncio.TaskGroup() as group:
+        broker.freeze()
+        try:
+            publishing = group.create_task(post(relay, "news", first, TEXT))
+            await relay.metric_reaches("websocket_backplane_pending_bytes", len(first))
+            yield publishing
+        finally:
+            broker.thaw()
+
+
+@ONLY_REDIS
+async def test_a_post_above_the_high_water_mark_waits_and_is_relayed(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
+    async with relay.client("news") as subscriber, asyncio.TaskGroup() as group:
+        async with above_high_water_mark(broker, relay, b"x" * (MIB // 8)) as first:
+            second = group.create_task(post(relay, "news", b"second", TEXT))
+            await relay.metric_is("websocket_partial_message_bytes", len(b"second"))
+        assert await receive_many(subscriber, 2) == ["x" * (MIB // 8), "second"]
+    assert (first.result().status_code, second.result().status_code) == (202, 202)
+    assert await relay.metric("websocket_partial_message_bytes") == 0
+
+
+@ONLY_NATS
+async def test_a_post_whose_client_disconnects_above_the_high_water_mark_is_not_relayed(
+    broker: Broker, replicas_with: StartReplicas
+) -> None:
+    (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
+    async with relay.client("news") as subscriber:
+        async with (
+            above_high_water_mark(broker, relay, b"x" * (MIB // 8)),
+            await relay.tcp() as disconnecting,
+        ):
+            await disconnecting.send(posting("news", b"discarded"))
+            await relay.metric_is("websocket_partial_message_bytes", len(b"discarded"))
+            disconnecting.vanish()
+            # The next request is handled after the reset.
+            assert await relay.metric("websocket_partial_message_bytes")
+        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
+        assert await receive_many(subscriber, 2) == ["x" * (MIB // 8), "after"]
+    assert await relay.metric("websocket_partial_message_bytes") == 0
+
+
+# A relay that stops
+
+
+@ONLY_NATS
+async def test_a_stopping_relay_answers_a_post_whose_message_is_not_read_back_yet(
+    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
+        held_reads.is_held = True
+        publishing = group.create_task(post(relay, "news", b"last", TEXT))
+        await relay.metric_is("websocket_messages_total", 1)
+        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        relay.signal()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):  # five times as long as without a pending response
+                await relay.exit_code()
+        held_reads.release()
+        assert await relay.exit_code() == 0
+        assert (await publishing).status_code == 202
+
+
+@ONLY_REDIS
+async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
+    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+) -> None:
+    settings = {"backplane": {"url": held_url}, "shutdown": {"timeout_s": 1}}
+    (relay,) = await asyncio.to_thread(replicas_with, 1, **settings)
+    held_reads.is_held = True
+
+    async def publish() -> None:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await post(relay, "news", b"last", TEXT)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(publish())
+        await relay.metric_is("websocket_messages_total", 1)
+        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        assert await relay.stop() == 0
+    assert relay.await_log("requests aborted")["requests"] == 1
+
+
+async def test_a_draining_relay_refuses_posts(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 1})
     async with (
         httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http,
         relay.raw_client("news") as last,
-        relay.client("news") as listener,
+        relay.client("news") as subscriber,
     ):
         url = relay.http_url("/channels/news")
         assert (await http.post(url, content=b"before")).status_code == 202
         relay.signal()
         await relay.wait_for_log("draining")
         await relay.metric_is("websocket_draining", 1)
-        assert_come_back(await http.post(url, content=b"late"), "draining")
+        assert_temporarily_refused(await http.post(url, content=b"late"), "draining")
         await relay.metric_is("websocket_refusals_total", 1, reason="draining")
-        assert await receive_many(listener, 1) == [b"before"]
+        assert await receive_many(subscriber, 1) == [b"before"]
         await last.answer_close()
 
 
-@pytest.mark.parametrize("delay_s", [0.5])
-async def test_while_only_readiness_has_ended_messages_are_taken(
-    relay_with: StartRelay, delay_s: float
-) -> None:
-    relay = relay_with(shutdown={"readiness_delay_s": delay_s, "spread_s": 0.1})
-    async with relay.client("news") as listener:
+async def test_a_relay_accepts_posts_during_its_readiness_delay(relay_with: StartRelay) -> None:
+    relay = relay_with(shutdown={"readiness_delay_s": 0.5, "spread_s": 0.1})
+    async with relay.client("news") as subscriber:
         relay.signal()
         await relay.wait_for_log("draining")
         assert (await post(relay, "news", b"in time", TEXT)).status_code == 202
-        assert await receive(listener) == "in time"
+        assert await receive(subscriber) == "in time"

@@ -1,4 +1,4 @@
-"""Clients that resume on a replica that lags, or where the broker lost something."""
+"""Clients that resume on a replica that lags, or after the broker lost entries."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,64 +9,44 @@ from websocket_relay.backplane.interface import Position
 from websocket_relay.client import Relay as Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.support.brokers import Broker, NatsBroker
+from tests.support.brokers import Broker
 from tests.support.http_requests import TEXT, post
-from tests.support.logs_kept import BrokerLog, NatsLog, RedisLog
+from tests.support.logs_kept import BrokerLog
 from tests.support.proxy import HeldReads
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartReplicas
 from tests.support.relay_v1 import Heard, resuming, say, wanting
 
-pytestmark = pytest.mark.xdist_group("recovery")
-
 PAUSE_S = 2.1
-"""Shorter than what makes an outage, longer than any wait of the relay's for another replica."""
+"""Shorter than what makes an outage, longer than any wait of the relay for another replica."""
+
+ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
+ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
 @pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def log(broker: Broker, stack: AsyncExitStack) -> BrokerLog:
-    """The log that the relays keep there."""
-    return NatsLog(stack, broker) if isinstance(broker, NatsBroker) else RedisLog(stack, broker)
-
-
-@pytest.fixture
-async def way(broker: Broker, stack: AsyncExitStack) -> HeldReads:
-    """A way to the broker on which reading can be held."""
-    return await stack.enter_async_context(HeldReads(broker.port))
-
-
-@pytest.fixture
-async def pair_of_relays(
-    broker: Broker, way: HeldReads, replicas_with: StartReplicas
-) -> tuple[Relay, Relay]:
-    """Two relays, the second one by that way."""
+async def pair_of_relays(held_url: str, replicas_with: StartReplicas) -> tuple[Relay, Relay]:
+    """Two relays. The second one reads through `held_reads`."""
     (first,) = await asyncio.to_thread(replicas_with, 1)
-    url = broker.url.replace(str(broker.port), str(way.port))
-    (second,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": url})
+    (second,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
     return first, second
 
 
-async def said(relay: Relay, message: str) -> str:
+async def publish(relay: Relay, message: str) -> str:
     """Publish a message; return its position."""
-    answer = await post(relay, "news", message.encode(), TEXT)
-    assert answer.status_code == 202
-    return str(answer.json()["position"])
+    response = await post(relay, "news", message.encode(), TEXT)
+    assert response.status_code == 202
+    return str(response.json()["position"])
 
 
 @asynccontextmanager
-async def resuming_at_last(relay: Relay, since: str) -> AsyncIterator[Heard]:
-    """Resume, and come again when turned away because of an outage, as clients do."""
+async def resuming_after_refusals(relay: Relay, since: str) -> AsyncIterator[Heard]:
+    """Resume; reconnect if refused or closed because of an outage, as clients do."""
     async with AsyncExitStack() as stack:
-        yield await _resumed(stack, relay, since)
+        yield await _resume(stack, relay, since)
 
 
-async def _resumed(stack: AsyncExitStack, relay: Relay, since: str) -> Heard:
+async def _resume(stack: AsyncExitStack, relay: Relay, since: str) -> Heard:
     async with asyncio.timeout(PATIENCE_S):
         while True:
             with suppress(ConnectionClosed, InvalidStatus):
@@ -74,77 +54,89 @@ async def _resumed(stack: AsyncExitStack, relay: Relay, since: str) -> Heard:
             await asyncio.sleep(0.1)
 
 
-async def test_who_is_ahead_of_a_replica_is_recovered_when_that_gets_there(
-    pair_of_relays: tuple[Relay, Relay], way: HeldReads
+async def resume_and_return_welcome(relay: Relay, since: str) -> object:
+    async with resuming_after_refusals(relay, since) as client:
+        return client.welcome
+
+
+# A replica that lags
+
+
+@ONLY_NATS
+async def test_a_client_ahead_of_its_replica_is_recovered_when_the_replica_reaches_its_position(
+    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads
 ) -> None:
     first, second = pair_of_relays
-    await said(first, "both")
-    way.is_held = True
-    since = await said(first, "only the first replica has this")
+    await publish(first, "on both replicas")
+    held_reads.is_held = True
+    since = await publish(first, "on the first replica")
 
-    async def pause() -> None:
-        await asyncio.sleep(PAUSE_S)  # shorter, and it would be no pause
-        way.release()
+    async def release_after_pause() -> None:
+        await asyncio.sleep(PAUSE_S)
+        held_reads.release()
 
-    pausing = asyncio.create_task(pause())
-    async with resuming_at_last(second, since) as client:
+    releasing = asyncio.create_task(release_after_pause())
+    async with resuming_after_refusals(second, since) as client:
         assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
-        await said(first, "next")
+        await publish(first, "next")
         assert await client.message() == "next"
-    await pausing
+    await releasing
 
 
-async def test_a_broker_that_pauses_for_two_seconds_costs_no_recovery(
+@ONLY_REDIS
+async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     first, second = await asyncio.to_thread(replicas_with, 2)
-    since = await said(first, "before")
+    since = await publish(first, "before")
     broker.freeze()
     try:
-        resumed = [asyncio.create_task(_welcome(each, since)) for each in (first, second)]
-        await asyncio.sleep(PAUSE_S)  # for the broker to pause
+        resuming_clients = [
+            asyncio.create_task(resume_and_return_welcome(each, since)) for each in (first, second)
+        ]
+        await asyncio.sleep(PAUSE_S)
     finally:
         broker.thaw()
-    for welcome in await asyncio.gather(*resumed):
+    for welcome in await asyncio.gather(*resuming_clients):
         assert welcome == {"type": "welcome", "recovered": True, "position": since}
     for relay in (first, second):
-        position = await said(first, "after")
-        async with resuming_at_last(relay, since) as client:
+        position = await publish(first, "after")
+        async with resuming_after_refusals(relay, since) as client:
             assert client.welcome["recovered"] is True
             assert await client.message() == "after"
-        async with resuming_at_last(relay, position) as client:
+        async with resuming_after_refusals(relay, position) as client:
             assert client.welcome == {"type": "welcome", "recovered": True, "position": position}
         since = position
 
 
-async def _welcome(relay: Relay, since: str) -> object:
-    async with resuming_at_last(relay, since) as client:
-        return client.welcome
-
-
-async def test_who_is_ahead_of_a_replica_in_an_outage_is_sent_away_unanswered(
-    pair_of_relays: tuple[Relay, Relay], way: HeldReads
+@ONLY_REDIS
+async def test_a_client_ahead_of_its_replica_is_closed_without_a_welcome_in_an_outage(
+    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads
 ) -> None:
     first, second = pair_of_relays
-    await said(first, "both")
-    way.is_held = True
-    since = await said(first, "only the first replica has this")
+    await publish(first, "on both replicas")
+    held_reads.is_held = True
+    since = await publish(first, "on the first replica")
     with pytest.raises(ConnectionClosed) as closed:
         async with resuming(second, "news", since=since):
             pass
     assert closed.value.rcvd is not None
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1013, "backplane unavailable")
-    way.release()
-    async with resuming_at_last(second, since) as client:
+    held_reads.release()
+    async with resuming_after_refusals(second, since) as client:
         assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
 
 
-async def test_what_only_another_replica_calls_newest_is_recovered(
-    log: BrokerLog, replicas_with: StartReplicas
+# Entries that are not in the log
+
+
+async def test_the_latest_position_of_one_replica_is_recovered_on_another(
+    broker_log: BrokerLog, replicas_with: StartReplicas
 ) -> None:
+    """The stream was emptied: the replicas have read different entries last."""
     (first,) = await asyncio.to_thread(replicas_with, 1)
-    await said(first, "before")
-    await log.empty()
+    await publish(first, "before")
+    await broker_log.empty()
     (second,) = await asyncio.to_thread(replicas_with, 1)
     async with resuming(second, "news") as client:
         assert client.welcome["recovered"] is True
@@ -152,81 +144,76 @@ async def test_what_only_another_replica_calls_newest_is_recovered(
         assert client.welcome["recovered"] is True
 
 
-async def test_a_position_that_the_log_does_not_hold_is_not_recovered(
+@ONLY_NATS
+async def test_a_position_after_the_end_of_the_log_is_not_recovered(
     replicas_with: StartReplicas,
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
     async with resuming(relay, "news", since="99999999999999-0-0") as client:
         assert client.welcome["recovered"] is False
-        await said(relay, "next")
+        await publish(relay, "next")
         assert await client.message() == "next"
 
 
-async def test_only_a_replica_that_had_read_a_lost_message_has_recovered_it(
-    pair_of_relays: tuple[Relay, Relay], way: HeldReads, log: BrokerLog
+async def test_a_deleted_message_is_recovered_only_by_a_replica_that_had_read_it(
+    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads, broker_log: BrokerLog
 ) -> None:
     first, second = pair_of_relays
-    async with resuming(second, "news") as member:
-        before = await said(first, "before")  # so both have read it
-        assert await member.message() == "before"
-        way.is_held = True
+    async with resuming(second, "news") as subscriber:
+        before = await publish(first, "before")
+        assert await subscriber.message() == "before"  # both replicas have read it
+        held_reads.is_held = True
         async with resuming(first, "news") as client:
-            await said(first, "lost")
-            assert await client.message() == "lost"
-            await log.remove(Position.parse(client.position))
-        await said(first, "after")
-        way.release()
-        assert await member.message() == "after"
-        assert {each["type"] for each in member.told} == {"gap"}, "told before the message"
+            await publish(first, "deleted")
+            assert await client.message() == "deleted"
+            await broker_log.remove(Position.parse(client.position))
+        await publish(first, "after")
+        held_reads.release()
+        assert await subscriber.message() == "after"
+        assert {notice["type"] for notice in subscriber.told} == {"gap"}
     for relay, is_recovered in ((first, True), (second, False)):
         async with resuming(relay, "news", since=before) as client:
             assert client.welcome["recovered"] is is_recovered
             if is_recovered:
-                assert await client.message() == "lost"
+                assert await client.message() == "deleted"
             assert await client.message() == "after"
 
 
-async def test_a_python_client_is_told_of_a_gap_with_the_next_message(
-    log: BrokerLog, replicas_with: StartReplicas
+@ONLY_REDIS
+async def test_the_python_client_marks_the_first_message_after_a_gap(
+    broker_log: BrokerLog, replicas_with: StartReplicas
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
     async with asyncio.timeout(PATIENCE_S), Client(relay.ws_url("/channels/news")) as client:
-        await said(relay, "before")
+        await publish(relay, "before")
         assert not (await anext(client)).after_gap
-        await log.put(b"no packet")
+        await broker_log.put(b"no packet")
         await relay.metric_is("websocket_backplane_unreadable_total", 1)
-        await said(relay, "after")
+        await publish(relay, "after")
         assert (await anext(client)).after_gap
 
 
-async def test_who_is_amid_its_history_is_told_of_a_gap_and_stays(
-    log: BrokerLog, replicas_with: StartReplicas
+@ONLY_NATS
+async def test_a_gap_during_a_replay_ends_the_replay_with_a_notice_and_is_ignored_for_plain_clients(
+    broker_log: BrokerLog, replicas_with: StartReplicas
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
-    await say(relay, "news", *(f"{number} ".ljust(10_000, "x") for number in range(1_000)))
-    async with await relay.tcp(receive_buffer_bytes=4096) as raw:
-        await raw.upgrade(wanting("news", history=1_000), Sec_WebSocket_Protocol="relay.v1")
-        await relay.metric_is("websocket_slow_clients", 1)
-        await log.put(b"no packet")
+    messages = [f"{number} ".ljust(10_000, "x") for number in range(1_000)]
+    await say(relay, "news", *messages)
+    path = wanting("news", history=1_000)
+    async with (
+        await relay.tcp(receive_buffer_bytes=4096) as with_notices,
+        await relay.tcp(receive_buffer_bytes=4096) as plain,
+    ):
+        await with_notices.upgrade(path, Sec_WebSocket_Protocol="relay.v1")
+        await plain.upgrade(path)
+        await relay.metric_is("websocket_slow_clients", 2)
+        await broker_log.put(b"no packet")
         await relay.metric_is("websocket_backplane_unreadable_total", 1)
-        await said(relay, "after")
-        heard: list[str] = []
-        while not heard or not heard[-1].endswith("\nafter"):
-            heard.append(str(await raw.message()))
-        assert '"type":"gap"' in heard[-2], "nothing stands between it and what follows"
-        assert 1 < len(heard) < 1_000
-
-
-async def test_a_plain_client_amid_its_history_is_sent_all_of_it_whatever_the_log_loses(
-    log: BrokerLog, replicas_with: StartReplicas
-) -> None:
-    (relay,) = await asyncio.to_thread(replicas_with, 1)
-    await say(relay, "news", *(f"{number} ".ljust(10_000, "x") for number in range(1_000)))
-    async with await relay.tcp(receive_buffer_bytes=4096) as raw:
-        await raw.upgrade(wanting("news", history=1_000))
-        await relay.metric_is("websocket_slow_clients", 1)
-        await log.put(b"no packet")
-        await relay.metric_is("websocket_backplane_unreadable_total", 1)
-        await said(relay, "after")
-        heard = [str(await raw.message()) for _ in range(1_001)]
-        assert [each.partition(" ")[0] for each in heard] == [*map(str, range(1_000)), "after"]
+        await publish(relay, "after")
+        received: list[str] = []
+        while not received or not received[-1].endswith("\nafter"):
+            received.append(str(await with_notices.message()))
+        assert '"type":"gap"' in received[-2], "messages between the gap and the next message"
+        assert 1 < len(received) < 1_000
+        assert [await plain.message() for _ in range(1_001)] == [*messages, "after"]

@@ -1,0 +1,66 @@
+"""Fixtures of backplanes: a real broker for each test, its log, and shorter time limits."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from websocket_relay.backplane import replicated
+
+from tests.support.brokers import Broker
+from tests.support.logs_kept import BrokerLog, broker_of, log_of
+from tests.support.proxy import HeldReads
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """Brokers, proxies and replicas of a test, which end in reverse order."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(params=["redis", "nats"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of broker.
+
+    What a broker has to do is tested with both of them, and with `redis-6.2` where the commands
+    differ. What the relay does above the interface of a backplane is tested with one of them:
+    `parametrize("kind", ["nats"])`.
+    """
+    return str(request.param)
+
+
+@pytest.fixture
+async def broker(kind: str, stack: AsyncExitStack, tmp_path: Path) -> Broker:
+    return await stack.enter_async_context(broker_of(kind, tmp_path / "broker"))
+
+
+@pytest.fixture
+def broker_log(kind: str, broker: Broker, stack: AsyncExitStack) -> BrokerLog:
+    """The log on the broker."""
+    return log_of(kind, stack, broker)
+
+
+@pytest.fixture
+async def held_reads(broker: Broker, stack: AsyncExitStack) -> HeldReads:
+    """A proxy to the broker that can withhold the entries of the stream."""
+    return await stack.enter_async_context(HeldReads(broker.port))
+
+
+@pytest.fixture
+def held_url(broker: Broker, held_reads: HeldReads) -> str:
+    """The URL of the broker through `held_reads`."""
+    return broker.url.replace(str(broker.port), str(held_reads.port))
+
+
+@pytest.fixture
+def short_outage_timeout(frequent_heartbeats: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start an outage one second after a heartbeat instead of three."""
+    monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
+    monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.7)
+
+
+@pytest.fixture
+def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append a heartbeat every 0.2 seconds instead of every second."""
+    monkeypatch.setattr(replicated, "HEARTBEAT_INTERVAL_S", 0.2)
