@@ -185,9 +185,9 @@ async def test_many_posts_to_many_channels_leave_no_memory_descriptors_or_channe
                 headers = compressed if number % 3 == 0 else {}
                 await http.post(url, content=b"x" * 20_000, headers=headers)
 
-        await post_to_channels(200)
+        await post_to_channels(150)
         before, descriptors = relay.rss_bytes(), relay.descriptors()
-        await post_to_channels(500)
+        await post_to_channels(300)
         assert relay.rss_bytes() < before + 2 * MIB
         assert relay.descriptors() <= descriptors
         assert await relay.metric("websocket_channels") == 0
