@@ -1,4 +1,4 @@
 """Measure the relay beside other servers, on the same loads and the same two cores.
 
-Nothing in `service` knows of it.
+No module of `service` imports it.
 """

@@ -1,4 +1,4 @@
-"""The command: measures the servers in turns, then prints, writes and draws what came of it."""
+"""The command: measures the servers in turns, then prints, writes and draws the results."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from bench.servers import SERVERS, Server
 from bench.targets import DISTURBED, Measurement, verdicts
 
 RESULTS = prepare.HERE / "results"
-OPEN_FILES = 5300  # 5,000 clients, those before them that are not yet gone, and some more
+OPEN_FILES = 5300  # 5,000 clients, earlier ones that are not closed yet, and some more
 QUICK_SCALE = 0.5
 
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(servers: list[Server]) -> dict[str, str]:
-    """Build everything; give the servers that cannot be had here, and why."""
+    """Build everything; return the servers that are unavailable here, and why."""
     absent = {}
     try:
         prepare.python_parts()
@@ -68,8 +68,8 @@ def _prepare(servers: list[Server]) -> dict[str, str]:
     return absent
 
 
-def _say(load: Load, server: Server, found: Measurement) -> None:
-    value = f"{report.number(load.main.value(found.figures))} {load.main.unit}"
+def _print_result(load: Load, server: Server, found: Measurement) -> None:
+    value = f"{report.number(load.main.value(found.values))} {load.main.unit}"
     text = f"failed: {found.error}" if found.error else f"{load.main.title}: {value}"
     note = f"  (disturbed: {found.disturbed:.0%})" if found.disturbed > DISTURBED else ""
     print(f"round {found.round}  {load.name:<10}  {server.title:<20}  {text}{note}", flush=True)
@@ -83,7 +83,7 @@ def _write(folder: Path, document: dict[str, Any], page: str) -> None:
 
 
 def _allow_files() -> None:
-    """Raise the limit of open files, which the servers inherit; few machines allow enough."""
+    """Raise the limit of open files, which the servers inherit: the default is too low."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < OPEN_FILES:
         print(f"bench: the limit of open files is {most}, some loads need {OPEN_FILES}")
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = _prepare(servers)
     present = [server for server in servers if server.name not in absent]
     facts = machine.facts()
-    measurements = Rounds(generator, options.rounds, _say).all(loads, present)
+    measurements = Rounds(generator, options.rounds, _print_result).all(loads, present)
     judged = verdicts(measurements)
     page = report.markdown(facts, measurements, judged, loads, servers, absent)
     print(f"\n{page}")
@@ -128,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time-out stops the servers too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a timeout stops the servers, too
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell has it; servers and clients are stopped by then
+        sys.exit(130)  # the status that a shell uses; servers and clients are stopped by then

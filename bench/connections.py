@@ -1,4 +1,4 @@
-"""What a connection costs that says nothing: memory of the process and of the kernel, and CPU.
+"""The cost of an idle connection: memory of the process and of the kernel, and CPU time.
 
 usage: python -m bench.connections    writes bench/results/connections.json and .md
 """
@@ -24,18 +24,18 @@ WARM_CLIENTS = 300
 AT_ONCE, THREADS = 100, 32
 SERVER_CORE, CLIENT_CORE = 0, 1
 KERNEL = ("TCP", "TCPv6", "sock_inode_cache", "dentry", "filp", "lsm_inode_cache", "lsm_file_cache")
-WATCH = "eventpoll_epi"  # the server's only: these clients wait for none in that way
+WATCH = "eventpoll_epi"  # of the server only: these clients use no epoll
 REQUEST = (
     b"GET / HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 CLOSE = bytes((0x88, 0x82, 0, 0, 0, 0, 0x03, 0xE9))  # masked with zeros: 1001
 
-Figures = dict[str, float | None]
+Costs = dict[str, float | None]
 
 
 def _slab() -> dict[str, int] | None:
-    """Bytes in each of the kernel's caches; None where only root may know."""
+    """Return the bytes in each of the kernel's caches; None where only root may read them."""
     try:
         lines = Path("/proc/slabinfo").read_text().splitlines()[2:]
     except OSError:
@@ -44,7 +44,7 @@ def _slab() -> dict[str, int] | None:
 
 
 def _kernel_bytes(before: dict[str, int] | None, after: dict[str, int] | None) -> float | None:
-    """What one end of a connection takes; on loopback there are both."""
+    """Return the memory of one end of a connection; on loopback there are both."""
     if before is None or after is None:
         return None
     grown = {name: after.get(name, 0) - before.get(name, 0) for name in (*KERNEL, WATCH)}
@@ -52,7 +52,7 @@ def _kernel_bytes(before: dict[str, int] | None, after: dict[str, int] | None) -
     return (sum(grown.values()) / 2 + watch) / CLIENTS
 
 
-def _ask(port: int, context: ssl.SSLContext | None) -> socket.socket:
+def _request_upgrade(port: int, context: ssl.SSLContext | None) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", port))
     if context is not None:
         client = context.wrap_socket(client)
@@ -60,33 +60,35 @@ def _ask(port: int, context: ssl.SSLContext | None) -> socket.socket:
     return client
 
 
-def _come(
+def _connect_all(
     server: Running, count: int, status: int = 101, context: ssl.SSLContext | None = None
 ) -> list[socket.socket]:
-    """Let clients come, some at a time; these have all asked before one looks at its answer."""
-    come: list[socket.socket] = []
+    """Connect clients in groups; all of a group send their request before an answer is read."""
+    connected: list[socket.socket] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        while len(come) < count:
-            asking = list(pool.map(lambda _: _ask(server.port, context), range(AT_ONCE)))
-            for client in asking:
+        while len(connected) < count:
+            requested = list(
+                pool.map(lambda _: _request_upgrade(server.port, context), range(AT_ONCE))
+            )
+            for client in requested:
                 head = client.recv(4096)
                 if not head.startswith(f"HTTP/1.1 {status}".encode()):
                     raise FailedError(f"answered {head[:12]!r}")
-            come += asking
-    return come
+            connected += requested
+    return connected
 
 
-def _go(clients: list[socket.socket]) -> None:
+def _close_all(clients: list[socket.socket]) -> None:
     for client in clients:
         client.close()
 
 
-def _cost(server: Running, context: ssl.SSLContext | None) -> Figures:
-    """Let clients come, stay and be sent away."""
-    _go(_come(server, WARM_CLIENTS, context=context))
+def _cost(server: Running, context: ssl.SSLContext | None) -> Costs:
+    """Measure clients that connect, stay, and are closed by a drain."""
+    _close_all(_connect_all(server, WARM_CLIENTS, context=context))
     server.settle()
     memory, slab, cpu_s = server.private_bytes(), _slab(), server.cpu_s()
-    clients = _come(server, CLIENTS, context=context)
+    clients = _connect_all(server, CLIENTS, context=context)
     server.settle()
     return {
         "handshake_cpu_s": (server.cpu_s() - cpu_s) / CLIENTS,
@@ -97,48 +99,48 @@ def _cost(server: Running, context: ssl.SSLContext | None) -> Figures:
 
 
 def _drain_cpu_s(server: Running, clients: list[socket.socket]) -> float:
-    """Stop the relay; every client answers its close."""
+    """Stop the relay; every client answers its close frame. Return the CPU time."""
     before_s = server.cpu_s() + _ended_cpu_s()
     server.process.send_signal(signal.SIGTERM)
     for client in clients:
         client.recv(4096)
         client.sendall(CLOSE)
     server.process.wait()
-    _go(clients)
+    _close_all(clients)
     return _ended_cpu_s() - before_s
 
 
 def _ended_cpu_s() -> float:
-    """CPU time of all processes that were started here and have ended."""
+    """Return the CPU time of all processes that were started here and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def _refusal(server: Running) -> Figures:
-    """Let clients come that are refused, and see them off."""
-    with closing(_ask(server.port, None)):
-        _go(_come(server, WARM_CLIENTS, 503))
+def _refusal(server: Running) -> Costs:
+    """Measure clients that are refused."""
+    with closing(_request_upgrade(server.port, None)):
+        _close_all(_connect_all(server, WARM_CLIENTS, 503))
         server.settle()
         cpu_s = server.cpu_s()
-        _go(_come(server, CLIENTS, 503))
+        _close_all(_connect_all(server, CLIENTS, 503))
         server.settle()
         return {"refusal_cpu_s": (server.cpu_s() - cpu_s) / CLIENTS}
 
 
-def measure() -> dict[str, Figures]:
+def measure() -> dict[str, Costs]:
     """Measure ws and wss and refusals, one after another."""
-    nobody = ("RELAY__LIMITS__MAX_CONNECTIONS", "1")
-    found: dict[str, Figures] = {}
+    only_one = ("RELAY__LIMITS__MAX_CONNECTIONS", "1")
+    found: dict[str, Costs] = {}
     with started(RELAY, SERVER_CORE) as server:
         found["ws"] = _cost(server, None)
     with with_tls(RELAY) as (relay, context), started(relay, SERVER_CORE) as server:
         found["wss"] = _cost(server, context)
-    with started(replace(RELAY, environment=(*RELAY.environment, nobody)), SERVER_CORE) as server:
+    with started(replace(RELAY, environment=(*RELAY.environment, only_one)), SERVER_CORE) as server:
         found["ws"] |= _refusal(server)
     return found
 
 
-def _page(facts: dict[str, object], found: dict[str, Figures]) -> str:
+def _page(facts: dict[str, object], found: dict[str, Costs]) -> str:
     titles = {
         "process_bytes": ("memory of the process", "KB", 1 / 1024),
         "kernel_bytes": ("memory of the kernel, its end only", "KB", 1 / 1024),

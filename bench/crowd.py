@@ -1,8 +1,8 @@
-"""Clients that lose their replica and come back, in steps of simulated time. Measures nothing.
+"""Clients that lose their replica and reconnect, in steps of simulated time. Measures nothing.
 
-Every client is there: it waits as examples/client.html does, asks a replica that a balancer picked,
-queues, is let in, refused or given up. Of a replica only its core is: it makes one handshake after
-another. Knows no scenario by name and no file.
+Every client is simulated: it waits as examples/client.html does, connects to a replica that a
+balancer chooses, queues, and is admitted, refused or timed out. Of a replica only its core is
+simulated, which does one handshake after another. Knows no scenario by name and no file.
 """
 
 import random
@@ -17,23 +17,23 @@ from websocket_relay.token_bucket import TokenBucket
 
 STEPS_PER_S = 100
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # examples/client.html
-RATE_EPOCH_S = 10.0  # a Rate wants a clock that is past its burst
+RATE_EPOCH_S = 10.0  # a TokenBucket needs a clock that is later than its burst
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Who is there before anything happens.
+    """The fleet before the event.
 
     Attributes:
         clients: evenly spread over the replicas.
         replicas: how many.
-        handshakes_per_s: what one replica can do, with nothing else to do.
-        refusals_per_s: likewise of answers with 503, and of handshakes that are given up.
+        handshakes_per_s: capacity of one replica without other work.
+        refusals_per_s: the same for answers with 503, and for handshakes that time out.
         max_handshakes_per_s: the relay's limit; 0 for none.
-        spread_s: over this time a replica that stops closes its clients.
-        retry_window_s: at random within it they are told to come back.
-        handshake_timeout_s: the relay ends a handshake that is not done by then.
-        to_emptiest: the balancer picks the replica with the fewest clients; else any, at random.
+        spread_s: a replica that stops closes its clients over this time.
+        retry_window_s: upper bound of their random `retry_ms`.
+        handshake_timeout_s: after it the relay ends an unfinished handshake.
+        to_emptiest: the balancer chooses the replica with the fewest clients; else a random one.
     """
 
     clients: int
@@ -49,20 +49,20 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it. Times in seconds.
+    """The outcome of an event. Times in seconds.
 
     Attributes:
-        returns: how often a client came back.
-        attempts: handshakes asked for.
-        refused, given_up, unreached: attempts that were answered 503, that were not done in time,
-            that met a replica which is not there.
-        peak_per_s: the most asked of all replicas together in a second.
-        peak_of_one_per_s: the most asked of one replica in a second.
-        longest_queue_s: what the last in the longest queue had before it.
+        returns: reconnections of all clients.
+        attempts: handshakes that were requested.
+        refused, given_up, unreached: attempts that were answered with 503, that timed out, that
+            were sent to a replica that is gone.
+        peak_per_s: most requests to all replicas together in a second.
+        peak_of_one_per_s: most requests to one replica in a second.
+        longest_queue_s: the wait of the last client in the longest queue.
         away_s: how long clients were away: the median, the 99th percentile and the longest.
         loads: clients of each replica afterwards.
-        asked, let_in, away: handshakes asked for and done in each second, and clients that were
-            away at its end.
+        asked, let_in, away: handshakes requested and completed in each second, and clients that
+            were away at its end.
     """
 
     returns: int
@@ -81,7 +81,7 @@ class Outcome:
 
 
 class Replica:
-    """A core that makes handshakes in the order in which they were asked for."""
+    """A core that does handshakes in the order of the requests."""
 
     __slots__ = ("asked", "clients", "free_at", "is_gone", "is_refusing", "rate", "second", "size")
 
@@ -89,14 +89,14 @@ class Replica:
         limit = max_handshakes_per_s
         self.rate = TokenBucket(limit, limit) if limit else None
         self.clients: list[int] = []
-        self.size = 0  # clients, and those who ask to be
+        self.size = 0  # clients, and pending handshakes
         self.free_at = 0.0
         self.is_gone = False
         self.is_refusing = False
-        self.second = self.asked = 0  # how many have asked in this second
+        self.second = self.asked = 0  # requests in this second
 
-    def note_asked(self, second: int) -> int:
-        """Count one more; return how many it is in this second."""
+    def count_asked(self, second: int) -> int:
+        """Count a request; return the number in this second."""
         if second != self.second:
             self.second, self.asked = second, 0
         self.asked += 1
@@ -104,11 +104,11 @@ class Replica:
 
 
 class Crowd:
-    """All clients and all replicas. Something happens to them once.
+    """All clients and all replicas. Use an instance for one event.
 
     Args:
-        fleet: who is there.
-        seed: the same one gives the same outcome.
+        fleet: the fleet before the event.
+        seed: the same seed has the same outcome.
     """
 
     def __init__(self, fleet: Fleet, seed: int = 1) -> None:
@@ -119,17 +119,17 @@ class Crowd:
             self._replicas[client % fleet.replicas].clients.append(client)
         for replica in self._replicas:
             replica.size = len(replica.clients)
-        self._open = list(self._replicas)  # that the balancer takes to be there
+        self._open = list(self._replicas)  # that the balancer considers available
         self._step = 0
-        self._acts: dict[int, list[Callable[[], None]]] = {}
-        self._asks: dict[int, list[int]] = {}
-        self._answers: dict[int, list[tuple[int, Replica]]] = {}
-        self._failures = bytearray(fleet.clients)  # one after another, as the page counts them
+        self._actions: dict[int, list[Callable[[], None]]] = {}
+        self._attempts_at: dict[int, list[int]] = {}
+        self._finished_at: dict[int, list[tuple[int, Replica]]] = {}
+        self._failures = bytearray(fleet.clients)  # consecutive, as the page counts them
         self._lost_at = array("d", bytes(8 * fleet.clients))
         self._away_s = array("d")
         self._lost: Counter[int] = Counter()  # by the second, like the next two
         self._asked: Counter[int] = Counter()
-        self._let_in: Counter[int] = Counter()
+        self._admitted: Counter[int] = Counter()
         self._refused = self._given_up = self._unreached = self._peak_of_one = 0
         self._longest_queue_s = 0.0
 
@@ -137,10 +137,10 @@ class Crowd:
         """Replace every replica: a new one first, then the old one drains.
 
         Args:
-            at_once: so many at a time.
-            pace_s: from one time to the next. A Deployment waits until the new ones are ready, and
-                not until the old ones have gone.
-            unaware_s: so long the balancer goes on sending clients to one that refuses them.
+            at_once: number of replicas that are replaced at a time.
+            pace_s: time between two replacements. A Deployment waits until the new replicas are
+                ready, not until the old ones have ended.
+            unaware_s: time in which the balancer still sends clients to a replica that refuses.
         """
         for number, old in enumerate(self._replicas[:]):
             stop_s = number // at_once * pace_s
@@ -152,13 +152,13 @@ class Crowd:
         """Cut off the clients of some replicas all at once.
 
         Args:
-            gone: replicas that fall away, and do not come back.
-            cut: replicas whose clients lose their connections, those that fall away included.
-            unaware_s: so long the balancer goes on sending clients to what is not there.
+            gone: replicas that are lost for good.
+            cut: replicas whose clients lose their connections, the lost ones included.
+            unaware_s: time in which the balancer still sends clients to lost replicas.
         """
         for replica in self._replicas[:cut]:
             for client in replica.clients:
-                self._leave(client, 0.0, self._back_off_s(client))
+                self._disconnect(client, 0.0, self._backoff_s(client))
             replica.clients, replica.size = [], 0
         for replica in self._replicas[:gone]:
             replica.is_gone = True
@@ -166,23 +166,23 @@ class Crowd:
         self._replicas = self._replicas[gone:]
         return self._run()
 
-    def _when(self, due_s: float, act: Callable[[], None]) -> None:
-        self._acts.setdefault(round(due_s * STEPS_PER_S), []).append(act)
+    def _when(self, due_s: float, action: Callable[[], None]) -> None:
+        self._actions.setdefault(round(due_s * STEPS_PER_S), []).append(action)
 
     def _run(self) -> Outcome:
-        while self._acts or self._asks or self._answers:
+        while self._actions or self._attempts_at or self._finished_at:
             now_s = self._step / STEPS_PER_S
-            for act in self._acts.pop(self._step, ()):
-                act()
-            for client, replica in self._answers.pop(self._step, ()):
-                self._answer(client, replica, now_s)
-            for client in self._asks.pop(self._step, ()):
-                self._ask(client, now_s)
+            for action in self._actions.pop(self._step, ()):
+                action()
+            for client, replica in self._finished_at.pop(self._step, ()):
+                self._finish(client, replica, now_s)
+            for client in self._attempts_at.pop(self._step, ()):
+                self._connect(client, now_s)
             self._step += 1
         return self._outcome()
 
     def _replace(self, old: Replica) -> None:
-        """Let one go as service/websocket_relay/server/drain.py does."""
+        """Drain a replica as service/websocket_relay/server/drain.py does."""
         new = Replica(self._fleet.max_handshakes_per_s)
         self._replicas[self._replicas.index(old)] = new
         self._open.append(new)
@@ -191,37 +191,39 @@ class Crowd:
         self._random.shuffle(old.clients)
         for number, client in enumerate(old.clients):
             retry_s = self._random.uniform(0, self._fleet.retry_window_s)
-            self._leave(client, now_s + spread_s * number / len(old.clients), retry_s)
+            self._disconnect(client, now_s + spread_s * number / len(old.clients), retry_s)
 
-    def _leave(self, client: int, closed_s: float, wait_s: float) -> None:
+    def _disconnect(self, client: int, closed_s: float, wait_s: float) -> None:
         self._lost_at[client] = closed_s
         self._lost[int(closed_s)] += 1
-        self._ask_at(client, closed_s + wait_s)
+        self._connect_at(client, closed_s + wait_s)
 
-    def _ask_at(self, client: int, due_s: float) -> None:
-        self._asks.setdefault(max(round(due_s * STEPS_PER_S), self._step + 1), []).append(client)
+    def _connect_at(self, client: int, due_s: float) -> None:
+        self._attempts_at.setdefault(max(round(due_s * STEPS_PER_S), self._step + 1), []).append(
+            client
+        )
 
-    def _back_off_s(self, client: int) -> float:
+    def _backoff_s(self, client: int) -> float:
         most_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** self._failures[client])
         return most_s / 2 + self._random.random() * most_s / 2
 
     def _fail(self, client: int, replica: Replica, now_s: float) -> None:
         replica.size -= 1
-        wait_s = self._back_off_s(client)
+        wait_s = self._backoff_s(client)
         self._failures[client] = min(self._failures[client] + 1, 10)
-        self._ask_at(client, now_s + wait_s)
+        self._connect_at(client, now_s + wait_s)
 
     def _pick(self) -> Replica:
         if self._fleet.to_emptiest:
             return min(self._open, key=lambda replica: replica.size)
         return self._open[int(self._random.random() * len(self._open))]
 
-    def _ask(self, client: int, now_s: float) -> None:
-        """Join a replica's queue. How long that takes is known at once: nobody overtakes."""
+    def _connect(self, client: int, now_s: float) -> None:
+        """Join a replica's queue, which keeps its order: so the wait is known in advance."""
         replica, fleet = self._pick(), self._fleet
         replica.size += 1
         self._asked[int(now_s)] += 1
-        self._peak_of_one = max(self._peak_of_one, replica.note_asked(int(now_s)))
+        self._peak_of_one = max(self._peak_of_one, replica.count_asked(int(now_s)))
         if replica.is_gone:
             self._unreached += 1
             self._fail(client, replica, now_s)
@@ -241,26 +243,26 @@ class Crowd:
         else:
             replica.free_at = done_s
             step = max(round(done_s * STEPS_PER_S), self._step + 1)
-            self._answers.setdefault(step, []).append((client, replica))
+            self._finished_at.setdefault(step, []).append((client, replica))
 
     def _admits(self, replica: Replica, now_s: float) -> bool:
         return replica.rate is None or replica.rate.take(now_s + RATE_EPOCH_S)
 
-    def _answer(self, client: int, replica: Replica, now_s: float) -> None:
-        if replica.is_refusing:  # it began to while the client waited
+    def _finish(self, client: int, replica: Replica, now_s: float) -> None:
+        if replica.is_refusing:  # since the client queued
             self._refused += 1
             self._fail(client, replica, now_s)
             return
         replica.clients.append(client)
         self._failures[client] = 0
         self._away_s.append(now_s - self._lost_at[client])
-        self._let_in[int(now_s)] += 1
+        self._admitted[int(now_s)] += 1
 
     def _outcome(self) -> Outcome:
-        seconds = range(max(self._let_in) + 1)
+        seconds = range(max(self._admitted) + 1)
         away, timeline = 0, []
         for second in seconds:
-            away += self._lost[second] - self._let_in[second]
+            away += self._lost[second] - self._admitted[second]
             timeline.append(away)
         away_s = sorted(self._away_s)
         return Outcome(
@@ -275,7 +277,7 @@ class Crowd:
             away_s=(_quantile(away_s, 0.5), _quantile(away_s, 0.99), away_s[-1]),
             loads=tuple(len(replica.clients) for replica in self._replicas),
             asked=tuple(self._asked[second] for second in seconds),
-            let_in=tuple(self._let_in[second] for second in seconds),
+            let_in=tuple(self._admitted[second] for second in seconds),
             away=tuple(timeline),
         )
 

@@ -2,8 +2,8 @@
 
 usage: python -m bench.ends log|bare URL
 
-Takes commands as lines of JSON on standard input, and answers each with one. Knows no measurement
-and no relay: a log is held as `websocket_relay.app` holds it, with nobody on the other side.
+Reads commands as lines of JSON from standard input, and answers each with one. Knows no measurement
+and no relay: the log is built as `websocket_relay.app` builds it, without clients.
 """
 
 import asyncio
@@ -28,53 +28,53 @@ from websocket_relay.wire.flow_control import HighWaterMark
 MESSAGE_BYTES = 128
 STAMP = struct.Struct("<q")
 PAUSE_S = 1 / 600
-UNDER_WAY_BYTES = 4 << 20  # of a writer that goes as fast as it can
+IN_FLIGHT_BYTES = 4 << 20  # of a writer that appends as fast as it can
 AT_ONCE = 100  # messages of one turn of its loop, as a relay with 100 busy clients has
-MADE_S = 0.1  # for each way, when packing alone is measured
+CODEC_S = 0.1  # for each direction, when packing alone is measured
 LOG, STREAM = "ends", "bare"  # neither is the relays' own
 
-Figures = dict[str, Any]
-Heard = Callable[[bytes], None]
+Values = dict[str, Any]
 
 
 class Latencies:
-    """From the stamp in a message to its coming."""
+    """The times from the stamp in a message to its delivery."""
 
     def __init__(self) -> None:
-        self._took_ns: list[int] = []
+        self._latencies_ns: list[int] = []
 
-    def note(self, payload: bytes) -> None:
-        self._took_ns.append(time.monotonic_ns() - STAMP.unpack_from(payload)[0])
+    def record(self, payload: bytes) -> None:
+        self._latencies_ns.append(time.monotonic_ns() - STAMP.unpack_from(payload)[0])
 
-    def taken(self) -> Figures:
-        """Give the quantiles, in seconds, and begin anew."""
-        took, self._took_ns = sorted(self._took_ns), []
+    def take_quantiles(self) -> Values:
+        """Return the quantiles, in seconds, and start again."""
+        latencies_ns, self._latencies_ns = sorted(self._latencies_ns), []
+        count = len(latencies_ns)
         names = (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-        quantiles = {name: took[int(len(took) * share)] / 1e9 for name, share in names if took}
-        return {"samples": len(took), **quantiles}
+        quantiles = {name: latencies_ns[int(count * share)] / 1e9 for name, share in names if count}
+        return {"samples": count, **quantiles}
 
 
 def stamped() -> bytes:
-    """Return a message that says when it was made."""
+    """Return a message that contains the time at which it was made."""
     return STAMP.pack(time.monotonic_ns()).ljust(MESSAGE_BYTES, b".")
 
 
-class Speaker:
-    """Whoever publishes: is held while too much waits to be appended."""
+class FloodPublisher:
+    """The publisher of this end: it is paused while too many bytes wait to be appended."""
 
     def __init__(self) -> None:
-        self.may_speak = asyncio.Event()
-        self.may_speak.set()
+        self.may_publish = asyncio.Event()
+        self.may_publish.set()
 
     def pause_reading(self) -> None:
-        self.may_speak.clear()
+        self.may_publish.clear()
 
     def resume_reading(self) -> None:
-        self.may_speak.set()
+        self.may_publish.set()
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        """Give up: a message that is not relayed makes all figures worthless."""
-        sys.exit("the log took a message not")
+        """Exit: a message that is not relayed invalidates the measurement."""
+        sys.exit("a message was not appended to the log")
 
 
 class Log:
@@ -83,12 +83,12 @@ class Log:
     def __init__(self, url: str) -> None:
         history = Settings().history
         self.latencies = Latencies()
-        self._gate = HighWaterMark(UNDER_WAY_BYTES)
-        self._speaker = Speaker()
-        self._mine = STAMP.pack(time.monotonic_ns())  # what its own messages begin with in a flood
-        self._said = self._own = self._heard = 0
-        self._came = asyncio.Event()
-        self._take: Callable[[LogEntry], None] = self._stamped
+        self._pending = HighWaterMark(IN_FLIGHT_BYTES)
+        self._publisher = FloodPublisher()
+        self._prefix = STAMP.pack(time.monotonic_ns())  # of its own messages in a flood
+        self._published = self._own_delivered = self._delivered = 0
+        self._has_progress = asyncio.Event()
+        self._on_entry: Callable[[LogEntry], None] = self._record_latency
         self.backplane = open_backplane(
             url,
             LOG,
@@ -96,7 +96,7 @@ class Log:
             max_message_bytes=1 << 20,
             history_bytes=history.max_bytes,
             history_age_s=history.max_age_s,
-            pending=self._gate,
+            pending=self._pending,
             describe=lambda: b"",
             observe_append=lambda _: None,
             observe_lag=lambda _: None,
@@ -104,76 +104,81 @@ class Log:
         self.backplane.consume(self._deliver, lambda _: None)
 
     def _deliver(self, entry: LogEntry) -> None:
-        self._take(entry)
+        self._on_entry(entry)
 
-    async def say(self, payload: bytes) -> None:
-        self.backplane.append("default", 1, payload, self._speaker)
+    async def publish(self, payload: bytes) -> None:
+        self.backplane.append("default", 1, payload, self._publisher)
 
-    async def together(self, count: int, seconds: float) -> Figures:
-        """Append so many messages in one go, again and again, each time when the last have come."""
-        self._take, self._heard = self._counted, 0
+    async def together(self, count: int, seconds: float) -> Values:
+        """Append messages in one go, repeatedly: again when all of them are delivered."""
+        self._on_entry, self._delivered = self._count, 0
         payload, turns = b"." * MESSAGE_BYTES, 0
         started, cpu = time.perf_counter(), time.process_time()
         while time.perf_counter() < started + seconds:
             turns += 1
             for _ in range(count):
-                self.backplane.append("default", 1, payload, self._speaker)
-            while self._heard < turns * count:
-                self._came.clear()
-                await self._came.wait()
+                self.backplane.append("default", 1, payload, self._publisher)
+            while self._delivered < turns * count:
+                self._has_progress.clear()
+                await self._has_progress.wait()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - started
         return {"turns": turns, "cpu_seconds": cpu, "seconds": wall}
 
-    async def flood(self, start: float, end: float, speaks: bool) -> Figures:
+    async def flood(self, start: float, end: float, publishes: bool) -> Values:
         """Append as fast as is delivered between two times of the monotonic clock, and count."""
-        self._take, self._heard, self._said, self._own = self._owned, 0, 0, 0
-        payload = self._mine.ljust(MESSAGE_BYTES, b".")
+        self._on_entry = self._count_own
+        self._delivered = self._published = self._own_delivered = 0
+        payload = self._prefix.ljust(MESSAGE_BYTES, b".")
         await asyncio.sleep(start - time.monotonic())
         began, cpu = time.monotonic(), time.process_time()
         while time.monotonic() < end:
-            if speaks:
-                await self._speak(payload)
+            if publishes:
+                await self._publish_some(payload)
             else:
                 await asyncio.sleep(0.01)
-        cpu, heard, ended = time.process_time() - cpu, self._heard, time.monotonic()
+        cpu, delivered, ended = time.process_time() - cpu, self._delivered, time.monotonic()
         return {
-            "said": self._said,
-            "heard_per_s": heard / (ended - began),
+            "published": self._published,
+            "delivered_per_s": delivered / (ended - began),
             "cpu_share": cpu / (ended - began),
         }
 
-    async def _speak(self, payload: bytes) -> None:
-        await self._speaker.may_speak.wait()
+    async def _publish_some(self, payload: bytes) -> None:
+        await self._publisher.may_publish.wait()
         for _ in range(AT_ONCE):
-            self.backplane.append("default", 1, payload, self._speaker)
-        self._said += AT_ONCE
-        if self._gate.is_exceeded:
-            self._gate.pause_publisher(self._speaker)
+            self.backplane.append("default", 1, payload, self._publisher)
+        self._published += AT_ONCE
+        if self._pending.is_exceeded:
+            self._pending.pause_publisher(self._publisher)
         await asyncio.sleep(0)
-        while (self._said - self._own) * MESSAGE_BYTES > UNDER_WAY_BYTES:
-            self._came.clear()
-            await self._came.wait()
+        while (self._published - self._own_delivered) * MESSAGE_BYTES > IN_FLIGHT_BYTES:
+            self._has_progress.clear()
+            await self._has_progress.wait()
 
-    async def heard(self) -> Figures:
-        """Say how much of a flood has come, in all."""
-        books = self.backplane.counters
-        return {"heard": self._heard, "lost": books.lost, "duplicates": books.duplicates}
+    async def delivered(self) -> Values:
+        """Return how much of a flood has been delivered in all."""
+        counters = self.backplane.counters
+        return {
+            "delivered": self._delivered,
+            "lost": counters.lost,
+            "duplicates": counters.duplicates,
+        }
 
-    def _stamped(self, entry: LogEntry) -> None:
-        self.latencies.note(entry.payload)
+    def _record_latency(self, entry: LogEntry) -> None:
+        self.latencies.record(entry.payload)
 
-    def _counted(self, entry: LogEntry) -> None:
-        self._heard += 1
-        self._came.set()
+    def _count(self, entry: LogEntry) -> None:
+        self._delivered += 1
+        self._has_progress.set()
 
-    def _owned(self, entry: LogEntry) -> None:
-        self._heard += 1
-        if entry.payload.startswith(self._mine):
-            self._own += 1
-            self._came.set()
+    def _count_own(self, entry: LogEntry) -> None:
+        self._delivered += 1
+        if entry.payload.startswith(self._prefix):
+            self._own_delivered += 1
+            self._has_progress.set()
 
-    async def made(self, count: int) -> Figures:
-        """Give the CPU seconds of packing and unpacking one packet of so many messages."""
+    async def codec(self, count: int) -> Values:
+        """Return the CPU seconds of packing and unpacking one packet of so many messages."""
         payloads = [b"." * MESSAGE_BYTES for _ in range(count)]
         packet = Packet(1, 1, ["default"] * count, b"\x01" * count, payloads)
         data = pack(packet)
@@ -182,17 +187,17 @@ class Log:
 
 def _cpu_of(act: Callable[[], object]) -> float:
     started, times = time.process_time(), 0
-    while time.process_time() < started + MADE_S:
+    while time.process_time() < started + CODEC_S:
         act()
         times += 1
     return (time.process_time() - started) / times
 
 
 class Bare:
-    """A broker's own client, used as its documentation has it."""
+    """A broker's own client, used as its documentation describes."""
 
-    def __init__(self, say: Callable[[bytes], Awaitable[object]], latencies: Latencies) -> None:
-        self.say = say
+    def __init__(self, publish: Callable[[bytes], Awaitable[object]], latencies: Latencies) -> None:
+        self.publish = publish
         self.latencies = latencies
 
 
@@ -218,7 +223,7 @@ async def _redis(url: str) -> AsyncIterator[Bare]:
             for _, entries in found or ():
                 for identity, fields in entries:
                     last = identity
-                    latencies.note(fields[b"d"])
+                    latencies.record(fields[b"d"])
 
     task = asyncio.create_task(read())
     yield Bare(lambda payload: writer.xadd(STREAM, {"d": payload}), latencies)
@@ -232,33 +237,38 @@ async def _nats(url: str) -> AsyncIterator[Bare]:
     writer, reader = await nats.connect(url, tls=None), await nats.connect(url, tls=None)
     latencies = Latencies()
 
-    async def take(message: Any) -> None:
-        latencies.note(message.data)
+    async def on_message(message: Any) -> None:
+        latencies.record(message.data)
 
     await writer.jetstream().add_stream(StreamConfig(name=STREAM, subjects=[STREAM]))
-    await reader.jetstream().subscribe(STREAM, cb=take, ordered_consumer=True)
+    await reader.jetstream().subscribe(STREAM, cb=on_message, ordered_consumer=True)
     stream = writer.jetstream()
     yield Bare(lambda payload: stream.publish(STREAM, payload), latencies)
     await writer.close()
     await reader.close()
 
 
-async def _steadily(end: Log | Bare, count: int) -> Figures:
-    """Say so much, each a while after the other."""
+async def _steadily(end: Log | Bare, count: int) -> Values:
+    """Publish messages one after another, with a pause before each."""
     for _ in range(count):
         await asyncio.sleep(PAUSE_S)
-        await end.say(stamped())
+        await end.publish(stamped())
     return {}
 
 
-async def _obey(end: Log | Bare, name: str, arguments: Sequence[Any]) -> Figures:
+async def _execute(end: Log | Bare, name: str, arguments: Sequence[Any]) -> Values:
     if name == "steadily":
         return await _steadily(end, *arguments)
     if name == "latencies":
-        return end.latencies.taken()
+        return end.latencies.take_quantiles()
     assert isinstance(end, Log)
-    commands = {"together": end.together, "flood": end.flood, "heard": end.heard, "made": end.made}
-    found: Figures = await commands[name](*arguments)  # type: ignore[operator]
+    commands = {
+        "together": end.together,
+        "flood": end.flood,
+        "delivered": end.delivered,
+        "codec": end.codec,
+    }
+    found: Values = await commands[name](*arguments)  # type: ignore[operator]
     return found
 
 
@@ -271,7 +281,7 @@ async def _serve(how: str, url: str) -> None:
         print("{}", flush=True)
         while line := await lines.readline():
             name, *arguments = json.loads(line)
-            print(json.dumps(await _obey(end, name, arguments)), flush=True)
+            print(json.dumps(await _execute(end, name, arguments)), flush=True)
 
 
 if __name__ == "__main__":

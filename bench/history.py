@@ -1,4 +1,4 @@
-"""Measure what the history adds to the way of a message, at its bounds and below them.
+"""Measure what the history adds to the cost of a message, at its bounds and below them.
 
 usage: python -m bench.history [--before COMMIT]    writes bench/results/history.json and .md
 
@@ -39,7 +39,7 @@ Nanoseconds = dict[str, list[float]]
 
 
 def _entries(channels: int) -> list[LogEntry]:
-    """Return messages, each in a channel by chance."""
+    """Return messages, each in a random channel."""
     chance = random.Random(1)
     names = [f"channel-{number}" for number in range(channels)]
     numbers = range(MESSAGES + MESSAGES // 2)
@@ -63,7 +63,7 @@ def _cost_ns(module: ModuleType, entries: Sequence[LogEntry], bounds: tuple[int,
         add(entry)
     measured = entries[MESSAGES // 2 :]
     gc.collect()
-    gc.freeze()  # what is said here is none of the collector's business
+    gc.freeze()  # these messages are not the collector's work
     started = time.process_time()
     for entry in measured:
         add(entry)
@@ -82,7 +82,7 @@ def _history_of(commit: str) -> ModuleType:
 
 
 def measure(modules: dict[str, ModuleType]) -> dict[str, dict[str, Nanoseconds]]:
-    """Measure all modules by turns: by bounds, by channels, by module, each round."""
+    """Measure all modules in turns: by bounds, by channels, by module, each round."""
     found: dict[str, dict[str, Nanoseconds]] = {}
     for title, bounds in BOUNDS.items():
         for channels in CHANNELS:

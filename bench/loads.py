@@ -1,6 +1,6 @@
-"""The loads: what the load generator does to a running server, and the figures that come of it.
+"""The loads: what the load generator does to a running server, and the values that it measures.
 
-Knows of servers only the names of those that a load is for.
+Knows only the names of the servers that a load is for.
 """
 
 import json
@@ -17,14 +17,14 @@ from typing import Any
 from bench import prepare
 from bench.servers import SERVERS, FailedError, Running
 
-Figures = dict[str, Any]
+Values = dict[str, Any]
 
 IDLE_CLIENTS = 5000
 ARRIVING_CLIENTS = 3000
 WARM_CLIENTS = 200
 FEED_BYTES = 1024
-CHECKS_TURN_S = 0.6  # short, and many: a twentieth is to be told apart where the machine's own
-CHECKS_ROUNDS = 40  # speed wanders by more than that within seconds
+CHECKS_TURN_S = 0.6  # short, and many: a twentieth has to be detected on a machine whose own speed
+CHECKS_ROUNDS = 40  # varies by more than that within seconds
 SETTLE_S = 2.0
 ANSWER_TIMEOUT_S = 240.0
 LAG_METRIC = "websocket_event_loop_lag_seconds_bucket"
@@ -73,26 +73,26 @@ class Generator:
 
     def run(
         self, mode: str, *servers: Running, beside: Sequence[int] = (), **options: object
-    ) -> Figures:
-        """Run it to its end."""
+    ) -> Values:
+        """Run it to its end, and return its result."""
         with self.started(mode, *servers, beside=beside, **options) as process:
             return result(process)
 
     def seconds(self, full: float) -> float:
-        """A duration of the full run, shortened where a quick one is wanted."""
+        """Return a duration of the full run, scaled."""
         return max(1.0, full * self.scale)
 
 
-def result(process: subprocess.Popen[str]) -> Figures:
-    """Close its standard input, which ends a load that holds, and read what it found."""
+def result(process: subprocess.Popen[str]) -> Values:
+    """Close its standard input, which ends a load that waits for it, and read the result."""
     try:
         output, errors = process.communicate(timeout=ANSWER_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise FailedError("the load generator did not end") from error
     if process.returncode:
         raise FailedError(errors.strip() or f"load generator: exit status {process.returncode}")
-    figures: Figures = json.loads(output.strip().splitlines()[-1])
-    return figures
+    values: Values = json.loads(output.strip().splitlines()[-1])
+    return values
 
 
 def _wait_open(process: subprocess.Popen[str]) -> None:
@@ -101,7 +101,7 @@ def _wait_open(process: subprocess.Popen[str]) -> None:
         raise FailedError(f"the clients did not connect: {result(process)}")
 
 
-def _fanout(generator: Generator, server: Running) -> Figures:
+def _fanout(generator: Generator, server: Running) -> Values:
     return generator.run(
         "closed",
         server,
@@ -113,7 +113,7 @@ def _fanout(generator: Generator, server: Running) -> Figures:
     )
 
 
-def _single(generator: Generator, server: Running) -> Figures:
+def _single(generator: Generator, server: Running) -> Values:
     return generator.run(
         "closed",
         server,
@@ -125,7 +125,7 @@ def _single(generator: Generator, server: Running) -> Figures:
     )
 
 
-def _steady(generator: Generator, server: Running) -> Figures:
+def _steady(generator: Generator, server: Running) -> Values:
     return generator.run(
         "open",
         server,
@@ -137,7 +137,7 @@ def _steady(generator: Generator, server: Running) -> Figures:
     )
 
 
-def _checks(generator: Generator, server: Running) -> Figures:
+def _checks(generator: Generator, server: Running) -> Values:
     return generator.run(
         "closed",
         server,
@@ -149,7 +149,7 @@ def _checks(generator: Generator, server: Running) -> Figures:
     )
 
 
-def _checks_single(generator: Generator, server: Running) -> Figures:
+def _checks_single(generator: Generator, server: Running) -> Values:
     return generator.run(
         "closed",
         server,
@@ -161,8 +161,8 @@ def _checks_single(generator: Generator, server: Running) -> Figures:
     )
 
 
-def _compression(generator: Generator, server: Running) -> Figures:
-    figures = generator.run(
+def _compression(generator: Generator, server: Running) -> Values:
+    values = generator.run(
         "closed",
         server,
         listeners=400,
@@ -174,13 +174,13 @@ def _compression(generator: Generator, server: Running) -> Figures:
         warmup=1,
         duration=generator.seconds(2),
     )
-    compressed = figures["received"] if server.server.deflates else 0
-    if figures["deflated"] != compressed:
-        raise FailedError(f"{figures['deflated']} messages compressed, expected {compressed}")
-    return figures | {"bytes_per_delivery": figures["bytes"] / max(1, figures["received"])}
+    compressed = values["received"] if server.server.deflates else 0
+    if values["deflated"] != compressed:
+        raise FailedError(f"{values['deflated']} messages compressed, expected {compressed}")
+    return values | {"bytes_per_delivery": values["bytes"] / max(1, values["received"])}
 
 
-def _idle(generator: Generator, server: Running) -> Figures:
+def _idle(generator: Generator, server: Running) -> Values:
     generator.run("idle", server, clients=WARM_CLIENTS, hold=0)
     time.sleep(SETTLE_S / 2)
     before = server.private_bytes()
@@ -188,21 +188,21 @@ def _idle(generator: Generator, server: Running) -> Figures:
         _wait_open(process)
         time.sleep(SETTLE_S)
         after = server.private_bytes()
-        figures = result(process)
-    return figures | {
+        values = result(process)
+    return values | {
         "private_bytes_before": before,
         "private_bytes_after": after,
         "bytes_per_connection": (after - before) / IDLE_CLIENTS,
     }
 
 
-def _handshakes(generator: Generator, server: Running) -> Figures:
+def _handshakes(generator: Generator, server: Running) -> Values:
     return generator.run(
         "handshakes", server, clients=ARRIVING_CLIENTS, warmup=WARM_CLIENTS, hold=0
     )
 
 
-def _stall(generator: Generator, server: Running) -> Figures:
+def _stall(generator: Generator, server: Running) -> Values:
     window_s = generator.seconds(7)
     with generator.started(
         "open",
@@ -218,12 +218,12 @@ def _stall(generator: Generator, server: Running) -> Figures:
         lag_before = _lag_buckets(server)
         probed = generator.run("probe", server, rate=1000, duration=window_s)
         lag_after = _lag_buckets(server)
-        figures = result(messages) | {"pong": probed["pong"], "probe": probed}
+        values = result(messages) | {"pong": probed["pong"], "probe": probed}
     if probed["unanswered"]:
         raise FailedError(f"{probed['unanswered']} of {probed['pings']} pings were not answered")
     if lag_before and lag_after:
-        figures["loop_lag"] = _lag(lag_before, lag_after)
-    return figures
+        values["loop_lag"] = _lag(lag_before, lag_after)
+    return values
 
 
 def _lag_buckets(server: Running) -> dict[float, float]:
@@ -242,8 +242,8 @@ def _lag_buckets(server: Running) -> dict[float, float]:
     return buckets
 
 
-def _lag(before: dict[float, float], after: dict[float, float]) -> Figures:
-    """Give the edges of the buckets that hold the quantiles of what was added between."""
+def _lag(before: dict[float, float], after: dict[float, float]) -> Values:
+    """Return the upper edges of the buckets with the quantiles of the observations in between."""
     added = {edge: after[edge] - before.get(edge, 0.0) for edge in sorted(after)}
     total = added.get(math.inf, 0.0)
     edges = {
@@ -256,7 +256,7 @@ def _lag(before: dict[float, float], after: dict[float, float]) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of a load's result: where it stands, how it is printed, which way is better."""
+    """One number of a load's result: its path, how it is printed, which way is better."""
 
     path: str  # keys, with dots between
     title: str
@@ -264,8 +264,8 @@ class Figure:
     factor: float = 1.0
     more_is_better: bool = False
 
-    def value(self, result: Figures) -> float | None:
-        """Take it from a result, in its unit; None where a server has no such figure."""
+    def value(self, result: Values) -> float | None:
+        """Take it from a result, in its unit; None where a server does not have it."""
         at: Any = result
         for key in self.path.split("."):
             at = at.get(key) if isinstance(at, dict) else None
@@ -277,11 +277,11 @@ ALL_BUT_VARIANTS = tuple(server.name for server in SERVERS if not server.variant
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: what is done, the figure that counts, and others beside it."""
+    """One load: what is done, the figure that is judged, and others beside it."""
 
     name: str
     title: str
-    run: Callable[[Generator, Running], Figures]
+    run: Callable[[Generator, Running], Values]
     main: Figure
     others: tuple[Figure, ...] = ()
     messages: bool = True  # it sends messages, so loss is counted
@@ -327,8 +327,8 @@ LOADS = (
         _idle,
         Figure("bytes_per_connection", "memory per idle connection", "KB", 1 / 1024),
         messages=False,
-        rounds=1,  # memory is not noisy, and a second time would find what the first one left
-        servers=tuple(name for name in ALL_BUT_VARIANTS if name != "floor"),  # it keeps nothing
+        rounds=1,  # memory is not noisy, and a second round would include what the first one left
+        servers=tuple(name for name in ALL_BUT_VARIANTS if name != "floor"),  # it keeps no state
     ),
     Load(
         "handshakes",

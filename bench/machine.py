@@ -1,4 +1,4 @@
-"""What a result needs beside its figures: the machine, the versions, the commit."""
+"""The facts of a result beside its values: the machine, the versions, the commit."""
 
 import os
 import platform
@@ -75,13 +75,13 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit and whether the tree differs from it; results written before do not count."""
+    """Return the commit, and whether the tree differs from it, apart from results."""
     changes = _output("git", "status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
     return {"commit": _output("git", "rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 def facts() -> dict[str, Any]:
-    """Collect them all."""
+    """Return all facts."""
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {

@@ -72,7 +72,7 @@ def _read(client: socket.socket, size: int) -> None:
 
 
 def unread(connect: Connect, count: int, channels: int) -> Iterator[socket.socket]:
-    """Publish 1 MiB to a channel of one's own, and read all of it but the last 160 KB."""
+    """Publish 1 MiB to a channel of each client, and read all of it but the last 160 KB."""
     wire = _frame(bytes(MIB))
     for number in range(count):
         client = connect(f"/channels/c{number % channels}", "")
@@ -114,12 +114,12 @@ def _counted(running: Running) -> dict[str, int]:
 
 
 def _row(when: str, rss_bytes: int, counted: dict[str, int] | None) -> list[str]:
-    said = [str(counted[name]) for name in GAUGES] if counted else ["" for _ in GAUGES]
-    return [when, f"{rss_bytes / MIB:,.0f} MiB", *said]
+    cells = [str(counted[name]) for name in GAUGES] if counted else ["" for _ in GAUGES]
+    return [when, f"{rss_bytes / MIB:,.0f} MiB", *cells]
 
 
 def _settled(running: Running, expected: int) -> None:
-    """Wait until all was heard, or nothing moves any more."""
+    """Wait until all messages are relayed, or the relay is idle."""
     until = time.monotonic() + TIMEOUT_S
     while time.monotonic() < until and _counted(running)["messages"] < expected:
         time.sleep(0.1)
@@ -127,7 +127,7 @@ def _settled(running: Running, expected: int) -> None:
 
 
 def measure(running: Running, attack: str, count: int, channels: int, connect: Connect) -> None:
-    """Run one attack and print what the relay's process had before, at most, and at the end."""
+    """Run one attack; print the memory of the relay before, at most, and at the end."""
     rows = [["", "RSS", *GAUGES], _row("before", _rss(running), _counted(running))]
     Path(f"/proc/{running.pid}/clear_refs").write_text("5")
     clients = list(ATTACKS[attack](connect, count, channels))

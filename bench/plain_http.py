@@ -1,8 +1,8 @@
 """Measure what plain HTTP requests cost the subscribers: how late messages are meanwhile.
 
 A client publishes a message every 10 ms, by schedule, and receives it back; another process holds
-keep-alive connections that each send the next request when they have the answer. Knows no relay but
-as a process, so several checkouts can be compared in one run:
+keep-alive connections that each send the next request when they have the answer. Knows the relay
+only as a process, so several checkouts can be compared in one run:
 
     python -m bench.plain_http --checkout before=../old --checkout after=.
 """
@@ -86,7 +86,7 @@ class Requester(asyncio.Protocol):
 
 
 async def _request_without_end(port: int, path: str, count: int) -> None:
-    """Hold `count` connections; print how many answers there were when SIGTERM comes."""
+    """Keep `count` connections open; print the number of answers when SIGTERM arrives."""
     request = f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
     loop, answers, stopped = asyncio.get_running_loop(), [0], asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
@@ -147,7 +147,7 @@ def _requests(port: int, path: str, count: int) -> Iterator[list[int]]:
 
 
 async def _delays_s(client: ClientConnection, seconds: float) -> list[float]:
-    """Publish by schedule; return how long after its time each message was received."""
+    """Publish by schedule; return the delay of each message after its scheduled time."""
     delays: list[float] = []
     started = time.perf_counter()
     due = [started + number * INTERVAL_S for number in range(int(seconds / INTERVAL_S))]
@@ -195,7 +195,7 @@ async def _measured(ports: dict[str, int], load: str, seconds: float) -> dict[st
 
 
 async def _probe_among_slow_heads(ports: dict[str, int], count: int = 1_000) -> dict[str, float]:
-    """Begin requests on the metrics port, never end them, and ask for a probe's answer."""
+    """Begin requests on the metrics port, never end them, and time the answer to a probe."""
     heads = []
     try:
         for _ in range(count):
@@ -240,9 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkouts = dict(options.checkout or [_named(str(HERE.parent))])
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for _ in range(options.rounds):
-        for name, load, figures in _round(checkouts, options.seconds):
-            print(f"{name:10} {load:10}", {key: round(value, 1) for key, value in figures.items()})
-            found.setdefault(load, {}).setdefault(name, []).append(figures)
+        for name, load, values in _round(checkouts, options.seconds):
+            print(f"{name:10} {load:10}", {key: round(value, 1) for key, value in values.items()})
+            found.setdefault(load, {}).setdefault(name, []).append(values)
     medians = {
         load: {
             name: {

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-not-found"
 """The result as a picture: a panel for each load, a line for each server. Measures nothing.
 
-usage: python -m bench.plot RESULT.json PICTURE.png    draws a written result anew
+usage: python -m bench.plot RESULT.json PICTURE.png    draws a stored result
 """
 
 import json
@@ -29,8 +29,8 @@ OURS = "#0b7a75"
 THEIRS = "#aab6c2"
 FLOOR = "#d5dce3"
 BOUND = "#c2410c"
-FEWEST_ROWS = 5  # fewer servers leave room below, for their bars shall not look heavier
-ROOM = 1.25  # beyond the longest bar, for its label
+FEWEST_ROWS = 5  # with fewer servers the space below stays empty: bars keep their height
+LABEL_SPACE = 1.25  # of the axis, as a factor of the longest bar
 
 Medians = dict[str, float]
 
@@ -41,7 +41,7 @@ def _medians(measurements: list[Measurement], load: Load, figure: Figure) -> Med
 
 
 def _bound(load: Load, shown: Medians) -> float | None:
-    """Where the strictest of a load's targets lies on its axis."""
+    """Return where the strictest of a load's targets is on its axis."""
     edges = [
         target.bound * (shown[target.rival] if target.rival else 1.0)
         for target in TARGETS
@@ -76,7 +76,7 @@ def _bars(axes: Any, load: Load, shown: Medians, bound: float | None) -> None:
     for row, (name, value) in enumerate(shown.items()):
         axes.barh(row, value, height=0.62, color=_colour(name), zorder=2)
         _label(axes, name, value, row, load.main.unit, value)
-    axes.set_xlim(0, max(*shown.values(), bound or 0) * ROOM)
+    axes.set_xlim(0, max(*shown.values(), bound or 0) * LABEL_SPACE)
     axes.set_xticks([])
 
 
@@ -91,7 +91,7 @@ def _ranges(axes: Any, load: Load, shown: Medians, ends: tuple[Medians, Medians]
         _label(axes, name, high[name], row, load.main.unit, value)
     least, most = min(low.values()), max(high.values())
     axes.set_xscale("log")
-    axes.set_xlim(least * 0.7, most * (most / least) ** (ROOM - 1))
+    axes.set_xlim(least * 0.7, most * (most / least) ** (LABEL_SPACE - 1))
     axes.xaxis.set_major_locator(LogLocator(numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} {load.main.unit}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -116,7 +116,7 @@ def _draw_bound(axes: Any, bound: float, more_is_better: bool) -> None:
 def _heading(axes: Any, load: Load) -> None:
     better = "more is better" if load.main.more_is_better else "less is better"
     if load.spread:
-        better += "; from the median to the worst, the dot and the figure are the p99"
+        better += "; from the median to the worst, the dot and the number are the p99"
     heading(axes, load.main.title, load.title, better, left=-124)
 
 
@@ -168,7 +168,7 @@ def _panel(axes: Any, load: Load, measurements: list[Measurement]) -> None:
 
 
 def source(facts: dict[str, Any]) -> str:
-    """Say on which machine and from what a result is."""
+    """Return the line with the machine and the commit of a result."""
     machine = facts["machine"]
     commit = (facts["commit"] or "not committed")[:12] + (" with changes" if facts["dirty"] else "")
     return (
@@ -198,9 +198,11 @@ def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> 
 
 
 def redraw(draw: Callable[[Path, dict[str, Any], list[Measurement]], None]) -> None:
-    """Draw a written result anew: the command line names it, and then the picture."""
+    """Draw a stored result: the command line has its file and that of the picture."""
     result = json.loads(Path(sys.argv[1]).read_text())
-    draw(Path(sys.argv[2]), result, [Measurement(**each) for each in result["measurements"]])
+    draw(
+        Path(sys.argv[2]), result, [Measurement.from_json(each) for each in result["measurements"]]
+    )
 
 
 if __name__ == "__main__":

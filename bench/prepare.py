@@ -18,7 +18,7 @@ BUILD_TIMEOUT_S = 600
 
 
 class AbsentError(Exception):
-    """Something that is not on this machine; the message says what and why."""
+    """A part is not available on this machine; the message has its name and the reason."""
 
 
 def _run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
@@ -33,8 +33,8 @@ def _run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | No
     )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it failed"]
-        said = next((line for line in lines if "fatal error" in line), lines[-1])
-        raise AbsentError(f"{Path(str(command[0])).name}: {said}")
+        message = next((line for line in lines if "fatal error" in line), lines[-1])
+        raise AbsentError(f"{Path(str(command[0])).name}: {message}")
 
 
 def _tool(name: str) -> str:
@@ -64,12 +64,12 @@ def loadgen() -> None:
 
 
 def floor() -> None:
-    """Compile the floor."""
+    """Compile `floor`."""
     _compile(RIVALS / "floor.c", FLOOR)
 
 
 def uwebsockets() -> None:
-    """See that socketify can be imported."""
+    """Check that socketify can be imported."""
     if find_spec("socketify") is None:
         raise AbsentError("socketify has no build for this machine")
 

@@ -1,4 +1,4 @@
-"""The command: measures several relays on one broker, with real ones that it starts itself.
+"""The command: measures several relays on one broker, with real brokers that it starts.
 
 usage: python -m bench.replicas [--scale S] [--only A,B] [--output DIR]
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench import machine, prepare, replicas_report, report
-from bench.loads import Figures, Generator
+from bench.loads import Generator, Values
 from bench.servers import RELAY, ROOT, FailedError, Running, started
 from bench.targets import DISTURBED, Measurement
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
@@ -33,13 +33,13 @@ BROKERS = ("redis", "nats")
 BOTH_CORES = "0,1"
 SERVER_CORE, CLIENT_CORE = 0, 1
 READY_TIMEOUT_S = 20.0
-COME_TIMEOUT_S = 10.0
-START_DELAY_S = 0.3  # until all ends of a flood have heard when it begins
+DELIVERY_TIMEOUT_S = 10.0
+START_DELAY_S = 0.3  # until all ends of a flood have received its start time
 MOST_TRIES = 3
 REPEATS = 30  # in one run
 
 TOGETHER = (1, 10, 100, 900)  # messages of one packet; 900 of them are nearly a full one
-FLOODS = {  # who writes, and who only reads what the others write
+FLOODS = {  # whether each end writes, or only reads
     "1 writes": (True,),
     "1 writes, 1 listens": (True, False),
     "2 write": (True, True),
@@ -66,7 +66,7 @@ class End:
 
     @property
     def pid(self) -> int:
-        """Which process it is."""
+        """The process id."""
         return self._process.pid
 
     def __enter__(self) -> Self:
@@ -82,24 +82,24 @@ class End:
             self._process.kill()
             self._process.wait()
 
-    def tell(self, *command: Any) -> None:
-        """Give a command; `answer` is to follow."""
+    def send(self, *command: Any) -> None:
+        """Send a command; a call of `answer` has to follow."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> Figures:
-        """Wait for what came of it."""
+    def answer(self) -> Values:
+        """Wait for the result."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise FailedError(f"an end died with exit status {self._process.wait()}")
-        figures: Figures = json.loads(line)
-        return figures
+        values: Values = json.loads(line)
+        return values
 
-    def ask(self, *command: Any) -> Figures:
-        """Give a command, and wait for what came of it."""
-        self.tell(*command)
+    def ask(self, *command: Any) -> Values:
+        """Send a command, and wait for the result."""
+        self.send(*command)
         return self.answer()
 
 
@@ -109,17 +109,17 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Watch:
-    """See what other programs take of the machine while some processes are measured."""
+    """Measure the CPU time of other programs while some processes are measured."""
 
     def __init__(self, *pids: int) -> None:
         self._pids = pids
         self._before = self._read()
 
     def foreign(self, besides_s: float = 0.0) -> float:
-        """Give the share of all cores' time that went to nobody who is measured.
+        """Return the share of all cores' time that no measured process used.
 
         Args:
-            besides_s: CPU time of processes that have come and gone.
+            besides_s: CPU time of measured processes that have ended.
         """
         wall, busy, own = (b - a for a, b in zip(self._before, self._read(), strict=True))
         return max(0.0, busy - own - besides_s) / wall / len(os.sched_getaffinity(0))
@@ -133,10 +133,10 @@ class Watch:
 
 @contextmanager
 def broker_of(kind: str, core: int | None = None) -> Iterator[Broker]:
-    """Start a broker with its persistence as it is run: on the disk every second, or so.
+    """Start a broker with persistence as in production: written to disk about every second.
 
     Args:
-        core: the only one it may use.
+        core: the only core that it may use.
     """
     programs, make = {"redis": (ANY_REDIS, RedisBroker), "nats": ((NATS,), NatsBroker)}[kind]
     program = find(*programs)
@@ -181,22 +181,22 @@ def _is_ready(running: Running) -> bool:
 
 @dataclass(slots=True)
 class Bench:
-    """What is measured, and what was found."""
+    """The measurements of a run, and their results."""
 
     scale: float
     found: list[Measurement] = field(default_factory=list)
     repeats_left: int = REPEATS
 
     def seconds(self, full: float) -> float:
-        """A duration of the full run, or less where a quick one is wanted."""
+        """Return a duration of the full run, scaled."""
         return max(0.3, full * self.scale)
 
     def rounds(self, full: int) -> range:
-        """The numbers of so many rounds, or fewer."""
+        """Return the numbers of so many rounds, scaled."""
         return range(1, 1 + max(1, round(full * self.scale)))
 
-    def note(self, what: str, who: str, number: int, measure: Callable[[], Figures]) -> None:
-        """Measure, and again where something else took the cores; the calmest try counts."""
+    def record(self, what: str, who: str, number: int, measure: Callable[[], Values]) -> None:
+        """Measure, and repeat while other programs use the cores; the calmest try counts."""
         best: Measurement | None = None
         for tries in range(1, MOST_TRIES + 1):
             try:
@@ -215,7 +215,7 @@ class Bench:
     # What a packet costs
 
     def cost(self) -> None:
-        """Append together, wait until it has come: the CPU time of replica and broker."""
+        """Append messages together, wait for their delivery: CPU time of replica and broker."""
         for kind in BROKERS:
             with broker_of(kind) as broker, End("log", broker.url) as end:
                 self._together(kind, end, broker.pid)
@@ -226,19 +226,19 @@ class Bench:
         end.ask("together", 1, 0.2)
         for count in TOGETHER:
             measure = partial(self._packet, end, broker, count)
-            self.note("cost", f"{kind}: {count} together", 1, measure)
+            self.record("cost", f"{kind}: {count} together", 1, measure)
 
-    def _packet(self, end: End, broker: int | None, count: int) -> Figures:
+    def _packet(self, end: End, broker: int | None, count: int) -> Values:
         before = cpu_seconds(broker) if broker else 0.0
-        figures = end.ask("together", count, self.seconds(1))
+        values = end.ask("together", count, self.seconds(1))
         after = cpu_seconds(broker) if broker else 0.0
-        turns = figures["turns"]
+        turns = values["turns"]
         return {
             "messages": count,
-            "replica": figures["cpu_seconds"] / turns,
+            "replica": values["cpu_seconds"] / turns,
             "broker": (after - before) / turns,
-            "there_and_back": figures["seconds"] / turns,
-            **end.ask("made", count),
+            "there_and_back": values["seconds"] / turns,
+            **end.ask("codec", count),
         }
 
     # How long it takes
@@ -257,7 +257,7 @@ class Bench:
                     stack.enter_context(relay_on(url, f"{kind}_{i}", BOTH_CORES)) for i in range(2)
                 ]
                 alone = [stack.enter_context(relay_on("memory://", "memory", BOTH_CORES))]
-                ways: dict[str, Callable[[], Figures]] = {
+                ways: dict[str, Callable[[], Values]] = {
                     "bare": partial(self._across, broker.pid, *ends["bare"]),
                     "log": partial(self._across, broker.pid, *ends["log"]),
                     "clients": partial(self._clients, broker.pid, relays),
@@ -265,22 +265,22 @@ class Bench:
                 }
                 for number in self.rounds(9):
                     for how in ways if number % 2 else reversed(ways):
-                        self.note("latency", f"{kind}: {how}", number, ways[how])
+                        self.record("latency", f"{kind}: {how}", number, ways[how])
 
-    def _across(self, broker: int, writer: End, reader: End) -> Figures:
+    def _across(self, broker: int, writer: End, reader: End) -> Values:
         count = int(500 * min(1.0, self.scale))
         watch = Watch(broker, writer.pid, reader.pid)
         writer.ask("steadily", count)
         time.sleep(0.05)
         writer.ask("latencies")
-        figures = reader.ask("latencies")
-        lost = count - figures["samples"]
-        return {**figures, "lost": lost, "server_core_foreign": watch.foreign()}
+        values = reader.ask("latencies")
+        lost = count - values["samples"]
+        return {**values, "lost": lost, "server_core_foreign": watch.foreign()}
 
-    def _clients(self, broker: int, relays: Sequence[Running]) -> Figures:
+    def _clients(self, broker: int, relays: Sequence[Running]) -> Values:
         watch = Watch(broker, *(relay.pid for relay in relays))
         generator = Generator(BOTH_CORES, -1, self.scale)
-        figures = generator.run(
+        values = generator.run(
             "open",
             *relays,
             listeners=1,
@@ -291,26 +291,26 @@ class Bench:
             warmup=0.1,
             duration=self.seconds(0.8),
         )
-        foreign = watch.foreign(figures["client_cpu_seconds"])
-        return {**figures["latency"], **figures, "server_core_foreign": foreign}
+        foreign = watch.foreign(values["client_cpu_seconds"])
+        return {**values["latency"], **values, "server_core_foreign": foreign}
 
     # How much goes through
 
     def throughput(self) -> None:
-        """As much as two cores carry: broker, writers and readers on both of them."""
+        """As many messages as two cores carry: broker, writers and readers on both of them."""
         for kind in BROKERS:
-            for name, speaks in FLOODS.items():
+            for name, publishes in FLOODS.items():
                 with broker_of(kind) as broker, ExitStack() as stack:
-                    ends = [stack.enter_context(End("log", broker.url)) for _ in speaks]
+                    ends = [stack.enter_context(End("log", broker.url)) for _ in publishes]
                     for number in self.rounds(3):
-                        measure = partial(self._flood, broker.pid, ends, speaks)
-                        self.note("throughput", f"{kind}: {name}", number, measure)
+                        measure = partial(self._flood, broker.pid, ends, publishes)
+                        self.record("throughput", f"{kind}: {name}", number, measure)
 
-    def _flood(self, broker: int, ends: Sequence[End], speaks: Sequence[bool]) -> Figures:
+    def _flood(self, broker: int, ends: Sequence[End], publishes: Sequence[bool]) -> Values:
         start = time.monotonic() + START_DELAY_S
         stop = start + self.seconds(2)
-        for end, speaking in zip(ends, speaks, strict=True):
-            end.tell("flood", start, stop, speaking)
+        for end, publishing in zip(ends, publishes, strict=True):
+            end.send("flood", start, stop, publishing)
         time.sleep(max(0.0, start - time.monotonic()))
         before, since = cpu_seconds(broker), time.monotonic()
         watch = Watch(broker, *(end.pid for end in ends))
@@ -318,15 +318,15 @@ class Bench:
         foreign = watch.foreign()
         share = (cpu_seconds(broker) - before) / (time.monotonic() - since)
         answers = [end.answer() for end in ends]
-        said = sum(each["said"] for each in answers)
-        come = _when_all_came(ends, said)
+        published = sum(each["published"] for each in answers)
+        delivered = _await_delivery(ends, published)
         return {
-            "messages_per_s": min(each["heard_per_s"] for each in answers),
+            "messages_per_s": min(each["delivered_per_s"] for each in answers),
             "cpu_shares": [each["cpu_share"] for each in answers],
             "broker_share": share,
             "server_core_foreign": foreign,
-            "lost": sum(max(0, said - each["heard"]) for each in come),
-            "duplicated": sum(max(0, each["heard"] - said) for each in come),
+            "lost": sum(max(0, published - each["delivered"]) for each in delivered),
+            "duplicated": sum(max(0, each["delivered"] - published) for each in delivered),
         }
 
     # What a replica's clients get
@@ -339,7 +339,7 @@ class Bench:
                 for kind in relays if number % 2 else reversed(relays):
                     for load, clients in LOADS.items():
                         measure = partial(self._closed, *relays[kind], *clients)
-                        self.note(load, kind, number, measure)
+                        self.record(load, kind, number, measure)
 
     def several(self) -> None:
         """One, two and four relays on a broker, 500 clients each; all on one core."""
@@ -349,7 +349,7 @@ class Bench:
                     relays = self._relays(stack, kind, count)
                     for number in self.rounds(3):
                         measure = partial(self._closed, *relays, *LOADS["fanout"])
-                        self.note("several", f"{kind}: {count}", number, measure)
+                        self.record("several", f"{kind}: {count}", number, measure)
 
     def _relays(
         self, stack: ExitStack, kind: str, count: int
@@ -372,8 +372,8 @@ class Bench:
         clients: int,
         publishers: int,
         in_flight: int,
-    ) -> Figures:
-        figures = Generator(CLIENT_CORE, SERVER_CORE, self.scale).run(
+    ) -> Values:
+        values = Generator(CLIENT_CORE, SERVER_CORE, self.scale).run(
             "closed",
             *relays,
             beside=beside,
@@ -385,34 +385,34 @@ class Bench:
         )
         for relay in relays:
             relay.settle()
-        of_relays = figures["cpu_seconds"][: len(relays)]
-        return figures | {
+        of_relays = values["cpu_seconds"][: len(relays)]
+        return values | {
             "relay_cpu_seconds": of_relays,
-            "broker_cpu_seconds": sum(figures["cpu_seconds"][len(relays) :]),
-            "deliveries_per_relay_cpu_s": figures["deliveries"] / sum(of_relays),
+            "broker_cpu_seconds": sum(values["cpu_seconds"][len(relays) :]),
+            "deliveries_per_relay_cpu_s": values["deliveries"] / sum(of_relays),
         }
 
 
-def _when_all_came(ends: Sequence[End], said: int) -> list[Figures]:
-    """Wait until a flood has come to all ends, or does not any more."""
-    deadline = time.monotonic() + COME_TIMEOUT_S
+def _await_delivery(ends: Sequence[End], published: int) -> list[Values]:
+    """Wait until a flood is delivered to all ends, or until a timeout."""
+    deadline = time.monotonic() + DELIVERY_TIMEOUT_S
     while True:
-        come = [end.ask("heard") for end in ends]
-        if all(each["heard"] >= said for each in come) or time.monotonic() > deadline:
-            return come
+        delivered = [end.ask("delivered") for end in ends]
+        if all(each["delivered"] >= published for each in delivered) or time.monotonic() > deadline:
+            return delivered
         time.sleep(0.05)
 
 
 def _brief(found: Measurement) -> str:
-    """The figure that counts, for whoever watches."""
-    figures = found.figures
+    """Return the main value, for the terminal."""
+    values = found.values
     shown = {
-        "cost": lambda: f"{figures['replica'] * 1e6:.0f} us of the replica's CPU time",
-        "latency": lambda: f"p50 {figures['p50'] * 1e6:.0f} us, p99 {figures['p99'] * 1e6:.0f} us",
-        "throughput": lambda: f"{figures['messages_per_s']:,.0f} messages/s",
+        "cost": lambda: f"{values['replica'] * 1e6:.0f} us of the replica's CPU time",
+        "latency": lambda: f"p50 {values['p50'] * 1e6:.0f} us, p99 {values['p99'] * 1e6:.0f} us",
+        "throughput": lambda: f"{values['messages_per_s']:,.0f} messages/s",
     }
     per_cpu = "deliveries_per_relay_cpu_s"
-    text = shown.get(found.load, lambda: f"{figures[per_cpu] / 1e6:.2f} M/CPU-s")()
+    text = shown.get(found.load, lambda: f"{values[per_cpu] / 1e6:.2f} M/CPU-s")()
     note = f"  (disturbed: {found.disturbed:.0%})" if found.disturbed > DISTURBED else ""
     return text + note
 
@@ -478,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document = {
         **facts,
         "targets": [asdict(each) for each in replicas_report.verdicts(bench.found)],
-        "measurements": [asdict(each) for each in bench.found],
+        "measurements": [each.to_json() for each in bench.found],
     }
     (folder / "replicas.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "replicas.md").write_text(page)

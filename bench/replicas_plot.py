@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-not-found"
-"""What `bench.replicas` found, as a picture. Measures nothing.
+"""The result of `bench.replicas` as a picture. Measures nothing.
 
-usage: python -m bench.replicas_plot RESULT.json PICTURE.png    draws a written result anew
+usage: python -m bench.replicas_plot RESULT.json PICTURE.png    draws a stored result
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,19 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from bench.plot import BOUND, FLOOR, GRID, INK, OURS, ROOM, SOFT, THEIRS, heading, redraw, source
+from bench.plot import (
+    BOUND,
+    FLOOR,
+    GRID,
+    INK,
+    LABEL_SPACE,
+    OURS,
+    SOFT,
+    THEIRS,
+    heading,
+    redraw,
+    source,
+)
 from bench.replicas_report import (
     BROKERS,
     LEAST_OF_MEMORY,
@@ -41,7 +53,9 @@ Bar = tuple[str, float | None, str, bool]  # name, value, colour, whether it cou
 _heading = partial(heading, left=-132)
 
 
-def _bars(axes: Any, groups: Sequence[Sequence[Bar]], unit: str, room: float = ROOM) -> list[float]:
+def _bars(
+    axes: Any, groups: Sequence[Sequence[Bar]], unit: str, label_space: float = LABEL_SPACE
+) -> list[float]:
     """Draw groups of bars, a gap between two; return where each group ends."""
     row, ends, rows, names = 0.0, [], [], []
     longest = max((bar[1] or 0 for group in groups for bar in group), default=0) or 1
@@ -69,7 +83,7 @@ def _bars(axes: Any, groups: Sequence[Sequence[Bar]], unit: str, room: float = R
     for label, (_, weight) in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight(weight)
     axes.set_ylim(row - 0.95, -0.6)
-    axes.set_xlim(0, longest * room)
+    axes.set_xlim(0, longest * label_space)
     axes.set_xticks([])
     _frame(axes)
     return ends
@@ -181,7 +195,7 @@ def _cost(axes: Any, found: Found) -> None:
     lines: list[Any] = []
     for kind in (*BROKERS, "memory"):
         rows = [
-            each.figures
+            each.values
             for each in found
             if each.load == "cost" and each.server.startswith(f"{kind}:") and not each.error
         ]
@@ -213,13 +227,13 @@ def _cost(axes: Any, found: Found) -> None:
 
 
 def _shares(axes: Any, found: Found) -> None:
-    """Who used the two cores at the most that went through."""
+    """Draw the use of the two cores at the highest throughput."""
     rows = list(floods(found).items())
-    for row, (name, figures) in enumerate(rows):
+    for row, (name, values) in enumerate(rows):
         kind = name.partition(":")[0]
         at = 0.0
-        parts = [(share, COLOURS[kind]) for share in figures["cpu_shares"]]
-        for share, colour in (*parts, (figures["broker_share"], PALE[kind])):
+        parts = [(share, COLOURS[kind]) for share in values["cpu_shares"]]
+        for share, colour in (*parts, (values["broker_share"], PALE[kind])):
             axes.barh(row, share, left=at, height=0.62, color=colour, ec="white", lw=1.2, zorder=2)
             if share > 0.12:
                 axes.text(
@@ -244,9 +258,9 @@ def _shares(axes: Any, found: Found) -> None:
     axes.tick_params(axis="x", labelcolor=SOFT, labelsize=8.5)
     _heading(
         axes,
-        "Who used the cores meanwhile",
+        "Use of the cores at that throughput",
         "The same runs as above: replicas, and in pale the broker",
-        "What is missing to 2 was spent by other programs, or waiting",
+        "The rest up to 2 was used by other programs, or idle",
     )
 
 
@@ -290,7 +304,7 @@ def _several(axes: Any, found: Found) -> None:
         axes,
         "Deliveries per CPU-second, with more relays",
         "500 clients each; all relays and their broker share one core here",
-        "More is better; level bars: with a core for each, as many times the deliveries",
+        "More is better; equal bars: with a core for each relay, deliveries multiply",
     )
 
 

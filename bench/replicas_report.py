@@ -1,4 +1,4 @@
-"""What `bench.replicas` found, held against its targets and put into words. Measures nothing."""
+"""The result of `bench.replicas` as text, compared with its targets. Measures nothing."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -18,20 +18,20 @@ Take = Callable[[dict[str, Any]], float]
 
 
 def per_round(found: Sequence[Measurement], what: str, who: str, take: Take) -> dict[int, float]:
-    """Give a figure by round, the disturbed rounds only where there are no others."""
+    """Return a value by round; disturbed rounds only where there are no others."""
     worked = [each for each in found if (each.load, each.server) == (what, who) and not each.error]
     calm = [each for each in worked if each.disturbed <= DISTURBED] or worked
-    return {each.round: take(each.figures) for each in calm}
+    return {each.round: take(each.values) for each in calm}
 
 
 def middle(found: Sequence[Measurement], what: str, who: str, take: Take) -> float | None:
-    """Give a figure's median over the rounds, None where there is none."""
+    """Return the median of a value over the rounds; None without one."""
     values = per_round(found, what, who, take).values()
     return median(values) if values else None
 
 
 def floods(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
-    """Give for each flood the figures of the round in the middle, the disturbed ones left out."""
+    """Return the values of the median round of each flood, without disturbed rounds."""
     names = dict.fromkeys(each.server for each in found if each.load == "throughput")
     chosen = {}
     for name in names:
@@ -39,7 +39,7 @@ def floods(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
         if rounds:
             typical = sorted(rounds, key=rounds.__getitem__)[len(rounds) // 2]
             chosen[name] = next(
-                each.figures
+                each.values
                 for each in found
                 if (each.load, each.server, each.round) == ("throughput", name, typical)
             )
@@ -47,8 +47,8 @@ def floods(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
 
 
 def key(name: str, factor: float = 1.0) -> Take:
-    """Return what takes a figure of that name, in a unit."""
-    return lambda figures: float(figures[name]) * factor
+    """Return a function that takes the value of that name, in a unit."""
+    return lambda values: float(values[name]) * factor
 
 
 P50, P99 = key("p50", 1e6), key("p99", 1e6)
@@ -57,12 +57,12 @@ PER_CPU_S = key("deliveries_per_relay_cpu_s", 1e-6)
 
 
 def ratios(over: dict[int, float], under: dict[int, float]) -> list[float]:
-    """Divide within each round: what slowed the machine then slowed both."""
+    """Divide within each round: what slowed the machine down in it slowed down both."""
     return [over[number] / under[number] for number in sorted(over.keys() & under.keys())]
 
 
 def of_memory(found: Sequence[Measurement], load: str, kind: str) -> list[float]:
-    """Give what a relay with a broker does for its CPU time, as a part of one without, by round."""
+    """Return deliveries per CPU time with a broker as a share of those without, by round."""
     with_broker = per_round(found, load, kind, PER_CPU_S)
     return ratios(with_broker, per_round(found, load, "memory", PER_CPU_S))
 
@@ -109,9 +109,9 @@ def _of_broker(found: Sequence[Measurement], kind: str) -> list[Verdict | None]:
 
 
 def verdicts(found: Sequence[Measurement]) -> list[Verdict]:
-    """Hold the run against every target that it can speak of."""
+    """Judge the run by every target for which it has values."""
     judged = [each for kind in BROKERS for each in _of_broker(found, kind)]
-    faults = float(sum(each.figures.get(name, 0) for each in found for name in FAULTS))
+    faults = float(sum(each.values.get(name, 0) for each in found for name in FAULTS))
     complete = all(each.error is None for each in found)
     text = "all messages: none lost, duplicated, damaged, one order on all relays: faults = 0"
     judged.append(Verdict(text, faults, (), "", complete and not faults))
@@ -131,9 +131,9 @@ def _cost(found: Sequence[Measurement]) -> list[str]:
     rows = [["", *heading]]
     for each in found:
         if each.load == "cost" and not each.error:
-            figures = [each.figures[name] * 1e6 for name in names]
-            per_message = figures[0] / each.figures["messages"]
-            rows.append([each.server, *_cells(*figures, per_message)])
+            values = [each.values[name] * 1e6 for name in names]
+            per_message = values[0] / each.values["messages"]
+            rows.append([each.server, *_cells(*values, per_message)])
     text = "One replica appends so many messages of 128 bytes together, waits for them, and again."
     return ["## cost: what a packet takes", "", text, "", *_right(rows), ""]
 
@@ -151,29 +151,29 @@ def _latency(found: Sequence[Measurement]) -> list[str]:
     for kind, title in BROKERS.items():
         for how, way in WAYS.items():
             who = f"{kind}: {how}"
-            figures = [middle(found, "latency", who, take) for take in (P50, P99)]
-            rows.append([f"{title}, {way}", *_cells(*figures)])
+            values = [middle(found, "latency", who, take) for take in (P50, P99)]
+            rows.append([f"{title}, {way}", *_cells(*values)])
     text = "One message of 128 bytes about every 1.7 ms; writer, reader and broker on both cores."
     return ["## latency: one small message across replicas", "", text, "", *_right(rows), ""]
 
 
 def _cores(found: Sequence[Measurement], kind: str) -> str:
-    """Say how much of a core relay and broker took."""
+    """Return the shares of a core that relay and broker used."""
     relay = middle(found, "publish", kind, lambda it: sum(it["relay_cpu_seconds"]) / it["seconds"])
     broker = middle(found, "publish", kind, lambda it: it["broker_cpu_seconds"] / it["seconds"])
     return f"{number(relay)}, broker {number(broker)}"
 
 
-def _shares(figures: dict[str, Any]) -> str:
-    ends = " + ".join(f"{share:.2f}" for share in figures["cpu_shares"])
-    return f"{ends}, broker {figures['broker_share']:.2f}"
+def _shares(values: dict[str, Any]) -> str:
+    ends = " + ".join(f"{share:.2f}" for share in values["cpu_shares"])
+    return f"{ends}, broker {values['broker_share']:.2f}"
 
 
 def _throughput(found: Sequence[Measurement]) -> list[str]:
     rows = [["", "messages/s", "MB/s", "cores used: replicas, broker"]]
-    for who, figures in floods(found).items():
+    for who, values in floods(found).items():
         per_s = middle(found, "throughput", who, PER_S) or 0.0
-        rows.append([who, *_cells(per_s, per_s * 128 / 1e6), _shares(figures)])
+        rows.append([who, *_cells(per_s, per_s * 128 / 1e6), _shares(values)])
     for kind in ("memory", *BROKERS):
         published = middle(found, "publish", kind, PER_S)
         if published:
@@ -181,8 +181,8 @@ def _throughput(found: Sequence[Measurement]) -> list[str]:
             rows.append([f"{kind}: publish", *cells, _cores(found, kind)])
     text = (
         "128-byte messages, as many as two cores carry that replicas and broker share. Every "
-        "replica reads all; the figure is that of the slowest. `publish` is one relay on one core "
-        "with its broker, and four WebSocket clients that publish and hear all."
+        "replica reads all; the number is that of the slowest. `publish` is one relay on one core "
+        "with its broker, and four WebSocket clients that publish and receive all."
     )
     return ["## throughput: all that goes through one broker", "", text, "", *_right(rows), ""]
 
@@ -206,9 +206,9 @@ def _fanout(found: Sequence[Measurement]) -> list[str]:
     return ["## fanout: what a broker takes from 500 clients", "", text, "", *_right(rows), ""]
 
 
-def broker_share(figures: dict[str, Any]) -> float:
-    """Give the broker's CPU time for each second of the relays'."""
-    return float(figures["broker_cpu_seconds"] / sum(figures["relay_cpu_seconds"]))
+def broker_share(values: dict[str, Any]) -> float:
+    """Return the broker's CPU time per second of the relays'."""
+    return float(values["broker_cpu_seconds"] / sum(values["relay_cpu_seconds"]))
 
 
 def _several(found: Sequence[Measurement]) -> list[str]:
@@ -224,7 +224,7 @@ def _several(found: Sequence[Measurement]) -> list[str]:
 
 
 def _right(rows: list[list[str]]) -> list[str]:
-    """Lay out a table; the last column is of figures, too."""
+    """Lay out a table whose last column has numbers, too."""
     return table([[*row, ""] for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""The result in words: a table for people, JSON for machines. Measures nothing."""
+"""The result as text: a table for people, JSON for machines. Measures nothing."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from bench.targets import DISTURBED, FAULTS, Measurement, Verdict, calm
 
 
 def draw(plot: str, path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
-    """Have a module of `bench` draw the result; say so where the machine lacks what it needs."""
+    """Draw the result with a module of `bench`; print where the machine lacks a library for it."""
     try:
         module = import_module(f"bench.{plot}")
     except ImportError as error:
@@ -39,8 +39,8 @@ def _of(measurements: list[Measurement], load: Load, server: Server) -> list[Mea
 
 
 def middle(measurements: list[Measurement], load: Load, server: Server, figure: Figure) -> Any:
-    """Give the median over the rounds, None where there is no figure."""
-    found = [figure.value(each.figures) for each in calm(measurements, load, server.name)]
+    """Return the median over the rounds; None without a value."""
+    found = [figure.value(each.values) for each in calm(measurements, load, server.name)]
     there = [value for value in found if value is not None]
     return median(there) if there else None
 
@@ -50,9 +50,9 @@ def _heading(figure: Figure) -> str:
 
 
 def _notes(load: Load, found: list[Measurement]) -> str:
-    """Say what went wrong, and that nothing did where that is a promise."""
+    """Return the faults, or "none lost" for a load whose messages are checked."""
     failed = [f"failed: {each.error}" for each in found if each.error]
-    counts = [(title, sum(each.figures.get(name, 0) for each in found)) for name, title in FAULTS]
+    counts = [(title, sum(each.values.get(name, 0) for each in found)) for name, title in FAULTS]
     faults = [f"{count:,} {title}" for title, count in counts if count]
     if load.messages and not failed and not faults:
         faults = ["none lost"]
@@ -64,11 +64,11 @@ def _row(
     measurements: list[Measurement], load: Load, server: Server, absent: dict[str, str]
 ) -> list[str]:
     found = _of(measurements, load, server)
-    figures = (load.main, *load.others)
+    values = (load.main, *load.others)
     if not found:
         why = absent.get(server.name)
-        return [server.title, *("-" for _ in figures), f"absent: {why}" if why else "not measured"]
-    cells = [number(middle(measurements, load, server, figure)) for figure in figures]
+        return [server.title, *("-" for _ in values), f"absent: {why}" if why else "not measured"]
+    cells = [number(middle(measurements, load, server, figure)) for figure in values]
     return [server.title, *cells, _notes(load, found)]
 
 
@@ -77,7 +77,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Lay out a Markdown table that can also be read as it is; figures stand to the right."""
+    """Lay out a Markdown table that is readable as plain text; numbers are aligned right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     last = len(widths) - 1
     lines = [
@@ -92,7 +92,7 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def targets_table(verdicts: list[Verdict]) -> list[str]:
-    """Say of every target whether it was met."""
+    """Return the table of targets, and whether each is met."""
     rows = [["target", "measured", "rounds", ""]]
     for each in verdicts:
         rounds = ", ".join(number(value) for value in each.rounds)
@@ -102,7 +102,7 @@ def targets_table(verdicts: list[Verdict]) -> list[str]:
 
 
 def origin(facts: dict[str, Any]) -> list[str]:
-    """Say when, from what and on which machine a result is."""
+    """Return the lines with the time, the commit and the machine of a result."""
     machine = facts["machine"]
     commit = (facts["commit"] or "not committed")[:12] + (" (dirty)" if facts["dirty"] else "")
     versions = [f"{name} {text}" for name, text in facts["versions"].items() if text]
@@ -148,11 +148,11 @@ def document(
     absent: dict[str, str],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Give all there is, every round included, for JSON."""
+    """Return the whole result, every round included, for JSON."""
     return {
         **facts,
         "options": options,
         "absent": absent,
         "targets": [asdict(each) for each in verdicts],
-        "measurements": [asdict(each) for each in measurements],
+        "measurements": [each.to_json() for each in measurements],
     }

@@ -1,4 +1,4 @@
-"""Who is measured when: servers in turns, again and again, and again where something disturbed it.
+"""The order of measurements: servers in turns, over several rounds; disturbed ones are repeated.
 
 Knows loads and servers only by their interfaces.
 """
@@ -14,20 +14,20 @@ from bench.targets import DISTURBED, Measurement
 
 REPEATS = 24  # in one run, so that a busy machine makes it longer but not endless
 MOST_TRIES = 3
-PAUSE_S = 1.0  # what disturbs may be over by then
+PAUSE_S = 1.0  # the disturbance may have ended by then
 
 
 @dataclass(slots=True)
 class Rounds:
-    """Measure, and remember how often it may still be done again."""
+    """Measure, with a bound on repetitions."""
 
     generator: Generator
-    rounds: int | None  # None: as many as the load wants
-    say: Callable[[Load, Server, Measurement], None]
+    rounds: int | None  # None: as many as the load has
+    show: Callable[[Load, Server, Measurement], None]
     repeats_left: int = REPEATS
 
     def all(self, loads: list[Load], servers: list[Server]) -> list[Measurement]:
-        """Take every load with a fresh process of every server."""
+        """Measure every load with a new process of every server."""
         return [
             measurement
             for load in loads
@@ -37,9 +37,9 @@ class Rounds:
         ]
 
     def _load(self, load: Load, servers: list[Server]) -> list[Measurement]:
-        """Let all servers wait on their core while one after another is measured.
+        """Measure one server after another while the others wait on the same core.
 
-        Short turns, there and back: what the machine does meanwhile then hits all of them alike.
+        Turns are short and alternate in direction: a disturbance then affects all servers alike.
         """
         measurements = []
         rounds = self.rounds or max(1, int(load.rounds * min(1.0, self.generator.scale)))
@@ -61,11 +61,11 @@ class Rounds:
                 ready.append(running.enter_context(started(server, self.generator.server_core)))
             except FailedError as error:
                 failed.append(Measurement(load.name, server.name, 1, {}, str(error)))
-                self.say(load, server, failed[-1])
+                self.show(load, server, failed[-1])
         return ready, failed
 
     def _one(self, load: Load, running: Running, number: int) -> Measurement:
-        """Measure once, and again while something else took the cores; the calmest try counts."""
+        """Measure, and repeat while other programs use the cores; the calmest try counts."""
         found = self._try(load, running, number)
         while found.disturbed > DISTURBED and found.tries < MOST_TRIES and self.repeats_left:
             self.repeats_left -= 1
@@ -78,10 +78,10 @@ class Rounds:
     def _try(self, load: Load, running: Running, number: int) -> Measurement:
         name = running.server.name
         try:
-            figures = load.run(self.generator, running)
+            values = load.run(self.generator, running)
             running.settle()
-            found = Measurement(load.name, name, number, figures)
+            found = Measurement(load.name, name, number, values)
         except FailedError as error:
             found = Measurement(load.name, name, number, {}, str(error))
-        self.say(load, running.server, found)
+        self.show(load, running.server, found)
         return found

@@ -25,20 +25,20 @@ STOP_TIMEOUT_S = 5
 SETTLE_TIMEOUT_S = 5
 QUIET_S = 0.1
 ROOT = prepare.HERE.parent
-SECRET = "of no use to anybody: the benchmark's own servers"
+SECRET = "of no use elsewhere: for the servers of the benchmark"
 TOKEN_VALID_S = 86_400
-PLENTY = str(10**6)  # a limit that is looked at and never reached
+PLENTY = str(10**6)  # a limit that is checked and never reached
 
 
 class FailedError(Exception):
-    """A server that did not start or died; the message says which and how."""
+    """A server did not start, or died; the message has its name and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One competitor: how it is made and started. `{port}` in the command is the port.
+    """One server: how it is built and started. `{port}` in the command is the port.
 
-    A variant is one of the others set otherwise, and measured only in the loads that name it.
+    A variant is another server with other settings, measured only in the loads that name it.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Server:
     reference: bool = False  # the targets refer to it: it is measured in every round
     environment: tuple[tuple[str, str], ...] = ()
     variant: bool = False
-    header: str = ""  # what its clients must say in their request
-    deflates: bool = False  # it agrees on permessage-deflate with clients that offer it
+    header: str = ""  # a header that its clients have to send
+    deflates: bool = False  # it negotiates permessage-deflate with clients that offer it
 
 
 def _nothing() -> None:
-    """Nothing to build: what the relay itself needs is there."""
+    """Build nothing: the relay is installed."""
 
 
 def _script(name: str) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ SERVERS = (
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A started server: where it listens and which process it is."""
+    """A running server: its process and its ports."""
 
     server: Server
     process: subprocess.Popen[bytes]
@@ -169,11 +169,11 @@ class Running:
 
     @property
     def pid(self) -> int:
-        """Give the process's id; `taskset` has become the server under the same one."""
+        """The process id; `taskset` has become the server under the same one."""
         return self.process.pid
 
     def settle(self) -> None:
-        """Wait until it has dealt with the clients that left: the next one needs the core."""
+        """Wait until it has processed the clients that left: the next server needs the core."""
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         before = self.cpu_s()
         while time.monotonic() < deadline:
@@ -186,12 +186,12 @@ class Running:
             before = now
 
     def cpu_s(self) -> float:
-        """CPU time so far, of all threads, in ticks of mostly 10 ms."""
+        """Return the CPU time so far, of all threads, in ticks of usually 10 ms."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
     def private_bytes(self) -> int:
-        """Memory that only this process has; the kernel's socket buffers are not in it."""
+        """Return the private memory of the process, without the kernel's socket buffers."""
         text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
         fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
         names = ("Private_Clean", "Private_Dirty")
@@ -199,7 +199,7 @@ class Running:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody has. A new one for each start: closed connections linger on the old."""
+    """Return unused ports. Each start gets new ones: closed connections linger on the old."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -233,7 +233,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def with_tls(server: Server) -> Iterator[tuple[Server, ssl.SSLContext]]:
-    """Make a certificate; yield the relay that serves it, and what its clients trust."""
+    """Make a certificate; yield a relay that serves it, and a context that trusts it."""
     with tempfile.TemporaryDirectory() as folder:
         command = (sys.executable, "-m", "websocket_relay", "dev-cert", "--directory", folder)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -249,10 +249,10 @@ def with_tls(server: Server) -> Iterator[tuple[Server, ssl.SSLContext]]:
 
 @contextmanager
 def started(server: Server, core: int | str) -> Iterator[Running]:
-    """Run a server from its first accepted connection on.
+    """Run a server; yield it once it accepts connections.
 
     Args:
-        core: the one it is pinned to, or those, as `taskset -c` names them.
+        core: the core or the cores that it is pinned to, as for `taskset -c`.
     """
     port, metrics_port = _free_ports(2)
     ports = {"port": port, "metrics_port": metrics_port}

@@ -1,8 +1,8 @@
-"""A rolling update, a lost zone, everybody cut off: what comes of it, for how many, on how many.
+"""Simulate a rolling update, a lost zone and a cut of all connections, for fleets of many sizes.
 
 usage: python -m bench.simulation    writes bench/results/simulation.json, .md and .png
 
-The crowd is simulated; what a replica can do is measured, and read from bench/results.
+The clients are simulated; the capacity of a replica is measured, and read from bench/results.
 """
 
 import json
@@ -17,6 +17,7 @@ from bench import machine
 from bench.__main__ import RESULTS
 from bench.crowd import Crowd, Fleet, Outcome
 from bench.report import number, table
+from bench.targets import JSON_VALUES
 
 SIZES = ((10_000, 3), (100_000, 9), (100_000, 3), (1_000_000, 99), (1_000_000, 24))
 SPREADS_S = (1.0, 2.0, 5.0, 10.0, 20.0)
@@ -35,7 +36,7 @@ CROWDED = "How many clients a replica may have, three replicas"
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one replica can do in a second, measured.
+    """The measured capacity of one replica per second.
 
     Attributes:
         plain, checked: handshakes, without and with tokens and limits.
@@ -49,7 +50,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Something that happens to a fleet."""
+    """An event that a fleet is subject to."""
 
     table: str
     event: str
@@ -59,21 +60,21 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A case and what came of it."""
+    """A case and its outcome."""
 
     case: Case
     outcome: Outcome
-    seconds: float  # that it took to find out
+    seconds: float  # of the simulation
 
 
 def measured() -> Rates:
-    """Read what was measured."""
+    """Read the measured rates."""
     loads = json.loads((RESULTS / "latest.json").read_text())["measurements"]
     connection = json.loads((RESULTS / "connections.json").read_text())
 
     def handshakes(server: str) -> float:
         found = [each for each in loads if (each["load"], each["server"]) == ("handshakes", server)]
-        return float(median(each["figures"]["handshakes_per_s"] for each in found))
+        return float(median(each[JSON_VALUES]["handshakes_per_s"] for each in found))
 
     refusals = 1 / connection["ws"]["refusal_cpu_s"]
     return Rates(handshakes("relay"), handshakes("relay_checks"), refusals)
@@ -91,12 +92,12 @@ def zone_lost(fleet: Fleet) -> Callable[[Crowd], Outcome]:
 
 
 def all_cut(fleet: Fleet) -> Callable[[Crowd], Outcome]:
-    """Cut everybody off, as a balancer does that is restarted."""
+    """Cut all connections, as the restart of a balancer does."""
     return lambda crowd: crowd.lose(gone=0, cut=fleet.replicas)
 
 
 def cases(rates: Rates) -> Iterator[Case]:
-    """Yield all that is to be tried."""
+    """Yield all cases."""
     fleets = [Fleet(*size, rates.checked, rates.refusals) for size in SIZES]
     small, medium, _, _, big = fleets
     for fleet in fleets:
@@ -105,7 +106,7 @@ def cases(rates: Rates) -> Iterator[Case]:
         if at_once > 1:
             yield Case(EVENTS, "rolling update, a quarter at once", fleet, updated(at_once=at_once))
         yield Case(EVENTS, "a zone lost", fleet, zone_lost(fleet))
-        yield Case(EVENTS, "everybody cut off", fleet, all_cut(fleet))
+        yield Case(EVENTS, "all clients cut off", fleet, all_cut(fleet))
     for fleet in fleets[1:]:
         for spread_s in SPREADS_S:
             event = f"spread_s {spread_s:g}"
@@ -114,14 +115,14 @@ def cases(rates: Rates) -> Iterator[Case]:
         fleet = replace(big, max_handshakes_per_s=limit)
         text = f"limit {limit:,}" if limit else "no limit"
         yield Case(LIMITED, f"a zone lost, {text}", fleet, zone_lost(fleet))
-        yield Case(LIMITED, f"everybody cut off, {text}", fleet, all_cut(fleet))
+        yield Case(LIMITED, f"all clients cut off, {text}", fleet, all_cut(fleet))
     later = replace(big, retry_window_s=WIDE_WINDOW_S)
     emptiest = replace(big, to_emptiest=True)
     patient = replace(emptiest, spread_s=20.0)
     late = updated(unaware_s=LATE_S)
     yield Case(OTHERS, "as it is", big, updated())
-    yield Case(OTHERS, "the balancer hears of it 5 s late", small, late)
-    yield Case(OTHERS, "the balancer hears of it 5 s late", big, late)
+    yield Case(OTHERS, "the balancer reacts 5 s late", small, late)
+    yield Case(OTHERS, "the balancer reacts 5 s late", big, late)
     yield Case(OTHERS, "retry_ms up to 5,000", later, updated())
     yield Case(OTHERS, "both", later, late)
     yield Case(
@@ -134,7 +135,7 @@ def cases(rates: Rates) -> Iterator[Case]:
             fleet = Fleet(ZONES * density, ZONES, rate, rates.refusals)
             text = f"{rate:,.0f} handshakes/s"
             yield Case(CROWDED, f"a zone lost, {text}", fleet, zone_lost(fleet))
-            yield Case(CROWDED, f"everybody cut off, {text}", fleet, all_cut(fleet))
+            yield Case(CROWDED, f"all clients cut off, {text}", fleet, all_cut(fleet))
 
 
 def _run(case: Case) -> Result:
@@ -189,7 +190,7 @@ def _page(facts: dict[str, Any], rates: Rates, results: list[Result]) -> str:
         f"{facts['when']}, commit {facts['commit']}. How: [bench/README.md](../README.md).",
         f"One replica can do {rates.checked:,.0f} handshakes a second with tokens and limits,",
         f"{rates.plain:,.0f} without ([latest.md](latest.md)), or {rates.refusals:,.0f} refusals",
-        "([connections.md](connections.md)). The first of these unless it says otherwise.",
+        "([connections.md](connections.md)). The first of these, unless stated otherwise.",
     ]
     for title in dict.fromkeys(each.case.table for each in results):
         rows = [_row(each) for each in results if each.case.table == title]
@@ -198,7 +199,7 @@ def _page(facts: dict[str, Any], rates: Rates, results: list[Result]) -> str:
 
 
 def _record(result: Result) -> str:
-    """A line of JSON; without what happened in each second of an update, which is long."""
+    """Return a line of JSON, without the values of each second of a long update."""
     outcome = asdict(result.outcome)
     if len(outcome["asked"]) > 60:
         outcome |= {"asked": None, "let_in": None, "away": None}

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-"""What the simulation found, as a picture. Finds nothing itself."""
+"""The result of the simulation as a picture. Simulates nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,14 +114,14 @@ def _spread(axes: Any, results: list[Result], rates: Rates) -> None:
     axes.set_ylim(40, 20_000)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     axes.axhline(rates.checked, color=BOUND, linewidth=1.1, linestyle=(0, (4, 3)))
-    text = f"what a replica can do: {rates.checked:,.0f}"
+    text = f"capacity of a replica: {rates.checked:,.0f}"
     _note(axes, text, (45, rates.checked), BOUND, ha="right")
 
 
 def _crowded(axes: Any, results: list[Result], rates: Rates) -> None:
     looks = (
-        ("everybody cut off", rates.checked, DEEP, "-", "all cut off, tokens and limits"),
-        ("everybody cut off", rates.plain, DEEP, (0, (1, 1.5)), "all cut off, neither"),
+        ("all clients cut off", rates.checked, DEEP, "-", "all cut off, tokens and limits"),
+        ("all clients cut off", rates.plain, DEEP, (0, (1, 1.5)), "all cut off, neither"),
         ("a zone lost", rates.checked, OURS, "-", "a zone lost, tokens and limits"),
         ("a zone lost", rates.plain, OURS, (0, (1, 1.5)), "a zone lost, neither"),
     )
@@ -170,7 +170,7 @@ def draw(path: Path, results: list[Result], rates: Rates) -> None:
         _loads(loads, results)
         _axes(
             zone,
-            "A lost zone: who is still away",
+            "A lost zone: clients that are still away",
             "1,000,000 clients, a third of the replicas gone for good",
             "seconds after the loss",
             "clients away",
@@ -178,35 +178,35 @@ def draw(path: Path, results: list[Result], rates: Rates) -> None:
         _axes(
             spread,
             "A rolling update: the busiest second of one replica",
-            "so many clients on so many replicas, one replaced after another",
+            "each line: clients on replicas; one replica is replaced after another",
             "shutdown.spread_s",
-            "handshakes asked for in a second",
+            "handshakes requested in a second",
         )
         _axes(
             crowded,
             "How many clients a replica may have",
-            "three replicas; nobody told to wait, all come back within half a second",
+            "three replicas; no client has a retry_ms, all reconnect within half a second",
             "thousand clients a replica",
-            "seconds until 99 % are back",
+            "seconds until 99 % are connected again",
         )
         _axes(
             loads,
             "A rolling update: where the clients are afterwards",
-            "1,000,000 clients on 24 replicas; the balancer picks …",
+            "1,000,000 clients on 24 replicas; the balancer chooses …",
             "replicas, in the order in which they were replaced",
             "thousand clients",
         )
         figure.subplots_adjust(
             left=0.065, right=0.985, top=0.845, bottom=0.085, wspace=0.17, hspace=0.48
         )
-        figure.text(0.012, 0.962, "When clients come back", fontsize=20, weight="bold")
+        figure.text(0.012, 0.962, "When clients reconnect", fontsize=20, weight="bold")
         about = (
-            "Every client simulated, with the example page's back-off. "
+            "Every client is simulated, with the example page's backoff. "
             f"One replica does {rates.checked:,.0f} handshakes a second with tokens and limits, "
             f"{rates.plain:,.0f} without: measured."
         )
         figure.text(0.012, 0.935, about, fontsize=11, color=SOFT)
-        source = "bench/results/simulation.md has all figures, bench/README.md says how."
+        source = "All values: bench/results/simulation.md. How: bench/README.md."
         figure.text(0.012, 0.014, source, fontsize=9.5, color=SOFT)
         figure.savefig(path, facecolor="white")
         plt.close(figure)

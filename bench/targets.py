@@ -1,9 +1,10 @@
-"""What the relay is held to, and whether a run says it holds. Knows only results."""
+"""The targets of the relay, and whether a run meets them. Knows only results."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any, Self
 
-from bench.loads import LOADS, Figures, Load
+from bench.loads import LOADS, Load, Values
 
 FAULTS = (
     ("lost", "lost"),
@@ -14,34 +15,47 @@ FAULTS = (
     ("closed", "connections closed"),
     ("differently_ordered", "clients with another order than the first"),
 )
+JSON_VALUES = "figures"
+"""The key of a measurement's values in result files, which keep their format."""
+
 RELAY = "relay"
 RELAYS = (RELAY, "relay_checks", "relay_deflate")
-DISTURBED = 0.08  # of a core's time: from here on a measurement is marked, and made again
+DISTURBED = 0.08  # of a core's time: above it a measurement is marked, and repeated
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One load against one server in one round; an error in place of figures where it failed."""
+    """One load against one server in one round; an error in place of values where it failed."""
 
     load: str
     server: str
     round: int
-    figures: Figures
+    values: Values
     error: str | None = None
     tries: int = 1
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Self:
+        """Return the measurement that `to_json` wrote."""
+        return cls(**{"values" if key == JSON_VALUES else key: it for key, it in document.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is written to a result file."""
+        fields = asdict(self)
+        return {JSON_VALUES if name == "values" else name: it for name, it in fields.items()}
+
     @property
     def disturbed(self) -> float:
-        """The share of either core's time that went to neither the server nor the clients."""
+        """The share of either core's time that neither the server nor the clients used."""
         return max(
-            float(self.figures.get("server_core_foreign", 0.0)),
-            float(self.figures.get("client_core_foreign", 0.0)),
+            float(self.values.get("server_core_foreign", 0.0)),
+            float(self.values.get("client_core_foreign", 0.0)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on a load's main figure: of the relay alone, or as a multiple of another's."""
+    """A bound on a load's main figure: of the relay alone, or as a multiple of another server's."""
 
     load: str
     bound: float
@@ -69,7 +83,7 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A target beside what was measured: the median of the rounds, and every round."""
+    """A target and the measured value: the median of the rounds, and every round."""
 
     text: str
     measured: float
@@ -79,27 +93,27 @@ class Verdict:
 
 
 def load_named(name: str) -> Load:
-    """Find a load."""
+    """Return the load of a name."""
     return next(load for load in LOADS if load.name == name)
 
 
 def calm(measurements: list[Measurement], load: Load, server: str) -> list[Measurement]:
-    """Give a server's results of a load, the disturbed ones only where there are no others."""
+    """Return a server's results of a load; disturbed ones only where there are no others."""
     found = [each for each in measurements if (each.load, each.server) == (load.name, server)]
     worked = [each for each in found if each.error is None]
     return [each for each in worked if each.disturbed <= DISTURBED] or worked
 
 
 def by_round(measurements: list[Measurement], load: Load) -> dict[int, float]:
-    """Give the load's main figure, by round."""
-    found = {each.round: load.main.value(each.figures) for each in measurements}
+    """Return the load's main figure, by round."""
+    found = {each.round: load.main.value(each.values) for each in measurements}
     return {number: value for number, value in found.items() if value is not None}
 
 
 def _ratios(
     measurements: list[Measurement], load: Load, relay: str, rival: str
 ) -> dict[int, float]:
-    """Divide within each round: what slowed the machine then slowed both."""
+    """Divide within each round: what slowed the machine down in it slowed down both."""
     ours, theirs = (by_round(calm(measurements, load, name), load) for name in (relay, rival))
     common = [number for number in ours.keys() & theirs.keys() if theirs[number]]
     return {number: ours[number] / theirs[number] for number in common}
@@ -125,18 +139,18 @@ def _judge(target: Target, measurements: list[Measurement]) -> Verdict | None:
 
 
 def _faultless(measurements: list[Measurement]) -> Verdict | None:
-    """Judge every message of every round: disturbed or not, none may be lost."""
+    """Judge the messages of all rounds: none may be lost, also in a disturbed round."""
     loads = {load.name for load in LOADS if load.messages}
     ours = [each for each in measurements if each.server in RELAYS and each.load in loads]
     if not ours:
         return None
-    faults = float(sum(each.figures.get(name, 0) for each in ours for name, _ in FAULTS))
+    faults = float(sum(each.values.get(name, 0) for each in ours for name, _ in FAULTS))
     complete = all(each.error is None for each in ours)
     text = "all messages: none lost, duplicated, damaged, one order for all clients: faults = 0"
     return Verdict(text, faults, (), "", complete and not faults)
 
 
 def verdicts(measurements: list[Measurement]) -> list[Verdict]:
-    """Hold the run against every target that it can speak of."""
+    """Judge the run by every target for which it has values."""
     judged = [_judge(target, measurements) for target in TARGETS]
     return [each for each in (*judged, _faultless(measurements)) if each is not None]

@@ -1,4 +1,4 @@
-"""The command: break relays and their broker again and again, and check what clients observe.
+"""The command: break relays and their broker repeatedly, and check what clients observe.
 
 usage: python -m bench.chaos [--runs N] [--seconds S] [--broker redis|nats|both] [--seed N] [-v]
 """
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=FULL_RUNS, metavar="N")
     parser.add_argument("--seconds", type=float, default=FULL_SECONDS, help="of each run")
     parser.add_argument("--broker", choices=BROKERS, default="both")
-    parser.add_argument("--seed", type=int, help="of the first run; the others count from there")
+    parser.add_argument("--seed", type=int, help="of the first run; later runs count up from it")
     parser.add_argument("--tree", type=Path, metavar="DIR", help="run relays from that source tree")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write the result")
     parser.add_argument("--keep", action="store_true", help="keep the logs of passed runs, too")
@@ -65,13 +65,13 @@ def _run(seed: int, broker: str, options: argparse.Namespace) -> Outcome:
 
 
 def _line(outcome: Outcome) -> str:
-    plan, figures = outcome.plan, outcome.figures
-    answers = ", ".join(f"{count} {status}" for status, count in sorted(figures["answers"].items()))
+    plan, stats = outcome.plan, outcome.stats
+    answers = ", ".join(f"{count} {status}" for status, count in sorted(stats["answers"].items()))
     how = f"{plan.broker} {plan.persistence}{' deletions' if plan.deletes else ''}"
-    reports = f"{figures['gaps']} gaps, {figures['not_recovered']} not recovered"
+    reports = f"{stats['gaps']} gaps, {stats['not_recovered']} not recovered"
     return (
         f"{'PASS' if outcome.passed else 'FAIL'} seed {plan.seed} {how}, {plan.relays} relays,"
-        f" {len(plan.faults)} faults: {figures['published']} published, {answers}, {reports},"
+        f" {len(plan.faults)} faults: {stats['published']} published, {answers}, {reports},"
         f" {outcome.verdict.false_alarms} false alarms"
     )
 
@@ -93,14 +93,14 @@ def _page(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
     rows = [["seed", "broker", "faults", "published", "202", "503", "504", "broken off"]]
     rows[0] += ["resumed", "not recovered", "gaps", "false alarms", "grown, MiB", "violations"]
     for each in outcomes:
-        plan, figures = each.plan, each.figures
+        plan, stats = each.plan, each.stats
         counts = each.verdict.counts()
         broker = f"{plan.broker} {plan.persistence}{', deletions' if plan.deletes else ''}"
-        cells = [str(plan.seed), broker, str(len(plan.faults)), str(figures["published"])]
-        cells += [str(figures["answers"].get(status, 0)) for status in ("202", "503", "504", "0")]
-        cells += [str(figures["recovered"] + figures["not_recovered"])]
-        cells += [str(figures["not_recovered"]), str(figures["gaps"])]
-        cells += [str(each.verdict.false_alarms), f"{max(figures['grown_mib'], default=0):.0f}"]
+        cells = [str(plan.seed), broker, str(len(plan.faults)), str(stats["published"])]
+        cells += [str(stats["answers"].get(status, 0)) for status in ("202", "503", "504", "0")]
+        cells += [str(stats["recovered"] + stats["not_recovered"])]
+        cells += [str(stats["not_recovered"]), str(stats["gaps"])]
+        cells += [str(each.verdict.false_alarms), f"{max(stats['grown_mib'], default=0):.0f}"]
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
         rows.append([*cells, found or "none"])
     passed = sum(each.passed for each in outcomes)
@@ -115,7 +115,7 @@ def _document(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, A
         "runs": [
             {
                 **asdict(each.plan),
-                **each.figures,
+                **each.stats,
                 "passed": each.passed,
                 "false_alarms": each.verdict.false_alarms,
                 "covered_holes": each.verdict.covered_holes,
@@ -130,12 +130,12 @@ def _document(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit status is 1 where a promise was not kept, 2 where a broker is not installed."""
+    """Run; exit status 1: a promise was not kept; 2: a broker is not installed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else random.randrange(1_000_000)
     print(f"seed {seed}", flush=True)
-    logging.getLogger("nats").setLevel(logging.CRITICAL)  # a broker that is down is no news
+    logging.getLogger("nats").setLevel(logging.CRITICAL)  # an unavailable broker is expected
     facts = machine.facts()
     brokers = BROKERS[options.broker]
     outcomes = []

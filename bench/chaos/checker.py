@@ -48,7 +48,7 @@ LEFT_AT_REST = (
 
 
 class Kind(Enum):
-    """What may be violated."""
+    """The kinds of violations."""
 
     CONFLICT = "one position, two messages"
     REPEATED = "one message, two positions"
@@ -67,7 +67,7 @@ class Kind(Enum):
     REFUSED = "503 for a message that was delivered"
     COUNTERS = "counters do not add up at rest"
     MEMORY = "memory not released"
-    STOP = "SIGTERM not obeyed in time"
+    STOP = "no exit in time after SIGTERM"
     LOG = "traceback in a log"
     RUN = "the run itself"
 
@@ -103,7 +103,7 @@ class Truth:
 
 @dataclass(slots=True)
 class Verdict:
-    """What came of a record.
+    """The result of checking a record.
 
     Attributes:
         false_alarms: reports of a loss where nothing is known to be missing, in any run.
@@ -189,19 +189,19 @@ class Checker:
         if self._record.keeps_all:
             self._report(Kind.REPEATED, f"{message}: {elsewhere} and {position}", at_s)
             return
-        # An append that is tried again may be in the log twice. Where the first copy is deleted or
-        # lost, relays that had not read it deliver the second one, which the others leave out.
+        # A repeated append may be in the log twice. Where the first copy is deleted or lost, relays
+        # that had not read it deliver the second one, which the others skip.
         truth.by_message[message], copy = sorted((elsewhere, position))
         truth.by_position.pop(copy, None)
         truth.copies.add(copy)
 
     def _check_sources(self, truth: Truth) -> None:
-        """See that the messages of one publishing connection kept their order."""
+        """Check that the messages of one publishing connection kept their order."""
         latest: dict[str, int] = {}
         for position in truth.positions:
             message = truth.by_position[position]
             if truth.by_message[message] != position:
-                continue  # there twice, which is reported as such
+                continue  # a duplicate, which is reported as such
             connection, _, number = message.rpartition(":")
             if int(number) <= latest.get(connection, -1):
                 text = f"{connection}: {number} after {latest[connection]}, at {position}"
@@ -239,7 +239,7 @@ class Checker:
         self._report(Kind.ANSWER, text, answer.at_s)
 
     def _check_batch(self, answer: Answer) -> None:
-        """See that nothing came between the messages of one request."""
+        """Check that no other message is between the messages of one request."""
         truth = self._truths[_channel_of(answer.messages[-1])]
         found = [truth.by_message[name] for name in answer.messages if name in truth.by_message]
         if len(found) > 1 and len(truth.up_to(found[0], found[-1])) != len(found) - 1:
@@ -289,7 +289,8 @@ class Checker:
         settled = counters["deliveries_total"] + counters["drops_total"]
         if counters["expected_deliveries_total"] != settled:
             text = (
-                f"{rest.relay}: owed {counters['expected_deliveries_total']:g}, settled {settled:g}"
+                f"{rest.relay}: expected {counters['expected_deliveries_total']:g},"
+                f" delivered or dropped {settled:g}"
             )
             self._report(Kind.COUNTERS, text)
         if counters["connections_total"] != counters["disconnections_total"]:

@@ -1,4 +1,4 @@
-"""Subscribe and publish as clients do; keep what they observe. Knows no process and no fault."""
+"""Subscribe and publish as clients do, and record observations. Knows no process, no fault."""
 
 import asyncio
 import json
@@ -34,11 +34,11 @@ RELAY_V1 = Subprotocol("relay.v1")
 
 OPEN_S = 3.0
 SILENCE_S = 6.0
-"""An event stream that is silent for so long is opened again; comments come every 2 s."""
+"""An event stream that is silent for so long is reopened; comments arrive every 2 s."""
 
 RETURN_S = (0.05, 0.5)
 SESSION_S = 8.0
-"""The mean after which a client that moves about reconnects by itself."""
+"""Mean time after which a client that moves reconnects by itself."""
 
 POST_S = 12.0
 LOOK_S = 0.05
@@ -59,7 +59,7 @@ class Place(Protocol):
 
     @property
     def name(self) -> str:
-        """Which relay is there now."""
+        """The relay that runs there now."""
 
     @property
     def port(self) -> int:
@@ -71,7 +71,7 @@ class Place(Protocol):
 
 
 class Surroundings(Protocol):
-    """What a client knows of the run."""
+    """The run, as a client sees it."""
 
     record: Record
 
@@ -88,7 +88,7 @@ class RefusedSubscriptionError(Exception):
 
 
 BROKEN = (OSError, EOFError, TimeoutError, WebSocketException, RefusedSubscriptionError)
-"""How a connection ends that something broke; httpx2 has errors of its own."""
+"""The errors of a connection that a fault ends; httpx2 has others."""
 
 
 def size_of(chance: random.Random) -> int:
@@ -116,7 +116,7 @@ class Subscriber:
         self._run = run
         self._chance = random.Random(name)
         self._moves = moves
-        self._is_over = asyncio.Event()
+        self._is_ended = asyncio.Event()
         run.record.traces.append(self.trace)
 
     @property
@@ -125,30 +125,30 @@ class Subscriber:
         return bool(self.trace.steps) and not isinstance(self.trace.steps[-1], Disconnected)
 
     def end(self) -> None:
-        """Leave."""
-        self._is_over.set()
+        """Unsubscribe for good."""
+        self._is_ended.set()
 
     async def run(self) -> None:
-        """Connect again and again, until `end`."""
-        while not self._is_over.is_set():
+        """Reconnect after each connection, until `end`."""
+        while not self._is_ended.is_set():
             reason = await self._one_session()
             self.trace.steps.append(Disconnected(reason, self._run.now_s()))
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._chance.uniform(*RETURN_S)):
-                    await self._is_over.wait()
+                    await self._is_ended.wait()
 
     async def _one_session(self) -> str:
-        """Return why it ended."""
+        """Run one connection; return the reason of its end."""
         place = self._chance.choice(self._run.places)
         session = asyncio.create_task(self._session(place))
-        over = asyncio.create_task(self._is_over.wait())
+        ended = asyncio.create_task(self._is_ended.wait())
         lasts_s = self._chance.expovariate(1 / SESSION_S) if self._moves else None
         try:
             await asyncio.wait(
-                (session, over), timeout=lasts_s, return_when=asyncio.FIRST_COMPLETED
+                (session, ended), timeout=lasts_s, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
-            over.cancel()
+            ended.cancel()
             if not session.done():
                 session.cancel()
         try:
@@ -172,8 +172,8 @@ class Resuming(Subscriber):
     """A subscriber that receives positions, and resumes from the last one.
 
     Args:
-        heeds_gaps: it resumes from a gap's position, as relay.js does; otherwise from the last
-            message's.
+        heeds_gaps: it resumes from a gap's position, as relay.js does; otherwise from the position
+            of the last message.
     """
 
     def __init__(self, *arguments: Any, heeds_gaps: bool = True, **options: Any) -> None:
@@ -201,7 +201,7 @@ class Resuming(Subscriber):
 
 
 class WebSocketSubscriber(Resuming):
-    """It speaks relay.v1."""
+    """A subscriber with relay.v1."""
 
     async def _session(self, place: Place) -> str:
         since = self.position
@@ -223,7 +223,7 @@ class WebSocketSubscriber(Resuming):
         return websocket_options()
 
     async def _before_next(self) -> None:
-        """Wait, where it reads slowly."""
+        """Wait, if the client reads slowly."""
 
     def _take(self, relay: str, since: Position | None, data: str | bytes) -> None:
         text = data if isinstance(data, str) else data.decode(errors="replace")
@@ -239,7 +239,7 @@ class WebSocketSubscriber(Resuming):
 
 
 class SlowSubscriber(WebSocketSubscriber):
-    """One that can be made to read nothing for a while; its own buffer is small."""
+    """A subscriber that can stop reading for a while; its receive buffer is small."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -268,7 +268,7 @@ class SlowSubscriber(WebSocketSubscriber):
 
 
 class EventSubscriber(Resuming):
-    """It listens to server-sent events, as a browser does."""
+    """A subscriber to server-sent events, as in a browser."""
 
     async def _session(self, place: Place) -> str:
         since = self.position
@@ -352,22 +352,22 @@ class Poster:
         self._chance = random.Random(name)
         self._connection = 0
         self._number = 0
-        self._is_over = False
+        self._is_ended = False
         self._http = httpx2.AsyncClient(
             verify=PLAIN, trust_env=False, timeout=httpx2.Timeout(POST_S, connect=OPEN_S)
         )
 
     def end(self) -> None:
         """Publish no more."""
-        self._is_over = True
+        self._is_ended = True
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def run(self) -> None:
         """Publish, until `end`."""
-        while not self._is_over:
+        while not self._is_ended:
             await asyncio.sleep(POST_PAUSE_S * self._chance.uniform(0.5, 1.5))
             place = self._chance.choice(self._run.places)
             is_batch = self._chance.random() < BATCH_SHARE
@@ -386,7 +386,7 @@ class Poster:
         status, position = await self._ask(url, body, kind)
         answer = Answer(tuple(names), status, position, relay, self._run.now_s())
         self._run.record.answers.append(answer)
-        if status != 202:  # what is published next may overtake it
+        if status != 202:  # a later message may overtake it
             self._connection += 1
         return answer
 
@@ -407,7 +407,7 @@ class Poster:
 
 
 def websocket_options() -> dict[str, Any]:
-    """Return options of `connect` for a client that notices a dead connection in seconds."""
+    """Return options of `connect` for a client that detects a dead connection in seconds."""
     return {
         "proxy": None,
         "compression": None,
@@ -426,7 +426,7 @@ def _end_of(connection: ClientConnection) -> str:
 
 
 async def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Look until something is so, for a while; return whether it came to be."""
+    """Wait until a condition holds, with a timeout; return whether it does."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while not condition():

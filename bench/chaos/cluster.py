@@ -1,6 +1,6 @@
 """Own the processes of a run: one broker, relays on it, and the proxies between all of them.
 
-Knows how each fault is done, not when.
+Knows how each fault is caused, not when.
 """
 
 import asyncio
@@ -37,24 +37,24 @@ ROLES: dict[type[Broker], dict[str, bytes]] = {
     RedisBroker: {READS: b"XREAD", APPENDS: b"XADD"},
     NatsBroker: {READS: b"$JS.API.CONSUMER.", APPENDS: b"PUB relay "},
 }
-"""What requests on each of a relay's connections to the broker contain."""
+"""Text that is part of the requests on each of a relay's connections to the broker."""
 
 POLL_S = 0.05
 READY_S = 30.0
 ENTRIES_PER_S = 100  # of the stream, about
 
 OPERATOR_S = 2.0
-"""A broker that does not answer the operator for so long is left alone."""
+"""After this time without an answer of the broker the operator gives up."""
 
 UNREAD_S = 1.5
-"""One relay reads nothing for so long, at most, before an entry is deleted: what it has asked for
-already comes all the same."""
+"""One relay reads nothing for so long, at most, before an entry is deleted: entries that it has
+requested already arrive all the same."""
 
 NEWEST = 4
-"""The newest entry with a message is looked for among so many."""
+"""Number of newest entries among which one with a message is searched."""
 
 LATELY_S = 0.6
-"""An entry older than this was read over half a second ago by all relays that read at all."""
+"""An entry older than this was read over half a second ago by all relays that read."""
 
 SETTINGS: dict[str, Any] = {
     "history": {"max_messages": 100_000, "max_bytes": 64 << 20},
@@ -63,7 +63,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 COUNTERS = ("expected_deliveries", "deliveries", "drops", "connections", "disconnections")
-FIGURES = ("backplane_outages", "backplane_gaps", "backplane_lost", "backplane_duplicates")
+BACKPLANE_COUNTERS = (
+    "backplane_outages",
+    "backplane_gaps",
+    "backplane_lost",
+    "backplane_duplicates",
+)
 
 
 def broker_for(plan: Plan, directory: Path) -> Broker:
@@ -82,7 +87,7 @@ def broker_for(plan: Plan, directory: Path) -> Broker:
 
 @dataclass(slots=True)
 class RelaySlot:
-    """The place of one relay: its processes come and go, its address for clients stays.
+    """The place of one relay: its process changes, its address for clients stays.
 
     Attributes:
         front: between clients and the relay.
@@ -98,7 +103,7 @@ class RelaySlot:
     front: BreakableProxy = field(init=False)
     back: BreakableProxy = field(init=False)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    life: int = 0
+    starts: int = 0
     process: Relay = field(init=False)
     ready_rss_bytes: int = 0
     _watch: asyncio.Task[None] | None = None
@@ -109,22 +114,22 @@ class RelaySlot:
 
     @property
     def name(self) -> str:
-        """Which process is there now."""
-        return f"relay-{self.index}.{self.life}"
+        """The name of the current process."""
+        return f"relay-{self.index}.{self.starts}"
 
     @property
     def port(self) -> int:
-        """Where clients connect."""
+        """The port for clients."""
         return self.front.port
 
     @property
     def direct_port(self) -> int:
-        """Where a client connects that wants no proxy between."""
+        """The port of the relay itself, without a proxy."""
         return self.process.port
 
     async def start(self) -> None:
-        """Start a process, and lead clients to it once it listens."""
-        self.life += 1
+        """Start a process, and route clients to it once it listens."""
+        self.starts += 1
         directory = self.directory / self.name
         directory.mkdir(parents=True)
         url = f"{self.broker.schemes[0]}://{HOST}:{self.back.port}"
@@ -145,7 +150,7 @@ class RelaySlot:
         self.ready_rss_bytes = self.process.rss_bytes()
 
     async def is_ready(self) -> bool:
-        """Tell whether the relay lets clients in."""
+        """Return whether the relay accepts clients."""
         with suppress(httpx2.HTTPError, AssertionError):
             async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=2) as http:
                 return (await http.get(self.process.metrics_url("/readyz"))).is_success
@@ -167,7 +172,7 @@ class RelaySlot:
             self.record.relays_with_losses.add(self.name)
 
     async def stop(self) -> None:
-        """Send SIGTERM, and see that the process ends in time with status 0."""
+        """Send SIGTERM, and record whether the process ends in time with status 0."""
         limit_s = float(SETTINGS["shutdown"]["timeout_s"])
         started = time.monotonic()
         at_s = self.now_s()
@@ -181,7 +186,7 @@ class RelaySlot:
         await self.kill()
 
     async def rest(self) -> tuple[Rest, dict[str, float]]:
-        """Return the counters once they have settled, or as they are after a while."""
+        """Return the counters once they have settled, or after a timeout."""
         deadline = time.monotonic() + READY_S / 2
         while True:
             metrics = await self.process.metrics()
@@ -193,9 +198,11 @@ class RelaySlot:
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(4 * POLL_S)
-        figures = {name: metrics.value(f"websocket_{name}_total") for name in FIGURES}
+        backplane_counters = {
+            name: metrics.value(f"websocket_{name}_total") for name in BACKPLANE_COUNTERS
+        }
         rss_bytes = self.process.rss_bytes()
-        return Rest(self.name, counters, self.ready_rss_bytes, rss_bytes), figures
+        return Rest(self.name, counters, self.ready_rss_bytes, rss_bytes), backplane_counters
 
 
 def _counters(metrics: Metrics) -> dict[str, float]:
@@ -207,7 +214,7 @@ class Cluster:
     """All processes of one run.
 
     Args:
-        directory: for logs and what the broker keeps.
+        directory: for logs and the files of the broker.
         tree: the source tree that relays run from; None: this one.
         log: called with one line for each fault.
     """
@@ -226,7 +233,7 @@ class Cluster:
             RelaySlot(index, directory, self.broker, tree, record, now_s)
             for index in range(plan.relays)
         ]
-        self.figures: dict[str, dict[str, float]] = {}
+        self.backplane_counters: dict[str, dict[str, float]] = {}
         self._record = record
         self._log = log
         self._broker_lock = asyncio.Lock()
@@ -254,7 +261,7 @@ class Cluster:
         await self._stack.aclose()
 
     async def await_ready(self) -> None:
-        """Wait until all relays are ready; record those that never are."""
+        """Wait until all relays are ready; record those that do not become ready."""
         deadline = time.monotonic() + READY_S
         for slot in self.slots:
             while not await slot.is_ready():
@@ -268,7 +275,7 @@ class Cluster:
         """Record each relay's counters and memory."""
         for slot in self.slots:
             try:
-                found, self.figures[slot.name] = await slot.rest()
+                found, self.backplane_counters[slot.name] = await slot.rest()
             except (httpx2.HTTPError, AssertionError) as error:
                 self._record.failures.append(f"{slot.name} shows no metrics: {error!r:.200}")
             else:
@@ -281,7 +288,7 @@ class Cluster:
     # Faults
 
     async def do(self, fault: Fault) -> None:
-        """Break something, and heal it."""
+        """Cause a fault, and end it."""
         target, _, action = fault.kind.partition("_")
         slot = self.slots[fault.relay]
         match target:
@@ -392,7 +399,7 @@ class Cluster:
 
 
 def _brief(line: str) -> str:
-    """Return what went wrong, of a line of the log."""
+    """Return the cause of an error, from a line of the log."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -402,7 +409,7 @@ def _brief(line: str) -> str:
 
 
 def _content(data: bytes) -> str:
-    """Return the names of an entry's messages; nothing where it has none."""
+    """Return the names of an entry's messages; an empty text where it has none."""
     try:
         payloads = unpack(data).payloads
     except FormatError:

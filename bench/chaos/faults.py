@@ -10,7 +10,7 @@ MEAN_PAUSE_S = 1.4
 
 
 class FaultKind(StrEnum):
-    """What is done, and to what."""
+    """The kinds of faults: target and action."""
 
     RELAY_KILL = "relay_kill"  # SIGKILL, and a new process after a pause
     RELAY_FREEZE = "relay_freeze"  # SIGSTOP and SIGCONT
@@ -19,7 +19,7 @@ class FaultKind(StrEnum):
     BROKER_FREEZE = "broker_freeze"
     BROKER_STOP = "broker_stop"
     BROKER_RESET = "broker_reset"  # a relay's connections to the broker: RST
-    BROKER_HOLD_READS = "broker_hold_reads"  # what it reads of the stream is delayed
+    BROKER_HOLD_READS = "broker_hold_reads"  # entries that a relay reads are delayed
     BROKER_HOLD_APPENDS = "broker_hold_appends"  # confirmations are delayed
     BROKER_STALL = "broker_stall"  # both directions of all of them are delayed
     BROKER_MUTE = "broker_mute"  # requests are lost, then RST
@@ -33,7 +33,7 @@ class FaultKind(StrEnum):
     SLOW_CLIENT = "slow_client"  # one reads nothing while its channel gets megabytes
     DELETE_NEWEST = "delete_newest"  # an operator deletes the entry that was appended last
     DELETE_UNREAD = "delete_unread"  # the same while one relay reads nothing
-    DELETE_OLD = "delete_old"  # an entry that everyone read over half a second ago
+    DELETE_OLD = "delete_old"  # an entry that all relays read over half a second ago
 
 
 WEIGHTS = {
@@ -67,18 +67,18 @@ PERSISTENCE = {"redis": ("always", "always", "everysec", "none"), "nats": ("file
 LOSSLESS = {"always", "file"}
 
 MAX_PAYLOADS = (1_048_576, 65_536)
-"""What NATS takes at once: with the second, large messages go in parts."""
+"""Largest entry of NATS: with the second, large messages are split into parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is broken.
+    """One fault.
 
     Attributes:
         at_s: since the run's start.
         relay: the index of the relay concerned.
-        duration_s: how long it stays broken.
-        choice: from 0 to 1: picks a connection, a client or an entry.
+        duration_s: time until it is healed.
+        choice: from 0 to 1: selects a connection, a client or an entry.
     """
 
     at_s: float
@@ -93,7 +93,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run, as its seed has it.
+    """The plan of one run.
 
     Attributes:
         persistence: of the broker: `always`, `everysec`, `none` (Redis); `file` (NATS).
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no message that was accepted can be lost."""
+        """Whether no accepted message can be lost."""
         return self.persistence in LOSSLESS and not self.deletes
 
 
@@ -121,7 +121,7 @@ def plan_of(seed: int, broker: str, seconds: float) -> Plan:
 
     Args:
         broker: `redis` or `nats`.
-        seconds: how long something may break.
+        seconds: the time with faults.
     """
     chance = random.Random(f"{seed} {broker}")
     relays = chance.choice((2, 3))
@@ -140,5 +140,5 @@ def plan_of(seed: int, broker: str, seconds: float) -> Plan:
 
 
 def _durations(chance: random.Random) -> tuple[float, ...]:
-    """Return a short, a middling and a long one: under and over what makes an outage (3 s)."""
+    """Return a short, a medium and a long one: below and above the outage limit (3 s)."""
     return chance.uniform(0.05, 0.5), chance.uniform(0.5, 2.5), chance.uniform(2.5, 6)

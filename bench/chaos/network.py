@@ -1,4 +1,4 @@
-"""Own the connections that a run breaks: proxies that hold, lose, tear and reset what they pass.
+"""Own the connections that a run breaks: proxies that delay, drop, cut and reset their data.
 
 Knows no broker and no relay.
 """
@@ -12,14 +12,14 @@ from enum import Enum
 from tests.support.proxy import Connection, Proxy
 
 RESET = struct.pack("ii", 1, 0)
-"""Of SO_LINGER: a connection that is aborted sends RST, and drops what was not sent."""
+"""Value of SO_LINGER: an aborted connection sends RST, and drops unsent data."""
 
 ABORT_AFTER_S = 0.1
-"""What is left of a frame has reached the client by then."""
+"""Time in which the sent part of a frame reaches the client."""
 
 
 class Direction(Enum):
-    """Which half of a connection is meant."""
+    """One direction of a connection."""
 
     REQUESTS = "requests"
     REPLIES = "replies"
@@ -30,7 +30,7 @@ class BreakableProxy(Proxy):
 
     Args:
         port: of the server; None: connections end at once.
-        roles: what connections are for, by a text that one of their requests contains.
+        roles: the use of connections, by a text that one of their requests contains.
     """
 
     def __init__(self, port: int | None = None, roles: Mapping[str, bytes] | None = None) -> None:
@@ -43,17 +43,17 @@ class BreakableProxy(Proxy):
         self._is_partitioned = False
 
     def hold(self, connections: Iterable[Connection], *directions: Direction) -> None:
-        """Deliver nothing until `release`, and lose nothing."""
+        """Delay all data until `release`; none is lost."""
         for connection in connections:
             for direction in directions:
                 self._held.setdefault((connection, direction), [])
 
     def hold_role(self, role: str) -> None:
-        """Deliver no replies on connections of a role, new ones too, until `release`."""
+        """Delay replies on connections of a role, new ones included, until `release`."""
         self._held_role = role
 
     def release(self) -> None:
-        """Deliver all that is held, in order."""
+        """Deliver all delayed data, in order."""
         self._held_role = ""
         held, self._held = self._held, {}
         for (connection, direction), pieces in held.items():
@@ -76,12 +76,12 @@ class BreakableProxy(Proxy):
             connection.abort()
 
     def partition(self) -> None:
-        """Lose everything, on new connections too, until `reconnect`."""
+        """Drop all data, on new connections too, until `reconnect`."""
         self._is_partitioned = True
         self.stall()
 
     def reconnect(self) -> None:
-        """End what was partitioned; new connections are whole."""
+        """End the partition; new connections work."""
         if self._is_partitioned:
             self._is_partitioned = False
             self.reset(self.connections)
@@ -93,28 +93,28 @@ class BreakableProxy(Proxy):
         self.reconnect()
         self.reset(each for each in self.connections if each.is_muted or each.is_deaf)
 
-    # What the proxy asks
+    # Hooks of the proxy
 
     def opened(self, connection: Connection) -> None:
-        """Let a new connection share the partition."""
+        """Apply the partition to a new connection."""
         connection.is_muted = connection.is_deaf = self._is_partitioned
 
     def closed(self, connection: Connection) -> None:
-        """Forget a connection."""
+        """Remove the state of a connection."""
         self._torn.discard(connection)
         self._roles.pop(connection, None)
         for direction in Direction:
             self._held.pop((connection, direction), None)
 
     def asks(self, data: bytes, connection: Connection) -> bytes | None:
-        """Pass on a request, unless it is held."""
+        """Forward a request, unless it is delayed."""
         for role, marker in self._markers.items():
             if marker in data:
                 self._roles[connection] = role
         return self._unless_held(data, connection, Direction.REQUESTS)
 
     def answers(self, data: bytes, connection: Connection) -> bytes | None:
-        """Pass on a reply, unless it is held or torn."""
+        """Forward a reply, unless it is delayed or cut."""
         if connection in self._torn:
             connection.client.write(data[: len(data) // 2])
             asyncio.get_running_loop().call_later(ABORT_AFTER_S, connection.abort)

@@ -1,7 +1,7 @@
 """Define what one run observed: the values that the checker judges. Knows no socket.
 
-A message is known by its name, `CHANNEL/SOURCE.CONNECTION:NUMBER`. A source publishes each name
-once; within one connection the numbers grow.
+A message is identified by its name, `CHANNEL/SOURCE.CONNECTION:NUMBER`. A source publishes each
+name once; within one connection the numbers grow.
 """
 
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a POST was answered.
+    """The answer to a POST.
 
     Attributes:
         messages: the names that it published, in order.
@@ -140,8 +140,8 @@ class Record:
         keeps_all: the broker lost nothing and no operator deleted anything, so no loss may be
             reported.
         relays_with_losses: processes whose log reports lost messages.
-        complaints: tracebacks, and other lines of relays' logs that are no events.
-        failures: what the run itself found wrong: a relay that is not ready again, say.
+        complaints: tracebacks, and other lines of relays' logs that are not events.
+        failures: problems of the run itself, such as a relay that does not become ready again.
     """
 
     keeps_all: bool

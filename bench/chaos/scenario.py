@@ -1,4 +1,4 @@
-"""Run one plan from its start to its verdict: who publishes, who subscribes, what breaks when."""
+"""Run one plan from its start to its verdict: publishers, subscribers, and faults in time."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ CALM_S = 1.0
 MARKER_S = 20.0
 MARKER_TRIES = 20
 LIMIT_S = 180.0
-"""What a run may take besides the time in which things break."""
+"""Time limit of a run, besides the time with faults."""
 
 FLOOD_REQUESTS = 12
 FLOOD_BYTES = 400_000
@@ -41,12 +41,12 @@ FLOOD_BYTES = 400_000
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a run."""
+    """The outcome of a run."""
 
     plan: Plan
     record: Record
     verdict: Verdict
-    figures: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
     directory: Path | None = None
 
     @property
@@ -110,7 +110,7 @@ class Run:
         finally:
             self._events.close()
         verdict = judge(self.record)
-        outcome = Outcome(self._plan, self.record, verdict, self._figures())
+        outcome = Outcome(self._plan, self.record, verdict, self._stats())
         if not outcome.passed:
             self._keep(outcome)
         return outcome
@@ -178,7 +178,7 @@ class Run:
             await self._cluster.do(fault)
 
     async def _slow_down(self, fault: Fault) -> None:
-        """Have one client read nothing while megabytes are published to its channel."""
+        """Make one client read nothing while megabytes are published to its channel."""
         slow = [each for each in self._subscribers if isinstance(each, SlowSubscriber)]
         subscriber = slow[int(fault.choice * len(slow))]
         self._log(f"{subscriber.trace.subscriber}: {fault}")
@@ -195,7 +195,7 @@ class Run:
     # The end
 
     async def _await_markers(self) -> None:
-        """Publish the last message of each channel, and wait until everyone has it."""
+        """Publish the last message of each channel, and wait until all subscribers have it."""
         markers: dict[str, str] = {}
         for poster in self._posters[::2]:
             for _ in range(MARKER_TRIES):
@@ -218,12 +218,12 @@ class Run:
                 text = f"{each.trace.subscriber} is not delivered {marker} in {MARKER_S:g} s"
                 self.record.failures.append(text)
 
-    def _figures(self) -> dict[str, Any]:
+    def _stats(self) -> dict[str, Any]:
         record = self.record
         steps = [step for trace in record.traces for step in trace.steps]
         welcomes = [each for each in steps if isinstance(each, Connected) and each.since]
         plain = [each for each in self._subscribers if isinstance(each, PlainPublisher)]
-        relays = self._cluster.figures.values()
+        relays = self._cluster.backplane_counters.values()
         return {
             "published": sum(each.published for each in plain)
             + sum(len(each.messages) for each in record.answers),
@@ -246,7 +246,7 @@ class Run:
         }
 
     def _keep(self, outcome: Outcome) -> None:
-        """Write all that was observed beside the logs."""
+        """Write all observations beside the logs."""
         outcome.directory = self._directory
         violations = [
             f"{each.at_s:7.3f} {each.kind.name}: {each.text}" for each in outcome.verdict.violations
@@ -262,6 +262,6 @@ class Run:
 
 
 async def _later(at: float, work: Coroutine[Any, Any, None]) -> None:
-    """Do something at a time of the monotonic clock."""
+    """Run work at a time of the monotonic clock."""
     await asyncio.sleep(max(0.0, at - time.monotonic()))
     await work

@@ -16,7 +16,7 @@ class ConnectionManager:
         self.active_connections: list[WebSocket] = []
 
     async def connect(self, websocket: WebSocket) -> None:
-        """Let a client in."""
+        """Accept a client."""
         await websocket.accept()
         self.active_connections.append(websocket)
 
@@ -39,7 +39,7 @@ manager = ConnectionManager()
 
 @app.websocket("/")
 async def relay(websocket: WebSocket) -> None:
-    """Send what this client says to all."""
+    """Send the messages of this client to all."""
     await manager.connect(websocket)
     try:
         while True:

@@ -16,7 +16,7 @@ app = App()
 
 
 def opened(client: Any) -> None:
-    """Let a client in."""
+    """Subscribe a new client."""
     client.subscribe(TOPIC)
 
 

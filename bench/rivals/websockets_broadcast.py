@@ -13,7 +13,7 @@ clients: set[ServerConnection] = set()
 
 
 async def relay(connection: ServerConnection) -> None:
-    """Send what this client says to all."""
+    """Send the messages of this client to all."""
     clients.add(connection)
     try:
         async for message in connection:
