@@ -119,7 +119,7 @@ chart: $(VENV)/.dev  ## write anew what in chart and manifests follows from the 
 	@$(BIN)/python -m helm
 
 docs: $(VENV)/.dev  ## build the site of docs/ into build/docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html"
 
 format: $(VENV)/.dev  ## put the code into its one form

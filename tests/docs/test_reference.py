@@ -40,7 +40,7 @@ SETTINGS, COMMANDS, CLOSES, METRICS, HTTP, PYTHON_CLIENT, BROWSER_CLIENT = (
     )
 )
 
-TYPES_OF_RELAY_JS = (PACKAGE / "console" / "relay.d.ts").read_text()
+TYPES_OF_RELAY_JS = (PACKAGE / "browser" / "relay.d.ts").read_text()
 
 
 def first_table(page: str, heading: str) -> list[list[str]]:
