@@ -1,50 +1,42 @@
-"""The pages for users can be followed: README, tutorial and how-to, block by block."""
+"""README and how-to guides can be followed, block by block."""
 
-import asyncio
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import browser
-from tests.support.pages import Reader, free_ports
+from tests.support.pages import Reader
 from tests.support.relay_process import ROOT
-from tests.support.shell import persons_environment
+from tests.support.terminal import Output, until
 
 pytestmark = browser.SHARED
 
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", DOCS / "tutorial.md", *sorted(DOCS.glob("how-to/*.md"))]
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A directory that looks like the project and may be written to."""
-    # Otherwise make would renew it from there, and it would run what lies there ever after.
-    fresh = subprocess.run(
-        ["make", "--question", ".venv/.dev"], cwd=ROOT, env=persons_environment(), check=False
-    )
-    assert fresh.returncode == 0, "the environment is out of date: make venv"
-    for entry in ROOT.iterdir():
-        if entry.suffix != ".pem":
-            (tmp_path / entry.name).symlink_to(entry)
-    return tmp_path
-
-
-@pytest.fixture
-def reader(project: Path) -> Iterator[Reader]:
-    """A reader who works there."""
-    with free_ports() as ports:
-        reader = Reader(project, ports)
-        try:
-            yield reader
-        finally:
-            reader.leave()
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "docs").glob("how-to/*.md"))
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-async def test_every_block_of_a_page_works(reader: Reader, page: Path) -> None:
-    await reader.follow(await asyncio.to_thread(page.read_text))
-    await reader.stop()
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+async def test_every_block_of_a_guide_works(reader: Reader, page: Path) -> None:
+    async with reader:
+        await reader.follow(page)
+
+
+def greetings(output: Output) -> list[str]:
+    return [line for line in output.lines if line.startswith("hello from ")]
+
+
+@pytest.mark.timeout(180)
+async def test_every_message_of_the_readme_arrives_in_a_terminal_and_in_a_browser(
+    reader: Reader,
+) -> None:
+    async with reader:
+        await reader.follow(README)
+        subscribers = [output for output in reader.outputs if greetings(output)]
+        assert len(subscribers) == 2
+        await until(
+            lambda: all(len(greetings(each)) == 4 for each in subscribers),
+            lambda: "\n".join(map(str, subscribers)),
+        )
+    terminal, window = map(greetings, subscribers)
+    assert terminal == window

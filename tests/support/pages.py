@@ -1,13 +1,19 @@
-"""Do what a page of the docs says, as its reader does. Knows the form of the pages, no single page.
+"""Follow a page of the docs, as its reader does. Knows the form of the pages, no single page.
 
 A fenced block is done by its language:
 
 - any, with `title="name"`: It is written to a file of that name. An absolute name is a file of
   another machine, which another test has to use.
-- `sh`: Each command is run and has to succeed. One that ends with `# until Ctrl-C`, and `make run`,
-  keeps running while the reader goes on, until the page ends or the same command is typed again.
-- `text`: The commands or the script before it print these lines; `…` stands for anything in a line.
-- `python`, `js`: It is run: as a program, or as a module of a page in a browser.
+- `sh`: Each command is run, in a shell of its own, and has to succeed. One that ends with
+  `# until Ctrl-C`, and `make run`, keeps running while the reader goes on: to the end of the page,
+  or until a command takes its port or is the same one again. `python -m webbrowser URL` opens a
+  page, which also stays open. `npx TOOL` is a tool of tests/support/npm.
+- `text`: The commands of the block before it, or a command that keeps running, or an open page,
+  print these lines next; `…` stands for anything in a line.
+- `python`: It is run as a program.
+- `js`: It is run in a browser: as a module of an empty page where it has a static `import`,
+  otherwise in the developer console of the relay's own page. Where it has `console.log`, it has to
+  log something.
 - `yaml`: These are settings that the relay accepts.
 - `json`: It is JSON.
 - `console`: Not run here: its commands need a daemon, a cluster or a cloud (`ELSEWHERE`).
@@ -16,110 +22,149 @@ The ports in the text are replaced by free ones.
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import random
 import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import textwrap
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from playwright.async_api import CDPSession, Page
 
 from tests.support import browser
-from tests.support.programs import CURL, NATS, REDIS_7, needed
+from tests.support.markdown import anchor_of
+from tests.support.programs import ANY_REDIS, CURL, NATS, TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import (
-    HOST,
-    ROOT,
-    Relay,
-    eventually,
-    run_command,
-)
+from tests.support.relay_process import HOST, ROOT, run_command
 from tests.support.shell import persons_environment
+from tests.support.terminal import Output, Terminal, until
+from tests.support.tools import of_npm
 
-PORTS = ("8443", "9090", "8000", "6379", "4222")
-"""The ports as the pages write them: relay, metrics, an application, Redis, NATS."""
+PORTS = ("8443", "9090", "8444", "9091", "8000", "6379", "4222")
+"""The ports as the pages write them: a relay and its metrics, a second replica and its metrics, an
+application, Redis, NATS."""
 
-ELSEWHERE = frozenset({"cosign", "docker", "helm", "kubectl", "pip", "python3", "systemctl"})
+ELSEWHERE = frozenset({"cosign", "docker", "helm", "kubectl", "npm", "pip", "python3", "systemctl"})
 """Commands that are not run: they need a daemon, a cluster, or a package that is released."""
 
-NOT_RUN = re.compile(r"make (test|bench|replicas|image)\b")
-"""They run this very test, or run for minutes; make says what they would do."""
+NOT_RUN = re.compile(r"^make (?=(test|bench|replicas|image)\b)")
+"""They run this very test, or run for minutes; make prints what they would do."""
 
-STARTS_A_RELAY = re.compile(r"(^|\s)make run\b")
-KEEPS_RUNNING = re.compile(r"\s+# until Ctrl-C$")
-PROGRAMS = {"curl": CURL, "redis-server": REDIS_7, "nats-server": NATS}
+PROGRAMS = {
+    "curl": (CURL,),
+    "redis-server": ANY_REDIS,
+    "nats-server": (NATS,),
+    "tsc": (TYPESCRIPT,),
+}
+"""Programs that a machine may lack. Another version of one may be the first on the PATH."""
 
-FENCE = re.compile(
-    r"""
-    ^(?P<indent>\ *) ``` (?P<language>\w+) (?:\ title="(?P<title>[^"]+)")? \n
-    (?P<text>.*?)
-    ^(?P=indent) ``` $
-    """,
-    re.DOTALL | re.MULTILINE | re.VERBOSE,
+RELAY = re.compile(
+    r"^(\w+=(\"[^\"]*\"|[^\s\"])*\s+)*(make run\b|websocket-relay( serve)?( --config-file \S+)?$)"
 )
+RELAY_PORT = re.compile(r"\bRELAY__SERVER__PORT=(\d+)")
+CLIENT = re.compile(r"\bwebsocket-relay (listen|send) ")
+KEEPS_RUNNING = re.compile(r"\s+# until Ctrl-C$")
+OPENS_A_PAGE = re.compile(r"^python -m webbrowser (\S+)$")
+OF_NPM = re.compile(r"^npx (?P<tool>\S+)")
+CHANGES_THE_SHELL = re.compile(r"^(cd|export|set|source|umask|unset)\b")
+URL = re.compile(r"\w+://\S+")
+IS_READY = re.compile(r"(\] |\"event\": \")ready\b")
+HAS_STOPPED = re.compile(r"(\] |\"event\": \")stopped\b")
+IS_MODULE = re.compile(r"^import\b[^(]", re.MULTILINE)
+
+FENCE = re.compile(r'(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?')
+HEADING = re.compile(r"#+ (.+)")
+IMPORT = """script => import(URL.createObjectURL(new Blob([script], {type: "text/javascript"})))
+  .then(() => {})"""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: its language, the title or "", its text, and where it begins."""
+    """A fenced block.
+
+    Args:
+        language: the word after the fence.
+        title: the name of a file, or "".
+        text: what stands between the fences, without the indentation of the fence.
+        line: the number of the first fence's line.
+        section: the anchor of the heading that the block follows.
+    """
 
     language: str
     title: str
     text: str
     line: int
+    section: str
 
 
 def blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page, in order.
 
     Raises:
-        AssertionError: a fence has another form than `FENCE`.
+        AssertionError: a fence is malformed, or is not closed.
     """
-    found = [
-        Block(
-            match["language"],
-            match["title"] or "",
-            textwrap.dedent(match["text"]),
-            page.count("\n", 0, match.start()) + 1,
-        )
-        for match in FENCE.finditer(page)
-    ]
-    assert len(re.findall(r"^ *```", page, re.MULTILINE)) == 2 * len(found), "a malformed fence"
+    found: list[Block] = []
+    section = ""
+    fence: re.Match[str] | None = None
+    first, text = 0, ""
+    for number, line in enumerate(page.splitlines(), 1):
+        if fence is None and line.lstrip().startswith("```"):
+            fence = FENCE.fullmatch(line)
+            assert fence is not None, f"line {number}: a malformed fence: {line}"
+            first, text = number, ""
+        elif fence is None:
+            heading = HEADING.fullmatch(line)
+            section = anchor_of(heading[1]) if heading else section
+        elif line == f"{fence['indent']}```":
+            title = fence["title"] or ""
+            found.append(Block(fence["language"], title, text, first, section))
+            fence = None
+        else:
+            text += f"{line.removeprefix(fence['indent'])}\n"
+    assert fence is None, f"line {first}: the fence is not closed"
     return found
 
 
-def commands(text: str) -> list[str]:
-    """Return the commands of a block of `sh`, continued lines joined."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+def commands(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the commands of a block of `sh`, continued lines joined, with the lines they begin at.
+
+    The fence is line 0.
+    """
+    first, command = 0, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if not command and (not line.strip() or line.startswith("#")):
+            continue
+        first = first if command else number
+        command += line.removesuffix("\\")
+        if not line.endswith("\\"):
+            yield first, command
+            command = ""
 
 
 @contextmanager
 def free_ports() -> Iterator[Mapping[str, str]]:
-    """Reserve a port for each of `PORTS`, against other tests on this machine.
+    """Reserve a port for each of `PORTS`.
 
-    Below the ephemeral range, so that no connection takes one of them meanwhile.
+    They are below the ephemeral range, so that no connection takes one of them meanwhile. A socket
+    that is bound to the port before them keeps other tests on this machine from taking them too.
     """
-    directory = Path(tempfile.gettempdir())
-    bases = list(range(20_000, 32_000, 10))
+    count = len(PORTS) + 1
+    bases = list(range(20_000, 32_000, count))
     random.shuffle(bases)
     for base in bases:
-        with open(directory / f"websocket-relay-docs-{base}.lock", "w") as lock:
-            chosen = range(base, base + len(PORTS))
+        with socket.socket() as reservation:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                reservation.bind((HOST, base))
             except OSError:
                 continue
+            chosen = range(base + 1, base + count)
             if all(map(_is_free, chosen)):
                 yield dict(zip(PORTS, map(str, chosen), strict=True))
                 return
@@ -135,100 +180,88 @@ def _is_free(port: int) -> bool:
         return True
 
 
-class PagesRelay(Relay):
-    """A relay that a reader starts by a line for the shell."""
-
-    def __init__(self, command: str, directory: Path, env: Mapping[str, str]) -> None:
-        super().__init__(directory)
-        self._command = command
-        self._env = dict(env)
-
-    def start(self) -> None:
-        """Start the shell with the command in a session of its own."""
-        self._process = subprocess.Popen(
-            ["sh", "-c", self._command],
-            cwd=self._directory,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._log_reader = threading.Thread(target=self._read_log, daemon=True)
-        self._log_reader.start()
-
-    def press_ctrl_c(self) -> None:
-        """Do as a terminal does: interrupt the shell, make and the relay alike."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        self.await_log("stopped")
-        self.process.wait(PATIENCE_S)
-        self.end()
-        assert self.complaints == []
-
-    def end(self) -> None:
-        """Leave no process of the session behind."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        super().end()
+def _accepts(port: str) -> bool:
+    """Return whether a port accepts connections; a bound port, or one in TIME_WAIT, does not."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((HOST, int(port))) == 0
 
 
+@dataclass(frozen=True, slots=True)
 class Running:
-    """A command that keeps running, and what it has printed."""
+    """A command that keeps running while the reader goes on.
 
-    def __init__(self, command: str, directory: Path, env: Mapping[str, str]) -> None:
-        self.command = command
-        self._output: list[str] = []
-        self._process = subprocess.Popen(
-            ["sh", "-c", command],
-            cwd=directory,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    Args:
+        command: as it was typed.
+        ports: on which it listens.
+        terminal: where it was typed.
+    """
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._output.append(line.rstrip("\n"))
+    command: str
+    ports: frozenset[str]
+    terminal: Terminal
 
     @property
-    def output(self) -> str:
-        return "\n".join(self._output)
+    def is_relay(self) -> bool:
+        return RELAY.match(self.command) is not None
 
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
+    def is_ready(self) -> bool:
+        """Return whether the next command can use this one.
 
-    def end(self) -> None:
-        """Press Ctrl-C, and leave no process of the session behind."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        Raises:
+            AssertionError: it has ended.
+        """
+        self.assert_running()
+        lines = self.terminal.output.lines
+        if self.is_relay:
+            return any(map(IS_READY.search, lines))
+        if CLIENT.search(self.command):
+            return any("connected to " in line for line in lines)
+        assert self.ports, f"it names none of the ports {PORTS}, so when is it ready?"
+        return all(map(_accepts, self.ports))
+
+    def assert_running(self) -> None:
+        code = self.terminal.exit_code
+        assert code is None, f"it has ended with status {code}: {self.terminal.output}"
+
+    async def press_ctrl_c(self) -> None:
+        """End the command; a relay has to stop cleanly.
+
+        Raises:
+            AssertionError: it had ended by itself, and failed.
+        """
+        assert self.terminal.exit_code in (None, 0), f"it has failed: {self.terminal.output}"
+        await self.terminal.press_ctrl_c()
+        if self.is_relay:
+            lines = self.terminal.output.lines
+            is_clean = any(map(HAS_STOPPED.search, lines)) and "Traceback" not in "".join(lines)
+            assert is_clean, f"no clean stop: {self.terminal.output}"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """An open page of the web, and what it has logged."""
+
+    page: Page
+    output: Output
 
 
 class Reader:
-    """Follows a page in a directory that looks like the project and may be written to."""
+    """Follows pages, in a directory that looks like the project and may be written to.
+
+    `async with` ends all that the pages started; where no test has failed, as a reader does.
+    """
 
     def __init__(self, directory: Path, ports: Mapping[str, str]) -> None:
-        self.relay: PagesRelay | None = None
         self._directory = directory
         self._ports = ports
         self._running: list[Running] = []
-        self._printed = ""
-        self._actions: dict[str, Callable[[str], Awaitable[None]]] = {
+        self._windows = AsyncExitStack()
+        self._open: list[Window] = []
+        self._console: tuple[Window, CDPSession] | None = None
+        self._printed = Output("")
+        self._at = ""
+        self._actions: dict[str, Callable[[Block], Awaitable[None]]] = {
             "sh": self._type_all,
             "text": self._expect,
             "python": self._run_python,
@@ -248,156 +281,208 @@ class Reader:
             }
         )
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._windows.aclose()
+            while error is None and self._running:
+                await self._press_ctrl_c(self._running[-1])
+        finally:
+            with ExitStack() as stack:
+                for running in self._running:
+                    stack.callback(running.terminal.kill)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """What the last block, each command that keeps running, and each open page have printed."""
+        running = (each.terminal.output for each in self._running)
+        return [self._printed, *running, *(window.output for window in self._open)]
+
     def here(self, text: str) -> str:
         """Return a text with this reader's ports in the place of those on the page."""
         return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: self._ports[match[0]], text)
 
-    async def follow(self, page: str) -> None:
-        """Do what all blocks of a page say, in order."""
-        for block in blocks(page):
-            try:
-                await self.do(block)
-            except AssertionError as error:
-                raise AssertionError(f"line {block.line}: {error}") from error
+    async def follow(self, page: Path, *sections: str) -> None:
+        """Do the blocks of a page, in order.
 
-    async def do(self, block: Block) -> None:
-        """Do what one block says."""
-        text = self.here(block.text)
+        Args:
+            page: the file.
+            sections: the anchors of those headings whose blocks are done; none: all blocks.
+        """
+        self._at = "its blocks"
+        try:
+            for block in blocks(await asyncio.to_thread(page.read_text)):
+                if not sections or block.section in sections:
+                    self._at = f"line {block.line}: a block of `{block.language}`"
+                    await self._do(block)
+        except BaseException as error:
+            error.add_note(f"{page.relative_to(ROOT)}, {self._at}")
+            raise
+
+    async def open(self, url: str) -> Window:
+        """Open a page of the web in a window of its own, until the end."""
+        url = self.here(url)
+        page = await self._windows.enter_async_context(browser.page())
+        window = Window(page, Output(url))
+        self._open.append(window)
+        lines = window.output.lines
+        page.on("console", lambda message: lines.extend(message.text.splitlines()))
+        await page.goto(url)
+        return window
+
+    async def press_ctrl_c(self, command: str) -> None:
+        """End a command that keeps running: the one that was typed like this on the page."""
+        (running,) = (each for each in self._running if each.command == self.here(command))
+        await self._press_ctrl_c(running)
+
+    async def _press_ctrl_c(self, running: Running) -> None:
+        await running.press_ctrl_c()
+        self._running.remove(running)
+
+    async def _do(self, block: Block) -> None:
         if block.title.startswith("/"):
             return
         if block.title:
-            self._write(block.title, text)
+            self._write(self.here(block.title), self.here(block.text))
             return
         assert block.language in self._actions, f"no test runs an untitled `{block.language}`"
-        await self._actions[block.language](text)
+        await self._actions[block.language](block)
 
-    async def _type_all(self, text: str) -> None:
-        for command in commands(text):
-            await self.type(command)
+    # sh
 
-    async def _run_python(self, program: str) -> None:
-        self._printed = await self._run([sys.executable, "-c", program])
+    async def _type_all(self, block: Block) -> None:
+        self._printed = Output("the commands before")
+        for number, command in commands(block.text):
+            self._at = f"line {block.line + number}: {command}"
+            await self._type(self.here(command))
 
-    async def _check_json(self, text: str) -> None:
-        for line in text.splitlines() if "\n{" in text else [text]:
-            json.loads(line)
-
-    async def _check_that_it_runs_elsewhere(self, text: str) -> None:
-        programs = {line.split()[1] for line in text.splitlines() if line.startswith("$ ")}
-        assert programs <= ELSEWHERE, f"to be run as `sh`: {programs - ELSEWHERE}"
-
-    async def type(self, command: str) -> None:
-        """Run a command, or have it keep running."""
-        for word in shlex.split(command, comments=True):
-            if word in PROGRAMS:
-                needed(PROGRAMS[word])
-        if STARTS_A_RELAY.search(command):
-            await self._start_a_relay(KEEPS_RUNNING.sub("", command))
-        elif KEEPS_RUNNING.search(command):
-            await self._start(KEEPS_RUNNING.sub("", command))
+    async def _type(self, command: str) -> None:
+        bare = KEEPS_RUNNING.sub("", command)
+        assert not CHANGES_THE_SHELL.match(command), "each command has a shell of its own"
+        if match := OPENS_A_PAGE.match(command):
+            await self.open(match[1])
+        elif bare != command or RELAY.match(command):
+            await self._start(bare)
         else:
-            dry = " --dry-run" if NOT_RUN.match(command) else ""
-            self._printed = await self._run(["sh", "-c", command + dry])
+            command = await _with_the_programs_of_tests(NOT_RUN.sub("make --dry-run ", command))
+            await self._run("sh", "-c", command)
 
-    async def stop(self) -> None:
-        """Stop what keeps running; the relay has to stop cleanly."""
-        if self.relay is not None:
-            relay, self.relay = self.relay, None
-            await asyncio.to_thread(relay.press_ctrl_c)
-        self.leave()
-
-    def leave(self) -> None:
-        """Leave no process behind."""
-        with ExitStack() as stack:
-            for running in self._running:
-                stack.callback(running.end)
-            if self.relay is not None:
-                stack.callback(self.relay.end)
-        self._running.clear()
-
-    async def _start_a_relay(self, command: str) -> None:
-        if self.relay is not None:
-            relay, self.relay = self.relay, None
-            await asyncio.to_thread(relay.press_ctrl_c)
-        env = self._env | {"RELAY__LOGGING__FORMAT": "json"}
-        relay = PagesRelay(command, self._directory, env)
-        self.relay = relay
-        await asyncio.to_thread(relay.__enter__)
+    async def _run(self, *argv: str) -> None:
+        terminal = Terminal(argv, self._directory, self._env, argv[-1])
+        try:
+            code = await terminal.end()
+        finally:
+            terminal.kill()
+        assert code == 0, f"status {code}: {terminal.output}"
+        self._printed.lines += terminal.output.lines
 
     async def _start(self, command: str) -> None:
-        for running in self._running:
-            if running.command == command:
-                running.end()
-        self._running = [each for each in self._running if each.command != command]
-        clients = 0.0 if self.relay is None else await self._clients()
-        running = Running(command, self._directory, self._env)
+        ports = self._ports_of(command)
+        for other in list(self._running):
+            if other.command == command or other.ports & ports:
+                await self._press_ctrl_c(other)
+        argv = ["sh", "-c", await _with_the_programs_of_tests(command)]
+        running = Running(command, ports, Terminal(argv, self._directory, self._env, command))
         self._running.append(running)
-        if " listen " in command:
-            await eventually(lambda: self._has_more_clients(clients), f"{command}: connected")
-            return
-        (port,) = set(re.findall(r"\b[23]\d{4}\b", command)) & set(self._ports.values())
+        await until(running.is_ready, lambda: f"not ready: {running.terminal.output}")
 
-        async def accepts() -> tuple[bool, object]:
-            assert not running.has_ended, f"{command}\n{running.output}"
-            return not _is_free(int(port)), running.output
+    def _ports_of(self, command: str) -> frozenset[str]:
+        """Return the ports on which a command listens, those in URLs left out."""
+        if RELAY.match(command):
+            named = RELAY_PORT.search(command)
+            return frozenset([named[1] if named else self._ports["8443"]])
+        return frozenset(self._ports.values()) & frozenset(re.findall(r"\d+", URL.sub("", command)))
 
-        await eventually(accepts, f"{command}: listens")
+    # text
 
-    async def _clients(self) -> float:
-        assert self.relay is not None, "no relay is running"
-        return await self.relay.metric("websocket_connected_clients")
+    async def _expect(self, block: Block) -> None:
+        wanted = self.here(block.text)
 
-    async def _has_more_clients(self, count: float) -> tuple[bool, object]:
-        now = await self._clients()
-        return now > count, now
+        def failure() -> str:
+            return "\n".join((f"nothing shows\n{wanted}", *map(str, self.outputs)))
 
-    async def _run(self, command: Sequence[str]) -> str:
-        done = await asyncio.to_thread(
-            subprocess.run,
-            command,
-            cwd=self._directory,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
+        await until(
+            lambda: any(output.shows(wanted) for output in self.outputs),
+            failure,
+            limit_s=PATIENCE_S,
         )
-        assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
-        return str(done.stdout + done.stderr)
 
-    async def _run_in_a_browser(self, script: str) -> None:
-        printed: list[str] = []
-        async with browser.page() as page, page.expect_console_message():
-            page.on("console", lambda message: printed.append(message.text))
-            await page.add_script_tag(content=script, type="module")
-        self._printed = "\n".join(printed)
+    # python, js
 
-    async def _expect(self, text: str) -> None:
-        async def look() -> tuple[bool, object]:
-            outputs = [self._printed, *(running.output for running in self._running)]
-            return any(_shows(output, text) for output in outputs), "\n---\n".join(outputs)
+    async def _run_python(self, block: Block) -> None:
+        self._printed = Output("the script before")
+        await self._run(sys.executable, "-c", self.here(block.text))
 
-        await eventually(look, f"printed:\n{text}")
+    async def _run_in_a_browser(self, block: Block) -> None:
+        script = self.here(block.text)
+        if IS_MODULE.search(script):
+            window = await self.open("about:blank")
+            await window.page.evaluate(IMPORT, script)
+        else:
+            window = await self._paste(script)
+        if "console.log" in script:
+            logged = window.output.lines
+            await until(lambda: logged != [], lambda: "nothing is logged", limit_s=PATIENCE_S)
 
-    def _write(self, name: str, text: str) -> None:
-        file = self._directory / name
-        assert file.resolve().is_relative_to(self._directory.resolve()), name
-        if file.is_symlink():
-            file.unlink()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    async def _paste(self, script: str) -> Window:
+        """Run a script in the developer console of the relay's page, which stays open."""
+        if self._console is None:
+            window = await self.open("http://localhost:8443/")
+            session = await window.page.context.new_cdp_session(window.page)
+            self._console = (window, session)
+        window, session = self._console
+        evaluation = {"expression": script, "replMode": True, "awaitPromise": True}
+        result = await session.send("Runtime.evaluate", evaluation)
+        if "exceptionDetails" in result:
+            raise AssertionError(result["result"].get("description", result["exceptionDetails"]))
+        return window
 
-    async def _check_settings(self, text: str) -> None:
-        self._write("checked.yaml", text)
+    # yaml, json, console
+
+    async def _check_settings(self, block: Block) -> None:
+        self._write("checked.yaml", self.here(block.text))
         done = await asyncio.to_thread(
             run_command, "check", "--config-file", "checked.yaml", directory=self._directory
         )
-        assert (done.exit_code, done.faults) == (0, []), text
+        assert (done.exit_code, done.faults) == (0, []), block.text
+
+    async def _check_json(self, block: Block) -> None:
+        for line in block.text.splitlines() if "\n{" in block.text else [block.text]:
+            json.loads(line)
+
+    async def _check_that_it_runs_elsewhere(self, block: Block) -> None:
+        lines = (line.split() for line in block.text.splitlines() if line.startswith("$ "))
+        programs = {words[1] for words in lines}
+        assert programs <= ELSEWHERE, f"to be run as `sh`: {programs - ELSEWHERE}"
+
+    def _write(self, name: str, text: str) -> None:
+        file = self._directory / name
+        is_below = file.parent.resolve().is_relative_to(self._directory.resolve())
+        assert is_below, f"{name} is not in the reader's directory"
+        file.unlink(missing_ok=True)  # it may be a link to the project's own
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
-def _shows(output: str, text: str) -> bool:
-    """Return whether an output has these lines in this order, others between them allowed."""
-    wanted = [re.escape(line.strip()).replace("…", ".*") for line in text.splitlines() if line]
-    lines = iter(line.strip() for line in output.splitlines())
-    return all(any(re.fullmatch(pattern, line) for line in lines) for pattern in wanted)
+async def _with_the_programs_of_tests(command: str) -> str:
+    """Return a command with the paths of programs that are found in another way than by the PATH.
+
+    Raises:
+        Skipped: this machine lacks one.
+    """
+    if match := OF_NPM.match(command):
+        tool = await asyncio.to_thread(of_npm, match["tool"])
+        modules = Path(tool[-1]).parents[2]
+        command = f"NODE_PATH={modules} {shlex.join(tool)}{command[match.end() :]}"
+    for word, programs in PROGRAMS.items():
+        name = re.compile(rf"(?<![^\s(|]){word}(?!\S)")
+        if name.search(command):
+            command = name.sub(str(needed(*programs)), command, count=1)
+    return command
