@@ -8,15 +8,16 @@ A fenced block is done by its language:
   `# until Ctrl-C`, and `make run`, keeps running while the reader goes on: to the end of the page,
   or until a command takes its port or is the same one again. `python -m webbrowser URL` opens a
   page, which also stays open. `npx TOOL` is a tool of tests/support/npm.
-- `text`: The commands of the block before it, or a command that keeps running, or an open page,
-  print these lines next; `…` stands for anything in a line.
+- `text`: The commands of the block before it, or a command that keeps running, print these lines
+  next, or an open page logs or shows them; `…` stands for anything in a line.
 - `python`: It is run as a program.
 - `js`: It is run in a browser: as a module of an empty page where it has a static `import`,
   otherwise in the developer console of the relay's own page. Where it has `console.log`, it has to
   log something.
 - `yaml`: These are settings that the relay accepts.
 - `json`: It is JSON.
-- `console`: Not run here: its commands need a daemon, a cluster or a cloud (`ELSEWHERE`).
+- `console`: Not run here: its commands need a daemon, a cluster, a cloud or root (`ELSEWHERE`), or
+  connect to a host of the reader's (`example.com`).
 
 The ports in the text are replaced by free ones.
 """
@@ -40,9 +41,9 @@ from playwright.async_api import CDPSession, Page
 
 from tests.support import browser
 from tests.support.markdown import anchor_of
-from tests.support.programs import ANY_REDIS, CURL, NATS, TYPESCRIPT, needed
+from tests.support.programs import ANY_REDIS, CURL, NATS, OPENSSL, PROMTOOL, TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, ROOT, run_command
+from tests.support.relay_process import HOST, ROOT, eventually, run_command
 from tests.support.shell import persons_environment
 from tests.support.terminal import Output, Terminal, until
 from tests.support.tools import of_npm
@@ -51,16 +52,26 @@ PORTS = ("8443", "9090", "8444", "9091", "8000", "6379", "4222")
 """The ports as the pages write them: a relay and its metrics, a second replica and its metrics, an
 application, Redis, NATS."""
 
-ELSEWHERE = frozenset({"cosign", "docker", "helm", "kubectl", "npm", "pip", "python3", "systemctl"})
-"""Commands that are not run: they need a daemon, a cluster, or a package that is released."""
+ELSEWHERE = frozenset(
+    {
+        *("cosign", "docker", "haproxy", "helm", "kubectl"),
+        *("nginx", "npm", "pip", "python3", "systemctl"),
+    }
+)
+"""Commands that are not run: they need a daemon, a cluster, root, or a package that is released."""
+
+READERS_HOST = "example.com"
+"""A command that names a host of this domain is not run either."""
 
 NOT_RUN = re.compile(r"^make (?=(test|bench|replicas|image)\b)")
 """They run this very test, or run for minutes; make prints what they would do."""
 
 PROGRAMS = {
     "curl": (CURL,),
-    "redis-server": ANY_REDIS,
     "nats-server": (NATS,),
+    "openssl": (OPENSSL,),
+    "promtool": (PROMTOOL,),
+    "redis-server": ANY_REDIS,
     "tsc": (TYPESCRIPT,),
 }
 """Programs that a machine may lack. Another version of one may be the first on the PATH."""
@@ -81,8 +92,7 @@ IS_MODULE = re.compile(r"^import\b[^(]", re.MULTILINE)
 
 FENCE = re.compile(r'(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?')
 HEADING = re.compile(r"#+ (.+)")
-IMPORT = """script => import(URL.createObjectURL(new Blob([script], {type: "text/javascript"})))
-  .then(() => {})"""
+IMPORT = "script => import(`data:text/javascript,${encodeURIComponent(script)}`).then(() => {})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +255,11 @@ class Window:
     page: Page
     output: Output
 
+    async def text(self) -> Output:
+        """Return the text that the page shows now."""
+        text = await self.page.inner_text("body")
+        return Output(f"{self.output.source} shows", text.splitlines())
+
 
 class Reader:
     """Follows pages, in a directory that looks like the project and may be written to.
@@ -405,14 +420,12 @@ class Reader:
     async def _expect(self, block: Block) -> None:
         wanted = self.here(block.text)
 
-        def failure() -> str:
-            return "\n".join((f"nothing shows\n{wanted}", *map(str, self.outputs)))
+        async def look() -> tuple[bool, object]:
+            texts = [await window.text() for window in self._open]
+            outputs = [*self.outputs, *texts]
+            return any(output.shows(wanted) for output in outputs), "\n".join(map(str, outputs))
 
-        await until(
-            lambda: any(output.shows(wanted) for output in self.outputs),
-            failure,
-            limit_s=PATIENCE_S,
-        )
+        await eventually(look, f"shown:\n{wanted}")
 
     # python, js
 
@@ -458,8 +471,8 @@ class Reader:
             json.loads(line)
 
     async def _check_that_it_runs_elsewhere(self, block: Block) -> None:
-        lines = (line.split() for line in block.text.splitlines() if line.startswith("$ "))
-        programs = {words[1] for words in lines}
+        lines = [line for line in block.text.splitlines() if line.startswith("$ ")]
+        programs = {line.split()[1] for line in lines if READERS_HOST not in line}
         assert programs <= ELSEWHERE, f"to be run as `sh`: {programs - ELSEWHERE}"
 
     def _write(self, name: str, text: str) -> None:
