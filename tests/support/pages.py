@@ -37,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from playwright.async_api import CDPSession, Page
+from playwright.async_api import CDPSession, Error, Page
 
 from tests.support import browser
 from tests.support.markdown import anchor_of
@@ -92,7 +92,7 @@ IS_MODULE = re.compile(r"^import\b[^(]", re.MULTILINE)
 
 FENCE = re.compile(r'(?P<indent> *)```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?')
 HEADING = re.compile(r"#+ (.+)")
-IMPORT = "script => import(`data:text/javascript,${encodeURIComponent(script)}`).then(() => {})"
+EMPTY = "about:blank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ class Reader:
         trace: TracebackType | None,
     ) -> None:
         try:
-            await self._windows.aclose()
+            await self._windows.__aexit__(kind, error, trace)
             while error is None and self._running:
                 await self._press_ctrl_c(self._running[-1])
         finally:
@@ -338,7 +338,7 @@ class Reader:
                     self._at = f"line {block.line}: a block of `{block.language}`"
                     await self._do(block)
         except BaseException as error:
-            error.add_note(f"{page.relative_to(ROOT)}, {self._at}")
+            error.add_note(f"{page.name}, {self._at}")
             raise
 
     async def open(self, url: str) -> Window:
@@ -349,7 +349,9 @@ class Reader:
         self._open.append(window)
         lines = window.output.lines
         page.on("console", lambda message: lines.extend(message.text.splitlines()))
-        await page.goto(url)
+        page.on("pageerror", lambda error: lines.append(str(error)))
+        if url != EMPTY:  # which a new window shows already; navigated to, it may load no module
+            await page.goto(url)
         return window
 
     async def press_ctrl_c(self, command: str) -> None:
@@ -436,13 +438,22 @@ class Reader:
     async def _run_in_a_browser(self, block: Block) -> None:
         script = self.here(block.text)
         if IS_MODULE.search(script):
-            window = await self.open("about:blank")
-            await window.page.evaluate(IMPORT, script)
+            window = await self._open_with_module(script)
         else:
             window = await self._paste(script)
         if "console.log" in script:
             logged = window.output.lines
             await until(lambda: logged != [], lambda: "nothing is logged", limit_s=PATIENCE_S)
+
+    async def _open_with_module(self, script: str) -> Window:
+        window = await self.open(EMPTY)
+        await window.page.add_script_tag(content=f"{script}\nwindow.hasRun = true;", type="module")
+        try:
+            await window.page.wait_for_function("window.hasRun")
+        except Error:
+            failure = f"the module does not run to its end: {window.output}"
+            raise AssertionError(failure) from None
+        return window
 
     async def _paste(self, script: str) -> Window:
         """Run a script in the developer console of the relay's page, which stays open."""
