@@ -10,14 +10,14 @@ import pytest
 from websocket_relay.outcomes import Close, Refusal
 from websockets.sync.client import connect
 
-from tests.support.markdown import table_rows
+from tests.support.markdown import tables
 from tests.support.pages import blocks
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, StartRelay, run_command
 
 PAGE = (ROOT / "docs" / "explanation" / "security.md").read_text()
 
-ATTACKS = [row for row in table_rows(PAGE) if len(row) == 4]
+ATTACKS = [row for table in tables(PAGE) for row in table if len(row) == 4]
 """What an attacker tries, what prevents it, the reasons of the refusal or close, the tests."""
 
 

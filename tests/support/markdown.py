@@ -1,9 +1,6 @@
-"""Pages in Markdown, as GitHub renders them."""
+"""Pages in Markdown, read as GitHub reads them."""
 
 import re
-from collections.abc import Iterator
-
-ROW = re.compile(r"(?<!\\)\|")
 
 
 def anchor_of(heading: str) -> str:
@@ -12,17 +9,29 @@ def anchor_of(heading: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    """Return the anchors of a page's headings."""
+    """Return what a page's headings are called in addresses, as GitHub makes it of them."""
     return set(map(anchor_of, re.findall(r"^#+ (.+)$", page, re.MULTILINE)))
 
 
-def table_rows(page: str) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of the rows of all tables on a page, their headers left out."""
-    is_body = False
-    for line in page.splitlines():
-        if not line.startswith("|"):
-            is_body = False
-        elif re.fullmatch(r"[|\s:-]+", line):
-            is_body = True
-        elif is_body:
-            yield tuple(cell.strip() for cell in ROW.split(line)[1:-1])
+def section(page: str, heading: str) -> str:
+    """Return the text below a heading, up to the next heading of any level."""
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", page, re.DOTALL | re.MULTILINE
+    )
+    assert found is not None, f"no heading {heading!r}"
+    return found[1]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the tables of a text: lists of rows, without their heads; a row is a list of cells."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[_cells(row) for row in block.splitlines()[2:]] for block in blocks]
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().removeprefix("|").removesuffix("|").split("|")]
+
+
+def code(cell: str) -> list[str]:
+    """Return what a cell has in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
