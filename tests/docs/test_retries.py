@@ -1,0 +1,113 @@
+"""The script of docs/how-to/publish-from-a-backend.md retries as its page states."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support.pages import blocks
+from tests.support.relay_process import HOST, ROOT
+
+PAGE = ROOT / "docs" / "how-to" / "publish-from-a-backend.md"
+CUT_OFF = 0
+"""Stands for a connection that ends without a response."""
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that the script makes; they take no time."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+@pytest.fixture
+def script() -> Any:
+    """The script as a module."""
+    (text,) = (each.text for each in blocks(PAGE.read_text()) if each.title == "publish.py")
+    module = ModuleType("publish")
+    exec(compile(text, "publish.py", "exec"), module.__dict__)
+    return module
+
+
+@contextmanager
+def answering(statuses: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    """Answer one request after another with these; yield the URL and the bodies received."""
+    left, bodies = list(statuses), []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            status = left.pop(0)
+            if status == CUT_OFF:
+                self.close_connection = True
+                return
+            self.send_response(status)
+            self.send_header("Retry-After", "3")
+            self.end_headers()
+            self.wfile.write(b'{"position":"1-2-3"}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer((HOST, 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://{HOST}:{server.server_address[1]}/channels/news", bodies
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("at_least_once", [False, True])
+def test_a_message_that_is_not_published_is_sent_again_when_the_relay_asks_for_it(
+    script: Any, waits: list[float], *, at_least_once: bool
+) -> None:
+    with answering([503, 503, 202]) as (url, bodies):
+        assert script.publish(url, "text", at_least_once=at_least_once) == "1-2-3"
+    assert (bodies, waits) == (["text"] * 3, [3, 3])
+
+
+@pytest.mark.parametrize("outcome", [504, 502, CUT_OFF])
+def test_a_message_that_may_be_published_is_sent_again_only_on_request(
+    script: Any, waits: list[float], outcome: int
+) -> None:
+    with answering([outcome, 202]) as (url, bodies):
+        with pytest.raises(script.PublishError):
+            script.publish(url, "text")
+        assert (bodies, waits) == (["text"], [])
+        assert script.publish(url, "text", at_least_once=True) == "1-2-3"
+
+
+@pytest.mark.parametrize("at_least_once", [False, True])
+def test_a_refusal_of_the_request_is_final(
+    script: Any, waits: list[float], *, at_least_once: bool
+) -> None:
+    with answering([401]) as (url, bodies):
+        with pytest.raises(script.PublishError):
+            script.publish(url, "text", at_least_once=at_least_once)
+        assert (bodies, waits) == (["text"], [])
+
+
+def test_a_relay_that_is_not_there_is_tried_for_a_minute(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with answering([]) as (url, _):
+        pass
+    with pytest.raises(script.PublishError):
+        script.publish(url, "text")
+    assert now == 60
