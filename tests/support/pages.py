@@ -39,8 +39,6 @@ from typing import Self
 
 from playwright.async_api import CDPSession, Error, Page
 
-from playwright.async_api import Page
-
 from tests.support import browser
 from tests.support.markdown import anchor_of
 from tests.support.programs import ANY_REDIS, CURL, NATS, OPENSSL, PROMTOOL, TYPESCRIPT, needed
@@ -401,9 +399,6 @@ class Reader:
             terminal.kill()
         assert code == 0, f"status {code}: {terminal.output}"
         self._printed.lines += terminal.output.lines
-
-    async def _stop_a_relay(self, port: str) -> None:
-        await asyncio.to_thread(self._relays.pop(port).press_ctrl_c)
 
     async def _start(self, command: str) -> None:
         ports = self._ports_of(command)
