@@ -1,9 +1,12 @@
-"""The proxies of the how-to pages before two relays, under load and in motion."""
+"""The proxies' files on the how-to pages: real proxies in front of two relays, under load."""
 
 import asyncio
 import contextlib
+import os
+import re
+import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,28 @@ from websockets.exceptions import InvalidStatus
 
 from tests.support.brokers import RedisBroker, free_port
 from tests.support.certificates import make_pair
-from tests.support.programs import ANY_REDIS, needed
-from tests.support.proxies import PROXIES, Proxy
+from tests.support.programs import ANY_REDIS, CURL, needed
+from tests.support.proxies import (
+    PROXIES,
+    SITE,
+    Proxy,
+    blocks_of,
+    diffs_of,
+    relay_settings_of,
+)
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, Relay, receive
+from tests.support.relay_process import HOST, ROOT, Relay, merged, receive
 
-LISTENERS = 8
-SPEAKERS = "abc"
-THE_END = "the end"
+SUBSCRIBERS = 8
+PUBLISHERS = "abc"
+LAST_MESSAGE = "the last message"
+CHANNEL = "news"
+
+each_proxy = pytest.mark.parametrize("kind", PROXIES)
 
 
-class Site:
-    """Two relays on a Redis, and a proxy before them."""
+class Deployment:
+    """Two relays on one Redis, and a proxy in front of them."""
 
     def __init__(self, stack: ExitStack, directory: Path, broker: RedisBroker) -> None:
         self.relays: list[Relay] = []
@@ -41,233 +54,256 @@ class Site:
         self._proxy: Proxy | None = None
         self._pair = make_pair()
         self.tls = self._pair.trusting_context()
+        self.certificate = self._directory / "trusted.pem"
+        self.certificate.write_bytes(self._pair.certificate_pem)
 
-    async def up(self, kind: str, changes: dict[str, str] | None = None, **settings: Any) -> Proxy:
-        """Start everything."""
-        self._settings = settings
-        self.relays = list(await asyncio.gather(*map(self._start, range(2))))
+    async def start(
+        self,
+        kind: str,
+        changes: Mapping[str, str] | None = None,
+        path: str = "/readyz",
+        **settings: Any,
+    ) -> Proxy:
+        """Start the relays and the proxy.
+
+        Args:
+            kind: which proxy.
+            changes: replacements in the page's file.
+            path: of the request that shows that the proxy works.
+            settings: of the relays, besides those on the proxy's page.
+        """
+        self._settings = merged(relay_settings_of(kind), settings)
+        self.relays = list(await asyncio.gather(*map(self._start_relay, range(2))))
         proxy = PROXIES[kind](self._directory / kind, self._pair, self._ports, changes or {})
         self._proxy = self._stack.enter_context(proxy)
-        await proxy.is_up()
+        await proxy.wait_until_up(path)
         return proxy
 
-    async def _start(self, number: int) -> Relay:
-        directory = self._directory / f"relay-{number}"
+    async def _start_relay(self, index: int) -> Relay:
+        directory = self._directory / f"relay-{index}"
         directory.mkdir(exist_ok=True)
-        ours = {
-            "server": {"port": self._ports[number], "trusted_proxies": [HOST]},
+        here = {
+            "server": {"port": self._ports[index], "trusted_proxies": [HOST]},
             "backplane": {"url": self._broker.url},
         }
-        relay = Relay(directory, ours | self._settings)
+        relay = Relay(directory, merged(self._settings, here))
         self._stack.callback(relay.end)
         await asyncio.to_thread(relay.__enter__)
         return relay
 
-    async def restart(self, number: int) -> None:
+    async def restart(self, index: int) -> None:
         """Stop a relay, and start it again at the same address."""
-        assert await self.relays[number].stop() == 0
-        self.relays[number] = await self._start(number)
+        assert await self.relays[index].stop() == 0
+        self.relays[index] = await self._start_relay(index)
 
-    async def clients(self) -> list[float]:
-        """Return how many clients each relay has."""
-        return [await relay.metric("websocket_connected_clients") for relay in self.relays]
+    def resuming_client(self, channel: str, **options: Any) -> Client:
+        """Return a client that resumes, through the proxy."""
+        return Client(self._url(channel), ssl=self.tls, start_patience_s=PATIENCE_S, **options)
 
-    def client(self, channel: str, **options: Any) -> Client:
-        """Return a client that resumes."""
-        assert self._proxy is not None
-        url = self._proxy.url(f"/channels/{channel}")
-        return Client(url, ssl=self.tls, start_patience_s=PATIENCE_S, **options)
-
-    def visitor(self, channel: str, **options: Any) -> connect:
-        """Connect a client that does not."""
-        assert self._proxy is not None
-        url = self._proxy.url(f"/channels/{channel}")
+    def plain_client(self, channel: str, *, prefix: str = "", **options: Any) -> connect:
+        """Connect a plain WebSocket client through the proxy."""
+        url = self._url(channel, prefix)
         return connect(url, ssl=self.tls, proxy=None, open_timeout=PATIENCE_S, **options)
+
+    def _url(self, channel: str, prefix: str = "") -> str:
+        assert self._proxy is not None
+        return self._proxy.url(f"{prefix}/channels/{channel}")
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy_of_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_http_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
+async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
     redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker") as broker:
         with ExitStack() as stack:
-            made = Site(stack, tmp_path, broker)
+            made = Deployment(stack, tmp_path, broker)
             yield made
         assert not [line for relay in made.relays for line in relay.complaints]
 
 
-class Listener:
-    """A client that resumes, and notes all that it hears and what happens to it."""
+# Load
 
-    def __init__(self, site: Site) -> None:
-        self.heard: list[str] = []
-        self.losses = 0
-        self.returns = 0
+
+class Subscriber:
+    """A client that resumes, and records its messages and its connections."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.received: list[str] = []
+        self.disconnections = 0
+        self.connections = 0
         self.gaps = 0
-        self._client = site.client("news", on_event=self._note)
+        self._client = deployment.resuming_client(CHANNEL, on_event=self._record)
 
-    def _note(self, event: Event) -> None:
-        self.losses += isinstance(event, Disconnected)
+    def _record(self, event: Event) -> None:
+        self.disconnections += isinstance(event, Disconnected)
         if isinstance(event, Connected):
-            self.returns += 1
+            self.connections += 1
             self.gaps += not event.is_recovered
 
-    async def listen(self, is_there: asyncio.Event) -> None:
-        """Hear all until the end."""
+    async def receive_all(self, is_connected: asyncio.Event) -> None:
+        """Receive until the last message."""
         async with self._client as client:
-            is_there.set()
+            is_connected.set()
             async for message in client:
-                self.heard.append(str(message.data))
-                if message.data == THE_END:
+                self.received.append(str(message.data))
+                if message.data == LAST_MESSAGE:
                     return
 
 
-async def speak(client: Client, name: str, is_over: asyncio.Event) -> list[str]:
-    """Say one thing after another; return what is known to have been relayed."""
-    said: list[str] = []
+async def publish_until(stop: asyncio.Event, client: Client, name: str) -> list[str]:
+    """Publish one message after another; return those that are confirmed."""
+    published: list[str] = []
     async with client:
-        while not is_over.is_set():
-            said.append(f"{name} {len(said)}")
-            await client.send(said[-1])
+        while not stop.is_set():
+            published.append(f"{name} {len(published)}")
+            await client.send(published[-1])
             await asyncio.sleep(0.01)
-    return said
+    return published
 
 
-class Visits:
-    """Clients that come and go, and how that went."""
+class ShortConnections:
+    """Clients that connect and disconnect one after another, and how many were refused."""
 
     def __init__(self) -> None:
         self.count = 0
         self.refused = 0
 
-    async def go_on(self, site: Site, is_over: asyncio.Event) -> None:
+    async def connect_until(self, stop: asyncio.Event, deployment: Deployment) -> None:
         """Connect again and again."""
-        while not is_over.is_set():
+        while not stop.is_set():
             try:
-                async with site.visitor("elsewhere"):
+                async with deployment.plain_client("elsewhere"):
                     self.count += 1
                 await asyncio.sleep(0.02)
             except (InvalidStatus, OSError, EOFError):
                 self.refused += 1
 
-    async def so_many_more(self, count: int) -> None:
-        """Wait for visits that begin now."""
-        until = self.count + count
+    async def wait_for(self, more: int) -> None:
+        """Wait for a number of connections from now on."""
+        until = self.count + more
         async with asyncio.timeout(PATIENCE_S):
             while self.count < until:  # noqa: ASYNC110 - the tasks of this loop
                 await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
-async def listening(site: Site) -> AsyncIterator[Sequence[Listener]]:
-    """Have clients listen until somebody says the end."""
-    listeners = [Listener(site) for _ in range(LISTENERS)]
+async def subscribed(deployment: Deployment) -> AsyncIterator[Sequence[Subscriber]]:
+    """Connect subscribers, and wait at the end until they have the last message."""
+    subscribers = [Subscriber(deployment) for _ in range(SUBSCRIBERS)]
     async with asyncio.TaskGroup() as group:
-        for listener in listeners:
-            is_there = asyncio.Event()
-            group.create_task(listener.listen(is_there))
+        for subscriber in subscribers:
+            is_connected = asyncio.Event()
+            group.create_task(subscriber.receive_all(is_connected))
             async with asyncio.timeout(PATIENCE_S):
-                await is_there.wait()
-        yield listeners
+                await is_connected.wait()
+        yield subscribers
 
 
-def lost_and_doubled(said: Sequence[str], listeners: Sequence[Listener]) -> tuple[int, int]:
-    """Count what was said and not heard, and what was heard twice, over all listeners."""
-    lost = doubled = 0
-    for listener in listeners:
-        counts = Counter(listener.heard)
-        lost += sum(message not in counts for message in said)
-        doubled += sum(count - 1 for count in counts.values())
-    return lost, doubled
+async def publish_last_message(deployment: Deployment) -> None:
+    async with deployment.resuming_client(CHANNEL) as client:
+        await client.send(LAST_MESSAGE)
+
+
+def lost_and_duplicates(
+    published: Sequence[str], subscribers: Sequence[Subscriber]
+) -> tuple[int, int]:
+    """Count missing and repeated messages over all subscribers."""
+    lost = duplicates = 0
+    for subscriber in subscribers:
+        counts = Counter(subscriber.received)
+        lost += sum(message not in counts for message in published)
+        duplicates += sum(count - 1 for count in counts.values())
+    return lost, duplicates
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", PROXIES)
-async def test_a_reload_and_a_rolling_restart_under_load_lose_and_double_nothing(
-    site: Site, kind: str, record_property: Callable[[str, object], None]
+@each_proxy
+async def test_a_reload_and_a_rolling_restart_under_load_lose_and_duplicate_nothing(
+    deployment: Deployment, kind: str, record_property: Callable[[str, object], None]
 ) -> None:
-    # nginx and HAProxy ask the other relay at once, Traefik once its check has failed.
-    delay_s = 3 if kind == "traefik" else 0
-    shutdown = {"spread_s": 0.5, "readiness_delay_s": delay_s}
-    proxy = await site.up(kind, shutdown=shutdown)
-    is_over, visits = asyncio.Event(), Visits()
-    async with listening(site) as listeners, asyncio.TaskGroup() as group:
-        speaking = [
-            group.create_task(speak(site.client("news", listens=False), name, is_over))
-            for name in SPEAKERS
+    proxy = await deployment.start(kind, shutdown={"spread_s": 0.5})
+    stop, short = asyncio.Event(), ShortConnections()
+    async with subscribed(deployment) as subscribers, asyncio.TaskGroup() as group:
+        publishing = [
+            group.create_task(
+                publish_until(stop, deployment.resuming_client(CHANNEL, listens=False), name)
+            )
+            for name in PUBLISHERS
         ]
-        group.create_task(visits.go_on(site, is_over))
-        await visits.so_many_more(5)
+        group.create_task(short.connect_until(stop, deployment))
+        await short.wait_for(5)
         await proxy.reload()
-        await visits.so_many_more(5)
-        assert not any(listener.losses for listener in listeners), "of a reload nobody notices"
-        for number in range(2):
-            await site.restart(number)
-            await site.relays[number].metric_reaches("websocket_connections_total", 1)
-        is_over.set()
-        said = [message for each in speaking for message in await each]
-        async with site.client("news") as last:
-            await last.send(THE_END)
-    lost, doubled = lost_and_doubled(said, listeners)
+        await short.wait_for(5)
+        assert not any(each.disconnections for each in subscribers), "by the reload"
+        for index in range(2):
+            await deployment.restart(index)
+            await deployment.relays[index].metric_reaches("websocket_connections_total", 1)
+        stop.set()
+        published = [message for each in publishing for message in await each]
+        await publish_last_message(deployment)
+    lost, duplicates = lost_and_duplicates(published, subscribers)
     counts = {
-        "said": len(said),
-        "owed": len(said) * LISTENERS,
+        "published": len(published),
+        "expected deliveries": len(published) * SUBSCRIBERS,
         "lost": lost,
-        "doubled": doubled,
-        "returns": sum(listener.returns for listener in listeners) - LISTENERS,
-        "visits": visits.count,
-        "refused": visits.refused,
+        "duplicates": duplicates,
+        "reconnections": sum(each.connections for each in subscribers) - SUBSCRIBERS,
+        "new connections": short.count,
+        "refused": short.refused,
     }
     print(kind, counts)
     for name, count in counts.items():
         record_property(name, count)
-    assert (lost, doubled) == (0, 0)
-    assert all(listener.heard == listeners[0].heard for listener in listeners), "in one order"
-    assert not any(listener.gaps for listener in listeners)
-    assert counts["returns"] >= LISTENERS, "each relay had some of them"
-    assert visits.refused == 0
+    assert (lost, duplicates) == (0, 0)
+    assert all(each.received == subscribers[0].received for each in subscribers), "in one order"
+    assert not any(each.gaps for each in subscribers)
+    assert counts["reconnections"] >= SUBSCRIBERS, "each relay had some of them"
+    assert short.refused == 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "there", "here"),
+    ("kind", "on_the_page", "here"),
     [
         ("nginx", "worker_shutdown_timeout 1h", "worker_shutdown_timeout 1s"),
         ("haproxy", "hard-stop-after 1h", "hard-stop-after 1s"),
     ],
 )
-async def test_who_is_cut_off_some_time_after_a_reload_comes_back_and_misses_nothing(
-    site: Site, kind: str, there: str, here: str
+async def test_a_client_that_is_cut_off_some_time_after_a_reload_resumes_and_misses_nothing(
+    deployment: Deployment, kind: str, on_the_page: str, here: str
 ) -> None:
-    proxy = await site.up(kind, {there: here})
-    is_over = asyncio.Event()
-    async with listening(site) as listeners, asyncio.TaskGroup() as group:
-        direct = Client(site.relays[0].ws_url("/channels/news"), listens=False)
-        speaking = group.create_task(speak(direct, "a", is_over))
+    proxy = await deployment.start(kind, {on_the_page: here})
+    stop = asyncio.Event()
+    async with subscribed(deployment) as subscribers, asyncio.TaskGroup() as group:
+        direct = Client(deployment.relays[0].ws_url(f"/channels/{CHANNEL}"), listens=False)
+        publishing = group.create_task(publish_until(stop, direct, "a"))
         await proxy.reload()
         async with asyncio.timeout(PATIENCE_S):
-            while not all(one.returns > 1 for one in listeners):  # noqa: ASYNC110 - as above
+            while not all(one.connections > 1 for one in subscribers):  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.01)
-        is_over.set()
-        said = await speaking
-        async with site.client("news") as last:
-            await last.send(THE_END)
-    assert lost_and_doubled(said, listeners) == (0, 0)
-    assert not any(listener.gaps for listener in listeners)
+        stop.set()
+        published = await publishing
+        await publish_last_message(deployment)
+    assert lost_and_duplicates(published, subscribers) == (0, 0)
+    assert not any(each.gaps for each in subscribers)
 
 
-@pytest.mark.parametrize("kind", PROXIES)
-async def test_events_and_posts_go_through_at_once_and_addresses_are_told(
-    site: Site, kind: str
+@each_proxy
+async def test_events_and_posts_pass_at_once_and_the_client_s_address_is_forwarded(
+    deployment: Deployment, kind: str
 ) -> None:
-    proxy = await site.up(kind, limits={"max_connections_per_ip": 3}, shutdown={"spread_s": 0})
-    url = proxy.url("/channels/news?access_token=very-secret", "https")
-    events_url = proxy.url("/channels/news/events?access_token=very-secret", "https")
+    proxy = await deployment.start(
+        kind,
+        limits={"max_connections_per_ip": 3},
+        shutdown={"spread_s": 0, "readiness_delay_s": 0},
+    )
+    url = proxy.url(f"/channels/{CHANNEL}?access_token=very-secret", "https")
+    events_url = proxy.url(f"/channels/{CHANNEL}/events?access_token=very-secret", "https")
     async with (
-        httpx2.AsyncClient(verify=site.tls, trust_env=False, timeout=PATIENCE_S) as http,
+        httpx2.AsyncClient(verify=deployment.tls, trust_env=False, timeout=PATIENCE_S) as http,
         http.stream("GET", events_url) as events,
     ):
         lines = events.aiter_lines()
@@ -280,12 +316,95 @@ async def test_events_and_posts_go_through_at_once_and_addresses_are_told(
                 if line == f"data: {number}":
                     break
     async with AsyncExitStack() as stack:
-        for _ in range(2 * 3):  # each relay counts for itself
-            await stack.enter_async_context(site.visitor("news", local_addr=("127.0.0.2", 0)))
+
+        def client_from(address: str) -> connect:
+            return deployment.plain_client(CHANNEL, local_addr=(address, 0))
+
+        for _ in range(2 * 3):  # each relay counts separately
+            await stack.enter_async_context(client_from("127.0.0.2"))
         with pytest.raises(InvalidStatus) as refused:
-            await site.visitor("news", local_addr=("127.0.0.2", 0))
+            await client_from("127.0.0.2")
         assert refused.value.response.status_code == 503
-        client = await stack.enter_async_context(site.visitor("news", local_addr=("127.0.0.3", 0)))
+        client = await stack.enter_async_context(client_from("127.0.0.3"))
         await client.send("hello")
         assert await receive(client) == "hello"
     assert "secret" not in proxy.log
+
+
+# What the pages show besides the files
+
+
+@pytest.mark.parametrize("kind", ["nginx", "haproxy"])
+async def test_the_proxy_s_own_check_accepts_the_file(deployment: Deployment, kind: str) -> None:
+    proxy = await deployment.start(kind, shutdown={"spread_s": 0})
+    proxy.check_files()
+
+
+def commands_with_output(page: str) -> list[tuple[str, str]]:
+    """Return the `console` commands of a page that have output, with that output."""
+    text = "".join(block.text for block in blocks_of(page, "console"))
+    parts = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+    # A command that runs until Ctrl-C is the last one, without output.
+    return parts[:-1]
+
+
+@each_proxy
+async def test_the_check_of_the_whole_path_prints_what_the_page_shows(
+    deployment: Deployment, kind: str
+) -> None:
+    needed(CURL)
+    proxy = await deployment.start(kind, shutdown={"spread_s": 0, "readiness_delay_s": 0})
+    trusted = str(deployment.certificate)
+    here = {"CURL_CA_BUNDLE": trusted, "SSL_CERT_FILE": trusted, "no_proxy": "*"}
+    path = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ["PATH"]))
+    commands = commands_with_output("proxies")
+    assert len(commands) == 3
+    for command, output in commands:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            ["sh", "-c", command.replace(SITE, proxy.address)],
+            env=os.environ | here | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, output.strip()), done.stderr
+
+
+async def assert_served_below(prefix: str, deployment: Deployment, proxy: Proxy) -> None:
+    async with (
+        deployment.plain_client(CHANNEL, prefix=prefix) as one,
+        deployment.plain_client(CHANNEL, prefix=prefix) as other,
+    ):
+        await one.send("hello")
+        assert await receive(one) == await receive(other) == "hello"
+    async with httpx2.AsyncClient(verify=deployment.tls, trust_env=False) as http:
+
+        async def get(path: str) -> httpx2.Response:
+            return await http.get(proxy.url(path, "https"))
+
+        page = await get(f"{prefix}/")
+        for name in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+            assert (await get(f"{prefix}/{name}")).status_code == 200, name
+        assert (await get("/other")).status_code in (404, 503)
+
+
+@each_proxy
+async def test_a_sub_path_reaches_relays_with_this_base_path(
+    deployment: Deployment, kind: str
+) -> None:
+    settings = relay_settings_of("sub-path")
+    prefix = settings["server"]["base_path"]
+    change = diffs_of("sub-path", PROXIES[kind].page_file)[0]
+    settings["shutdown"] = {"spread_s": 0, "readiness_delay_s": 0}
+    proxy = await deployment.start(kind, change, f"{prefix}/openapi.json", **settings)
+    await assert_served_below(prefix, deployment, proxy)
+
+
+async def test_a_sub_path_that_the_proxy_removes_needs_no_base_path(
+    deployment: Deployment,
+) -> None:
+    _, change = diffs_of("sub-path", PROXIES["nginx"].page_file)
+    proxy = await deployment.start("nginx", change, "/live/readyz", shutdown={"spread_s": 0})
+    await assert_served_below("/live", deployment, proxy)

@@ -1,45 +1,75 @@
-"""Start real proxies with the settings of docs/how-to/alerts.md. Knows the page, and no relay."""
+"""Start real proxies with the files of the how-to pages. Knows those pages, and no relay."""
 
 import os
-import re
 import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx2
+import yaml
 
 from tests.support.brokers import free_port
 from tests.support.certificates import Pair, replace
+from tests.support.pages import Block, blocks
 from tests.support.programs import HAPROXY, NGINX, TRAEFIK, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, ROOT, eventually
+from tests.support.relay_process import HOST, ROOT, eventually, merged
 
-PAGE = (ROOT / "docs" / "how-to" / "alerts.md").read_text()
-NAMES = ("relay-0", "relay-1")
+HOW_TO = ROOT / "docs" / "how-to"
+SITE = "relay.example.com"
+"""The host on the pages under which clients reach the proxy."""
+
+RELAYS = ("relay-0", "relay-1")
 
 
-def block(section: str, language: str, number: int = 0) -> str:
-    """Return a file that stands on the page."""
-    (text,) = re.findall(rf"^### {section}$(.+?)(?=^##)", PAGE + "\n## ", re.MULTILINE | re.DOTALL)
-    found: list[str] = re.findall(rf"^```{language}\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
-    return found[number]
+def blocks_of(page: str, language: str, title: str = "") -> list[Block]:
+    """Return the blocks of a how-to page that have a language and a title."""
+    text = (HOW_TO / f"{page}.md").read_text()
+    return [each for each in blocks(text) if (each.language, each.title) == (language, title)]
+
+
+def file_of(page: str, language: str, title: str) -> str:
+    """Return a configuration file that a how-to page shows."""
+    (block,) = blocks_of(page, language, title)
+    return block.text
+
+
+def relay_settings_of(page: str) -> dict[str, Any]:
+    """Return the settings of the relay that a how-to page requires."""
+    return reduce(merged, (yaml.safe_load(each.text) for each in blocks_of(page, "yaml")), {})
+
+
+def diffs_of(page: str, title: str) -> list[Mapping[str, str]]:
+    """Return the changes that a how-to page makes to a file: for each diff, old and new lines."""
+
+    def lines(block: Block, sign: str) -> str:
+        kept = [line for line in block.text.splitlines() if line.startswith(sign)]
+        return "\n".join(line.removeprefix(sign) for line in kept)
+
+    return [{lines(each, "-"): lines(each, "+")} for each in blocks_of(page, "diff", title)]
 
 
 class Proxy:
-    """A proxy's process, with TLS, in front of two relays.
+    """A proxy's process that ends TLS in front of two relays.
 
     Args:
         directory: for its files.
-        pair: its certificate.
-        ports: of the relays.
-        changes: of what the page says, further than what this machine needs.
+        pair: the certificate that it serves.
+        ports: the ports of the relays.
+        changes: replacements in the page's file, besides those that this machine requires.
     """
 
     name = ""
+    page_file = ""
+    """The file on the page of this name that lists the relays."""
+
+    language = ""
+    """The language of that block."""
 
     def __init__(
         self, directory: Path, pair: Pair, ports: Sequence[int], changes: Mapping[str, str]
@@ -48,7 +78,7 @@ class Proxy:
         self.port = free_port()
         self.pair = pair
         self._relays = {
-            f"{name}:8443": f"{HOST}:{port}" for name, port in zip(NAMES, ports, strict=True)
+            f"{name}:8443": f"{HOST}:{port}" for name, port in zip(RELAYS, ports, strict=True)
         }
         self._changes = changes
         self._process: subprocess.Popen[str] | None = None
@@ -77,7 +107,7 @@ class Proxy:
         trace: TracebackType | None,
     ) -> None:
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)  # its workers, too
+        os.killpg(self._process.pid, signal.SIGKILL)  # with its workers
         self._process.wait()
         self._reader.join()
         assert self._process.stdout is not None
@@ -85,46 +115,68 @@ class Proxy:
 
     @property
     def log(self) -> str:
-        """What it wrote, wherever."""
+        """Its output and its log files."""
         files = [file.read_text() for file in self.directory.glob("*.log")]
         return "\n".join([*self._lines, *files])
 
-    def url(self, path: str, scheme: str = "wss") -> str:
-        """Return where something is."""
-        return f"{scheme}://{HOST}:{self.port}{path}"
+    @property
+    def address(self) -> str:
+        """Where it listens, in place of the site on the pages."""
+        return f"{HOST}:{self.port}"
 
-    async def is_up(self) -> None:
-        """Wait until it passes requests on."""
+    def url(self, path: str, scheme: str = "wss") -> str:
+        """Return the URL of a path."""
+        return f"{scheme}://{self.address}{path}"
+
+    async def wait_until_up(self, path: str = "/readyz") -> None:
+        """Wait until it passes requests for a path to a relay."""
         async with self._http() as http:
 
             async def now() -> tuple[bool, object]:
                 try:
-                    answer = await http.get(self.url("/readyz", "https"))
+                    answer = await http.get(self.url(path, "https"))
                 except httpx2.TransportError as error:
                     return False, (error, self.log)
                 return answer.status_code == 200, (answer.status_code, self.log)
 
-            await eventually(now, f"{self.name} works")
+            await eventually(now, f"{self.name} passes requests to a relay")
 
     def _http(self) -> httpx2.AsyncClient:
         tls = self.pair.trusting_context()
         return httpx2.AsyncClient(verify=tls, trust_env=False, timeout=PATIENCE_S)
 
+    def check_files(self) -> None:
+        """Run the proxy's own check of its files.
+
+        Raises:
+            AssertionError: it reports an error or a warning.
+        """
+        done = subprocess.run(
+            self._check_command(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output
+        assert "warn" not in output.lower(), output
+
     async def reload(self) -> None:
-        """Have it read its files again, and wait until it has."""
+        """Make it read its files again, and wait until it has."""
         raise NotImplementedError
 
     def _command(self) -> list[str]:
         raise NotImplementedError
 
+    def _check_command(self) -> list[str]:
+        raise NotImplementedError
+
     def _write_files(self) -> None:
         raise NotImplementedError
 
-    def _here(self, text: str, changes: Mapping[str, str]) -> str:
-        """Return a file of the page for this machine: addresses, ports and paths."""
-        for there, here in {**changes, **self._relays, **self._changes}.items():
-            assert there in text, there
-            text = text.replace(there, here)
+    def _adapted(self, changes: Mapping[str, str]) -> str:
+        """Return the page's file with the addresses, ports and paths of this machine."""
+        text = file_of(self.name, self.language, self.page_file)
+        for old, new in {**changes, **self._relays, **self._changes}.items():
+            assert old in text, old
+            text = text.replace(old, new)
         return text
 
     def _children(self) -> set[str]:
@@ -152,80 +204,91 @@ class Nginx(Proxy):
     """nginx."""
 
     name = "nginx"
+    page_file = "/etc/nginx/nginx.conf"
+    language = "nginx"
 
     def _write_files(self) -> None:
-        there = self.directory
-        # What it writes to by default belongs to another user, who must be there.
+        # Its default directories belong to a user that this machine may not have.
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"    {kind}_temp_path {there}/{kind};\n" for kind in kinds)
+        paths = "".join(f"    {kind}_temp_path {self.directory}/{kind};\n" for kind in kinds)
         changes = {
-            "/etc/nginx/": f"{there}/",
-            "/var/log/nginx/": f"{there}/",
-            "listen 443": f"listen {HOST}:{self.port}",
+            "/etc/nginx/": f"{self.directory}/",
+            "/var/log/nginx/": f"{self.directory}/",
+            "listen 443": f"listen {self.address}",
             "\nhttp {\n": f"\nhttp {{\n{paths}",
-            "worker_processes auto": f"pid {there}/nginx.pid; worker_processes 2",
+            "worker_processes auto": f"pid {self.directory}/nginx.pid; worker_processes 2",
         }
-        (there / "nginx.conf").write_text(self._here(block("nginx", "nginx"), changes))
+        (self.directory / "nginx.conf").write_text(self._adapted(changes))
 
     def _command(self) -> list[str]:
         file = str(self.directory / "nginx.conf")
         return [str(needed(NGINX)), "-e", "stderr", "-c", file, "-g", "daemon off;"]
+
+    def _check_command(self) -> list[str]:
+        return [*self._command(), "-t"]
 
     async def reload(self) -> None:
         await self._reload_by(signal.SIGHUP)
 
 
 class Haproxy(Proxy):
-    """HAProxy, with a master."""
+    """HAProxy, with a master process."""
 
     name = "haproxy"
+    page_file = "/etc/haproxy/haproxy.cfg"
+    language = "haproxy"
 
     def _write_files(self) -> None:
-        there, pair = self.directory, self.pair
-        (there / "relay.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+        combined = self.pair.certificate_pem + self.pair.key_pem
+        (self.directory / "relay.pem").write_bytes(combined)
         changes = {
-            "/etc/haproxy/": f"{there}/",
-            "bind :443": f"bind {HOST}:{self.port}",
+            "/etc/haproxy/": f"{self.directory}/",
+            "bind :443": f"bind {self.address}",
             "maxconn 32768": "maxconn 400",  # it does not start without the descriptors
         }
-        (there / "haproxy.cfg").write_text(self._here(block("HAProxy", "haproxy"), changes))
+        (self.directory / "haproxy.cfg").write_text(self._adapted(changes))
 
     def _command(self) -> list[str]:
         return [str(needed(HAPROXY)), "-W", "-f", str(self.directory / "haproxy.cfg")]
+
+    def _check_command(self) -> list[str]:
+        return [str(needed(HAPROXY)), "-c", "-f", str(self.directory / "haproxy.cfg")]
 
     async def reload(self) -> None:
         await self._reload_by(signal.SIGUSR2)
 
 
 class Traefik(Proxy):
-    """Traefik, which watches its file."""
+    """Traefik, which watches its file of routes."""
 
     name = "traefik"
+    page_file = "/etc/traefik/relays.yaml"
+    language = "yaml"
 
     def _write_files(self) -> None:
-        there = self.directory
-        static = block("Traefik", "yaml", 0)
-        static = static.replace(":443", f"{HOST}:{self.port}").replace("/etc/traefik", str(there))
-        (there / "traefik.yaml").write_text(static)
-        changes = {"/etc/traefik/": f"{there}/"}
-        text = self._here(block("Traefik", "yaml", 1), changes)
-        (there / "relays.yaml").write_text(text)
+        static = file_of("traefik", "yaml", "/etc/traefik/traefik.yaml")
+        static = static.replace(":443", self.address)
+        static = static.replace("/etc/traefik", str(self.directory))
+        (self.directory / "traefik.yaml").write_text(static)
+        text = self._adapted({"/etc/traefik/": f"{self.directory}/"})
+        (self.directory / "relays.yaml").write_text(text)
 
     def _command(self) -> list[str]:
         return [str(needed(TRAEFIK)), f"--configfile={self.directory / 'traefik.yaml'}"]
 
     async def reload(self) -> None:
-        # It says nothing of it. So a path becomes its own to answer, and not a relay's.
+        # It logs nothing about it. So Traefik itself gets a path to answer instead of a relay.
         file = self.directory / "relays.yaml"
         other_rule = "PathPrefix(`/`) && !Path(`/reloaded`)"
         replace(file, file.read_text().replace("PathPrefix(`/`)", other_rule).encode())
         async with self._http() as http:
 
             async def now() -> tuple[bool, object]:
-                said = (await http.get(self.url("/reloaded", "https"))).text
-                return said == "404 page not found\n", said
+                text = (await http.get(self.url("/reloaded", "https"))).text
+                return text == "404 page not found\n", text
 
             await eventually(now, "the new file is read")
 
 
 PROXIES: Mapping[str, type[Proxy]] = {kind.name: kind for kind in (Nginx, Haproxy, Traefik)}
+"""The proxies, by the names of their pages."""
