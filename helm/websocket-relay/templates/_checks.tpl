@@ -1,6 +1,6 @@
 {{- /*
-Values that are all right each for itself and do not fit together. All that is wrong is told at once; each
-line names what differs and what to do. What a single value may be is for values.schema.json.
+Values that are valid each, and contradict each other. All problems are reported together; each line names
+the values and what to do. The range of a single value is in values.schema.json.
 */ -}}
 {{- define "websocket-relay.checks" -}}
 {{- $problems := list -}}
@@ -19,11 +19,11 @@ line names what differs and what to do. What a single value may be is for values
 {{- define "websocket-relay.checks.names" -}}
 {{- $fullname := include "websocket-relay.fullname" . -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname) }}
-the release's name and nameOverride make objects called {{ $fullname }}, and a Service's name begins with a letter and holds a-z, 0-9 and - only; set fullnameOverride to one that does
+the release's name and nameOverride result in objects named {{ $fullname }}, and a Service's name begins with a letter and contains only a-z, 0-9 and -; set fullnameOverride to such a name
 {{- end }}
 {{- range $label, $_ := include "websocket-relay.selectorLabels" . | fromYaml }}
 {{- if hasKey (default dict $.Values.podLabels) $label }}
-podLabels has {{ $label }}, by which the Service and others find the pods; leave it out, or set nameOverride
+podLabels has {{ $label }}, by which the Service and other objects select the pods; leave it out, or set nameOverride
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -32,57 +32,57 @@ podLabels has {{ $label }}, by which the Service and others find the pods; leave
 {{- $alone := eq (include "websocket-relay.backplane" .) "memory" -}}
 {{- with .Values.autoscaling }}
 {{- if and .enabled $alone (gt (int .maxReplicas) 1) }}
-autoscaling.maxReplicas is {{ int .maxReplicas }} and config.backplane.url is memory://, so replicas would not hear each other; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret that holds its address
+autoscaling.maxReplicas is {{ int .maxReplicas }} and config.backplane.url is memory://, so the replicas would not exchange messages; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret with its address
 {{- end }}
 {{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
 autoscaling.minReplicas is {{ int .minReplicas }} and autoscaling.maxReplicas {{ int .maxReplicas }}; set the first to less or the second to more
 {{- end }}
 {{- if and .enabled (not .targetCPUUtilizationPercentage) (not .targetConnectedClients) }}
-autoscaling.enabled is true and neither autoscaling.targetCPUUtilizationPercentage nor autoscaling.targetConnectedClients says what for; set one of them
+autoscaling.enabled is true and neither autoscaling.targetCPUUtilizationPercentage nor autoscaling.targetConnectedClients is set; set one of them
 {{- end }}
 {{- if and .enabled .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" (default dict $.Values.resources))) }}
-autoscaling.targetCPUUtilizationPercentage is a part of resources.requests.cpu, and that is not set; set it, or the first to 0
+autoscaling.targetCPUUtilizationPercentage is a percentage of resources.requests.cpu, which is not set; set it, or the first to 0
 {{- end }}
 {{- if and .enabled .targetConnectedClients (not $.Values.config.metrics.enabled) }}
 autoscaling.targetConnectedClients is read from the metrics and config.metrics.enabled is false; set that to true, or the first to 0
 {{- end }}
 {{- end }}
 {{- if and (not .Values.autoscaling.enabled) $alone (gt (int .Values.replicaCount) 1) }}
-replicaCount is {{ int .Values.replicaCount }} and config.backplane.url is memory://, so replicas would not hear each other; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret that holds its address
+replicaCount is {{ int .Values.replicaCount }} and config.backplane.url is memory://, so the replicas would not exchange messages; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret with its address
 {{- end }}
 {{- end -}}
 
 {{- define "websocket-relay.checks.stop" -}}
 {{- $shutdown := .Values.config.shutdown -}}
 {{- $grace := include "websocket-relay.gracePeriod" . | float64 -}}
-{{- /* Clients have a fifth of what is left to answer; half a second is for the rest (docs/explanation/scaling.md). */ -}}
+{{- /* A fifth of the time is for the closing handshakes, half a second for the exit (docs/explanation/scaling.md). */ -}}
 {{- $needed := addf $shutdown.readiness_delay_s (mulf 1.25 $shutdown.spread_s) 0.5 -}}
 {{- if le $grace (float64 $shutdown.timeout_s) }}
 terminationGracePeriodSeconds is {{ $grace }} and config.shutdown.timeout_s {{ $shutdown.timeout_s }}, so the relay would be killed while it drains; leave terminationGracePeriodSeconds empty, or set it to more
 {{- end }}
 {{- if gt $needed (float64 $shutdown.timeout_s) }}
-config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for config.shutdown.readiness_delay_s ({{ $shutdown.readiness_delay_s }}) and config.shutdown.spread_s ({{ $shutdown.spread_s }}), so clients would be cut off; set it to {{ ceil $needed }} or more
+config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for config.shutdown.readiness_delay_s ({{ $shutdown.readiness_delay_s }}) and config.shutdown.spread_s ({{ $shutdown.spread_s }}), so clients would be aborted; set it to {{ ceil $needed }} or more
 {{- end }}
 {{- end -}}
 
 {{- define "websocket-relay.checks.secrets" -}}
 {{- $url := .Values.config.backplane.url -}}
-{{- /* Neither address is shown: who knows what is in it. */ -}}
+{{- /* Neither address is printed: it may contain a password. */ -}}
 {{- if not (regexMatch "^(memory|rediss?|unix|nats|tls)://" $url) }}
-config.backplane.url is no address of a broker that the relay knows; set it to one that begins with memory://, redis://, rediss://, unix://, nats:// or tls://
+config.backplane.url is not the address of a supported broker; set it to one that begins with memory://, redis://, rediss://, unix://, nats:// or tls://
 {{- end }}
 {{- $keys := .Values.config.auth.jwt.jwks_url -}}
 {{- if and $keys (not (regexMatch "^https?://[^/?#@[:space:]]+([/?#][^[:space:]]*)?$" $keys)) }}
-config.auth.jwt.jwks_url is no address that the relay takes; set it to one like https://issuer.example.com/jwks.json, without a user or a password
+config.auth.jwt.jwks_url is not a valid address; set it to one like https://issuer.example.com/jwks.json, without a user or a password
 {{- end }}
 {{- if or (regexMatch "://.*@" $url) (regexMatch "[?&][^=&]*pass[^=&]*=" $url) }}
-config.backplane.url holds a user or a password, and a ConfigMap is no place for that; put the address into a Secret, name it in secrets.backplaneUrl.name and leave config.backplane.url as it was
+config.backplane.url contains a user or a password, which would be readable in a ConfigMap; put the address into a Secret, set secrets.backplaneUrl.name to it and leave config.backplane.url at its default
 {{- end }}
 {{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
-config.backplane.url and secrets.backplaneUrl.name both say where the broker is; leave one of them out
+config.backplane.url and secrets.backplaneUrl.name both set the broker's address; leave one of them out
 {{- end }}
 {{- if .Values.config.auth.jwt.secret }}
-config.auth.jwt.secret is set, and a ConfigMap is no place for a secret; put it into a Secret, name that in secrets.jwtSecret.name and leave config.auth.jwt.secret empty
+config.auth.jwt.secret is set, and would be readable in a ConfigMap; put it into a Secret, set secrets.jwtSecret.name to that and leave config.auth.jwt.secret empty
 {{- end }}
 {{- end -}}
 
@@ -90,16 +90,16 @@ config.auth.jwt.secret is set, and a ConfigMap is no place for a secret; put it 
 {{- with .Values }}
 {{- $served := .config.server.tls }}
 {{- if and $served.enabled (not .tls.secretName) (not (hasPrefix "/" $served.cert_file)) }}
-config.server.tls.enabled is true and tls.secretName is empty; set it to a Secret of type kubernetes.io/tls, or config.server.tls.cert_file and key_file to where extraVolumeMounts puts them, beginning with /
+config.server.tls.enabled is true and tls.secretName is empty; set it to a Secret of type kubernetes.io/tls, or config.server.tls.cert_file and key_file to absolute paths in extraVolumeMounts
 {{- end }}
 {{- if and .tls.secretName (not $served.enabled) }}
 tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, so it would not be used; set config.server.tls.enabled to true, or leave tls.secretName empty
 {{- end }}
 {{- if and .tls.caSecretName (eq (include "websocket-relay.backplane" $) "memory") }}
-tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url is memory://, so there is no broker to trust; set the one or leave out the other
+tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url is memory://, so there is no broker; set the address of one, or leave tls.caSecretName empty
 {{- end }}
 {{- if and .tls.caSecretName (not .secrets.backplaneUrl.name) (ne .config.backplane.url "memory://") (not (contains "ssl_ca_certs=" .config.backplane.url)) }}
-tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not ask for it; add ?ssl_ca_certs=/run/websocket-relay/broker/ca.crt to config.backplane.url
+tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not use it; add ?ssl_ca_certs=/run/websocket-relay/broker/ca.crt to config.backplane.url
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -115,24 +115,24 @@ tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not as
 {{- $_ := set $signed $kind (append (get $signed $kind) .) -}}
 {{- end -}}
 {{- if not $auth.jwt.algorithms }}
-config.auth.jwt.algorithms is empty; set it to what tokens are signed with, like [RS256]
+config.auth.jwt.algorithms is empty; set it to the algorithms of the tokens, like [RS256]
 {{- end }}
 {{- if eq $auth.mode "none" }}
 {{- if or $secret $byKey }}
-{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} says how tokens are checked and config.auth.mode is none: all clients are accepted; set config.auth.mode to jwt, or leave the first out
+{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} is set and config.auth.mode is none, so no token is required; set config.auth.mode to jwt, or leave the first out
 {{- end }}
 {{- else }}
 {{- if and $signed.secret (not $secret) (not $auth.jwt.secret) }}
-config.auth.jwt.algorithms has {{ join ", " $signed.secret }} and secrets.jwtSecret.name is empty; set it to a Secret that holds what tokens are signed with, or config.auth.jwt.algorithms to those of public keys
+config.auth.jwt.algorithms has {{ join ", " $signed.secret }} and secrets.jwtSecret.name is empty; set it to the Secret with the shared secret of the tokens, or config.auth.jwt.algorithms to algorithms with public keys
 {{- end }}
 {{- if and $signed.key (not $byKey) }}
-config.auth.jwt.algorithms has {{ join ", " $signed.key }} and there is no public key; set secrets.jwtPublicKey.name to a Secret that holds one, or config.auth.jwt.jwks_url
+config.auth.jwt.algorithms has {{ join ", " $signed.key }} and there is no public key; set secrets.jwtPublicKey.name to a Secret with one, or config.auth.jwt.jwks_url
 {{- end }}
 {{- if and $byKey (not $signed.key) }}
-{{ ternary "secrets.jwtPublicKey.name" "config.auth.jwt.jwks_url" (not (not $key)) }} is set and config.auth.jwt.algorithms has {{ join ", " $signed.secret }} only, which no public key is for; set config.auth.jwt.algorithms to what tokens are signed with, like RS256
+{{ ternary "secrets.jwtPublicKey.name" "config.auth.jwt.jwks_url" (not (not $key)) }} is set and config.auth.jwt.algorithms has {{ join ", " $signed.secret }} only, which use no public key; set config.auth.jwt.algorithms to the algorithms of the tokens, like RS256
 {{- end }}
 {{- if and $key (or $auth.jwt.jwks_url $auth.jwt.public_key_file) }}
-secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_file" (not (not $auth.jwt.jwks_url)) }} both say where public keys are; leave one of them out
+secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_file" (not (not $auth.jwt.jwks_url)) }} both set the public keys; leave one of them out
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -140,42 +140,42 @@ secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_
 {{- define "websocket-relay.checks.ways" -}}
 {{- with .Values }}
 {{- if and .ingress.enabled (not .ingress.hosts) }}
-ingress.enabled is true and ingress.hosts is empty; set it to the names that clients use, like [relay.example.com]
+ingress.enabled is true and ingress.hosts is empty; set it to the host names of the relay, like [relay.example.com]
 {{- end }}
 {{- $annotation := "nginx.ingress.kubernetes.io/proxy-read-timeout" }}
 {{- $timeout := get (default dict .ingress.annotations) $annotation }}
 {{- if and .ingress.enabled $timeout (le (float64 $timeout) (float64 .config.keepalive.ping_interval_s)) }}
-ingress.annotations.{{ $annotation }} is {{ $timeout }} and config.keepalive.ping_interval_s {{ .config.keepalive.ping_interval_s }}, so nginx would cut idle clients before they are pinged; set the first to more
+ingress.annotations.{{ $annotation }} is {{ $timeout }} and config.keepalive.ping_interval_s {{ .config.keepalive.ping_interval_s }}, so nginx would disconnect idle clients before they are pinged; set the first to more
 {{- end }}
 {{- if and .httpRoute.enabled (not .httpRoute.hostnames) }}
-httpRoute.enabled is true and httpRoute.hostnames is empty; set it to the names that clients use, like [relay.example.com]
+httpRoute.enabled is true and httpRoute.hostnames is empty; set it to the host names of the relay, like [relay.example.com]
 {{- end }}
 {{- if and .httpRoute.enabled (not .httpRoute.parentRefs) }}
-httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gateway that clients come through, like [{name: public}]
+httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gateway of the route, like [{name: public}]
 {{- end }}
 {{- if and .service.externalTrafficPolicy (eq .service.type "ClusterIP") }}
-service.externalTrafficPolicy is {{ .service.externalTrafficPolicy }} and service.type ClusterIP, which no traffic from outside comes to; leave the first empty, or set service.type to NodePort or LoadBalancer
+service.externalTrafficPolicy is {{ .service.externalTrafficPolicy }} and service.type is ClusterIP, which is not reachable from outside; leave the first empty, or set service.type to NodePort or LoadBalancer
 {{- end }}
 {{- if and .service.loadBalancerSourceRanges (ne .service.type "LoadBalancer") }}
-service.loadBalancerSourceRanges is set and service.type is {{ .service.type }}, so nobody would be kept out; leave the first empty, or set service.type to LoadBalancer
+service.loadBalancerSourceRanges is set and service.type is {{ .service.type }}, so it would have no effect; leave the first empty, or set service.type to LoadBalancer
 {{- end }}
 {{- if and .serviceMonitor.enabled (not .config.metrics.enabled) }}
-serviceMonitor.enabled is true and config.metrics.enabled is false, so there is nothing to scrape; set both or neither
+serviceMonitor.enabled is true and config.metrics.enabled is false, so there is no port to scrape; set both or neither
 {{- end }}
 {{- if and .prometheusRule.enabled (not .config.metrics.enabled) }}
-prometheusRule.enabled is true and config.metrics.enabled is false, so there is nothing to watch; set both or neither
+prometheusRule.enabled is true and config.metrics.enabled is false, so there are no metrics; set both or neither
 {{- end }}
 {{- range $section := list "server" "metrics" }}
 {{- $host := get $.Values.config $section | dig "host" "" }}
 {{- if or (hasPrefix "127." $host) (has $host (list "localhost" "::1")) }}
-config.{{ $section }}.host is {{ $host }}, where neither probes nor service.port reach it; set config.{{ $section }}.host to 0.0.0.0, or to :: for IPv6
+config.{{ $section }}.host is {{ $host }}, which neither probes nor service.port reach; set config.{{ $section }}.host to 0.0.0.0, or to :: for IPv6
 {{- end }}
 {{- end }}
 {{- if eq (int .config.server.port) 0 }}
-config.server.port is 0, any free port, which service.port can't lead to; set config.server.port to a port
+config.server.port is 0, any free port, which service.port can't target; set config.server.port to a port
 {{- end }}
 {{- if and .config.metrics.enabled (eq (int .config.metrics.port) 0) }}
-config.metrics.port is 0, any free port, which service.metricsPort and probes can't lead to; set config.metrics.port to a port
+config.metrics.port is 0, any free port, which service.metricsPort and probes can't target; set config.metrics.port to a port
 {{- end }}
 {{- if and .config.metrics.enabled (eq (int .config.metrics.port) (int .config.server.port)) }}
 config.metrics.port and config.server.port are both {{ int .config.server.port }}; set one of them to another port
@@ -188,7 +188,7 @@ service.port and service.metricsPort are both {{ int .service.port }}; set one o
 
 {{- define "websocket-relay.checks.budgets" -}}
 {{- with .Values.podDisruptionBudget }}
-{{- /* Not only null: Helm 4 does not heed that in the values of a chart that this one is a part of. */}}
+{{- /* Not only null: Helm 4 ignores a null in the values of a parent chart. */}}
 {{- $most := not (has (toString .maxUnavailable) (list "" "<nil>")) }}
 {{- $least := not (has (toString .minAvailable) (list "" "<nil>")) }}
 {{- if and .enabled $most $least }}
@@ -203,7 +203,7 @@ podDisruptionBudget.enabled is true and neither podDisruptionBudget.maxUnavailab
 {{- define "websocket-relay.checks.network" -}}
 {{- with .Values }}
 {{- if and .networkPolicy.enabled .secrets.backplaneUrl.name (not .networkPolicy.broker.ports) }}
-networkPolicy.enabled is true and secrets.backplaneUrl.name hides the broker's port; set networkPolicy.broker.ports, like [6379]
+networkPolicy.enabled is true and the broker's port is in the Secret secrets.backplaneUrl.name; set networkPolicy.broker.ports, like [6379]
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -211,7 +211,7 @@ networkPolicy.enabled is true and secrets.backplaneUrl.name hides the broker's p
 {{- define "websocket-relay.checks.environment" -}}
 {{- range .Values.extraEnv }}
 {{- if hasPrefix "RELAY__" (upper .name) }}
-extraEnv has {{ .name }}, which would outdo config without being checked; set {{ ternary "secrets.backplaneUrl" (ternary "secrets.jwtSecret" (printf "config.%s" (trimPrefix "relay__" (lower .name) | replace "__" ".")) (eq (upper .name) "RELAY__AUTH__JWT__SECRET")) (eq (upper .name) "RELAY__BACKPLANE__URL") }} instead
+extraEnv has {{ .name }}, which would override config without being checked; set {{ ternary "secrets.backplaneUrl" (ternary "secrets.jwtSecret" (printf "config.%s" (trimPrefix "relay__" (lower .name) | replace "__" ".")) (eq (upper .name) "RELAY__AUTH__JWT__SECRET")) (eq (upper .name) "RELAY__BACKPLANE__URL") }} instead
 {{- end }}
 {{- end }}
 {{- end -}}

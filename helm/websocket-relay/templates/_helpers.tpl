@@ -5,7 +5,7 @@
 {{- define "websocket-relay.fullname" -}}
 {{- $name := include "websocket-relay.name" . -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- /* 53, so that what is added to it fits, too */ -}}
+{{- /* 53, so that a suffix fits, too */ -}}
 {{- default $full .Values.fullnameOverride | trunc 53 | trimAll "-" -}}
 {{- end -}}
 
@@ -24,13 +24,13 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* What an object is called whatever its component. */ -}}
+{{- /* The labels of all objects, whatever their component. */ -}}
 {{- define "websocket-relay.instanceLabels" -}}
 app.kubernetes.io/name: {{ include "websocket-relay.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
-{{- /* Which pods are relays: the pod of `helm test` is none. Never changed, for a Deployment's can't be. */ -}}
+{{- /* Select the relays' pods, not the pod of `helm test`. Never changed: a Deployment's selector is immutable. */ -}}
 {{- define "websocket-relay.selectorLabels" -}}
 {{ include "websocket-relay.instanceLabels" . }}
 app.kubernetes.io/component: relay
@@ -41,7 +41,7 @@ app.kubernetes.io/component: relay
 app.kubernetes.io/component: test
 {{- end -}}
 
-{{- /* What changes with a release, and so is no part of a selector. */ -}}
+{{- /* Labels that change with a release, and so are not part of a selector. */ -}}
 {{- define "websocket-relay.releaseLabels" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
@@ -57,7 +57,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.config.server.base_path | default "/" -}}
 {{- end -}}
 
-{{- /* The metrics port answers probes without TLS; the relay's own does it where there is none. */ -}}
+{{- /* Probes use the metrics port, which has no TLS, or the relay's port if there is no metrics port. */ -}}
 {{- define "websocket-relay.probe" -}}
 httpGet:
   path: {{ .path }}
@@ -72,7 +72,7 @@ httpGet:
 {{ toYaml .times }}
 {{- end -}}
 
-{{- /* The relay ends after shutdown.timeout_s at the latest; until then the kubelet waits. */ -}}
+{{- /* The relay ends after shutdown.timeout_s at the latest; the kubelet has to wait longer. */ -}}
 {{- define "websocket-relay.gracePeriod" -}}
 {{- $computed := add (.Values.config.shutdown.timeout_s | float64 | ceil) 5 -}}
 {{- if kindIs "invalid" .Values.terminationGracePeriodSeconds -}}
@@ -91,14 +91,14 @@ httpGet:
 {{- end -}}
 {{- end -}}
 
-{{- /* memory, redis, rediss, nats or tls; nothing where the address is in a Secret. */ -}}
+{{- /* memory, redis, rediss, nats or tls; empty if the address is in a Secret. */ -}}
 {{- define "websocket-relay.backplane" -}}
 {{- if not .Values.secrets.backplaneUrl.name -}}
 {{ regexFind "^[a-z]+" .Values.config.backplane.url }}
 {{- end -}}
 {{- end -}}
 
-{{- /* The ports in config.backplane.url, in which several servers may stand, as a list in JSON. */ -}}
+{{- /* The ports in config.backplane.url, which may list several servers, as a JSON list. */ -}}
 {{- define "websocket-relay.brokerPorts" -}}
 {{- $usual := dict "redis" 6379 "rediss" 6379 "nats" 4222 "tls" 4222 -}}
 {{- $scheme := include "websocket-relay.backplane" . -}}
