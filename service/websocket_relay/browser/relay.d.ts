@@ -49,7 +49,7 @@ export interface RelayGapEvent extends Event {
 
 /** The relay refused the connection permanently: for an invalid token, for example. */
 export interface RelayRefusedEvent extends Event {
-  /** 401, 403, ...: README, "Answers". */
+  /** 401, 403, ...: the refusals of the relay. */
   readonly status: number;
   readonly reason: string;
 }

@@ -5,7 +5,7 @@
         async for message in relay:
             print(message.data)
 
-Knows the relay's public protocol (README), and no server code.
+Knows the relay's public protocol, and no server code.
 """
 
 from websocket_relay.client.errors import (
