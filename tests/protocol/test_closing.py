@@ -1,6 +1,7 @@
-"""How connections end: in good order, and by a deadline where the other side does not care."""
+"""Connections end by a closing handshake, or at a deadline if the peer does not complete it."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -14,86 +15,116 @@ from tests.support.raw_client import (
     frame,
 )
 from tests.support.relay_process import POLL_S, Relay, closed, receive
+from tests.support.rfc_cases import gets_its_descriptors_back
+
+NORMAL_CLOSE = frame(CLOSE, close_payload(1000))
+VIOLATION = frame(TEXT, b"bare", mask=False)
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 4999])
-async def test_a_clients_close_is_answered_with_its_code(
-    relay: Relay, channel: str, code: int
+async def assert_closed_by_deadline(relay: Relay, descriptors: int, clients: int = 0) -> None:
+    """Wait until the relay has so few descriptors and clients.
+
+    Reading the descriptors takes far less processor time than reading the metrics page.
+    """
+    await gets_its_descriptors_back(relay, descriptors)
+    await relay.metric_is("websocket_connected_clients", clients)
+
+
+# Closing handshakes
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        pytest.param(close_payload(4999, "bye é".encode()), 4999, id="code and reason"),
+        pytest.param(b"", 1000, id="empty"),
+    ],
+)
+async def test_a_close_frame_is_answered_with_its_code_or_1000(
+    relay: Relay, channel: str, payload: bytes, code: int
 ) -> None:
     async with relay.raw_client(channel) as raw:
-        await raw.send(frame(CLOSE, close_payload(code, "bye é".encode())))
+        await raw.send(frame(CLOSE, payload))
         assert (await raw.close_frame())[0] == code
         assert await raw.ended() == b""
 
 
-async def test_an_empty_close_is_answered_with_1000(relay: Relay, channel: str) -> None:
-    async with relay.raw_client(channel) as raw:
-        await raw.send(frame(CLOSE))
-        assert (await raw.close_frame())[0] == 1000
-        assert await raw.ended() == b""
-
-
-async def test_a_usual_client_closes_in_good_order(relay: Relay, channel: str) -> None:
+async def test_a_library_client_completes_the_closing_handshake(relay: Relay, channel: str) -> None:
     async with relay.client(channel) as client:
         await client.close(1000, "done")
         assert (await closed(client))[0] == 1000
 
 
-async def test_a_client_that_never_ends_the_close_it_started_is_dropped_by_the_deadline(
-    hasty_relay: Relay, channel: str
-) -> None:
-    async with hasty_relay.raw_client(channel) as lingering:
-        await lingering.send(frame(CLOSE, close_payload(1000)))
-        await lingering.close_frame()
-        assert await lingering.ended() == b""
-        await hasty_relay.metric_is("websocket_connected_clients", 0)
-
-
-async def test_what_a_client_sent_before_its_close_is_relayed(relay: Relay, channel: str) -> None:
+async def test_a_message_sent_before_a_close_frame_is_relayed(relay: Relay, channel: str) -> None:
     async with relay.client(channel) as other:
         async with relay.raw_client(channel) as raw:
-            await raw.send(frame(TEXT, b"last words") + frame(CLOSE, close_payload(1000)))
+            await raw.send(frame(TEXT, b"last message") + NORMAL_CLOSE)
             assert (await raw.close_frame())[0] == 1000
-        assert await receive(other) == "last words"
+        assert await receive(other) == "last message"
 
 
-MANY = [f"{number} ".ljust(2_000, "x") for number in range(500)]
-ALL_OF_THEM = b"".join(frame(TEXT, text.encode()) for text in MANY)
-BREACH = frame(TEXT, b"bare", mask=False)
+async def test_bytes_after_a_close_frame_are_ignored(relay: Relay, channel: str) -> None:
+    trailing = frame(TEXT, b"too late") + frame(PING, b"too late") + b"\xff\xff\xff"
+    async with relay.client(channel) as other:
+        async with relay.raw_client(channel) as raw:
+            await raw.send(NORMAL_CLOSE + trailing)
+            assert (await raw.close_frame())[0] == 1000
+            assert await raw.ended() == b""
+        await other.send("next")
+        assert await receive(other) == "next"
 
 
-@pytest.mark.parametrize(
-    ("end", "code"), [(frame(CLOSE, close_payload(4000)), 4000), (BREACH, 1002)]
-)
-@pytest.mark.parametrize("finishes", [False, True])
-async def test_the_close_comes_behind_the_clients_own_messages(
-    relay: Relay, channel: str, end: bytes, code: int, finishes: bool
+async def test_no_delivery_is_expected_to_a_client_that_has_closed(
+    relay: Relay, channel: str
 ) -> None:
-    async with relay.raw_client(channel) as raw:
-        await raw.send(ALL_OF_THEM + end)
-        if finishes:
-            raw.finish()
-        assert [await raw.message() for _ in MANY] == MANY
-        assert (await raw.close_frame())[0] == code
-        assert await raw.ended() == b""
+    async with relay.client(channel) as other, relay.raw_client(channel) as raw:
+        await raw.send(NORMAL_CLOSE)
+        await raw.close_frame()
+        before = await relay.metric("websocket_expected_deliveries_total")
+        await other.send("for one subscriber")
+        await receive(other)
+        await relay.metric_is("websocket_expected_deliveries_total", before + 1)
 
 
-@pytest.mark.parametrize("end", [frame(CLOSE, close_payload(1000)), BREACH])
-async def test_a_client_that_ends_and_reads_nothing_is_cut_off_by_the_deadline(
-    hasty_relay: Relay, channel: str, end: bytes
+# Much is still to be written when a connection closes
+
+TEXTS = [f"{number} ".ljust(10_000, "x") for number in range(100)]
+ALL_TEXTS = b"".join(frame(TEXT, text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize("finishes", [False, True], ids=["without FIN", "with FIN"])
+async def test_a_close_frame_follows_the_clients_own_messages(
+    relay: Relay, channel: str, finishes: bool
 ) -> None:
-    before = await hasty_relay.metrics()
-    async with (
-        hasty_relay.raw_client(channel, receive_buffer_bytes=4096) as raw,
-        hasty_relay.client(channel) as other,
-    ):
-        await raw.send(ALL_OF_THEM + end)
-        for text in MANY:
-            assert await receive(other) == text
-        await hasty_relay.metric_is("websocket_connected_clients", 1)
-    await hasty_relay.metric_is("websocket_connected_clients", 0)
-    after = await hasty_relay.metrics()
-    owed, delivered, dropped = (
+    for ending, code in ((frame(CLOSE, close_payload(4000)), 4000), (VIOLATION, 1002)):
+        async with relay.raw_client(channel) as raw:
+            await raw.send(ALL_TEXTS + ending)
+            if finishes:
+                raw.finish()
+            assert [await raw.message() for _ in TEXTS] == TEXTS
+            assert (await raw.close_frame())[0] == code
+            assert await raw.ended() == b"", code
+
+
+async def test_a_closed_client_that_reads_nothing_is_aborted_at_the_deadline(
+    hasty_relay: Relay, channel: str
+) -> None:
+    relay, endings = hasty_relay, (NORMAL_CLOSE, VIOLATION)
+    before = await relay.metrics()
+    async with AsyncExitStack() as stack:
+        channels = [f"{channel}-{number}" for number in range(len(endings))]
+        subscribers = [await stack.enter_async_context(relay.client(each)) for each in channels]
+        descriptors = relay.descriptors()
+        for each, ending in zip(channels, endings, strict=True):
+            raw = await stack.enter_async_context(relay.raw_client(each, receive_buffer_bytes=4096))
+            await raw.send(ALL_TEXTS + ending)
+        for subscriber in subscribers:
+            for text in TEXTS:
+                assert await receive(subscriber) == text
+        await assert_closed_by_deadline(relay, descriptors, len(subscribers))
+    await relay.metric_is("websocket_connected_clients", 0)
+    after = await relay.metrics()
+    expected, delivered, dropped = (
         after.value(name) - before.value(name)
         for name in (
             "websocket_expected_deliveries_total",
@@ -101,84 +132,67 @@ async def test_a_client_that_ends_and_reads_nothing_is_cut_off_by_the_deadline(
             "websocket_drops_total",
         )
     )
-    assert owed == delivered + dropped == 2 * len(MANY)
+    assert expected == delivered + dropped == len(endings) * 2 * len(TEXTS)
 
 
-async def test_a_client_that_closes_and_sends_fin_is_answered(relay: Relay, channel: str) -> None:
-    async with relay.raw_client(channel) as raw:
-        await raw.send(frame(TEXT, b"last words") + frame(CLOSE, close_payload(1000)))
-        raw.finish()
-        assert (await raw.close_frame())[0] == 1000
-        assert await raw.ended() == b""
-
-
-async def test_what_a_client_sends_behind_its_close_is_ignored(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as other:
-        async with relay.raw_client(channel) as raw:
-            behind = frame(TEXT, b"too late") + frame(PING, b"too late") + b"\xff\xff\xff"
-            await raw.send(frame(CLOSE, close_payload(1000)) + behind)
-            assert (await raw.close_frame())[0] == 1000
-            assert await raw.ended() == b""
-        await other.send("next")
-        assert await receive(other) == "next"
-
-
-async def test_a_message_to_a_channel_is_not_owed_to_who_has_closed(
-    relay: Relay, channel: str
-) -> None:
-    async with relay.client(channel) as other, relay.raw_client(channel) as raw:
-        await raw.send(frame(CLOSE, close_payload(1000)))
-        await raw.close_frame()
-        before = await relay.metric("websocket_expected_deliveries_total")
-        await other.send("for one")
-        await receive(other)
-        await relay.metric_is("websocket_expected_deliveries_total", before + 1)
-
-
-async def test_a_client_that_starts_a_close_and_reads_no_more_is_dropped_by_the_deadline(
+async def test_a_slow_consumer_that_starts_a_close_is_aborted_at_the_deadline(
     hasty_relay: Relay, channel: str
 ) -> None:
     relay = hasty_relay
-    async with (
-        relay.raw_client(channel, receive_buffer_bytes=4_096) as stuck,
-        relay.raw_client(channel) as publisher,
-    ):
-        # Messages of the size that one backlog may hold, until the kernel takes no more of them.
-        while await relay.metric("websocket_backlog_bytes") == 0:
-            await publisher.send(frame(TEXT, b"x" * 262_144))
-            await publisher.message()
-        await stuck.send(frame(CLOSE, close_payload(1000)))
-        await relay.metric_is("websocket_connected_clients", 1)
-        await relay.metric_is("websocket_backlog_bytes", 0)
-        await publisher.send(frame(TEXT, b"still here"))
-        assert await publisher.message() == "still here"
+    async with relay.raw_client(channel) as publisher:
+        descriptors = relay.descriptors()
+        async with relay.raw_client(channel, receive_buffer_bytes=4_096) as stuck:
+            # Messages that fit into one backlog, until the kernel accepts no more of them.
+            while await relay.metric("websocket_backlog_bytes") == 0:
+                await publisher.send(frame(TEXT, b"x" * 262_144))
+                await publisher.message()
+            await stuck.send(NORMAL_CLOSE)
+            await assert_closed_by_deadline(relay, descriptors, clients=1)
+            await relay.metric_is("websocket_backlog_bytes", 0)
+            await publisher.send(frame(TEXT, b"still here"))
+            assert await publisher.message() == "still here"
 
 
-async def test_a_client_that_never_answers_the_relays_close_is_dropped_by_the_deadline(
+# Deadlines
+
+
+async def test_a_client_that_never_closes_tcp_after_its_close_is_aborted_at_the_deadline(
     hasty_relay: Relay, channel: str
 ) -> None:
-    async with hasty_relay.raw_client(channel) as rude:
+    descriptors = hasty_relay.descriptors()
+    async with hasty_relay.raw_client(channel) as lingering:
+        await lingering.send(NORMAL_CLOSE)
+        await lingering.close_frame()
+        assert await lingering.ended() == b""
+        await assert_closed_by_deadline(hasty_relay, descriptors)
+
+
+async def test_a_client_that_never_answers_the_relays_close_is_aborted_at_the_deadline(
+    hasty_relay: Relay, channel: str
+) -> None:
+    descriptors = hasty_relay.descriptors()
+    async with hasty_relay.raw_client(channel) as silent:
         await hasty_relay.metric_is("websocket_connected_clients", 1)
-        await rude.send(frame(TEXT, b"bare", mask=False))
-        assert (await rude.close_frame())[0] == 1002
-        await rude.ended()
-        await hasty_relay.metric_is("websocket_connected_clients", 0)
+        await silent.send(VIOLATION)
+        assert (await silent.close_frame())[0] == 1002
+        await silent.ended()
+        await assert_closed_by_deadline(hasty_relay, descriptors)
 
 
-async def talk_on(chatty: RawClient) -> None:
+async def send_until_aborted(raw: RawClient) -> None:
     while True:
-        await chatty.send(frame(TEXT, b"and another thing") + frame(PONG))
+        await raw.send(frame(TEXT, b"another message") + frame(PONG))
         await asyncio.sleep(POLL_S)
 
 
-async def test_a_client_that_only_talks_on_after_the_relays_close_is_dropped_by_the_deadline(
+async def test_a_client_that_sends_on_after_the_relays_close_is_aborted_at_the_deadline(
     hasty_relay: Relay, channel: str
 ) -> None:
-    async with hasty_relay.client(channel) as bystander:
-        async with hasty_relay.raw_client(channel) as chatty:
-            await chatty.send(frame(TEXT, b"bare", mask=False))
-            assert (await chatty.close_frame())[0] == 1002
+    async with hasty_relay.client(channel) as other:
+        async with hasty_relay.raw_client(channel) as sending:
+            await sending.send(VIOLATION)
+            assert (await sending.close_frame())[0] == 1002
             with pytest.raises(ConnectionError):
-                await talk_on(chatty)
-        await bystander.send("still here")
-        assert await receive(bystander) == "still here"
+                await send_until_aborted(sending)
+        await other.send("still here")
+        assert await receive(other) == "still here"

@@ -1,69 +1,87 @@
-"""Messages that are begun and not finished: what all of them together may take."""
+"""Partial messages: the memory of all of them together is bounded."""
 
+import asyncio
 from contextlib import AsyncExitStack
 
-from tests.support.raw_client import BINARY, CONTINUATION, TEXT, RawClient, frame
+from tests.support.raw_client import BINARY, CONTINUATION, PATIENCE_S, TEXT, RawClient, frame
 from tests.support.relay_process import Relay, StartRelay, receive
 
 MIB = 1_048_576
-BEGUN_BYTES = MIB - 1000
-TOGETHER_BYTES = 8 * MIB
+WHOLE = frame(BINARY, bytes(MIB))
+PARTIAL_BYTES = MIB - 1000
+HEADER_BYTES = 14
+TOTAL_BYTES = 8 * MIB
+TOO_MANY = (1013, "too many partial messages")
 
 
-async def begin(relay: Relay, channel: str, stack: AsyncExitStack) -> RawClient:
-    """Connect a client that says all but the end of a message."""
+async def start_message(relay: Relay, channel: str, stack: AsyncExitStack) -> RawClient:
+    """Connect a client that sends all of a message except its end."""
     client = await stack.enter_async_context(relay.raw_client(channel))
-    await client.send(frame(BINARY, bytes(MIB))[:BEGUN_BYTES])
+    await client.send(WHOLE[:PARTIAL_BYTES])
     return client
 
 
-async def test_clients_who_never_finish_are_closed_before_they_fill_the_memory(
+async def test_clients_that_never_finish_a_message_are_closed_at_the_total_limit(
     relay_with: StartRelay, channel: str
 ) -> None:
-    relay = relay_with(limits={"total_backlog_bytes": TOGETHER_BYTES, "handshake_timeout_s": 2})
+    relay = relay_with(limits={"total_backlog_bytes": TOTAL_BYTES})
     before_bytes = relay.rss_bytes()
     async with AsyncExitStack() as stack:
-        for _ in range(60):
-            await begin(relay, channel, stack)
-        await relay.metric_is("websocket_closes_total", 52, reason="unfinished")
+        clients = [await start_message(relay, channel, stack) for _ in range(40)]
+        answers = [asyncio.create_task(client.answer_close()) for client in clients]
+        closed, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        await relay.metric_is("websocket_closes_total", 32, reason="unfinished")
         assert await relay.metric("websocket_connected_clients") == 8
-        assert await relay.metric("websocket_partial_message_bytes") <= TOGETHER_BYTES
-        assert relay.rss_bytes() < before_bytes + TOGETHER_BYTES + 16 * MIB
+        assert await relay.metric("websocket_partial_message_bytes") <= TOTAL_BYTES
+        assert relay.rss_bytes() < before_bytes + TOTAL_BYTES + 16 * MIB
+        assert {answer.result() for answer in closed} == {TOO_MANY}
+        for answer in answers:
+            answer.cancel()
+        await asyncio.wait(answers)
     await relay.metric_is("websocket_partial_message_bytes", 0)
 
 
-async def test_who_has_said_most_goes_first_and_the_others_finish(
+async def test_the_largest_partial_message_is_dropped_first_and_a_small_one_completes(
     relay_with: StartRelay, channel: str
 ) -> None:
-    relay = relay_with(limits={"total_backlog_bytes": 2 * MIB, "handshake_timeout_s": 2})
+    relay = relay_with(limits={"total_backlog_bytes": 2 * MIB})
     async with (
         AsyncExitStack() as stack,
-        relay.raw_client(channel) as modest,
+        relay.raw_client(channel) as small,
         relay.client(channel) as other,
     ):
-        await modest.send(frame(TEXT, b"one ", fin=False))
+        await small.send(frame(TEXT, b"one ", fin=False))
         await relay.metric_is("websocket_partial_message_bytes", 4)
-        for _ in range(3):
-            await begin(relay, channel, stack)
+        large = [await start_message(relay, channel, stack) for _ in range(3)]
+        answers = [asyncio.create_task(client.answer_close()) for client in large]
+        async with asyncio.timeout(PATIENCE_S):
+            closed, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        assert [answer.result() for answer in closed] == [TOO_MANY]
+        for answer in pending:
+            answer.cancel()
         await relay.metric_is("websocket_closes_total", 1, reason="unfinished")
-        await modest.send(frame(CONTINUATION, b"two"))
+        await small.send(frame(CONTINUATION, b"two"))
         assert await receive(other) == "one two"
 
 
-async def test_who_is_closed_for_it_is_told_so(relay_with: StartRelay, channel: str) -> None:
+async def test_a_client_closed_for_its_partial_message_receives_the_reason(
+    relay_with: StartRelay, channel: str
+) -> None:
     relay = relay_with(limits={"total_backlog_bytes": MIB})
     async with AsyncExitStack() as stack:
-        first = await begin(relay, channel, stack)
-        await relay.metric_reaches("websocket_partial_message_bytes", BEGUN_BYTES - 14)
+        first = await start_message(relay, channel, stack)
+        await relay.metric_reaches("websocket_partial_message_bytes", PARTIAL_BYTES - HEADER_BYTES)
         second = await stack.enter_async_context(relay.raw_client(channel))
-        await second.send(frame(BINARY, bytes(MIB))[: MIB // 2])
-        assert await first.answer_close() == (1013, "too many partial messages")
+        await second.send(WHOLE[: MIB // 2])
+        assert await first.answer_close() == TOO_MANY
         await relay.metric_is("websocket_connected_clients", 1)
 
 
-async def test_one_message_alone_always_has_room(relay_with: StartRelay, channel: str) -> None:
+async def test_a_single_message_is_never_over_the_total_limit(
+    relay_with: StartRelay, channel: str
+) -> None:
     relay = relay_with(limits={"total_backlog_bytes": 1024})
     async with relay.raw_client(channel) as client:
-        await client.send(frame(BINARY, bytes(MIB)))
+        await client.send(WHOLE)
         await relay.metric_is("websocket_messages_total", 1)
         assert await relay.metric("websocket_closes_total", reason="unfinished") == 0
