@@ -1,7 +1,6 @@
-"""What holds for whatever a client sends: found by hypothesis, over real connections.
+"""Properties of whatever a client sends, checked by hypothesis on the parser and over connections.
 
-The examples are the same in every run. A relay that breaks a property is shown the shortest
-example of it that was found.
+The examples are the same in every run. A failure shows the shortest example that was found.
 """
 
 import itertools
@@ -41,10 +40,10 @@ from tests.support.rfc_cases import (
     uncompressed,
 )
 
-MAX_MESSAGE_BYTES = 2_000  # so that what is too big is found without sending much
+MAX_MESSAGE_BYTES = 2_000  # small, so that oversized messages are cheap to send
 DEFLATE = "permessage-deflate"
 
-tried = settings(
+deterministic = settings(
     deadline=None,
     derandomize=True,
     database=None,
@@ -54,51 +53,52 @@ tried = settings(
 
 
 @pytest.fixture(scope="module")
-def tight_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def small_message_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     """A relay for small messages, with compression."""
-    settled = {
+    options = {
         "limits": {"max_message_bytes": MAX_MESSAGE_BYTES},
         "compression": {"enabled": True, "min_message_bytes": 20},
     }
-    with Relay(tmp_path_factory.mktemp("tight"), settled) as relay:
+    with Relay(tmp_path_factory.mktemp("small"), options) as relay:
         yield relay
 
 
 @pytest.fixture
-async def sound_relay(tight_relay: Relay) -> AsyncIterator[Relay]:
-    """A relay that comes out of the test as it went in: nothing leaked, nothing to complain of."""
-    await tight_relay.metric_is("websocket_connected_clients", 0)
-    before = tight_relay.descriptors()
-    yield tight_relay
-    await tight_relay.metric_is("websocket_connected_clients", 0)
-    await gets_its_descriptors_back(tight_relay, before)
-    assert tight_relay.complaints == []
+async def checked_relay(small_message_relay: Relay) -> AsyncIterator[Relay]:
+    """A relay that is checked after the test for leaks and for errors in its log."""
+    relay = small_message_relay
+    await relay.metric_is("websocket_connected_clients", 0)
+    before = relay.descriptors()
+    yield relay
+    await relay.metric_is("websocket_connected_clients", 0)
+    await gets_its_descriptors_back(relay, before)
+    assert relay.complaints == []
 
 
-# What clients send
+# Valid input
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
-    """Frames without a fault, and what they mean."""
+class FrameSequence:
+    """Valid frames, and the messages and pongs that follow from them."""
 
     octets: bytes
     messages: tuple[tuple[int, bytes], ...] = ()
     pongs: tuple[bytes, ...] = ()
 
-    def __add__(self, other: "Talk") -> "Talk":
-        return Talk(
+    def __add__(self, other: "FrameSequence") -> "FrameSequence":
+        return FrameSequence(
             self.octets + other.octets,
             self.messages + other.messages,
             self.pongs + other.pongs,
         )
 
 
-keys = st.binary(min_size=4, max_size=4)
+mask_keys = st.binary(min_size=4, max_size=4)
 payloads = st.one_of(
     st.tuples(st.just(TEXT), st.text(max_size=60).map(str.encode)),
     st.tuples(st.just(BINARY), st.binary(max_size=200)),
-    # Around the bounds of the length field, and of the message
+    # Around the limits of the length field, and of the message
     st.tuples(
         st.sampled_from([TEXT, BINARY]),
         st.sampled_from([124, 125, 126, 127, 300, 1_999, 2_000]).map(lambda size: b"*" * size),
@@ -107,155 +107,166 @@ payloads = st.one_of(
 
 
 @st.composite
-def pings(draw: st.DrawFn) -> Talk:
+def pings_and_pongs(draw: st.DrawFn) -> FrameSequence:
     payload = draw(st.binary(max_size=20) | st.just(bytes(125)))
     opcode = draw(st.sampled_from([PING, PONG]))
-    return Talk(frame(opcode, payload, key=draw(keys)), (), (payload,) * (opcode == PING))
+    octets = frame(opcode, payload, key=draw(mask_keys))
+    return FrameSequence(octets, (), (payload,) * (opcode == PING))
 
 
-def joined(talks: Sequence[Talk]) -> Talk:
-    return sum(talks, Talk(b""))
+def joined(sequences: Sequence[FrameSequence]) -> FrameSequence:
+    return sum(sequences, FrameSequence(b""))
 
 
-few_pings = st.lists(pings(), max_size=2).map(joined)
+few_pings_and_pongs = st.lists(pings_and_pongs(), max_size=2).map(joined)
 
 
-def cut(octets: bytes, places: Sequence[int]) -> list[bytes]:
-    """Cut at these places; there is one piece more than places."""
-    inside = sorted(place % (len(octets) + 1) for place in places)
-    return [octets[start:end] for start, end in itertools.pairwise([0, *inside, len(octets)])]
+def split_at(octets: bytes, places: Sequence[int]) -> list[bytes]:
+    """Split at these places, into one piece more than there are places."""
+    cuts = sorted(place % (len(octets) + 1) for place in places)
+    return [octets[start:end] for start, end in itertools.pairwise([0, *cuts, len(octets)])]
 
 
-places = st.lists(st.integers(0, 1 << 16), max_size=5)
+split_places = st.lists(st.integers(0, 1 << 16), max_size=5)
 
 
 @st.composite
-def messages(draw: st.DrawFn, *, compressed: bool) -> Talk:
+def fragmented_messages(draw: st.DrawFn, *, compressed: bool) -> FrameSequence:
     """One message in any number of fragments, with pings between them."""
     opcode, payload = draw(payloads)
-    packs = compressed and draw(st.booleans())
-    octets = deflated(payload, level=draw(st.integers(0, 9))) if packs else payload
-    parts = cut(octets, draw(places))
-    talk = Talk(b"")
+    is_deflated = compressed and draw(st.booleans())
+    octets = deflated(payload, level=draw(st.integers(0, 9))) if is_deflated else payload
+    parts = split_at(octets, draw(split_places))
+    sequence = FrameSequence(b"")
     for number, part in enumerate(parts):
         fin = number == len(parts) - 1
-        reserved = RSV1 if packs and number == 0 else 0
-        which = CONTINUATION if number else opcode
-        talk += Talk(frame(which, part, fin=fin, reserved=reserved, key=draw(keys)))
+        reserved = RSV1 if is_deflated and number == 0 else 0
+        frame_opcode = CONTINUATION if number else opcode
+        sequence += FrameSequence(
+            frame(frame_opcode, part, fin=fin, reserved=reserved, key=draw(mask_keys))
+        )
         if not fin:
-            talk += draw(few_pings)
-    return talk + Talk(b"", ((opcode, payload),))
+            sequence += draw(few_pings_and_pongs)
+    return sequence + FrameSequence(b"", ((opcode, payload),))
 
 
-def talks(*, compressed: bool) -> st.SearchStrategy[Talk]:
-    several = st.lists(messages(compressed=compressed) | pings(), min_size=1, max_size=6)
-    return several.map(joined)
+def valid_frames(*, compressed: bool) -> st.SearchStrategy[FrameSequence]:
+    elements = fragmented_messages(compressed=compressed) | pings_and_pongs()
+    return st.lists(elements, min_size=1, max_size=6).map(joined)
 
 
-# What the relay does
+def unique_path() -> str:
+    return path_of(f"property-{uuid.uuid4().hex}")
 
 
-def channel_of_its_own() -> str:
-    return f"property-{uuid.uuid4().hex}"
-
-
-async def send_in_pieces(raw: RawClient, octets: bytes, where: Sequence[int]) -> None:
-    for piece in cut(octets, where):
+async def send_split(raw: RawClient, octets: bytes, places: Sequence[int]) -> None:
+    for piece in split_at(octets, places):
         await raw.send(piece)
 
 
-def data_of(heard: Sequence[Frame]) -> list[tuple[int, bytes]]:
-    return [(one.opcode, one.payload) for one in heard if one.opcode in (TEXT, BINARY)]
+def messages_of(frames: Sequence[Frame]) -> list[tuple[int, bytes]]:
+    return [(each.opcode, each.payload) for each in frames if each.opcode in (TEXT, BINARY)]
 
 
-def pongs_of(heard: Sequence[Frame]) -> list[bytes]:
-    return [one.payload for one in heard if one.opcode == PONG]
+def pongs_of(frames: Sequence[Frame]) -> list[bytes]:
+    return [each.payload for each in frames if each.opcode == PONG]
 
 
-async def hold_valid_frames(
+async def assert_relayed(
     relay: Relay,
-    talk: Talk,
-    where: Sequence[int],
+    sequence: FrameSequence,
+    places: Sequence[int],
     *,
-    offers: Sequence[str] = (),
-    others: Sequence[str],
+    sender_offers: Sequence[str] = (),
+    other_offers: Sequence[str] = (),
     early: int = 0,
 ) -> None:
-    """Send frames, the early ones with the request; insist that two clients hear what they say."""
-    path = path_of(channel_of_its_own())
-    octets = talk.octets + CLOSED_BY_CLIENT
-    behind, octets = octets[:early], octets[early:]
+    """Assert that a sender and another client receive the messages of valid frames.
+
+    Args:
+        places: where the frames are split.
+        early: how many octets are sent with the upgrade request.
+    """
+    path = unique_path()
+    octets = sequence.octets + CLOSED_BY_CLIENT
+    first, octets = octets[:early], octets[early:]
     async with (
-        raw_websocket(HOST, relay.port, path, offers=others) as listener,
-        raw_websocket(HOST, relay.port, path, offers=offers, behind=behind) as sender,
+        raw_websocket(HOST, relay.port, path, offers=other_offers) as other,
+        raw_websocket(HOST, relay.port, path, offers=sender_offers, behind=first) as sender,
     ):
-        await send_in_pieces(sender, octets, where)
-        heard, code = await heard_until_close(sender)
-        assert (data_of(heard), pongs_of(heard), code) == (
-            list(talk.messages),
-            list(talk.pongs),
+        await send_split(sender, octets, places)
+        frames, code = await heard_until_close(sender)
+        assert (messages_of(frames), pongs_of(frames), code) == (
+            list(sequence.messages),
+            list(sequence.pongs),
             1000,
         )
-        await listener.send(CLOSED_BY_CLIENT)
-        heard, code = await heard_until_close(listener)
-        assert (data_of(heard), pongs_of(heard), code) == (list(talk.messages), [], 1000)
+        await other.send(CLOSED_BY_CLIENT)
+        frames, code = await heard_until_close(other)
+        assert (messages_of(frames), pongs_of(frames), code) == (list(sequence.messages), [], 1000)
 
 
 @given(
-    talk=talks(compressed=False),
-    where=places,
-    packs=st.booleans(),
+    sequence=valid_frames(compressed=False),
+    places=split_places,
+    compresses=st.booleans(),
     early=st.just(0) | st.integers(0, 1 << 12),
 )
-@settings(tried, max_examples=80)
-async def test_any_valid_frames_cut_anywhere_are_the_same_messages_to_all(
-    sound_relay: Relay, talk: Talk, where: list[int], packs: bool, early: int
+@settings(deterministic, max_examples=40)
+async def test_valid_frames_split_anywhere_make_the_same_messages_for_all_subscribers(
+    checked_relay: Relay,
+    sequence: FrameSequence,
+    places: list[int],
+    compresses: bool,
+    early: int,
 ) -> None:
-    others = [DEFLATE] if packs else []
-    await hold_valid_frames(sound_relay, talk, where, others=others, early=early)
+    offers = [DEFLATE] if compresses else []
+    await assert_relayed(checked_relay, sequence, places, other_offers=offers, early=early)
 
 
-@given(talk=talks(compressed=True), where=places, packs=st.booleans())
-@settings(tried, max_examples=60)
-async def test_any_valid_frames_of_a_client_that_compresses_are_the_same_messages_to_all(
-    sound_relay: Relay, talk: Talk, where: list[int], packs: bool
+@given(sequence=valid_frames(compressed=True), places=split_places, compresses=st.booleans())
+@settings(deterministic, max_examples=40)
+async def test_valid_compressed_frames_make_the_same_messages_for_all_subscribers(
+    checked_relay: Relay, sequence: FrameSequence, places: list[int], compresses: bool
 ) -> None:
-    others = [f"{DEFLATE}; server_max_window_bits=9"] if packs else []
-    await hold_valid_frames(sound_relay, talk, where, offers=[DEFLATE], others=others)
+    offers = [f"{DEFLATE}; server_max_window_bits=9"] if compresses else []
+    await assert_relayed(
+        checked_relay, sequence, places, sender_offers=[DEFLATE], other_offers=offers
+    )
 
 
-# What clients send that is broken
+# Invalid input
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
-    """What may happen to bytes."""
+class Mutation:
+    """A change of some bytes."""
 
     kind: str
     place: int
     size: int
     octets: bytes
 
-    def to(self, octets: bytes) -> bytes:
+    def applied_to(self, octets: bytes) -> bytes:
         place = self.place % (len(octets) + 1)
-        before, behind = octets[:place], octets[place:]
+        before, after = octets[:place], octets[place:]
         match self.kind:
-            case "flip" if behind:
-                return before + bytes([behind[0] ^ 1 << self.size % 8]) + behind[1:]
+            case "flip" if after:
+                return before + bytes([after[0] ^ 1 << self.size % 8]) + after[1:]
             case "drop":
-                return before + behind[self.size :]
+                return before + after[self.size :]
             case "double":
-                return before + behind[: self.size] + behind
+                return before + after[: self.size] + after
             case "insert":
-                return before + self.octets + behind
+                return before + self.octets + after
             case "truncate":
                 return before
         return octets
 
 
-damages = st.lists(
+mutations = st.lists(
     st.builds(
-        Damage,
+        Mutation,
         st.sampled_from(["flip", "flip", "drop", "double", "insert", "truncate"]),
         st.integers(0, 1 << 12),
         st.integers(0, 12),
@@ -265,19 +276,19 @@ damages = st.lists(
 )
 
 
-def damaged(octets: bytes, what: Sequence[Damage]) -> bytes:
-    for one in what:
-        octets = one.to(octets)
+def mutated(octets: bytes, changes: Sequence[Mutation]) -> bytes:
+    for change in changes:
+        octets = change.applied_to(octets)
     return octets
 
 
-too_much = st.one_of(
+oversized = st.one_of(
     st.just(b""),
     st.just(b""),
     st.integers(MAX_MESSAGE_BYTES - 3, MAX_MESSAGE_BYTES + 3).map(bytes),
     st.just(bytes(70_000)),
 ).map(lambda payload: frame(BINARY, payload) if payload else b"")
-closes = st.one_of(
+close_frames = st.one_of(
     st.just(b""),
     st.builds(
         lambda code, reason: frame(CLOSE, close_payload(code, reason)),
@@ -289,93 +300,97 @@ closes = st.one_of(
 
 
 @st.composite
-def broken(draw: st.DrawFn, *, compressed: bool = False) -> bytes:
-    """Frames with a fault or some, or bytes that never were frames."""
+def any_octets(draw: st.DrawFn, *, compressed: bool = False) -> bytes:
+    """Frames with some faults, or octets that were never frames."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=100))
-    octets = draw(talks(compressed=compressed)).octets + draw(too_much) + draw(closes)
-    octets = damaged(octets, draw(damages))
-    return octets + draw(talks(compressed=False)).octets
+    octets = draw(valid_frames(compressed=compressed)).octets + draw(oversized) + draw(close_frames)
+    octets = mutated(octets, draw(mutations))
+    return octets + draw(valid_frames(compressed=False)).octets
 
 
-@given(data=st.data(), inflates=st.booleans(), where=places)
-@settings(tried, max_examples=150)
-def test_the_parser_hears_any_bytes_at_all_as_the_rfc_says(
-    data: st.DataObject, inflates: bool, where: list[int]
+@pytest.mark.fast
+@given(data=st.data(), inflates=st.booleans(), places=split_places)
+@settings(deterministic, max_examples=150)
+def test_any_octets_are_parsed_as_the_reference_parses_them(
+    data: st.DataObject, inflates: bool, places: list[int]
 ) -> None:
-    octets = data.draw(broken(compressed=inflates))
+    octets = data.draw(any_octets(compressed=inflates))
     expected = Reference(MAX_MESSAGE_BYTES, inflates=inflates)
     expected.hear(octets)
     if expected.close_code is None and expected.between_frames:
         octets += CLOSED_BY_CLIENT
-    heard, code = parsed(cut(octets, where), inflates=inflates, max_bytes=MAX_MESSAGE_BYTES)
-    assert data_of(heard) == expected.messages
+    pieces = split_at(octets, places)
+    frames, code = parsed(pieces, inflates=inflates, max_bytes=MAX_MESSAGE_BYTES)
+    assert messages_of(frames) == expected.messages
     assert code == (expected.close_code or (1000 if expected.between_frames else None)) or (
         inflates and {code, expected.close_code} == {1007, 1009}
     )
     if code is not None:
-        assert pongs_of(heard) == expected.pongs
+        assert pongs_of(frames) == expected.pongs
 
 
-@given(octets=broken(), where=places)
-@example(octets=frame(TEXT, b"\xed\xa0", fin=False), where=[])
-@settings(tried, max_examples=120)
-async def test_any_bytes_at_all_end_as_the_rfc_says(
-    sound_relay: Relay, octets: bytes, where: list[int]
+@given(octets=any_octets(), places=split_places)
+@example(octets=frame(TEXT, b"\xed\xa0", fin=False), places=[])
+@settings(deterministic, max_examples=50)
+async def test_any_octets_have_the_outcome_that_the_rfc_requires(
+    checked_relay: Relay, octets: bytes, places: list[int]
 ) -> None:
-    async with websocket(sound_relay) as raw:
-        await hold(raw, Reference(MAX_MESSAGE_BYTES), octets, where)
+    async with connected(checked_relay) as raw:
+        await assert_outcome(raw, Reference(MAX_MESSAGE_BYTES), octets, places)
 
 
-@given(octets=broken(compressed=True), where=places)
-@settings(tried, max_examples=120)
-async def test_any_bytes_of_a_client_that_compresses_end_as_the_rfc_says(
-    sound_relay: Relay, octets: bytes, where: list[int]
+@given(octets=any_octets(compressed=True), places=split_places)
+@settings(deterministic, max_examples=50)
+async def test_any_octets_of_a_client_with_compression_have_the_outcome_that_the_rfc_requires(
+    checked_relay: Relay, octets: bytes, places: list[int]
 ) -> None:
-    async with websocket(sound_relay, DEFLATE) as raw:
-        await hold(raw, Reference(MAX_MESSAGE_BYTES, inflates=True), octets, where)
+    async with connected(checked_relay, DEFLATE) as raw:
+        await assert_outcome(raw, Reference(MAX_MESSAGE_BYTES, inflates=True), octets, places)
 
 
-def websocket(relay: Relay, *offers: str) -> AbstractAsyncContextManager[RawClient]:
-    return raw_websocket(HOST, relay.port, path_of(channel_of_its_own()), offers=offers)
+def connected(relay: Relay, *offers: str) -> AbstractAsyncContextManager[RawClient]:
+    return raw_websocket(HOST, relay.port, unique_path(), offers=offers)
 
 
-async def hold(raw: RawClient, expected: Reference, octets: bytes, where: Sequence[int]) -> None:
-    """Send bytes, and insist on what the reference says."""
+async def assert_outcome(
+    raw: RawClient, expected: Reference, octets: bytes, places: Sequence[int]
+) -> None:
+    """Send octets, and assert what the reference requires."""
     expected.hear(octets)
-    await send_in_pieces(raw, octets, where)
+    await send_split(raw, octets, places)
     if expected.close_code is None and not expected.between_frames:
-        await hold_unfinished(raw, expected)
+        await assert_unfinished(raw, expected)
         return
     if expected.close_code is None:
         await raw.send(CLOSED_BY_CLIENT)
-    heard, code = await heard_until_close(raw)
-    assert (data_of(heard), pongs_of(heard)) == (expected.messages, expected.pongs)
+    frames, code = await heard_until_close(raw)
+    assert (messages_of(frames), pongs_of(frames)) == (expected.messages, expected.pongs)
     assert code == (expected.close_code or 1000) or (
-        # What one read brings may inflate to too much and have a fault; either is said.
+        # The octets of one read may inflate to too many and also have a fault: either is reported.
         raw.compresses and {code, expected.close_code} == {1007, 1009}
     )
 
 
-async def hold_unfinished(raw: RawClient, expected: Reference) -> None:
-    """Insist that a client in the middle of a frame is not closed for what it sent so far."""
+async def assert_unfinished(raw: RawClient, expected: Reference) -> None:
+    """Assert that a client in the middle of a frame is not closed for what it has sent."""
     raw.finish()
-    heard = []
+    frames = []
     try:
         while True:
-            heard.append(uncompressed(await next_frame(raw)))
+            frames.append(uncompressed(await next_frame(raw)))
     except EOFError:
         pass
-    # Who leaves without a close does not hear all that it was owed.
-    assert data_of(heard) == expected.messages[: len(data_of(heard))]
-    assert pongs_of(heard) == expected.pongs
-    assert {one.opcode for one in heard} <= {TEXT, BINARY, PONG}
+    # A client that disconnects without a close frame does not receive all expected deliveries.
+    assert messages_of(frames) == expected.messages[: len(messages_of(frames))]
+    assert pongs_of(frames) == expected.pongs
+    assert {each.opcode for each in frames} <= {TEXT, BINARY, PONG}
 
 
-# What comes before the upgrade
+# Before the upgrade
 
 PATH = path_of("property")
-HEADS = [
+REQUESTS = [
     upgrade_request(PATH),
     upgrade_request(PATH, Sec_WebSocket_Protocol="chat, superchat"),
     upgrade_request(PATH, Sec_WebSocket_Extensions=f'{DEFLATE}; server_max_window_bits="10"'),
@@ -394,24 +409,28 @@ STATUSES = {100, 101, 200, 202, 400, 404, 405, 408, 413, 421, 426, 429, 431, 501
 
 
 @given(
-    heads=st.lists(st.sampled_from(HEADS) | st.binary(max_size=20), min_size=1, max_size=3),
-    what=damages,
-    behind=talks(compressed=False),
-    where=places,
+    requests=st.lists(st.sampled_from(REQUESTS) | st.binary(max_size=20), min_size=1, max_size=3),
+    changes=mutations,
+    trailing=valid_frames(compressed=False),
+    places=split_places,
 )
-@settings(tried, max_examples=120)
-async def test_any_bytes_before_the_upgrade_have_an_http_answer_or_a_clean_end(
-    sound_relay: Relay, heads: list[bytes], what: list[Damage], behind: Talk, where: list[int]
+@settings(deterministic, max_examples=80)
+async def test_any_octets_before_an_upgrade_have_an_http_response_or_a_clean_end(
+    checked_relay: Relay,
+    requests: list[bytes],
+    changes: list[Mutation],
+    trailing: FrameSequence,
+    places: list[int],
 ) -> None:
-    octets = damaged(b"".join(heads), what) + behind.octets
-    async with await sound_relay.tcp() as raw, await sound_relay.tcp() as other:
-        with suppress(ConnectionError):  # the end can come before all is sent
-            await send_in_pieces(raw, octets, where)
+    octets = mutated(b"".join(requests), changes) + trailing.octets
+    async with await checked_relay.tcp() as raw, await checked_relay.tcp() as other:
+        with suppress(ConnectionError):  # the relay can close before all is sent
+            await send_split(raw, octets, places)
         await other.send(PROBE)
-        assert (await other.response()).status == 200  # so the relay has seen the others' bytes
-        with suppress(OSError):  # it has ended
+        assert (await other.response()).status == 200  # the relay has read the octets by now
+        with suppress(OSError):  # the connection has ended
             raw.finish()
-        answers = await raw.ended()
-        assert answers == b"" or answers.startswith(b"HTTP/1.1 ")
-        if answers:
-            assert int(answers.split(b" ", 2)[1]) in STATUSES
+        responses = await raw.ended()
+        assert responses == b"" or responses.startswith(b"HTTP/1.1 ")
+        if responses:
+            assert int(responses.split(b" ", 2)[1]) in STATUSES
