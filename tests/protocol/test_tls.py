@@ -1,12 +1,16 @@
-"""wss://: messages, and certificates renewed under way."""
+"""TLS: messages over wss://, and certificates that are renewed while the relay runs."""
 
 import asyncio
+import logging
 import ssl
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from websocket_relay import tls
+from websocket_relay.tls import Certificates
 
 from tests.support.certificates import Pair, make_pair, replace
 from tests.support.raw_client import PATIENCE_S
@@ -15,6 +19,7 @@ from tests.support.relay_process import (
     Relay,
     StartRelay,
     closed,
+    eventually,
     receive,
     receive_many,
     run_command,
@@ -24,24 +29,27 @@ EXPIRY = "websocket_tls_certificate_expiry_timestamp_seconds"
 MIB = 1_048_576
 
 
-async def served_serial(relay: Relay, server_name: str | None = "localhost") -> int:
-    """Return the serial number of the certificate that a new handshake gets."""
+async def served_serial(port: int, server_name: str | None = "localhost") -> int:
+    """Return the serial number of the certificate that a new handshake receives."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    # An IP address for a name makes a handshake without SNI.
+    # With an IP address as the name, the handshake has no SNI.
     async with asyncio.timeout(PATIENCE_S):
         _, writer = await asyncio.open_connection(
-            HOST, relay.port, ssl=context, server_hostname=server_name or HOST
+            HOST, port, ssl=context, server_hostname=server_name or HOST
         )
-        tls = writer.get_extra_info("ssl_object")
-        certificate = tls.getpeercert(binary_form=True)
+        connection = writer.get_extra_info("ssl_object")
+        certificate = connection.getpeercert(binary_form=True)
         writer.close()
         await writer.wait_closed()
     return x509.load_der_x509_certificate(certificate).serial_number
 
 
-async def test_messages_go_over_tls(tls_relay_with: StartRelay, channel: str) -> None:
+# Connections
+
+
+async def test_messages_are_relayed_over_tls(tls_relay_with: StartRelay, channel: str) -> None:
     relay = tls_relay_with()
     async with relay.client(channel) as first, relay.client(channel) as second:
         for message in ("hello", b"\x00\xff", "x" * MIB):
@@ -54,58 +62,82 @@ async def test_messages_go_over_tls(tls_relay_with: StartRelay, channel: str) ->
     assert relay.await_log("relay listening")["tls"] is True
 
 
-async def test_a_hundred_tls_clients_hear_everything(
+async def test_many_tls_clients_receive_all_messages(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
-    relay = tls_relay_with()
+    relay, count = tls_relay_with(), 40
     async with AsyncExitStack() as stack:
-        coming = (stack.enter_async_context(relay.client(channel)) for _ in range(100))
-        clients = await asyncio.gather(*coming)
+        connecting = (stack.enter_async_context(relay.client(channel)) for _ in range(count))
+        clients = await asyncio.gather(*connecting)
         await asyncio.gather(*(client.send("hello") for client in clients))
         for client in clients:
-            assert await receive_many(client, 100) == ["hello"] * 100
+            assert await receive_many(client, count) == ["hello"] * count
 
 
-async def test_plain_bytes_on_a_tls_port_hurt_nobody(
+async def test_plain_bytes_on_a_tls_port_affect_no_other_client(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    async with relay.client(channel) as bystander, await relay.tcp() as plain:
+    async with relay.client(channel) as other, await relay.tcp() as plain:
         await plain.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await plain.ended()
-        await bystander.send("still here")
-        assert await receive(bystander) == "still here"
+        await other.send("still here")
+        assert await receive(other) == "still here"
 
 
-async def test_a_tls_client_that_vanishes_is_counted(
+async def test_a_tls_client_that_resets_its_connection_is_counted_as_disconnected(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    async with relay.client(channel) as bystander:
+    async with relay.client(channel) as other:
         lost = await relay.client(channel)
         await relay.metric_is("websocket_connected_clients", 2)
         lost.transport.abort()
         await relay.metric_is("websocket_connected_clients", 1)
-        await bystander.send("still here")
-        assert await receive(bystander) == "still here"
+        await other.send("still here")
+        assert await receive(other) == "still here"
 
 
-async def test_a_renewed_certificate_serves_new_handshakes_and_leaves_open_connections_alone(
+async def test_the_relay_serves_with_the_pair_that_dev_cert_writes(
+    relay_with: StartRelay, tmp_path: Path
+) -> None:
+    assert run_command("dev-cert", directory=tmp_path).exit_code == 0
+    settings = {"enabled": True, "cert_file": str(tmp_path / "cert.pem")}
+    relay = relay_with(server={"tls": settings | {"key_file": str(tmp_path / "key.pem")}})
+    relay.tls_context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    async with (
+        relay.client("news") as by_address,
+        relay.client("news", server_hostname="localhost") as by_name,
+    ):
+        await by_name.send("hello")
+        assert await receive(by_address) == "hello"
+
+
+async def test_no_expiry_is_exported_without_a_certificate(relay: Relay) -> None:
+    """An expiry of 0 would fire every alert on certificates."""
+    samples = [sample for sample in (await relay.metrics()).samples if sample.name == EXPIRY]
+    assert samples == []
+
+
+# Renewal, by a relay
+
+
+async def test_a_renewed_certificate_serves_new_handshakes_and_keeps_open_connections(
     tls_relay_with: StartRelay, pair: Pair, certificate_directory: Path, channel: str
 ) -> None:
     relay = tls_relay_with()
-    assert await served_serial(relay) == pair.serial_number
+    assert await served_serial(relay.port) == pair.serial_number
     assert await relay.metric(EXPIRY) == pair.expiry_timestamp_s
     async with relay.client(channel) as early:
         renewed = make_pair(valid_days=60)
         renewed.write_to(certificate_directory)
         await relay.wait_for_log("certificate renewed")
-        assert await served_serial(relay) == renewed.serial_number
-        assert await served_serial(relay, server_name=None) == renewed.serial_number
-        assert await served_serial(relay, server_name="other.example") == renewed.serial_number
+        for name in ("localhost", None, "other.example"):
+            assert await served_serial(relay.port, name) == renewed.serial_number, name
         assert await relay.metric(EXPIRY) == renewed.expiry_timestamp_s
         assert await relay.metric("websocket_tls_reloads_total", result="ok") == 1
 
+        # The address in the URL is an IP address, so this handshake has no SNI.
         async with relay.client(channel, ssl=renewed.trusting_context()) as late:
             await early.send("from before")
             assert await receive(late) == "from before"
@@ -115,117 +147,136 @@ async def test_a_renewed_certificate_serves_new_handshakes_and_leaves_open_conne
         assert await relay.metric("websocket_disconnections_total") <= 1
 
 
-async def test_a_client_that_names_no_host_gets_the_renewed_certificate(
-    tls_relay_with: StartRelay, certificate_directory: Path, channel: str
+async def test_an_invalid_renewal_is_logged_and_the_old_pair_serves_until_a_valid_one(
+    tls_relay_with: StartRelay, pair: Pair, certificate_directory: Path, channel: str
 ) -> None:
     relay = tls_relay_with()
-    renewed = make_pair()
-    renewed.write_to(certificate_directory)
-    await relay.wait_for_log("certificate renewed")
-    # The address in the URL is an IP address, so this handshake carries no SNI.
-    async with relay.client(channel, ssl=renewed.trusting_context()) as client:
-        await client.send("hello")
-        assert await receive(client) == "hello"
-
-
-async def test_a_certificate_can_be_renewed_again_and_again(
-    tls_relay_with: StartRelay, certificate_directory: Path
-) -> None:
-    relay = tls_relay_with()
-    for count in (1, 2, 3):
-        renewed = make_pair()
-        renewed.write_to(certificate_directory)
-        await relay.wait_for_log("certificate renewed", count=count)
-        assert await served_serial(relay) == renewed.serial_number
-
-
-async def test_a_pair_renewed_by_moving_a_link_is_taken(
-    relay_with: StartRelay, tmp_path: Path
-) -> None:
-    """Kubernetes renews a mounted Secret this way: both files at once, behind one link."""
-    first, second = make_pair(), make_pair()
-    for name, pair in (("first", first), ("second", second)):
-        (tmp_path / name).mkdir()
-        pair.write_to(tmp_path / name)
-    (tmp_path / "current").symlink_to("first")
-    tls = {
-        "enabled": True,
-        "cert_file": str(tmp_path / "current" / "cert.pem"),
-        "key_file": str(tmp_path / "current" / "key.pem"),
-    }
-    relay = relay_with(server={"tls": tls})
-    assert await served_serial(relay) == first.serial_number
-    (tmp_path / "next").symlink_to("second")
-    (tmp_path / "next").replace(tmp_path / "current")
-    await relay.wait_for_log("certificate renewed")
-    assert await served_serial(relay) == second.serial_number
-    errors = [event for event in relay.log_events if event["level"] == "error"]
-    assert errors == []
-
-
-@pytest.mark.parametrize("broken", ["certificate", "key", "other key", "empty", "missing"])
-async def test_a_broken_renewal_is_logged_and_the_old_pair_stays_until_a_good_one_comes(
-    tls_relay_with: StartRelay, pair: Pair, certificate_directory: Path, channel: str, broken: str
-) -> None:
-    relay = tls_relay_with()
-    certificate, key = certificate_directory / "cert.pem", certificate_directory / "key.pem"
-    match broken:
-        case "certificate":
-            replace(certificate, b"-----BEGIN CERTIFICATE-----\nnonsense\n")
-        case "key":
-            replace(key, b"nonsense")
-        case "other key":
-            replace(key, make_pair().key_pem)
-        case "empty":
-            replace(certificate, b"")
-        case "missing":
-            certificate.unlink()
+    replace(certificate_directory / "key.pem", make_pair().key_pem)
     event = await relay.wait_for_log("certificate not renewed")
     assert event["level"] == "error"
     assert event["error"]
-    assert await served_serial(relay) == pair.serial_number
+    assert await served_serial(relay.port) == pair.serial_number
     assert await relay.metric(EXPIRY) == pair.expiry_timestamp_s
     await relay.metric_reaches("websocket_tls_reloads_total", 1, result="error")
     async with relay.client(channel) as client:
         await client.send("hello")
         assert await receive(client) == "hello"
 
-    good = make_pair()
-    good.write_to(certificate_directory)
+    renewed = make_pair()
+    renewed.write_to(certificate_directory)
     await relay.wait_for_log("certificate renewed")
-    assert await served_serial(relay) == good.serial_number
+    assert await served_serial(relay.port) == renewed.serial_number
 
 
-async def test_a_broken_renewal_does_not_fill_the_log(
-    tls_relay_with: StartRelay, certificate_directory: Path
+# Renewal, in this process
+
+
+class Watched:
+    """Certificates that are watched in this process, with a server that uses them."""
+
+    def __init__(self, certificates: Certificates, port: int) -> None:
+        self.port = port
+        self._reloads = certificates.reloads
+        self.polls = 0
+
+    async def wait_for_reloads(self, result: str, count: int) -> None:
+        async def look() -> tuple[bool, object]:
+            return self._reloads[result] >= count, self._reloads
+
+        await eventually(look, f"{count} reloads with the result {result}")
+
+    async def wait_for_polls(self, count: int) -> None:
+        wanted = self.polls + count
+
+        async def look() -> tuple[bool, object]:
+            return self.polls >= wanted, self.polls
+
+        await eventually(look, f"{wanted} polls")
+
+
+@asynccontextmanager
+async def watched(cert_file: Path, key_file: Path) -> AsyncIterator[Watched]:
+    """Poll the files of a pair often, and serve with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tls, "POLL_INTERVAL_S", 0.001)
+        certificates = Certificates(cert_file, key_file)
+        server = await asyncio.start_server(
+            lambda _, writer: writer.close(), HOST, 0, ssl=certificates.context
+        )
+        found = Watched(certificates, server.sockets[0].getsockname()[1])
+        file_state = certificates._file_state
+
+        def counted_file_state() -> list[tuple[int, int, int] | None]:
+            found.polls += 1
+            return file_state()
+
+        patch.setattr(certificates, "_file_state", counted_file_state)
+        watching = asyncio.create_task(certificates.watch())
+        try:
+            async with server:
+                yield found
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+
+
+INVALID_CHANGES: dict[str, Callable[[Path, Path], object]] = {
+    "certificate": lambda cert, _: replace(cert, b"-----BEGIN CERTIFICATE-----\nnonsense\n"),
+    "key": lambda _, key: replace(key, b"nonsense"),
+    "key of another pair": lambda _, key: replace(key, make_pair().key_pem),
+    "empty": lambda cert, _: replace(cert, b""),
+    "missing": lambda cert, _: cert.unlink(),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("change", INVALID_CHANGES.values(), ids=INVALID_CHANGES)
+async def test_an_invalid_pair_is_logged_once_and_never_served(
+    certificate_directory: Path,
+    pair: Pair,
+    change: Callable[[Path, Path], object],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    relay = tls_relay_with()
-    replace(certificate_directory / "key.pem", b"nonsense")
-    await relay.wait_for_log("certificate not renewed")
-    # A look comes once a second; by the renewal's there have been several at the broken file.
-    await asyncio.sleep(3)
-    make_pair().write_to(certificate_directory)
-    await relay.wait_for_log("certificate renewed")
-    complaints = [e for e in relay.log_events if e["event"] == "certificate not renewed"]
-    assert len(complaints) <= 2  # the broken key, and the moment between the two new files
+    files = certificate_directory / "cert.pem", certificate_directory / "key.pem"
+    async with watched(*files) as found:
+        change(*files)
+        await found.wait_for_reloads("error", 1)
+        assert await served_serial(found.port) == pair.serial_number
+        await found.wait_for_polls(3)
+        assert [record.message for record in caplog.records] == ["certificate not renewed"]
+        renewed = make_pair()
+        renewed.write_to(certificate_directory)
+        await found.wait_for_reloads("ok", 1)
+        assert await served_serial(found.port) == renewed.serial_number
+    assert [record.message for record in caplog.records] == ["certificate not renewed"]
 
 
-async def test_no_expiry_is_shown_where_there_is_no_certificate(relay: Relay) -> None:
-    """An expiry of 0 would set off every alert on certificates."""
-    samples = [sample for sample in (await relay.metrics()).samples if sample.name == EXPIRY]
-    assert samples == []
+@pytest.mark.fast
+async def test_a_certificate_can_be_renewed_many_times(certificate_directory: Path) -> None:
+    files = certificate_directory / "cert.pem", certificate_directory / "key.pem"
+    async with watched(*files) as found:
+        for count in (1, 2, 3):
+            renewed = make_pair()
+            renewed.write_to(certificate_directory)
+            await found.wait_for_reloads("ok", count)
+            assert await served_serial(found.port) == renewed.serial_number
 
 
-async def test_the_relay_serves_with_the_pair_that_dev_cert_writes(
-    relay_with: StartRelay, tmp_path: Path
+@pytest.mark.fast
+async def test_a_pair_replaced_by_one_link_is_reloaded_without_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run_command("dev-cert", directory=tmp_path).exit_code == 0
-    tls = {"enabled": True, "cert_file": str(tmp_path / "cert.pem")}
-    relay = relay_with(server={"tls": tls | {"key_file": str(tmp_path / "key.pem")}})
-    relay.tls_context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
-    async with (
-        relay.client("news") as by_address,
-        relay.client("news", server_hostname="localhost") as by_name,
-    ):
-        await by_name.send("hello")
-        assert await receive(by_address) == "hello"
+    """Kubernetes replaces a mounted Secret this way: one link leads to both files."""
+    first, second = make_pair(), make_pair()
+    for name, pair in (("first", first), ("second", second)):
+        (tmp_path / name).mkdir()
+        pair.write_to(tmp_path / name)
+    (tmp_path / "current").symlink_to("first")
+    files = tmp_path / "current" / "cert.pem", tmp_path / "current" / "key.pem"
+    async with watched(*files) as found:
+        assert await served_serial(found.port) == first.serial_number
+        (tmp_path / "next").symlink_to("second")
+        (tmp_path / "next").replace(tmp_path / "current")
+        await found.wait_for_reloads("ok", 1)
+        assert await served_serial(found.port) == second.serial_number
+    assert [each for each in caplog.records if each.levelno == logging.ERROR] == []
