@@ -55,7 +55,7 @@ class Watch:
 
 @asynccontextmanager
 async def watched(relay: Relay) -> AsyncIterator[Watch]:
-    """Measure the relay's memory, and the delay of messages in another channel, meanwhile."""
+    """Measure the relay's memory and the delay of messages in another channel, until the exit."""
     watch = Watch()
     received = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Properties of whatever a client sends, checked by hypothesis on the parser and over connections.
+"""Properties of any client input, checked by hypothesis on the parser and over connections.
 
 The examples are the same in every run. A failure shows the shortest example that was found.
 """

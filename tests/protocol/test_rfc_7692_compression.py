@@ -59,7 +59,7 @@ def shared_deflating_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 async def deflating_relay(shared_deflating_relay: Relay) -> AsyncIterator[Relay]:
-    """A relay that compresses every message that gets smaller by it."""
+    """A relay that compresses every message that shrinks."""
     await shared_deflating_relay.metric_is("websocket_connected_clients", 0)
     yield shared_deflating_relay
     assert shared_deflating_relay.complaints == []
