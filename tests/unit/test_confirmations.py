@@ -1,4 +1,4 @@
-"""Those who wait until messages of a replica come back from the log."""
+"""Confirmations: waits that end when a replica's own messages are read back from the log."""
 
 import pytest
 from websocket_relay.backplane.confirmations import Confirmations
@@ -7,71 +7,80 @@ from websocket_relay.backplane.replicated import PRODUCER_EPOCHS
 
 pytestmark = pytest.mark.fast
 
-LIFE = 7 * PRODUCER_EPOCHS
-NEXT_LIFE = LIFE + 1
+PRODUCER = 7 * PRODUCER_EPOCHS
+NEXT_EPOCH = PRODUCER + 1
 
-Told = dict[str, Position | None]
-
-
-def waiting_for(told: Told, *waiters: tuple[str, int, int]) -> Confirmations:
-    """Let those of these names wait for the message before a number, each in a life."""
-    awaiting = Confirmations()
-    for name, origin, following in waiters:
-
-        def answer(position: Position | None, name: str = name) -> None:
-            told[name] = position
-
-        awaiting.add(origin, following, answer)
-    return awaiting
+Results = dict[str, Position | None]
 
 
-def test_each_is_told_the_position_of_its_own_message() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("a", LIFE, 4), ("b", LIFE, 5), ("c", LIFE, 6))
-    awaiting.on_packet(LIFE, 3, Position(9, 2, 1))
-    assert told == {"a": Position(9, 2, 0), "b": Position(9, 2, 1)}
-    awaiting.on_packet(LIFE, 5, Position(9, 7, 0))
-    assert told["c"] == Position(9, 7, 0)
-    assert not awaiting
+def confirmations_of(results: Results, *waits: tuple[str, int, int]) -> Confirmations:
+    """Wait for some messages.
+
+    Args:
+        results: receives the result of each wait, by its name.
+        waits: a name, a producer with its epoch, and the sequence number after the message.
+    """
+    confirmations = Confirmations()
+    for name, producer, following in waits:
+
+        def record_result(position: Position | None, name: str = name) -> None:
+            results[name] = position
+
+        confirmations.add(producer, following, record_result)
+    return confirmations
 
 
-def test_a_message_that_was_left_out_of_the_log_has_no_position() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("lost", LIFE, 4), ("read", LIFE, 5))
-    awaiting.on_packet(LIFE, 4, Position(9, 2, 0))
-    assert told == {"lost": None, "read": Position(9, 2, 0)}
+def test_each_wait_ends_with_the_position_of_its_own_message() -> None:
+    results: Results = {}
+    waits = ("a", PRODUCER, 4), ("b", PRODUCER, 5), ("c", PRODUCER, 6)
+    confirmations = confirmations_of(results, *waits)
+    confirmations.on_packet(PRODUCER, 3, Position(9, 2, 1))
+    assert results == {"a": Position(9, 2, 0), "b": Position(9, 2, 1)}
+    confirmations.on_packet(PRODUCER, 5, Position(9, 7, 0))
+    assert results["c"] == Position(9, 7, 0)
+    assert not confirmations
 
 
-def test_a_packet_without_messages_tells_only_that_those_before_it_are_lost() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("lost", LIFE, 4), ("waits", LIFE, 5))
-    awaiting.on_packet(LIFE, 4, Position(9, 2, -1))
-    assert told == {"lost": None}
+def test_a_message_missing_from_the_log_has_no_position() -> None:
+    results: Results = {}
+    confirmations = confirmations_of(results, ("lost", PRODUCER, 4), ("read", PRODUCER, 5))
+    confirmations.on_packet(PRODUCER, 4, Position(9, 2, 0))
+    assert results == {"lost": None, "read": Position(9, 2, 0)}
 
 
-def test_nothing_of_a_life_comes_after_a_later_one() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("early", LIFE, 4), ("late", NEXT_LIFE, 1), ("on", NEXT_LIFE, 2))
-    awaiting.on_packet(NEXT_LIFE, 0, Position(9, 2, 0))
-    assert told == {"early": None, "late": Position(9, 2, 0)}
+def test_a_packet_without_messages_ends_only_the_waits_before_it() -> None:
+    results: Results = {}
+    confirmations = confirmations_of(results, ("lost", PRODUCER, 4), ("pending", PRODUCER, 5))
+    confirmations.on_packet(PRODUCER, 4, Position(9, 2, -1))
+    assert results == {"lost": None}
 
 
-def test_a_packet_of_an_earlier_life_is_not_what_the_later_one_waits_for() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("late", NEXT_LIFE, 1))
-    awaiting.on_packet(LIFE, 0, Position(9, 2, 5))
-    assert told == {}
+def test_a_packet_of_a_later_epoch_ends_the_waits_of_earlier_epochs() -> None:
+    results: Results = {}
+    waits = ("early", PRODUCER, 4), ("late", NEXT_EPOCH, 1), ("later", NEXT_EPOCH, 2)
+    confirmations = confirmations_of(results, *waits)
+    confirmations.on_packet(NEXT_EPOCH, 0, Position(9, 2, 0))
+    assert results == {"early": None, "late": Position(9, 2, 0)}
 
 
-def test_who_waits_for_what_is_given_up_is_let_go_and_nobody_else() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("kept", LIFE, 4), ("a", LIFE, 5), ("b", LIFE, 6))
-    assert [waiter.next_sequence for waiter in awaiting.pop_abandoned(LIFE, 4)] == [5, 6]
-    assert (told, len(awaiting)) == ({}, 1)
+def test_a_packet_of_an_earlier_epoch_ends_no_wait_of_a_later_one() -> None:
+    results: Results = {}
+    confirmations = confirmations_of(results, ("late", NEXT_EPOCH, 1))
+    confirmations.on_packet(PRODUCER, 0, Position(9, 2, 5))
+    assert results == {}
 
 
-def test_who_waits_for_an_earlier_life_too_long_is_told() -> None:
-    told: Told = {}
-    awaiting = waiting_for(told, ("early", LIFE, 4), ("late", NEXT_LIFE, 1))
-    awaiting.expire(NEXT_LIFE)
-    assert (told, len(awaiting)) == ({"early": None}, 1)
+def test_abandoned_waits_are_removed_without_a_result_and_the_others_stay() -> None:
+    results: Results = {}
+    waits = ("kept", PRODUCER, 4), ("a", PRODUCER, 5), ("b", PRODUCER, 6)
+    confirmations = confirmations_of(results, *waits)
+    abandoned = confirmations.pop_abandoned(PRODUCER, 4)
+    assert [wait.next_sequence for wait in abandoned] == [5, 6]
+    assert (results, len(confirmations)) == ({}, 1)
+
+
+def test_waits_of_earlier_epochs_expire_without_a_position() -> None:
+    results: Results = {}
+    confirmations = confirmations_of(results, ("early", PRODUCER, 4), ("late", NEXT_EPOCH, 1))
+    confirmations.expire(NEXT_EPOCH)
+    assert (results, len(confirmations)) == ({"early": None}, 1)

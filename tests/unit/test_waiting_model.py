@@ -1,14 +1,15 @@
-"""A model of clients that wait for their messages, while appends fail and outages begin.
+"""A model of clients that wait for confirmations while appends fail and outages start.
 
-The broker is a list that confirms an append, loses its answer, takes it late or refuses it. What
-appends and reads is the real backplane. Each client is answered once: with the position of its own
-message, or that it is not known; and whoever leaves is let go after all that it said before.
+The broker is a list that confirms an append, loses the confirmation, applies it late or rejects it.
+The backplane is the real one. Each wait ends once: with the position of its own message, or without
+one. A client that leaves is released after all messages that were published before. The examples
+are the same in every run.
 """
 
 import asyncio
+from collections.abc import Iterator
 from enum import Enum, auto
 from functools import partial
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -29,41 +30,50 @@ MANY_TURNS = 50
 
 
 class Step(Enum):
-    """What may happen."""
+    """An event, or how the broker handles appends from now on."""
 
-    SAY = auto()  # a client says something, and waits for it
-    LEAVE = auto()  # a client waits for all that was said
+    PUBLISH = auto()  # a client publishes a message, and waits for its position
+    LEAVE = auto()  # a client waits for all messages published so far
     READ = auto()  # the next entry is read
-    TURN = auto()  # the event loop goes on: an append is answered
-    OUTAGE = auto()  # an outage begins
-    CONFIRM = auto()  # from now on appends are confirmed
-    LOSE_ANSWER = auto()  # they are done, and not confirmed
-    TAKE_LATE = auto()  # they are done later, and not confirmed
-    REFUSE = auto()  # they are not done
-    ARRIVE = auto()  # what was taken late is done
+    TURN = auto()  # the event loop runs: an append is completed
+    OUTAGE = auto()  # an outage starts
+    ARRIVE = auto()  # late appends are applied
+    CONFIRM = auto()  # appends are applied and confirmed
+    LOSE_CONFIRMATION = auto()  # they are applied, and not confirmed
+    APPLY_LATE = auto()  # they are applied later, and not confirmed
+    REJECT = auto()  # they are not applied
 
 
-class Broker:
+BROKER_MODES = (Step.CONFIRM, Step.LOSE_CONFIRMATION, Step.APPLY_LATE, Step.REJECT)
+
+
+class ListBroker:
     """A stream in a list."""
 
     max_entry_bytes = 1_048_576
 
     def __init__(self) -> None:
         self.entries: list[bytes] = []
-        self.late: list[bytes] = []
-        self.does = Step.CONFIRM
+        self.late_entries: list[bytes] = []
+        self.mode = Step.CONFIRM
 
-    async def append(self, data: bytes) -> None:
+    async def append(self, packed: bytes) -> None:
         await asyncio.sleep(0)
-        if self.does in {Step.CONFIRM, Step.LOSE_ANSWER}:
-            self.entries.append(data)
-        elif self.does is Step.TAKE_LATE:
-            self.late.append(data)
-        if self.does is not Step.CONFIRM:
-            raise BrokerError("no answer")
+        if self.mode in {Step.CONFIRM, Step.LOSE_CONFIRMATION}:
+            self.entries.append(packed)
+        elif self.mode is Step.APPLY_LATE:
+            self.late_entries.append(packed)
+        if self.mode is not Step.CONFIRM:
+            raise BrokerError("no confirmation")
+
+    def apply_late_entries(self) -> None:
+        self.entries += self.late_entries
+        self.late_entries.clear()
 
 
-def backplane_on(broker: Broker, pending: Pending, *, relays_locally: bool) -> ReplicatedBackplane:
+def backplane_on(
+    broker: ListBroker, pending: Pending, *, relays_locally: bool
+) -> ReplicatedBackplane:
     return ReplicatedBackplane(
         broker,  # type: ignore[arg-type]
         address="model",
@@ -76,30 +86,32 @@ def backplane_on(broker: Broker, pending: Pending, *, relays_locally: bool) -> R
     )
 
 
-class Sayer:
-    """A client with one message. It leaves where that can't be relayed, as WebSocket clients do."""
+class OneMessageClient:
+    """A client with one message. If that can't be relayed it leaves, as WebSocket clients do."""
 
-    def __init__(self, run: "Run", name: bytes) -> None:
-        self.name = name
-        self.answers: list[Position | None] = []
-        self.is_refused = self.is_in_doubt = False
+    def __init__(self, run: "Run", payload: bytes) -> None:
+        self.payload = payload
+        self.results: list[Position | None] = []
+        self.is_rejected = self.is_unconfirmed = False
         self._run = run
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        self.is_refused, self.is_in_doubt = not is_unconfirmed, is_unconfirmed
+        self.is_rejected, self.is_unconfirmed = not is_unconfirmed, is_unconfirmed
         self._run.leave()
 
 
 class Run:
-    """One replica, those who wait there, and what it delivered."""
+    """One replica, its clients, and the messages that it has delivered."""
 
     def __init__(self, *, relays_locally: bool) -> None:
-        self.broker = Broker()
-        self.read = 0
-        self.sayers: list[Sayer] = []
+        self.broker = ListBroker()
+        self.entries_read = 0
+        self.clients: list[OneMessageClient] = []
         self.delivered: dict[bytes, Position] = {}
-        self.leaving = self.left = 0
-        self.owed: list[tuple[list[Sayer], set[bytes]]] = []  # to who left, and what was delivered
+        self.leaving = 0
+        # For each client that was released: the clients that had published before it left, and
+        # the messages delivered by then.
+        self.released: list[tuple[list[OneMessageClient], set[bytes]]] = []
         self.pending = Pending()
         self.backplane = backplane_on(self.broker, self.pending, relays_locally=relays_locally)
         self.backplane.consume(self._deliver, lambda _: None)
@@ -109,103 +121,97 @@ class Run:
         assert entry.payload not in self.delivered, "delivered twice"
         self.delivered[entry.payload] = entry.position
 
-    def say(self) -> None:
-        sayer = Sayer(self, b"%d" % len(self.sayers))
-        self.sayers.append(sayer)
-        self.backplane.append_batch("news", [(1, sayer.name)], sayer)
-        self.backplane.when_delivered(sayer.answers.append)
+    def publish(self) -> None:
+        client = OneMessageClient(self, b"%d" % len(self.clients))
+        self.clients.append(client)
+        self.backplane.append_batch("news", [(1, client.payload)], client)
+        self.backplane.when_delivered(client.results.append)
 
     def leave(self) -> None:
         self.leaving += 1
-        self.backplane.when_settled(partial(self._let_go, [*self.sayers]))
+        self.backplane.when_settled(partial(self._release, [*self.clients]))
 
-    def _let_go(self, sayers: list[Sayer]) -> None:
-        self.left += 1
-        self.owed.append((sayers, {*self.delivered}))
+    def _release(self, earlier_clients: list[OneMessageClient]) -> None:
+        self.released.append((earlier_clients, {*self.delivered}))
 
-    def read_one(self) -> None:
-        if self.read < len(self.broker.entries):
-            self.read += 1
-            data = self.broker.entries[self.read - 1]
-            self.backplane.on_entry(StreamEntry((1, self.read), data, follows=True))
+    def read_next(self) -> None:
+        if self.entries_read < len(self.broker.entries):
+            self.entries_read += 1
+            packed = self.broker.entries[self.entries_read - 1]
+            self.backplane.on_entry(StreamEntry((1, self.entries_read), packed, follows=True))
 
-    def arrive(self) -> None:
-        self.broker.entries += self.broker.late
-        self.broker.late.clear()
-
-    async def take(self, step: Step) -> None:
-        """Let something happen."""
+    async def perform(self, step: Step) -> None:
         match step:
-            case Step.SAY:
-                self.say()
+            case Step.PUBLISH:
+                self.publish()
             case Step.LEAVE:
                 self.leave()
             case Step.READ:
-                self.read_one()
+                self.read_next()
             case Step.TURN:
-                await turn(APPEND_TURNS)
+                await run_loop(APPEND_TURNS)
             case Step.OUTAGE if self.backplane.state is not BackplaneState.OUTAGE:
                 self.backplane._start_outage(1.0)
             case Step.ARRIVE:
-                self.arrive()
-            case Step.CONFIRM | Step.LOSE_ANSWER | Step.TAKE_LATE | Step.REFUSE:
-                self.broker.does = step
+                self.broker.apply_late_entries()
+            case _ if step in BROKER_MODES:
+                self.broker.mode = step
 
-    async def end(self) -> None:
-        """Let the broker work again, and all be read."""
-        self.broker.does = Step.CONFIRM
-        self.arrive()
-        await turn(MANY_TURNS)
+    async def finish(self) -> None:
+        """Let the broker confirm again, and read all entries."""
+        self.broker.mode = Step.CONFIRM
+        self.broker.apply_late_entries()
+        await run_loop(MANY_TURNS)
         self.backplane._send_heartbeat(1.0)
-        await turn(MANY_TURNS)
-        while self.read < len(self.broker.entries):
-            self.read_one()
+        await run_loop(MANY_TURNS)
+        while self.entries_read < len(self.broker.entries):
+            self.read_next()
 
-    def check(self) -> None:
-        """See that everyone was told what is true, once and in time."""
-        for sayer in self.sayers:
-            (position,) = sayer.answers
-            assert position in {None, self.delivered.get(sayer.name)}
-            assert not (sayer.is_refused and sayer.name in self.delivered)
-            assert position is None or not (sayer.is_refused or sayer.is_in_doubt)
-        assert self.left == self.leaving
-        for sayers, delivered in self.owed:
-            for sayer in sayers:
-                is_late = sayer.name in self.delivered and sayer.name not in delivered
-                assert sayer.is_in_doubt or not is_late, "let go too early"
+    def assert_results(self) -> None:
+        """Assert that every wait ended once, in time, and with a correct result."""
+        for client in self.clients:
+            (position,) = client.results
+            assert position in {None, self.delivered.get(client.payload)}
+            assert not (client.is_rejected and client.payload in self.delivered)
+            assert position is None or not (client.is_rejected or client.is_unconfirmed)
+        assert len(self.released) == self.leaving
+        for clients, delivered in self.released:
+            for client in clients:
+                is_late = client.payload in self.delivered and client.payload not in delivered
+                assert client.is_unconfirmed or not is_late, "released too early"
         assert self.pending.bytes == 0
-        assert self.lost_without() == 0, "what was given up is no loss"
+        assert self.lost_without() == 0, "abandoned messages are not lost"
 
     def lost_without(self, *payloads: bytes) -> int:
-        """Return how many messages another replica misses that does not read those with these."""
-        other = backplane_on(Broker(), Pending(), relays_locally=False)
+        """Return how many losses another replica counts that misses entries with these payloads."""
+        other = backplane_on(ListBroker(), Pending(), relays_locally=False)
         other.consume(lambda _: None, lambda _: None)
-        for number, data in enumerate(self.broker.entries):
-            if not set(payloads) & set(unpack(data).payloads):
-                other.on_entry(StreamEntry((1, number), data, follows=True))
+        for number, packed in enumerate(self.broker.entries):
+            if not set(payloads) & set(unpack(packed).payloads):
+                other.on_entry(StreamEntry((1, number), packed, follows=True))
         return other.counters.lost
 
 
-async def turn(count: int) -> None:
-    for _ in range(count):
+async def run_loop(turns: int) -> None:
+    for _ in range(turns):
         await asyncio.sleep(0)
 
 
-OFTEN = (Step.SAY, Step.TURN, Step.READ)
-STEPS = st.sampled_from([*Step, *2 * OFTEN])
+FREQUENT = (Step.PUBLISH, Step.TURN, Step.READ)
+STEPS = st.sampled_from([*Step, *2 * FREQUENT])
 
 
-async def run_through(steps: list[Step], *, relays_locally: bool) -> None:
+async def perform_all(steps: list[Step], *, relays_locally: bool) -> Run:
     run = Run(relays_locally=relays_locally)
     writing = asyncio.create_task(run.backplane._write())
     try:
         for step in steps:
-            await run.take(step)
-        await run.end()
-        run.check()
+            await run.perform(step)
+        await run.finish()
     finally:
         writing.cancel()
         await asyncio.wait([writing])
+    return run
 
 
 async def no_pause(pause_s: float) -> float:
@@ -214,35 +220,29 @@ async def no_pause(pause_s: float) -> float:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def impatience() -> Any:
-    """Repeat appends in the next turn of the event loop."""
+def immediate_retries() -> Iterator[None]:
+    """Retry appends in the next turn of the event loop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicated, "_pause", no_pause)
         yield
 
 
-REFUSED_AFTER_A_CONFIRMED_ONE = [
-    Step.SAY, Step.TURN, Step.REFUSE, Step.SAY, Step.TURN, Step.OUTAGE
+REJECTED_AFTER_A_CONFIRMED_ONE = [
+    Step.PUBLISH, Step.TURN, Step.REJECT, Step.PUBLISH, Step.TURN, Step.OUTAGE
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
-@example(steps=REFUSED_AFTER_A_CONFIRMED_ONE, relays_locally=False)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@example(steps=REJECTED_AFTER_A_CONFIRMED_ONE, relays_locally=False)
 @given(steps=st.lists(STEPS, min_size=5, max_size=40), relays_locally=st.booleans())
-def test_everyone_who_waits_is_told_what_is_true_once_and_in_time(
+def test_every_wait_for_a_confirmation_ends_once_in_time_and_with_a_correct_result(
     steps: list[Step], relays_locally: bool
 ) -> None:
-    asyncio.run(run_through(steps, relays_locally=relays_locally))
+    run = asyncio.run(perform_all(steps, relays_locally=relays_locally))
+    run.assert_results()
 
 
-async def test_what_was_lost_before_an_outage_is_missed_after_it() -> None:
-    run = Run(relays_locally=False)
-    writing = asyncio.create_task(run.backplane._write())
-    try:
-        for step in (Step.TURN, Step.SAY, Step.TURN, Step.REFUSE, Step.SAY, Step.OUTAGE):
-            await run.take(step)
-        await run.end()
-    finally:
-        writing.cancel()
-        await asyncio.wait([writing])
+async def test_a_message_lost_before_an_outage_is_counted_as_lost_after_it() -> None:
+    steps = [Step.TURN, Step.PUBLISH, Step.TURN, Step.REJECT, Step.PUBLISH, Step.OUTAGE]
+    run = await perform_all(steps, relays_locally=False)
     assert run.lost_without(b"0") == 1
