@@ -1,9 +1,9 @@
-"""What replicas write into a broker's stream, and read from there."""
+"""The codec of the stream: packets of messages, and the parts of large packets."""
 
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from websocket_relay.backplane.codec import (
     HEAD,
@@ -19,58 +19,67 @@ from websocket_relay.backplane.codec import (
 
 pytestmark = pytest.mark.fast
 
-ORIGINS = st.integers(0, 2**64 - 1)
-NUMBERS = st.integers(0, 2**64 - 1)
+PRODUCERS = st.integers(0, 2**64 - 1)
+SEQUENCES = st.integers(0, 2**64 - 1)
 CHANNELS = st.text("abc:._-XYZ019", min_size=1, max_size=128)
 MESSAGES = st.lists(st.tuples(CHANNELS, st.sampled_from([1, 2]), st.binary(max_size=300)))
 
-ROOM = 1 << 20
+MAX_BYTES = 1 << 20
+
+deterministic = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def packet_of(
     messages: Sequence[tuple[str, int, bytes]],
-    origin: int = 7,
-    number: int = 0,
-    note: bytes | None = None,
+    producer: int = 7,
+    sequence: int = 0,
+    heartbeat: bytes | None = None,
 ) -> Packet:
     channels = [channel for channel, _, _ in messages]
     opcodes = bytes(opcode for _, opcode, _ in messages)
     payloads = [payload for _, _, payload in messages]
-    return Packet(origin, number, channels, opcodes, payloads, note)
+    return Packet(producer, sequence, channels, opcodes, payloads, heartbeat)
 
 
-def parts_of(payload: bytes, origin: int = 7, number: int = 0, max_bytes: int = 100) -> list[bytes]:
-    data = pack(packet_of([("news", 2, payload)], origin, number))
-    return list(split_into_parts(data, origin, number, max_bytes))
+def parts_of(
+    payload: bytes, producer: int = 7, sequence: int = 0, max_bytes: int = 100
+) -> list[bytes]:
+    packed = pack(packet_of([("news", 2, payload)], producer, sequence))
+    return list(split_into_parts(packed, producer, sequence, max_bytes))
 
 
-def joined(joiner: PartAssembler, parts: Sequence[bytes]) -> list[bytes]:
-    """Return what the packets say that come of these parts."""
-    whole = [joiner.join(part) for part in parts]
-    return [payload for data in whole if data is not None for payload in unpack(data).payloads]
+def joined(assembler: PartAssembler, parts: Sequence[bytes]) -> list[bytes]:
+    """Return the payloads of the packets that these parts make."""
+    packets = [assembler.join(part) for part in parts]
+    return [
+        payload for packed in packets if packed is not None for payload in unpack(packed).payloads
+    ]
 
 
-@given(MESSAGES, ORIGINS, NUMBERS, st.none() | st.binary(max_size=MAX_HEARTBEAT_BYTES))
-def test_what_is_packed_is_unpacked(
-    messages: list[tuple[str, int, bytes]], origin: int, number: int, note: bytes | None
+@deterministic
+@given(MESSAGES, PRODUCERS, SEQUENCES, st.none() | st.binary(max_size=MAX_HEARTBEAT_BYTES))
+def test_packing_and_unpacking_preserve_a_packet(
+    messages: list[tuple[str, int, bytes]], producer: int, sequence: int, heartbeat: bytes | None
 ) -> None:
-    packet = packet_of(messages, origin, number, note)
+    packet = packet_of(messages, producer, sequence, heartbeat)
     assert unpack(pack(packet)) == packet
 
 
+@deterministic
 @given(st.binary(max_size=400))
-def test_any_bytes_are_a_packet_or_a_format_error(data: bytes) -> None:
-    for each in (data, b"\x01" + data, b"\x02" + data):
+def test_any_bytes_are_a_packet_or_a_format_error(octets: bytes) -> None:
+    for each in (octets, b"\x01" + octets, b"\x02" + octets):
         try:
-            whole = PartAssembler(ROOM).join(each)
-            if whole is not None:
-                unpack(whole)
+            packed = PartAssembler(MAX_BYTES).join(each)
+            if packed is not None:
+                unpack(packed)
         except FormatError:
             pass
 
 
+@deterministic
 @given(MESSAGES.filter(bool), st.data())
-def test_a_packet_with_wrong_bytes_is_another_packet_or_a_format_error(
+def test_a_changed_packet_is_another_packet_or_a_format_error(
     messages: list[tuple[str, int, bytes]], data: st.DataObject
 ) -> None:
     packed = bytearray(pack(packet_of(messages)))
@@ -83,8 +92,9 @@ def test_a_packet_with_wrong_bytes_is_another_packet_or_a_format_error(
     assert len(packet.channels) == len(packet.opcodes) == len(packet.payloads)
 
 
+@deterministic
 @given(MESSAGES.filter(bool), st.data())
-def test_a_packet_that_is_cut_off_is_a_format_error(
+def test_a_packet_without_its_end_or_with_trailing_bytes_is_a_format_error(
     messages: list[tuple[str, int, bytes]], data: st.DataObject
 ) -> None:
     packed = pack(packet_of(messages))
@@ -94,7 +104,7 @@ def test_a_packet_that_is_cut_off_is_a_format_error(
         unpack(packed + b"x")
 
 
-def test_a_packet_that_claims_to_be_long_costs_nothing() -> None:
+def test_a_packet_that_declares_too_many_messages_is_a_format_error_at_once() -> None:
     for count in (10**6, 2**32 - 1):
         with pytest.raises(FormatError):
             unpack(HEAD.pack(1, 0, 7, 0, count, 1))
@@ -102,81 +112,86 @@ def test_a_packet_that_claims_to_be_long_costs_nothing() -> None:
             unpack(HEAD.pack(1, 0, 7, 0, count, count))
 
 
+@deterministic
 @given(st.binary(max_size=5000), st.integers(HEAD.size + 1, 6000))
-def test_parts_of_any_size_fit_and_come_together_again(payload: bytes, max_bytes: int) -> None:
+def test_parts_of_any_size_fit_and_make_the_packet_again(payload: bytes, max_bytes: int) -> None:
     parts = parts_of(payload, max_bytes=max_bytes)
     assert max(map(len, parts)) <= max_bytes
-    assert joined(PartAssembler(ROOM), parts) == [payload]
+    assert joined(PartAssembler(MAX_BYTES), parts) == [payload]
 
 
+@deterministic
 @given(st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=5), st.data())
-def test_parts_of_several_origins_may_come_in_any_mixture(
+def test_parts_of_several_producers_are_joined_in_any_order(
     payloads: list[bytes], data: st.DataObject
 ) -> None:
-    waiting = [parts_of(payload, origin) for origin, payload in enumerate(payloads)]
-    joiner, found = PartAssembler(ROOM), []
-    while any(waiting):
-        parts = data.draw(st.sampled_from([parts for parts in waiting if parts]))
-        found += joined(joiner, [parts.pop(0)])
+    pending = [parts_of(payload, producer) for producer, payload in enumerate(payloads)]
+    assembler, found = PartAssembler(MAX_BYTES), []
+    while any(pending):
+        parts = data.draw(st.sampled_from([parts for parts in pending if parts]))
+        found += joined(assembler, [parts.pop(0)])
     assert sorted(found) == sorted(payloads)
-    assert joiner.bytes == 0
+    assert assembler.bytes == 0
 
 
+@deterministic
 @given(st.data())
-def test_a_writer_that_begins_again_is_understood(data: st.DataObject) -> None:
+def test_a_producer_that_repeats_the_first_parts_is_understood(data: st.DataObject) -> None:
     parts = parts_of(bytes(range(256)) * 4)
-    tries = data.draw(st.lists(st.integers(0, len(parts) - 1), max_size=5))
-    sequence = [part for end in tries for part in parts[:end]] + parts
-    assert joined(PartAssembler(ROOM), sequence) == [bytes(range(256)) * 4]
+    ends = data.draw(st.lists(st.integers(0, len(parts) - 1), max_size=5))
+    stream = [part for end in ends for part in parts[:end]] + parts
+    assert joined(PartAssembler(MAX_BYTES), stream) == [bytes(range(256)) * 4]
 
 
+@deterministic
 @given(st.data())
-def test_parts_that_come_late_do_no_harm(data: st.DataObject) -> None:
-    """A try that was given up may arrive amid the parts of the packet that follows."""
-    first, second = parts_of(b"first" * 100, number=0), parts_of(b"second" * 100, number=1)
-    sequence = list(second)
+def test_late_parts_of_an_earlier_packet_are_ignored(data: st.DataObject) -> None:
+    """An abandoned append can arrive between the parts of the next packet."""
+    first, second = parts_of(b"first" * 100, sequence=0), parts_of(b"second" * 100, sequence=1)
+    stream = list(second)
     for part in data.draw(st.lists(st.sampled_from(first), max_size=5)):
-        # Behind the beginning of the second packet: before that, nobody knows of it.
-        sequence.insert(data.draw(st.integers(1, len(sequence) - 1)), part)
-    joiner = PartAssembler(ROOM)
-    assert joined(joiner, first) == [b"first" * 100]
-    assert joined(joiner, sequence) == [b"second" * 100]
+        # After the first part of the second packet, which announces it.
+        stream.insert(data.draw(st.integers(1, len(stream) - 1)), part)
+    assembler = PartAssembler(MAX_BYTES)
+    assert joined(assembler, first) == [b"first" * 100]
+    assert joined(assembler, stream) == [b"second" * 100]
 
 
+@deterministic
 @given(st.data())
-def test_a_packet_of_which_a_part_was_lost_does_not_come(data: st.DataObject) -> None:
+def test_a_packet_with_a_lost_part_is_not_made(data: st.DataObject) -> None:
     parts = parts_of(b"x" * 1000)
     del parts[data.draw(st.integers(0, len(parts) - 1))]
-    joiner = PartAssembler(ROOM)
-    assert joined(joiner, parts) == []
-    assert joined(joiner, parts_of(b"next", number=1)) == [b"next"]
+    assembler = PartAssembler(MAX_BYTES)
+    assert joined(assembler, parts) == []
+    assert joined(assembler, parts_of(b"next", sequence=1)) == [b"next"]
 
 
-def test_a_packet_that_a_dead_replica_left_unfinished_is_forgotten() -> None:
-    joiner = PartAssembler(1000)
-    for origin in range(200):
-        joined(joiner, parts_of(b"x" * 900, origin)[:-1])
-    assert joiner.bytes <= 16 * 1000
-    assert joiner.dropped > 150
-    assert joined(joiner, parts_of(b"alive", 1000)) == [b"alive"]
+def test_unfinished_packets_of_dead_replicas_are_dropped() -> None:
+    assembler = PartAssembler(1000)
+    for producer in range(200):
+        joined(assembler, parts_of(b"x" * 900, producer)[:-1])
+    assert assembler.bytes <= 16 * 1000
+    assert assembler.dropped > 150
+    assert joined(assembler, parts_of(b"alive", 1000)) == [b"alive"]
 
 
-def test_a_packet_that_is_too_long_is_dropped() -> None:
-    joiner = PartAssembler(1000)
+def test_a_packet_over_the_limit_is_dropped() -> None:
+    assembler = PartAssembler(1000)
     with pytest.raises(FormatError, match="too long"):
-        joined(joiner, parts_of(b"x" * 2000))
-    assert (joiner.bytes, joiner.dropped) == (0, 1)
+        joined(assembler, parts_of(b"x" * 2000))
+    assert (assembler.bytes, assembler.dropped) == (0, 1)
 
 
-def test_a_part_whose_first_ones_are_gone_is_known_for_that() -> None:
-    joiner = PartAssembler(ROOM)
-    parts = parts_of(b"x" * 1000, origin=9)
-    assert joiner.join(parts[1]) is None
-    assert joiner.orphan_part == (9, 0)
-    assert joiner.join(parts[0]) is None
-    assert joiner.orphan_part is None
+def test_a_part_without_the_parts_before_it_is_reported_as_an_orphan() -> None:
+    assembler = PartAssembler(MAX_BYTES)
+    parts = parts_of(b"x" * 1000, producer=9)
+    assert assembler.join(parts[1]) is None
+    assert assembler.orphan_part == (9, 0)
+    assert assembler.join(parts[0]) is None
+    assert assembler.orphan_part is None
 
 
-def test_a_part_beyond_the_last_is_a_format_error() -> None:
+def test_a_part_after_the_last_one_is_a_format_error() -> None:
     with pytest.raises(FormatError):
-        PartAssembler(ROOM).join(HEAD.pack(PART, 0, 7, 0, 2, 2) + b"x")
+        PartAssembler(MAX_BYTES).join(HEAD.pack(PART, 0, 7, 0, 2, 2) + b"x")
