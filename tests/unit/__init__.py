@@ -1,1 +1,1 @@
-"""One part at a time, in the process of the tests."""
+"""Single components, tested in the process of the tests."""

@@ -1,4 +1,4 @@
-"""The chaos runs' checker finds each kind of violation, and nothing in a history without one."""
+"""The checker of the chaos runs reports each kind of violation, and nothing in a valid record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +31,8 @@ from bench.chaos.observations import (
     payload_of,
 )
 
+pytestmark = pytest.mark.fast
+
 AT_REST: Mapping[str, float] = {
     "expected_deliveries_total": 10,
     "deliveries_total": 7,
@@ -47,13 +49,13 @@ def at(number: int) -> Position:
     return Position(1, number, 0)
 
 
-def name(number: int, source: str = "p") -> str:
+def message_name(number: int, source: str = "p") -> str:
     return named("c", source, 0, number)
 
 
 def message(number: int, position: int | None = None) -> Delivered:
-    """Message N, at position N by default."""
-    return Delivered(name(number), at(number if position is None else position))
+    """Deliver message N, at position N by default."""
+    return Delivered(message_name(number), at(number if position is None else position))
 
 
 def messages(*numbers: int) -> list[Delivered]:
@@ -61,7 +63,7 @@ def messages(*numbers: int) -> list[Delivered]:
 
 
 def plain(*numbers: int) -> list[Delivered]:
-    return [Delivered(name(number)) for number in numbers]
+    return [Delivered(message_name(number)) for number in numbers]
 
 
 def welcome(position: int, since: int | None = None, *, recovered: bool = True) -> Connected:
@@ -80,7 +82,7 @@ WITNESS = Trace("witness", "c", True, [Connected("r1", None, True, at(0)), *mess
 
 
 def record_of(*traces: Trace, keeps_all: bool = True, **parts: object) -> Record:
-    """A run in which a witness was delivered messages 1 to 8, and these traces were observed."""
+    """Record a run: a witness received messages 1 to 8, and these traces were observed."""
     record = Record(keeps_all, [WITNESS, *traces])
     for part, value in parts.items():
         setattr(record, part, value)
@@ -92,38 +94,38 @@ def kinds(verdict: Verdict) -> set[Kind]:
 
 
 def accepted(number: int, position: str) -> Answer:
-    return Answer((name(number),), 202, position)
+    return Answer((message_name(number),), 202, position)
 
 
 def batch(*numbers: int) -> Answer:
-    return Answer(tuple(map(name, numbers)), 202, str(at(numbers[-1])))
+    return Answer(tuple(map(message_name, numbers)), 202, str(at(numbers[-1])))
 
 
 def other_source(number: int, position: int) -> Delivered:
-    return Delivered(name(number, "q"), at(position))
+    return Delivered(message_name(number, "q"), at(position))
 
 
-GROWN = 50 << 20
-TOO_MUCH = GROWN + MEMORY_SLACK_BYTES + HISTORY_FACTOR * 1000 + 1
+READY_BYTES = 50 << 20
+TOO_MANY_BYTES = READY_BYTES + MEMORY_SLACK_BYTES + HISTORY_FACTOR * 1000 + 1
 
-KEPT: Mapping[str, Record] = {
+VALID: Mapping[str, Record] = {
     "resumed without a gap": record_of(
         resuming(welcome(0), *messages(1, 2), Disconnected("left"), welcome(2, 2), *messages(3, 4))
     ),
-    "a gap before what follows the hole": record_of(
+    "a gap before the message after a hole": record_of(
         resuming(welcome(0), *messages(1, 2), gap(3), *messages(4, 5)), keeps_all=False
     ),
-    "not recovered, and begun after the hole": record_of(
+    "not recovered, and started after the hole": record_of(
         resuming(welcome(0), *messages(1), welcome(3, 1, recovered=False), *messages(4)),
         keeps_all=False,
     ),
-    "a gap where nothing was missing, on a broker that loses": record_of(
+    "a gap without a hole, on a broker that loses": record_of(
         resuming(welcome(0), *messages(1, 2), gap(2), *messages(3)), keeps_all=False
     ),
-    "a plain client that came back": record_of(
+    "a plain client that reconnected": record_of(
         Trace("plain", "c", False, [welcome(0), *plain(1, 2), welcome(0), *plain(5, 6)])
     ),
-    "a plain client on a relay that lost something": record_of(
+    "a plain client on a relay with a loss": record_of(
         Trace("plain", "c", False, [welcome(0), *plain(1, 3)]), relays_with_losses={"r0"}
     ),
     "a plain client on a relay that reported the gap to others": record_of(
@@ -135,17 +137,17 @@ KEPT: Mapping[str, Record] = {
         answers=[
             accepted(3, "1-3-0"),
             batch(4, 5, 6),
-            Answer((name(7),), 504),
-            Answer((name(8),), 0),
-            Answer((name(20),), 503),
+            Answer((message_name(7),), 504),
+            Answer((message_name(8),), 0),
+            Answer((message_name(20),), 503),
         ]
     ),
-    "accepted, and lost with a report": record_of(
+    "accepted, and lost with a gap": record_of(
         resuming(welcome(0), *messages(1, 2, 3, 4, 5, 6, 7, 8), gap(9), message(11)),
         answers=[accepted(9, "1-9-0")],
         keeps_all=False,
     ),
-    "a copy that stands in for a deleted message": record_of(
+    "a copy of a deleted message": record_of(
         resuming(welcome(0), *messages(1, 2), gap(3), *messages(4, 5, 6, 7, 8), message(3, 9)),
         answers=[accepted(3, "1-9-0")],
         keeps_all=False,
@@ -153,7 +155,7 @@ KEPT: Mapping[str, Record] = {
     "relays": record_of(stops=[Stop("r0", 0, 1.0, 5.0)], rests=[REST]),
 }
 
-BROKEN: Sequence[tuple[Kind, Record]] = [
+VIOLATIONS: Sequence[tuple[Kind, Record]] = [
     (Kind.CONFLICT, record_of(resuming(welcome(2), other_source(1, 3)))),
     (Kind.REPEATED, record_of(resuming(welcome(8), message(3, 9)))),
     (Kind.ORDER, record_of(resuming(welcome(2), *messages(2, 3)))),
@@ -197,7 +199,7 @@ BROKEN: Sequence[tuple[Kind, Record]] = [
     (Kind.ANSWER, record_of(answers=[accepted(20, "1-20-0"), accepted(21, "1-20-0")])),
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-20-0")])),
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-3--1")])),
-    (Kind.REFUSED, record_of(answers=[Answer((name(3),), 503)])),
+    (Kind.REFUSED, record_of(answers=[Answer((message_name(3),), 503)])),
     (
         Kind.COUNTERS,
         record_of(rests=[replace(REST, counters={**AT_REST, "expected_deliveries_total": 11})]),
@@ -207,12 +209,18 @@ BROKEN: Sequence[tuple[Kind, Record]] = [
         record_of(rests=[replace(REST, counters={**AT_REST, "connections_total": 6})]),
     ),
     *(
-        (Kind.COUNTERS, record_of(rests=[replace(REST, counters={**AT_REST, left: 1})]))
-        for left in LEFT_AT_REST
+        (Kind.COUNTERS, record_of(rests=[replace(REST, counters={**AT_REST, counter: 1})]))
+        for counter in LEFT_AT_REST
     ),
     (
         Kind.MEMORY,
-        record_of(rests=[replace(REST, ready_rss_bytes=GROWN, end_rss_bytes=GROWN + TOO_MUCH)]),
+        record_of(
+            rests=[
+                replace(
+                    REST, ready_rss_bytes=READY_BYTES, end_rss_bytes=READY_BYTES + TOO_MANY_BYTES
+                )
+            ]
+        ),
     ),
     (Kind.STOP, record_of(stops=[Stop("r0", None, 6.5, 5.0)])),
     (Kind.STOP, record_of(stops=[Stop("r0", 143, 0.1, 5.0)])),
@@ -222,39 +230,41 @@ BROKEN: Sequence[tuple[Kind, Record]] = [
 ]
 
 
-@pytest.mark.parametrize("record", KEPT.values(), ids=KEPT)
-def test_a_history_without_a_violation_passes(record: Record) -> None:
+@pytest.mark.parametrize("record", VALID.values(), ids=VALID)
+def test_a_valid_record_has_no_violation(record: Record) -> None:
     assert judge(record).violations == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "record"), BROKEN, ids=[f"{kind.value} {n}" for n, (kind, _) in enumerate(BROKEN)]
+    ("kind", "record"),
+    VIOLATIONS,
+    ids=[f"{kind.value} {n}" for n, (kind, _) in enumerate(VIOLATIONS)],
 )
-def test_a_violation_is_found(kind: Kind, record: Record) -> None:
+def test_a_violation_is_reported_as_its_kind_and_no_other(kind: Kind, record: Record) -> None:
     assert kinds(judge(record)) == {kind}
 
 
-def test_there_is_a_history_for_each_kind_of_violation() -> None:
-    assert {kind for kind, _ in BROKEN} == set(Kind)
+def test_there_is_a_record_for_each_kind_of_violation() -> None:
+    assert {kind for kind, _ in VIOLATIONS} == set(Kind)
 
 
-def test_reports_of_a_loss_are_counted() -> None:
+def test_gaps_with_and_without_a_loss_are_counted() -> None:
     trace = resuming(welcome(0), message(1), gap(1), gap(3), *messages(4))
     verdict = judge(record_of(trace, keeps_all=False))
     assert (verdict.false_alarms, verdict.covered_holes) == (1, 2)
 
 
-def test_a_payload_tells_its_name_unless_it_was_changed() -> None:
+def test_a_payload_names_its_message_unless_it_was_changed() -> None:
     for size in (0, 20, 1000):
-        payload = payload_of(name(7), size)
-        assert name_of(payload) == name(7)
+        payload = payload_of(message_name(7), size)
+        assert name_of(payload) == message_name(7)
         assert len(payload) >= size
         assert name_of(payload + "x") is None
         assert name_of(payload[:-1]) is None
     assert name_of("") is None
 
 
-def test_a_seed_is_one_plan_and_plans_hold_all_faults() -> None:
+def test_a_seed_makes_one_plan_and_many_seeds_make_all_faults() -> None:
     plans = [plan_of(seed, broker, 45) for broker in ("redis", "nats") for seed in range(20)]
     assert plans == [
         plan_of(seed, broker, 45) for broker in ("redis", "nats") for seed in range(20)

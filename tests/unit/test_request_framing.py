@@ -1,9 +1,12 @@
-"""Where requests begin: found without offsets from the parser, wherever reads are cut."""
+"""Request framing: the line of each request is kept as received, in all cuts of the input."""
 
 import httptools
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from websocket_relay.wire.request_framing import CHUNKS_AT_ONCE, RequestFraming
+
+pytestmark = pytest.mark.fast
 
 INNER = b"\r\n\r\nGET  /inner HTTP/1.1\r\n\r\n0\r\n\r\n"
 REQUESTS = {
@@ -17,20 +20,20 @@ REQUESTS = {
 }
 
 
-class Lines:
-    """A parser's callbacks: keep the line of each request, as the framing has it."""
+class LineRecorder:
+    """A parser's callbacks: record the line of each request that the framing has kept."""
 
     def __init__(self) -> None:
-        self.seen: list[bytes] = []
+        self.lines: list[bytes] = []
         self._framing = RequestFraming()
         self._parser = httptools.HttpRequestParser(self)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, octets: bytes) -> None:
         start = 0
-        while start < len(data):
-            end = self._framing.consume_piece(data, start)
-            assert start < end <= len(data)
-            self._parser.feed_data(data[start:end])
+        while start < len(octets):
+            end = self._framing.consume_piece(octets, start)
+            assert start < end <= len(octets)
+            self._parser.feed_data(octets[start:end])
             start = end
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -40,7 +43,7 @@ class Lines:
             self._framing.expect_chunks()
 
     def on_headers_complete(self) -> None:
-        self.seen.append(self._framing.line)
+        self.lines.append(self._framing.line)
 
     def on_message_complete(self) -> None:
         self._framing.expect_request()
@@ -52,26 +55,26 @@ class Lines:
     empty_lines=st.integers(0, 2),
     sizes=st.lists(st.integers(1, 90), min_size=1, max_size=20),
 )
-def test_every_request_line_is_kept_as_it_came(
+def test_every_request_line_is_kept_as_received(
     lines: list[bytes], empty_lines: int, sizes: list[int]
 ) -> None:
-    data = b"".join(b"\r\n" * empty_lines + line + REQUESTS[line] for line in lines)
-    parsed = Lines()
-    while data:
+    octets = b"".join(b"\r\n" * empty_lines + line + REQUESTS[line] for line in lines)
+    recorder = LineRecorder()
+    while octets:
         for size in sizes:
-            parsed.feed(data[:size])
-            data = data[size:]
-    assert parsed.seen == lines
+            recorder.feed(octets[:size])
+            octets = octets[size:]
+    assert recorder.lines == lines
 
 
 def test_a_piece_has_a_bounded_number_of_chunks() -> None:
     framing = RequestFraming()
     framing.expect_chunks()
     chunk = b"1\r\na\r\n"
-    data = chunk * 10 * CHUNKS_AT_ONCE
+    octets = chunk * 10 * CHUNKS_AT_ONCE
     start = pieces = 0
-    while start < len(data):
-        end = framing.consume_piece(data, start)
+    while start < len(octets):
+        end = framing.consume_piece(octets, start)
         assert start < end <= start + CHUNKS_AT_ONCE * len(chunk)
         start, pieces = end, pieces + 1
     assert pieces >= 10

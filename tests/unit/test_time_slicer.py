@@ -1,4 +1,4 @@
-"""Those who have much to write share the event loop with all others."""
+"""Time slices: long work shares the event loop with all other tasks."""
 
 import asyncio
 from time import perf_counter
@@ -9,8 +9,9 @@ from websocket_relay.wire.time_slicer import TimeSlicer
 pytestmark = pytest.mark.fast
 
 
-async def test_tasks_that_wake_each_other_get_through_between_two_slices() -> None:
-    turns, slices = TimeSlicer(rest_turns=4), 0
+async def test_the_event_loop_has_free_turns_between_two_slices() -> None:
+    """Tasks that wake each other need several turns of the loop."""
+    slicer, slices = TimeSlicer(rest_turns=4), 0
 
     def work(until: float) -> bool:
         nonlocal slices
@@ -19,9 +20,9 @@ async def test_tasks_that_wake_each_other_get_through_between_two_slices() -> No
         slices += 1
         return slices == 3
 
-    turns.schedule_work(work)
-    seen = []
+    slicer.schedule_work(work)
+    slices_by_turn = []
     while slices < 3:
         await asyncio.sleep(0)  # a turn of the loop
-        seen.append(slices)
-    assert seen == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]
+        slices_by_turn.append(slices)
+    assert slices_by_turn == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]

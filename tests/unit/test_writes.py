@@ -1,4 +1,4 @@
-"""Writes that fail, or leave in parts: what is counted, and who is ended. In this process."""
+"""Writes that fail or are sent in parts: counters and closes. Runs in the test's process."""
 
 import asyncio
 import logging
@@ -25,11 +25,13 @@ from websocket_relay.wire.websocket import WebSocketConnection
 from tests.support.raw_client import TEXT, RawClient, relayed_frame
 from tests.support.relay_process import HOST, eventually
 
+pytestmark = pytest.mark.fast
+
 MIB = 1_048_576
 HELLO = relayed_frame(TEXT, b"hello")
 
 
-class Room:
+class NullSink:
     """A sink that does nothing."""
 
     def publish(self, client: Publisher, opcode: int, payload: bytes) -> None: ...
@@ -41,7 +43,7 @@ class Room:
 
 
 @pytest.fixture
-def shared() -> ConnectionContext:
+def context() -> ConnectionContext:
     return ConnectionContext(
         max_message_bytes=MIB,
         compresses=False,
@@ -57,31 +59,31 @@ def shared() -> ConnectionContext:
 
 @asynccontextmanager
 async def connected(
-    shared: ConnectionContext, count: int
+    context: ConnectionContext, count: int
 ) -> AsyncIterator[list[tuple[Connection, RawClient]]]:
-    """Give pairs: a connection as the relay has it, and what is at its other end."""
-    made: asyncio.Queue[Connection] = asyncio.Queue()
+    """Yield pairs: a connection of the relay, and the client at its other end."""
+    accepted: asyncio.Queue[Connection] = asyncio.Queue()
 
-    class Opened(WebSocketConnection):
+    class OpenConnection(WebSocketConnection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            self.open(b"begun", PLAIN)
-            self.attach_sink(Room())
-            made.put_nowait(self)
+            self.open(b"start", PLAIN)
+            self.attach_sink(NullSink())
+            accepted.put_nowait(self)
 
-    def connection() -> Opened:
-        return Opened(cast(Config, None), cast(ServerState, None), {}, shared=shared)
+    def new_connection() -> OpenConnection:
+        return OpenConnection(cast(Config, None), cast(ServerState, None), {}, shared=context)
 
     listening = socket.create_server((HOST, 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
-    server = await asyncio.get_running_loop().create_server(connection, sock=listening)
+    server = await asyncio.get_running_loop().create_server(new_connection, sock=listening)
     port = listening.getsockname()[1]
     pairs = []
     try:
         for _ in range(count):
             raw = await RawClient.to(HOST, port, receive_buffer_bytes=4096)
-            assert await raw.exactly(5) == b"begun"
-            pairs.append((await made.get(), raw))
+            assert await raw.exactly(5) == b"start"
+            pairs.append((await accepted.get(), raw))
         yield pairs
     finally:
         for _, raw in pairs:
@@ -89,116 +91,120 @@ async def connected(
         server.close()
 
 
-async def closes_are(shared: ConnectionContext, why: Close, count: int) -> None:
+async def wait_for_closes(context: ConnectionContext, reason: Close, count: int) -> None:
     async def look() -> tuple[bool, object]:
-        return shared.counters.closes[why] == count, shared.counters.closes
+        return context.counters.closes[reason] == count, context.counters.closes
 
-    await eventually(look, f"{count} of {why}")
+    await eventually(look, f"{count} of {reason}")
 
 
-async def test_a_write_that_fails_ends_its_client_and_no_other(
-    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
+async def test_a_failed_write_closes_its_client_and_no_other(
+    context: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with connected(shared, 3) as [(first, one), (failing, two), (last, three)]:
-        failing._transport.write_eof()  # what is written from now on raises
+    async with connected(context, 3) as [(first, one), (failing, two), (last, three)]:
+        failing._transport.write_eof()  # each further write raises
         with caplog.at_level(logging.ERROR):
-            shared.write([first, failing, last], HELLO, messages=2)
+            context.write([first, failing, last], HELLO, messages=2)
         assert await one.message() == await three.message() == "hello"
         assert await two.ended() == b""
-        await closes_are(shared, Close.INTERNAL, 1)
-        assert len(shared.clients) == 2
-    assert shared.counters.deliveries == 4
-    assert shared.counters.sent_bytes == 2 * len(HELLO)
-    assert shared.counters.drops[Drop.DISCONNECTED] == 2
+        await wait_for_closes(context, Close.INTERNAL, 1)
+        assert len(context.clients) == 2
+    assert context.counters.deliveries == 4
+    assert context.counters.sent_bytes == 2 * len(HELLO)
+    assert context.counters.drops[Drop.DISCONNECTED] == 2
     assert {record.message for record in caplog.records} == {"write failed"}
     assert all(record.exc_info is not None for record in caplog.records)
 
 
-async def test_a_client_that_can_still_be_told_is_told_that_a_write_failed(
-    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
+async def test_a_client_receives_a_close_frame_after_a_failed_write(
+    context: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with connected(shared, 1) as [(client, raw)]:
-        shared.write([client], cast(bytes, "no bytes"), messages=1)
+    async with connected(context, 1) as [(client, raw)]:
+        context.write([client], cast(bytes, "no bytes"), messages=1)
         assert await raw.answer_close() == (1011, "internal error")
-        await closes_are(shared, Close.INTERNAL, 1)
-    assert shared.counters.drops[Drop.DISCONNECTED] == 1
+        await wait_for_closes(context, Close.INTERNAL, 1)
+    assert context.counters.drops[Drop.DISCONNECTED] == 1
     assert [record.message for record in caplog.records] == ["write failed"]
 
 
-async def test_where_a_write_fails_and_the_close_frame_fills_the_socket_it_alone_waits(
-    shared: ConnectionContext,
+async def test_after_a_failed_write_only_the_close_frame_stays_in_a_full_send_buffer(
+    context: ConnectionContext,
 ) -> None:
-    async with connected(shared, 1) as [(client, _)]:
+    async with connected(context, 1) as [(client, _)]:
         connection = client._transport.get_extra_info("socket")
         with suppress(BlockingIOError):
             while True:
                 os.write(connection.fileno(), bytes(1))
-        shared.write([client], cast(bytes, "no bytes"), messages=1)
+        context.write([client], cast(bytes, "no bytes"), messages=1)
         assert client.memory_bytes == len(close(1011, "internal error")) + WRITE_BYTES
-    assert shared.counters.deliveries == 0
-    assert shared.counters.drops[Drop.DISCONNECTED] == 1
+    assert context.counters.deliveries == 0
+    assert context.counters.drops[Drop.DISCONNECTED] == 1
 
 
-async def test_a_write_to_a_transport_that_has_closed_is_a_drop_and_no_error(
-    shared: ConnectionContext, caplog: pytest.LogCaptureFixture
+async def test_a_write_to_a_closed_transport_is_counted_as_a_drop_without_an_error(
+    context: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with connected(shared, 1) as [(client, raw)]:
+    async with connected(context, 1) as [(client, raw)]:
         write = client.write
         raw.vanish()
-        await closes_are(shared, Close.CONNECTION_LOST, 1)
+        await wait_for_closes(context, Close.CONNECTION_LOST, 1)
         with pytest.raises(RuntimeError, match="the handler is closed"):
             write(HELLO)
-        client.write = write  # as if the write were under way
-        shared.write([client], HELLO, messages=1)
-    assert shared.counters.drops[Drop.DISCONNECTED] == 1
-    assert shared.counters.deliveries == 0
+        client.write = write  # as if the transport closed during the write
+        context.write([client], HELLO, messages=1)
+    assert context.counters.drops[Drop.DISCONNECTED] == 1
+    assert context.counters.deliveries == 0
     assert caplog.records == []
 
 
-async def test_a_write_that_has_left_in_part_is_held_whole(shared: ConnectionContext) -> None:
-    data = relayed_frame(TEXT, bytes(MIB - 100))
-    async with connected(shared, 1) as [(client, raw)]:
-        shared.write([client], data, messages=1)
-        assert client.backlog_bytes < client.memory_bytes == len(data) + WRITE_BYTES
-        assert shared.backlogs.total_bytes == client.memory_bytes
+async def test_a_partly_sent_write_counts_with_all_of_its_memory(
+    context: ConnectionContext,
+) -> None:
+    message = relayed_frame(TEXT, bytes(MIB - 100))
+    async with connected(context, 1) as [(client, raw)]:
+        context.write([client], message, messages=1)
+        assert client.backlog_bytes < client.memory_bytes == len(message) + WRITE_BYTES
+        assert context.backlogs.total_bytes == client.memory_bytes
         await raw.exactly(MIB * 3 // 4)
 
         async def look() -> tuple[bool, object]:
             return client.backlog_bytes <= MIB // 4, client.backlog_bytes
 
         await eventually(look, "three quarters sent")
-        assert client.memory_bytes == len(data) + WRITE_BYTES
-        assert shared.counters.deliveries == 0
-        await raw.exactly(len(data) - MIB * 3 // 4)
+        assert client.memory_bytes == len(message) + WRITE_BYTES
+        assert context.counters.deliveries == 0
+        await raw.exactly(len(message) - MIB * 3 // 4)
 
         async def is_free() -> tuple[bool, object]:
             return not client.memory_bytes, client.memory_bytes
 
-        await eventually(is_free, "let go of")
+        await eventually(is_free, "memory freed")
         assert client.backlog_bytes == 0
-        assert shared.counters.deliveries == 1
+        assert context.counters.deliveries == 1
 
 
-def test_small_writes_leave_together_and_large_ones_in_pieces() -> None:
+def test_small_writes_are_joined_and_large_ones_are_split() -> None:
     backlog = SendBacklog(count_complete_messages)
-    held = backlog.add_blocked_write(bytes(10), 1)
-    held += sum(backlog.add_write(data, 1) for data in (b"a" * 3, b"b" * 4, b"c" * 20, b"d"))
-    assert backlog.memory_bytes == held == 38 + 5 * WRITE_BYTES
+    memory_bytes = backlog.add_blocked_write(bytes(10), 1)
+    memory_bytes += sum(
+        backlog.add_write(each, 1) for each in (b"a" * 3, b"b" * 4, b"c" * 20, b"d")
+    )
+    assert backlog.memory_bytes == memory_bytes == 38 + 5 * WRITE_BYTES
     assert backlog.unsent_bytes(10) == 38
     assert backlog.advance() == 1
-    pieces, done = [], []
+    pieces, completed = [], []
     while piece := backlog.next_chunk(8):
         pieces.append(bytes(piece))
-        done.append(backlog.advance())
+        completed.append(backlog.advance())
     assert pieces == [b"aaabbbb", b"c" * 8, b"c" * 8, b"ccccd"]
-    assert done == [2, 0, 0, 2]
+    assert completed == [2, 0, 0, 2]
     assert (backlog.memory_bytes, backlog.unsent_bytes(0), backlog.drained(0)) == (0, 0, 38)
 
 
-@pytest.mark.parametrize(("unsent", "done"), [(0, 3), (1, 2), (8, 1), (14, 1), (15, 0), (22, 0)])
-def test_what_a_cut_connection_took_can_be_read_off_its_frames(unsent: int, done: int) -> None:
-    """Two writes: one of two frames of seven bytes and one of one; counted are whole ones."""
-    backlog = SendBacklog(count_complete_messages)
-    backlog.add_blocked_write(HELLO * 2, 2)
-    backlog.add_write(HELLO + b"", 1)
-    assert backlog.count_sent_messages(unsent) == (done, 3 - done)
+def test_the_complete_messages_in_a_partly_sent_backlog_are_counted() -> None:
+    """Two writes, of two frames and of one, of seven bytes each. Only whole frames count."""
+    for unsent_bytes, sent in {0: 3, 1: 2, 8: 1, 14: 1, 15: 0, 22: 0}.items():
+        backlog = SendBacklog(count_complete_messages)
+        backlog.add_blocked_write(HELLO * 2, 2)
+        backlog.add_write(HELLO + b"", 1)
+        assert backlog.count_sent_messages(unsent_bytes) == (sent, 3 - sent), unsent_bytes
