@@ -1,1 +1,1 @@
-"""The command line, and the settings that it is given."""
+"""The command line, and the settings of the relay."""

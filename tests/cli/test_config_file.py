@@ -1,4 +1,4 @@
-"""The config.yaml of the repository says what the settings are."""
+"""The config.yaml of the repository contains the settings and their defaults."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.fast
 CONFIG_FILE = Path(__file__).parents[2] / "config.yaml"
 
 
-def test_config_yaml_is_what_the_settings_say() -> None:
+def test_config_yaml_is_up_to_date_with_the_settings() -> None:
     assert CONFIG_FILE.read_text() == default_file(), "run make config"
 
 
-def test_config_yaml_holds_the_defaults() -> None:
+def test_config_yaml_contains_the_defaults() -> None:
     assert load(CONFIG_FILE, {}) == Settings()

@@ -1,4 +1,4 @@
-"""What the relay prints for who has started it: addresses to open, and commands that work."""
+"""The greeting of a relay at a terminal: addresses to open, and commands that work."""
 
 import os
 import shlex
@@ -23,16 +23,16 @@ from tests.support.relay_process import QUIET_SETTINGS, environment, merged
 PATHS = {"PATH": os.pathsep.join((BESIDE_PYTHON, os.environ["PATH"]))}
 
 
-def told(metrics_port: int | None = 9090, **settings: Any) -> dict[str, str]:
-    """Return what the lines of a greeting say, by their first words."""
+def greeting_lines(metrics_port: int | None = 9090, **settings: Any) -> dict[str, str]:
+    """Return the lines of a greeting by their first words."""
     text = greeting(Settings(**settings), 8443, metrics_port, argv0="/x/websocket-relay")
     _, *lines = text.splitlines()
-    return {word: what.strip() for word, _, what in (line.strip().partition(" ") for line in lines)}
+    return {word: rest.strip() for word, _, rest in (line.strip().partition(" ") for line in lines)}
 
 
 @pytest.mark.fast
-def test_addresses_are_those_that_a_client_on_the_same_machine_uses() -> None:
-    lines = told()
+def test_addresses_are_those_of_a_client_on_the_same_machine() -> None:
+    lines = greeting_lines()
     assert lines["clients"] == "ws://localhost:8443/ and ws://localhost:8443/channels/NAME"
     assert lines["console"] == "http://localhost:8443/"
     assert lines["metrics"] == "http://localhost:9090/metrics"
@@ -51,34 +51,39 @@ def test_addresses_are_those_that_a_client_on_the_same_machine_uses() -> None:
     ],
 )
 @pytest.mark.fast
-def test_a_host_is_shown_as_it_stands_in_an_address(host: str, shown: str) -> None:
-    lines = told(server={"host": host}, metrics={"host": host})
+def test_a_host_is_shown_as_it_is_written_in_a_url(host: str, shown: str) -> None:
+    lines = greeting_lines(server={"host": host}, metrics={"host": host})
     assert lines["console"] == f"http://{shown}:8443/"
     assert lines["metrics"] == f"http://{shown}:9090/metrics"
 
 
 @pytest.mark.fast
 def test_addresses_have_the_base_path() -> None:
-    lines = told(server={"base_path": "/relay"})
+    lines = greeting_lines(server={"base_path": "/relay"})
     assert lines["clients"].startswith("ws://localhost:8443/relay/ and")
     assert lines["console"] == "http://localhost:8443/relay/"
 
 
 @pytest.mark.fast
-def test_what_is_switched_off_is_not_shown() -> None:
-    assert "console" not in told(console={"enabled": False})
-    assert "metrics" not in told(metrics_port=None)
+def test_a_disabled_console_and_disabled_metrics_are_not_shown() -> None:
+    assert "console" not in greeting_lines(console={"enabled": False})
+    assert "metrics" not in greeting_lines(metrics_port=None)
 
 
 @pytest.mark.fast
-def test_commands_have_a_place_for_the_token_where_one_is_required() -> None:
-    lines = told(auth={"mode": "jwt", "jwt": {"secret": "s" * 32}})
+def test_commands_have_an_argument_for_the_token_if_one_is_required() -> None:
+    lines = greeting_lines(auth={"mode": "jwt", "jwt": {"secret": "s" * 32}})
     assert " listen --token-file FILE ws://" in lines["receive"]
 
 
 @contextmanager
-def started(directory: Path, settings: Mapping[str, Any]) -> Iterator["subprocess.Popen[str]"]:
-    """Start a relay whose standard output is read."""
+def running_relay(
+    directory: Path, settings: Mapping[str, Any]
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run a relay in an interpreter, with pipes as its standard output and error.
+
+    A fork has another argv[0], which the greeting contains.
+    """
     file = directory / "relay.yaml"
     file.write_text(yaml.safe_dump(merged(QUIET_SETTINGS, settings)))
     command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
@@ -95,35 +100,33 @@ def started(directory: Path, settings: Mapping[str, Any]) -> Iterator["subproces
             process.kill()
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["ws", "wss"])
-def test_the_commands_that_are_printed_work(tmp_path: Path, tls: bool) -> None:
-    settings: dict[str, Any] = {"logging": {"format": "text"}}
-    if tls:
-        make_pair().write_to(tmp_path)
-        files = {"cert_file": str(tmp_path / "cert.pem"), "key_file": str(tmp_path / "key.pem")}
-        settings["server"] = {"host": "localhost", "tls": {"enabled": True, **files}}
-    with started(tmp_path, settings) as relay:
+def test_the_printed_commands_work_also_with_a_self_signed_certificate(tmp_path: Path) -> None:
+    make_pair().write_to(tmp_path)
+    files = {"cert_file": str(tmp_path / "cert.pem"), "key_file": str(tmp_path / "key.pem")}
+    server = {"host": "localhost", "tls": {"enabled": True, **files}}
+    with running_relay(tmp_path, {"logging": {"format": "text"}, "server": server}) as relay:
         assert relay.stdout is not None
         lines = {}
         while "send" not in lines:
-            word, _, what = relay.stdout.readline().strip().partition(" ")
-            lines[word] = what.strip()
-        run: dict[str, Any] = {
+            word, _, rest = relay.stdout.readline().strip().partition(" ")
+            lines[word] = rest.strip()
+        options: dict[str, Any] = {
             "cwd": tmp_path,
             "env": environment(PATHS),
             "text": True,
             "capture_output": True,
             "timeout": PATIENCE_S,
         }
-        sent = subprocess.run(shlex.split(lines["send"]), check=False, **run)
+        assert " wss://localhost:" in lines["send"]
+        sent = subprocess.run(shlex.split(lines["send"]), check=False, **options)
         assert sent.returncode == 0, sent.stderr
         receive = [*shlex.split(lines["receive"]), "--history", "1", "--count", "1"]
-        received = subprocess.run(receive, check=False, **run)
+        received = subprocess.run(receive, check=False, **options)
         assert received.stdout == "hello\n", received.stderr
 
 
-def test_with_a_log_for_machines_nothing_is_printed(tmp_path: Path) -> None:
-    with started(tmp_path, {"logging": {"format": "json"}}) as relay:
+def test_no_greeting_is_printed_beside_a_log_of_json(tmp_path: Path) -> None:
+    with running_relay(tmp_path, {"logging": {"format": "json"}}) as relay:
         assert relay.stderr is not None
         assert any('"ready"' in line for line in relay.stderr)
         relay.send_signal(signal.SIGTERM)
