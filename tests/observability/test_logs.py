@@ -1,4 +1,4 @@
-"""The log: what its page in the reference promises is what the code says, without a secret."""
+"""The log: the events of docs/reference/logs.md are those of the code, as JSON, and contain no secret."""
 
 import ast
 import json
@@ -35,25 +35,25 @@ LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 SOMETIMES = {"trace_id", "span_id"}
 
 
-class Event(NamedTuple):
-    """What is logged: a text, how important it is, and what comes with it."""
+class LogEvent(NamedTuple):
+    """An event of the log: its text, its level, and the names of its fields."""
 
     text: str
     level: str
     fields: frozenset[str]
 
 
-def documented() -> list[Event]:
+def documented_events() -> list[LogEvent]:
     rows = map(ROW.match, PAGE.read_text().splitlines())
     return [
-        Event(row["event"], row["level"], frozenset(re.findall(r"`([^`]+)`", row["fields"])))
+        LogEvent(row["event"], row["level"], frozenset(re.findall(r"`([^`]+)`", row["fields"])))
         for row in rows
         if row is not None
     ]
 
 
-def logged() -> Iterator[Event]:
-    """Yield what the code logs, from the calls that do."""
+def events_of_the_code() -> Iterator[LogEvent]:
+    """Yield the events that the code logs, found by the calls of its loggers."""
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())
         for scope in ast.walk(tree):
@@ -63,33 +63,33 @@ def logged() -> Iterator[Event]:
                         yield from _events(call, scope, file)
 
 
-def _events(call: ast.Call, scope: ast.AST, file: Path) -> Iterator[Event]:
+def _events(call: ast.Call, scope: ast.AST, file: Path) -> Iterator[LogEvent]:
     match call:
         case ast.Call(func=ast.Name("SettingsWarning"), args=[ast.Constant(str(text)), facts]):
-            yield Event(text, "warning", _keys(facts, scope))  # as `run` logs it
+            yield LogEvent(text, "warning", _keys(facts, scope))  # as `run` logs it
         case ast.Call(func=ast.Attribute(ast.Name("log"), "warning"), args=[ast.Attribute()]):
             assert ast.unparse(call) == "log.warning(warning.text, extra=warning.facts)"
         case ast.Call(func=ast.Attribute(ast.Name("log"), "log"), args=[ast.Name(level), text]):
             choice = _value_of(level, scope)
             assert isinstance(choice, ast.IfExp), file
-            for one in (choice.body, choice.orelse):
-                yield Event(_text(text), _text(one), _fields(call, scope))
+            for branch in (choice.body, choice.orelse):
+                yield LogEvent(_text(text), _text(branch), _fields(call, scope))
         case ast.Call(func=ast.Attribute(ast.Name("log"), level), args=[text]):
             assert level in LEVELS, f"{file}: {ast.unparse(call)}"
             named = "error" if level == "exception" else level
-            yield Event(_text(text), named, _fields(call, scope))
+            yield LogEvent(_text(text), named, _fields(call, scope))
         case ast.Call(func=ast.Attribute(ast.Name("log"))):
-            raise AssertionError(f"{file}: what is this? {ast.unparse(call)}")
+            raise AssertionError(f"{file}: unexpected call: {ast.unparse(call)}")
 
 
 def _text(node: ast.AST) -> str:
-    """Return a constant, or the level that a name of `logging` stands for."""
+    """Return a constant string, or the level that a constant of `logging` names."""
     match node:
         case ast.Constant(str(text)):
             return text
         case ast.Attribute(ast.Name("logging"), name):
             return name.lower()
-    raise AssertionError(f"not always the same words: {ast.unparse(node)}")
+    raise AssertionError(f"not a constant: {ast.unparse(node)}")
 
 
 def _fields(call: ast.Call, scope: ast.AST) -> frozenset[str]:
@@ -110,31 +110,32 @@ def _value_of(name: str, scope: ast.AST) -> ast.AST:
     (value,) = (
         node.value
         for node in ast.walk(scope)
-        if isinstance(node, ast.Assign) and [ast.unparse(one) for one in node.targets] == [name]
+        if isinstance(node, ast.Assign)
+        and [ast.unparse(target) for target in node.targets] == [name]
     )
     return value
 
 
-# The page
+# docs/logs.md
 
 
-def test_every_event_stands_in_the_table_as_it_is_logged() -> None:
-    rows = documented()
-    assert len(rows) == len(set(rows)), "once"
-    assert set(rows) == set(logged())
+def test_the_table_has_every_event_of_the_code_and_no_other() -> None:
+    rows = documented_events()
+    assert len(rows) == len(set(rows)), "duplicate rows"
+    assert set(rows) == set(events_of_the_code())
 
 
 @pytest.mark.fast
 def test_the_table_is_sorted() -> None:
-    rows = [event.text for event in documented()]
+    rows = [event.text for event in documented_events()]
     assert rows == sorted(rows)
 
 
 @pytest.mark.fast
-def test_nobody_logs_in_another_way() -> None:
+def test_the_relay_logs_by_module_loggers_only() -> None:
     for file in PACKAGE.rglob("*.py"):
         if "cli" in file.parts or file.name == "greeting.py":
-            continue  # they answer who called them
+            continue  # they print to a terminal
         for node in ast.walk(ast.parse(file.read_text())):
             match node:
                 case ast.Call(func=ast.Name("print")):
@@ -145,19 +146,19 @@ def test_nobody_logs_in_another_way() -> None:
                     assert name == "log", f"{file}: {ast.unparse(node)}"
 
 
-# The lines
+# The lines of a relay
 
 
-def promised(lines: Sequence[dict[str, Any]]) -> None:
-    """Check that lines are what the page says."""
-    known = set(documented())
+def assert_documented(lines: Sequence[dict[str, Any]]) -> None:
+    """Assert that the lines of the relay's own loggers are events of docs/logs.md."""
+    known = set(documented_events())
     for line in lines:
         fields = frozenset(line) - ALWAYS - SOMETIMES
         if "logger" not in line:
-            assert Event(line["event"], line["level"], fields) in known, line
+            assert LogEvent(line["event"], line["level"], fields) in known, line
 
 
-async def test_what_a_relay_writes_in_its_life_is_what_the_page_says(
+async def test_the_lines_of_a_running_relay_are_documented_events(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(
@@ -170,12 +171,12 @@ async def test_what_a_relay_writes_in_its_life_is_what_the_page_says(
             await relay.client("news")
     await relay.wait_for_log("client gone")
     assert await relay.stop() == 0
-    told = [event["event"] for event in relay.log_events]
-    assert {"ready", "refused", "clients refused", "draining", "stopped"} <= set(told)
-    promised(relay.log_events)
+    logged = {event["event"] for event in relay.log_events}
+    assert {"ready", "refused", "clients refused", "draining", "stopped"} <= logged
+    assert_documented(relay.log_events)
 
 
-async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> None:
+async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRelay) -> None:
     relay = relay_with(
         auth=guarding(),
         limits={"max_message_bytes": 1024},
@@ -183,9 +184,9 @@ async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> No
         compression={"enabled": True},
         shutdown={"spread_s": 0},
     )
-    word, bad = "very-secret", token(sub="very-secret")[:-8]
-    brought = token(relay={"subscribe": ["*"], "publish": ["*"]})
-    bearer = {"Authorization": f"Bearer {brought}"}
+    word, invalid = "very-secret", token(sub="very-secret")[:-8]
+    valid = token(relay={"subscribe": ["*"], "publish": ["*"]})
+    bearer = {"Authorization": f"Bearer {valid}"}
     for payload in (word, word.encode(), word * 500):
         async with relay.client("news", additional_headers=bearer) as client:
             await client.send(payload)
@@ -193,15 +194,15 @@ async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> No
                 assert await receive(client) == payload
             else:
                 assert (await closed(client))[0] == 1009
-    for broken in (
+    for invalid_frame in (
         frame(TEXT, word.encode() + b"\xff"),
         frame(BINARY, word.encode(), reserved=4),
         frame(CLOSE, b"\x03\xe8" + word.encode()),
         frame(3, word.encode()),
     ):
-        path = f"news?access_token={brought}"
-        async with raw_websocket(HOST, relay.port, f"/channels/{path}") as raw:
-            await raw.send(broken)
+        path = f"/channels/news?access_token={valid}"
+        async with raw_websocket(HOST, relay.port, path) as raw:
+            await raw.send(invalid_frame)
             await raw.ended()
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, headers=bearer) as http:
         for kind in ("text/plain", "application/x-ndjson"):
@@ -211,18 +212,18 @@ async def test_no_word_of_a_client_s_is_in_the_log(relay_with: StartRelay) -> No
                 headers={"Content-Type": kind, "User-Agent": word, "X-Forwarded-For": word},
             )
             assert posted.status_code == 400
-    for path in (f"/{word}", f"/channels/{word}?since={word}&access_token={bad}"):
+    for path in (f"/{word}", f"/channels/{word}?since={word}&access_token={invalid}"):
         with pytest.raises(InvalidStatus):
             await relay.client(path=path, additional_headers={"Origin": word, "Cookie": word})
     assert await relay.stop() == 0
     log = "\n".join(relay.log_lines)
     assert log.count('"client gone"') == 7
-    for hidden in (word, *brought.split("."), *bad.split(".")):
-        assert hidden not in log
-    promised(relay.log_events)
+    for secret in (word, *valid.split("."), *invalid.split(".")):
+        assert secret not in log
+    assert_documented(relay.log_events)
 
 
-SOME_PROGRAM = """
+PROGRAM = """
 import logging, sys, warnings
 from websocket_relay import logs
 from websocket_relay.config import model
@@ -239,9 +240,9 @@ raise RuntimeError("the end")
 """
 
 
-def run_some_program(log_format: str) -> list[str]:
+def run_program(log_format: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", SOME_PROGRAM, log_format],
+        [sys.executable, "-c", PROGRAM, log_format],
         env=environment(),
         capture_output=True,
         text=True,
@@ -252,8 +253,8 @@ def run_some_program(log_format: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_libraries_warnings_and_a_crash_are_lines_of_json_too() -> None:
-    lines = list(map(json.loads, run_some_program("json")))
+def test_lines_of_libraries_warnings_and_a_crash_are_json() -> None:
+    lines = list(map(json.loads, run_program("json")))
     library, failure, uvicorn, warning, crash = lines
     for line in lines:
         assert line.keys() >= ALWAYS
@@ -270,16 +271,16 @@ def test_libraries_warnings_and_a_crash_are_lines_of_json_too() -> None:
     assert "careful" in warning["event"]
     assert (crash["event"], crash["level"]) == ("crashed", "critical")
     assert "RuntimeError: the end" in crash["exception"]
-    promised([crash])
+    assert_documented([crash])
 
 
-def test_in_text_a_crash_shows_no_variables() -> None:
-    lines = run_some_program("text")
+def test_a_crash_in_a_log_of_text_is_a_traceback_without_variables() -> None:
+    lines = run_program("text")
     assert "this is 1" in lines[0]
     assert "RuntimeError: the end" in lines[-1]
 
 
-async def test_a_relay_writes_nothing_before_its_first_event(tmp_path: Path) -> None:
+def test_the_first_line_of_a_relay_is_its_first_event(tmp_path: Path) -> None:
     with Relay(tmp_path) as relay:
         assert relay.log_events[0]["event"] == "metrics listening"
         assert relay.complaints == []

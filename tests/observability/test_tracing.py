@@ -1,8 +1,8 @@
-"""Handshakes and requests as a collector sees them; and a relay that does not trace at all."""
+"""Traces: spans of handshakes and requests, the caller's trace, no secrets, and no collector."""
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.support.relay_process import HOST, PLAIN, ROOT, Relay, StartRelay, ev
 
 SERVER = 2
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+MAX_CONNECTIONS = 3
 
 BUILD = """
 import sys
@@ -32,16 +33,16 @@ print(type(made.app).__name__, [name for name in sys.modules if name.startswith(
 
 WITHOUT_EXTRA = "import sys; sys.modules['opentelemetry.sdk'] = None"
 
-TRACES_EVERYBODY = """
+GLOBAL_TRACING = """
 import os
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 trace.set_tracer_provider(TracerProvider())
-exporter = OTLPSpanExporter(os.environ["FOR_ALL"])
+exporter = OTLPSpanExporter(os.environ["GLOBAL_ENDPOINT"])
 trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
-trace.get_tracer("all").start_span("it works").end()
+trace.get_tracer("global").start_span("it works").end()
 """
 
 
@@ -51,211 +52,274 @@ def collector() -> Iterator[Collector]:
         yield started
 
 
-@pytest.fixture
-def traced_relay(relay_with: StartRelay, collector: Collector) -> Relay:
-    """A relay that tells the collector of everything, at once."""
-    return relay_with(
-        collector.variables | SOON,
-        server={"allowed_origins": ["https://good.example"]},
-        logging={"level": "debug"},
-    )
-
-
-async def ask(relay: Relay, method: str, path: str, **options: Any) -> httpx2.Response:
+async def request(relay: Relay, method: str, path: str, **options: Any) -> httpx2.Response:
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.request(method, relay.http_url(path), **options)
 
 
-def described(span: Span, **others: object) -> Mapping[str, object]:
-    """Return the attributes without those that are everywhere, once those are as they should be."""
+def specific_attributes(span: Span) -> Mapping[str, object]:
+    """Check the attributes that all spans have; return the others."""
     assert span.kind == SERVER
     assert span.resource["service.name"] == "websocket-relay"
-    left = dict(span.attributes)
-    assert left.pop("url.scheme") in ("ws", "http")
-    assert left.pop("network.protocol.version") == "1.1"
-    assert left.pop("client.address") == HOST
-    return left
+    others = dict(span.attributes)
+    assert others.pop("url.scheme") in ("ws", "http")
+    assert others.pop("network.protocol.version") == "1.1"
+    assert others.pop("client.address") == HOST
+    return others
 
 
-async def test_a_handshake_is_a_span_with_its_channel_and_what_became_of_it(
-    traced_relay: Relay, collector: Collector
+# Spans: with one relay, because it takes a second of processor time to load the library
+
+
+@pytest.fixture(scope="module")
+def shared_collector() -> Iterator[Collector]:
+    with Collector() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shared_traced_relay(
+    tmp_path_factory: pytest.TempPathFactory, shared_collector: Collector
+) -> Iterator[Relay]:
+    settings = {
+        "server": {"allowed_origins": ["https://good.example"]},
+        "limits": {"max_connections": MAX_CONNECTIONS},
+        "logging": {"level": "debug"},
+    }
+    variables = shared_collector.variables | SOON
+    with Relay(tmp_path_factory.mktemp("traced"), settings, variables) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def traced_relay(shared_traced_relay: Relay) -> Relay:
+    """A relay that exports its spans at once, without clients and without pending log lines."""
+    await shared_traced_relay.metric_is("websocket_connected_clients", 0)
+    metrics = await shared_traced_relay.metrics()
+    for event, metric in (
+        ("client gone", "websocket_disconnections_total"),
+        ("refused", "websocket_refusals_total"),
+    ):
+        if count := metrics.value(metric):
+            await shared_traced_relay.wait_for_log(event, count=int(count))
+    return shared_traced_relay
+
+
+@pytest.fixture
+def spans(shared_collector: Collector) -> Collector:
+    """The collector of that relay, without the spans of earlier tests.
+
+    Spans are exported in their order, and each test waits for its last one.
+    """
+    shared_collector.bodies.clear()
+    return shared_collector
+
+
+one_worker = pytest.mark.xdist_group("traced relay")
+
+
+@one_worker
+async def test_a_handshake_is_a_span_with_channel_and_status(
+    traced_relay: Relay, spans: Collector
 ) -> None:
     async with traced_relay.client("news"), traced_relay.client():
-        one, two = await collector.told("handshake /channels/{channel}", "handshake /")
-    assert not one.is_error
-    assert described(one) == {
+        first, second = await spans.told("handshake /channels/{channel}", "handshake /")
+    assert not first.is_error
+    assert specific_attributes(first) == {
         "http.request.method": "GET",
         "http.route": "/channels/{channel}",
         "http.response.status_code": 101,
         "url.path": "/channels/news",
         "relay.channel": "news",
     }
-    assert described(two)["http.route"] == "/"
-    assert one.resource["service.instance.id"] == two.resource["service.instance.id"] != ""
+    assert specific_attributes(second)["http.route"] == "/"
+    instances = [span.resource["service.instance.id"] for span in (first, second)]
+    assert instances[0] == instances[1] != ""
 
 
-@pytest.mark.parametrize(
-    ("path", "headers", "status", "reason", "name"),
-    [
-        ("/", {"Origin": "https://bad.example"}, 403, "origin", "handshake /"),
-        ("/?since=x", {}, 400, "query", "handshake /"),
-        ("/channels/a%20b", {}, 404, "path", "handshake /channels/{channel}"),
-        ("/elsewhere", {}, 404, "path", "handshake"),
-    ],
-)
-async def test_a_refused_handshake_says_why(
-    traced_relay: Relay,
-    collector: Collector,
-    path: str,
-    headers: Mapping[str, str],
-    status: int,
-    reason: str,
-    name: str,
+REFUSED: list[tuple[str, dict[str, str], int, str, str]] = [
+    ("/", {"Origin": "https://bad.example"}, 403, "origin", "handshake /"),
+    ("/?since=x", {}, 400, "query", "handshake /"),
+    ("/channels/a%20b", {}, 404, "path", "handshake /channels/{channel}"),
+    ("/elsewhere", {}, 404, "path", "handshake"),
+]
+
+
+@one_worker
+async def test_the_span_of_a_refused_handshake_has_the_reason_and_is_no_error(
+    traced_relay: Relay, spans: Collector
 ) -> None:
-    with pytest.raises(InvalidStatus):
-        await traced_relay.client(path=path, additional_headers=headers)
-    (span,) = await collector.told(name)
-    assert not span.is_error, "it is the client's"
-    assert span.attributes["http.response.status_code"] == status
-    assert span.attributes["relay.refusal"] == reason
-
-
-async def test_a_handshake_over_a_limit_is_an_error(
-    relay_with: StartRelay, collector: Collector
-) -> None:
-    relay = relay_with(collector.variables | SOON, limits={"max_connections": 1})
-    async with relay.client("news"):
+    for path, headers, *_ in REFUSED:
         with pytest.raises(InvalidStatus):
-            await relay.client("news")
-    refused = await collector.told_of(lambda span: span.is_error)
+            await traced_relay.client(path=path, additional_headers=headers)
+    found = await spans.told("handshake")  # the last one
+    assert [
+        (
+            span.is_error,
+            span.attributes["http.response.status_code"],
+            span.attributes["relay.refusal"],
+            span.name,
+        )
+        for span in found
+    ] == [(False, status, reason, name) for _, _, status, reason, name in REFUSED]
+
+
+@one_worker
+async def test_the_span_of_a_handshake_above_a_limit_is_an_error(
+    traced_relay: Relay, spans: Collector
+) -> None:
+    async with traced_relay.client(), traced_relay.client(), traced_relay.client():
+        with pytest.raises(InvalidStatus):
+            await traced_relay.client()
+    refused = await spans.told_of(lambda span: span.is_error)
     assert refused.attributes["error.type"] == "503"
     assert refused.attributes["relay.refusal"] == "connections"
 
 
-async def test_requests_are_spans_and_probes_are_none(
-    traced_relay: Relay, collector: Collector
-) -> None:
+@one_worker
+async def test_requests_are_spans_and_probes_are_not(traced_relay: Relay, spans: Collector) -> None:
     assert (await traced_relay.get("/healthz")).status_code == 200
     assert (await traced_relay.get("/readyz")).status_code == 200
     assert (await traced_relay.get("/favicon.ico")).status_code == 404
-    assert (
-        await ask(traced_relay, "POST", "/channels/events", content=b"hello")
-    ).status_code == 202
-    async with await traced_relay.tcp() as listener:
-        await listener.send(b"GET /channels/events/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await listener.response()
-        last = "GET /channels/{channel}/events"
-        spans = await collector.told("GET", "POST /channels/{channel}", last)
-    assert [span.name for span in spans] == ["GET", "POST /channels/{channel}", last]
-    unknown, posted, listened = map(described, spans)
+    answer = await request(traced_relay, "POST", "/channels/events", content=b"hello")
+    assert answer.status_code == 202
+    async with await traced_relay.tcp() as subscriber:
+        await subscriber.send(b"GET /channels/events/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await subscriber.response()
+        names = ["GET", "POST /channels/{channel}", "GET /channels/{channel}/events"]
+        found = await spans.told(*names)
+    assert [span.name for span in found] == names
+    unknown, posted, streamed = map(specific_attributes, found)
     assert unknown == {
         "http.request.method": "GET",
         "http.response.status_code": 404,
         "url.path": "/favicon.ico",
     }
     assert posted["http.response.status_code"] == 202
-    assert posted["relay.channel"] == listened["relay.channel"] == "events"
-    assert listened["http.response.status_code"] == 200
+    assert posted["relay.channel"] == streamed["relay.channel"] == "events"
+    assert streamed["http.response.status_code"] == 200
 
 
-async def test_the_caller_s_trace_goes_on(traced_relay: Relay, collector: Collector) -> None:
+@one_worker
+async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
+    traced_relay: Relay, spans: Collector
+) -> None:
     caller = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
+    start = len(traced_relay.log_events)
     async with traced_relay.client("news", additional_headers=caller):
-        (span,) = await collector.told("handshake /channels/{channel}")
-    assert (span.trace_id, span.parent_id) == (TRACE, PARENT)
-    await ask(traced_relay, "POST", "/", content=b"hello", headers=caller)
-    posted = (await collector.told("POST /"))[-1]
-    assert (posted.trace_id, posted.parent_id) == (TRACE, PARENT)
-    assert posted.span_id != span.span_id
+        (accepted,) = await spans.told("handshake /channels/{channel}")
+    (disconnected,) = await log_events_from(traced_relay, start, "client gone")
+    assert "trace_id" not in disconnected
+    await request(traced_relay, "POST", "/", content=b"hello", headers=caller)
+    posted = (await spans.told("POST /"))[-1]
+    with pytest.raises(InvalidStatus):
+        await traced_relay.client(path="/elsewhere", additional_headers=caller)
+    refused = (await spans.told("handshake"))[-1]
+    found = (accepted, posted, refused)
+    assert {(span.trace_id, span.parent_id) for span in found} == {(TRACE, PARENT)}
+    assert len({span.span_id for span in found}) == 3
+    _, line = await log_events_from(traced_relay, start, "client gone", "refused")
+    assert (line["trace_id"], line["span_id"]) == (TRACE, refused.span_id)
 
 
-async def test_what_the_caller_does_not_sample_is_not_told(
-    traced_relay: Relay, collector: Collector
+async def log_events_from(relay: Relay, start: int, *names: str) -> Sequence[Mapping[str, Any]]:
+    """Wait until the events from a place in the log have these names; return them."""
+
+    async def look() -> tuple[bool, object]:
+        found = [event["event"] for event in relay.log_events[start:]]
+        return found == [*names], found
+
+    await eventually(look, f"{names} in the log")
+    return relay.log_events[start:]
+
+
+@one_worker
+async def test_a_trace_that_the_caller_does_not_sample_is_not_exported(
+    traced_relay: Relay, spans: Collector
 ) -> None:
     unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     async with traced_relay.client("unsampled", additional_headers=unsampled):
         pass
     async with traced_relay.client():
-        assert len(await collector.told("handshake /")) == 1
+        assert len(await spans.told("handshake /")) == 1
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+@one_worker
+async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
+    traced_relay: Relay, spans: Collector
+) -> None:
+    valid = f"00-{TRACE}-{PARENT}-01"
+    invalid: list[dict[str, str]] = [
         {"traceparent": "nonsense"},
         {"traceparent": "00-" + "0" * 32 + f"-{PARENT}-01"},
-        {"traceparent": f"00-{TRACE}-{PARENT}-01".ljust(5_000, "0")},
-        {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "=,=" * 1_000},
+        {"traceparent": valid.ljust(5_000, "0")},
+        {"traceparent": valid, "tracestate": "=,=" * 1_000},
         {"tracestate": "alone=1"},
-    ],
-)
-async def test_a_broken_trace_does_no_harm_and_fills_no_log(
-    traced_relay: Relay, collector: Collector, headers: Mapping[str, str]
+    ]
+    start = len(traced_relay.log_events)
+    for number, headers in enumerate(invalid, 1):
+        async with traced_relay.client("news", additional_headers=headers):
+            pass
+        await log_events_from(traced_relay, start, *["client gone"] * number)
+    async with traced_relay.client():
+        found = (await spans.told("handshake /"))[:-1]
+    assert [span.attributes["http.response.status_code"] for span in found] == [101] * len(invalid)
+    assert all(len(span.trace_id) == 32 for span in found)
+
+
+# Secrets
+
+
+async def test_no_token_and_no_payload_is_exported(
+    relay_with: StartRelay, collector: Collector
 ) -> None:
-    before = len(traced_relay.log_lines)
-    async with traced_relay.client("news", additional_headers=headers):
-        (span,) = await collector.told("handshake /channels/{channel}")
-    assert span.attributes["http.response.status_code"] == 101
-    assert len(span.trace_id) == 32
-    await traced_relay.wait_for_log("client gone")
-    assert len(traced_relay.log_lines) == before + 1
-
-
-async def test_the_lines_of_a_request_bear_its_trace_and_others_none(
-    traced_relay: Relay, collector: Collector
-) -> None:
-    caller = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-    async with traced_relay.client("news", additional_headers=caller):
-        (accepted,) = await collector.told("handshake /channels/{channel}")
-    gone = await traced_relay.wait_for_log("client gone")
-    with pytest.raises(InvalidStatus):
-        await traced_relay.client(path="/elsewhere", additional_headers=caller)
-    refused = await traced_relay.wait_for_log("refused")
-    span = (await collector.told("handshake"))[-1]
-    assert (refused["trace_id"], refused["span_id"]) == (TRACE, span.span_id)
-    assert span.span_id != accepted.span_id
-    assert "trace_id" not in gone
-
-
-async def test_no_token_is_told(relay_with: StartRelay, collector: Collector) -> None:
     relay = relay_with(collector.variables | SOON, auth=guarding(), logging={"level": "debug"})
-    brought = [token(sub="very-secret"), token(exp=1, sub="very-secret")]
-    for one in brought:
+    tokens = [token(sub="very-secret"), token(exp=1, sub="very-secret")]
+    for each in tokens:
         for options in (
-            {"path": f"/channels/query?access_token={one}"},
-            {"path": "/channels/offer", "subprotocols": ["bearer", one]},
-            {"path": "/channels/header", "additional_headers": {"Authorization": f"Bearer {one}"}},
+            {"path": f"/channels/query?access_token={each}"},
+            {"path": "/channels/offer", "subprotocols": ["bearer", each]},
+            {"path": "/channels/header", "additional_headers": {"Authorization": f"Bearer {each}"}},
         ):
             try:
                 await (await relay.client(**options)).close()
             except InvalidStatus:
                 continue
-        await ask(relay, "POST", f"/channels/posted?access_token={one}", content=b"payload")
-    await ask(relay, "GET", "/the-last")
+        await request(relay, "POST", f"/channels/posted?access_token={each}", content=b"payload")
+    await request(relay, "GET", "/the-last")
     await collector.told("GET")
     assert len(collector.spans) == 2 * 4 + 1
-    told = b"".join(collector.bodies).decode("latin-1") + "\n".join(relay.log_lines)
-    for part in (*(part for one in brought for part in one.split(".")), "payload", "access_token"):
-        assert part not in told
+    exported = b"".join(collector.bodies).decode("latin-1") + "\n".join(relay.log_lines)
+    parts = [part for each in tokens for part in each.split(".")]
+    for secret in (*parts, "payload", "access_token"):
+        assert secret not in exported
 
 
-async def test_what_traces_every_program_of_a_machine_is_told_nothing(
+async def test_global_tracing_of_a_machine_gets_no_spans_of_the_relay(
     tmp_path: Path, relay_with: StartRelay, collector: Collector
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(TRACES_EVERYBODY)
-    endpoint = collector.variables["OTEL_EXPORTER_OTLP_ENDPOINT"]
-    relay = relay_with({"FOR_ALL": f"{endpoint}/v1/traces", "PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    await ask(relay, "POST", "/?access_token=very-secret", content=b"hello")
+    (tmp_path / "sitecustomize.py").write_text(GLOBAL_TRACING)
+    endpoint = f"{collector.variables['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces"
+    relay = relay_with({"GLOBAL_ENDPOINT": endpoint, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    await request(relay, "POST", "/?access_token=very-secret", content=b"hello")
     assert await relay.stop() == 0
     assert [span.name for span in collector.spans] == ["it works"]
 
 
-async def test_the_environment_names_the_service_and_what_the_collector_asks_for(
+# The environment
+
+
+async def test_the_environment_sets_the_resource_and_the_headers_and_empty_variables_are_ignored(
     relay_with: StartRelay, collector: Collector
 ) -> None:
+    empty = dict.fromkeys(
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER",
+         "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), ""
+    )  # fmt: skip
     relay = relay_with(
         collector.variables
         | SOON
+        | empty
         | {
             "OTEL_SERVICE_NAME": "chat",
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,service.instance.id=one",
@@ -273,19 +337,65 @@ async def test_the_environment_names_the_service_and_what_the_collector_asks_for
     assert "secret" not in "\n".join(relay.log_lines)
 
 
-async def test_a_variable_that_is_empty_is_none(
-    relay_with: StartRelay, collector: Collector
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_SDK_DISABLED": "true"},
+        {"OTEL_TRACES_EXPORTER": "none"},
+        {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+async def test_the_environment_can_disable_traces(
+    relay_with: StartRelay, collector: Collector, variables: Mapping[str, str]
 ) -> None:
-    empty = dict.fromkeys(
-        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED", "OTEL_TRACES_EXPORTER",
-         "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), ""
-    )  # fmt: skip
-    relay = relay_with(empty | collector.variables | SOON)
+    relay = relay_with(collector.variables | SOON | dict(variables), shutdown={"spread_s": 0})
     async with relay.client("news"):
-        await collector.told("handshake /channels/{channel}")
+        pass
+    assert await relay.stop() == 0
+    assert not collector.asked
+    reasons = [event["reason"] for event in relay.log_events if event["event"] == "no traces"]
+    is_grpc = "grpc" in variables.values()
+    assert reasons == (["grpc is not spoken, http/protobuf is"] if is_grpc else [])
 
 
-async def test_the_last_spans_are_told_when_the_relay_stops(
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({}, "websocket-relay[otel] is not installed"),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": "0"}, "max_queue_size must be a positive integer"),
+    ],
+    ids=["not installed", "invalid variable"],
+)
+async def test_a_relay_that_cannot_trace_relays_and_logs_the_reason(
+    tmp_path: Path,
+    relay_with: StartRelay,
+    collector: Collector,
+    variables: Mapping[str, str],
+    reason: str,
+) -> None:
+    given = collector.variables | SOON | dict(variables)
+    if not variables:
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRA)
+        given["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    relay = relay_with(given)
+    assert reason in (await relay.wait_for_log("no traces"))["reason"]
+    async with relay.client("news") as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+    assert not collector.asked
+
+
+def test_a_relay_without_a_collector_does_not_load_the_library_and_wraps_nothing() -> None:
+    done = run_python("-c", BUILD, directory=ROOT)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.split(maxsplit=1) == ["SecurityHeaders", "[]\n"]
+
+
+# The collector and the stop
+
+
+async def test_pending_spans_are_exported_when_the_relay_stops(
     relay_with: StartRelay, collector: Collector
 ) -> None:
     later = {"OTEL_BSP_SCHEDULE_DELAY": "600000"}
@@ -297,23 +407,25 @@ async def test_the_last_spans_are_told_when_the_relay_stops(
     assert [span.name for span in collector.spans] == ["handshake /channels/{channel}"]
 
 
-async def test_a_collector_that_is_stuck_holds_up_neither_clients_nor_the_stop(
+async def test_a_collector_that_does_not_answer_delays_neither_clients_nor_the_stop(
     relay_with: StartRelay,
 ) -> None:
     with Collector(is_stuck=True) as collector:
-        relay = relay_with(collector.variables | SOON, shutdown={"timeout_s": 5, "spread_s": 0})
+        relay = relay_with(collector.variables | SOON, shutdown={"timeout_s": 3, "spread_s": 0})
         async with relay.client("news"):
             await collector.was_asked()
             async with relay.client("news"):
                 pass
-        begun = time.monotonic()
+        started = time.monotonic()
         assert await relay.stop() == 0
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - started < 3
 
 
-async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: StartRelay) -> None:
-    with Collector() as gone:
-        address = gone.variables["OTEL_EXPORTER_OTLP_ENDPOINT"].replace("//", "//me:very-secret@")
+async def test_a_relay_relays_without_its_collector_and_logs_the_failure_without_secrets(
+    relay_with: StartRelay,
+) -> None:
+    with Collector() as ended:
+        address = ended.variables["OTEL_EXPORTER_OTLP_ENDPOINT"].replace("//", "//me:very-secret@")
     variables = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{address}/v1/traces?key=very-secret"}
     relay = relay_with(variables | SOON | {"OTEL_EXPORTER_OTLP_TIMEOUT": "3"})
     async with Client(relay.ws_url("/channels/news")) as client:
@@ -321,66 +433,10 @@ async def test_without_its_collector_the_relay_relays_and_says_so(relay_with: St
         async with asyncio.timeout(PATIENCE_S):
             assert (await anext(aiter(client))).data == "hello"
 
-    async def complains() -> tuple[bool, object]:
-        told = [event for event in relay.log_events if "logger" in event]
-        return any("/v1/traces" in event["event"] for event in told), told
+    async def is_failure_logged() -> tuple[bool, object]:
+        events = [event for event in relay.log_events if "logger" in event]
+        return any("/v1/traces" in event["event"] for event in events), events
 
-    await eventually(complains, "a line of the library's")
+    await eventually(is_failure_logged, "a line of the library")
     assert await relay.stop() == 0
     assert "very-secret" not in "\n".join(relay.log_lines)
-
-
-# Off
-
-
-def test_a_relay_that_does_not_trace_has_not_loaded_the_library_and_goes_the_same_way() -> None:
-    done = run_python("-c", BUILD, directory=ROOT)
-    assert done.exit_code == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == ["SecurityHeaders", "[]\n"]
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"OTEL_SDK_DISABLED": "true"},
-        {"OTEL_TRACES_EXPORTER": "none"},
-        {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
-    ],
-)
-async def test_the_environment_may_say_that_there_are_no_traces(
-    relay_with: StartRelay, collector: Collector, variables: Mapping[str, str]
-) -> None:
-    relay = relay_with(collector.variables | SOON | dict(variables), shutdown={"spread_s": 0})
-    async with relay.client("news"):
-        pass
-    assert await relay.stop() == 0
-    assert not collector.asked
-    warned = [event["reason"] for event in relay.log_events if event["event"] == "no traces"]
-    is_grpc = "grpc" in variables.values()
-    assert warned == (["grpc is not spoken, http/protobuf is"] if is_grpc else [])
-
-
-@pytest.mark.parametrize(
-    ("variables", "reason"),
-    [
-        ({}, "websocket-relay[otel] is not installed"),
-        ({"OTEL_BSP_MAX_QUEUE_SIZE": "0"}, "max_queue_size must be a positive integer"),
-    ],
-)
-async def test_what_can_t_be_traced_is_relayed(
-    tmp_path: Path,
-    relay_with: StartRelay,
-    collector: Collector,
-    variables: Mapping[str, str],
-    reason: str,
-) -> None:
-    paths = str(ROOT)
-    if not variables:
-        (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRA)
-        paths = f"{tmp_path}:{paths}"
-    relay = relay_with(collector.variables | SOON | dict(variables) | {"PYTHONPATH": paths})
-    assert reason in (await relay.wait_for_log("no traces"))["reason"]
-    async with relay.client("news") as client:
-        await client.send("hello")
-        assert await client.recv() == "hello"
-    assert not collector.asked
