@@ -1,1 +1,1 @@
-"""The Helm chart and the plain manifests."""
+"""The Helm chart and the manifests."""
