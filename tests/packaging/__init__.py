@@ -1,1 +1,1 @@
-"""What is built and run elsewhere: the distribution, the image, workflows, Compose."""
+"""The distribution, the image, the workflows and the Compose file."""

@@ -1,6 +1,4 @@
-"""compose.yaml and examples/nginx.conf taken apart: the same settings and the same nginx, without
-Docker.
-"""
+"""compose.yaml and examples/nginx.conf: the same settings and the same nginx, without Docker."""
 
 import asyncio
 import ipaddress
@@ -42,16 +40,16 @@ VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def environment_of(service: str, outside: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return a service's variables, with what they take from the environment outside."""
-    given = outside or {}
+    """Return the variables of a service, with the values that they take from the environment."""
+    values = outside or {}
     return {
-        name: VARIABLE.sub(lambda found: given.get(found[1]) or found[2], value)
+        name: VARIABLE.sub(lambda found: values.get(found[1]) or found[2], value)
         for name, value in SERVICES[service]["environment"].items()
     }
 
 
 def nginx_value(directive: str) -> str:
-    """Return what a directive of the nginx.conf says, where there is one of them."""
+    """Return the value of a directive that the nginx.conf has once."""
     (value,) = re.findall(rf"^\s*{directive} +([^;]+);", NGINX_CONF.read_text(), re.MULTILINE)
     return str(value)
 
@@ -61,8 +59,8 @@ def seconds(duration: str) -> int:
     return int(duration[:-1])
 
 
-class Deployment:
-    """What compose.yaml describes, in processes of this machine."""
+class LocalDeployment:
+    """The services of compose.yaml as processes of this machine."""
 
     def __init__(self, stack: ExitStack, directory: Path, broker: RedisBroker) -> None:
         self.relays: dict[str, Relay] = {}
@@ -87,10 +85,10 @@ class Deployment:
         """Start a relay."""
         directory = self._directory / name
         directory.mkdir(exist_ok=True)
-        given = environment_of(name, {"RELAY__BACKPLANE__URL": self._broker.url})
-        given["RELAY__SERVER__TRUSTED_PROXIES"] = HOST  # where nginx is
-        given["RELAY__SERVER__PORT"] = str(self._ports[name])
-        relay = self.relays[name] = Relay(directory, self._settings, given)
+        variables = environment_of(name, {"RELAY__BACKPLANE__URL": self._broker.url})
+        variables["RELAY__SERVER__TRUSTED_PROXIES"] = HOST  # the address of nginx
+        variables["RELAY__SERVER__PORT"] = str(self._ports[name])
+        relay = self.relays[name] = Relay(directory, self._settings, variables)
         self._stack.callback(relay.end)
         await asyncio.to_thread(relay.__enter__)
 
@@ -99,25 +97,25 @@ class Deployment:
         assert await self.relays[name].stop() == 0
         await self.start(name)
 
-    async def clients(self) -> Sequence[float]:
-        """Return how many clients each relay has."""
+    async def client_counts(self) -> Sequence[float]:
+        """Return the number of clients of each relay."""
         return [await relay.metric("websocket_connected_clients") for relay in self.relays.values()]
 
 
 @pytest.fixture
-async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
+async def deployment(tmp_path: Path) -> AsyncIterator[LocalDeployment]:
     redis = needed(*ANY_REDIS)
     async with RedisBroker(redis, tmp_path / "broker", fsync="everysec") as broker:
         with ExitStack() as stack:
-            made = Deployment(stack, tmp_path, broker)
-            yield made
-        assert not [line for relay in made.relays.values() for line in relay.complaints]
+            started = LocalDeployment(stack, tmp_path, broker)
+            yield started
+        assert not [line for relay in started.relays.values() for line in relay.complaints]
 
 
 # The files
 
 
-def test_the_file_is_what_compose_understands() -> None:
+def test_the_file_is_valid_by_the_schema_of_compose() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
          str(ROOT / "compose.yaml")],
@@ -130,14 +128,14 @@ def test_the_file_is_what_compose_understands() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_settings_of_the_relays_are_settings(tmp_path: Path) -> None:
+def test_the_variables_of_the_relays_are_valid_settings(tmp_path: Path) -> None:
     done = run_command("check", directory=tmp_path, env=environment_of(RELAYS[0]))
     assert (done.exit_code, done.stderr) == (0, "")
     assert 'url: "redis://redis:6379/0"' in done.stdout
 
 
 @pytest.mark.fast
-def test_the_relays_are_alike_and_only_nginx_can_be_reached() -> None:
+def test_the_relays_are_equal_and_only_nginx_has_a_public_port() -> None:
     assert len(RELAYS) == 2
     assert SERVICES[RELAYS[0]] == SERVICES[RELAYS[1]]
     assert [name for name, service in SERVICES.items() if "ports" in service] == ["nginx"]
@@ -147,7 +145,7 @@ def test_the_relays_are_alike_and_only_nginx_can_be_reached() -> None:
 
 
 @pytest.mark.fast
-def test_nobody_may_do_more_than_needed() -> None:
+def test_no_service_has_capabilities_or_a_writable_file_system() -> None:
     for service in SERVICES.values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
@@ -155,17 +153,17 @@ def test_nobody_may_do_more_than_needed() -> None:
 
 
 @pytest.mark.fast
-def test_the_relays_believe_nginx_and_nobody_else() -> None:
+def test_the_relays_trust_the_address_of_nginx_only() -> None:
     (pool,) = COMPOSE["networks"]["front"]["ipam"]["config"]
     address = ipaddress.ip_address(SERVICES["nginx"]["networks"]["front"]["ipv4_address"])
     assert address in ipaddress.ip_network(pool["subnet"])
-    assert address not in ipaddress.ip_network(pool["ip_range"]), "nobody else is given it"
+    assert address not in ipaddress.ip_network(pool["ip_range"]), "no other container gets it"
     for name in RELAYS:
         assert environment_of(name)["RELAY__SERVER__TRUSTED_PROXIES"] == str(address)
 
 
 @pytest.mark.fast
-def test_the_times_fit_together() -> None:
+def test_timeouts_and_sizes_fit_the_settings() -> None:
     settings = Settings.model_construct()
     for name in (*RELAYS, "nginx"):
         assert seconds(SERVICES[name]["stop_grace_period"]) > settings.shutdown.timeout_s
@@ -174,7 +172,7 @@ def test_the_times_fit_together() -> None:
 
 
 @pytest.mark.fast
-def test_nginx_asks_the_relays_that_there_are() -> None:
+def test_nginx_has_all_relays_as_upstreams() -> None:
     assert sorted(re.findall(r"server (\S+):8443 resolve", NGINX_CONF.read_text())) == RELAYS
     assert SERVICES["nginx"]["volumes"] == ["./examples/nginx.conf:/etc/nginx/nginx.conf:ro"]
 
@@ -191,19 +189,19 @@ def test_nginx_accepts_its_file(tmp_path: Path) -> None:
 # The processes
 
 
-async def test_what_is_said_on_one_relay_is_heard_on_the_other_and_a_stop_is_announced(
-    deployment: Deployment,
+async def test_both_relays_deliver_each_message_and_a_stop_closes_clients_with_1001(
+    deployment: LocalDeployment,
 ) -> None:
     nginx = (await deployment.up(shutdown={"spread_s": 0.2})).nginx
     async with nginx.client("news") as one, nginx.client("news") as two:
-        assert await deployment.clients() == [1, 1]
+        assert await deployment.client_counts() == [1, 1]
         for client in (one, two):
             await client.send("hello")
             assert await receive(one) == await receive(two) == "hello"
         assert (await nginx.get("/readyz")).json() == {"status": "ready"}
         assert (await nginx.get("/channels/news")).status_code == 426
         assert (await nginx.get("/metrics")).status_code == 404
-        # docker compose stop: nginx and the relays at once.
+        # As docker compose stop does: nginx and the relays at once.
         nginx.signal(signal.SIGQUIT)
         for relay in deployment.relays.values():
             relay.signal()
@@ -214,29 +212,29 @@ async def test_what_is_said_on_one_relay_is_heard_on_the_other_and_a_stop_is_ann
     assert await nginx.exit_code() == 0
 
 
-def coming_from(nginx: Nginx, address: str) -> connect:
-    """Connect a client from an address of its own."""
+def client_from(nginx: Nginx, address: str) -> connect:
+    """Connect a client from a local address."""
     return nginx.client("news", local_addr=(address, 0))
 
 
-async def test_an_address_over_its_limit_is_refused_and_keeps_nobody_out(
-    deployment: Deployment,
+async def test_an_address_above_its_limit_is_refused_and_another_is_admitted(
+    deployment: LocalDeployment,
 ) -> None:
     nginx = (await deployment.up(limits={"max_connections_per_ip": 1})).nginx
     async with AsyncExitStack() as stack:
-        for _ in RELAYS:  # each relay counts for itself
-            await stack.enter_async_context(coming_from(nginx, "127.0.0.2"))
-        assert await deployment.clients() == [1, 1]
+        for _ in RELAYS:  # each relay counts its own clients
+            await stack.enter_async_context(client_from(nginx, "127.0.0.2"))
+        assert await deployment.client_counts() == [1, 1]
         for _ in range(20):
             with pytest.raises(InvalidStatus) as refused:
-                await coming_from(nginx, "127.0.0.2")
+                await client_from(nginx, "127.0.0.2")
             assert refused.value.response.status_code == 503
-        other = await stack.enter_async_context(coming_from(nginx, "127.0.0.3"))
+        other = await stack.enter_async_context(client_from(nginx, "127.0.0.3"))
         await other.send("hello")
         assert await receive(other) == "hello"
 
 
-async def test_no_token_stands_in_nginx_s_logs(deployment: Deployment) -> None:
+async def test_the_logs_of_nginx_contain_no_token(deployment: LocalDeployment) -> None:
     nginx = (await deployment.up()).nginx
     path = "/channels/news?access_token=very-secret"
 
@@ -266,8 +264,8 @@ async def test_no_token_stands_in_nginx_s_logs(deployment: Deployment) -> None:
     assert "secret" not in "\n".join((*nginx.access_log, *nginx.log_lines))
 
 
-async def knock(nginx: Nginx, is_over: asyncio.Event) -> int:
-    """Connect again and again, and be let in each time; return how often that was."""
+async def connect_repeatedly(nginx: Nginx, is_over: asyncio.Event) -> int:
+    """Connect again and again; return the number of connections, all of which were admitted."""
     count = 0
     while not is_over.is_set():
         async with nginx.client("elsewhere"):
@@ -276,28 +274,28 @@ async def knock(nginx: Nginx, is_over: asyncio.Event) -> int:
     return count
 
 
-async def test_a_rolling_restart_behind_nginx_loses_nothing_and_says_nothing_twice(
-    deployment: Deployment,
+async def test_a_rolling_restart_behind_nginx_loses_and_repeats_no_message(
+    deployment: LocalDeployment,
 ) -> None:
     nginx = (await deployment.up(shutdown={"spread_s": 0.5})).nginx
     followers = await followers_of(nginx, 8)
     is_over = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         following = [group.create_task(follower.follow([nginx])) for follower in followers]
-        speaking = [group.create_task(speak([nginx], name, is_over)) for name in "abc"]
-        knocking = group.create_task(knock(nginx, is_over))
+        publishing = [group.create_task(speak([nginx], name, is_over)) for name in "abc"]
+        connecting = group.create_task(connect_repeatedly(nginx, is_over))
         for name in RELAYS:
             await deployment.restart(name)
         is_over.set()
-        said = [message for each in speaking for message in await each]
+        published = [message for each in publishing for message in await each]
         async with nginx.client("news") as last:
             await last.send(THE_END)
         await asyncio.gather(*following)
-    assert knocking.result() > 10
+    assert connecting.result() > 10
     assert sum(follower.returns for follower in followers) > len(followers)
     first = followers[0].heard
     assert all(follower.heard == first for follower in followers)
-    assert sorted(map(str, first)) == sorted([*map(str, said), THE_END])
+    assert sorted(map(str, first)) == sorted([*map(str, published), THE_END])
     for name in "abc":
-        mine = [message for message in said if str(message).startswith(name)]
-        assert [message for message in first if str(message).startswith(name)] == mine
+        own = [message for message in published if str(message).startswith(name)]
+        assert [message for message in first if str(message).startswith(name)] == own

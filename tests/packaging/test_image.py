@@ -1,6 +1,6 @@
-"""The image: built from the Dockerfile, run as an operator runs it, and looked into.
+"""The image: built from the Dockerfile, run as an operator runs it, and inspected.
 
-`make image-test` runs these; `make test` does not, for they need docker or podman.
+`make image-test` runs these tests. `make test` does not: they need docker or podman.
 """
 
 import json
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
 IMAGE = "localhost/websocket-relay:test"
 CONFIG = "/etc/websocket-relay"
 MAX_ADDED_BYTES = 85_000_000
-"""What the image may have beyond its base."""
+"""The limit of what the image adds to its base."""
 
 PARTS = ("Dockerfile", ".dockerignore", "Makefile", "pyproject.toml", "README.md", "CHANGELOG.md",
          "LICENSE", "requirements", "service")  # fmt: skip
@@ -61,15 +61,15 @@ def start(engine: Engine, image: str, tmp_path: Path) -> Iterator[Start]:
 
 
 def mounted(file: Path, name: str) -> str:
-    """Return the option that puts a file beside the relay's settings."""
-    file.chmod(0o444)  # the relay is nobody that this machine knows
+    """Return the option that mounts a file in the directory of the settings."""
+    file.chmod(0o444)  # the user id of the relay is unknown on this machine
     return f"--volume={file}:{CONFIG}/{name}:ro"
 
 
-# It runs
+# A running container
 
 
-async def test_it_relays_at_once(start: Start) -> None:
+async def test_a_container_relays_without_settings(start: Start) -> None:
     relay = start()
     async with relay.client() as one, relay.client() as two:
         await one.send("hello")
@@ -78,14 +78,14 @@ async def test_it_relays_at_once(start: Start) -> None:
     assert (await relay.metric("websocket_messages_total")) == 1
 
 
-async def test_it_does_without_a_shell(start: Start) -> None:
+async def test_a_container_needs_no_shell(start: Start) -> None:
     relay = start(options=[f"--volume=/dev/null:/bin/{name}:ro" for name in ("sh", "bash")])
     async with relay.client() as client:
         await client.send("hello")
         assert await receive(client) == "hello"
 
 
-def test_the_relay_is_process_1_and_may_nothing(start: Start) -> None:
+def test_the_relay_is_process_1_without_capabilities(start: Start) -> None:
     relay = start()
     status = dict(
         line.split(":\t", 1)
@@ -100,7 +100,9 @@ def test_the_relay_is_process_1_and_may_nothing(start: Start) -> None:
     assert command[1].endswith("/websocket-relay")
 
 
-async def test_a_mounted_file_and_the_environment_settle_it(start: Start, tmp_path: Path) -> None:
+async def test_settings_come_from_a_mounted_file_and_the_environment(
+    start: Start, tmp_path: Path
+) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump({"server": {"port": 7001}, "metrics": {"port": 7002}}))
     relay = start(
@@ -115,7 +117,7 @@ async def test_a_mounted_file_and_the_environment_settle_it(start: Start, tmp_pa
     relay.tells("websocket-relay", "healthcheck")
 
 
-async def test_mounted_certificates_make_it_speak_tls(start: Start, tmp_path: Path) -> None:
+async def test_a_mounted_certificate_enables_tls(start: Start, tmp_path: Path) -> None:
     pair = make_pair()
     pair.write_to(tmp_path)
     relay = start(
@@ -131,16 +133,14 @@ async def test_mounted_certificates_make_it_speak_tls(start: Start, tmp_path: Pa
     relay.tells("websocket-relay", "healthcheck")
 
 
-def test_a_setting_that_can_t_be_used_stops_the_start_with_a_line(
-    engine: Engine, image: str
-) -> None:
+def test_an_invalid_setting_ends_the_start_with_an_error_line(engine: Engine, image: str) -> None:
     done = engine.tries("run", "--rm", "--env=RELAY__SERVER__PORT=many", image)
     assert done.returncode == 2
     assert "websocket-relay: RELAY__SERVER__PORT" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-async def test_a_stop_is_announced_and_clean(start: Start) -> None:
+async def test_a_stop_closes_clients_with_1001_and_ends_with_0(start: Start) -> None:
     relay = start(env={"RELAY__SHUTDOWN__SPREAD_S": "0.5"})
     async with relay.client() as client:
         relay.signal()
@@ -151,7 +151,9 @@ async def test_a_stop_is_announced_and_clean(start: Start) -> None:
     assert [event["event"] for event in relay.log_events][-1] == "stopped"
 
 
-async def test_a_stop_is_heeded_from_the_start(engine: Engine, image: str, tmp_path: Path) -> None:
+async def test_a_signal_before_the_settings_are_read_ends_the_container_with_0(
+    engine: Engine, image: str, tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "unread")
     options = [mounted(tmp_path / "unread", "config.yaml")]
     relay = Container(engine, image, tmp_path, options=options)
@@ -165,7 +167,7 @@ async def test_a_stop_is_heeded_from_the_start(engine: Engine, image: str, tmp_p
         relay.end()
 
 
-def test_its_health_is_asked_for_without_a_shell(engine: Engine, image: str, start: Start) -> None:
+def test_the_health_check_needs_no_shell(engine: Engine, image: str, start: Start) -> None:
     found = engine.inspect(image)
     check = found["Config"].get("Healthcheck") or found["Healthcheck"]  # Docker, podman
     form, *command = check["Test"]
@@ -173,16 +175,16 @@ def test_its_health_is_asked_for_without_a_shell(engine: Engine, image: str, sta
     start().tells(*command)
 
 
-def test_what_helm_test_runs_runs_in_it(start: Start) -> None:
+def test_the_script_of_helm_test_runs_in_the_image(start: Start) -> None:
     script = (ROOT / "helm" / "websocket-relay" / "files" / "round_trip.py").read_text()
     relay = start(env={"RELAY_TEST_URL": "ws://localhost:8443/channels/"})
     assert relay.python(script) == "two clients receive each other's messages, in one order"
 
 
-# What is in it
+# Content
 
 
-def test_no_pip_no_compiler_and_nothing_that_fetches(start: Start) -> None:
+def test_the_image_has_no_pip_no_compiler_and_no_download_program(start: Start) -> None:
     source = """\
 import importlib.util as have, shutil
 modules = [name for name in ("pip", "ensurepip", "hatchling", "setuptools") if have.find_spec(name)]
@@ -192,7 +194,7 @@ print(modules + [name for name in programs if shutil.which(name)])
     assert start().python(source) == "[]"
 
 
-def test_nothing_in_it_is_the_relay_s_to_change(start: Start) -> None:
+def test_the_relay_can_write_nowhere_in_its_installation(start: Start) -> None:
     source = """\
 import os
 print([path for path, _, _ in os.walk("/opt/websocket-relay") if os.access(path, os.W_OK)])
@@ -200,10 +202,10 @@ print([path for path, _, _ in os.walk("/opt/websocket-relay") if os.access(path,
     assert start().python(source) == "[]"
 
 
-def test_the_versions_in_it_are_those_that_were_locked(start: Start) -> None:
+def test_the_installed_versions_are_those_of_the_lock(start: Start) -> None:
     source = """\
-import importlib.metadata as known, json
-print(json.dumps({d.metadata["Name"].lower(): d.version for d in known.distributions()}))
+import importlib.metadata as metadata, json
+print(json.dumps({d.metadata["Name"].lower(): d.version for d in metadata.distributions()}))
 """
     installed = json.loads(start().python(source))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -213,7 +215,7 @@ print(json.dumps({d.metadata["Name"].lower(): d.version for d in known.distribut
         assert f"{name}=={installed[name]} " in lock
 
 
-def test_what_an_image_says_of_itself(engine: Engine, image: str) -> None:
+def test_the_image_has_labels_a_user_ports_and_an_entrypoint(engine: Engine, image: str) -> None:
     config = engine.inspect(image)["Config"]
     assert config["User"] == "10001:10001"
     env = ["env", "--block-signal=TERM", "--block-signal=INT"]
@@ -229,7 +231,7 @@ def test_what_an_image_says_of_itself(engine: Engine, image: str) -> None:
     assert len(labels["revision"]) == 40
 
 
-def test_it_is_small(start: Start) -> None:
+def test_the_image_adds_a_limited_number_of_bytes_to_its_base(start: Start) -> None:
     source = """\
 import os
 print(sum(os.lstat(os.path.join(where, name)).st_size
@@ -240,12 +242,12 @@ print(sum(os.lstat(os.path.join(where, name)).st_size
     assert added_bytes < MAX_ADDED_BYTES
 
 
-# How it is built
+# The build
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what the image is made of."""
+    """A copy of the files of which the image is built."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in PARTS:
@@ -254,7 +256,7 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def test_a_change_of_the_service_is_one_small_layer(
+def test_a_change_of_the_service_changes_one_layer(
     engine: Engine, base: str, image: str, tree: Path
 ) -> None:
     with (tree / "service" / "websocket_relay" / "__init__.py").open("a") as file:
@@ -271,14 +273,14 @@ def test_a_change_of_the_service_is_one_small_layer(
     engine("rmi", f"{IMAGE}-changed")
 
 
-def test_what_does_not_belong_there_is_not_sent_to_the_build(
+def test_the_build_context_contains_no_other_files(
     engine: Engine, tree: Path, tmp_path: Path
 ) -> None:
     others = (".git/config", ".venv/bin/python", "secret.txt", "key.pem", "tests/test.py",
               "requirements/dev.lock", "service/websocket_relay/__pycache__/cli.pyc")  # fmt: skip
     for name in others:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text("not for others")
+        (tree / name).write_text("private")
     (tmp_path / "Dockerfile").write_text('FROM scratch\nCOPY . /\nCMD ["none"]\n')
     name = f"{IMAGE}-context"
     engine("build", "--tag", name, "--file", str(tmp_path / "Dockerfile"), str(tree))

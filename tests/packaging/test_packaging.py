@@ -1,4 +1,4 @@
-"""What is installed, and how: the distribution, its dependencies, the lock files, make."""
+"""The distribution, its dependencies, the lock files, and make."""
 
 import ast
 import os
@@ -37,14 +37,14 @@ def make(*arguments: str, directory: Path = ROOT) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def locked(lock: Path) -> dict[str, str]:
-    """Return the versions that a lock file pins, by distribution."""
+def locked_versions(lock: Path) -> dict[str, str]:
+    """Return the versions in a lock file by the names of their distributions."""
     pins = re.findall(r"^([a-zA-Z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in pins}
 
 
-def imported() -> set[str]:
-    """Return the top-level modules that the service imports, its own and Python's left out."""
+def imported_modules() -> set[str]:
+    """Return the top-level modules that the service imports, without its own and Python's."""
     found: set[str] = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -55,13 +55,13 @@ def imported() -> set[str]:
     return found - sys.stdlib_module_names - {"websocket_relay"}
 
 
-def declared() -> dict[str, Requirement]:
-    """Return the distribution's dependencies by name."""
+def dependencies() -> dict[str, Requirement]:
+    """Return the dependencies of the distribution by name."""
     return by_name(PROJECT["project"]["dependencies"])
 
 
-def of_extras() -> dict[str, Requirement]:
-    """Return what the distribution's extras bring, by name."""
+def optional_dependencies() -> dict[str, Requirement]:
+    """Return the dependencies of all extras by name."""
     return by_name(chain.from_iterable(PROJECT["project"]["optional-dependencies"].values()))
 
 
@@ -71,16 +71,17 @@ def by_name(texts: Iterable[str]) -> dict[str, Requirement]:
 
 
 @pytest.mark.fast
-def test_every_module_that_is_imported_belongs_to_a_declared_dependency() -> None:
+def test_every_imported_module_belongs_to_a_declared_dependency() -> None:
     distributions = packages_distributions()
-    wanted = declared().keys() | of_extras().keys()
-    for module in imported():  # some are shared by several distributions
-        assert wanted & {canonicalize_name(owner) for owner in distributions[module]}, module
+    declared = dependencies().keys() | optional_dependencies().keys()
+    for module in imported_modules():  # several distributions may share one
+        owners = {canonicalize_name(owner) for owner in distributions[module]}
+        assert declared & owners, module
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
 @pytest.mark.fast
-def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
+def test_a_lock_has_a_hash_for_each_distribution_and_no_index(lock: Path) -> None:
     text = lock.read_text()
     entries = [entry for entry in re.split(r"\n(?=\S)", text) if "==" in entry]
     assert entries
@@ -90,16 +91,19 @@ def test_a_lock_pins_everything_by_hash_and_names_no_index(lock: Path) -> None:
 
 
 @pytest.mark.fast
-def test_the_locks_fit_the_project() -> None:
-    run, otel, dev = (locked(ROOT / f"requirements/{name}.lock") for name in ("run", "otel", "dev"))
-    served = declared() | by_name(PROJECT["project"]["optional-dependencies"]["server"])
-    assert all(wanted.specifier.contains(run[name]) for name, wanted in served.items())
-    assert all(wanted.specifier.contains(otel[name]) for name, wanted in of_extras().items())
+def test_the_locks_satisfy_the_dependencies_of_the_project() -> None:
+    run, otel, dev = (
+        locked_versions(ROOT / f"requirements/{name}.lock") for name in ("run", "otel", "dev")
+    )
+    server = dependencies() | by_name(PROJECT["project"]["optional-dependencies"]["server"])
+    assert all(needed.specifier.contains(run[name]) for name, needed in server.items())
+    optional = optional_dependencies()
+    assert all(needed.specifier.contains(otel[name]) for name, needed in optional.items())
     assert run.items() <= otel.items() <= dev.items()
-    assert locked(ROOT / "requirements/build.lock").items() <= dev.items()
+    assert locked_versions(ROOT / "requirements/build.lock").items() <= dev.items()
 
 
-def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_service_and_its_license_only(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "service", tmp_path / "service")
@@ -122,7 +126,7 @@ def test_the_wheel_holds_the_service_and_nothing_else(tmp_path: Path) -> None:
     assert f"{metadata}/licenses/LICENSE" in names
 
 
-def test_make_alone_says_what_there_is() -> None:
+def test_make_without_a_target_lists_the_targets() -> None:
     done = make()
     assert done.exit_code == 0
     for target in (
@@ -139,26 +143,26 @@ def test_make_alone_says_what_there_is() -> None:
         assert re.search(rf"^  make {target} +\w", done.stdout, re.MULTILINE)
 
 
-def test_the_audit_looks_at_all_that_is_locked_and_takes_no_silence_for_an_answer() -> None:
+def test_the_audit_covers_all_locks_and_fails_if_a_package_is_not_found() -> None:
     done = make("audit", "--dry-run")
     (command,) = (line for line in done.stdout.split("\n") if "/pip-audit " in line)
-    assert "--strict" in command  # otherwise what was not found counts as sound
+    assert "--strict" in command  # otherwise a package that is not found passes
     named = re.findall(r"--requirement (\S+)", done.stdout.replace("\\\n", ""))
     assert set(named) == {str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.lock")}
 
 
 @pytest.fixture
-def set_up(tmp_path: Path) -> Path:
-    """A project in which make has done its set-up, as the stamp files say."""
+def installed_project(tmp_path: Path) -> Path:
+    """A project with an environment, as the stamp files of make record it."""
     directory = tmp_path / "project"
-    environment_made = directory / ".venv"
-    environment_made.mkdir(parents=True)
+    environment = directory / ".venv"
+    environment.mkdir(parents=True)
     for file in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / file, directory)
     shutil.copytree(ROOT / "requirements", directory / "requirements")
-    (environment_made / ".python").write_text(f"{environment_made}\n")
+    (environment / ".python").write_text(f"{environment}\n")
     for stamp in (".run", ".dev"):
-        (environment_made / stamp).touch()
+        (environment / stamp).touch()
     return directory
 
 
@@ -166,22 +170,22 @@ def is_up_to_date(directory: Path, stamp: str) -> bool:
     return make("--question", f".venv/{stamp}", directory=directory).exit_code == 0
 
 
-def test_make_installs_again_only_what_changed(set_up: Path) -> None:
-    assert is_up_to_date(set_up, ".dev")
-    later = (set_up / ".venv/.dev").stat().st_mtime + 1
-    os.utime(set_up / "requirements/dev.lock", (later, later))
-    assert is_up_to_date(set_up, ".run")
-    assert not is_up_to_date(set_up, ".dev")
-    os.utime(set_up / "requirements/run.lock", (later, later))
-    assert not is_up_to_date(set_up, ".run")
+def test_make_installs_again_if_a_lock_changes(installed_project: Path) -> None:
+    assert is_up_to_date(installed_project, ".dev")
+    later = (installed_project / ".venv/.dev").stat().st_mtime + 1
+    os.utime(installed_project / "requirements/dev.lock", (later, later))
+    assert is_up_to_date(installed_project, ".run")
+    assert not is_up_to_date(installed_project, ".dev")
+    os.utime(installed_project / "requirements/run.lock", (later, later))
+    assert not is_up_to_date(installed_project, ".run")
 
 
-def test_make_makes_a_moved_environment_anew(set_up: Path) -> None:
-    moved = set_up.rename(set_up.with_name("elsewhere"))
+def test_make_creates_a_moved_environment_again(installed_project: Path) -> None:
+    moved = installed_project.rename(installed_project.with_name("elsewhere"))
     assert not is_up_to_date(moved, ".python")
 
 
-def test_make_says_in_one_line_that_a_python_is_too_old(tmp_path: Path) -> None:
+def test_make_reports_an_old_python_in_one_line(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\nexit 1\n")
@@ -194,10 +198,10 @@ def test_make_says_in_one_line_that_a_python_is_too_old(tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_nothing_is_raised_in_a_block_that_catches_a_group() -> None:
-    """Python 3.11.0 to 3.11.3, Debian 12's among them, wraps it in a group that nobody catches."""
+def test_no_except_star_block_raises() -> None:
+    """Python 3.11.0 to 3.11.3, as in Debian 12, wraps such an exception in a group."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.TryStar):
-                within = [each for handler in node.handlers for each in ast.walk(handler)]
-                assert not any(isinstance(each, ast.Raise) for each in within), file
+                nodes = [each for handler in node.handlers for each in ast.walk(handler)]
+                assert not any(isinstance(each, ast.Raise) for each in nodes), file
