@@ -1,1 +1,1 @@
-"""How a relay ends: told to, by a signal, while its broker misbehaves."""
+"""The stop of a relay: by signals, in time, also while its broker is faulty."""

@@ -1,4 +1,4 @@
-"""Signals at any moment: the relay ends with status 0, for one signal or twenty, and in time."""
+"""Signals at any moment: the relay ends with status 0, after one signal or twenty, and in time."""
 
 import asyncio
 import os
@@ -29,8 +29,9 @@ from tests.support.relay_process import (
 )
 from tests.support.stops import blocked_signals
 
-OFFSETS_MS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
-"""After the start of the process. The interpreter needs some 20 ms, the imports several hundred."""
+OFFSETS_MS = (0, 10, 40, 160, 640)
+"""After the start of the process. The interpreter starts in some 20 ms, the imports take several
+hundred."""
 
 TWENTY = 20
 """Signals in a row."""
@@ -39,13 +40,13 @@ FIELDS = ("Name", "SigBlk")
 """Of /proc/[pid]/status, see proc(5)."""
 
 
-async def test_a_signal_at_any_moment_of_the_start_ends_it_with_0(tmp_path: Path) -> None:
+async def test_a_signal_at_any_moment_of_the_start_ends_the_relay_with_0(tmp_path: Path) -> None:
     async def status_after(offset_ms: int) -> tuple[int, int, list[str]]:
         directory = tmp_path / str(offset_ms)
         directory.mkdir()
         relay = Relay(directory)
         try:
-            with blocked_signals():  # as the image does: before that the process has no say in it
+            with blocked_signals():  # as the image does; before that, the kernel ends the process
                 relay.launch()
             await asyncio.sleep(offset_ms / 1000)
             return offset_ms, await relay.stop(), relay.complaints
@@ -57,7 +58,7 @@ async def test_a_signal_at_any_moment_of_the_start_ends_it_with_0(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
-async def test_twenty_signals_over_the_whole_stop_end_it_with_0(
+async def test_signals_during_the_whole_stop_end_the_relay_with_0(
     relay_with: StartRelay, number: Signals
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
@@ -67,7 +68,7 @@ async def test_twenty_signals_over_the_whole_stop_end_it_with_0(
     assert await relay.exit_code() == 0
 
 
-async def test_twenty_signals_in_one_moment_are_one(relay_with: StartRelay) -> None:
+async def test_twenty_signals_at_once_act_as_one(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
     for _ in range(TWENTY):
         relay.signal()
@@ -76,8 +77,8 @@ async def test_twenty_signals_in_one_moment_are_one(relay_with: StartRelay) -> N
 
 
 async def test_a_stop_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
-    """The main thread waits in a write: standard error is a pipe that is full."""
-    timeout_s = 1.5
+    """The main thread is blocked in a write: standard error is a full pipe."""
+    timeout_s = 1.0
     reading, writing = os.pipe()
     stop = {"RELAY__SHUTDOWN__TIMEOUT_S": str(timeout_s)}
     process = relay_process(tmp_path, stderr=writing, env=environment(stop))
@@ -98,7 +99,7 @@ async def test_a_stop_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> Non
 def relay_process(
     directory: Path, prefix: Sequence[str] = (), **options: Any
 ) -> "subprocess.Popen[bytes]":
-    """Start a relay with a command before it."""
+    """Start a relay, with a command that starts it as a prefix."""
     file = directory / "relay.yaml"
     file.write_text(yaml.safe_dump(QUIET_SETTINGS))
     command = [*prefix, sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
@@ -106,7 +107,7 @@ def relay_process(
 
 
 def read_until(pipe: int, words: bytes) -> None:
-    """Read a pipe until there were some words."""
+    """Read a pipe until it contained these words."""
     seen = b""
     while words not in seen:
         piece = os.read(pipe, 65_536)
@@ -115,7 +116,7 @@ def read_until(pipe: int, words: bytes) -> None:
 
 
 def fill(pipe: int) -> None:
-    """Write to a pipe until it takes no more."""
+    """Write to a pipe until it is full."""
     os.set_blocking(pipe, False)
     with suppress(BlockingIOError):
         while True:
@@ -126,13 +127,13 @@ def fill(pipe: int) -> None:
     os.set_blocking(pipe, True)
 
 
-async def test_a_name_that_is_still_looked_up_does_not_hold_up_the_stop(tmp_path: Path) -> None:
-    """The C library reads a file for the lookup, here a pipe that nobody writes to."""
+async def test_a_pending_name_resolution_does_not_delay_the_stop(tmp_path: Path) -> None:
+    """The C library reads a file for the resolution; here it is a pipe without a writer."""
     os.mkfifo(tmp_path / "aliases")
     settings = {"backplane": {"url": "nats://broker:4222"}, "shutdown": {"timeout_s": 5}}
     relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
     try:
-        relay.launch()
+        relay.start()
         await relay.wait_for_log("relay listening")
         started = time.monotonic()
         assert await relay.stop() == 0
@@ -142,14 +143,14 @@ async def test_a_name_that_is_still_looked_up_does_not_hold_up_the_stop(tmp_path
         relay.end()
 
 
-async def test_a_signal_while_the_address_to_listen_on_is_looked_up_ends_the_relay_with_0(
+async def test_a_signal_while_the_listening_address_is_resolved_ends_the_relay_with_0(
     tmp_path: Path,
 ) -> None:
     os.mkfifo(tmp_path / "aliases")
     settings = {"server": {"host": "elsewhere"}, "shutdown": {"timeout_s": 20}}
     relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
     try:
-        relay.launch()
+        relay.start()
         async with somebody_reads(tmp_path / "aliases"):
             started = time.monotonic()
             assert await relay.stop() == 0
@@ -158,7 +159,7 @@ async def test_a_signal_while_the_address_to_listen_on_is_looked_up_ends_the_rel
         relay.end()
 
 
-async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
+async def test_sigterm_kills_a_command_that_is_not_the_relay(
     tmp_path: Path,
 ) -> None:
     os.mkfifo(tmp_path / "config.yaml")
@@ -171,28 +172,28 @@ async def test_a_command_that_is_not_the_relay_is_ended_by_sigterm_as_usual(
         assert await command.wait() == -SIGTERM
 
 
-def test_every_command_is_the_relay_or_one_that_signals_end(tmp_path: Path) -> None:
+def test_every_command_is_the_relay_or_is_killed_by_signals(tmp_path: Path) -> None:
     listed = run_command("--help", directory=tmp_path).stdout
     commands = re.findall(r"^    ([a-z-]+) ", listed, re.MULTILINE)
     assert {*commands} == OTHER_COMMANDS | {"serve"}
 
 
-# As process 1, as in a container
+# Process 1, as in a container
 
 
 def process_1() -> Sequence[str]:
-    """Return what runs a command as process 1 of a namespace, or skip."""
+    """Return the command that runs another as process 1 of a namespace; skip if there is none."""
     if sys.platform != "linux" or shutil.which("unshare") is None:
-        pytest.skip("unshare of util-linux is not here")
+        pytest.skip("unshare of util-linux is not installed")
     for user in ([], ["--user", "--map-root-user"]):
         command = ["unshare", *user, "--fork", "--pid", "--mount-proc", "--kill-child"]
         if not subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
             return command
-    pytest.skip("this user may not make a PID namespace")
+    pytest.skip("this user can't create a PID namespace")
 
 
 def entrypoint() -> list[str]:
-    """Return the command of the image."""
+    """Return the entry point of the image without the relay's own command."""
     line = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert line
     words: list[str] = [word.strip().strip('"') for word in line[1].strip("[]").split(",")]
@@ -200,15 +201,15 @@ def entrypoint() -> list[str]:
     return words
 
 
-def pid_of_process_1(outside: int) -> int:
-    """Wait until a command runs as process 1, with its signals blocked; return its id here.
+def pid_of_process_1(parent: int) -> int:
+    """Wait until a command runs as process 1, with its signals blocked; return its id outside.
 
     Args:
-        outside: the process that made the namespace.
+        parent: the process that created the namespace.
     """
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        children = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         for child in children:
             status = Path(f"/proc/{child}/status").read_text()
             name, blocked = (
@@ -217,10 +218,10 @@ def pid_of_process_1(outside: int) -> int:
             if name != "unshare" and int(blocked, 16) & 1 << SIGTERM - 1:
                 return int(child)
         time.sleep(0.001)
-    raise AssertionError("no process 1 that has SIGTERM blocked")
+    raise AssertionError("no process 1 blocks SIGTERM")
 
 
-async def test_process_1_ends_with_0_whenever_the_first_signal_comes(tmp_path: Path) -> None:
+async def test_a_signal_at_any_moment_ends_process_1_with_0(tmp_path: Path) -> None:
     prefix = [*process_1(), *entrypoint()]
 
     async def status_after(offset_ms: int, count: int) -> int:
