@@ -1,4 +1,4 @@
-"""The log: the events of docs/reference/logs.md are those of the code, as JSON, and contain no secret."""
+"""The log: the events of its reference page are those of the code, as JSON, without a secret."""
 
 import ast
 import json
