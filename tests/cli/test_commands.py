@@ -250,7 +250,7 @@ async def test_listen_prints_the_close_of_a_draining_relay_and_connects_to_the_n
         assert await command.next_line() == "on the new one\n"
 
 
-async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_in_silence(
+async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_and_no_message_arrives(
     relay: Relay, channel: str
 ) -> None:
     reading, writing = os.pipe()
@@ -260,7 +260,7 @@ async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_in_silence
         assert await command.finish() == Finished(0, "", "")
 
 
-async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_in_a_flood(
+async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_while_it_writes(
     relay: Relay, channel: str
 ) -> None:
     """200 KB are more than a pipe takes, so that `listen` writes when `head` has exited."""
@@ -841,12 +841,21 @@ def client_only(tmp_path: Path) -> Callable[..., Finished]:
     return run
 
 
-@each_client_command
+@pytest.mark.parametrize(
+    "command", [CLIENT_COMMANDS[0], CLIENT_COMMANDS[2]], ids=["listen", "bench"]
+)
 def test_a_client_command_needs_no_dependency_of_the_relay(
     client_only: Callable[..., Finished], command: Sequence[str]
 ) -> None:
     done = client_only(*with_url(command, UNAVAILABLE_URL))
     assert done == Finished(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
+
+
+async def test_send_publishes_without_the_dependencies_of_the_relay(
+    relay: Relay, channel: str, client_only: Callable[..., Finished]
+) -> None:
+    sent = await asyncio.to_thread(client_only, "send", "-q", url_of(relay, channel), "hello")
+    assert sent == Finished(0, "", "")
 
 
 @pytest.mark.parametrize("command", [[], ["check"]], ids=["serve", "check"])

@@ -367,7 +367,7 @@ async def test_the_environment_can_disable_traces(
     ],
     ids=["not installed", "invalid variable"],
 )
-async def test_a_relay_that_cannot_trace_relays_and_logs_the_reason(
+async def test_a_relay_that_cannot_trace_serves_and_logs_the_reason(
     tmp_path: Path,
     relay_with: StartRelay,
     collector: Collector,
@@ -421,7 +421,7 @@ async def test_a_collector_that_does_not_answer_delays_neither_clients_nor_the_s
         assert time.monotonic() - started < 3
 
 
-async def test_a_relay_relays_without_its_collector_and_logs_the_failure_without_secrets(
+async def test_a_relay_serves_without_its_collector_and_logs_the_failure_without_secrets(
     relay_with: StartRelay,
 ) -> None:
     with Collector() as ended:

@@ -204,9 +204,17 @@ async def unusable_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncI
         yield address
 
 
-def replica_on(url: str) -> Replica:
-    """Return a replica that is not started, with a message to append."""
-    replica = Replica(url, "relay", "reject", 1_048_576)
+STREAM_NUMBERS = itertools.count()
+
+
+def replica_on(url: str, stream: str = "") -> Replica:
+    """Return a replica that is not started, with a message to append.
+
+    Each replica has a stream of its own. In a stream that runs share, the number of awaits would
+    grow with the messages of earlier runs, which a replica reads first.
+    """
+    name = stream or f"relay-{next(STREAM_NUMBERS)}"
+    replica = Replica(url, name, "reject", 1_048_576)
     replica.say(b"hello")
     return replica
 
@@ -243,7 +251,7 @@ async def test_a_task_of_a_replica_ends_at_any_await(url: str, method: str) -> N
 async def test_a_replica_with_an_unusable_stream_ends_at_any_await(unusable_url: str) -> None:
     @asynccontextmanager
     async def run() -> AsyncIterator[CancelledRun]:
-        replica = replica_on(unusable_url)
+        replica = replica_on(unusable_url, "relay")
         failures: dict[str, set[str]] = replica.backplane._failures  # type: ignore[attr-defined]
         yield CancelledRun(
             lambda: run_cancellable(replica.backplane.run),

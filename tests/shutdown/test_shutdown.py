@@ -68,7 +68,7 @@ async def test_a_stop_refuses_an_incomplete_request_and_does_not_wait_for_it(
         assert await relay.exit_code() == 0
 
 
-async def test_a_stop_closes_a_connection_without_a_request_without_a_response(
+async def test_a_connection_without_a_request_is_closed_without_a_response(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with()
@@ -213,7 +213,7 @@ async def test_clients_are_closed_after_the_readiness_delay(relay_with: StartRel
         assert await relay.exit_code() == 0
 
 
-async def test_ports_answer_new_clients_are_refused_and_messages_relayed_between_the_closes(
+async def test_between_closes_the_ports_answer_messages_are_relayed_and_new_clients_refused(
     relay_with: StartRelay,
 ) -> None:
     """The first client is closed at once, the next after 15 s; a second interrupt ends the stop."""

@@ -30,10 +30,9 @@ from tests.support.relay_process import (
 from tests.support.stops import blocked_signals
 
 OFFSETS_MS = (0, 10, 40, 160, 640)
-"""After the start of the process. The interpreter starts in some 20 ms, the imports take several
-hundred."""
+"""After the start of the process. The interpreter takes some 20 ms, the imports several hundred."""
 
-TWENTY = 20
+BURST = 20
 """Signals in a row."""
 
 FIELDS = ("Name", "SigBlk")
@@ -70,7 +69,7 @@ async def test_signals_during_the_whole_stop_end_the_relay_with_0(
 
 async def test_twenty_signals_at_once_act_as_one(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
-    for _ in range(TWENTY):
+    for _ in range(BURST):
         relay.signal()
     assert await relay.exit_code() == 0
     assert relay.log_events[-1]["event"] == "stopped"
@@ -238,5 +237,5 @@ async def test_a_signal_at_any_moment_ends_process_1_with_0(tmp_path: Path) -> N
             process.kill()
             process.wait()
 
-    counts = [1 if number % 2 else TWENTY for number, _ in enumerate(OFFSETS_MS)]
+    counts = [1 if number % 2 else BURST for number, _ in enumerate(OFFSETS_MS)]
     assert set(await asyncio.gather(*map(status_after, OFFSETS_MS, counts))) == {0}
