@@ -5,13 +5,14 @@ import logging
 import random
 import subprocess
 import sys
+from asyncio import StreamWriter
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from websocket_relay.backplane import replicated
+from websocket_relay.backplane import nats, replicated
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Position
 from websocket_relay.outcomes import UnusableSettingError
@@ -28,7 +29,8 @@ from tests.support.logs_kept import (
     until,
 )
 from tests.support.proxy import Connection, Proxy
-from tests.support.relay_process import eventually
+from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_process import HOST, eventually
 
 SECRET = "s3cret-%2F-pass"
 PLAIN_SECRET = "s3cret-/-pass"
@@ -727,3 +729,32 @@ def test_libraries_of_brokers_are_not_imported_unless_a_url_needs_them() -> None
         "sys.exit(any(name in sys.modules for name in ('redis', 'nats')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nats-py closes it only if its own `close` is given the time."""
+    monkeypatch.setattr(nats, "CLOSE_TIMEOUT_S", 0)
+    accepted, closed = asyncio.Event(), asyncio.Event()
+
+    async def accept_and_send_nothing(reader: asyncio.StreamReader, writer: StreamWriter) -> None:
+        accepted.set()
+        with suppress(ConnectionError):
+            await reader.read()
+        closed.set()
+        writer.close()
+
+    server = await asyncio.start_server(accept_and_send_nothing, HOST, 0)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            address = nats.parse_nats_url(f"nats://{HOST}:{server.sockets[0].getsockname()[1]}")
+            connection = nats.NatsConnection(address)
+            opening = asyncio.create_task(connection.open(address.servers[0]))
+            await accepted.wait()
+            opening.cancel()
+            await asyncio.wait([opening])
+            await connection.abort()
+            await closed.wait()
+    finally:
+        server.close()

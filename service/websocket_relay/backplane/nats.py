@@ -168,7 +168,6 @@ class NatsConnection:
     def __init__(self, address: NatsAddress) -> None:
         self._address = address
         self._client = TlsNatsClient() if address.tls is not None else QuietNatsClient()
-        self._stream: asyncio.StreamWriter | None = None
         self._failure = ""
         self.on_failure: Callable[[], None] = _do_nothing
 
@@ -208,9 +207,9 @@ class NatsConnection:
             )
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
-        # nats-py has no public access to its transport.
-        self._stream = self._client._transport._io_writer  # type: ignore[union-attr]
-        reset_on_close(self._stream)
+        writer = self._writer()
+        assert writer is not None
+        reset_on_close(writer)
         version = self._client.connected_server_version
         if (version.major, version.minor) < MIN_VERSION:
             raise BrokerError(f"NATS {version} is not supported: 2.9 or newer is required")
@@ -259,12 +258,16 @@ class NatsConnection:
         return response
 
     async def abort(self) -> None:
-        """Abort the connection at once."""
-        if self._stream is not None:
-            self._stream.transport.abort()
+        """Abort the connection at once, also one whose `open` was cancelled."""
+        if (writer := self._writer()) is not None:
+            writer.transport.abort()
         with suppress(Exception):  # the connection is closed, whatever nats-py raises
             async with Deadline(CLOSE_TIMEOUT_S):
                 await self._client.close()
+
+    def _writer(self) -> asyncio.StreamWriter | None:
+        # nats-py has no public access to its transport.
+        return getattr(self._client._transport, "_io_writer", None)
 
     async def _on_error(self, error: Exception) -> None:
         # A missing permission, for example: the broker does not respond to the request then.
