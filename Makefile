@@ -60,7 +60,7 @@ bare-test:  ## make run and make test on a Debian that has Python and make only
 	@tests/support/bare_machine.sh
 
 TIMES ?= 10
-repeat: $(VENV)/.dev  ## run the tests TIMES times beside a load that keeps all cores busy
+repeat: $(VENV)/.dev  ## run the tests TIMES times, several runs at a time, so that all cores are busy
 	@tests/support/repeat.sh $(TIMES) $(REPEAT_ARGS)
 
 .PHONY: image image-test
