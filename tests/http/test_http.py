@@ -311,7 +311,12 @@ AMBIGUOUS_REQUESTS: Mapping[str, Mapping[str, bytes]] = {
 async def test_an_ambiguous_request_is_rejected_and_no_request_after_it_is_answered(
     relay: Relay, kind: str
 ) -> None:
-    requests = AMBIGUOUS_REQUESTS[kind]
+    # A publish is answered after its body. Where the path allows no POST, the head may be answered
+    # before the parser has reached the error.
+    requests = {
+        name: wire.replace(b"POST /healthz", b"POST /channels/news")
+        for name, wire in AMBIGUOUS_REQUESTS[kind].items()
+    }
     before = await relay.metric("websocket_refusals_total", reason="handshake")
     statuses = {
         name: (await only_response(relay, wire + SMUGGLED)).status
