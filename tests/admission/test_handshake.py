@@ -9,7 +9,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
-from tests.support.admission import refused
+from tests.support.admission import refusal_answer
 from tests.support.http_requests import get, posting
 from tests.support.issuer import KeyServer, key_set, signer
 from tests.support.raw_client import TEXT, RawClient, frame, upgrade_request
@@ -129,7 +129,7 @@ async def test_another_origin_is_refused_with_403(
     ]
     before = await relay.metric("websocket_refusals_total", reason="origin")
     for origin in others:
-        answer = await refused(relay.client(channel, origin=Origin(origin)))
+        answer = await refusal_answer(relay.client(channel, origin=Origin(origin)))
         assert answer.status_code == 403, origin
     await relay.metric_is("websocket_refusals_total", before + len(others), reason="origin")
     assert await relay.metric("websocket_connected_clients") == 0
@@ -144,7 +144,7 @@ async def test_at_max_connections_clients_are_refused_until_one_disconnects(
     relay = relay_with(limits={"max_connections": 2})
     async with relay.client(channel), AsyncExitStack() as second:
         await second.enter_async_context(relay.client(f"{channel}-2"))
-        answer = await refused(relay.client(channel))
+        answer = await refusal_answer(relay.client(channel))
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
         await relay.metric_is("websocket_refusals_total", 1, reason="connections")
@@ -185,8 +185,8 @@ async def test_refused_and_aborted_upgrades_do_not_count_as_connections(
         limits={"max_connections": 1}, server={"allowed_origins": ["https://app.example"]}
     )
     for _ in range(3):
-        await refused(relay.client("not%20a%20name"))
-        await refused(relay.client(channel, origin=Origin("https://other.example")))
+        await refusal_answer(relay.client("not%20a%20name"))
+        await refusal_answer(relay.client(channel, origin=Origin("https://other.example")))
         async with await relay.tcp() as raw:
             await raw.send(upgrade_request(f"/channels/{channel}"))
             raw.vanish()
@@ -306,7 +306,7 @@ async def test_channels_are_served_below_the_base_path_only(
         assert await receive(default) == "root"
         assert await receive(root) == "root"
     for path in ("/live/other/channels/news", "/live/relays/channels/news", "/live/"):
-        assert (await refused(base_path_relay.client(path=path))).status_code == 404, path
+        assert (await refusal_answer(base_path_relay.client(path=path))).status_code == 404, path
 
 
 async def test_pages_are_served_below_the_base_path_and_probes_at_the_root(

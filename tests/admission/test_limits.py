@@ -16,7 +16,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 
-from tests.support.admission import bearing, refused
+from tests.support.admission import connect_with_token, refusal_answer
 from tests.support.issuer import KeyServer, key_set, signer
 from tests.support.raw_client import CONTINUATION, PING, TEXT, frame, upgrade_request
 from tests.support.relay_process import (
@@ -78,7 +78,7 @@ async def test_each_address_has_its_own_connection_limit(
         for host in ("127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.0.3"):
             await stack.enter_async_context(connect_from(relay, host, channel))
         for host in ("127.0.0.2", "127.0.0.3"):
-            answer = await refused(connect_from(relay, host, channel))
+            answer = await refusal_answer(connect_from(relay, host, channel))
             assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
         await stack.enter_async_context(connect_from(relay, "127.0.0.4", channel))
         await relay.metric_is("websocket_refusals_total", 2, reason="connections_per_ip")
@@ -111,7 +111,7 @@ async def test_a_connection_that_ended_in_any_way_no_longer_counts_for_its_addre
         await end_connection()
         await relay.metric_is("websocket_connected_clients", 0)
     async with relay.client(channel):
-        answer = await refused(relay.client(channel))
+        answer = await refusal_answer(relay.client(channel))
         assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
 
 
@@ -122,8 +122,8 @@ async def test_refused_and_aborted_upgrades_do_not_count_for_their_address(
         limits={"max_connections_per_ip": 1}, server={"allowed_origins": ["https://app.example"]}
     )
     for _ in range(2):
-        await refused(relay.client("not%20a%20name"))
-        await refused(relay.client(channel, origin="https://other.example"))
+        await refusal_answer(relay.client("not%20a%20name"))
+        await refusal_answer(relay.client(channel, origin="https://other.example"))
         async with await relay.tcp() as raw:
             await raw.send(upgrade_request(path_of(channel), drop="Sec-WebSocket-Key"))
             await raw.ended()
@@ -133,7 +133,7 @@ async def test_refused_and_aborted_upgrades_do_not_count_for_their_address(
         await relay.metric_is("websocket_connected_clients", 0)
     async with relay.client(channel):
         for _ in range(2):
-            await refused(relay.client(channel))
+            await refusal_answer(relay.client(channel))
     await relay.metric_is("websocket_connected_clients", 0)
     async with relay.client(channel):
         pass
@@ -170,7 +170,7 @@ async def test_clients_that_wait_for_the_same_key_do_not_exceed_the_limits(
             server.go_on.clear()
             async with AsyncExitStack() as stack:
                 names = [f"{channel}-{number}" for number in range(12)]
-                attempts = [bearing(relay, name, new.token()) for name in names]
+                attempts = [connect_with_token(relay, name, new.token()) for name in names]
                 admitted = asyncio.create_task(count_admitted(stack, attempts))
                 await asyncio.to_thread(server.await_requests, 2)
                 server.go_on.set()
@@ -197,7 +197,7 @@ async def test_a_forwarded_address_is_ignored_unless_a_trusted_proxy_sends_it(
             forwarded(relay, channel, "203.0.113.2"),
         ):
             for claimed in ("203.0.113.3", "127.0.0.9", ""):
-                answer = await refused(forwarded(relay, channel, claimed))
+                answer = await refusal_answer(forwarded(relay, channel, claimed))
                 assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
             async with connect_from(relay, "127.0.0.2", channel):
                 pass
@@ -212,10 +212,10 @@ async def test_a_client_of_a_trusted_proxy_counts_by_its_own_address(
         forwarded(relay, channel, "203.0.113.2"),
     ):
         for address in ("203.0.113.1", "203.0.113.2", "203.0.113.1:4711", " 203.0.113.2 "):
-            answer = await refused(forwarded(relay, channel, address))
+            answer = await refusal_answer(forwarded(relay, channel, address))
             assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
         async with relay.client(channel):  # the proxy itself
-            answer = await refused(relay.client(channel))
+            answer = await refusal_answer(relay.client(channel))
             assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
 
 
@@ -250,7 +250,7 @@ async def test_a_client_of_a_trusted_proxy_can_not_claim_another_address(
                     claim(lines, 13),
                     forwarded(relay, channel, "203.0.113.1"),
                 ):
-                    answer = await refused(attempt)
+                    answer = await refusal_answer(attempt)
                     assert answer.status_code == 503, case
                     assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
             await relay.metric_is("websocket_connected_clients", 1)
@@ -270,7 +270,7 @@ async def test_addresses_that_one_client_may_have_count_as_one(
     ):
         async with forwarded(relay, channel, same[0]):
             for address in same:
-                answer = await refused(forwarded(relay, channel, address))
+                answer = await refusal_answer(forwarded(relay, channel, address))
                 assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
             async with forwarded(relay, channel, other):
                 pass
@@ -284,7 +284,7 @@ async def test_an_ipv6_client_counts(relay_with: StartRelay, channel: str) -> No
     relay = relay_with(limits={"max_connections_per_ip": 1}, server={"host": "::1"})
     url = relay.ws_url(path_of(channel), host="[::1]")
     async with connect(url, proxy=None):
-        answer = await refused(connect(url, proxy=None))
+        answer = await refusal_answer(connect(url, proxy=None))
         assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
 
 
@@ -372,9 +372,9 @@ async def test_only_upgrades_that_pass_the_other_checks_count_as_handshakes(
     for _ in range(5):
         assert (await relay.get("/healthz")).status_code == 200
         assert (await relay.get("/channels/news")).status_code == 426
-        assert (await refused(relay.client("not%20a%20name"))).status_code == 404
+        assert (await refusal_answer(relay.client("not%20a%20name"))).status_code == 404
         other = relay.client(channel, origin="https://other.example")
-        assert (await refused(other)).status_code == 403
+        assert (await refusal_answer(other)).status_code == 403
     async with relay.client(channel):
         pass
 
@@ -384,7 +384,7 @@ async def test_refused_clients_receive_different_values_of_retry_after(
 ) -> None:
     relay = relay_with(limits={"max_connections": 1})
     async with relay.client(channel):
-        answers = [await refused(relay.client(channel)) for _ in range(20)]
+        answers = [await refusal_answer(relay.client(channel)) for _ in range(20)]
     assert len({answer.headers["Retry-After"] for answer in answers}) > 1
 
 

@@ -23,7 +23,12 @@ from websocket_relay.outcomes import RefusedError
 from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
-from tests.support.admission import assert_bad, bearing, refused, works
+from tests.support.admission import (
+    assert_admitted,
+    assert_invalid_token,
+    connect_with_token,
+    refusal_answer,
+)
 from tests.support.certificates import make_pair
 from tests.support.issuer import (
     ASYMMETRIC,
@@ -122,7 +127,7 @@ async def assert_ready(relay: Relay) -> None:
 async def status_of_client(relay: Relay, channel: str | None, encoded: str) -> int:
     """Return the status that a client with a token receives; disconnect it at once."""
     try:
-        async with bearing(relay, channel, encoded):
+        async with connect_with_token(relay, channel, encoded):
             return 101
     except InvalidStatus as refusal:
         return refusal.response.status_code
@@ -160,18 +165,22 @@ async def test_a_public_key_is_not_a_secret_and_a_secret_is_not_a_public_key(
     own = signer("RS256")
     settings = key_file_settings(tmp_path, own.public_pem, "RS256", "HS256")
     relay = relay_with(auth={"mode": "jwt", "jwt": settings | {"secret": SECRET}})
-    await works(bearing(relay, channel, own.token()))
-    await works(bearing(relay, channel, token()))
+    await assert_admitted(connect_with_token(relay, channel, own.token()))
+    await assert_admitted(connect_with_token(relay, channel, token()))
     for text in (own.public_pem.decode(), own.public_pem.decode().strip(), ""):
         forged = hand_made({"alg": "HS256"}, {"relay": EVERYTHING}, text)
-        assert_bad(await refused(bearing(relay, channel, forged)), "signature")
+        assert_invalid_token(
+            await refusal_answer(connect_with_token(relay, channel, forged)), "signature"
+        )
     body = own.token().split(".")[1]
     for algorithm in ("RS256", "HS256"):
         head = in_base64(json.dumps({"alg": algorithm}).encode())
         genuine = own.token().split(".")[2], token().split(".")[2]
         for signature in genuine:
-            answer = await refused(bearing(relay, channel, f"{head}.{body}.{signature}"))
-            assert_bad(answer, "signature")
+            answer = await refusal_answer(
+                connect_with_token(relay, channel, f"{head}.{body}.{signature}")
+            )
+            assert_invalid_token(answer, "signature")
     assert "websocket_jwks_fetches_total" not in (await relay.metrics()).names
 
 
@@ -323,11 +332,13 @@ async def test_the_certificate_of_the_key_server_is_verified(
     with KeyServer(key_set(ONE), context) as server:
         trust = {"SSL_CERT_FILE": str(tmp_path / "cert.pem")}
         trusting = relay_with(trust, auth=auth_by_url(server))
-        await works(bearing(trusting, channel, ONE.token()))
+        await assert_admitted(connect_with_token(trusting, channel, ONE.token()))
         distrusting = launched(auth=auth_by_url(server))
         error = (await distrusting.wait_for_log("keys not fetched"))["error"]
         assert "certificate" in error.lower()
-        assert_unavailable(await refused(bearing(distrusting, channel, ONE.token())))
+        assert_unavailable(
+            await refusal_answer(connect_with_token(distrusting, channel, ONE.token()))
+        )
         assert server.requests == 1
 
 
@@ -367,7 +378,9 @@ async def test_many_tokens_with_the_same_new_key_id_cause_one_fetch(
     key_server.go_on.clear()
     many = [asyncio.create_task(status_of_client(relay, channel, TWO.token())) for _ in range(20)]
     await asyncio.to_thread(key_server.await_requests, 2)
-    await works(bearing(relay, channel, ONE.token()))  # a known key does not wait for the fetch
+    await assert_admitted(
+        connect_with_token(relay, channel, ONE.token())
+    )  # a known key does not wait for the fetch
     key_server.go_on.set()
     assert await asyncio.gather(*many) == [101] * 20
     assert key_server.requests == 2
@@ -401,16 +414,16 @@ async def test_unknown_key_ids_cause_a_limited_number_of_fetches(
     answers = []
     for number in range(count):
         unknown = Signer("ES256", TWO.key, f"unknown {number}")
-        answers.append(await refused(bearing(relay, channel, unknown.token())))
+        answers.append(await refusal_answer(connect_with_token(relay, channel, unknown.token())))
     elapsed_s = time.monotonic() - started_at
     assert 1 + burst <= key_server.requests <= 1 + burst + elapsed_s / 10
     for answer in answers[:burst]:
-        assert_bad(answer, "unknown key")
+        assert_invalid_token(answer, "unknown key")
     unavailable = [answer for answer in answers[burst:] if answer.status_code == 503]
     assert len(unavailable) >= count - burst - elapsed_s / 10
     for answer in unavailable:
         assert_unavailable(answer)
-    await works(bearing(relay, channel, ONE.token()))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
 
 
 async def test_old_keys_are_refetched_in_the_background_when_they_are_used(
@@ -443,17 +456,17 @@ async def test_an_outage_of_the_issuer_refuses_only_tokens_with_unknown_keys(
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server))
     key_server.stop()
-    await works(bearing(relay, channel, ONE.token()))
-    assert_unavailable(await refused(bearing(relay, channel, TWO.token())))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
+    assert_unavailable(await refusal_answer(connect_with_token(relay, channel, TWO.token())))
     await assert_ready(relay)
-    await works(bearing(relay, channel, ONE.token()))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     await relay.wait_for_log("keys not fetched")
     await relay.metric_is("websocket_jwks_fetches_total", 1, result="error")
     await relay.metric_is("websocket_refusals_total", 1, reason="keys")
 
     key_server.body = key_set(ONE, TWO)
     key_server.start()
-    await works(bearing(relay, channel, TWO.token()))
+    await assert_admitted(connect_with_token(relay, channel, TWO.token()))
     await relay.metric_is("websocket_jwks_fetches_total", 2, result="ok")
     fetched = await relay.wait_for_log("keys fetched", count=2)
     assert (fetched["level"], fetched["keys"]) == ("info", 2)
@@ -498,11 +511,11 @@ async def test_a_relay_that_starts_during_an_outage_of_the_issuer_retries_by_its
     event = await relay.wait_for_log("keys not fetched")
     assert (event["level"], event["error"]) == ("error", "Connection refused")
     await assert_not_ready(relay)
-    assert_unavailable(await refused(bearing(relay, channel, ONE.token())))
+    assert_unavailable(await refusal_answer(connect_with_token(relay, channel, ONE.token())))
     key_server.start()
     await relay.wait_for_log("ready")
     await assert_ready(relay)
-    await works(bearing(relay, channel, ONE.token()))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     assert key_server.requests == 1
     assert relay.complaints == []
 
@@ -515,7 +528,7 @@ async def test_a_fetch_that_a_token_causes_ends_the_wait_for_the_first_keys(
     relay = launched(auth=auth_by_url(key_server))
     await relay.wait_for_log("keys not fetched")
     key_server.start()
-    await works(bearing(relay, channel, ONE.token()))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     await relay.wait_for_log("ready")
     assert key_server.requests == 1
 
@@ -646,7 +659,7 @@ async def test_a_fetch_leaves_no_url_and_no_header_in_the_log(
     relay_with: StartRelay, key_server: KeyServer, channel: str
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server), logging={"level": "debug"})
-    await works(bearing(relay, channel, ONE.token()))
+    await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     assert [event["event"] for event in relay.log_events if "key" in event["event"]] == [
         "keys fetched"
     ]

@@ -19,7 +19,14 @@ from websocket_relay.outcomes import RefusedError
 from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
-from tests.support.admission import HMAC, assert_bad, bearing, guarding, refused, works
+from tests.support.admission import (
+    HMAC_ALGORITHMS,
+    assert_admitted,
+    assert_invalid_token,
+    connect_with_token,
+    jwt_settings,
+    refusal_answer,
+)
 from tests.support.issuer import (
     EVERYTHING,
     OTHER_SECRET,
@@ -54,7 +61,7 @@ NOT_ALLOWED = (1008, "not allowed to publish")
 
 @pytest.fixture(scope="module")
 def shared_guarded_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    with Relay(tmp_path_factory.mktemp("guarded"), {"auth": guarding()}) as relay:
+    with Relay(tmp_path_factory.mktemp("guarded"), {"auth": jwt_settings()}) as relay:
         yield relay
 
 
@@ -68,7 +75,7 @@ async def guarded_relay(shared_guarded_relay: Relay) -> AsyncIterator[Relay]:
 
 def verifier_with(**settings: Any) -> TokenVerifier:
     """Return a verifier with the settings of `guarded_relay` and others."""
-    return TokenVerifier(JwtSettings(**guarding(**settings)["jwt"]))
+    return TokenVerifier(JwtSettings(**jwt_settings(**settings)["jwt"]))
 
 
 async def assert_invalid(verifier: TokenVerifier, encoded: str, problem: str) -> None:
@@ -85,7 +92,7 @@ async def test_a_token_in_the_authorization_header_is_accepted(
 ) -> None:
     for scheme in ("Bearer", "bearer", "BEARER", "Bearer  "):
         headers = {"Authorization": f"{scheme} {token()}"}
-        await works(guarded_relay.client(channel, additional_headers=headers))
+        await assert_admitted(guarded_relay.client(channel, additional_headers=headers))
 
 
 async def test_a_token_in_the_query_is_accepted(guarded_relay: Relay, channel: str) -> None:
@@ -96,14 +103,14 @@ async def test_a_token_in_the_query_is_accepted(guarded_relay: Relay, channel: s
         f"&access_token={token()}",
         f"access_token={escaped}",
     ):
-        await works(guarded_relay.client(path=f"{path_of(channel)}?{query}"))
+        await assert_admitted(guarded_relay.client(path=f"{path_of(channel)}?{query}"))
 
 
 async def test_a_token_among_the_subprotocols_is_accepted(
     guarded_relay: Relay, channel: str
 ) -> None:
     offer = [Subprotocol("bearer"), Subprotocol(token())]
-    await works(guarded_relay.client(channel, subprotocols=offer))
+    await assert_admitted(guarded_relay.client(channel, subprotocols=offer))
 
 
 async def test_the_header_precedes_the_query_and_the_query_precedes_the_subprotocols(
@@ -118,13 +125,15 @@ async def test_the_header_precedes_the_query_and_the_query_precedes_the_subproto
             subprotocols=[Subprotocol("bearer"), Subprotocol(subprotocol)],
         )
 
-    await works(connect_with(f"Bearer {valid}", invalid, invalid))
-    await works(connect_with("", valid, invalid))
-    await works(connect_with("Basic dXNlcjpwYXNz", valid, invalid))
-    await works(connect_with("Bearer ", "", valid))
-    assert_bad(await refused(connect_with(f"Bearer {invalid}", valid, valid)), "signature")
-    assert_bad(await refused(connect_with("", invalid, valid)), "signature")
-    assert_bad(await refused(connect_with("", "", invalid)), "signature")
+    await assert_admitted(connect_with(f"Bearer {valid}", invalid, invalid))
+    await assert_admitted(connect_with("", valid, invalid))
+    await assert_admitted(connect_with("Basic dXNlcjpwYXNz", valid, invalid))
+    await assert_admitted(connect_with("Bearer ", "", valid))
+    assert_invalid_token(
+        await refusal_answer(connect_with(f"Bearer {invalid}", valid, valid)), "signature"
+    )
+    assert_invalid_token(await refusal_answer(connect_with("", invalid, valid)), "signature")
+    assert_invalid_token(await refusal_answer(connect_with("", "", invalid)), "signature")
 
 
 async def test_more_than_one_authorization_header_is_refused(
@@ -136,7 +145,7 @@ async def test_more_than_one_authorization_header_is_refused(
         lines = [("Authorization", first), ("Authorization", second)]
         for both in (lines, lines[::-1]):
             attempt = guarded_relay.client(channel, additional_headers=both)
-            assert_bad(await refused(attempt), "malformed")
+            assert_invalid_token(await refusal_answer(attempt), "malformed")
 
 
 WITHOUT_TOKEN: dict[str, dict[str, Any]] = {
@@ -155,7 +164,7 @@ WITHOUT_TOKEN: dict[str, dict[str, Any]] = {
 async def test_a_client_without_a_token_is_refused_with_401(guarded_relay: Relay) -> None:
     before = await guarded_relay.metric("websocket_refusals_total", reason="no_token")
     for case, options in WITHOUT_TOKEN.items():
-        answer = await refused(guarded_relay.client(**options))
+        answer = await refusal_answer(guarded_relay.client(**options))
         assert answer.status_code == 401, case
         assert bytes(answer.body or b"") == b"token required\n"
         assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -216,7 +225,7 @@ async def test_a_subprotocol_with_dots_is_not_taken_for_a_token(relay: Relay, ch
 
 
 async def test_without_authentication_a_token_is_not_verified(relay: Relay, channel: str) -> None:
-    await works(bearing(relay, channel, "nonsense"))
+    await assert_admitted(connect_with_token(relay, channel, "nonsense"))
     offer = [Subprotocol("bearer"), Subprotocol("nonsense")]
     async with relay.client(channel, subprotocols=offer) as client:
         assert client.subprotocol == "bearer"
@@ -417,11 +426,13 @@ async def test_the_required_audience_and_issuer_are_verified() -> None:
 async def test_a_relay_with_an_audience_admits_tokens_for_it_only(
     relay_with: StartRelay, channel: str
 ) -> None:
-    relay = relay_with(auth=guarding(audience="the relay", issuer="https://issuer.example"))
+    relay = relay_with(auth=jwt_settings(audience="the relay", issuer="https://issuer.example"))
     issuer = "https://issuer.example"
-    await works(bearing(relay, channel, token(aud="the relay", iss=issuer)))
-    answer = await refused(bearing(relay, channel, token(aud="another", iss=issuer)))
-    assert_bad(answer, "wrong audience")
+    await assert_admitted(connect_with_token(relay, channel, token(aud="the relay", iss=issuer)))
+    answer = await refusal_answer(
+        connect_with_token(relay, channel, token(aud="another", iss=issuer))
+    )
+    assert_invalid_token(answer, "wrong audience")
 
 
 @pytest.mark.fast
@@ -440,7 +451,7 @@ async def test_claims_that_are_not_checked_do_not_make_a_token_invalid() -> None
 
 @pytest.mark.fast
 async def test_a_secret_verifies_every_accepted_hmac_algorithm_and_no_other() -> None:
-    for algorithm in HMAC:
+    for algorithm in HMAC_ALGORITHMS:
         await verifier_with().verify(token(algorithm=algorithm))
         await assert_invalid(verifier_with(), token(OTHER_SECRET, algorithm), "signature")
     only_hs512 = verifier_with(algorithms=["HS512"])
@@ -507,14 +518,14 @@ async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(
 ) -> None:
     claim = {"subscribe": ["news", "chat.*"], "publish": ["news", "chat.*"]}
     for name in ("news", "chat.lobby"):
-        await works(bearing(guarded_relay, name, token(relay=claim)))
+        await assert_admitted(connect_with_token(guarded_relay, name, token(relay=claim)))
     before = await guarded_relay.metric("websocket_refusals_total", reason="not_authorized")
     for name, encoded in (
         ("newsletter", token(relay=claim)),
         ("news", token(relay={"publish": ["*"]})),
         ("news", token(relay=None)),
     ):
-        answer = await refused(bearing(guarded_relay, name, encoded))
+        answer = await refusal_answer(connect_with_token(guarded_relay, name, encoded))
         assert answer.status_code == 403
         assert bytes(answer.body or b"") == b"not authorized for this channel\n"
     await guarded_relay.metric_is("websocket_refusals_total", before + 3, reason="not_authorized")
@@ -522,9 +533,11 @@ async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(
 
 async def test_the_root_requires_permission_for_the_channel_default(guarded_relay: Relay) -> None:
     claim = {"subscribe": ["default"], "publish": ["default"]}
-    await works(bearing(guarded_relay, None, token(relay=claim)))
+    await assert_admitted(connect_with_token(guarded_relay, None, token(relay=claim)))
     elsewhere = token(relay={"subscribe": ["news"]})
-    assert (await refused(bearing(guarded_relay, None, elsewhere))).status_code == 403
+    assert (
+        await refusal_answer(connect_with_token(guarded_relay, None, elsewhere))
+    ).status_code == 403
 
 
 async def test_a_client_without_permission_to_publish_is_closed_at_its_first_message(
@@ -532,8 +545,8 @@ async def test_a_client_without_permission_to_publish_is_closed_at_its_first_mes
 ) -> None:
     only_subscribe = token(relay={"subscribe": ["*"], "publish": ["other"]})
     async with (
-        bearing(guarded_relay, channel, token()) as publisher,
-        bearing(guarded_relay, channel, only_subscribe) as subscriber,
+        connect_with_token(guarded_relay, channel, token()) as publisher,
+        connect_with_token(guarded_relay, channel, only_subscribe) as subscriber,
     ):
         await publisher.send("hello")
         assert await receive(subscriber) == "hello"
@@ -547,8 +560,8 @@ async def test_permission_to_publish_is_checked_for_each_channel(
     guarded_relay: Relay, channel: str
 ) -> None:
     encoded = token(relay={"subscribe": ["*"], "publish": [f"{channel}-open*"]})
-    await works(bearing(guarded_relay, f"{channel}-open-1", encoded))
-    async with bearing(guarded_relay, f"{channel}-closed", encoded) as client:
+    await assert_admitted(connect_with_token(guarded_relay, f"{channel}-open-1", encoded))
+    async with connect_with_token(guarded_relay, f"{channel}-closed", encoded) as client:
         await client.send("not permitted")
         assert await closed(client) == NOT_ALLOWED
 
@@ -572,8 +585,8 @@ async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_
     expiry = int(time.time()) + 3
     bearer = f"Bearer {token(exp=expiry)}"
     async with (
-        bearing(guarded_relay, channel, token(exp=None)) as unlimited,
-        bearing(guarded_relay, channel, token(exp=expiry)) as expiring,
+        connect_with_token(guarded_relay, channel, token(exp=None)) as unlimited,
+        connect_with_token(guarded_relay, channel, token(exp=expiry)) as expiring,
         raw_websocket(
             HOST, guarded_relay.port, path_of(channel), Authorization=bearer
         ) as sending_on,
@@ -594,7 +607,7 @@ async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_
 async def test_a_token_may_expire_in_the_far_future(guarded_relay: Relay, channel: str) -> None:
     for expiry in (b"1e300", b"9" * 400, b"253402300799", b"4102444800.5"):
         payload = b'{"relay":' + json.dumps(EVERYTHING).encode() + b',"exp":' + expiry + b"}"
-        await works(bearing(guarded_relay, channel, hand_made(HS256, payload)))
+        await assert_admitted(connect_with_token(guarded_relay, channel, hand_made(HS256, payload)))
 
 
 # Tokens are not revealed
@@ -625,7 +638,7 @@ async def test_answers_and_log_contain_no_part_of_a_token(
         hand_made(HS256 | {"kid": 5}, {"sub": secret_claim}),
     ]
     settings = {
-        "auth": guarding(),
+        "auth": jwt_settings(),
         "logging": {"level": "debug", "format": log_format},
         "metrics": {"enabled": False},
     }
@@ -663,8 +676,8 @@ async def test_the_metrics_page_contains_no_part_of_a_token(
     guarded_relay: Relay, channel: str
 ) -> None:
     tokens = [token(sub="secret"), token(OTHER_SECRET, sub="secret")]
-    await works(bearing(guarded_relay, channel, tokens[0]))
-    await refused(guarded_relay.client(path=f"{path_of(channel)}?access_token={tokens[1]}"))
+    await assert_admitted(connect_with_token(guarded_relay, channel, tokens[0]))
+    await refusal_answer(guarded_relay.client(path=f"{path_of(channel)}?access_token={tokens[1]}"))
     await guarded_relay.get(f"/?access_token={tokens[0]}")
     page = (await guarded_relay.get_metrics()).text
     assert "websocket_refusals_total" in page

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.admission import refused
+from tests.support.admission import refusal_answer
 from tests.support.raw_client import upgrade_request
 from tests.support.relay_process import Relay, path_of, receive
 
@@ -107,7 +107,7 @@ async def test_at_max_channels_a_new_channel_is_refused_and_existing_ones_accept
     await relay.metric_is("websocket_channels", 0)
     before = await relay.metric("websocket_refusals_total", reason="channels")
     async with relay.client(f"{channel}-1") as first, relay.client(f"{channel}-2"):
-        answer = await refused(relay.client(f"{channel}-3"))
+        answer = await refusal_answer(relay.client(f"{channel}-3"))
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
         await relay.metric_is("websocket_refusals_total", before + 1, reason="channels")

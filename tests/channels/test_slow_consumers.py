@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 from websockets.asyncio.client import ClientConnection
 
-from tests.support.books import assert_balanced_at_rest
+from tests.support.accounting import assert_counters_add_up_at_rest
 from tests.support.raw_client import (
     BINARY,
     CLOSE,
@@ -98,7 +98,7 @@ async def test_a_stalled_client_is_closed_and_delays_no_other_client(
         assert await stalled.answer_close() == (1013, "slow consumer")
         await relay.metric_is("websocket_connected_clients", 3)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_stalled_clients_that_never_read_again_are_aborted_at_the_deadline(
@@ -117,7 +117,7 @@ async def test_stalled_clients_that_never_read_again_are_aborted_at_the_deadline
         await relay.metric_is("websocket_connected_clients", 2)
         await relay.metric_is("websocket_backlog_bytes", 0)
         assert await relay.metric("websocket_closes_total", code="1013") == stalled
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_stalled_tls_client_is_closed_and_delays_no_other_client(
@@ -136,7 +136,7 @@ async def test_a_stalled_tls_client_is_closed_and_delays_no_other_client(
                 number += 1
         await relay.metric_is("websocket_connected_clients", 2)
         stalled.transport.abort()
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_client_that_stalls_and_then_reads_slowly_within_its_backlog_is_not_closed(
@@ -166,7 +166,7 @@ async def test_a_client_that_stalls_and_then_reads_slowly_within_its_backlog_is_
         await relay.metric_is("websocket_slow_clients", 0)
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_slow_client_that_ends_its_stream_still_receives_its_backlog(
@@ -187,7 +187,7 @@ async def test_a_slow_client_that_ends_its_stream_still_receives_its_backlog(
         assert await ending.ended() == b""
         await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
         assert await relay.metric("websocket_drops_total") == 0
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_the_client_with_the_largest_backlog_is_closed_when_all_together_are_too_large(
@@ -226,7 +226,7 @@ async def test_the_client_with_the_largest_backlog_is_closed_when_all_together_a
         for name in ("second", "third"):
             for number in range(sent[name]):
                 assert await stalled[name].message() == numbered(number)
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 # Publishers that flood
@@ -294,7 +294,7 @@ async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
         assert metrics.value("websocket_messages_total") == len(payloads) * repeats
         assert metrics.value("websocket_expected_deliveries_total") == 2 * len(payloads) * repeats
     assert max_rss < rss_at_start + 30 * MIB
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
     return max_unread
 
 
@@ -369,7 +369,7 @@ async def test_a_flood_is_delivered_to_every_client_but_the_stalled_one(
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_flood_over_tls_is_slowed_and_nothing_is_lost(tls_relay_with: StartRelay) -> None:
@@ -401,7 +401,7 @@ async def test_a_flood_over_tls_is_slowed_and_nothing_is_lost(tls_relay_with: St
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
     assert max_rss < rss_at_start + 30 * MIB
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def send_until_reset(raw: RawClient, wire: bytes) -> None:
@@ -449,7 +449,7 @@ async def test_a_client_that_pings_and_never_reads_is_closed_and_its_pongs_take_
             await ping_until_reset(raw)
     await relay.metric_is("websocket_closes_total", 1, code="1013")
     assert max_rss < rss_at_start + 30 * MIB
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_message_of_very_many_fragments_takes_little_memory(
@@ -481,4 +481,4 @@ async def test_nothing_is_left_of_a_publisher_that_is_reset_during_its_flood(
         while await receive(subscriber) != "still connected":
             pass
         await relay.metric_is("websocket_paused_publishers", 0)
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)

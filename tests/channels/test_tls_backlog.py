@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests.support.books import assert_books_balance
+from tests.support.accounting import assert_counters_add_up
 from tests.support.raw_client import (
     CLOSE,
     PATIENCE_S,
@@ -31,7 +31,7 @@ async def test_the_counters_over_tls_add_up_from_the_first_message(
             await one.send(str(number))
             assert await receive(one) == await receive(two) == str(number)
         assert await relay.metric("websocket_deliveries_total") == 20
-        assert_books_balance(await relay.metrics())
+        assert_counters_add_up(await relay.metrics())
 
 
 async def test_a_tls_client_that_stops_reading_is_closed_by_the_ping_timeout(
@@ -52,7 +52,7 @@ async def test_a_tls_client_that_stops_reading_is_closed_by_the_ping_timeout(
                 assert await receive(publisher) == MESSAGE
         await relay.metric_is("websocket_closes_total", 1, reason="ping_timeout")
         await relay.metric_is("websocket_connected_clients", 1)
-        assert_books_balance(await relay.metrics())
+        assert_counters_add_up(await relay.metrics())
 
 
 def close_tls(tls: ssl.SSLSocket) -> None:
@@ -100,7 +100,7 @@ async def test_messages_that_a_tls_client_sends_right_before_its_end_are_relayed
         await relay.metric_is("websocket_closes_total", 1, reason=reason)
         await relay.metric_is("websocket_connected_clients", 1)
         await ending
-        assert_books_balance(await relay.metrics())
+        assert_counters_add_up(await relay.metrics())
 
 
 def close_tls_without_reading(
@@ -142,4 +142,4 @@ async def test_a_slow_client_that_closes_tls_and_keeps_tcp_open_is_aborted_at_th
         await relay.metric_is("websocket_connected_clients", 1)
         is_closed.set()
         await closing
-        assert_books_balance(await relay.metrics())
+        assert_counters_add_up(await relay.metrics())

@@ -14,7 +14,7 @@ from websocket_relay.cli.main import main
 from websocket_relay.config.loader import load
 from websocket_relay.outcomes import SettingsError
 
-from tests.support.admission import refused
+from tests.support.admission import refusal_answer
 from tests.support.certificates import make_pair
 from tests.support.issuer import Signer, signer
 from tests.support.relay_process import Finished, Relay, StartRelay, environment, run_command
@@ -479,7 +479,7 @@ async def test_a_trusted_proxy_is_an_ipv4_address_or_network_in_either_notation(
         relay.client(additional_headers=first),
         relay.client(additional_headers=second),
     ):
-        answer = await refused(relay.client(additional_headers=first))
+        answer = await refusal_answer(relay.client(additional_headers=first))
         assert answer.status_code == 503
 
 

@@ -27,7 +27,7 @@ from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
-from tests.support.addresses import NO_ADDRESSES
+from tests.support.addresses import INVALID_URLS
 from tests.support.brokers import RedisBroker
 from tests.support.certificates import make_pair
 from tests.support.issuer import SECRET, token
@@ -693,7 +693,7 @@ async def test_an_unusable_proxy_is_rejected_without_its_password(
 
 @pytest.mark.parametrize(
     "url",
-    [*NO_ADDRESSES, "ws://one..two/?access_token=secret", "ws://localhost/?history=secret"],
+    [*INVALID_URLS, "ws://one..two/?access_token=secret", "ws://localhost/?history=secret"],
 )
 @pytest.mark.fast
 def test_an_invalid_url_is_refused_by_an_error_that_does_not_repeat_it(url: str) -> None:

@@ -18,7 +18,7 @@ from websocket_relay.config.model import Settings
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests.support import browser
-from tests.support.addresses import NO_ADDRESSES
+from tests.support.addresses import INVALID_URLS
 from tests.support.issuer import a_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, Finished, Relay, StartRelay, environment, receive
@@ -179,7 +179,7 @@ def test_client_py_shows_neither_query_nor_password_of_an_address() -> None:
     assert done.error_lines == ["ws://127.0.0.1:1/channels/news: [Errno 111] Connection refused"]
 
 
-@pytest.mark.parametrize("url", [*NO_ADDRESSES, "ws://secret@localhost/"])
+@pytest.mark.parametrize("url", [*INVALID_URLS, "ws://secret@localhost/"])
 def test_client_py_says_in_one_line_that_it_was_given_no_address(url: str) -> None:
     done = client_py_reading("", url)
     assert done.exit_code == 2

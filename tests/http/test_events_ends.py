@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.support.books import assert_balanced_at_rest, assert_books_balance
+from tests.support.accounting import assert_counters_add_up, assert_counters_add_up_at_rest
 from tests.support.events_client import Events, listening
 from tests.support.programs import not_tested
 from tests.support.raw_client import RawClient
@@ -45,7 +45,7 @@ async def test_a_stalled_event_stream_is_closed_and_delays_no_other_client(
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_an_event_stream_whose_backlog_is_full_to_the_last_byte_is_closed(
@@ -67,7 +67,7 @@ async def test_an_event_stream_whose_backlog_is_full_to_the_last_byte_is_closed(
         while not await relay.metric("websocket_drops_total", reason="slow_consumer"):
             await publish(50, "")  # the smallest event
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
     assert relay.complaints == []
 
 
@@ -165,7 +165,7 @@ async def test_an_event_stream_over_tls_receives_all_messages_and_a_close_event(
             assert (await events.event()).data == text
             assert await receive(publisher) == text
         await relay.metric_is("websocket_deliveries_total", 40)
-        assert_books_balance(await relay.metrics())
+        assert_counters_add_up(await relay.metrics())
         relay.signal()
         assert (await events.event()).name == "close"
         with pytest.raises(EOFError):
@@ -198,7 +198,7 @@ async def test_the_counters_balance_after_event_streams_joined_left_and_stalled_
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         is_over.set()
         await publishing
-    await assert_balanced_at_rest(relay)
+    await assert_counters_add_up_at_rest(relay)
 
 
 def drop_all_packets(raw: RawClient) -> None:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from tests.support.admission import guarding
+from tests.support.admission import jwt_settings
 from tests.support.issuer import token
 from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
 from tests.support.relay_process import (
@@ -178,7 +178,7 @@ async def test_the_lines_of_a_running_relay_are_documented_events(
 
 async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRelay) -> None:
     relay = relay_with(
-        auth=guarding(),
+        auth=jwt_settings(),
         limits={"max_message_bytes": 1024},
         logging={"level": "debug"},
         compression={"enabled": True},

@@ -9,7 +9,7 @@ import pytest
 import websocket_relay.metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.books import assert_books_balance
+from tests.support.accounting import assert_counters_add_up
 from tests.support.programs import PROMTOOL, needed
 from tests.support.raw_client import TEXT, frame
 from tests.support.relay_process import (
@@ -53,7 +53,7 @@ async def test_counters_are_exact_before_during_and_after_connections(
     relay = relay_with()
     before = await relay.metrics()
     assert [before.value(name) for name in CLIENT_METRICS] == [0, 0, 0, 0]
-    assert_books_balance(before)
+    assert_counters_add_up(before)
 
     async with AsyncExitStack() as stack:
         news = [await stack.enter_async_context(relay.client("news")) for _ in range(3)]
@@ -72,7 +72,7 @@ async def test_counters_are_exact_before_during_and_after_connections(
         assert during.value("websocket_sent_bytes_total") >= 10 * 5
         assert during.value("websocket_backlog_bytes") == 0
         assert during.value("websocket_delivery_seconds_count") > 0
-        assert_books_balance(during)
+        assert_counters_add_up(during)
 
     await relay.metric_is("websocket_connected_clients", 0)
     after = await relay.metrics()
@@ -80,7 +80,7 @@ async def test_counters_are_exact_before_during_and_after_connections(
     assert after.value("websocket_closes_total", code="1000") == 4
     assert after.value("websocket_drops_total") == 0
     assert after.value("websocket_channels") == 0
-    assert_books_balance(after)
+    assert_counters_add_up(after)
 
 
 async def test_a_fragmented_message_counts_as_one_and_a_ping_as_none(
@@ -118,7 +118,7 @@ async def test_the_counters_balance_after_clients_close_or_abort_connections_und
     metrics = await relay.metrics()
     assert metrics.value("websocket_connections_total") == 61
     assert metrics.value("websocket_messages_total") <= 6 * 10 * 20 + 1
-    assert_books_balance(metrics)
+    assert_counters_add_up(metrics)
 
 
 async def test_a_refused_client_is_not_counted_as_a_connection(relay_with: StartRelay) -> None:
@@ -144,7 +144,7 @@ async def test_closes_are_counted_by_code(relay_with: StartRelay) -> None:
     await relay.metric_is("websocket_connected_clients", 0)
     metrics = await relay.metrics()
     assert metrics.value("websocket_closes_total", code="1002") == 1
-    assert_books_balance(metrics)
+    assert_counters_add_up(metrics)
 
 
 async def test_the_close_codes_and_reasons_of_clients_make_no_labels(

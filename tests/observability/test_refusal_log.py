@@ -7,7 +7,7 @@ import pytest
 from websocket_relay.admission import refusal_log
 from websocket_relay.outcomes import Refusal
 
-from tests.support.admission import bearing, refused
+from tests.support.admission import connect_with_token, refusal_answer
 from tests.support.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, signer, token
 from tests.support.raw_client import upgrade_request
 from tests.support.relay_process import Relay, StartRelay, eventually, path_of
@@ -74,10 +74,10 @@ async def test_a_refusal_by_an_error_of_the_client_is_not_logged(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}}, shutdown=QUICK_STOP)
-    await refused(relay.client(channel))
-    await refused(bearing(relay, channel, token(OTHER_SECRET)))
-    await refused(bearing(relay, channel, token(relay={})))
-    await refused(bearing(relay, "no%20name", token()))
+    await refusal_answer(relay.client(channel))
+    await refusal_answer(connect_with_token(relay, channel, token(OTHER_SECRET)))
+    await refusal_answer(connect_with_token(relay, channel, token(relay={})))
+    await refusal_answer(connect_with_token(relay, "no%20name", token()))
     assert await relay.stop() == 0
     assert [event["level"] for event in relay.log_events if event["level"] != "info"] == []
 

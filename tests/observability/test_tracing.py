@@ -11,7 +11,7 @@ import pytest
 from websocket_relay.client import Relay as Client
 from websockets.exceptions import InvalidStatus
 
-from tests.support.admission import guarding
+from tests.support.admission import jwt_settings
 from tests.support.collector import SOON, Collector, Span
 from tests.support.issuer import token
 from tests.support.raw_client import PATIENCE_S
@@ -273,7 +273,7 @@ async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
 async def test_no_token_and_no_payload_is_exported(
     relay_with: StartRelay, collector: Collector
 ) -> None:
-    relay = relay_with(collector.variables | SOON, auth=guarding(), logging={"level": "debug"})
+    relay = relay_with(collector.variables | SOON, auth=jwt_settings(), logging={"level": "debug"})
     tokens = [token(sub="very-secret"), token(exp=1, sub="very-secret")]
     for each in tokens:
         for options in (

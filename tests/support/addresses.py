@@ -1,6 +1,6 @@
 """What somebody may type who was asked for a relay's address, and is none."""
 
-NO_ADDRESSES = (
+INVALID_URLS = (
     "",
     "localhost:8443/?access_token=secret",
     "http://localhost:8443/?access_token=secret",
