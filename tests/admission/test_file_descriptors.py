@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
 from tests.support.brokers import RedisBroker
-from tests.support.certificates import Pair
+from tests.support.certificates import CertificatePair
 from tests.support.half_open import HALF_A_HELLO, connections
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import Relay, StartRelay, eventually, merged, receive, run_command
@@ -120,10 +120,10 @@ async def test_connections_without_a_complete_request_take_no_descriptor_from_cl
 
 
 async def test_unfinished_tls_handshakes_take_no_descriptor_from_clients(
-    tmp_path: Path, pair: Pair, tls_settings: Mapping[str, Any]
+    tmp_path: Path, pair: CertificatePair, tls_settings: Mapping[str, Any]
 ) -> None:
     with Relay(tmp_path, tls_settings, max_descriptors=LIMIT) as relay:
-        relay.tls_context = pair.trusting_context()
+        relay.tls_context = pair.client_context()
         async with (
             relay.client("news") as client,
             connections(relay, MORE_THAN_LIMIT, b"", HALF_A_HELLO),

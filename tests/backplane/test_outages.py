@@ -591,7 +591,7 @@ async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
         ],
         "subscribe": ["_INBOX.>"],
     }
-    broker = broker_of("nats", tmp_path, user="relay", password="pass", rights=permissions)
+    broker = broker_of("nats", tmp_path, user="relay", password="pass", permissions=permissions)
     await stack.enter_async_context(broker)
     proxy = await stack.enter_async_context(BrokerProxy(broker))
     replica = await log_of("nats", stack, broker).replica(url=proxy.broker_url())
@@ -608,7 +608,7 @@ async def test_a_missing_permission_on_nats_is_logged_with_its_subject(
     stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: str
 ) -> None:
     permissions = {"publish": {"deny": [missing]}}
-    broker = broker_of("nats", tmp_path, user="relay", password="pass", rights=permissions)
+    broker = broker_of("nats", tmp_path, user="relay", password="pass", permissions=permissions)
     await stack.enter_async_context(broker)
     await log_of("nats", stack, broker).replica(is_up=False)
     error = f'permissions violation for publish to "{missing.rstrip("*").lower()}'

@@ -50,7 +50,7 @@ async def console_of(
         path: of the page.
         may_miss: the relay refuses something or is away, and the browser says so.
     """
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         complaints = watched(page)
         await page.goto(relay.http_url(path))
         yield page
@@ -415,7 +415,7 @@ async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one
         told = await route.fetch()
         await route.fulfill(response=told, json=await told.json() | {"replica": next(names)})
 
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.route("**/stats", answer)
         await page.goto(relay.http_url("/"))
         await expect(page.locator("#replica")).to_have_text(re.compile("^replica one "))

@@ -9,7 +9,7 @@ from tests.support import browser
 from tests.support.proxy import Proxy
 from tests.support.relay_process import Relay, StartRelay, eventually, path_of, receive
 from tests.support.relay_v1 import numbers
-from tests.support.site import site
+from tests.support.site import serve_site
 
 pytestmark = browser.SHARED
 
@@ -46,8 +46,8 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
     one, two = twins
     async with (
         Proxy(one.port) as proxy,
-        site() as elsewhere,
-        browser.page() as page,
+        serve_site() as elsewhere,
+        browser.open_page() as page,
         two.client(channel) as publisher,
     ):
         origin = proxy.url("").replace("ws:", "http:")
@@ -69,7 +69,7 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
 async def test_only_pages_of_the_origins_that_are_allowed_hear(
     relay_with: StartRelay, channel: str
 ) -> None:
-    async with site() as allowed, site() as other, browser.page() as page:
+    async with serve_site() as allowed, serve_site() as other, browser.open_page() as page:
         relay = relay_with(server={"allowed_origins": [allowed.origin]})
         await page.goto(allowed.origin)
         await listen(page, relay.http_url(""), channel)

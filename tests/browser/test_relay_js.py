@@ -22,7 +22,7 @@ from tests.support.proxy import Connection, Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartRelay, path_of, receive, receive_many
 from tests.support.relay_v1 import RELAY_V1, numbers, say
-from tests.support.site import RELAY_JS, site
+from tests.support.site import RELAY_JS, serve_site
 
 pytestmark = browser.SHARED
 
@@ -110,7 +110,7 @@ async def load(page: Page, origin: str) -> Tab:
 @asynccontextmanager
 async def a_tab() -> AsyncIterator[Tab]:
     """Open a page that has relay.js from another origin."""
-    async with site() as elsewhere, site() as here, browser.page() as page:
+    async with serve_site() as elsewhere, serve_site() as here, browser.open_page() as page:
         here.module = elsewhere.module
         yield await load(page, here.origin)
 
@@ -149,7 +149,7 @@ async def test_what_is_sent_is_told_its_position(tab: Tab, relay: Relay, channel
 
 
 async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
-    async with site() as here, browser.page() as page:
+    async with serve_site() as here, browser.open_page() as page:
         one = await load(page, here.origin)
         async with page.expect_popup() as opening:
             await page.evaluate("origin => void open(origin)", here.origin)
@@ -388,7 +388,7 @@ async def test_positions_of_64_bits_are_told_apart_heard_once_and_told_where_som
 
 
 async def test_after_a_sleep_a_connection_that_died_is_replaced(relay: Relay, channel: str) -> None:
-    async with Way(relay.port) as way, site() as here, browser.page() as page:
+    async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
         tab = await load(page, here.origin)
         await tab.opened(way.url(path_of(channel)))
@@ -405,7 +405,7 @@ async def test_after_a_sleep_a_connection_that_died_is_replaced(relay: Relay, ch
 
 
 async def test_after_a_sleep_a_connection_that_is_heard_stays(relay: Relay, channel: str) -> None:
-    async with Way(relay.port) as way, site() as here, browser.page() as page:
+    async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
         tab = await load(page, here.origin)
         await tab.opened(way.url(path_of(channel)))
@@ -603,7 +603,7 @@ async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
 async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
     relay: Relay, channel: str
 ) -> None:
-    async with Way(relay.port) as way, site() as here, browser.page() as page:
+    async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
         tab = await load(page, here.origin)
         way.blocks_upgrades = True

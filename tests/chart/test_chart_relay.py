@@ -185,7 +185,7 @@ def test_helm_test_fails_if_the_relay_serves_another_certificate(tmp_path: Path)
 
 async def test_the_relay_serves_the_certificate_of_its_secret(tmp_path: Path) -> None:
     with running(tmp_path, TLS) as (_, relay):
-        relay.tls_context = PAIR.trusting_context()
+        relay.tls_context = PAIR.client_context()
         async with relay.client() as client:
             await client.send("hello")
             assert await client.recv() == "hello"

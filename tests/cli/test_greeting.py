@@ -16,11 +16,11 @@ from websocket_relay.config.model import Settings
 from websocket_relay.server.greeting import greeting
 
 from tests.support.certificates import make_pair
-from tests.support.programs import BESIDE_PYTHON
+from tests.support.programs import PYTHON_DIRECTORY
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import QUIET_SETTINGS, environment, merged
 
-PATHS = {"PATH": os.pathsep.join((BESIDE_PYTHON, os.environ["PATH"]))}
+PATHS = {"PATH": os.pathsep.join((PYTHON_DIRECTORY, os.environ["PATH"]))}
 
 
 def greeting_lines(metrics_port: int | None = 9090, **settings: Any) -> dict[str, str]:

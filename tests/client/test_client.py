@@ -601,7 +601,7 @@ async def test_an_untrusted_certificate_or_another_host_name_is_rejected(
     async with Client(url, ssl=relay.tls_context) as client:
         await client.send("encrypted")
         assert await next_payloads(client, 1) == ["encrypted"]
-    for context in (None, make_pair().trusting_context()):
+    for context in (None, make_pair().client_context()):
         with pytest.raises(RejectedError, match="certificate not trusted: self"):
             async with Client(url, ssl=context, start_patience_s=PATIENCE_S):
                 pass

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.pages import Reader, free_ports
 from tests.support.relay_process import ROOT
-from tests.support.shell import persons_environment
+from tests.support.shell import user_environment
 
 COPIED = frozenset({"examples", "helm", "k8s"})
 """Directories that a reader may write to. The others are links."""
@@ -22,7 +22,7 @@ def project(tmp_path: Path) -> Path:
     """A directory that looks like the project and may be written to."""
     # Otherwise `make run` in there would renew the environment, and install what lies there.
     fresh = subprocess.run(
-        ["make", "--question", ".venv/.dev"], cwd=ROOT, env=persons_environment(), check=False
+        ["make", "--question", ".venv/.dev"], cwd=ROOT, env=user_environment(), check=False
     )
     assert fresh.returncode == 0, "the environment is out of date: make venv"
     for entry in ROOT.iterdir():

@@ -346,7 +346,7 @@ async def everything_shown(page: Page) -> str:
 
 
 async def test_client_html_sends_and_shows_what_arrives(relay: Relay, channel: str) -> None:
-    async with browser.page() as page, relay.client(channel) as other:
+    async with browser.open_page() as page, relay.client(channel) as other:
         await opened(page, relay.ws_url(f"/channels/{channel}"))
         await send(page, "typed <b>here</b>")
         await expect(page.locator("#log .mine .text")).to_have_text("typed <b>here</b>")
@@ -364,7 +364,7 @@ async def test_client_html_sends_and_shows_what_arrives(relay: Relay, channel: s
 async def test_client_html_returns_when_the_relay_that_stopped_is_back(
     relay_with: StartRelay,
 ) -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         relay = relay_with(shutdown={"spread_s": 0})
         await opened(page, relay.ws_url())
         await relay.stop()
@@ -377,7 +377,7 @@ async def test_client_html_returns_when_the_relay_that_stopped_is_back(
 
 
 async def test_client_html_waits_as_long_as_the_relay_told_it() -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(CLIENT_HTML.as_uri())
         wait = "reason => waitBefore({code: 1001, reason})"
         assert await page.evaluate(wait, "draining; retry_ms=4321") == 4321
@@ -388,7 +388,7 @@ async def test_client_html_brings_a_token_and_shows_it_nowhere(
     guarded_relay: Relay, secret: str, channel: str
 ) -> None:
     token = a_token(secret, channel)
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(
             f"{CLIENT_HTML.as_uri()}?url={guarded_relay.ws_url(f'/channels/{channel}')}"
         )
@@ -409,7 +409,7 @@ async def test_client_html_brings_a_token_and_shows_it_nowhere(
 async def test_client_html_does_not_return_with_a_token_that_has_expired(
     guarded_relay: Relay, secret: str, channel: str
 ) -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(
             f"{CLIENT_HTML.as_uri()}?url={guarded_relay.ws_url(f'/channels/{channel}')}"
         )
@@ -422,7 +422,7 @@ async def test_client_html_does_not_return_with_a_token_that_has_expired(
 
 
 async def test_client_html_does_not_repeat_what_is_no_token() -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(CLIENT_HTML.as_uri())
         await page.get_by_label("Token").fill("se cret")
         await page.get_by_role("button", name="Connect", exact=True).click()
@@ -432,7 +432,7 @@ async def test_client_html_does_not_repeat_what_is_no_token() -> None:
 
 
 async def test_client_html_says_what_likely_kept_it_from_connecting() -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(f"{CLIENT_HTML.as_uri()}?url=ws://127.0.0.1:9/?access_token=se.cr.et")
         await expect(note(page, "could not connect")).to_have_text(
             "could not connect to ws://127.0.0.1:9/ (likely reasons: no relay there;"
@@ -444,7 +444,7 @@ async def test_client_html_says_what_likely_kept_it_from_connecting() -> None:
 async def test_client_html_does_not_say_could_not_connect_of_a_connection_that_was_open(
     relay_with: StartRelay,
 ) -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         relay = relay_with(shutdown={"spread_s": 0})
         await opened(page, relay.ws_url())
         relay.signal(signal.SIGKILL)
@@ -458,7 +458,7 @@ async def test_client_html_shows_no_query_of_an_address(
 ) -> None:
     token = a_token(secret, channel)
     address = guarded_relay.ws_url(f"/channels/{channel}")
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await opened(page, f"{address}?access_token={token}")
         await expect(note(page, "connected to")).to_have_text(f"connected to {address}")
         await expect(page.locator("#url")).to_have_value(f"{address}?…")
@@ -486,7 +486,7 @@ async def test_client_html_shows_no_query_of_an_address(
 
 
 async def test_client_html_hides_the_query_of_an_address_as_soon_as_it_is_pasted() -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(CLIENT_HTML.as_uri())
         pasted = "ws://127.0.0.1:9/?access_token=se.cr.et"
         await page.locator("#url").evaluate(
@@ -501,7 +501,7 @@ async def test_client_html_hides_the_query_of_an_address_as_soon_as_it_is_pasted
 
 @pytest.mark.parametrize("url", ["what?access_token=se.cr.et", "ws://[?access_token=se.cr.et"])
 async def test_client_html_does_not_repeat_what_is_no_address(url: str) -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.goto(f"{CLIENT_HTML.as_uri()}?url={url}")
         said = page.locator("#log .bad .text")
         await expect(said).to_have_text(
@@ -516,7 +516,7 @@ async def test_client_html_says_that_messages_were_not_relayed_and_why(
 ) -> None:
     token = a_token(secret, channel, may_publish=False)
     address = guarded_relay.ws_url(f"/channels/{channel}")
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await opened(page, f"{address}?access_token={token}")
         await send(page, "typed")
         await expect(page.locator("#log .bad .text")).to_have_text(
@@ -529,7 +529,7 @@ async def test_client_html_says_that_messages_were_not_relayed_and_why(
 async def test_client_html_is_readable_on_a_phone(
     relay: Relay, channel: str, scheme: Literal["light", "dark"]
 ) -> None:
-    async with browser.page() as page:
+    async with browser.open_page() as page:
         await page.set_viewport_size({"width": 320, "height": 480})
         await page.emulate_media(color_scheme=scheme)
         await opened(page, relay.ws_url(f"/channels/{channel}"))

@@ -53,7 +53,7 @@ class Deployment:
         self._settings: dict[str, Any] = {}
         self._proxy: Proxy | None = None
         self._pair = make_pair()
-        self.tls = self._pair.trusting_context()
+        self.tls = self._pair.client_context()
         self.certificate = self._directory / "trusted.pem"
         self.certificate.write_bytes(self._pair.certificate_pem)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT
-from tests.support.tools import of_python
+from tests.support.tools import python_tool
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(
-        [of_python("mkdocs"), "build", "--strict", "--site-dir", str(tmp_path)],
+        [python_tool("mkdocs"), "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

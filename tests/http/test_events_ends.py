@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.accounting import assert_counters_add_up, assert_counters_add_up_at_rest
 from tests.support.events_client import Events, listening
-from tests.support.programs import not_tested
+from tests.support.programs import skip_test
 from tests.support.raw_client import RawClient
 from tests.support.relay_process import Relay, StartRelay, closed, receive, receive_many
 
@@ -213,7 +213,7 @@ def drop_all_packets(raw: RawClient) -> None:
     try:
         raw.socket.setsockopt(socket.SOL_SOCKET, so_attach_filter, program)
     except PermissionError:
-        not_tested("this user may not attach a filter to a socket")
+        skip_test("this user may not attach a filter to a socket")
 
 
 async def test_an_event_stream_whose_peer_lost_its_network_is_detected(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.brokers import RedisBroker
-from tests.support.certificates import Pair, make_pair
+from tests.support.certificates import CertificatePair, make_pair
 from tests.support.helm import CHART
 from tests.support.issuer import KeyServer, key_set, signer
 from tests.support.programs import ANY_REDIS, needed
@@ -39,7 +39,7 @@ def substituted(expression: str, pod: str = ".*") -> str:
 
 
 @pytest.fixture
-def pair() -> Pair:
+def pair() -> CertificatePair:
     """A certificate that expires soon, for which there is an alert."""
     return make_pair(valid_days=10)
 

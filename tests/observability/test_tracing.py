@@ -12,7 +12,7 @@ from websocket_relay.client import Relay as Client
 from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import jwt_settings
-from tests.support.collector import SOON, Collector, Span
+from tests.support.collector import SHORT_EXPORT_DELAY, Collector, Span
 from tests.support.issuer import token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PLAIN, ROOT, Relay, StartRelay, eventually, run_python
@@ -86,7 +86,7 @@ def shared_traced_relay(
         "limits": {"max_connections": MAX_CONNECTIONS},
         "logging": {"level": "debug"},
     }
-    variables = shared_collector.variables | SOON
+    variables = shared_collector.variables | SHORT_EXPORT_DELAY
     with Relay(tmp_path_factory.mktemp("traced"), settings, variables) as relay:
         yield relay
 
@@ -123,7 +123,7 @@ async def test_a_handshake_is_a_span_with_channel_and_status(
     traced_relay: Relay, spans: Collector
 ) -> None:
     async with traced_relay.client("news"), traced_relay.client():
-        first, second = await spans.told("handshake /channels/{channel}", "handshake /")
+        first, second = await spans.await_spans("handshake /channels/{channel}", "handshake /")
     assert not first.is_error
     assert specific_attributes(first) == {
         "http.request.method": "GET",
@@ -152,7 +152,7 @@ async def test_the_span_of_a_refused_handshake_has_the_reason_and_is_no_error(
     for path, headers, *_ in REFUSED:
         with pytest.raises(InvalidStatus):
             await traced_relay.client(path=path, additional_headers=headers)
-    found = await spans.told("handshake")  # the last one
+    found = await spans.await_spans("handshake")  # the last one
     assert [
         (
             span.is_error,
@@ -171,7 +171,7 @@ async def test_the_span_of_a_handshake_above_a_limit_is_an_error(
     async with traced_relay.client(), traced_relay.client(), traced_relay.client():
         with pytest.raises(InvalidStatus):
             await traced_relay.client()
-    refused = await spans.told_of(lambda span: span.is_error)
+    refused = await spans.await_span(lambda span: span.is_error)
     assert refused.attributes["error.type"] == "503"
     assert refused.attributes["relay.refusal"] == "connections"
 
@@ -187,7 +187,7 @@ async def test_requests_are_spans_and_probes_are_not(traced_relay: Relay, spans:
         await subscriber.send(b"GET /channels/events/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await subscriber.response()
         names = ["GET", "POST /channels/{channel}", "GET /channels/{channel}/events"]
-        found = await spans.told(*names)
+        found = await spans.await_spans(*names)
     assert [span.name for span in found] == names
     unknown, posted, streamed = map(specific_attributes, found)
     assert unknown == {
@@ -207,14 +207,14 @@ async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
     caller = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
     start = len(traced_relay.log_events)
     async with traced_relay.client("news", additional_headers=caller):
-        (accepted,) = await spans.told("handshake /channels/{channel}")
+        (accepted,) = await spans.await_spans("handshake /channels/{channel}")
     (disconnected,) = await log_events_from(traced_relay, start, "client gone")
     assert "trace_id" not in disconnected
     await request(traced_relay, "POST", "/", content=b"hello", headers=caller)
-    posted = (await spans.told("POST /"))[-1]
+    posted = (await spans.await_spans("POST /"))[-1]
     with pytest.raises(InvalidStatus):
         await traced_relay.client(path="/elsewhere", additional_headers=caller)
-    refused = (await spans.told("handshake"))[-1]
+    refused = (await spans.await_spans("handshake"))[-1]
     found = (accepted, posted, refused)
     assert {(span.trace_id, span.parent_id) for span in found} == {(TRACE, PARENT)}
     assert len({span.span_id for span in found}) == 3
@@ -241,7 +241,7 @@ async def test_a_trace_that_the_caller_does_not_sample_is_not_exported(
     async with traced_relay.client("unsampled", additional_headers=unsampled):
         pass
     async with traced_relay.client():
-        assert len(await spans.told("handshake /")) == 1
+        assert len(await spans.await_spans("handshake /")) == 1
 
 
 @one_worker
@@ -262,7 +262,7 @@ async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
             pass
         await log_events_from(traced_relay, start, *["client gone"] * number)
     async with traced_relay.client():
-        found = (await spans.told("handshake /"))[:-1]
+        found = (await spans.await_spans("handshake /"))[:-1]
     assert [span.attributes["http.response.status_code"] for span in found] == [101] * len(invalid)
     assert all(len(span.trace_id) == 32 for span in found)
 
@@ -273,7 +273,9 @@ async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
 async def test_no_token_and_no_payload_is_exported(
     relay_with: StartRelay, collector: Collector
 ) -> None:
-    relay = relay_with(collector.variables | SOON, auth=jwt_settings(), logging={"level": "debug"})
+    relay = relay_with(
+        collector.variables | SHORT_EXPORT_DELAY, auth=jwt_settings(), logging={"level": "debug"}
+    )
     tokens = [token(sub="very-secret"), token(exp=1, sub="very-secret")]
     for each in tokens:
         for options in (
@@ -287,7 +289,7 @@ async def test_no_token_and_no_payload_is_exported(
                 continue
         await request(relay, "POST", f"/channels/posted?access_token={each}", content=b"payload")
     await request(relay, "GET", "/the-last")
-    await collector.told("GET")
+    await collector.await_spans("GET")
     assert len(collector.spans) == 2 * 4 + 1
     exported = b"".join(collector.bodies).decode("latin-1") + "\n".join(relay.log_lines)
     parts = [part for each in tokens for part in each.split(".")]
@@ -318,7 +320,7 @@ async def test_the_environment_sets_the_resource_and_the_headers_and_empty_varia
     )  # fmt: skip
     relay = relay_with(
         collector.variables
-        | SOON
+        | SHORT_EXPORT_DELAY
         | empty
         | {
             "OTEL_SERVICE_NAME": "chat",
@@ -328,7 +330,7 @@ async def test_the_environment_sets_the_resource_and_the_headers_and_empty_varia
         logging={"level": "debug"},
     )
     async with relay.client("news"):
-        (span,) = await collector.told("handshake /channels/{channel}")
+        (span,) = await collector.await_spans("handshake /channels/{channel}")
     assert span.resource["service.name"] == "chat"
     assert span.resource["service.instance.id"] == "one"
     assert span.resource["deployment.environment.name"] == "test"
@@ -349,11 +351,13 @@ async def test_the_environment_sets_the_resource_and_the_headers_and_empty_varia
 async def test_the_environment_can_disable_traces(
     relay_with: StartRelay, collector: Collector, variables: Mapping[str, str]
 ) -> None:
-    relay = relay_with(collector.variables | SOON | dict(variables), shutdown={"spread_s": 0})
+    relay = relay_with(
+        collector.variables | SHORT_EXPORT_DELAY | dict(variables), shutdown={"spread_s": 0}
+    )
     async with relay.client("news"):
         pass
     assert await relay.stop() == 0
-    assert not collector.asked
+    assert not collector.request_count
     reasons = [event["reason"] for event in relay.log_events if event["event"] == "no traces"]
     is_grpc = "grpc" in variables.values()
     assert reasons == (["grpc is not spoken, http/protobuf is"] if is_grpc else [])
@@ -374,7 +378,7 @@ async def test_a_relay_that_cannot_trace_serves_and_logs_the_reason(
     variables: Mapping[str, str],
     reason: str,
 ) -> None:
-    given = collector.variables | SOON | dict(variables)
+    given = collector.variables | SHORT_EXPORT_DELAY | dict(variables)
     if not variables:
         (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRA)
         given["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
@@ -383,7 +387,7 @@ async def test_a_relay_that_cannot_trace_serves_and_logs_the_reason(
     async with relay.client("news") as client:
         await client.send("hello")
         assert await client.recv() == "hello"
-    assert not collector.asked
+    assert not collector.request_count
 
 
 def test_a_relay_without_a_collector_does_not_load_the_library_and_wraps_nothing() -> None:
@@ -411,9 +415,11 @@ async def test_a_collector_that_does_not_answer_delays_neither_clients_nor_the_s
     relay_with: StartRelay,
 ) -> None:
     with Collector(is_stuck=True) as collector:
-        relay = relay_with(collector.variables | SOON, shutdown={"timeout_s": 3, "spread_s": 0})
+        relay = relay_with(
+            collector.variables | SHORT_EXPORT_DELAY, shutdown={"timeout_s": 3, "spread_s": 0}
+        )
         async with relay.client("news"):
-            await collector.was_asked()
+            await collector.await_request()
             async with relay.client("news"):
                 pass
         started = time.monotonic()
@@ -427,7 +433,7 @@ async def test_a_relay_serves_without_its_collector_and_logs_the_failure_without
     with Collector() as ended:
         address = ended.variables["OTEL_EXPORTER_OTLP_ENDPOINT"].replace("//", "//me:very-secret@")
     variables = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{address}/v1/traces?key=very-secret"}
-    relay = relay_with(variables | SOON | {"OTEL_EXPORTER_OTLP_TIMEOUT": "3"})
+    relay = relay_with(variables | SHORT_EXPORT_DELAY | {"OTEL_EXPORTER_OTLP_TIMEOUT": "3"})
     async with Client(relay.ws_url("/channels/news")) as client:
         await client.send("hello")
         async with asyncio.timeout(PATIENCE_S):

@@ -89,14 +89,14 @@ def test_the_relay_is_process_1_without_capabilities(start: Start) -> None:
     relay = start()
     status = dict(
         line.split(":\t", 1)
-        for line in relay.python("print(open('/proc/1/status').read())").splitlines()
+        for line in relay.exec_python("print(open('/proc/1/status').read())").splitlines()
         if ":\t" in line
     )
     assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"10001"}
     for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(status[kind], 16) == 0
     assert status["NoNewPrivs"].strip() == "1"
-    command = relay.python("print(open('/proc/1/cmdline').read())").split("\0")
+    command = relay.exec_python("print(open('/proc/1/cmdline').read())").split("\0")
     assert command[1].endswith("/websocket-relay")
 
 
@@ -114,7 +114,7 @@ async def test_settings_come_from_a_mounted_file_and_the_environment(
         await client.send("hello")
         assert await receive(client) == "hello"
     assert (await relay.metric("websocket_messages_total")) == 1
-    relay.tells("websocket-relay", "healthcheck")
+    relay.exec_command("websocket-relay", "healthcheck")
 
 
 async def test_a_mounted_certificate_enables_tls(start: Start, tmp_path: Path) -> None:
@@ -126,15 +126,15 @@ async def test_a_mounted_certificate_enables_tls(start: Start, tmp_path: Path) -
         settings={"server": {"tls": {"enabled": True}}},
         ports=(8443, 9090),
     )
-    relay.tls_context = pair.trusting_context()
+    relay.tls_context = pair.client_context()
     async with relay.client() as client:
         await client.send("hello")
         assert await receive(client) == "hello"
-    relay.tells("websocket-relay", "healthcheck")
+    relay.exec_command("websocket-relay", "healthcheck")
 
 
 def test_an_invalid_setting_ends_the_start_with_an_error_line(engine: Engine, image: str) -> None:
-    done = engine.tries("run", "--rm", "--env=RELAY__SERVER__PORT=many", image)
+    done = engine.run_unchecked("run", "--rm", "--env=RELAY__SERVER__PORT=many", image)
     assert done.returncode == 2
     assert "websocket-relay: RELAY__SERVER__PORT" in done.stderr
     assert "Traceback" not in done.stderr
@@ -172,13 +172,13 @@ def test_the_health_check_needs_no_shell(engine: Engine, image: str, start: Star
     check = found["Config"].get("Healthcheck") or found["Healthcheck"]  # Docker, podman
     form, *command = check["Test"]
     assert form == "CMD"
-    start().tells(*command)
+    start().exec_command(*command)
 
 
 def test_the_script_of_helm_test_runs_in_the_image(start: Start) -> None:
     script = (ROOT / "helm" / "websocket-relay" / "files" / "round_trip.py").read_text()
     relay = start(env={"RELAY_TEST_URL": "ws://localhost:8443/channels/"})
-    assert relay.python(script) == "two clients receive each other's messages, in one order"
+    assert relay.exec_python(script) == "two clients receive each other's messages, in one order"
 
 
 # Content
@@ -191,7 +191,7 @@ modules = [name for name in ("pip", "ensurepip", "hatchling", "setuptools") if h
 programs = ("pip", "pip3", "gcc", "cc", "make", "curl", "wget", "git")
 print(modules + [name for name in programs if shutil.which(name)])
 """
-    assert start().python(source) == "[]"
+    assert start().exec_python(source) == "[]"
 
 
 def test_the_relay_can_write_nowhere_in_its_installation(start: Start) -> None:
@@ -199,7 +199,7 @@ def test_the_relay_can_write_nowhere_in_its_installation(start: Start) -> None:
 import os
 print([path for path, _, _ in os.walk("/opt/websocket-relay") if os.access(path, os.W_OK)])
 """
-    assert start().python(source) == "[]"
+    assert start().exec_python(source) == "[]"
 
 
 def test_the_installed_versions_are_those_of_the_lock(start: Start) -> None:
@@ -207,7 +207,7 @@ def test_the_installed_versions_are_those_of_the_lock(start: Start) -> None:
 import importlib.metadata as metadata, json
 print(json.dumps({d.metadata["Name"].lower(): d.version for d in metadata.distributions()}))
 """
-    installed = json.loads(start().python(source))
+    installed = json.loads(start().exec_python(source))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert installed["websocket-relay"] == project["version"]
     lock = (ROOT / "requirements" / "otel.lock").read_text()
@@ -237,7 +237,7 @@ import os
 print(sum(os.lstat(os.path.join(where, name)).st_size
           for where, _, names in os.walk("/opt/websocket-relay") for name in names))
 """
-    added_bytes = int(start().python(source))
+    added_bytes = int(start().exec_python(source))
     print(f"\nbeyond its base: {added_bytes / 1e6:.0f} MB")
     assert added_bytes < MAX_ADDED_BYTES
 

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from tests.support.project import PROJECT
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import PACKAGE, ROOT, Finished
-from tests.support.shell import persons_environment
+from tests.support.shell import user_environment
 
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 
@@ -28,7 +28,7 @@ def make(*arguments: str, directory: Path = ROOT) -> Finished:
     done = subprocess.run(
         ["make", *arguments],
         cwd=directory,
-        env=persons_environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -112,7 +112,7 @@ def test_the_wheel_contains_the_service_and_its_license_only(tmp_path: Path) -> 
          "--no-index", "--wheel-dir", str(tmp_path), str(tmp_path)],
         check=True,
         timeout=PATIENCE_S * 6,
-        env=persons_environment(),
+        env=user_environment(),
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

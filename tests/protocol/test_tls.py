@@ -12,7 +12,7 @@ from cryptography import x509
 from websocket_relay import tls
 from websocket_relay.tls import Certificates
 
-from tests.support.certificates import Pair, make_pair, replace
+from tests.support.certificates import CertificatePair, make_pair, replace_file
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     HOST,
@@ -123,7 +123,7 @@ async def test_no_expiry_is_exported_without_a_certificate(relay: Relay) -> None
 
 
 async def test_a_renewed_certificate_serves_new_handshakes_and_keeps_open_connections(
-    tls_relay_with: StartRelay, pair: Pair, certificate_directory: Path, channel: str
+    tls_relay_with: StartRelay, pair: CertificatePair, certificate_directory: Path, channel: str
 ) -> None:
     relay = tls_relay_with()
     assert await served_serial(relay.port) == pair.serial_number
@@ -138,7 +138,7 @@ async def test_a_renewed_certificate_serves_new_handshakes_and_keeps_open_connec
         assert await relay.metric("websocket_tls_reloads_total", result="ok") == 1
 
         # The address in the URL is an IP address, so this handshake has no SNI.
-        async with relay.client(channel, ssl=renewed.trusting_context()) as late:
+        async with relay.client(channel, ssl=renewed.client_context()) as late:
             await early.send("from before")
             assert await receive(late) == "from before"
             assert await receive(early) == "from before"
@@ -148,10 +148,10 @@ async def test_a_renewed_certificate_serves_new_handshakes_and_keeps_open_connec
 
 
 async def test_an_invalid_renewal_is_logged_and_the_old_pair_serves_until_a_valid_one(
-    tls_relay_with: StartRelay, pair: Pair, certificate_directory: Path, channel: str
+    tls_relay_with: StartRelay, pair: CertificatePair, certificate_directory: Path, channel: str
 ) -> None:
     relay = tls_relay_with()
-    replace(certificate_directory / "key.pem", make_pair().key_pem)
+    replace_file(certificate_directory / "key.pem", make_pair().key_pem)
     event = await relay.wait_for_log("certificate not renewed")
     assert event["level"] == "error"
     assert event["error"]
@@ -221,10 +221,10 @@ async def watched(cert_file: Path, key_file: Path) -> AsyncIterator[Watched]:
 
 
 INVALID_CHANGES: dict[str, Callable[[Path, Path], object]] = {
-    "certificate": lambda cert, _: replace(cert, b"-----BEGIN CERTIFICATE-----\nnonsense\n"),
-    "key": lambda _, key: replace(key, b"nonsense"),
-    "key of another pair": lambda _, key: replace(key, make_pair().key_pem),
-    "empty": lambda cert, _: replace(cert, b""),
+    "certificate": lambda cert, _: replace_file(cert, b"-----BEGIN CERTIFICATE-----\nnonsense\n"),
+    "key": lambda _, key: replace_file(key, b"nonsense"),
+    "key of another pair": lambda _, key: replace_file(key, make_pair().key_pem),
+    "empty": lambda cert, _: replace_file(cert, b""),
     "missing": lambda cert, _: cert.unlink(),
 }
 
@@ -233,7 +233,7 @@ INVALID_CHANGES: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.parametrize("change", INVALID_CHANGES.values(), ids=INVALID_CHANGES)
 async def test_an_invalid_pair_is_logged_once_and_never_served(
     certificate_directory: Path,
-    pair: Pair,
+    pair: CertificatePair,
     change: Callable[[Path, Path], object],
     caplog: pytest.LogCaptureFixture,
 ) -> None:

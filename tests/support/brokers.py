@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.certificates import Pair
+from tests.support.certificates import CertificatePair
 
-START_S = 10.0
+START_TIMEOUT_S = 10.0
 
 PORTS = range(20_000, 30_000)
 """Below those that the kernel gives to clients: one of them would take a broker's port while that
@@ -55,7 +55,7 @@ class Broker:
         program: Path,
         directory: Path,
         *,
-        pair: Pair | None = None,
+        pair: CertificatePair | None = None,
         password: str = "",
         user: str = "",
     ) -> None:
@@ -109,7 +109,7 @@ class Broker:
     async def start(self) -> None:
         """Start it, and wait until it answers."""
         process = self._process = self._launched()
-        async with asyncio.timeout(START_S):
+        async with asyncio.timeout(START_TIMEOUT_S):
             while not await self._answers():
                 assert process.poll() is None, self._log.read_text()
                 await asyncio.sleep(0.02)
@@ -156,7 +156,7 @@ class Broker:
             return
         self._process.send_signal(signal.SIGCONT)
         self._process.send_signal(number)
-        self._process.wait(START_S)
+        self._process.wait(START_TIMEOUT_S)
         self._process = None
 
     def _arguments(self) -> list[str]:
@@ -234,7 +234,7 @@ class NatsBroker(Broker):
         max_payload: what it takes at once.
         jetstream: whether it keeps anything at all.
         token: ask for it.
-        rights: what the user may do, as NATS writes it; everything, where this is empty.
+        permissions: what the user may do, as NATS writes it; everything, where this is empty.
     """
 
     schemes = ("nats", "tls")
@@ -245,14 +245,14 @@ class NatsBroker(Broker):
         max_payload: int = 1_048_576,
         jetstream: bool = True,
         token: str = "",
-        rights: Mapping[str, object] | None = None,
+        permissions: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self._max_payload = max_payload
         self._jetstream = jetstream
         self._token = token
-        self._rights = rights or {}
+        self._permissions = permissions or {}
 
     @property
     def credentials(self) -> str:
@@ -267,7 +267,7 @@ class NatsBroker(Broker):
         if self._token:
             lines += [f'authorization {{ token: "{self._token}" }}']
         elif self.password:
-            who = {"user": self.user, "password": self.password, "permissions": self._rights}
+            who = {"user": self.user, "password": self.password, "permissions": self._permissions}
             lines += [f"authorization {json.dumps({'users': [who]})}"]
         file = self.directory / "nats.conf"
         file.write_text("\n".join(lines))

@@ -22,7 +22,7 @@ ARGUMENTS = (
     "--disable-sync",
 )
 
-SHARED = pytest.mark.usefixtures("browsers")
+SHARED = pytest.mark.usefixtures("shared_browser")
 """Marks a module whose tests use one browser, each with a context of its own: to start one costs
 more than most tests do."""
 
@@ -31,13 +31,13 @@ more than most tests do."""
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests that share a browser the event loop that it belongs to."""
     for item in items:
-        if not isinstance(item, pytest.Function) or "browsers" not in item.fixturenames:
+        if not isinstance(item, pytest.Function) or "shared_browser" not in item.fixturenames:
             continue
         if inspect.iscoroutinefunction(item.obj):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
-class Browsers:
+class SharedBrowser:
     """The browser of one event loop, started when it is first needed."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Browsers:
         self._browser: Browser | None = None
 
     @asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
+    async def keep(self) -> AsyncIterator[None]:
         """Keep the browser of this event loop until the block is left."""
         async with self._stack:
             self._loop = asyncio.get_running_loop()
@@ -57,26 +57,26 @@ class Browsers:
     async def browser(self) -> AsyncIterator[Browser]:
         """Give the browser that is kept, or else a new one."""
         if self._loop is not asyncio.get_running_loop():
-            async with launched() as browser:
+            async with launch_browser() as browser:
                 yield browser
             return
         if self._browser is None or not self._browser.is_connected():
-            self._browser = await self._stack.enter_async_context(launched())
+            self._browser = await self._stack.enter_async_context(launch_browser())
         yield self._browser
 
 
-BROWSERS = Browsers()
+SHARED_BROWSER = SharedBrowser()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def browsers() -> AsyncIterator[None]:
+async def shared_browser() -> AsyncIterator[None]:
     """Keep one browser for the tests that share it."""
-    async with BROWSERS.kept():
+    async with SHARED_BROWSER.keep():
         yield
 
 
 @asynccontextmanager
-async def launched() -> AsyncIterator[Browser]:
+async def launch_browser() -> AsyncIterator[Browser]:
     """Start a browser."""
     program = needed(CHROMIUM)
     async with async_playwright() as playwright:
@@ -88,11 +88,11 @@ async def launched() -> AsyncIterator[Browser]:
 
 
 @asynccontextmanager
-async def page() -> AsyncIterator[Page]:
+async def open_page() -> AsyncIterator[Page]:
     """Open an empty page; fail where a script of the page did."""
     failures: list[str] = []
     async with (
-        BROWSERS.browser() as browser,
+        SHARED_BROWSER.browser() as browser,
         await browser.new_context(reduced_motion="reduce") as context,
     ):
         opened = await context.new_page()

@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class CertificatePair:
     """A self-signed certificate and its key."""
 
     certificate: x509.Certificate
@@ -41,17 +41,17 @@ class Pair:
 
     def write_to(self, directory: Path) -> None:
         """Put the pair where the relay looks, each file in one step."""
-        replace(directory / "cert.pem", self.certificate_pem)
-        replace(directory / "key.pem", self.key_pem)
+        replace_file(directory / "cert.pem", self.certificate_pem)
+        replace_file(directory / "key.pem", self.key_pem)
 
-    def trusting_context(self) -> ssl.SSLContext:
+    def client_context(self) -> ssl.SSLContext:
         """Return a client's context that believes in this certificate only."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.certificate_pem.decode())
         return context
 
 
-def make_pair(*, valid_days: int = 30) -> Pair:
+def make_pair(*, valid_days: int = 30) -> CertificatePair:
     """Make a certificate for localhost, 127.0.0.1 and ::1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -74,10 +74,10 @@ def make_pair(*, valid_days: int = 30) -> Pair:
         .add_extension(names, critical=False)
         .sign(key, hashes.SHA256())
     )
-    return Pair(certificate, key)
+    return CertificatePair(certificate, key)
 
 
-def replace(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
     """Write a file so that nobody ever reads half of it."""
     temporary = file.with_suffix(".new")
     temporary.write_bytes(content)

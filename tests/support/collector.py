@@ -16,7 +16,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from tests.support.relay_process import eventually
 
 HOST = "127.0.0.1"
-SOON = {"OTEL_BSP_SCHEDULE_DELAY": "20"}  # milliseconds, which is what it is called for
+SHORT_EXPORT_DELAY = {
+    "OTEL_BSP_SCHEDULE_DELAY": "20"
+}  # milliseconds, which is what it is called for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Collector:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.bodies: list[bytes] = []
         self.headers: list[Mapping[str, str]] = []
-        self.asked = 0
+        self.request_count = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -84,7 +86,7 @@ class Collector:
         """Return what was told, in the order in which it ended."""
         return [span for body in list(self.bodies) for span in _spans(body)]
 
-    async def told(self, *names: str) -> Sequence[Span]:
+    async def await_spans(self, *names: str) -> Sequence[Span]:
         """Wait until spans of these names were told, and return all there are."""
 
         async def look() -> tuple[bool, object]:
@@ -94,7 +96,7 @@ class Collector:
         await eventually(look, f"spans {names}")
         return self.spans
 
-    async def told_of(self, fits: Callable[[Span], bool]) -> Span:
+    async def await_span(self, fits: Callable[[Span], bool]) -> Span:
         """Wait for a span, and return it."""
 
         async def look() -> tuple[bool, object]:
@@ -104,14 +106,14 @@ class Collector:
         await eventually(look, "such a span")
         return next(filter(fits, self.spans))
 
-    async def was_asked(self) -> None:
+    async def await_request(self) -> None:
         """Wait until somebody wants to tell something."""
-        while not self.asked:  # noqa: ASYNC110 - another thread's, under the test's timeout
+        while not self.request_count:  # noqa: ASYNC110 - another thread's, under the test's timeout
             await asyncio.sleep(0.01)
 
     def _take(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))
-        self.asked += 1
+        self.request_count += 1
         self._released.wait()
         assert request.path == "/v1/traces"
         self.headers.append({name.lower(): value for name, value in request.headers.items()})

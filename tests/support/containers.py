@@ -15,10 +15,10 @@ from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
 
-from tests.support.programs import MMDEBSTRAP, needed, not_tested
+from tests.support.programs import MMDEBSTRAP, needed, skip_test
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, ROOT, Relay
-from tests.support.shell import persons_environment
+from tests.support.shell import user_environment
 
 BUILD_S = 600
 PULL_S = 60
@@ -42,7 +42,7 @@ HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 # What makes a Debian with its own Python look like the base: `python` is its name, pip is there and
 # may install, and it trusts what this machine trusts.
-MAKE_ALIKE = """\
+CUSTOMIZE_BASE = """\
 set -e
 cd "$1"
 rm -f usr/lib/python3*/EXTERNALLY-MANAGED
@@ -65,7 +65,7 @@ class Engine:
             directory: for what podman has to be told.
         """
         self.program = program
-        self._env = persons_environment()
+        self._env = user_environment()
         self._build_args: tuple[str, ...] = ()
         self._run_args: tuple[str, ...] = HARDENED
         if program == "podman":
@@ -79,11 +79,11 @@ class Engine:
 
     def __call__(self, *arguments: str, timeout_s: float = PATIENCE_S) -> str:
         """Run a command of it; return what it prints."""
-        done = self.tries(*arguments, timeout_s=timeout_s)
+        done = self.run_unchecked(*arguments, timeout_s=timeout_s)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def tries(
+    def run_unchecked(
         self, *arguments: str, timeout_s: float = PATIENCE_S
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command that may fail."""
@@ -173,19 +173,19 @@ class Container(Relay):
         self._log_reader.start()
 
     def end(self) -> None:
-        self._engine.tries("rm", "--force", self.name)
+        self._engine.run_unchecked("rm", "--force", self.name)
         super().end()
 
     def signal(self, number: Signals = SIGTERM) -> None:
         self._engine("kill", f"--signal={number.name}", self.name)
 
-    def tells(self, *command: str) -> str:
+    def exec_command(self, *command: str) -> str:
         """Run a command in the container; return what it prints."""
         return self._engine("exec", self.name, *command)
 
-    def python(self, source: str) -> str:
+    def exec_python(self, source: str) -> str:
         """Run Python in the container."""
-        return self.tells("python", "-c", source).strip()
+        return self.exec_command("python", "-c", source).strip()
 
     def _published(self, port: int) -> int:
         return int(self._engine("port", self.name, f"{port}/tcp").strip().rpartition(":")[2])
@@ -203,9 +203,9 @@ def find_engine(directory: Path) -> Engine:
     """Return what this machine has."""
     for program in ("docker", "podman"):
         engine = Engine(program, directory)
-        if shutil.which(program) and engine.tries("info").returncode == 0:
+        if shutil.which(program) and engine.run_unchecked("info").returncode == 0:
             return engine
-    return not_tested("needs docker with a daemon, or podman (Debian: podman)")
+    return skip_test("needs docker with a daemon, or podman (Debian: podman)")
 
 
 def find_base(engine: Engine, directory: Path) -> str:
@@ -213,11 +213,11 @@ def find_base(engine: Engine, directory: Path) -> str:
     if named := os.environ.get("BASE"):
         return named
     try:
-        if engine.tries("pull", DEFAULT_BASE, timeout_s=PULL_S).returncode == 0:
+        if engine.run_unchecked("pull", DEFAULT_BASE, timeout_s=PULL_S).returncode == 0:
             return DEFAULT_BASE
     except subprocess.TimeoutExpired:
         pass
-    if engine.tries("image", "inspect", STAND_IN).returncode != 0:
+    if engine.run_unchecked("image", "inspect", STAND_IN).returncode != 0:
         make_stand_in(engine, directory)
     return STAND_IN
 
@@ -226,11 +226,11 @@ def make_stand_in(engine: Engine, directory: Path) -> None:
     """Make a base of Debian's packages, where no registry of images is in reach."""
     program = needed(MMDEBSTRAP)
     if os.geteuid() != 0:
-        not_tested(f"{DEFAULT_BASE} is out of reach, and only root can run mmdebstrap")
+        skip_test(f"{DEFAULT_BASE} is out of reach, and only root can run mmdebstrap")
     archive = directory / "base.tar"
     done = subprocess.run(
         [program, "--variant=minbase", "--include=ca-certificates,python3-venv",
-         f"--customize-hook={MAKE_ALIKE}", "trixie", str(archive)],
+         f"--customize-hook={CUSTOMIZE_BASE}", "trixie", str(archive)],
         capture_output=True,
         text=True,
         timeout=BUILD_S,

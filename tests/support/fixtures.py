@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
-from tests.support.certificates import Pair, make_pair
+from tests.support.certificates import CertificatePair, make_pair
 from tests.support.issuer import SECRET
 from tests.support.programs import ANY_REDIS, NATS, needed
 from tests.support.relay_process import Relay, StartRelay, StartReplicas, merged
@@ -73,13 +73,13 @@ def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
 
 
 @pytest.fixture
-def pair() -> Pair:
+def pair() -> CertificatePair:
     """The certificate and key that the TLS relay starts with."""
     return make_pair()
 
 
 @pytest.fixture
-def certificate_directory(tmp_path: Path, pair: Pair) -> Path:
+def certificate_directory(tmp_path: Path, pair: CertificatePair) -> Path:
     """Where the TLS relay looks for its certificate and key."""
     directory = tmp_path / "certificates"
     directory.mkdir()
@@ -88,7 +88,9 @@ def certificate_directory(tmp_path: Path, pair: Pair) -> Path:
 
 
 @pytest.fixture
-def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Path) -> StartRelay:
+def tls_relay_with(
+    relay_with: StartRelay, pair: CertificatePair, certificate_directory: Path
+) -> StartRelay:
     """Start a relay that speaks wss:// and https://."""
     tls = {
         "enabled": True,
@@ -98,7 +100,7 @@ def tls_relay_with(relay_with: StartRelay, pair: Pair, certificate_directory: Pa
 
     def start(**settings: Any) -> Relay:
         relay = relay_with(**merged({"server": {"tls": tls}}, settings))
-        relay.tls_context = pair.trusting_context()
+        relay.tls_context = pair.client_context()
         return relay
 
     return start

@@ -44,9 +44,9 @@ from tests.support.markdown import anchor_of
 from tests.support.programs import ANY_REDIS, CURL, NATS, OPENSSL, PROMTOOL, TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, ROOT, eventually, run_command
-from tests.support.shell import persons_environment
+from tests.support.shell import user_environment
 from tests.support.terminal import Output, Terminal, until
-from tests.support.tools import of_npm
+from tests.support.tools import npm_command
 
 PORTS = ("8443", "9090", "8444", "9091", "8000", "6379", "4222")
 """The ports as the pages write them: a relay and its metrics, a second replica and its metrics, an
@@ -286,7 +286,7 @@ class Reader:
             "console": self._check_that_it_runs_elsewhere,
         }
         path = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
-        self._env = persons_environment(
+        self._env = user_environment(
             {
                 "PATH": path,
                 "PYTHONUNBUFFERED": "1",
@@ -344,7 +344,7 @@ class Reader:
     async def open(self, url: str) -> Window:
         """Open a page of the web in a window of its own, until the end."""
         url = self.here(url)
-        page = await self._windows.enter_async_context(browser.page())
+        page = await self._windows.enter_async_context(browser.open_page())
         window = Window(page, Output(url))
         self._open.append(window)
         lines = window.output.lines
@@ -502,7 +502,7 @@ async def _with_the_programs_of_tests(command: str) -> str:
         Skipped: this machine lacks one.
     """
     if match := OF_NPM.match(command):
-        tool = await asyncio.to_thread(of_npm, match["tool"])
+        tool = await asyncio.to_thread(npm_command, match["tool"])
         modules = Path(tool[-1]).parents[2]
         command = f"NODE_PATH={modules} {shlex.join(tool)}{command[match.end() :]}"
     for word, programs in PROGRAMS.items():

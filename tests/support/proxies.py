@@ -14,7 +14,7 @@ import httpx2
 import yaml
 
 from tests.support.brokers import free_port
-from tests.support.certificates import Pair, replace
+from tests.support.certificates import CertificatePair, replace_file
 from tests.support.pages import Block, blocks
 from tests.support.programs import HAPROXY, NGINX, TRAEFIK, needed
 from tests.support.raw_client import PATIENCE_S
@@ -72,7 +72,11 @@ class Proxy:
     """The language of that block."""
 
     def __init__(
-        self, directory: Path, pair: Pair, ports: Sequence[int], changes: Mapping[str, str]
+        self,
+        directory: Path,
+        pair: CertificatePair,
+        ports: Sequence[int],
+        changes: Mapping[str, str],
     ) -> None:
         self.directory = directory
         self.port = free_port()
@@ -142,7 +146,7 @@ class Proxy:
             await eventually(now, f"{self.name} passes requests to a relay")
 
     def _http(self) -> httpx2.AsyncClient:
-        tls = self.pair.trusting_context()
+        tls = self.pair.client_context()
         return httpx2.AsyncClient(verify=tls, trust_env=False, timeout=PATIENCE_S)
 
     def check_files(self) -> None:
@@ -280,7 +284,7 @@ class Traefik(Proxy):
         # It logs nothing about it. So Traefik itself gets a path to answer instead of a relay.
         file = self.directory / "relays.yaml"
         other_rule = "PathPrefix(`/`) && !Path(`/reloaded`)"
-        replace(file, file.read_text().replace("PathPrefix(`/`)", other_rule).encode())
+        replace_file(file, file.read_text().replace("PathPrefix(`/`)", other_rule).encode())
         async with self._http() as http:
 
             async def now() -> tuple[bool, object]:

@@ -56,7 +56,7 @@ class Site:
 
 
 @asynccontextmanager
-async def site() -> AsyncIterator[Site]:
+async def serve_site() -> AsyncIterator[Site]:
     made = Site()
     async with await asyncio.start_server(made.answer, "127.0.0.1", 0) as server:
         made.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -19,7 +19,7 @@ NPM = Path(__file__).with_name("npm")
 NPM_INSTALL_S = 120
 
 
-def of_python(name: str) -> str:
+def python_tool(name: str) -> str:
     """Return a tool of the package index: one beside this Python, or else on the PATH."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     found = shutil.which(name, path=path)
@@ -28,7 +28,7 @@ def of_python(name: str) -> str:
     return found
 
 
-def of_npm(name: str) -> list[str]:
+def npm_command(name: str) -> list[str]:
     """Return the command of a tool of npm/, which is installed when its lock file is new.
 
     It runs on the Node.js that comes with playwright: a system's own may be too old.
