@@ -26,7 +26,7 @@ from bench.chaos.observations import (
     named,
     payload_of,
 )
-from tests.support.events_client import Event, Events
+from tests.support.events_client import EventStreamResponse, ServerSentEvent
 from tests.support.proxy import HOST
 from tests.support.relay_process import PLAIN
 
@@ -277,16 +277,16 @@ class EventSubscriber(Resuming):
         relay = place.name
         try:
             writer.write(self._request(since))
-            events = Events(reader, writer)
+            events = EventStreamResponse(reader, writer)
             async with asyncio.timeout(OPEN_S):
-                await events.head()
+                await events.read_head()
             if events.status != 200:
                 raise RefusedSubscriptionError(f"refused: {events.status}")
             while True:
                 async with asyncio.timeout(SILENCE_S):
-                    event = await events.event()
+                    event = await events.next_event()
                 if event.name == "close":
-                    return f"close {event.said['code']} {event.said['reason'].partition(';')[0]}"
+                    return f"close {event.json['code']} {event.json['reason'].partition(';')[0]}"
                 self._take(relay, since, event)
         finally:
             writer.transport.abort()
@@ -296,11 +296,11 @@ class EventSubscriber(Resuming):
         path = f"/channels/{self.trace.channel}/events"
         return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{resume}\r\n".encode()
 
-    def _take(self, relay: str, since: Position | None, event: Event) -> None:
+    def _take(self, relay: str, since: Position | None, event: ServerSentEvent) -> None:
         if event.name == "welcome":
-            self._welcomed(relay, since, event.said)
+            self._welcomed(relay, since, event.json)
         elif event.name == "gap":
-            self._gap(Position.parse(event.said["position"]))
+            self._gap(Position.parse(event.json["position"]))
         else:
             self._message(Position.parse(event.id), event.data)
 

@@ -23,7 +23,7 @@ from websockets.http11 import Response
 
 from tests.support.brokers import RedisBroker
 from tests.support.certificates import CertificatePair
-from tests.support.half_open import HALF_A_HELLO, connections
+from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import Relay, StartRelay, eventually, merged, receive, run_command
 
@@ -110,7 +110,7 @@ async def test_connections_without_a_complete_request_take_no_descriptor_from_cl
     tmp_path: Path,
 ) -> None:
     with Relay(tmp_path, SETTINGS, max_descriptors=LIMIT) as relay:
-        async with connections(relay, MORE_THAN_LIMIT, b"", b"GET / HTTP/1.1\r\nX: "):
+        async with open_connections(relay, MORE_THAN_LIMIT, b"", b"GET / HTTP/1.1\r\nX: "):
             await assert_probes_are_answered(relay)
             async with connected_clients(relay, 50) as (admitted, _):
                 assert len(admitted) == 50
@@ -126,7 +126,7 @@ async def test_unfinished_tls_handshakes_take_no_descriptor_from_clients(
         relay.tls_context = pair.client_context()
         async with (
             relay.client("news") as client,
-            connections(relay, MORE_THAN_LIMIT, b"", HALF_A_HELLO),
+            open_connections(relay, MORE_THAN_LIMIT, b"", PARTIAL_CLIENT_HELLO),
         ):
             await assert_probes_are_answered(relay)
             async with connected_clients(relay, 50) as (admitted, _):

@@ -10,12 +10,12 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
 from tests.support.admission import refusal_answer
-from tests.support.http_requests import get, posting
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.http_requests import get_request, post_request
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import TEXT, RawClient, frame, upgrade_request
 from tests.support.relay_process import Relay, StartRelay, receive
 
-HEALTHZ = get("/healthz")
+HEALTHZ = get_request("/healthz")
 
 # Plain requests
 
@@ -222,25 +222,34 @@ async def send_slowly_until_the_end(raw: RawClient, head: bytes) -> float:
     return time.monotonic() - started_at
 
 
-async def test_an_unfinished_request_head_is_closed_at_the_deadline(hasty_relay: Relay) -> None:
-    before = await hasty_relay.metric("websocket_refusals_total", reason="handshake_timeout")
+async def test_an_unfinished_request_head_is_closed_at_the_deadline(
+    short_deadline_relay: Relay,
+) -> None:
+    before = await short_deadline_relay.metric(
+        "websocket_refusals_total", reason="handshake_timeout"
+    )
     async with AsyncExitStack() as stack:
-        raws = [await stack.enter_async_context(await hasty_relay.tcp()) for _ in UNFINISHED_HEADS]
+        raws = [
+            await stack.enter_async_context(await short_deadline_relay.tcp())
+            for _ in UNFINISHED_HEADS
+        ]
         pairs = zip(raws, UNFINISHED_HEADS, strict=True)
         elapsed_s = await asyncio.gather(*(send_slowly_until_the_end(*pair) for pair in pairs))
     assert min(elapsed_s) >= 0.5
     expected = before + len(UNFINISHED_HEADS)
-    await hasty_relay.metric_is("websocket_refusals_total", expected, reason="handshake_timeout")
+    await short_deadline_relay.metric_is(
+        "websocket_refusals_total", expected, reason="handshake_timeout"
+    )
 
 
 async def test_an_idle_connection_is_closed_at_the_deadline_and_an_idle_client_is_not(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
     """The deadline also applies to the second request of a connection."""
     async with (
-        hasty_relay.client(channel) as client,
-        await hasty_relay.tcp() as silent,
-        await hasty_relay.tcp() as kept_alive,
+        short_deadline_relay.client(channel) as client,
+        await short_deadline_relay.tcp() as silent,
+        await short_deadline_relay.tcp() as kept_alive,
     ):
         await kept_alive.send(HEALTHZ)
         answer = await kept_alive.response()
@@ -253,13 +262,13 @@ async def test_an_idle_connection_is_closed_at_the_deadline_and_an_idle_client_i
 
 
 async def test_a_client_is_admitted_while_many_request_heads_are_unfinished(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(100):
-            raw = await stack.enter_async_context(await hasty_relay.tcp())
+            raw = await stack.enter_async_context(await short_deadline_relay.tcp())
             await raw.send(b"GET / HTTP/1.1\r\nX-Slow: ")
-        async with hasty_relay.client(channel) as client:
+        async with short_deadline_relay.client(channel) as client:
             await client.send("hello")
             assert await receive(client) == "hello"
 
@@ -328,13 +337,15 @@ async def test_an_upgrade_that_is_pipelined_after_an_unanswered_request_is_refus
     relay_with: StartRelay, channel: str
 ) -> None:
     """The answer would arrive among the frames. The request waits for a key of the issuer."""
-    known, unknown = signer("ES256", "known"), signer("ES256", "unknown", 1)
+    known, unknown = make_signer("ES256", "known"), make_signer("ES256", "unknown", 1)
     with KeyServer(key_set(known)) as server:
         keys = {"jwks_url": server.url, "algorithms": ["ES256"]}
         relay = relay_with(auth={"mode": "jwt", "jwt": keys})
-        server.go_on.clear()
+        server.may_answer.clear()
         async with await relay.tcp() as raw:
-            await raw.send(posting(channel, b"hello", f"Authorization: Bearer {unknown.token()}"))
+            await raw.send(
+                post_request(channel, b"hello", f"Authorization: Bearer {unknown.token()}")
+            )
             await asyncio.to_thread(server.await_requests, 2)
             await raw.send(upgrade_request())
             assert (await raw.response()).status == 400

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 
 from tests.support.admission import connect_with_token, refusal_answer
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import CONTINUATION, PING, TEXT, frame, upgrade_request
 from tests.support.relay_process import (
     Relay,
@@ -154,7 +154,7 @@ async def test_clients_that_wait_for_the_same_key_do_not_exceed_the_limits(
     relay_with: StartRelay, channel: str
 ) -> None:
     """The limits are checked after the last await, without a suspension before the upgrade."""
-    known, new = signer("ES256", "known"), signer("ES256", "new", 1)
+    known, new = make_signer("ES256", "known"), make_signer("ES256", "new", 1)
     for limits, max_channels in (
         ({"max_connections_per_ip": 4}, 99),
         ({"max_connections": 4}, 99),
@@ -167,13 +167,13 @@ async def test_clients_that_wait_for_the_same_key_do_not_exceed_the_limits(
                 channels={"max_channels": max_channels},
             )
             server.body = key_set(new)
-            server.go_on.clear()
+            server.may_answer.clear()
             async with AsyncExitStack() as stack:
                 names = [f"{channel}-{number}" for number in range(12)]
                 attempts = [connect_with_token(relay, name, new.token()) for name in names]
                 admitted = asyncio.create_task(count_admitted(stack, attempts))
                 await asyncio.to_thread(server.await_requests, 2)
-                server.go_on.set()
+                server.may_answer.set()
                 assert await admitted == 4
 
 

@@ -31,29 +31,29 @@ from tests.support.admission import (
 )
 from tests.support.certificates import make_pair
 from tests.support.issuer import (
+    ALL_CHANNELS,
     ASYMMETRIC,
-    EVERYTHING,
     SECRET,
     KeyServer,
     Signer,
-    hand_made,
-    in_base64,
+    base64url,
     key_set,
-    signer,
-    token,
-    write,
+    make_signer,
+    sign_token,
+    signed_as_is,
+    write_key_file,
 )
 from tests.support.raw_client import CLOSE, close_payload, frame, upgrade_request
 from tests.support.relay_process import Relay, StartRelay, path_of
 
-ONE, TWO, THREE = (signer("ES256", f"key-{number}", number) for number in (1, 2, 3))
+ONE, TWO, THREE = (make_signer("ES256", f"key-{number}", number) for number in (1, 2, 3))
 BAD_SIGNATURE = "invalid token: signature"
 UNKNOWN_KEY = "invalid token: unknown key"
 UNAVAILABLE = "signing keys unavailable"
 
 
 def key_file_settings(directory: Path, pem: bytes, *algorithms: str) -> dict[str, Any]:
-    return {"public_key_file": write(directory, pem), "algorithms": list(algorithms)}
+    return {"public_key_file": write_key_file(directory, pem), "algorithms": list(algorithms)}
 
 
 def jwks_settings(server: KeyServer, *algorithms: str, **further: Any) -> dict[str, Any]:
@@ -145,37 +145,37 @@ def assert_unavailable(answer: Response) -> None:
 
 async def test_a_public_key_file_verifies_tokens_of_its_algorithm_only(tmp_path: Path) -> None:
     pairs = [
-        (signer(algorithm), signer(algorithm, number=1))
+        (make_signer(algorithm), make_signer(algorithm, number=1))
         for algorithm in ("RS256", "ES256", "ES384", "ES512", "EdDSA")
     ]
-    pairs.append((Signer("EdDSA", ed448.Ed448PrivateKey.generate()), signer("EdDSA")))
+    pairs.append((Signer("EdDSA", ed448.Ed448PrivateKey.generate()), make_signer("EdDSA")))
     for own, other in pairs:
         settings = key_file_settings(tmp_path, own.public_pem, own.algorithm)
         verifier = TokenVerifier(JwtSettings(**settings))
         await verifier.verify(own.token())
         await verifier.verify(own.token({"kid": "any"}))
         assert await refusal_of(verifier, other.token()) == BAD_SIGNATURE, own.algorithm
-        assert await refusal_of(verifier, token()) == "invalid token: algorithm", own.algorithm
+        assert await refusal_of(verifier, sign_token()) == "invalid token: algorithm", own.algorithm
 
 
 async def test_a_public_key_is_not_a_secret_and_a_secret_is_not_a_public_key(
     relay_with: StartRelay, tmp_path: Path, channel: str
 ) -> None:
     """Algorithm confusion: an HMAC whose secret is the public key, which everyone can read."""
-    own = signer("RS256")
+    own = make_signer("RS256")
     settings = key_file_settings(tmp_path, own.public_pem, "RS256", "HS256")
     relay = relay_with(auth={"mode": "jwt", "jwt": settings | {"secret": SECRET}})
     await assert_admitted(connect_with_token(relay, channel, own.token()))
-    await assert_admitted(connect_with_token(relay, channel, token()))
+    await assert_admitted(connect_with_token(relay, channel, sign_token()))
     for text in (own.public_pem.decode(), own.public_pem.decode().strip(), ""):
-        forged = hand_made({"alg": "HS256"}, {"relay": EVERYTHING}, text)
+        forged = signed_as_is({"alg": "HS256"}, {"relay": ALL_CHANNELS}, text)
         assert_invalid_token(
             await refusal_answer(connect_with_token(relay, channel, forged)), "signature"
         )
     body = own.token().split(".")[1]
     for algorithm in ("RS256", "HS256"):
-        head = in_base64(json.dumps({"alg": algorithm}).encode())
-        genuine = own.token().split(".")[2], token().split(".")[2]
+        head = base64url(json.dumps({"alg": algorithm}).encode())
+        genuine = own.token().split(".")[2], sign_token().split(".")[2]
         for signature in genuine:
             answer = await refusal_answer(
                 connect_with_token(relay, channel, f"{head}.{body}.{signature}")
@@ -188,21 +188,21 @@ async def test_a_public_key_is_not_a_secret_and_a_secret_is_not_a_public_key(
 
 
 async def test_the_issuers_keys_verify_tokens_of_every_algorithm() -> None:
-    signers = [signer(algorithm, f"key of {algorithm}") for algorithm in ASYMMETRIC]
-    others = [signer(algorithm, f"key of {algorithm}", 1) for algorithm in ASYMMETRIC]
+    signers = [make_signer(algorithm, f"key of {algorithm}") for algorithm in ASYMMETRIC]
+    others = [make_signer(algorithm, f"key of {algorithm}", 1) for algorithm in ASYMMETRIC]
     with KeyServer(key_set(*signers)) as server:
         async with verifier_with_keys_of(server, *ASYMMETRIC, "HS256", secret=SECRET) as verifier:
             for own, other in zip(signers, others, strict=True):
                 await verifier.verify(own.token())
                 assert await refusal_of(verifier, other.token()) == BAD_SIGNATURE, own.algorithm
-            await verifier.verify(token())
+            await verifier.verify(sign_token())
             assert verifier.jwks is not None
             assert verifier.jwks.fetches == {"ok": 1, "error": 0}
         assert server.requests == 1
 
 
 async def test_a_token_without_a_key_id_is_verified_with_the_only_key_of_its_algorithm() -> None:
-    rsa_key, curve = signer("RS256", "rsa"), signer("ES384", "curve")
+    rsa_key, curve = make_signer("RS256", "rsa"), make_signer("ES384", "curve")
     with KeyServer(key_set(ONE, TWO, rsa_key, curve)) as server:
         async with verifier_with_keys_of(server, "ES256", "ES384", "RS256") as verifier:
             await verifier.verify(Signer(curve.algorithm, curve.key).token())
@@ -212,14 +212,14 @@ async def test_a_token_without_a_key_id_is_verified_with_the_only_key_of_its_alg
 
 
 async def test_a_key_verifies_tokens_of_its_own_algorithm_and_use_only() -> None:
-    rsa_key = signer("RS256", "rsa")
+    rsa_key = make_signer("RS256", "rsa")
     listed = [
         rsa_key.jwk(alg="RS512"),
-        signer("EdDSA", "ed").jwk(),
+        make_signer("EdDSA", "ed").jwk(),
         ONE.jwk(use="enc"),
         TWO.jwk(key_ops=["sign"]),
         THREE.jwk(use="sig", key_ops=["verify"], alg="ES256"),
-        {"kty": "oct", "kid": "oct", "k": in_base64(b"x" * 32)},
+        {"kty": "oct", "kid": "oct", "k": base64url(b"x" * 32)},
     ]
     unsuitable = (
         rsa_key,
@@ -236,7 +236,7 @@ async def test_a_key_verifies_tokens_of_its_own_algorithm_and_use_only() -> None
             for each in unsuitable:
                 assert await refusal_of(verifier, each.token()) == UNKNOWN_KEY
             header = {"alg": "HS256", "kid": "oct"}
-            by_listed_secret = hand_made(header, {"relay": EVERYTHING}, "x" * 32)
+            by_listed_secret = signed_as_is(header, {"relay": ALL_CHANNELS}, "x" * 32)
             assert await refusal_of(verifier, by_listed_secret) == BAD_SIGNATURE
 
 
@@ -283,7 +283,7 @@ async def test_invalid_keys_of_a_set_are_skipped() -> None:
         {"kty": "RSA", "n": "AQAB", "e": "AA"},
         {"kty": "RSA", "n": "!", "e": "AQAB"},
         {"kty": "OKP", "crv": "Ed25519", "x": "AAAA"},
-        {"kty": "OKP", "crv": "X25519", "x": in_base64(b"x" * 32)},
+        {"kty": "OKP", "crv": "X25519", "x": base64url(b"x" * 32)},
         {"kty": "AKP", "alg": "ML-DSA-44"},
         valid | {"kid": 5},
     ]
@@ -295,7 +295,7 @@ async def test_invalid_keys_of_a_set_are_skipped() -> None:
 async def test_a_private_key_in_the_set_is_not_used() -> None:
     assert isinstance(TWO.key, ec.EllipticCurvePrivateKey)
     number = TWO.key.private_numbers().private_value
-    private = TWO.jwk(d=in_base64(number.to_bytes(32, "big")))
+    private = TWO.jwk(d=base64url(number.to_bytes(32, "big")))
     with KeyServer(json.dumps({"keys": [ONE.jwk(), private]}).encode()) as server:
         async with verifier_with_keys_of(server) as verifier:
             assert await refusal_of(verifier, TWO.token()) == UNKNOWN_KEY
@@ -310,7 +310,7 @@ async def test_short_rsa_keys_of_the_set_are_ignored_with_one_warning_per_fetch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", jwks.__name__)
-    short, long = short_signer("short"), signer("RS256", "long")
+    short, long = short_signer("short"), make_signer("RS256", "long")
     with KeyServer(key_set(short, short_signer("short too"), long)) as server:
         async with verifier_with_keys_of(server, "RS256") as verifier:
             assert fields_of("keys fetched", caplog)["keys"] == 1
@@ -346,7 +346,7 @@ async def test_the_log_names_the_innermost_cause_of_a_failed_fetch(
     launched: Callable[..., Relay], key_server: KeyServer
 ) -> None:
     """The errors that wrap it state nothing, or that all attempts failed."""
-    key_server.hangs_up = True
+    key_server.closes_without_answer = True
     tls_url = key_server.url.replace("http:", "https:")
     for url, cause in {
         "http://issuer.invalid/keys.json": "name",
@@ -375,13 +375,13 @@ async def test_many_tokens_with_the_same_new_key_id_cause_one_fetch(
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server))
     key_server.body = key_set(ONE, TWO)
-    key_server.go_on.clear()
+    key_server.may_answer.clear()
     many = [asyncio.create_task(status_of_client(relay, channel, TWO.token())) for _ in range(20)]
     await asyncio.to_thread(key_server.await_requests, 2)
     await assert_admitted(
         connect_with_token(relay, channel, ONE.token())
     )  # a known key does not wait for the fetch
-    key_server.go_on.set()
+    key_server.may_answer.set()
     assert await asyncio.gather(*many) == [101] * 20
     assert key_server.requests == 2
 
@@ -391,14 +391,14 @@ async def test_a_client_that_disconnects_during_a_fetch_does_not_cancel_it_for_o
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server))
     key_server.body = key_set(TWO)
-    key_server.go_on.clear()
+    key_server.may_answer.clear()
     first = await relay.tcp()
     await first.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
     await asyncio.to_thread(key_server.await_requests, 2)
     second = asyncio.create_task(status_of_client(relay, channel, TWO.token()))
     first.vanish()
     assert (await relay.get("/healthz")).status_code == 200
-    key_server.go_on.set()
+    key_server.may_answer.set()
     assert await second == 101
     assert key_server.requests == 2
     await relay.metric_is("websocket_connected_clients", 0)
@@ -435,12 +435,12 @@ async def test_old_keys_are_refetched_in_the_background_when_they_are_used(
         assert key_server.requests == 1
         monkeypatch.setattr(jwks, "MAX_AGE_S", -1.0)
         key_server.body = key_set(TWO)
-        key_server.go_on.clear()
+        key_server.may_answer.clear()
         async with asyncio.timeout(3):  # less than the deadline of the fetch
             assert await keys.find("ES256", "key-1") is not None
         await asyncio.to_thread(key_server.await_requests, 2)
         assert await keys.find("ES256", "key-1") is not None
-        key_server.go_on.set()
+        key_server.may_answer.set()
         assert await keys.find("ES256", "key-2") is not None, "waits for the fetch in flight"
         assert await keys.find("ES256", "key-1") is None
         key_server.stop()
@@ -488,12 +488,12 @@ async def test_in_a_long_outage_a_token_with_an_unknown_key_is_not_refused_as_in
 async def test_a_relay_is_not_ready_until_it_has_keys(
     launched: Callable[..., Relay], key_server: KeyServer, channel: str
 ) -> None:
-    key_server.go_on.clear()
+    key_server.may_answer.clear()
     relay = launched(auth=auth_by_url(key_server))
     await asyncio.to_thread(key_server.await_requests, 1)
     await assert_not_ready(relay)
     early = asyncio.create_task(status_of_client(relay, channel, ONE.token()))
-    key_server.go_on.set()
+    key_server.may_answer.set()
     await relay.wait_for_log("ready")
     await assert_ready(relay)
     assert await early == 101
@@ -540,11 +540,11 @@ async def test_a_fetch_fails_at_its_deadline(
     async with jwks.Jwks(key_server.url) as keys:
         with monkeypatch.context() as patch:
             patch.setattr(jwks, "FETCH_S", 0.1)
-            key_server.go_on.clear()
+            key_server.may_answer.clear()
             with pytest.raises(RefusedError, match=UNAVAILABLE):
                 await keys.find("ES256", "key-1")
         assert fields_of("keys not fetched", caplog)["error"] == "timeout after 0.1 seconds"
-        key_server.go_on.set()
+        key_server.may_answer.set()
         assert await keys.find("ES256", "key-1") is not None
 
 
@@ -553,7 +553,7 @@ async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
     launched: Callable[..., Relay], key_server: KeyServer, answers: bool
 ) -> None:
     """It does not wait for shutdown.readiness_delay_s: no load balancer sent clients to it."""
-    key_server.go_on.clear()
+    key_server.may_answer.clear()
     if not answers:
         key_server.stop()
     stop = {"readiness_delay_s": 8, "timeout_s": 20}
@@ -576,7 +576,7 @@ async def test_a_relay_stops_in_time_while_a_client_waits_for_a_key(
     relay_with: StartRelay, key_server: KeyServer, channel: str
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server), shutdown={"spread_s": 0, "timeout_s": 1})
-    key_server.go_on.clear()
+    key_server.may_answer.clear()
     async with await relay.tcp() as raw:
         bearer = {"Authorization": f"Bearer {TWO.token()}"}
         await raw.send(upgrade_request(path_of(channel), **bearer))
@@ -594,12 +594,12 @@ async def test_a_client_that_waits_for_a_key_is_refused_when_the_relay_drains(
     async with await relay.tcp() as admitted, await relay.tcp() as waiting:
         await admitted.upgrade(path_of(channel), Authorization=f"Bearer {ONE.token()}")
         key_server.body = key_set(TWO)
-        key_server.go_on.clear()
+        key_server.may_answer.clear()
         await waiting.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
         await asyncio.to_thread(key_server.await_requests, 2)
         relay.signal()
         assert (await admitted.close_frame())[0] == 1001  # not answered yet, so the drain goes on
-        key_server.go_on.set()
+        key_server.may_answer.set()
         assert (await waiting.response()).status == 503
         await admitted.send(frame(CLOSE, close_payload(1001)))
     assert await relay.exit_code() == 0

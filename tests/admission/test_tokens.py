@@ -28,13 +28,13 @@ from tests.support.admission import (
     refusal_answer,
 )
 from tests.support.issuer import (
-    EVERYTHING,
+    ALL_CHANNELS,
     OTHER_SECRET,
     SECRET,
-    hand_made,
-    in_base64,
-    signer,
-    token,
+    base64url,
+    make_signer,
+    sign_token,
+    signed_as_is,
 )
 from tests.support.raw_client import (
     CLOSE,
@@ -66,7 +66,7 @@ def shared_guarded_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 
 @pytest.fixture
-async def guarded_relay(shared_guarded_relay: Relay) -> AsyncIterator[Relay]:
+async def jwt_relay(shared_guarded_relay: Relay) -> AsyncIterator[Relay]:
     """A relay that requires tokens signed with the secret."""
     await shared_guarded_relay.metric_is("websocket_connected_clients", 0)
     yield shared_guarded_relay
@@ -74,7 +74,7 @@ async def guarded_relay(shared_guarded_relay: Relay) -> AsyncIterator[Relay]:
 
 
 def verifier_with(**settings: Any) -> TokenVerifier:
-    """Return a verifier with the settings of `guarded_relay` and others."""
+    """Return a verifier with the settings of `jwt_relay` and others."""
     return TokenVerifier(JwtSettings(**jwt_settings(**settings)["jwt"]))
 
 
@@ -88,38 +88,36 @@ async def assert_invalid(verifier: TokenVerifier, encoded: str, problem: str) ->
 
 
 async def test_a_token_in_the_authorization_header_is_accepted(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
     for scheme in ("Bearer", "bearer", "BEARER", "Bearer  "):
-        headers = {"Authorization": f"{scheme} {token()}"}
-        await assert_admitted(guarded_relay.client(channel, additional_headers=headers))
+        headers = {"Authorization": f"{scheme} {sign_token()}"}
+        await assert_admitted(jwt_relay.client(channel, additional_headers=headers))
 
 
-async def test_a_token_in_the_query_is_accepted(guarded_relay: Relay, channel: str) -> None:
-    escaped = token().replace(".", "%2E").replace("e", "%65")
+async def test_a_token_in_the_query_is_accepted(jwt_relay: Relay, channel: str) -> None:
+    escaped = sign_token().replace(".", "%2E").replace("e", "%65")
     for query in (
-        f"access_token={token()}",
-        f"a=b&access_token={token()}&c=d",
-        f"&access_token={token()}",
+        f"access_token={sign_token()}",
+        f"a=b&access_token={sign_token()}&c=d",
+        f"&access_token={sign_token()}",
         f"access_token={escaped}",
     ):
-        await assert_admitted(guarded_relay.client(path=f"{path_of(channel)}?{query}"))
+        await assert_admitted(jwt_relay.client(path=f"{path_of(channel)}?{query}"))
 
 
-async def test_a_token_among_the_subprotocols_is_accepted(
-    guarded_relay: Relay, channel: str
-) -> None:
-    offer = [Subprotocol("bearer"), Subprotocol(token())]
-    await assert_admitted(guarded_relay.client(channel, subprotocols=offer))
+async def test_a_token_among_the_subprotocols_is_accepted(jwt_relay: Relay, channel: str) -> None:
+    offer = [Subprotocol("bearer"), Subprotocol(sign_token())]
+    await assert_admitted(jwt_relay.client(channel, subprotocols=offer))
 
 
 async def test_the_header_precedes_the_query_and_the_query_precedes_the_subprotocols(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
-    valid, invalid = token(), token(OTHER_SECRET)
+    valid, invalid = sign_token(), sign_token(OTHER_SECRET)
 
     def connect_with(header: str, query: str, subprotocol: str) -> connect:
-        return guarded_relay.client(
+        return jwt_relay.client(
             path=f"{path_of(channel)}?access_token={query}" if query else path_of(channel),
             additional_headers={"Authorization": header} if header else {},
             subprotocols=[Subprotocol("bearer"), Subprotocol(subprotocol)],
@@ -137,14 +135,19 @@ async def test_the_header_precedes_the_query_and_the_query_precedes_the_subproto
 
 
 async def test_more_than_one_authorization_header_is_refused(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
     """A proxy may have verified the other one."""
-    first = f"Bearer {token()}"
-    for second in (f"Bearer {token()}", f"Bearer {token(OTHER_SECRET)}", "Basic YTpi", ""):
+    first = f"Bearer {sign_token()}"
+    for second in (
+        f"Bearer {sign_token()}",
+        f"Bearer {sign_token(OTHER_SECRET)}",
+        "Basic YTpi",
+        "",
+    ):
         lines = [("Authorization", first), ("Authorization", second)]
         for both in (lines, lines[::-1]):
-            attempt = guarded_relay.client(channel, additional_headers=both)
+            attempt = jwt_relay.client(channel, additional_headers=both)
             assert_invalid_token(await refusal_answer(attempt), "malformed")
 
 
@@ -161,15 +164,15 @@ WITHOUT_TOKEN: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_a_client_without_a_token_is_refused_with_401(guarded_relay: Relay) -> None:
-    before = await guarded_relay.metric("websocket_refusals_total", reason="no_token")
+async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: Relay) -> None:
+    before = await jwt_relay.metric("websocket_refusals_total", reason="no_token")
     for case, options in WITHOUT_TOKEN.items():
-        answer = await refusal_answer(guarded_relay.client(**options))
+        answer = await refusal_answer(jwt_relay.client(**options))
         assert answer.status_code == 401, case
         assert bytes(answer.body or b"") == b"token required\n"
         assert answer.headers["WWW-Authenticate"] == "Bearer"
     expected = before + len(WITHOUT_TOKEN)
-    await guarded_relay.metric_is("websocket_refusals_total", expected, reason="no_token")
+    await jwt_relay.metric_is("websocket_refusals_total", expected, reason="no_token")
 
 
 # The selected subprotocol
@@ -190,11 +193,11 @@ TOKEN_ELSEWHERE = [
 
 
 async def test_a_token_is_never_the_selected_subprotocol(
-    guarded_relay: Relay, relay: Relay, channel: str
+    jwt_relay: Relay, relay: Relay, channel: str
 ) -> None:
-    for with_tokens in (guarded_relay, relay):
+    for with_tokens in (jwt_relay, relay):
         for offer, selected in TOKEN_AFTER_BEARER:
-            encoded = token()
+            encoded = sign_token()
             offered = ", ".join(offer).format(encoded)
             async with await with_tokens.tcp() as raw:
                 answer = await raw.upgrade(path_of(channel), Sec_WebSocket_Protocol=offered)
@@ -203,12 +206,12 @@ async def test_a_token_is_never_the_selected_subprotocol(
 
 
 async def test_a_token_at_the_wrong_place_among_the_subprotocols_is_not_selected(
-    guarded_relay: Relay, relay: Relay, channel: str
+    jwt_relay: Relay, relay: Relay, channel: str
 ) -> None:
-    bearer = f"Bearer {token()}"
-    for with_tokens in (guarded_relay, relay):
+    bearer = f"Bearer {sign_token()}"
+    for with_tokens in (jwt_relay, relay):
         for offer, selected in TOKEN_ELSEWHERE:
-            encoded = token()
+            encoded = sign_token()
             offered = ", ".join(offer).format(encoded)
             async with await with_tokens.tcp() as raw:
                 answer = await raw.upgrade(
@@ -235,7 +238,7 @@ async def test_without_authentication_a_token_is_not_verified(relay: Relay, chan
 
 
 def unpadded(content: object) -> str:
-    return in_base64(json.dumps(content).encode())
+    return base64url(json.dumps(content).encode())
 
 
 def after_now(seconds: float) -> int:
@@ -252,7 +255,7 @@ def signature_of(encoded: str) -> str:
 
 def with_claims(**claims: Any) -> str:
     """Sign claims as they are: without `exp`, and of any type."""
-    return hand_made(HS256, {"relay": EVERYTHING} | claims)
+    return signed_as_is(HS256, {"relay": ALL_CHANNELS} | claims)
 
 
 NO_NUMBERS: list[Any] = ["soon", [], {}, math.inf, math.nan, "9999999999", None]
@@ -270,15 +273,17 @@ WRONG_TYPES: dict[str, list[Any]] = {
 
 
 WRONG_SIGNATURES: dict[str, Callable[[], str]] = {
-    "another secret": lambda: token(OTHER_SECRET),
-    "the secret in upper case": lambda: token(SECRET.upper()),
+    "another secret": lambda: sign_token(OTHER_SECRET),
+    "the secret in upper case": lambda: sign_token(SECRET.upper()),
     # Attackers know the public key. Its text must not serve as the secret of an HMAC.
-    "a public key as the secret": lambda: hand_made(
-        HS256, {"relay": EVERYTHING}, signer("RS256").public_pem.decode()
+    "a public key as the secret": lambda: signed_as_is(
+        HS256, {"relay": ALL_CHANNELS}, make_signer("RS256").public_pem.decode()
     ),
-    "none": lambda: without_signature(token()),
-    "of another token": lambda: without_signature(token(relay=None)) + signature_of(token()),
-    "invented": lambda: without_signature(hand_made(HS256, {}, "")) + in_base64(b"x" * 32),
+    "none": lambda: without_signature(sign_token()),
+    "of another token": lambda: (
+        without_signature(sign_token(relay=None)) + signature_of(sign_token())
+    ),
+    "invented": lambda: without_signature(signed_as_is(HS256, {}, "")) + base64url(b"x" * 32),
 }
 
 
@@ -290,14 +295,14 @@ async def test_a_wrong_signature_is_refused(case: str) -> None:
 
 @pytest.mark.fast
 async def test_a_token_without_an_accepted_algorithm_is_refused() -> None:
-    unsigned = f"{unpadded({'alg': 'none'})}.{unpadded({'relay': EVERYTHING})}."
+    unsigned = f"{unpadded({'alg': 'none'})}.{unpadded({'relay': ALL_CHANNELS})}."
     names: list[Any] = ["none", "None", "nOnE", "", "HS1", "hs256", "PS256", "ES256K"]
     not_strings: list[Any] = [None, 5, True, [], ["HS256"], {"HS256": 1}]
     for encoded in (
         unsigned,
-        hand_made({}, {"relay": EVERYTHING}),
-        signer("RS256").token(),
-        *(hand_made({"alg": alg}, {"relay": EVERYTHING}) for alg in names + not_strings),
+        signed_as_is({}, {"relay": ALL_CHANNELS}),
+        make_signer("RS256").token(),
+        *(signed_as_is({"alg": alg}, {"relay": ALL_CHANNELS}) for alg in names + not_strings),
     ):
         await assert_invalid(verifier_with(), encoded, "algorithm")
 
@@ -306,14 +311,14 @@ async def test_a_token_without_an_accepted_algorithm_is_refused() -> None:
 async def test_an_expired_token_and_one_that_is_not_valid_yet_are_refused() -> None:
     """`nbf` has a leeway of 5 s for a clock that is ahead, `exp` has none."""
     for encoded in (
-        token(exp=after_now(-1)),
-        token(exp=0),
-        token(exp=-1e300),
+        sign_token(exp=after_now(-1)),
+        sign_token(exp=0),
+        sign_token(exp=-1e300),
         with_claims(exp=after_now(-1), nbf=after_now(3)),
-        hand_made(HS256, {"relay": {}, "exp": after_now(-1)}),
+        signed_as_is(HS256, {"relay": {}, "exp": after_now(-1)}),
     ):
         await assert_invalid(verifier_with(), encoded, "expired")
-    for encoded in (token(nbf=after_now(60)), token(nbf=10**400)):
+    for encoded in (sign_token(nbf=after_now(60)), sign_token(nbf=10**400)):
         await assert_invalid(verifier_with(), encoded, "not yet valid")
 
 
@@ -331,25 +336,27 @@ async def test_a_registered_claim_of_the_wrong_type_makes_a_token_malformed(clai
 
 
 MALFORMED: dict[str, Callable[[], str]] = {
-    "more than 4,300 digits": lambda: hand_made(HS256, b'{"exp":' + b"9" * 5000 + b"}"),
-    "an additional part": lambda: token() + ".x",
-    "a missing part": lambda: token().replace(".", "", 1),
-    "not base64": lambda: token() + "!",
-    "not ASCII": lambda: token() + "\xe9",
-    "too long": lambda: token(padding="x" * 20_000),
+    "more than 4,300 digits": lambda: signed_as_is(HS256, b'{"exp":' + b"9" * 5000 + b"}"),
+    "an additional part": lambda: sign_token() + ".x",
+    "a missing part": lambda: sign_token().replace(".", "", 1),
+    "not base64": lambda: sign_token() + "!",
+    "not ASCII": lambda: sign_token() + "\xe9",
+    "too long": lambda: sign_token(padding="x" * 20_000),
     # JSON
-    "header not UTF-8": lambda: hand_made(b"\xff\xfe", {}),
-    "nested header": lambda: hand_made(b"[" * 8000, {}),
-    "header a list": lambda: hand_made([HS256], {}),
-    "nested payload": lambda: hand_made(HS256, b"[" * 8000),
-    "nested objects": lambda: hand_made(HS256, b'{"a":' * 1500),
-    "payload not UTF-8": lambda: hand_made(HS256, b"\xff"),
-    "payload empty": lambda: hand_made(HS256, b""),
+    "header not UTF-8": lambda: signed_as_is(b"\xff\xfe", {}),
+    "nested header": lambda: signed_as_is(b"[" * 8000, {}),
+    "header a list": lambda: signed_as_is([HS256], {}),
+    "nested payload": lambda: signed_as_is(HS256, b"[" * 8000),
+    "nested objects": lambda: signed_as_is(HS256, b'{"a":' * 1500),
+    "payload not UTF-8": lambda: signed_as_is(HS256, b"\xff"),
+    "payload empty": lambda: signed_as_is(HS256, b""),
     # Headers that demand what the relay does not support
-    "crit": lambda: hand_made(HS256 | {"crit": ["exp"], "exp": 1}, {"relay": EVERYTHING}),
-    "crit a string": lambda: hand_made(HS256 | {"crit": "b64"}, {}),
-    "b64 false": lambda: hand_made(HS256 | {"crit": ["b64"], "b64": False}, {"relay": EVERYTHING}),
-    "b64 false, not critical": lambda: hand_made(HS256 | {"b64": False}, b""),
+    "crit": lambda: signed_as_is(HS256 | {"crit": ["exp"], "exp": 1}, {"relay": ALL_CHANNELS}),
+    "crit a string": lambda: signed_as_is(HS256 | {"crit": "b64"}, {}),
+    "b64 false": lambda: signed_as_is(
+        HS256 | {"crit": ["b64"], "b64": False}, {"relay": ALL_CHANNELS}
+    ),
+    "b64 false, not critical": lambda: signed_as_is(HS256 | {"b64": False}, b""),
 }
 NO_TOKENS = ("x", ".", "..", "...", "a.b", "a.b.c", "x.e30.", "a" * 40_000, "." * 9000)
 NO_OBJECTS: list[Any] = [[], "text", 5, None, True]
@@ -366,37 +373,37 @@ async def test_a_malformed_token_is_refused(case: str) -> None:
 async def test_text_that_is_no_token_and_json_of_the_wrong_type_are_refused() -> None:
     for encoded in (
         *NO_TOKENS,
-        *(hand_made(HS256, payload) for payload in NO_OBJECTS),
-        *(hand_made(HS256 | {"kid": kid}, {"relay": EVERYTHING}) for kid in NO_KEY_IDS),
+        *(signed_as_is(HS256, payload) for payload in NO_OBJECTS),
+        *(signed_as_is(HS256 | {"kid": kid}, {"relay": ALL_CHANNELS}) for kid in NO_KEY_IDS),
     ):
         await assert_invalid(verifier_with(), encoded, "malformed")
 
 
 INVALID: list[Any] = [
-    pytest.param(lambda: token(OTHER_SECRET), "signature", id="signature"),
-    pytest.param(lambda: signer("RS256").token(), "algorithm", id="algorithm"),
-    pytest.param(lambda: token(exp=after_now(-1)), "expired", id="expired"),
-    pytest.param(lambda: token(nbf=after_now(60)), "not yet valid", id="not yet valid"),
+    pytest.param(lambda: sign_token(OTHER_SECRET), "signature", id="signature"),
+    pytest.param(lambda: make_signer("RS256").token(), "algorithm", id="algorithm"),
+    pytest.param(lambda: sign_token(exp=after_now(-1)), "expired", id="expired"),
+    pytest.param(lambda: sign_token(nbf=after_now(60)), "not yet valid", id="not yet valid"),
     pytest.param(lambda: with_claims(aud="another"), "unexpected audience", id="audience"),
     pytest.param(lambda: "a" * 40_000, "malformed", id="too long"),
-    pytest.param(lambda: token() + "\xe9", "malformed", id="not ASCII"),
-    pytest.param(lambda: hand_made(HS256, b"[" * 8000), "malformed", id="nested"),
+    pytest.param(lambda: sign_token() + "\xe9", "malformed", id="not ASCII"),
+    pytest.param(lambda: signed_as_is(HS256, b"[" * 8000), "malformed", id="nested"),
 ]
 
 
 @pytest.mark.parametrize(("encode", "problem"), INVALID)
 async def test_an_invalid_token_is_refused_before_the_upgrade(
-    guarded_relay: Relay, channel: str, encode: Callable[[], str], problem: str
+    jwt_relay: Relay, channel: str, encode: Callable[[], str], problem: str
 ) -> None:
-    before = await guarded_relay.metric("websocket_refusals_total", reason="bad_token")
-    async with await guarded_relay.tcp() as raw:
+    before = await jwt_relay.metric("websocket_refusals_total", reason="bad_token")
+    async with await jwt_relay.tcp() as raw:
         await raw.send(upgrade_request(path_of(channel), Authorization=f"Bearer {encode()}"))
         answer = await raw.response()
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
         body = await raw.exactly(int(answer.headers["content-length"]))
         assert body.decode() == f"invalid token: {problem}\n"
-    await guarded_relay.metric_is("websocket_refusals_total", before + 1, reason="bad_token")
+    await jwt_relay.metric_is("websocket_refusals_total", before + 1, reason="bad_token")
 
 
 # Audience, issuer, algorithms, times
@@ -416,11 +423,11 @@ async def test_the_required_audience_and_issuer_are_verified() -> None:
     ]
     for audience in wrong_audiences:
         claims = required | {"aud": audience}
-        await assert_invalid(verifier, token(**claims), "wrong audience")
+        await assert_invalid(verifier, sign_token(**claims), "wrong audience")
     for issuer in (None, "https://issuer.example/"):
-        await assert_invalid(verifier, token(**required | {"iss": issuer}), "wrong issuer")
+        await assert_invalid(verifier, sign_token(**required | {"iss": issuer}), "wrong issuer")
     for right_audience in ("the relay", ["the relay"], ["another", "the relay"]):
-        await verifier.verify(token(**required | {"aud": right_audience}))
+        await verifier.verify(sign_token(**required | {"aud": right_audience}))
 
 
 async def test_a_relay_with_an_audience_admits_tokens_for_it_only(
@@ -428,9 +435,11 @@ async def test_a_relay_with_an_audience_admits_tokens_for_it_only(
 ) -> None:
     relay = relay_with(auth=jwt_settings(audience="the relay", issuer="https://issuer.example"))
     issuer = "https://issuer.example"
-    await assert_admitted(connect_with_token(relay, channel, token(aud="the relay", iss=issuer)))
+    await assert_admitted(
+        connect_with_token(relay, channel, sign_token(aud="the relay", iss=issuer))
+    )
     answer = await refusal_answer(
-        connect_with_token(relay, channel, token(aud="another", iss=issuer))
+        connect_with_token(relay, channel, sign_token(aud="another", iss=issuer))
     )
     assert_invalid_token(answer, "wrong audience")
 
@@ -452,11 +461,11 @@ async def test_claims_that_are_not_checked_do_not_make_a_token_invalid() -> None
 @pytest.mark.fast
 async def test_a_secret_verifies_every_accepted_hmac_algorithm_and_no_other() -> None:
     for algorithm in HMAC_ALGORITHMS:
-        await verifier_with().verify(token(algorithm=algorithm))
-        await assert_invalid(verifier_with(), token(OTHER_SECRET, algorithm), "signature")
+        await verifier_with().verify(sign_token(algorithm=algorithm))
+        await assert_invalid(verifier_with(), sign_token(OTHER_SECRET, algorithm), "signature")
     only_hs512 = verifier_with(algorithms=["HS512"])
-    await only_hs512.verify(token(algorithm="HS512"))
-    await assert_invalid(only_hs512, token(algorithm="HS256"), "algorithm")
+    await only_hs512.verify(sign_token(algorithm="HS512"))
+    await assert_invalid(only_hs512, sign_token(algorithm="HS256"), "algorithm")
 
 
 # Permissions
@@ -514,39 +523,37 @@ def test_a_malformed_claim_permits_nothing() -> None:
 
 
 async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(
-    guarded_relay: Relay,
+    jwt_relay: Relay,
 ) -> None:
     claim = {"subscribe": ["news", "chat.*"], "publish": ["news", "chat.*"]}
     for name in ("news", "chat.lobby"):
-        await assert_admitted(connect_with_token(guarded_relay, name, token(relay=claim)))
-    before = await guarded_relay.metric("websocket_refusals_total", reason="not_authorized")
+        await assert_admitted(connect_with_token(jwt_relay, name, sign_token(relay=claim)))
+    before = await jwt_relay.metric("websocket_refusals_total", reason="not_authorized")
     for name, encoded in (
-        ("newsletter", token(relay=claim)),
-        ("news", token(relay={"publish": ["*"]})),
-        ("news", token(relay=None)),
+        ("newsletter", sign_token(relay=claim)),
+        ("news", sign_token(relay={"publish": ["*"]})),
+        ("news", sign_token(relay=None)),
     ):
-        answer = await refusal_answer(connect_with_token(guarded_relay, name, encoded))
+        answer = await refusal_answer(connect_with_token(jwt_relay, name, encoded))
         assert answer.status_code == 403
         assert bytes(answer.body or b"") == b"not authorized for this channel\n"
-    await guarded_relay.metric_is("websocket_refusals_total", before + 3, reason="not_authorized")
+    await jwt_relay.metric_is("websocket_refusals_total", before + 3, reason="not_authorized")
 
 
-async def test_the_root_requires_permission_for_the_channel_default(guarded_relay: Relay) -> None:
+async def test_the_root_requires_permission_for_the_channel_default(jwt_relay: Relay) -> None:
     claim = {"subscribe": ["default"], "publish": ["default"]}
-    await assert_admitted(connect_with_token(guarded_relay, None, token(relay=claim)))
-    elsewhere = token(relay={"subscribe": ["news"]})
-    assert (
-        await refusal_answer(connect_with_token(guarded_relay, None, elsewhere))
-    ).status_code == 403
+    await assert_admitted(connect_with_token(jwt_relay, None, sign_token(relay=claim)))
+    elsewhere = sign_token(relay={"subscribe": ["news"]})
+    assert (await refusal_answer(connect_with_token(jwt_relay, None, elsewhere))).status_code == 403
 
 
 async def test_a_client_without_permission_to_publish_is_closed_at_its_first_message(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
-    only_subscribe = token(relay={"subscribe": ["*"], "publish": ["other"]})
+    only_subscribe = sign_token(relay={"subscribe": ["*"], "publish": ["other"]})
     async with (
-        connect_with_token(guarded_relay, channel, token()) as publisher,
-        connect_with_token(guarded_relay, channel, only_subscribe) as subscriber,
+        connect_with_token(jwt_relay, channel, sign_token()) as publisher,
+        connect_with_token(jwt_relay, channel, only_subscribe) as subscriber,
     ):
         await publisher.send("hello")
         assert await receive(subscriber) == "hello"
@@ -557,20 +564,20 @@ async def test_a_client_without_permission_to_publish_is_closed_at_its_first_mes
 
 
 async def test_permission_to_publish_is_checked_for_each_channel(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
-    encoded = token(relay={"subscribe": ["*"], "publish": [f"{channel}-open*"]})
-    await assert_admitted(connect_with_token(guarded_relay, f"{channel}-open-1", encoded))
-    async with connect_with_token(guarded_relay, f"{channel}-closed", encoded) as client:
+    encoded = sign_token(relay={"subscribe": ["*"], "publish": [f"{channel}-open*"]})
+    await assert_admitted(connect_with_token(jwt_relay, f"{channel}-open-1", encoded))
+    async with connect_with_token(jwt_relay, f"{channel}-closed", encoded) as client:
         await client.send("not permitted")
         assert await closed(client) == NOT_ALLOWED
 
 
 async def test_a_message_in_the_same_packet_as_the_request_needs_permission_to_publish(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
-    bearer = f"Bearer {token(relay={'subscribe': ['*']})}"
-    async with await guarded_relay.tcp() as raw:
+    bearer = f"Bearer {sign_token(relay={'subscribe': ['*']})}"
+    async with await jwt_relay.tcp() as raw:
         early = frame(TEXT, b"early")
         await raw.upgrade(path_of(channel), behind=early, Authorization=bearer)
         assert await raw.close_frame() == NOT_ALLOWED
@@ -580,16 +587,14 @@ async def test_a_message_in_the_same_packet_as_the_request_needs_permission_to_p
 
 
 async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_are_not_relayed(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
     expiry = int(time.time()) + 3
-    bearer = f"Bearer {token(exp=expiry)}"
+    bearer = f"Bearer {sign_token(exp=expiry)}"
     async with (
-        connect_with_token(guarded_relay, channel, token(exp=None)) as unlimited,
-        connect_with_token(guarded_relay, channel, token(exp=expiry)) as expiring,
-        raw_websocket(
-            HOST, guarded_relay.port, path_of(channel), Authorization=bearer
-        ) as sending_on,
+        connect_with_token(jwt_relay, channel, sign_token(exp=None)) as unlimited,
+        connect_with_token(jwt_relay, channel, sign_token(exp=expiry)) as expiring,
+        raw_websocket(HOST, jwt_relay.port, path_of(channel), Authorization=bearer) as sending_on,
     ):
         await expiring.send("hello")
         assert await receive(expiring) == "hello"
@@ -601,13 +606,13 @@ async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_
         assert await sending_on.ended() == b""
         await unlimited.send("still connected")
         assert await receive(unlimited) == "still connected"
-    await guarded_relay.metric_reaches("websocket_closes_total", 2, reason="token_expired")
+    await jwt_relay.metric_reaches("websocket_closes_total", 2, reason="token_expired")
 
 
-async def test_a_token_may_expire_in_the_far_future(guarded_relay: Relay, channel: str) -> None:
+async def test_a_token_may_expire_in_the_far_future(jwt_relay: Relay, channel: str) -> None:
     for expiry in (b"1e300", b"9" * 400, b"253402300799", b"4102444800.5"):
-        payload = b'{"relay":' + json.dumps(EVERYTHING).encode() + b',"exp":' + expiry + b"}"
-        await assert_admitted(connect_with_token(guarded_relay, channel, hand_made(HS256, payload)))
+        payload = b'{"relay":' + json.dumps(ALL_CHANNELS).encode() + b',"exp":' + expiry + b"}"
+        await assert_admitted(connect_with_token(jwt_relay, channel, signed_as_is(HS256, payload)))
 
 
 # Tokens are not revealed
@@ -631,11 +636,11 @@ async def test_answers_and_log_contain_no_part_of_a_token(
 ) -> None:
     secret_claim = "very-secret-subject"
     tokens = [
-        token(sub=secret_claim),
-        token(OTHER_SECRET, sub=secret_claim),
-        token(exp=1, sub=secret_claim),
-        token(relay=None, sub=secret_claim),
-        hand_made(HS256 | {"kid": 5}, {"sub": secret_claim}),
+        sign_token(sub=secret_claim),
+        sign_token(OTHER_SECRET, sub=secret_claim),
+        sign_token(exp=1, sub=secret_claim),
+        sign_token(relay=None, sub=secret_claim),
+        signed_as_is(HS256 | {"kid": 5}, {"sub": secret_claim}),
     ]
     settings = {
         "auth": jwt_settings(),
@@ -672,13 +677,11 @@ async def test_answers_and_log_contain_no_part_of_a_token(
             assert hidden not in text, place
 
 
-async def test_the_metrics_page_contains_no_part_of_a_token(
-    guarded_relay: Relay, channel: str
-) -> None:
-    tokens = [token(sub="secret"), token(OTHER_SECRET, sub="secret")]
-    await assert_admitted(connect_with_token(guarded_relay, channel, tokens[0]))
-    await refusal_answer(guarded_relay.client(path=f"{path_of(channel)}?access_token={tokens[1]}"))
-    await guarded_relay.get(f"/?access_token={tokens[0]}")
-    page = (await guarded_relay.get_metrics()).text
+async def test_the_metrics_page_contains_no_part_of_a_token(jwt_relay: Relay, channel: str) -> None:
+    tokens = [sign_token(sub="secret"), sign_token(OTHER_SECRET, sub="secret")]
+    await assert_admitted(connect_with_token(jwt_relay, channel, tokens[0]))
+    await refusal_answer(jwt_relay.client(path=f"{path_of(channel)}?access_token={tokens[1]}"))
+    await jwt_relay.get(f"/?access_token={tokens[0]}")
+    page = (await jwt_relay.get_metrics()).text
     assert "websocket_refusals_total" in page
     assert not [part for t in tokens for part in t.split(".") if part in page]

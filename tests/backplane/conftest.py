@@ -42,15 +42,15 @@ def broker_log(kind: str, broker: Broker, stack: AsyncExitStack) -> BrokerLog:
 
 
 @pytest.fixture
-async def held_reads(broker: Broker, stack: AsyncExitStack) -> HeldReads:
+async def reads_proxy(broker: Broker, stack: AsyncExitStack) -> HeldReads:
     """A proxy to the broker that can withhold the entries of the stream."""
     return await stack.enter_async_context(HeldReads(broker.port))
 
 
 @pytest.fixture
-def held_url(broker: Broker, held_reads: HeldReads) -> str:
-    """The URL of the broker through `held_reads`."""
-    return broker.url.replace(str(broker.port), str(held_reads.port))
+def reads_proxy_url(broker: Broker, reads_proxy: HeldReads) -> str:
+    """The URL of the broker through `reads_proxy`."""
+    return broker.url.replace(str(broker.port), str(reads_proxy.port))
 
 
 @pytest.fixture

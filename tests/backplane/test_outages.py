@@ -372,17 +372,17 @@ class DeliveryWaits:
 async def confirmed_waits(
     request: pytest.FixtureRequest,
     broker_log: BrokerLog,
-    held_reads: HeldReads,
-    held_url: str,
+    reads_proxy: HeldReads,
+    reads_proxy_url: str,
     short_outage_timeout: None,
 ) -> DeliveryWaits:
     """Waits for two messages in an outage: they are confirmed, and are not read back yet."""
     on_outage = getattr(request, "param", "reject")
-    replica = await broker_log.replica(url=held_url, on_outage=on_outage)
+    replica = await broker_log.replica(url=reads_proxy_url, on_outage=on_outage)
     other = await broker_log.replica()
     await publish_and_await(replica, b"before")
     waits = DeliveryWaits(replica)
-    held_reads.is_held = True
+    reads_proxy.is_held = True
     waits.publish(b"0", b"1")
     await other.hears(b"before", b"0", b"1")
     await replica.is_out()
@@ -396,7 +396,7 @@ async def confirmed_waits(
     indirect=["confirmed_waits"],
 )
 async def test_waits_for_messages_that_were_confirmed_before_an_outage_end_when_they_are_read(
-    confirmed_waits: DeliveryWaits, held_reads: HeldReads
+    confirmed_waits: DeliveryWaits, reads_proxy: HeldReads
 ) -> None:
     waits, replica = confirmed_waits, confirmed_waits.replica
     waits.publish(b"meanwhile")
@@ -405,7 +405,7 @@ async def test_waits_for_messages_that_were_confirmed_before_an_outage_end_when_
     is_relayed = replica.payloads == [b"before", b"meanwhile"]
     assert is_relayed == replica.backplane.relays_locally
     assert result == (replica.positions[-1] if is_relayed else None)
-    held_reads.release()
+    reads_proxy.release()
     await replica.hears(b"0", b"1")
     positions = dict(zip(replica.payloads, replica.positions, strict=True))
     assert waits.results == [result, positions[b"0"], positions[b"1"]]
@@ -426,13 +426,13 @@ class ClosingPublisher(Speaker):
 
 @ONLY_NATS
 async def test_a_client_whose_message_is_rejected_closes_after_its_confirmed_ones_are_read(
-    broker_log: BrokerLog, held_reads: HeldReads, held_url: str, short_outage_timeout: None
+    broker_log: BrokerLog, reads_proxy: HeldReads, reads_proxy_url: str, short_outage_timeout: None
 ) -> None:
-    replica = await broker_log.replica(url=held_url)
+    replica = await broker_log.replica(url=reads_proxy_url)
     await publish_and_await(replica, b"before")
     waits = DeliveryWaits(replica)
     replica.speaker = ClosingPublisher(waits)
-    held_reads.is_held = True
+    reads_proxy.is_held = True
     replica.say(b"confirmed")
     await replica.backplane.flush()
     broker_log.broker.freeze()
@@ -440,7 +440,7 @@ async def test_a_client_whose_message_is_rejected_closes_after_its_confirmed_one
     await replica.is_out()
     assert (replica.speaker.told, waits.settled_counts) == (1, [])
     broker_log.broker.thaw()
-    held_reads.release()
+    reads_proxy.release()
     await replica.hears(b"confirmed")
     assert waits.settled_counts == [2]
 
@@ -462,10 +462,10 @@ async def test_a_confirmed_message_that_is_not_read_in_time_is_unconfirmed_for_i
 
 
 async def test_a_confirmed_message_that_is_lost_is_unconfirmed_for_its_publisher(
-    broker_log: BrokerLog, held_reads: HeldReads, confirmed_waits: DeliveryWaits
+    broker_log: BrokerLog, reads_proxy: HeldReads, confirmed_waits: DeliveryWaits
 ) -> None:
     await broker_log.delete()
-    held_reads.release()
+    reads_proxy.release()
     await confirmed_waits.replica.is_up()
     assert confirmed_waits.results == [None, None]
     assert confirmed_waits.settled_counts == [1]

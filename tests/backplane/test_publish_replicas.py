@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from tests.support.brokers import Broker
-from tests.support.http_requests import BATCH, TEXT, post, posting
+from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, post_request, publish_by_post
 from tests.support.proxy import Connection, HeldReads, Proxy
 from tests.support.raw_client import CLOSE, PATIENCE_S, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
@@ -20,7 +20,7 @@ from tests.support.relay_process import (
     receive,
     receive_many,
 )
-from tests.support.relay_v1 import numbers, resuming, wanting
+from tests.support.relay_v1 import connect_relay_v1, number_texts, path_with_query
 
 MIB = 1_048_576
 
@@ -41,22 +41,22 @@ async def test_the_position_in_a_response_is_that_of_the_delivery_and_can_be_res
     replicas_with: StartReplicas,
 ) -> None:
     one, two = replicas_with(2)
-    async with resuming(two, "news") as subscriber:
+    async with connect_relay_v1(two, "news") as subscriber:
         positions = []
         for number in range(20):
-            response = await post(one, "news", str(number).encode(), TEXT)
+            response = await publish_by_post(one, "news", str(number).encode(), TEXT_TYPE)
             assert response.status_code == 202
             positions.append(response.json()["position"])
         for number in range(20):
-            assert await subscriber.message() == str(number)
+            assert await subscriber.next_message() == str(number)
             assert subscriber.position == positions[number]
     for relay in (one, two):
-        async with resuming(relay, "news", since=positions[9]) as resumed:
+        async with connect_relay_v1(relay, "news", since=positions[9]) as resumed:
             assert resumed.welcome["recovered"] is True
-            assert await resumed.messages(10) == numbers(10, 20)
-        async with resuming(relay, "news", since=positions[-1]) as resumed:
-            assert (await post(two, "news", b"next", TEXT)).status_code == 202
-            assert await resumed.message() == "next"
+            assert await resumed.next_messages(10) == number_texts(10, 20)
+        async with connect_relay_v1(relay, "news", since=positions[-1]) as resumed:
+            assert (await publish_by_post(two, "news", b"next", TEXT_TYPE)).status_code == 202
+            assert await resumed.next_message() == "next"
 
 
 @ONLY_REDIS
@@ -74,17 +74,17 @@ async def test_lines_of_a_large_batch_are_consecutive_among_messages_of_other_cl
                 await client.send("between")
                 await asyncio.sleep(0)
 
-    async with resuming(two, "news") as subscriber, asyncio.TaskGroup() as group:
+    async with connect_relay_v1(two, "news") as subscriber, asyncio.TaskGroup() as group:
         publishing = [group.create_task(publish(relay)) for relay in (one, two)]
         body = "\n".join(lines).encode()
-        responses = [await post(one, "news", body, BATCH) for _ in range(2)]
+        responses = [await publish_by_post(one, "news", body, BATCH_TYPE) for _ in range(2)]
         is_over.set()
         await asyncio.gather(*publishing)
         for response in responses:
             assert response.json()["messages"] == 3_000
-            while (first := await subscriber.message()) == "between":
+            while (first := await subscriber.next_message()) == "between":
                 pass
-            assert [first, *await subscriber.messages(2_999)] == lines
+            assert [first, *await subscriber.next_messages(2_999)] == lines
             assert subscriber.position == response.json()["position"]
 
 
@@ -93,9 +93,9 @@ async def test_the_position_of_an_empty_batch_can_be_resumed_from(
     replicas_with: StartReplicas,
 ) -> None:
     (relay,) = replicas_with(1)
-    response = await post(relay, "news", b"", BATCH)
+    response = await publish_by_post(relay, "news", b"", BATCH_TYPE)
     assert response.json()["messages"] == 0
-    async with resuming(relay, "news", since=response.json()["position"]) as client:
+    async with connect_relay_v1(relay, "news", since=response.json()["position"]) as client:
         assert client.welcome["recovered"] is True
 
 
@@ -144,10 +144,15 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
         (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": proxy.broker_url()})
         subscriber = await stack.enter_async_context(relay.client("news"))
         async with asyncio.TaskGroup() as group:
-            in_flight = group.create_task(post(relay, "news", b'"in flight"\n"too"', BATCH))
+            in_flight = group.create_task(
+                publish_by_post(relay, "news", b'"in flight"\n"too"', BATCH_TYPE)
+            )
             async with asyncio.timeout(PATIENCE_S):
                 await proxy.is_silent.wait()
-            pending = [group.create_task(post(relay, "news", b"pending", TEXT)) for _ in range(3)]
+            pending = [
+                group.create_task(publish_by_post(relay, "news", b"pending", TEXT_TYPE))
+                for _ in range(3)
+            ]
         assert in_flight.result().status_code == 504
         assert in_flight.result().text == "publish unconfirmed\n"
         assert "retry-after" not in in_flight.result().headers
@@ -157,7 +162,7 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
         await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
         proxy.end_silence()
         await relay.metric_is("websocket_backplane_up", 1)
-        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
+        assert (await publish_by_post(relay, "news", b"after", TEXT_TYPE)).status_code == 202
         received = [await receive(subscriber)]
         while received[-1] != "after":
             received.append(await receive(subscriber))
@@ -166,29 +171,32 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
 
 @ONLY_REDIS
 async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_after_it(
-    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
     """A closing handshake that waits for the sender's last message ends after its delivery, too."""
     async with AsyncExitStack() as stack:
-        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
-        subscriber = await stack.enter_async_context(resuming(relay, "news"))
-        assert (await post(relay, "news", b"before", TEXT)).status_code == 202
-        assert await subscriber.message() == "before"
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
+        subscriber = await stack.enter_async_context(connect_relay_v1(relay, "news"))
+        assert (await publish_by_post(relay, "news", b"before", TEXT_TYPE)).status_code == 202
+        assert await subscriber.next_message() == "before"
         closing = await stack.enter_async_context(await relay.tcp())
-        await closing.upgrade(wanting("other"))
-        held_reads.is_held = True
+        await closing.upgrade(path_with_query("other"))
+        reads_proxy.is_held = True
         async with asyncio.TaskGroup() as group:
-            publishing = [group.create_task(post(relay, "news", b"%d" % n, TEXT)) for n in range(2)]
+            publishing = [
+                group.create_task(publish_by_post(relay, "news", b"%d" % n, TEXT_TYPE))
+                for n in range(2)
+            ]
             await closing.send(
                 frame(TEXT_FRAME, b"last") + frame(CLOSE, close_payload(4000)),
             )
             await relay.metric_is("websocket_backplane_up", 0)
-            held_reads.release()
+            reads_proxy.release()
         responses = [task.result() for task in publishing]
         assert [response.status_code for response in responses] == [202, 202]
         texts = {each.json()["position"]: str(number) for number, each in enumerate(responses)}
         for _ in range(2):
-            message = await subscriber.message()
+            message = await subscriber.next_message()
             assert texts[subscriber.position] == message
         assert await closing.message() == "last"
         assert (await closing.close_frame())[0] == 4000
@@ -200,20 +208,22 @@ async def test_posts_before_and_in_an_outage_are_relayed_locally_and_return_posi
     broker: Broker, replicas_with: StartReplicas
 ) -> None:
     (relay,) = replicas_with(1, backplane={"on_outage": "local"})
-    async with resuming(relay, "news") as subscriber:
+    async with connect_relay_v1(relay, "news") as subscriber:
         broker.freeze()
-        pending = (post(relay, "news", str(number).encode(), TEXT) for number in range(5))
+        pending = (
+            publish_by_post(relay, "news", str(number).encode(), TEXT_TYPE) for number in range(5)
+        )
         responses = await asyncio.gather(*pending)
         texts = {each.json()["position"]: str(number) for number, each in enumerate(responses)}
         assert len(texts) == 5
         for _ in range(5):
-            message = await subscriber.message()
+            message = await subscriber.next_message()
             assert texts[subscriber.position] == message
         await relay.metric_is("websocket_backplane_up", 0)
         for number in range(3):
-            response = await post(relay, "news", str(number).encode(), TEXT)
+            response = await publish_by_post(relay, "news", str(number).encode(), TEXT_TYPE)
             assert response.status_code == 202
-            assert await subscriber.message() == str(number)
+            assert await subscriber.next_message() == str(number)
             assert response.json() == {"position": subscriber.position}
         broker.thaw()
         await relay.metric_is("websocket_backplane_up", 1)
@@ -230,7 +240,7 @@ async def above_high_water_mark(
     async with asyncio.TaskGroup() as group:
         broker.freeze()
         try:
-            publishing = group.create_task(post(relay, "news", first, TEXT))
+            publishing = group.create_task(publish_by_post(relay, "news", first, TEXT_TYPE))
             await relay.metric_reaches("websocket_backplane_pending_bytes", len(first))
             yield publishing
         finally:
@@ -244,7 +254,7 @@ async def test_a_post_above_the_high_water_mark_waits_and_is_relayed(
     (relay,) = replicas_with(1, limits={"total_backlog_bytes": MIB})
     async with relay.client("news") as subscriber, asyncio.TaskGroup() as group:
         async with above_high_water_mark(broker, relay, b"x" * (MIB // 8)) as first:
-            second = group.create_task(post(relay, "news", b"second", TEXT))
+            second = group.create_task(publish_by_post(relay, "news", b"second", TEXT_TYPE))
             await relay.metric_is("websocket_partial_message_bytes", len(b"second"))
         assert await receive_many(subscriber, 2) == ["x" * (MIB // 8), "second"]
     assert (first.result().status_code, second.result().status_code) == (202, 202)
@@ -261,12 +271,12 @@ async def test_a_post_whose_client_disconnects_above_the_high_water_mark_is_not_
             above_high_water_mark(broker, relay, b"x" * (MIB // 8)),
             await relay.tcp() as disconnecting,
         ):
-            await disconnecting.send(posting("news", b"discarded"))
+            await disconnecting.send(post_request("news", b"discarded"))
             await relay.metric_is("websocket_partial_message_bytes", len(b"discarded"))
             disconnecting.vanish()
             # The next request is handled after the reset.
             assert await relay.metric("websocket_partial_message_bytes")
-        assert (await post(relay, "news", b"after", TEXT)).status_code == 202
+        assert (await publish_by_post(relay, "news", b"after", TEXT_TYPE)).status_code == 202
         assert await receive_many(subscriber, 2) == ["x" * (MIB // 8), "after"]
     assert await relay.metric("websocket_partial_message_bytes") == 0
 
@@ -276,34 +286,34 @@ async def test_a_post_whose_client_disconnects_above_the_high_water_mark_is_not_
 
 @ONLY_NATS
 async def test_a_stopping_relay_answers_a_post_whose_message_is_not_read_back_yet(
-    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
     async with asyncio.TaskGroup() as group:
-        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
-        held_reads.is_held = True
-        publishing = group.create_task(post(relay, "news", b"last", TEXT))
+        (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
+        reads_proxy.is_held = True
+        publishing = group.create_task(publish_by_post(relay, "news", b"last", TEXT_TYPE))
         await relay.metric_is("websocket_messages_total", 1)
         await relay.metric_is("websocket_backplane_pending_bytes", 0)
         relay.signal()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):  # five times as long as without a pending response
                 await relay.exit_code()
-        held_reads.release()
+        reads_proxy.release()
         assert await relay.exit_code() == 0
         assert (await publishing).status_code == 202
 
 
 @ONLY_REDIS
 async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
-    held_reads: HeldReads, held_url: str, replicas_with: StartReplicas
+    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
-    settings = {"backplane": {"url": held_url}, "shutdown": {"timeout_s": 1}}
+    settings = {"backplane": {"url": reads_proxy_url}, "shutdown": {"timeout_s": 1}}
     (relay,) = await asyncio.to_thread(replicas_with, 1, **settings)
-    held_reads.is_held = True
+    reads_proxy.is_held = True
 
     async def publish() -> None:
         with pytest.raises(httpx2.RemoteProtocolError):
-            await post(relay, "news", b"last", TEXT)
+            await publish_by_post(relay, "news", b"last", TEXT_TYPE)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(publish())
@@ -336,5 +346,5 @@ async def test_a_relay_accepts_posts_during_its_readiness_delay(relay_with: Star
     async with relay.client("news") as subscriber:
         relay.signal()
         await relay.wait_for_log("draining")
-        assert (await post(relay, "news", b"in time", TEXT)).status_code == 202
+        assert (await publish_by_post(relay, "news", b"in time", TEXT_TYPE)).status_code == 202
         assert await receive(subscriber) == "in time"

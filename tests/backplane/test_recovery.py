@@ -10,12 +10,12 @@ from websocket_relay.client import Relay as Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.brokers import Broker
-from tests.support.http_requests import TEXT, post
+from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.logs_kept import BrokerLog
 from tests.support.proxy import HeldReads
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartReplicas
-from tests.support.relay_v1 import Heard, resuming, say, wanting
+from tests.support.relay_v1 import RelayV1Client, connect_relay_v1, path_with_query, publish_all
 
 PAUSE_S = 2.1
 """Shorter than what makes an outage, longer than any wait of the relay for another replica."""
@@ -25,32 +25,32 @@ ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
 @pytest.fixture
-async def pair_of_relays(held_url: str, replicas_with: StartReplicas) -> tuple[Relay, Relay]:
-    """Two relays. The second one reads through `held_reads`."""
+async def pair_of_relays(reads_proxy_url: str, replicas_with: StartReplicas) -> tuple[Relay, Relay]:
+    """Two relays. The second one reads through `reads_proxy`."""
     (first,) = await asyncio.to_thread(replicas_with, 1)
-    (second,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": held_url})
+    (second,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
     return first, second
 
 
 async def publish(relay: Relay, message: str) -> str:
     """Publish a message; return its position."""
-    response = await post(relay, "news", message.encode(), TEXT)
+    response = await publish_by_post(relay, "news", message.encode(), TEXT_TYPE)
     assert response.status_code == 202
     return str(response.json()["position"])
 
 
 @asynccontextmanager
-async def resuming_after_refusals(relay: Relay, since: str) -> AsyncIterator[Heard]:
+async def resuming_after_refusals(relay: Relay, since: str) -> AsyncIterator[RelayV1Client]:
     """Resume; reconnect if refused or closed because of an outage, as clients do."""
     async with AsyncExitStack() as stack:
         yield await _resume(stack, relay, since)
 
 
-async def _resume(stack: AsyncExitStack, relay: Relay, since: str) -> Heard:
+async def _resume(stack: AsyncExitStack, relay: Relay, since: str) -> RelayV1Client:
     async with asyncio.timeout(PATIENCE_S):
         while True:
             with suppress(ConnectionClosed, InvalidStatus):
-                return await stack.enter_async_context(resuming(relay, "news", since=since))
+                return await stack.enter_async_context(connect_relay_v1(relay, "news", since=since))
             await asyncio.sleep(0.1)
 
 
@@ -64,22 +64,22 @@ async def resume_and_return_welcome(relay: Relay, since: str) -> object:
 
 @ONLY_NATS
 async def test_a_client_ahead_of_its_replica_is_recovered_when_the_replica_reaches_its_position(
-    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
-    held_reads.is_held = True
+    reads_proxy.is_held = True
     since = await publish(first, "on the first replica")
 
     async def release_after_pause() -> None:
         await asyncio.sleep(PAUSE_S)
-        held_reads.release()
+        reads_proxy.release()
 
     releasing = asyncio.create_task(release_after_pause())
     async with resuming_after_refusals(second, since) as client:
         assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
         await publish(first, "next")
-        assert await client.message() == "next"
+        assert await client.next_message() == "next"
     await releasing
 
 
@@ -103,7 +103,7 @@ async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
         position = await publish(first, "after")
         async with resuming_after_refusals(relay, since) as client:
             assert client.welcome["recovered"] is True
-            assert await client.message() == "after"
+            assert await client.next_message() == "after"
         async with resuming_after_refusals(relay, position) as client:
             assert client.welcome == {"type": "welcome", "recovered": True, "position": position}
         since = position
@@ -111,18 +111,18 @@ async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
 
 @ONLY_REDIS
 async def test_a_client_ahead_of_its_replica_is_closed_without_a_welcome_in_an_outage(
-    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
-    held_reads.is_held = True
+    reads_proxy.is_held = True
     since = await publish(first, "on the first replica")
     with pytest.raises(ConnectionClosed) as closed:
-        async with resuming(second, "news", since=since):
+        async with connect_relay_v1(second, "news", since=since):
             pass
     assert closed.value.rcvd is not None
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1013, "backplane unavailable")
-    held_reads.release()
+    reads_proxy.release()
     async with resuming_after_refusals(second, since) as client:
         assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
 
@@ -138,9 +138,9 @@ async def test_the_latest_position_of_one_replica_is_recovered_on_another(
     await publish(first, "before")
     await broker_log.empty()
     (second,) = await asyncio.to_thread(replicas_with, 1)
-    async with resuming(second, "news") as client:
+    async with connect_relay_v1(second, "news") as client:
         assert client.welcome["recovered"] is True
-    async with resuming(first, "news", since=client.position) as client:
+    async with connect_relay_v1(first, "news", since=client.position) as client:
         assert client.welcome["recovered"] is True
 
 
@@ -149,34 +149,34 @@ async def test_a_position_after_the_end_of_the_log_is_not_recovered(
     replicas_with: StartReplicas,
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
-    async with resuming(relay, "news", since="99999999999999-0-0") as client:
+    async with connect_relay_v1(relay, "news", since="99999999999999-0-0") as client:
         assert client.welcome["recovered"] is False
         await publish(relay, "next")
-        assert await client.message() == "next"
+        assert await client.next_message() == "next"
 
 
 async def test_a_deleted_message_is_recovered_only_by_a_replica_that_had_read_it(
-    pair_of_relays: tuple[Relay, Relay], held_reads: HeldReads, broker_log: BrokerLog
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads, broker_log: BrokerLog
 ) -> None:
     first, second = pair_of_relays
-    async with resuming(second, "news") as subscriber:
+    async with connect_relay_v1(second, "news") as subscriber:
         before = await publish(first, "before")
-        assert await subscriber.message() == "before"  # both replicas have read it
-        held_reads.is_held = True
-        async with resuming(first, "news") as client:
+        assert await subscriber.next_message() == "before"  # both replicas have read it
+        reads_proxy.is_held = True
+        async with connect_relay_v1(first, "news") as client:
             await publish(first, "deleted")
-            assert await client.message() == "deleted"
+            assert await client.next_message() == "deleted"
             await broker_log.remove(Position.parse(client.position))
         await publish(first, "after")
-        held_reads.release()
-        assert await subscriber.message() == "after"
-        assert {notice["type"] for notice in subscriber.told} == {"gap"}
+        reads_proxy.release()
+        assert await subscriber.next_message() == "after"
+        assert {notice["type"] for notice in subscriber.notices} == {"gap"}
     for relay, is_recovered in ((first, True), (second, False)):
-        async with resuming(relay, "news", since=before) as client:
+        async with connect_relay_v1(relay, "news", since=before) as client:
             assert client.welcome["recovered"] is is_recovered
             if is_recovered:
-                assert await client.message() == "deleted"
-            assert await client.message() == "after"
+                assert await client.next_message() == "deleted"
+            assert await client.next_message() == "after"
 
 
 @ONLY_REDIS
@@ -199,8 +199,8 @@ async def test_a_gap_during_a_replay_ends_the_replay_with_a_notice_and_is_ignore
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
     messages = [f"{number} ".ljust(10_000, "x") for number in range(1_000)]
-    await say(relay, "news", *messages)
-    path = wanting("news", history=1_000)
+    await publish_all(relay, "news", *messages)
+    path = path_with_query("news", history=1_000)
     async with (
         await relay.tcp(receive_buffer_bytes=4096) as with_notices,
         await relay.tcp(receive_buffer_bytes=4096) as plain,

@@ -11,19 +11,19 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.brokers import Broker
-from tests.support.followers import THE_END, followers_of, speak
-from tests.support.http_requests import BATCH, TEXT, post
+from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
+from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, publish_by_post
 from tests.support.logs_kept import BrokerLog
 from tests.support.raw_client import CLOSE, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
 from tests.support.relay_process import Relay, StartReplicas, closed, receive, receive_many
-from tests.support.relay_v1 import Message, numbers, resuming
+from tests.support.relay_v1 import Message, connect_relay_v1, number_texts
 
 ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
 ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
-async def publish_all(client: ClientConnection, messages: Sequence[Message]) -> None:
+async def send_all(client: ClientConnection, messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages):
         await client.send(message)
         if number % 10 == 9:
@@ -46,7 +46,7 @@ async def test_all_clients_of_all_replicas_receive_all_messages_in_one_order(
             receiving = [group.create_task(receive_many(client, total)) for client in clients]
             for number, client in enumerate(clients):
                 messages = [f"{number}: {index}" for index in range(count)]
-                group.create_task(publish_all(client, messages))
+                group.create_task(send_all(client, messages))
         first = receiving[0].result()
         assert all(task.result() == first for task in receiving)
         for number in range(len(clients)):
@@ -70,7 +70,7 @@ async def test_a_broker_that_is_killed_and_restarted_loses_no_message(
         async with asyncio.TaskGroup() as group:
             group.create_task(publish())
             receiving = [group.create_task(receive_many(client, count)) for client in (a, b)]
-        assert receiving[0].result() == receiving[1].result() == numbers(0, count)
+        assert receiving[0].result() == receiving[1].result() == number_texts(0, count)
     assert await one.metric("websocket_backplane_lost_total") == 0
     assert await two.metric("websocket_backplane_lost_total") == 0
 
@@ -97,8 +97,8 @@ async def test_in_an_outage_publishers_are_closed_and_new_clients_and_posts_refu
         assert refused.value.response.status_code == 503
         assert "Retry-After" in refused.value.response.headers
         refused_before = await one.metric("websocket_refusals_total", reason="unavailable")
-        for body, media_type in ((b"text", TEXT), (b"1\n2", BATCH)):
-            response = await post(one, "news", body, media_type)
+        for body, media_type in ((b"text", TEXT_TYPE), (b"1\n2", BATCH_TYPE)):
+            response = await publish_by_post(one, "news", body, media_type)
             assert (response.status_code, response.text) == (503, "backplane unavailable\n")
             assert 1 <= int(response.headers["retry-after"]) <= 5
         refused_after = refused_before + 2
@@ -142,7 +142,7 @@ async def test_in_an_outage_a_replica_relays_locally_if_its_settings_allow_it(
 # A frozen broker under load
 
 
-async def publish_until(
+async def publish_under_load(
     relay: Relay, name: str, is_over: asyncio.Event, ends: Counter[str]
 ) -> None:
     """Publish as fast as flow control allows; reconnect after each end, and count it."""
@@ -180,7 +180,7 @@ async def test_a_frozen_broker_under_load_does_not_fill_memory_and_repeats_no_me
     async with relays[1].client("load", max_queue=None) as subscriber:
         async with asyncio.TaskGroup() as group:
             for name in ends:
-                group.create_task(publish_until(relays[int(name[0])], name, is_over, ends))
+                group.create_task(publish_under_load(relays[int(name[0])], name, is_over, ends))
             await receive_many(subscriber, 200)
             before = [relay.rss_bytes() for relay in relays]
             broker.freeze()
@@ -197,9 +197,9 @@ async def test_a_frozen_broker_under_load_does_not_fill_memory_and_repeats_no_me
                 await relay.metric_is("websocket_backplane_up", 1)
             is_over.set()
         async with relays[0].client("load", max_queue=None) as last:
-            await last.send(f"last 0 {THE_END}")
+            await last.send(f"last 0 {LAST_MESSAGE}")
         received = [await receive(subscriber)]
-        while not str(received[-1]).endswith(THE_END):
+        while not str(received[-1]).endswith(LAST_MESSAGE):
             received.append(await receive(subscriber))
     assert is_in_order(received)
 
@@ -212,16 +212,16 @@ async def test_a_replica_that_starts_serves_the_history_before_its_start(
     replicas_with: StartReplicas,
 ) -> None:
     (one,) = replicas_with(1)
-    async with resuming(one, "news") as client:
+    async with connect_relay_v1(one, "news") as client:
         for number in range(100):
             await client.connection.send(str(number))
-        assert await client.messages(50) == numbers(0, 50)
+        assert await client.next_messages(50) == number_texts(0, 50)
     (two,) = replicas_with(1)
-    async with resuming(two, "news", since=client.position) as resumed:
+    async with connect_relay_v1(two, "news", since=client.position) as resumed:
         assert resumed.welcome["recovered"] is True
-        assert await resumed.messages(50) == numbers(50, 100)
+        assert await resumed.next_messages(50) == number_texts(50, 100)
     async with two.client(path="/channels/news?history=3") as other:
-        assert await receive_many(other, 3) == numbers(97, 100)
+        assert await receive_many(other, 3) == number_texts(97, 100)
 
 
 @ONLY_REDIS
@@ -229,7 +229,7 @@ async def test_clients_of_a_killed_replica_resume_on_another_without_a_gap(
     replicas_with: StartReplicas,
 ) -> None:
     one, two = relays = list(replicas_with(2))
-    followers = await followers_of(two, 6)
+    followers = await make_followers(two, 6)
     count = 150
 
     async def publish() -> None:
@@ -240,15 +240,15 @@ async def test_clients_of_a_killed_replica_resume_on_another_without_a_gap(
                 if number == count // 3:
                     one.end()
                     relays.remove(one)
-            await client.send(THE_END)
+            await client.send(LAST_MESSAGE)
 
     async with asyncio.TaskGroup() as group:
         for follower in followers:
             group.create_task(follower.follow(relays))
         group.create_task(publish())
     for follower in followers:
-        assert follower.heard == [*numbers(0, count), THE_END]
-    assert any(follower.returns > 1 for follower in followers)
+        assert follower.received == [*number_texts(0, count), LAST_MESSAGE]
+    assert any(follower.reconnections > 1 for follower in followers)
 
 
 @ONLY_NATS
@@ -256,7 +256,7 @@ async def test_a_rolling_restart_under_load_loses_no_message_and_repeats_none(
     replicas_with: StartReplicas,
 ) -> None:
     relays = list(replicas_with(2, shutdown={"spread_s": 0.5}))
-    followers = await followers_of(relays[0], 8)
+    followers = await make_followers(relays[0], 8)
     is_over = asyncio.Event()
 
     async def restart_all() -> None:
@@ -268,15 +268,15 @@ async def test_a_rolling_restart_under_load_loses_no_message_and_repeats_none(
 
     async with asyncio.TaskGroup() as group:
         following = [group.create_task(follower.follow(relays)) for follower in followers]
-        publishing = [group.create_task(speak(relays, name, is_over)) for name in "abc"]
+        publishing = [group.create_task(publish_until(relays, name, is_over)) for name in "abc"]
         await restart_all()
         published = [message for task in publishing for message in await task]
         async with relays[0].client("news") as last:
-            await last.send(THE_END)
+            await last.send(LAST_MESSAGE)
         await asyncio.gather(*following)
-    assert sum(follower.returns for follower in followers) > len(followers)
-    received = followers[0].heard
-    assert all(follower.heard == received for follower in followers)
+    assert sum(follower.reconnections for follower in followers) > len(followers)
+    received = followers[0].received
+    assert all(follower.received == received for follower in followers)
     assert len(received) == len(published) + 1
     for name in "abc":
         in_order = [message for message in published if str(message).startswith(name)]
@@ -291,9 +291,9 @@ async def test_a_gap_of_the_stream_is_reported_to_subscribers_and_to_clients_tha
     broker_log: BrokerLog, replicas_with: StartReplicas
 ) -> None:
     one, two = replicas_with(2)
-    async with resuming(one, "news") as client, two.client("news") as publisher:
+    async with connect_relay_v1(one, "news") as client, two.client("news") as publisher:
         await publisher.send("before")
-        assert await client.message() == await receive(publisher) == "before"
+        assert await client.next_message() == await receive(publisher) == "before"
         one.signal(SIGSTOP)
         for number in range(100):  # more than the broker sends ahead
             await publisher.send(str(number))
@@ -305,12 +305,12 @@ async def test_a_gap_of_the_stream_is_reported_to_subscribers_and_to_clients_tha
         before = client.position
         received = []
         while "after" not in received:
-            received.append(await client.message())
+            received.append(await client.next_message())
         assert len(received) < 101
-        assert {notice["type"] for notice in client.told} == {"gap"}
-        async with resuming(one, "news", since=before) as resumed:
+        assert {notice["type"] for notice in client.notices} == {"gap"}
+        async with connect_relay_v1(one, "news", since=before) as resumed:
             assert resumed.welcome["recovered"] is False
-        async with resuming(one, "news", since=client.position) as resumed:
+        async with connect_relay_v1(one, "news", since=client.position) as resumed:
             assert resumed.welcome["recovered"] is True
     counts = [await one.metric(f"websocket_backplane_{name}_total") for name in ("gaps", "lost")]
     assert any(counts)

@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection
 
 from tests.support import browser
 from tests.support.brokers import RedisBroker
-from tests.support.issuer import EVERYTHING, SECRET, token
+from tests.support.issuer import ALL_CHANNELS, SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import Relay, StartRelay, receive, receive_many
 
@@ -259,7 +259,7 @@ async def test_without_figures_it_is_the_relay_that_says_what_is_too_large(
         limits={"max_message_bytes": 1000}, auth={"mode": "jwt", "jwt": {"secret": SECRET}}
     )
     async with console_of(relay, f"/?channel={channel}", may_miss=True) as page:
-        await give_token(page, token())
+        await give_token(page, sign_token())
         await is_connected(page)
         file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=bytes(1001))
         await page.locator("#file").set_input_files(file)
@@ -325,11 +325,9 @@ async def test_it_survives_a_relay_s_restart_and_misses_nothing(
             await expect(page.locator("#status")).to_have_text("ready")
 
 
-async def test_a_token_is_asked_for_and_kept_out_of_sight(
-    guarded_relay: Relay, channel: str
-) -> None:
-    given = token(relay=EVERYTHING | {"stats": True})
-    async with console_of(guarded_relay, may_miss=True) as page:
+async def test_a_token_is_asked_for_and_kept_out_of_sight(jwt_relay: Relay, channel: str) -> None:
+    given = sign_token(relay=ALL_CHANNELS | {"stats": True})
+    async with console_of(jwt_relay, may_miss=True) as page:
         await connect(page, channel)
         dialog = page.get_by_role("dialog", name="Token")
         await expect(dialog).to_contain_text("Reason: 401 token required")
@@ -354,15 +352,15 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(
         assert given not in page.url
         fields = await page.locator("input").all()
         assert given not in [await field.input_value() for field in fields]
-    log = "\n".join(guarded_relay.log_lines)
+    log = "\n".join(jwt_relay.log_lines)
     assert all(part not in log for part in given.split("."))
 
 
 async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
-    guarded_relay: Relay, channel: str
+    jwt_relay: Relay, channel: str
 ) -> None:
-    async with console_of(guarded_relay, f"/?channel={channel}", may_miss=True) as page:
-        await give_token(page, token())
+    async with console_of(jwt_relay, f"/?channel={channel}", may_miss=True) as page:
+        await give_token(page, sign_token())
         await is_connected(page)
         notice = page.locator("#stats-unavailable")
         await expect(notice).to_contain_text("403 not authorized for stats")
@@ -371,7 +369,7 @@ async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
         await expect(rows(page)).to_have_text(["typed"])
 
         await notice.get_by_role("button", name="Token…").click()
-        await give_token(page, token(relay=EVERYTHING | {"stats": True}))
+        await give_token(page, sign_token(relay=ALL_CHANNELS | {"stats": True}))
         await expect(notice).to_be_hidden()
         await expect(page.locator("#charts figure").first).to_be_visible()
         await expect(page.locator("#status")).to_have_text("ready")

@@ -8,7 +8,7 @@ from playwright.async_api import Page
 from tests.support import browser
 from tests.support.proxy import Proxy
 from tests.support.relay_process import Relay, StartRelay, eventually, path_of, receive
-from tests.support.relay_v1 import numbers
+from tests.support.relay_v1 import number_texts
 from tests.support.site import serve_site
 
 pytestmark = browser.SHARED
@@ -41,9 +41,9 @@ async def listen(page: Page, origin: str, channel: str) -> None:
     [("stopped", 50, True), ("killed", 50, False), ("cut off", 0, True)],
 )
 async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
-    twins: tuple[Relay, Relay], channel: str, how: str, after: int, is_elsewhere: bool
+    redis_replicas: tuple[Relay, Relay], channel: str, how: str, after: int, is_elsewhere: bool
 ) -> None:
-    one, two = twins
+    one, two = redis_replicas
     async with (
         Proxy(one.port) as proxy,
         serve_site() as elsewhere,
@@ -53,7 +53,7 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
         origin = proxy.url("").replace("ws:", "http:")
         await page.goto(elsewhere.origin if is_elsewhere else f"{origin}/")
         await listen(page, origin, channel)
-        for number in numbers(0, 150):
+        for number in number_texts(0, 150):
             if number == str(after):
                 proxy.target = two.port
                 if how == "cut off":
@@ -63,7 +63,7 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
             await publisher.send(number)
             await receive(publisher)
         await until(page, "heard.length >= 150")
-        assert await page.evaluate("heard") == numbers(0, 150)
+        assert await page.evaluate("heard") == number_texts(0, 150)
 
 
 async def test_only_pages_of_the_origins_that_are_allowed_hear(

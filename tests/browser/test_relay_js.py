@@ -16,12 +16,12 @@ from playwright.async_api import Page
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests.support import browser
-from tests.support.issuer import a_token
+from tests.support.issuer import channel_token
 from tests.support.programs import TYPESCRIPT, needed
 from tests.support.proxy import Connection, Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartRelay, path_of, receive, receive_many
-from tests.support.relay_v1 import RELAY_V1, numbers, say
+from tests.support.relay_v1 import RELAY_V1, number_texts, publish_all
 from tests.support.site import RELAY_JS, serve_site
 
 pytestmark = browser.SHARED
@@ -165,15 +165,15 @@ async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
 
 async def test_history_comes_first_and_only_once(relay: Relay, channel: str) -> None:
     async with Way(relay.port) as way, a_tab() as tab, relay.client(channel) as other:
-        for number in numbers(0, 10):
+        for number in number_texts(0, 10):
             await other.send(number)
         await receive_many(other, 10)
         await tab.opened(way.url(path_of(channel)), history=3)
-        await tab.hears(numbers(7, 10))
+        await tab.hears(number_texts(7, 10))
         way.cut()
         await tab.until("told.some(event => event.type === 'close')")
         await other.send("10")
-        await tab.hears(numbers(7, 11))
+        await tab.hears(number_texts(7, 11))
 
 
 async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
@@ -201,10 +201,10 @@ async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
 
 
 async def hear_while_it_ends(
-    tab: Tab, way: Way, twins: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, way: Way, redis_replicas: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
     """Say 300 messages; after a third of them the page's relay ends, and the other one is there."""
-    one, two = twins
+    one, two = redis_replicas
     count = 300
     async with two.client(channel) as publisher:
         await tab.opened(way.url(path_of(channel)))
@@ -217,24 +217,24 @@ async def hear_while_it_ends(
                     way.cut()
                 else:
                     one.signal(SIGTERM if how == "stopped" else SIGKILL)
-        await tab.hears(numbers(0, count))
+        await tab.hears(number_texts(0, count))
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
 async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
-    async with Way(twins[0].port) as way:
-        await hear_while_it_ends(tab, way, twins, channel, how)
+    async with Way(redis_replicas[0].port) as way:
+        await hear_while_it_ends(tab, way, redis_replicas, channel, how)
         assert len(await tab.told("close")) == 1
         assert len(await tab.told("gap")) == 0
 
 
 @pytest.mark.parametrize(("transport", "count"), [("websocket", 400), ("stream", 100)])
 async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str, transport: str, count: int
+    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, transport: str, count: int
 ) -> None:
-    one, two = twins
+    one, two = redis_replicas
     async with Way(one.port) as way, two.client(channel, max_queue=None) as listener:
         way.blocks_upgrades = transport == "stream"
         await tab.opened(way.url(path_of(channel)))
@@ -252,37 +252,37 @@ async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
         way.target = two.port
         one.signal(SIGTERM)
         await tab.until("Object.keys(sent).length === argument", count)
-        assert await receive_many(listener, count) == numbers(0, count)
-        await tab.hears(numbers(0, count))
+        assert await receive_many(listener, count) == number_texts(0, count)
+        await tab.hears(number_texts(0, count))
         assert list((await tab.sent()).values()) == await tab.page.evaluate("positions")
 
 
 async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str
+    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str
 ) -> None:
-    one, two = twins
+    one, two = redis_replicas
     async with Way(one.port) as way, two.client(channel) as listener:
         await tab.opened(way.url(path_of(channel)))
         way.mute()
-        await tab.send(*numbers(0, 10))
+        await tab.send(*number_texts(0, 10))
         way.target = two.port
         one.signal(SIGTERM)
         await tab.until("told.some(event => event.type === 'close')")
-        await tab.send(*numbers(10, 20))
-        assert await receive_many(listener, 20) == numbers(0, 20)
-        await tab.hears(numbers(0, 20))
+        await tab.send(*number_texts(10, 20))
+        assert await receive_many(listener, 20) == number_texts(0, 20)
+        await tab.hears(number_texts(0, 20))
         await tab.until("Object.keys(sent).length === 20")
         assert list((await tab.sent()).values()) == await tab.page.evaluate("positions")
 
 
 async def test_what_it_sends_while_the_network_breaks_is_never_sent_twice(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str
+    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str
 ) -> None:
-    one, two = twins
+    one, two = redis_replicas
     count = 300
     async with Way(one.port) as way, two.client(channel, max_queue=None) as listener:
         await tab.opened(way.url(path_of(channel)))
-        await tab.send(*numbers(0, count))
+        await tab.send(*number_texts(0, count))
         way.cut()
         await tab.until("Object.keys(sent).length === argument", count)
         await tab.send("the end")
@@ -339,12 +339,12 @@ async def test_what_is_sent_while_there_is_no_relay_waits_and_is_bounded(
     async with Way(None) as way, relay.client(channel) as other:
         await tab.start(way.url(path_of(channel)), maxOffline=3, maxWaitingBytes=1000)
         assert await tab.page.evaluate("why('x'.repeat(1000))") == "full"
-        await tab.send(*numbers(0, 3))
+        await tab.send(*number_texts(0, 3))
         assert await tab.page.evaluate("why('3')") == "full"
         assert await tab.page.evaluate("relay.offline") == 3
         way.target = relay.port
-        assert await receive_many(other, 3) == numbers(0, 3)
-        await tab.hears(numbers(0, 3))
+        assert await receive_many(other, 3) == number_texts(0, 3)
+        await tab.hears(number_texts(0, 3))
         assert await tab.page.evaluate("why('3')") is None, "there is room again"
         assert await receive(other) == "3"
 
@@ -394,12 +394,12 @@ async def test_after_a_sleep_a_connection_that_died_is_replaced(relay: Relay, ch
         await tab.opened(way.url(path_of(channel)))
         async with relay.client(channel) as other:
             way.stall()
-            for number in numbers(0, 5):
+            for number in number_texts(0, 5):
                 await other.send(number)
             await receive_many(other, 5)
             await page.clock.fast_forward("10:00")
             await page.clock.run_for(5000)
-            await tab.hears(numbers(0, 5))
+            await tab.hears(number_texts(0, 5))
         assert len(await tab.told("open")) == 1, "the page did not notice"
         assert len(await tab.told("close")) == 0
 
@@ -429,11 +429,11 @@ async def test_a_frozen_page_holds_no_connection_and_misses_nothing(
         # A browser without a window never freezes a page itself.
         await tab.page.evaluate("document.dispatchEvent(new Event('freeze'))")
         await relay.metric_is("websocket_connected_clients", 1)
-        for number in numbers(0, 100):
+        for number in number_texts(0, 100):
             await other.send(number)
         await receive_many(other, 100)
         await tab.page.evaluate("document.dispatchEvent(new Event('resume'))")
-        await tab.hears(numbers(0, 100))
+        await tab.hears(number_texts(0, 100))
 
 
 async def test_it_comes_back_at_once_when_the_network_does(tab: Tab, relay: Relay) -> None:
@@ -453,23 +453,23 @@ async def test_an_address_is_a_relay_s_or_refused_at_once(
     for wrong in ("javascript:alert(1)", "data:text/plain,", "ftp://localhost/", "ws://"):
         said = "url => { try { new Relay(url) } catch (error) { return error.name } }"
         assert await tab.page.evaluate(said, wrong) in {"TypeError", "SyntaxError"}, wrong
-    await say(relay, channel, *numbers(0, 5))
+    await publish_all(relay, channel, *number_texts(0, 5))
     url = relay.http_url(f"{path_of(channel)}?history=2#part").replace("//", "//user:pass@")
     await tab.opened(url)
-    await tab.hears(numbers(3, 5))
+    await tab.hears(number_texts(3, 5))
 
 
 # Tokens
 
 
 async def test_a_token_is_brought_and_kept_out_of_the_address(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel)
+    token = channel_token(secret, channel)
     asked: list[str] = []
     tab.page.on("request", lambda request: asked.append(request.url))
     tab.page.on("websocket", lambda socket: asked.append(socket.url))
-    await tab.opened(guarded_relay.ws_url(path_of(channel)), token=token)
+    await tab.opened(jwt_relay.ws_url(path_of(channel)), token=token)
     await tab.send("0")
     await tab.hears(["0"])
     assert asked
@@ -478,12 +478,12 @@ async def test_a_token_is_brought_and_kept_out_of_the_address(
 
 
 async def test_a_token_that_expires_is_replaced_where_the_page_can(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    tokens = [a_token(secret, channel, lasts_s=2), a_token(secret, channel)]
+    tokens = [channel_token(secret, channel, lasts_s=2), channel_token(secret, channel)]
     await tab.page.evaluate(
         "([url, tokens]) => start(url, {token: async () => tokens.shift()})",
-        [guarded_relay.ws_url(path_of(channel)), tokens],
+        [jwt_relay.ws_url(path_of(channel)), tokens],
     )
     await tab.until("told.filter(event => event.type === 'open').length === 2")
     assert [(each["code"], each["reason"]) for each in await tab.told("close")] == [
@@ -493,10 +493,10 @@ async def test_a_token_that_expires_is_replaced_where_the_page_can(
 
 
 async def test_a_token_that_expires_and_cannot_be_replaced_is_the_end(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel, lasts_s=2)
-    await tab.start(guarded_relay.ws_url(path_of(channel)), token=token)
+    token = channel_token(secret, channel, lasts_s=2)
+    await tab.start(jwt_relay.ws_url(path_of(channel)), token=token)
     await tab.until("told.some(event => event.type === 'refused')")
     assert await tab.told("refused") == [
         {"type": "refused", "status": 401, "reason": "token expired"}
@@ -504,13 +504,13 @@ async def test_a_token_that_expires_and_cannot_be_replaced_is_the_end(
     assert await tab.page.evaluate("relay.state") == "closed"
     # Until the page has another one.
     await tab.page.evaluate(
-        "token => { relay.token = token; relay.open(); }", a_token(secret, channel)
+        "token => { relay.token = token; relay.open(); }", channel_token(secret, channel)
     )
     await tab.until("relay.state === 'open'")
 
 
 async def test_a_page_that_has_no_token_yet_is_asked_again(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str
 ) -> None:
     await tab.page.evaluate(
         """([url, token]) => {
@@ -518,7 +518,7 @@ async def test_a_page_that_has_no_token_yet_is_asked_again(
             answers[0].catch(() => {});
             start(url, {token: () => answers.shift()});
         }""",
-        [guarded_relay.ws_url(path_of(channel)), a_token(secret, channel)],
+        [jwt_relay.ws_url(path_of(channel)), channel_token(secret, channel)],
     )
     await tab.until("relay.state === 'open'")
     states = [(each["state"], each["reason"]) for each in await tab.told("state")]
@@ -540,10 +540,10 @@ async def test_what_is_no_token_is_not_sent(tab: Tab, relay: Relay) -> None:
     [("", 401, "token required"), ("other", 403, "not authorized for this channel")],
 )
 async def test_a_refusal_is_told_and_not_asked_for_again(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str, token: str, status: int, reason: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str, token: str, status: int, reason: str
 ) -> None:
-    async with Way(guarded_relay.port) as way:
-        bring = {"token": a_token(secret, token)} if token else {}
+    async with Way(jwt_relay.port) as way:
+        bring = {"token": channel_token(secret, token)} if token else {}
         await tab.start(way.url(path_of(channel)), **bring)
         await tab.until("told.some(event => event.type === 'refused')")
         assert await tab.told("refused") == [
@@ -590,11 +590,11 @@ async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
-    tab: Tab, twins: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, how: str
 ) -> None:
-    async with Way(twins[0].port) as way:
+    async with Way(redis_replicas[0].port) as way:
         way.blocks_upgrades = True
-        await hear_while_it_ends(tab, way, twins, channel, how)
+        await hear_while_it_ends(tab, way, redis_replicas, channel, how)
         assert len(await tab.told("gap")) == 0
         (close,) = await tab.told("close")
         assert close["code"] == (1001 if how == "stopped" else 1006)
@@ -620,11 +620,11 @@ async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
 
 
 async def test_what_a_stream_s_relay_refuses_is_told(
-    tab: Tab, guarded_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    async with Way(guarded_relay.port) as way:
+    async with Way(jwt_relay.port) as way:
         way.blocks_upgrades = True
-        token = a_token(secret, channel, may_publish=False)
+        token = channel_token(secret, channel, may_publish=False)
         await tab.opened(way.url(path_of(channel)), token=token)
         await tab.send("0")
         await tab.until("sent[0] === 'refused'")

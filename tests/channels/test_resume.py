@@ -15,7 +15,15 @@ from tests.support.relay_process import (
     receive,
     receive_many,
 )
-from tests.support.relay_v1 import Heard, Message, as_numbers, numbers, resuming, say, wanting
+from tests.support.relay_v1 import (
+    Message,
+    RelayV1Client,
+    connect_relay_v1,
+    number_texts,
+    parse_position,
+    path_with_query,
+    publish_all,
+)
 
 
 def assert_deliveries_add_up(metrics: Metrics) -> None:
@@ -29,11 +37,11 @@ def assert_deliveries_add_up(metrics: Metrics) -> None:
 async def test_the_last_messages_of_the_channel_precede_new_ones(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, *numbers(0, 10))
-    await say(relay, f"not-{channel}", "message of another channel")
-    published = numbers(0, 10)
+    await publish_all(relay, channel, *number_texts(0, 10))
+    await publish_all(relay, f"not-{channel}", "message of another channel")
+    published = number_texts(0, 10)
     for count in (1, 3, 10, 1_000):
-        async with relay.client(path=wanting(channel, history=count)) as client:
+        async with relay.client(path=path_with_query(channel, history=count)) as client:
             expected = published[-count:]
             assert await receive_many(client, len(expected)) == expected
             await client.send(f"new {count}")
@@ -44,7 +52,7 @@ async def test_the_last_messages_of_the_channel_precede_new_ones(
 async def test_without_a_request_for_history_a_client_receives_only_new_messages(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, "old")
+    await publish_all(relay, channel, "old")
     for query in ("", "?history=0", "?other=1"):
         async with relay.client(path=path_of(channel) + query) as client:
             await client.send("new")
@@ -53,17 +61,17 @@ async def test_without_a_request_for_history_a_client_receives_only_new_messages
 
 async def test_replayed_messages_are_unchanged(relay: Relay, channel: str) -> None:
     published: list[Message] = ["text", b"\x00\xff", "", b"", "grüß dich", "x" * 300_000]
-    await say(relay, channel, *published)
-    async with relay.client(path=wanting(channel, history=10)) as client:
+    await publish_all(relay, channel, *published)
+    async with relay.client(path=path_with_query(channel, history=10)) as client:
         assert await receive_many(client, len(published)) == published
 
 
 async def test_the_history_of_a_channel_outlives_its_last_client(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, "last message")
+    await publish_all(relay, channel, "last message")
     await relay.metric_is("websocket_channels", 0)
-    async with relay.client(path=wanting(channel, history=1)) as client:
+    async with relay.client(path=path_with_query(channel, history=1)) as client:
         assert await receive(client) == "last message"
 
 
@@ -73,26 +81,26 @@ async def test_the_history_of_a_channel_outlives_its_last_client(
 async def test_a_relay_v1_client_receives_a_welcome_and_positions_and_a_plain_client_does_not(
     relay: Relay, channel: str
 ) -> None:
-    async with resuming(relay, channel) as resumable, relay.client(channel) as plain:
+    async with connect_relay_v1(relay, channel) as resumable, relay.client(channel) as plain:
         assert resumable.welcome["recovered"] is True
         published: list[Message] = ["text", b"\x00\xff", "", b"", "two\nlines"]
         for message in published:
             await plain.send(message)
-        assert await resumable.messages(len(published)) == published
+        assert await resumable.next_messages(len(published)) == published
         assert await receive_many(plain, len(published)) == published
         await resumable.connection.send("no position in this direction")
         assert await receive(plain) == "no position in this direction"
-        assert await resumable.message() == "no position in this direction"
+        assert await resumable.next_message() == "no position in this direction"
 
 
 async def test_the_position_of_a_message_is_the_same_for_all_clients(
     relay: Relay, channel: str
 ) -> None:
-    async with resuming(relay, channel) as one, resuming(relay, channel) as two:
+    async with connect_relay_v1(relay, channel) as one, connect_relay_v1(relay, channel) as two:
         for number in range(20):
             await one.connection.send(str(number))
-        assert [await one.numbered() for _ in range(20)] == [
-            await two.numbered() for _ in range(20)
+        assert [await one.next_with_position() for _ in range(20)] == [
+            await two.next_with_position() for _ in range(20)
         ]
 
 
@@ -100,63 +108,63 @@ async def test_a_client_that_resumes_receives_the_messages_after_its_position_an
     relay: Relay, channel: str
 ) -> None:
     before = await relay.metric("websocket_history_replays_total", result="recovered")
-    async with resuming(relay, channel) as client:
-        await say(relay, channel, *numbers(0, 5))
-        assert await client.messages(5) == numbers(0, 5)
-    await say(relay, channel, *numbers(5, 10))
-    async with resuming(relay, channel, since=client.position) as resumed:
+    async with connect_relay_v1(relay, channel) as client:
+        await publish_all(relay, channel, *number_texts(0, 5))
+        assert await client.next_messages(5) == number_texts(0, 5)
+    await publish_all(relay, channel, *number_texts(5, 10))
+    async with connect_relay_v1(relay, channel, since=client.position) as resumed:
         assert resumed.welcome == {
             "type": "welcome",
             "recovered": True,
             "position": client.position,
         }
-        assert await resumed.messages(5) == numbers(5, 10)
-        await say(relay, channel, "new")
-        assert await resumed.message() == "new"
+        assert await resumed.next_messages(5) == number_texts(5, 10)
+        await publish_all(relay, channel, "new")
+        assert await resumed.next_message() == "new"
     after = await relay.metric("websocket_history_replays_total", result="recovered")
     assert after == before + 1
-    async with resuming(relay, channel, since=resumed.position) as up_to_date:
+    async with connect_relay_v1(relay, channel, since=resumed.position) as up_to_date:
         assert up_to_date.welcome["recovered"] is True
-        await say(relay, channel, "newer")
-        assert await up_to_date.message() == "newer"
+        await publish_all(relay, channel, "newer")
+        assert await up_to_date.next_message() == "newer"
 
 
 async def test_a_client_without_messages_resumes_at_the_position_of_its_welcome(
     relay: Relay, channel: str
 ) -> None:
-    async with resuming(relay, channel) as client:
+    async with connect_relay_v1(relay, channel) as client:
         pass
-    await say(relay, channel, "after the disconnection")
-    async with resuming(relay, channel, since=client.position) as resumed:
+    await publish_all(relay, channel, "after the disconnection")
+    async with connect_relay_v1(relay, channel, since=client.position) as resumed:
         assert resumed.welcome["recovered"] is True
-        assert await resumed.message() == "after the disconnection"
+        assert await resumed.next_message() == "after the disconnection"
 
 
 async def test_a_client_that_disconnects_during_its_history_resumes_with_the_rest(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, *numbers(0, 10))
-    async with resuming(relay, channel, history=5) as client:
+    await publish_all(relay, channel, *number_texts(0, 10))
+    async with connect_relay_v1(relay, channel, history=5) as client:
         pass
-    async with resuming(relay, channel, since=client.position) as resumed:
-        assert await resumed.messages(5) == numbers(5, 10)
+    async with connect_relay_v1(relay, channel, since=client.position) as resumed:
+        assert await resumed.next_messages(5) == number_texts(5, 10)
 
 
 async def test_a_plain_client_may_resume_at_a_position(relay: Relay, channel: str) -> None:
-    async with resuming(relay, channel) as client:
-        await say(relay, channel, "received")
-        assert await client.message() == "received"
-    await say(relay, channel, "after the disconnection")
-    async with relay.client(path=wanting(channel, since=client.position)) as plain:
+    async with connect_relay_v1(relay, channel) as client:
+        await publish_all(relay, channel, "received")
+        assert await client.next_message() == "received"
+    await publish_all(relay, channel, "after the disconnection")
+    async with relay.client(path=path_with_query(channel, since=client.position)) as plain:
         assert await receive(plain) == "after the disconnection"
 
 
 async def test_since_precedes_history(relay: Relay, channel: str) -> None:
-    async with resuming(relay, channel) as client:
-        await say(relay, channel, *numbers(0, 5))
-        await client.messages(4)
-    async with resuming(relay, channel, since=client.position, history=100) as resumed:
-        assert await resumed.messages(1) == numbers(4, 5)
+    async with connect_relay_v1(relay, channel) as client:
+        await publish_all(relay, channel, *number_texts(0, 5))
+        await client.next_messages(4)
+    async with connect_relay_v1(relay, channel, since=client.position, history=100) as resumed:
+        assert await resumed.next_messages(1) == number_texts(4, 5)
 
 
 # During traffic
@@ -171,10 +179,10 @@ async def test_clients_that_resume_during_traffic_receive_every_message_once(
         received: list[Message] = []
         position = start
         while len(received) < count:
-            async with resuming(relay, channel, since=position) as client:
+            async with connect_relay_v1(relay, channel, since=position) as client:
                 assert client.welcome["recovered"] is True
                 wanted = min(messages_at_a_time, count - len(received))
-                received += await client.messages(wanted)
+                received += await client.next_messages(wanted)
                 position = client.position
         return received
 
@@ -185,13 +193,13 @@ async def test_clients_that_resume_during_traffic_receive_every_message_once(
                 if number % 20 == 0:  # so that clients resume while messages are published
                     await receive_many(client, 1 if number == 0 else 20)
 
-    async with resuming(relay, channel) as first:
+    async with connect_relay_v1(relay, channel) as first:
         start = first.position
     async with asyncio.TaskGroup() as group:
         clients = [group.create_task(resume_repeatedly(start, 47 + 31 * n)) for n in range(6)]
         group.create_task(publish())
     for client in clients:
-        assert client.result() == numbers(0, count)
+        assert client.result() == number_texts(0, count)
     assert_deliveries_add_up(await relay.metrics())
 
 
@@ -206,9 +214,9 @@ async def test_a_history_above_the_backlog_limit_is_replayed_as_fast_as_its_clie
                 await publisher.send(message)
             await receive_many(publisher, 5)
     async with await relay.tcp() as raw:
-        await raw.upgrade(wanting("news", history=1_000))
+        await raw.upgrade(path_with_query("news", history=1_000))
         await relay.metric_is("websocket_slow_clients", 1)
-        await say(relay, "news", "new")
+        await publish_all(relay, "news", "new")
         received = [await raw.message() for _ in range(len(published) + 1)]
     assert received == [*published, "new"]
     assert await relay.metric("websocket_drops_total") == 0
@@ -219,11 +227,11 @@ async def test_a_client_that_reads_slower_than_its_history_is_removed_is_closed(
 ) -> None:
     relay = relay_with(history={"max_messages": 1_000})
     message = "x" * 10_000
-    await say(relay, "news", *[message] * 1_000)
+    await publish_all(relay, "news", *[message] * 1_000)
     async with await relay.tcp(receive_buffer_bytes=4096) as raw:
-        await raw.upgrade(wanting("news", history=1_000))
+        await raw.upgrade(path_with_query("news", history=1_000))
         await relay.metric_is("websocket_slow_clients", 1)
-        await say(relay, "news", *[message] * 1_000)
+        await publish_all(relay, "news", *[message] * 1_000)
         code, _ = await raw.close_frame()
     assert code == 1013
     await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
@@ -233,9 +241,9 @@ async def test_nothing_is_left_of_a_client_that_is_reset_during_its_history(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with()
-    await say(relay, "news", *["x" * 10_000] * 1_000)
+    await publish_all(relay, "news", *["x" * 10_000] * 1_000)
     async with await relay.tcp(receive_buffer_bytes=4096) as raw:
-        await raw.upgrade(wanting("news", history=1_000))
+        await raw.upgrade(path_with_query("news", history=1_000))
         await relay.metric_is("websocket_slow_clients", 1)
         assert await relay.metric("websocket_channels") == 1
         raw.vanish()
@@ -247,18 +255,18 @@ async def test_nothing_is_left_of_a_client_that_is_reset_during_its_history(
 async def test_a_message_in_the_same_packet_as_the_request_is_delivered_after_the_history(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, *numbers(0, 3))
+    await publish_all(relay, channel, *number_texts(0, 3))
     async with await relay.tcp() as raw:
-        await raw.upgrade(wanting(channel, history=3), behind=frame(TEXT, b"early"))
-        assert [await raw.message() for _ in range(4)] == [*numbers(0, 3), "early"]
+        await raw.upgrade(path_with_query(channel, history=3), behind=frame(TEXT, b"early"))
+        assert [await raw.message() for _ in range(4)] == [*number_texts(0, 3), "early"]
 
 
 async def test_a_close_frame_in_the_same_packet_as_the_request_is_answered(
     relay: Relay, channel: str
 ) -> None:
-    await say(relay, channel, *numbers(0, 3))
+    await publish_all(relay, channel, *number_texts(0, 3))
     async with await relay.tcp() as raw:
-        request = upgrade_request(wanting(channel, history=3))
+        request = upgrade_request(path_with_query(channel, history=3))
         await raw.send(request + frame(CLOSE, close_payload(4000)))
         assert (await raw.response()).status == 101
         assert (await raw.close_frame())[0] == 4000
@@ -268,12 +276,12 @@ async def test_a_close_frame_in_the_same_packet_as_the_request_is_answered(
 # Messages that history no longer has
 
 
-async def resume_unrecovered(relay: Relay, channel: str, since: str) -> Heard:
+async def resume_unrecovered(relay: Relay, channel: str, since: str) -> RelayV1Client:
     """Resume, assert that the client is not recovered, and read up to a new message."""
-    async with resuming(relay, channel, since=since) as client:
+    async with connect_relay_v1(relay, channel, since=since) as client:
         assert client.welcome["recovered"] is False
-        await say(relay, channel, "new")
-        while await client.message() != "new":
+        await publish_all(relay, channel, "new")
+        while await client.next_message() != "new":
             pass
     return client
 
@@ -285,9 +293,9 @@ async def test_a_client_is_not_recovered_when_history_has_removed_messages_after
     relay_with: StartRelay, channel: str, history: Mapping[str, int]
 ) -> None:
     relay = relay_with(history=history)
-    async with resuming(relay, channel) as client:
+    async with connect_relay_v1(relay, channel) as client:
         pass
-    await say(relay, channel, *numbers(0, 20))
+    await publish_all(relay, channel, *number_texts(0, 20))
     await resume_unrecovered(relay, channel, client.position)
     assert await relay.metric("websocket_history_replays_total", result="not_recovered") == 1
     assert await relay.metric("websocket_history_messages") <= 9
@@ -297,24 +305,24 @@ async def test_a_client_that_is_not_recovered_receives_the_messages_that_history
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(history={"max_messages": 5})
-    async with resuming(relay, channel) as client:
+    async with connect_relay_v1(relay, channel) as client:
         pass
-    await say(relay, channel, *numbers(0, 20))
-    async with resuming(relay, channel, since=client.position) as resumed:
+    await publish_all(relay, channel, *number_texts(0, 20))
+    async with connect_relay_v1(relay, channel, since=client.position) as resumed:
         assert resumed.welcome["recovered"] is False
-        assert await resumed.messages(5) == numbers(15, 20)
-    async with resuming(relay, channel, since=resumed.welcome["position"]) as resumed_again:
+        assert await resumed.next_messages(5) == number_texts(15, 20)
+    async with connect_relay_v1(relay, channel, since=resumed.welcome["position"]) as resumed_again:
         assert resumed_again.welcome["recovered"] is True
-        assert await resumed_again.messages(5) == numbers(15, 20)
+        assert await resumed_again.next_messages(5) == number_texts(15, 20)
 
 
 async def test_messages_older_than_max_age_s_are_removed(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(history={"max_age_s": 0.1})
-    async with resuming(relay, channel) as client:
+    async with connect_relay_v1(relay, channel) as client:
         pass
-    await say(relay, channel, "old")
+    await publish_all(relay, channel, "old")
     await relay.metric_is("websocket_history_messages", 0)
     assert await relay.metric("websocket_history_bytes") == 0
     await resume_unrecovered(relay, channel, client.position)
@@ -324,44 +332,46 @@ async def test_a_channel_keeps_its_history_however_many_messages_another_has(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(history={"max_messages": 10})
-    async with resuming(relay, "quiet") as client:
-        await say(relay, "quiet", *numbers(0, 3))
-    await say(relay, "busy", *numbers(0, 50))
-    async with resuming(relay, "quiet", since=client.position) as resumed:
+    async with connect_relay_v1(relay, "quiet") as client:
+        await publish_all(relay, "quiet", *number_texts(0, 3))
+    await publish_all(relay, "busy", *number_texts(0, 50))
+    async with connect_relay_v1(relay, "quiet", since=client.position) as resumed:
         assert resumed.welcome["recovered"] is True
-        assert await resumed.messages(3) == numbers(0, 3)
-    async with resuming(relay, "busy", since=client.position) as resumed:
+        assert await resumed.next_messages(3) == number_texts(0, 3)
+    async with connect_relay_v1(relay, "busy", since=client.position) as resumed:
         assert resumed.welcome["recovered"] is False
-        assert await resumed.messages(7) == numbers(43, 50)
+        assert await resumed.next_messages(7) == number_texts(43, 50)
 
 
 async def test_a_client_with_every_message_of_its_channel_is_recovered_after_their_removal(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(history={"max_messages": 5})
-    async with resuming(relay, "quiet") as client:
-        await say(relay, "quiet", "first", "last")
-        assert await client.messages(2) == ["first", "last"]
+    async with connect_relay_v1(relay, "quiet") as client:
+        await publish_all(relay, "quiet", "first", "last")
+        assert await client.next_messages(2) == ["first", "last"]
     for number in range(12):
-        await say(relay, f"other-{number}", "fills the history with one message for each channel")
-    async with resuming(relay, "quiet", history=5) as empty:
-        assert as_numbers(empty.welcome["position"]) > as_numbers(client.position)
-    async with resuming(relay, "quiet", since=client.position) as resumed:
+        await publish_all(
+            relay, f"other-{number}", "fills the history with one message for each channel"
+        )
+    async with connect_relay_v1(relay, "quiet", history=5) as empty:
+        assert parse_position(empty.welcome["position"]) > parse_position(client.position)
+    async with connect_relay_v1(relay, "quiet", since=client.position) as resumed:
         assert resumed.welcome["recovered"] is True
-        await say(relay, "quiet", "new")
-        assert await resumed.message() == "new"
+        await publish_all(relay, "quiet", "new")
+        assert await resumed.next_message() == "new"
 
 
 async def test_after_a_restart_no_client_is_recovered_and_positions_are_greater(
     relay_with: StartRelay, channel: str
 ) -> None:
     first = relay_with()
-    async with resuming(first, channel) as client:
-        await say(first, channel, "old")
-        await client.message()
+    async with connect_relay_v1(first, channel) as client:
+        await publish_all(first, channel, "old")
+        await client.next_message()
     second = relay_with()
     resumed = await resume_unrecovered(second, channel, client.position)
-    assert as_numbers(resumed.position) > as_numbers(client.position)
+    assert parse_position(resumed.position) > parse_position(client.position)
 
 
 async def test_a_position_that_is_not_reached_soon_is_not_recovered(
@@ -408,21 +418,21 @@ async def test_an_invalid_query_is_refused_with_400_before_the_upgrade(
 async def test_history_and_positions_are_compressed(relay_with: StartRelay, channel: str) -> None:
     relay = relay_with(compression={"enabled": True, "min_message_bytes": 100})
     published = ["short", *(f"{number} ".ljust(2_000, "x") for number in range(50))]
-    await say(relay, channel, *published)
+    await publish_all(relay, channel, *published)
     async with AsyncExitStack() as stack:
         for compression in ("deflate", None):
             client = await stack.enter_async_context(
-                resuming(relay, channel, history=100, compression=compression)
+                connect_relay_v1(relay, channel, history=100, compression=compression)
             )
-            assert await client.messages(len(published)) == published
+            assert await client.next_messages(len(published)) == published
             await client.connection.send(published[1])
-            assert await client.message() == published[1]
+            assert await client.next_message() == published[1]
             published.append(published[1])
 
 
 async def test_history_is_replayed_over_tls(tls_relay_with: StartRelay, channel: str) -> None:
     relay = tls_relay_with()
     published = [f"{number} ".ljust(5_000, "x") for number in range(500)]
-    await say(relay, channel, *published)
-    async with resuming(relay, channel, history=1_000) as client:
-        assert await client.messages(len(published)) == published
+    await publish_all(relay, channel, *published)
+    async with connect_relay_v1(relay, channel, history=1_000) as client:
+        assert await client.next_messages(len(published)) == published

@@ -13,12 +13,12 @@ import yaml
 
 from tests.support.certificates import make_pair
 from tests.support.helm import CI_VALUES, Object, all_of, nested, newest_helm
-from tests.support.issuer import SECRET, signer
+from tests.support.issuer import SECRET, make_signer
 from tests.support.pod import Pod, Secrets
 from tests.support.relay_process import HOST, Finished, Relay, merged, run_command, run_python
 
 PAIR = make_pair()
-SIGNER = signer("ES256")
+SIGNER = make_signer("ES256")
 SECRETS: Secrets = {
     "relay-tls": {"tls.crt": PAIR.certificate_pem, "tls.key": PAIR.key_pem},
     "relay-broker": {

@@ -25,7 +25,7 @@ from websocket_relay.cli.bench.tally import Latencies, Tally
 from websocket_relay.client import MAX_MESSAGE_BYTES
 from websockets.asyncio.client import ClientConnection
 
-from tests.support.issuer import SECRET, token
+from tests.support.issuer import SECRET, sign_token
 from tests.support.proxy import Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
@@ -488,7 +488,7 @@ async def test_bench_connects_over_tls_with_a_token(
 ) -> None:
     relay = tls_relay_with(auth=JWT)
     trust = ("--ca", str(certificate_directory / "cert.pem"))
-    url, env = url_of(relay, channel), {"RELAY_TOKEN": token()}
+    url, env = url_of(relay, channel), {"RELAY_TOKEN": sign_token()}
     done = await run_client("bench", *SHORT_RUN, *trust, url, env=env)
     assert (done.exit_code, done.stderr) == (0, "")
 
@@ -713,7 +713,7 @@ async def test_a_rejected_token_is_one_line_and_1_and_never_shown(
     url = url_of(relay, channel)
     without = await run_client(*with_url(command, url))
     assert without == Finished(1, "", f"websocket-relay: {url}: HTTP 401, token required\n")
-    bad = token(exp=1)
+    bad = sign_token(exp=1)
     file = tmp_path / "token.txt"
     file.write_text(f"{bad}\n")
     for done in (
@@ -724,7 +724,7 @@ async def test_a_rejected_token_is_one_line_and_1_and_never_shown(
         why = "HTTP 401, invalid token: expired"
         assert done == Finished(1, "", f"websocket-relay: {url}: {why}\n")
     if command[0] == "send":
-        file.write_text(token())
+        file.write_text(sign_token())
         sent = await run_client(*with_url(command, url, "--token-file", str(file)))
         assert sent.exit_code == 0
 

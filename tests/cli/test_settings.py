@@ -16,7 +16,7 @@ from websocket_relay.outcomes import SettingsError
 
 from tests.support.admission import refusal_answer
 from tests.support.certificates import make_pair
-from tests.support.issuer import Signer, signer
+from tests.support.issuer import Signer, make_signer
 from tests.support.relay_process import Finished, Relay, StartRelay, environment, run_command
 
 pytestmark = pytest.mark.fast
@@ -219,7 +219,7 @@ def files_of_settings(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     make_pair().write_to(other)
-    (other / "jwt.pem").write_bytes(signer("RS256").public_pem)
+    (other / "jwt.pem").write_bytes(make_signer("RS256").public_pem)
 
 
 @pytest.mark.parametrize("source", ["file", "environment"])
@@ -619,20 +619,25 @@ def test_a_warning_about_settings_is_an_event_of_the_log_without_the_secret(
             ["PEM"],
             id="broken PEM",
         ),
-        pytest.param(["RS256"], signer("RS256").private_pem, ["private key"], id="a private key"),
+        pytest.param(
+            ["RS256"], make_signer("RS256").private_pem, ["private key"], id="a private key"
+        ),
         pytest.param(["RS256"], make_pair().certificate_pem, ["PEM"], id="a certificate"),
-        pytest.param(["RS256"], signer("ES256").public_pem, ["RS256"], id="EC for RSA"),
-        pytest.param(["ES256"], signer("RS256").public_pem, ["ES256"], id="RSA for EC"),
+        pytest.param(["RS256"], make_signer("ES256").public_pem, ["RS256"], id="EC for RSA"),
+        pytest.param(["ES256"], make_signer("RS256").public_pem, ["ES256"], id="RSA for EC"),
         pytest.param(
             ["RS256"],
             Signer("RS256", rsa.generate_private_key(65_537, 1024)).public_pem,
             ["RSA", "fewer than 2048 bits"],
             id="a short RSA key",
         ),
-        pytest.param(["ES256"], signer("ES384").public_pem, ["ES256"], id="another curve"),
-        pytest.param(["EdDSA"], signer("ES256").public_pem, ["EdDSA"], id="EC for Ed25519"),
+        pytest.param(["ES256"], make_signer("ES384").public_pem, ["ES256"], id="another curve"),
+        pytest.param(["EdDSA"], make_signer("ES256").public_pem, ["EdDSA"], id="EC for Ed25519"),
         pytest.param(
-            ["ES256", "ES384"], signer("ES256").public_pem, ["ES384"], id="one key for two curves"
+            ["ES256", "ES384"],
+            make_signer("ES256").public_pem,
+            ["ES384"],
+            id="one key for two curves",
         ),
         pytest.param(
             ["ES256"],
@@ -705,9 +710,9 @@ def test_a_jwks_url_is_an_http_or_https_url(problems_of: ProblemsOf) -> None:
 @pytest.mark.parametrize(
     "secret",
     [
-        signer("RS256").public_pem.decode(),
-        signer("RS256").private_pem.decode(),
-        json.dumps(signer("RS256").jwk()),
+        make_signer("RS256").public_pem.decode(),
+        make_signer("RS256").private_pem.decode(),
+        json.dumps(make_signer("RS256").jwk()),
     ],
     ids=["public key", "private key", "JWK"],
 )

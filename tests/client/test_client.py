@@ -30,7 +30,7 @@ from websockets.typing import Subprotocol
 from tests.support.addresses import INVALID_URLS
 from tests.support.brokers import RedisBroker
 from tests.support.certificates import make_pair
-from tests.support.issuer import SECRET, token
+from tests.support.issuer import SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.proxy import Proxy
 from tests.support.raw_client import PATIENCE_S
@@ -391,11 +391,11 @@ def test_an_outbox_sends_unconfirmed_messages_again_in_order_before_new_ones() -
 
 async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> None:
     relay = relay_with(auth=JWT)
-    no_permission, everything = token(relay={}, exp=None), token(exp=None)
+    no_permission, everything = sign_token(relay={}, exp=None), sign_token(exp=None)
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("/channels/news", {}, "HTTP 401, token required"),
         ("/channels/news", {"token": "a.b.c"}, "HTTP 401, invalid token: malformed"),
-        ("/channels/news", {"token": token(exp=1)}, "HTTP 401, invalid token: expired"),
+        ("/channels/news", {"token": sign_token(exp=1)}, "HTTP 401, invalid token: expired"),
         ("/channels/news", {"token": no_permission}, "HTTP 403, not authorized for this channel"),
         ("/nowhere", {"token": everything}, "HTTP 404, no such channel"),
         (
@@ -542,7 +542,7 @@ async def test_the_token_function_is_called_before_every_connection(
     calls = count(1)
 
     async def new_token() -> str:
-        return token(exp=int(time.time()) + (2 if next(calls) == 1 else 60))
+        return sign_token(exp=int(time.time()) + (2 if next(calls) == 1 else 60))
 
     log = EventLog()
     url = relay.ws_url(path_of(channel))
@@ -559,7 +559,7 @@ async def test_flush_raises_that_the_client_is_not_allowed_to_publish(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth=JWT)
-    only_subscribe = token(relay={"subscribe": ["*"]})
+    only_subscribe = sign_token(relay={"subscribe": ["*"]})
     async with Client(relay.ws_url(path_of(channel)), token=only_subscribe) as client:
         await client.send("not allowed")
         with pytest.raises(RejectedError, match="not allowed to publish"):

@@ -19,7 +19,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from tests.support import browser
 from tests.support.addresses import INVALID_URLS
-from tests.support.issuer import a_token
+from tests.support.issuer import channel_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, Finished, Relay, StartRelay, environment, receive
 
@@ -133,10 +133,10 @@ def test_client_py_says_in_one_line_that_there_is_no_relay() -> None:
 
 
 def test_client_py_says_in_one_line_why_it_was_refused(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    address = guarded_relay.ws_url(f"/channels/{channel}")
-    expired = a_token(secret, channel, lasts_s=-600)
+    address = jwt_relay.ws_url(f"/channels/{channel}")
+    expired = channel_token(secret, channel, lasts_s=-600)
     done = client_py_reading("", f"{address}?access_token={expired}")
     assert done.exit_code == 1
     assert done.error_lines == [f"{address}: HTTP 401, invalid token: expired"]
@@ -227,49 +227,47 @@ def test_client_py_ends_quietly_with_ctrl_c_while_nobody_answers() -> None:
 
 
 def test_client_py_says_that_it_may_not_publish(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel, may_publish=False)
-    url = guarded_relay.ws_url(f"/channels/{channel}")
+    token = channel_token(secret, channel, may_publish=False)
+    url = jwt_relay.ws_url(f"/channels/{channel}")
     done = client_py_reading("typed\n", url, token=token)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.error_lines == ["closed: 1008 not allowed to publish"]
 
 
 async def test_client_py_brings_the_token_of_its_environment(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel)
-    url = guarded_relay.ws_url(f"/channels/{channel}")
+    token = channel_token(secret, channel)
+    url = jwt_relay.ws_url(f"/channels/{channel}")
     done = client_py_reading("typed\n", url, token=token)
     assert (done.exit_code, done.stdout, done.stderr) == (0, "typed\n", "closed: 1000\n")
-    assert_kept_secret(guarded_relay, token)
+    assert_kept_secret(jwt_relay, token)
 
 
-def test_client_py_does_not_show_a_token_that_was_refused(
-    guarded_relay: Relay, channel: str
-) -> None:
-    token = a_token("another secret that is as long as it should be", channel)
-    done = client_py_reading("", guarded_relay.ws_url(f"/channels/{channel}"), token=token)
+def test_client_py_does_not_show_a_token_that_was_refused(jwt_relay: Relay, channel: str) -> None:
+    token = channel_token("another secret that is as long as it should be", channel)
+    done = client_py_reading("", jwt_relay.ws_url(f"/channels/{channel}"), token=token)
     assert done.exit_code == 1
     (line,) = done.error_lines
     assert "HTTP 401" in line
     assert all(part not in line for part in token.split("."))
-    assert_kept_secret(guarded_relay, token)
+    assert_kept_secret(jwt_relay, token)
 
 
 def test_make_token_py_prints_a_token_that_the_relay_accepts(
-    guarded_relay: Relay, secret: str, tmp_path: Path
+    jwt_relay: Relay, secret: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "secret.txt"
     file.write_text(f"{secret}\n")
     made = make_token_py(str(file), "news", "chat.*")
     assert (made.exit_code, made.stderr) == (0, "")
     for channel in ("news", "chat.lobby"):
-        url = guarded_relay.ws_url(f"/channels/{channel}")
+        url = jwt_relay.ws_url(f"/channels/{channel}")
         done = client_py_reading("typed\n", url, token=made.stdout)
         assert (done.exit_code, done.stdout) == (0, "typed\n")
-    elsewhere = client_py_reading("", guarded_relay.ws_url("/channels/newsroom"), token=made.stdout)
+    elsewhere = client_py_reading("", jwt_relay.ws_url("/channels/newsroom"), token=made.stdout)
     assert "HTTP 403" in elsewhere.stderr
 
 
@@ -385,13 +383,11 @@ async def test_client_html_waits_as_long_as_the_relay_told_it() -> None:
 
 
 async def test_client_html_brings_a_token_and_shows_it_nowhere(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel)
+    token = channel_token(secret, channel)
     async with browser.open_page() as page:
-        await page.goto(
-            f"{CLIENT_HTML.as_uri()}?url={guarded_relay.ws_url(f'/channels/{channel}')}"
-        )
+        await page.goto(f"{CLIENT_HTML.as_uri()}?url={jwt_relay.ws_url(f'/channels/{channel}')}")
         await expect(note(page, "could not connect")).to_contain_text("a token is needed")
         await page.get_by_label("Token").fill(token)
         await expect(page.locator("#state")).to_have_text("closed")
@@ -403,17 +399,15 @@ async def test_client_html_brings_a_token_and_shows_it_nowhere(
         assert token not in page.url
         assert token not in await page.locator("body").inner_text()
         assert await page.get_by_label("Token").get_attribute("type") == "password"
-    assert_kept_secret(guarded_relay, token)
+    assert_kept_secret(jwt_relay, token)
 
 
 async def test_client_html_does_not_return_with_a_token_that_has_expired(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
     async with browser.open_page() as page:
-        await page.goto(
-            f"{CLIENT_HTML.as_uri()}?url={guarded_relay.ws_url(f'/channels/{channel}')}"
-        )
-        await page.get_by_label("Token").fill(a_token(secret, channel, lasts_s=6))
+        await page.goto(f"{CLIENT_HTML.as_uri()}?url={jwt_relay.ws_url(f'/channels/{channel}')}")
+        await page.get_by_label("Token").fill(channel_token(secret, channel, lasts_s=6))
         await page.get_by_role("button", name="Connect", exact=True).click()
         await expect(page.locator("#state")).to_have_text("connected")
         lost = page.locator("#log .bad", has_text="connection lost: 3000 token expired")
@@ -454,10 +448,10 @@ async def test_client_html_does_not_say_could_not_connect_of_a_connection_that_w
 
 
 async def test_client_html_shows_no_query_of_an_address(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel)
-    address = guarded_relay.ws_url(f"/channels/{channel}")
+    token = channel_token(secret, channel)
+    address = jwt_relay.ws_url(f"/channels/{channel}")
     async with browser.open_page() as page:
         await opened(page, f"{address}?access_token={token}")
         await expect(note(page, "connected to")).to_have_text(f"connected to {address}")
@@ -469,7 +463,7 @@ async def test_client_html_shows_no_query_of_an_address(
         await page.get_by_role("button", name="Connect", exact=True).click()
         await expect(page.locator("#state")).to_have_text("connected")
         await page.get_by_role("button", name="Disconnect").click()
-        another = a_token(secret, channel, may_publish=False)
+        another = channel_token(secret, channel, may_publish=False)
         await page.locator("#url").fill(f"{address}?access_token={another}")
         await page.get_by_role("button", name="Connect", exact=True).click()
         await expect(page.locator("#state")).to_have_text("connected")
@@ -512,10 +506,10 @@ async def test_client_html_does_not_repeat_what_is_no_address(url: str) -> None:
 
 
 async def test_client_html_says_that_messages_were_not_relayed_and_why(
-    guarded_relay: Relay, secret: str, channel: str
+    jwt_relay: Relay, secret: str, channel: str
 ) -> None:
-    token = a_token(secret, channel, may_publish=False)
-    address = guarded_relay.ws_url(f"/channels/{channel}")
+    token = channel_token(secret, channel, may_publish=False)
+    address = jwt_relay.ws_url(f"/channels/{channel}")
     async with browser.open_page() as page:
         await opened(page, f"{address}?access_token={token}")
         await send(page, "typed")

@@ -20,7 +20,7 @@ from websocket_relay.config.loader import load
 from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, TokenProblem
 
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.markdown import code, section, tables
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PACKAGE, ROOT, Relay, StartRelay
@@ -150,7 +150,7 @@ def labels_on_the_page(cell: str) -> dict[tuple[str, ...], set[tuple[str, ...]]]
 
 
 async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) -> None:
-    with KeyServer(key_set(signer("ES256", "key"))) as keys:
+    with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
         relay = tls_relay_with(auth={"mode": "jwt", "jwt": jwt})
         page = (await relay.get_metrics()).raise_for_status().text

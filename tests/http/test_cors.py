@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import httpx2
 import pytest
 
-from tests.support.events_client import asking
-from tests.support.http_requests import TEXT, post
+from tests.support.events_client import request_events
+from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.issuer import SECRET
 from tests.support.relay_process import PLAIN, Relay, StartRelay
 
@@ -46,7 +46,9 @@ async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: Rela
     assert "post" in list_members(response.headers, "access-control-allow-methods")
     allowed_headers = list_members(response.headers, "access-control-allow-headers")
     assert {"authorization", "content-type"} <= allowed_headers
-    response = await post(restricted_relay, "a", b"{}", "application/json", {"Origin": ALLOWED})
+    response = await publish_by_post(
+        restricted_relay, "a", b"{}", "application/json", {"Origin": ALLOWED}
+    )
     assert response.status_code == 202
     assert response.headers[ALLOW_ORIGIN] == ALLOWED
 
@@ -56,17 +58,19 @@ async def test_a_page_of_another_origin_may_not_post(restricted_relay: Relay) ->
         response = await preflight(restricted_relay, origin, "POST", "authorization")
         assert response.status_code == 400
         assert ALLOW_ORIGIN not in response.headers
-        response = await post(restricted_relay, "a", b"{}", TEXT, {"Origin": origin})
+        response = await publish_by_post(
+            restricted_relay, "a", b"{}", TEXT_TYPE, {"Origin": origin}
+        )
         assert (response.status_code, response.text) == (403, "origin not allowed\n")
         assert ALLOW_ORIGIN not in response.headers
     await restricted_relay.metric_is("websocket_messages_total", 0)
 
 
 async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Relay) -> None:
-    async with asking(restricted_relay, "a", headers={"Origin": ALLOWED}) as events:
+    async with request_events(restricted_relay, "a", headers={"Origin": ALLOWED}) as events:
         assert events.status == 200
         assert events.headers[ALLOW_ORIGIN] == ALLOWED
-    async with asking(restricted_relay, "a", headers={"Origin": OTHER}) as events:
+    async with request_events(restricted_relay, "a", headers={"Origin": OTHER}) as events:
         assert events.status == 403
         assert ALLOW_ORIGIN not in events.headers
     response = await preflight(restricted_relay, ALLOWED, "GET", "last-event-id", "authorization")
@@ -75,7 +79,7 @@ async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Rela
 
 async def test_responses_declare_that_they_vary_with_the_origin(restricted_relay: Relay) -> None:
     for origin in (ALLOWED, OTHER):
-        response = await post(restricted_relay, "a", b"x", TEXT, {"Origin": origin})
+        response = await publish_by_post(restricted_relay, "a", b"x", TEXT_TYPE, {"Origin": origin})
         assert "origin" in list_members(response.headers, "vary")
 
 
@@ -85,15 +89,15 @@ async def test_by_default_pages_of_all_origins_may_post_and_read(
     response = await preflight(relay, OTHER, "POST", "authorization", "content-type")
     assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (200, "*")
     for origin in (OTHER, "null"):
-        response = await post(relay, channel, b"x", TEXT, {"Origin": origin})
+        response = await publish_by_post(relay, channel, b"x", TEXT_TYPE, {"Origin": origin})
         assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (202, "*")
         assert "access-control-allow-credentials" not in response.headers
-        async with asking(relay, channel, headers={"Origin": origin}) as events:
+        async with request_events(relay, channel, headers={"Origin": origin}) as events:
             assert events.headers[ALLOW_ORIGIN] == "*"
 
 
 async def test_a_page_can_read_its_refusal_and_when_to_retry(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    response = await post(relay, "a", b"x", TEXT, {"Origin": OTHER})
+    response = await publish_by_post(relay, "a", b"x", TEXT_TYPE, {"Origin": OTHER})
     assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (401, "*")
     assert "retry-after" in list_members(response.headers, "access-control-expose-headers")

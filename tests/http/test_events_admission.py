@@ -5,12 +5,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.support.events_client import Events, asking, listening
-from tests.support.issuer import SECRET, token
+from tests.support.events_client import EventStreamResponse, request_events, subscribe_events
+from tests.support.issuer import SECRET, sign_token
 from tests.support.relay_process import Relay, StartRelay
 
 
-def assert_refused(events: Events, status: int) -> None:
+def assert_refused(events: EventStreamResponse, status: int) -> None:
     assert events.status == status
     if status == 503:
         assert 1 <= int(events.headers["retry-after"]) <= 5
@@ -18,34 +18,34 @@ def assert_refused(events: Events, status: int) -> None:
 
 async def test_an_event_stream_needs_a_token_in_mode_jwt(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    subscriber = token(relay={"subscribe": ["news"]})
+    subscriber = sign_token(relay={"subscribe": ["news"]})
     bearer = {"Authorization": f"Bearer {subscriber}"}
-    async with asking(relay, "news") as events:
+    async with request_events(relay, "news") as events:
         assert_refused(events, 401)
         assert events.headers["www-authenticate"] == "Bearer"
-    async with asking(relay, "news", f"?access_token={subscriber}") as events:
+    async with request_events(relay, "news", f"?access_token={subscriber}") as events:
         assert events.status == 200
-    async with asking(relay, "news", headers=bearer) as events:
+    async with request_events(relay, "news", headers=bearer) as events:
         assert events.status == 200
-    async with asking(relay, "other", headers=bearer) as events:
+    async with request_events(relay, "other", headers=bearer) as events:
         assert_refused(events, 403)
-    publisher = {"Authorization": f"Bearer {token(relay={'publish': ['*']})}"}
-    async with asking(relay, "news", headers=publisher) as events:
+    publisher = {"Authorization": f"Bearer {sign_token(relay={'publish': ['*']})}"}
+    async with request_events(relay, "news", headers=publisher) as events:
         assert_refused(events, 403)
 
 
 async def test_an_event_stream_ends_when_its_token_expires(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
-    expiring = token(exp=time.time() + 1.2, relay={"subscribe": ["news"]})
+    expiring = sign_token(exp=time.time() + 1.2, relay={"subscribe": ["news"]})
     bearer = {"Authorization": f"Bearer {expiring}"}
-    async with listening(relay, "news", headers=bearer) as events:
-        close = await events.event()
+    async with subscribe_events(relay, "news", headers=bearer) as events:
+        close = await events.next_event()
         assert close.name == "close"
-        assert close.said == {"code": 3000, "reason": "token expired"}
+        assert close.json == {"code": 3000, "reason": "token expired"}
         with pytest.raises(EOFError):
-            await events.event()
+            await events.next_event()
     await relay.metric_is("websocket_closes_total", 1, reason="token_expired")
-    async with asking(relay, "news", headers=bearer) as events:
+    async with request_events(relay, "news", headers=bearer) as events:
         assert_refused(events, 401)
 
 
@@ -56,12 +56,12 @@ async def test_event_streams_and_websocket_clients_share_the_connection_limits(
     relay = relay_with(limits={limit: 2})
     reason = limit.removeprefix("max_")
     async with relay.client("a"):
-        async with listening(relay, "a"):
-            async with asking(relay, "b") as third:
+        async with subscribe_events(relay, "a"):
+            async with request_events(relay, "b") as third:
                 assert_refused(third, 503)
             await relay.metric_is("websocket_refusals_total", 1, reason=reason)
         await relay.metric_is("websocket_connected_clients", 1)
-        async with asking(relay, "b") as third:
+        async with request_events(relay, "b") as third:
             assert third.status == 200
 
 
@@ -89,16 +89,16 @@ async def test_the_limit_covers_requests_that_wait_for_earlier_responses_to_be_r
 
 async def test_event_streams_create_no_more_channels_than_the_limit(relay_with: StartRelay) -> None:
     relay = relay_with(channels={"max_channels": 1})
-    async with listening(relay, "a"):
-        async with asking(relay, "b") as events:
+    async with subscribe_events(relay, "a"):
+        async with request_events(relay, "b") as events:
             assert_refused(events, 503)
-        async with asking(relay, "a") as events:
+        async with request_events(relay, "a") as events:
             assert events.status == 200
 
 
 async def test_an_invalid_channel_name_is_not_found(relay: Relay) -> None:
     for name in ("a%20b", "..%2f", "x" * 129):
-        async with asking(relay, name) as events:
+        async with request_events(relay, name) as events:
             assert_refused(events, 404)
 
 
@@ -106,11 +106,11 @@ async def test_a_draining_relay_refuses_event_streams(relay_with: StartRelay) ->
     relay = relay_with(shutdown={"spread_s": 1})
     async with AsyncExitStack() as stack:
         for _ in range(8):
-            await stack.enter_async_context(listening(relay, "a"))
+            await stack.enter_async_context(subscribe_events(relay, "a"))
         relay.signal()
         await relay.wait_for_log("draining")
-        async with asking(relay, "a") as events:
+        async with request_events(relay, "a") as events:
             assert_refused(events, 503)
-            assert await events.body() == "draining\n"
+            assert await events.read_body() == "draining\n"
         assert (await relay.get_metrics("/readyz")).status_code == 503
         assert (await relay.metrics()).value("websocket_refusals_total", reason="draining") == 1

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.support.accounting import assert_counters_add_up, assert_counters_add_up_at_rest
-from tests.support.events_client import Events, listening
+from tests.support.events_client import EventStreamResponse, subscribe_events
 from tests.support.programs import skip_test
 from tests.support.raw_client import RawClient
 from tests.support.relay_process import Relay, StartRelay, closed, receive, receive_many
@@ -34,14 +34,14 @@ async def test_a_stalled_event_stream_is_closed_and_delays_no_other_client(
     relay = relay_with(limits={"send_backlog_bytes": 64 * KIB, "handshake_timeout_s": 1})
     async with (
         relay.client("a", max_queue=None) as publisher,
-        listening(relay, "a") as events,
+        subscribe_events(relay, "a") as events,
         await stalled_event_stream(relay),
     ):
         for number in range(100):
             text = f"{number} ".ljust(16_000, "x")
             await publisher.send(text)
             assert await receive(publisher) == text
-            assert (await events.event()).data == text
+            assert (await events.next_event()).data == text
         await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
         await relay.metric_is("websocket_connected_clients", 2)
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
@@ -97,21 +97,22 @@ async def test_an_event_stream_with_a_backlog_receives_all_of_it_before_the_rela
 async def test_each_event_stream_starts_with_its_own_retry_time(relay: Relay, channel: str) -> None:
     async with AsyncExitStack() as stack:
         retries_ms = [
-            (await stack.enter_async_context(listening(relay, channel))).retry for _ in range(10)
+            (await stack.enter_async_context(subscribe_events(relay, channel))).retry
+            for _ in range(10)
         ]
     assert len(set(retries_ms)) > 1
     assert all(retry_ms and 500 <= retry_ms <= 2500 for retry_ms in retries_ms)
 
 
-async def closed_by_drain(events: Events) -> tuple[float, int]:
+async def closed_by_drain(events: EventStreamResponse) -> tuple[float, int]:
     """Read the close event and the end; return the time of the end, and the retry time in ms."""
-    close = await events.event()
+    close = await events.next_event()
     assert close.name == "close"
-    assert close.said["code"] == 1001
+    assert close.json["code"] == 1001
     assert events.retry is not None
-    assert close.said["reason"] == f"draining; retry_ms={events.retry}"
+    assert close.json["reason"] == f"draining; retry_ms={events.retry}"
     with pytest.raises(EOFError):
-        await events.event()
+        await events.next_event()
     events.writer.close()
     return time.monotonic(), events.retry
 
@@ -121,11 +122,11 @@ async def test_a_drain_closes_event_streams_and_websocket_clients_spread_over_ti
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 1})
     async with AsyncExitStack() as stack:
-        streams = [await stack.enter_async_context(listening(relay, "a")) for _ in range(20)]
+        streams = [await stack.enter_async_context(subscribe_events(relay, "a")) for _ in range(20)]
         clients = [await stack.enter_async_context(relay.client("a")) for _ in range(5)]
         await clients[0].send("last message")
         for events in streams:
-            assert await events.messages(1) == ["last message"]
+            assert await events.next_messages(1) == ["last message"]
         relay.signal()
         ends = sorted(await asyncio.gather(*map(closed_by_drain, streams)))
         assert ends[-1][0] - ends[0][0] > 0.5, "all at once"
@@ -140,7 +141,7 @@ async def test_event_streams_that_a_drain_closes_are_counted_as_draining(
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 0.2})
     async with AsyncExitStack() as stack:
-        streams = [await stack.enter_async_context(listening(relay, "a")) for _ in range(5)]
+        streams = [await stack.enter_async_context(subscribe_events(relay, "a")) for _ in range(5)]
         last = await stack.enter_async_context(relay.raw_client("a"))
         relay.signal()
         for events in streams:
@@ -157,19 +158,19 @@ async def test_an_event_stream_over_tls_receives_all_messages_and_a_close_event(
     relay = tls_relay_with(shutdown={"spread_s": 0.1})
     async with (
         relay.client("a", max_queue=None) as publisher,
-        listening(relay, "a", context=relay.tls_context) as events,
+        subscribe_events(relay, "a", context=relay.tls_context) as events,
     ):
         for number in range(20):
             text = f"{number} ".ljust(50_000, "x")
             await publisher.send(text)
-            assert (await events.event()).data == text
+            assert (await events.next_event()).data == text
             assert await receive(publisher) == text
         await relay.metric_is("websocket_deliveries_total", 40)
         assert_counters_add_up(await relay.metrics())
         relay.signal()
-        assert (await events.event()).name == "close"
+        assert (await events.next_event()).name == "close"
         with pytest.raises(EOFError):
-            await events.event()
+            await events.next_event()
         assert await relay.exit_code() == 0
 
 
@@ -188,8 +189,8 @@ async def test_the_counters_balance_after_event_streams_joined_left_and_stalled_
 
     async def join_and_leave(messages: int) -> None:
         for _ in range(10):
-            async with listening(relay, "a", "?history=5") as events:
-                await events.messages(messages)
+            async with subscribe_events(relay, "a", "?history=5") as events:
+                await events.next_messages(messages)
 
     async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
         publishing = group.create_task(publish())
@@ -220,7 +221,7 @@ async def test_an_event_stream_whose_peer_lost_its_network_is_detected(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(keepalive={"ping_interval_s": 0.3, "ping_timeout_s": 0.7})
-    async with await relay.tcp() as raw, listening(relay, "a") as other:
+    async with await relay.tcp() as raw, subscribe_events(relay, "a") as other:
         await raw.send(REQUEST)
         await relay.metric_is("websocket_connected_clients", 2)
         started = time.monotonic()
@@ -230,7 +231,7 @@ async def test_an_event_stream_whose_peer_lost_its_network_is_detected(
         assert await relay.metric("websocket_closes_total", reason="connection_lost") == 1
         async with relay.client("a") as publisher:
             await publisher.send("still connected")
-            assert await other.messages(1) == ["still connected"]
+            assert await other.next_messages(1) == ["still connected"]
 
 
 async def test_the_end_of_an_event_stream_is_detected_after_trailing_bytes(

@@ -6,12 +6,12 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support.http_requests import get
+from tests.support.http_requests import get_request
 from tests.support.raw_client import TEXT, RawClient, Response, frame, upgrade_request
 from tests.support.relay_process import HOST, Relay, path_of, receive
 
-PROBE = get("/healthz")
-SMUGGLED = get("/nowhere")
+PROBE = get_request("/healthz")
+SMUGGLED = get_request("/nowhere")
 """A request after a malformed one. A proxy might not have seen it, so it must not be answered."""
 
 
@@ -56,10 +56,10 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 STATUS_OF_REQUESTS = {
-    get("/healthz"): 200,
-    get("/readyz"): 200,
-    get("/channels/news"): 426,
-    get("/nowhere"): 404,
+    get_request("/healthz"): 200,
+    get_request("/readyz"): 200,
+    get_request("/channels/news"): 426,
+    get_request("/nowhere"): 404,
     post_request(b"Content-Length: 0"): 405,
     upgrade_request("/nowhere"): 404,
     upgrade_request("/channels/a%20b"): 404,
@@ -67,13 +67,13 @@ STATUS_OF_REQUESTS = {
     upgrade_request(drop="Sec-WebSocket-Key"): 400,
     upgrade_request(drop="Sec-WebSocket-Version"): 426,
     b"nonsense\r\n\r\n": 400,
-    get("/" + "x" * 100_000): 431,
+    get_request("/" + "x" * 100_000): 431,
 }
 STATUS_OF_METRICS_PORT = {
-    get("/metrics"): 200,
-    get("/healthz"): 200,
-    get("/readyz"): 200,
-    get("/"): 404,
+    get_request("/metrics"): 200,
+    get_request("/healthz"): 200,
+    get_request("/readyz"): 200,
+    get_request("/"): 404,
 }
 
 
@@ -427,7 +427,7 @@ async def test_a_malformed_request_line_is_detected_after_any_other_request(rela
 
 
 async def test_an_unfinished_body_ends_the_connection_after_one_response(
-    hasty_relay: Relay,
+    short_deadline_relay: Relay,
 ) -> None:
     unfinished = {
         "content": post_request(b"Content-Length: 50", body=b"hello"),
@@ -438,7 +438,7 @@ async def test_an_unfinished_body_ends_the_connection_after_one_response(
     }
 
     async def statuses_until_end(wire: bytes) -> list[bytes]:
-        async with await hasty_relay.tcp() as raw:
+        async with await short_deadline_relay.tcp() as raw:
             await raw.send(wire)
             received = await raw.ended()
         assert received.startswith(b"HTTP/1.1 ")
@@ -449,8 +449,12 @@ async def test_an_unfinished_body_ends_the_connection_after_one_response(
     assert dict(zip(unfinished, statuses, strict=True)) == expected
 
 
-async def test_a_body_that_arrives_too_slowly_ends_the_connection(hasty_relay: Relay) -> None:
-    before = await hasty_relay.metric("websocket_refusals_total", reason="handshake_timeout")
+async def test_a_body_that_arrives_too_slowly_ends_the_connection(
+    short_deadline_relay: Relay,
+) -> None:
+    before = await short_deadline_relay.metric(
+        "websocket_refusals_total", reason="handshake_timeout"
+    )
 
     async def send_slowly(raw: RawClient) -> None:
         with suppress(ConnectionError):
@@ -458,12 +462,14 @@ async def test_a_body_that_arrives_too_slowly_ends_the_connection(hasty_relay: R
                 await raw.send(b"x")
                 await asyncio.sleep(0.1)
 
-    async with await hasty_relay.tcp() as raw:
+    async with await short_deadline_relay.tcp() as raw:
         await raw.send(post_request(b"Content-Length: 1000000"))
         sending = asyncio.create_task(send_slowly(raw))
         assert (await raw.ended()).count(b"HTTP/1.1 ") == 1
         await sending
-    await hasty_relay.metric_is("websocket_refusals_total", before + 1, reason="handshake_timeout")
+    await short_deadline_relay.metric_is(
+        "websocket_refusals_total", before + 1, reason="handshake_timeout"
+    )
 
 
 @pytest.mark.parametrize(
@@ -537,15 +543,19 @@ async def test_pipelined_requests_are_answered_in_order(relay: Relay) -> None:
         assert [await read_status(raw) for _ in range(16)] == [200, 404] * 8
 
 
-async def test_a_client_that_reads_no_responses_is_disconnected(hasty_relay: Relay) -> None:
+async def test_a_client_that_reads_no_responses_is_disconnected(
+    short_deadline_relay: Relay,
+) -> None:
     """Each response is a page of metrics. The next is rendered after the previous one is sent."""
-    rss_before = hasty_relay.rss_bytes()
-    async with await RawClient.to(HOST, hasty_relay.metrics_port, receive_buffer_bytes=4096) as raw:
+    rss_before = short_deadline_relay.rss_bytes()
+    async with await RawClient.to(
+        HOST, short_deadline_relay.metrics_port, receive_buffer_bytes=4096
+    ) as raw:
         with suppress(ConnectionError):
             while True:
-                await raw.send(get("/metrics") * 16)
+                await raw.send(get_request("/metrics") * 16)
         await raw.ended()
-    assert hasty_relay.rss_bytes() < rss_before + 16 * 1_048_576
+    assert short_deadline_relay.rss_bytes() < rss_before + 16 * 1_048_576
 
 
 # Paths
@@ -626,7 +636,7 @@ async def test_a_path_without_a_valid_channel_is_not_found(relay: Relay) -> None
     for path in PATHS_WITHOUT_A_CHANNEL:
         assert (await only_response(relay, upgrade_request(path))).status == 404, path
         async with await relay.tcp() as raw:
-            await raw.send(get(path))
+            await raw.send(get_request(path))
             assert (await raw.response()).status == 404, path
     after = await relay.metrics()
     for name in ("websocket_connections_total", "websocket_channels"):
@@ -637,7 +647,7 @@ async def test_a_path_without_a_valid_channel_is_not_found(relay: Relay) -> None
 
 async def test_a_request_target_that_is_no_path_is_malformed(relay: Relay) -> None:
     await assert_rejected(relay, [upgrade_request(target) for target in MALFORMED_TARGETS])
-    await assert_rejected(relay, [get(target) for target in MALFORMED_TARGETS])
+    await assert_rejected(relay, [get_request(target) for target in MALFORMED_TARGETS])
 
 
 async def test_the_relay_is_no_proxy_and_rejects_connect(relay: Relay) -> None:
@@ -666,7 +676,7 @@ async def test_all_spellings_of_a_path_name_the_same_channel(relay: Relay, chann
 async def test_a_request_target_above_the_size_limit_is_refused(relay: Relay) -> None:
     """Also if all of it arrives in one read."""
     for path in ("/" + "a" * 66_000, f"{path_of('a')}?access_token=" + "a" * 200_000):
-        for wire in (get(path), upgrade_request(path)):
+        for wire in (get_request(path), upgrade_request(path)):
             async with await relay.tcp() as raw:
                 await raw.send(wire)
                 with suppress(ConnectionError, EOFError):  # a reset may precede the response

@@ -9,9 +9,9 @@ import pytest
 from websocket_relay.outcomes import Refusal
 from websocket_relay.wire.http_connections import MAX_REFUSED, STARTS_A_TURN, HttpConnections
 
-from tests.support.events_client import listening
-from tests.support.http_requests import get, posting
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.events_client import subscribe_events
+from tests.support.http_requests import get_request, post_request
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import RawClient, Response, upgrade_request
 from tests.support.relay_process import HOST, StartRelay, eventually, receive
 
@@ -21,7 +21,7 @@ REASON = "http_connections"
 
 async def request_page(raw: RawClient, path: str = "/healthz") -> Response:
     """Send a request and read the whole response."""
-    await raw.send(get(path))
+    await raw.send(get_request(path))
     response = await raw.response()
     await raw.exactly(int(response.headers["content-length"]))
     return response
@@ -63,7 +63,7 @@ async def test_at_the_limit_the_connection_that_is_idle_longest_is_evicted(
 
 async def test_an_unfinished_request_is_evicted_with_a_response(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 3})
-    partial_post = posting("news", b"begun", length=100)
+    partial_post = post_request("news", b"begun", length=100)
     async with (
         open_connections(relay.port, 3, partial_post) as unfinished,
         await relay.tcp() as new,
@@ -83,8 +83,8 @@ async def test_an_unfinished_request_is_evicted_with_a_response(relay_with: Star
     [
         pytest.param(b"", id="silent"),
         pytest.param(PARTIAL_HEAD, id="partial heads"),
-        pytest.param(get("/healthz"), id="idle"),
-        pytest.param(get("/stats") * 16, id="busy"),
+        pytest.param(get_request("/healthz"), id="idle"),
+        pytest.param(get_request("/stats") * 16, id="busy"),
         pytest.param(upgrade_request("/nowhere"), id="refused"),
     ],
 )
@@ -146,7 +146,7 @@ async def test_websocket_clients_and_event_streams_do_not_count_as_http_connecti
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(relay.client(channel)) for _ in range(5)]
         for _ in range(5):
-            await stack.enter_async_context(listening(relay, channel))
+            await stack.enter_async_context(subscribe_events(relay, channel))
         await relay.metric_is("websocket_connected_clients", 10)
         assert await relay.metric("websocket_http_connections", port="relay") == 0
         await clients[0].send("to all")
@@ -157,27 +157,27 @@ async def test_websocket_clients_and_event_streams_do_not_count_as_http_connecti
 async def test_a_new_connection_is_refused_while_posts_occupy_all_connections(
     relay_with: StartRelay, channel: str
 ) -> None:
-    known, new = signer("ES256", "known"), signer("ES256", "new", 1)
+    known, new = make_signer("ES256", "known"), make_signer("ES256", "new", 1)
     with KeyServer(key_set(known)) as server:
         relay = relay_with(
             auth={"mode": "jwt", "jwt": {"jwks_url": server.url, "algorithms": ["ES256"]}},
             limits={"max_http_connections": 2},
         )
         server.body = key_set(new)
-        server.go_on.clear()
-        post = posting(channel, b"message", f"Authorization: Bearer {new.token()}")
+        server.may_answer.clear()
+        post = post_request(channel, b"message", f"Authorization: Bearer {new.token()}")
         async with open_connections(relay.port, 2, post) as publishing:
             await asyncio.to_thread(server.await_requests, 2)
             await relay.metric_is("websocket_http_connections", 2, port="relay")
             async with await relay.tcp() as refused:
                 await relay.metric_is("websocket_refusals_total", 1, reason=REASON)
                 assert not refused.has_received(), "a response before the request"
-                await refused.send(get("/healthz"))
+                await refused.send(get_request("/healthz"))
                 response = await refused.response()
                 assert response.status == 503
                 assert 1 <= int(response.headers["retry-after"]) <= 5
                 assert await refused.ended() == b"too many HTTP connections\n"
-            server.go_on.set()
+            server.may_answer.set()
             for raw in publishing:
                 assert (await raw.response()).status == 202
             assert (await relay.get("/healthz")).status_code == 200
@@ -186,12 +186,12 @@ async def test_a_new_connection_is_refused_while_posts_occupy_all_connections(
 async def test_refused_connections_that_send_no_request_are_bounded_and_counted_once(
     relay_with: StartRelay, channel: str
 ) -> None:
-    known, new = signer("ES256", "known"), signer("ES256", "new", 1)
+    known, new = make_signer("ES256", "known"), make_signer("ES256", "new", 1)
     with KeyServer(key_set(known)) as server:
         auth = {"mode": "jwt", "jwt": {"jwks_url": server.url, "algorithms": ["ES256"]}}
         relay = relay_with(auth=auth, limits={"max_http_connections": 1})
-        server.go_on.clear()
-        post = posting(channel, b"posted", f"Authorization: Bearer {new.token()}")
+        server.may_answer.clear()
+        post = post_request(channel, b"posted", f"Authorization: Bearer {new.token()}")
         async with open_connections(relay.port, 1, post):
             await asyncio.to_thread(server.await_requests, 2)
             async with open_connections(relay.port, MAX_REFUSED + 1) as refused:
@@ -200,7 +200,7 @@ async def test_refused_connections_that_send_no_request_are_bounded_and_counted_
                 await relay.metric_is("websocket_refusals_total", count, reason=REASON)
                 assert (await request_page(refused[-1])).status == 503
                 assert await relay.metric("websocket_refusals_total", reason=REASON) == count
-            server.go_on.set()
+            server.may_answer.set()
 
 
 # The metrics port
@@ -211,8 +211,8 @@ async def test_refused_connections_that_send_no_request_are_bounded_and_counted_
     [
         pytest.param(b"", id="silent"),
         pytest.param(PARTIAL_HEAD, id="partial heads"),
-        pytest.param(get("/metrics") * 16, id="slow readers"),
-        pytest.param(get("/healthz"), id="idle"),
+        pytest.param(get_request("/metrics") * 16, id="slow readers"),
+        pytest.param(get_request("/healthz"), id="idle"),
     ],
 )
 async def test_connections_that_are_kept_open_do_not_block_the_metrics_port(

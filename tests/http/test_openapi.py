@@ -7,7 +7,7 @@ import jsonschema
 import openapi_spec_validator
 import pytest
 
-from tests.support.issuer import SECRET, token
+from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import PLAIN, Relay, StartRelay
 
@@ -82,7 +82,7 @@ async def test_responses_agree_with_the_document(limited_relay: Relay) -> None:
     paths = (await openapi_document(limited_relay))["paths"]
     permissions = {"subscribe": ["*"], "publish": ["*"], "stats": True}
     default_headers = {
-        "Authorization": f"Bearer {token(relay=permissions)}",
+        "Authorization": f"Bearer {sign_token(relay=permissions)}",
         "Content-Type": "application/x-ndjson",
     }
     http = httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S)

@@ -5,7 +5,13 @@ from contextlib import AsyncExitStack
 
 import httpx2
 
-from tests.support.http_requests import BATCH, TEXT, get, post, posting
+from tests.support.http_requests import (
+    BATCH_TYPE,
+    TEXT_TYPE,
+    get_request,
+    post_request,
+    publish_by_post,
+)
 from tests.support.raw_client import PATIENCE_S, RawClient
 from tests.support.relay_process import PLAIN, Relay, StartRelay, receive, receive_many
 
@@ -26,12 +32,12 @@ async def test_stalled_bodies_are_bounded_in_total(relay_with: StartRelay) -> No
         stalled = []
         for _ in range(30):
             raw = await stack.enter_async_context(await relay.tcp())
-            await raw.send(posting("a", bytes(900 * KIB), length=1_000 * KIB))
+            await raw.send(post_request("a", bytes(900 * KIB), length=1_000 * KIB))
             stalled.append(raw)
         await relay.metric_reaches("websocket_refusals_total", 30 - 4 - 1, reason="unfinished")
         assert relay.rss_bytes() < before + 20 * MIB
         assert await relay.metric("websocket_partial_message_bytes") <= 4 * MIB
-        assert (await post(relay, "a", b"small", TEXT)).status_code == 202
+        assert (await publish_by_post(relay, "a", b"small", TEXT_TYPE)).status_code == 202
         refusal = await read_response(stalled[0])
         assert refusal == (503, b"too many partial messages\n")
     await relay.metric_is("websocket_partial_message_bytes", 0)
@@ -44,7 +50,7 @@ async def test_a_body_in_chunks_of_one_byte_is_parsed_in_slices_and_relayed_whol
     request = head.encode() + b"\r\n" + b"1\r\na\r\n" * 30_000 + b"0\r\n\r\n"
     async with relay.client(channel) as subscriber, await relay.tcp() as raw:
         for _ in range(2):  # the relay resumes reading after the first request
-            await raw.send(request + get("/healthz"))
+            await raw.send(request + get_request("/healthz"))
             assert (await read_response(raw))[0] == 202
             assert (await read_response(raw))[0] == 200
             assert await receive(subscriber) == b"a" * 30_000
@@ -68,35 +74,40 @@ async def test_a_body_longer_than_its_content_length_publishes_nothing(
     relay: Relay, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber, await relay.tcp() as raw:
-        await raw.send(posting(channel, b"longer than four", length=4))
+        await raw.send(post_request(channel, b"longer than four", length=4))
         assert (await read_response(raw))[0] == 400
         await raw.ended()
-        assert (await post(relay, channel, b"after", TEXT)).status_code == 202
+        assert (await publish_by_post(relay, channel, b"after", TEXT_TYPE)).status_code == 202
         assert await receive(subscriber) == "after"
 
 
 async def test_a_body_shorter_than_its_content_length_publishes_nothing(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    async with hasty_relay.client(channel) as subscriber:
-        async with await hasty_relay.tcp() as raw:
-            await raw.send(posting(channel, b"half", length=8))
+    async with short_deadline_relay.client(channel) as subscriber:
+        async with await short_deadline_relay.tcp() as raw:
+            await raw.send(post_request(channel, b"half", length=8))
             assert (await read_response(raw))[0] == 408
-        async with await hasty_relay.tcp() as raw:
-            await raw.send(posting(channel, b"half", length=8))
+        async with await short_deadline_relay.tcp() as raw:
+            await raw.send(post_request(channel, b"half", length=8))
             raw.finish()
             await raw.ended()
-        assert (await post(hasty_relay, channel, b"after", TEXT)).status_code == 202
+        assert (
+            await publish_by_post(short_deadline_relay, channel, b"after", TEXT_TYPE)
+        ).status_code == 202
         assert await receive(subscriber) == "after"
 
 
 async def test_a_body_that_arrives_too_slowly_publishes_nothing(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    async with hasty_relay.client(channel) as subscriber, await hasty_relay.tcp() as raw:
+    async with (
+        short_deadline_relay.client(channel) as subscriber,
+        await short_deadline_relay.tcp() as raw,
+    ):
 
         async def send_slowly() -> None:
-            await raw.send(posting(channel, b"", length=1_000))
+            await raw.send(post_request(channel, b"", length=1_000))
             while True:
                 await raw.send(b"x")
                 await asyncio.sleep(0.2)
@@ -105,21 +116,23 @@ async def test_a_body_that_arrives_too_slowly_publishes_nothing(
         assert (await raw.response()).status == 408
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        assert (await post(hasty_relay, channel, b"after", TEXT)).status_code == 202
+        assert (
+            await publish_by_post(short_deadline_relay, channel, b"after", TEXT_TYPE)
+        ).status_code == 202
         assert await receive(subscriber) == "after"
 
 
 async def test_an_invalid_content_length_is_refused(relay: Relay, channel: str) -> None:
     for length in ("-1", "1e3", "4294967296000000000000", "4, 5", "0x4", "²"):
         async with await relay.tcp() as raw:
-            await raw.send(posting(channel, b"text").replace(b": 4", f": {length}".encode()))
+            await raw.send(post_request(channel, b"text").replace(b": 4", f": {length}".encode()))
             assert (await read_response(raw))[0] == 400, length
 
 
 async def test_pipelined_messages_are_relayed_in_order(relay: Relay, channel: str) -> None:
     texts = [str(number) for number in range(20)]
     async with relay.client(channel) as subscriber, await relay.tcp() as raw:
-        await raw.send(b"".join(posting(channel, text.encode()) for text in texts))
+        await raw.send(b"".join(post_request(channel, text.encode()) for text in texts))
         assert [(await read_response(raw))[0] for _ in texts] == [202] * 20
         assert await receive_many(subscriber, 20) == texts
 
@@ -127,13 +140,13 @@ async def test_pipelined_messages_are_relayed_in_order(relay: Relay, channel: st
 async def test_expect_100_continue_is_answered_before_the_body(relay: Relay, channel: str) -> None:
     expectation = "Expect: 100-continue"
     async with relay.client(channel) as subscriber, await relay.tcp() as raw:
-        await raw.send(posting(channel, b"", expectation, length=5))
+        await raw.send(post_request(channel, b"", expectation, length=5))
         assert (await raw.response()).status == 100
         await raw.send(b"hello")
         assert (await read_response(raw))[0] == 202
         assert await receive(subscriber) == "hello"
     async with await relay.tcp() as raw:
-        await raw.send(posting(channel, b"", expectation, length=2 * MIB))
+        await raw.send(post_request(channel, b"", expectation, length=2 * MIB))
         assert (await raw.response()).status == 413
 
 
@@ -166,7 +179,10 @@ async def test_large_batches_do_not_delay_other_clients(relay_with: StartRelay) 
             return count
 
         async with asyncio.TaskGroup() as group:
-            batches = [group.create_task(post(relay, "busy", batch, BATCH)) for _ in range(5)]
+            batches = [
+                group.create_task(publish_by_post(relay, "busy", batch, BATCH_TYPE))
+                for _ in range(5)
+            ]
             exchanging = group.create_task(exchange_messages())
         assert {task.result().status_code for task in batches} == {202}
         assert exchanging.result() > 10

@@ -2,7 +2,7 @@
 
 import httpx2
 
-from tests.support.issuer import SECRET, token
+from tests.support.issuer import SECRET, sign_token
 from tests.support.relay_process import PLAIN, Relay, StartRelay, receive
 
 
@@ -27,7 +27,7 @@ async def test_the_stats_need_a_permission_in_mode_jwt(relay_with: StartRelay) -
     assert (await relay.get("/stats")).status_code == 401
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http:
         for permissions, status in (({"stats": True}, 200), ({"subscribe": ["*"]}, 403)):
-            headers = {"Authorization": f"Bearer {token(relay=permissions)}"}
+            headers = {"Authorization": f"Bearer {sign_token(relay=permissions)}"}
             response = await http.get(relay.http_url("/stats"), headers=headers)
             assert response.status_code == status
     assert (await relay.get("/")).status_code == 200, "the page itself contains no stats"

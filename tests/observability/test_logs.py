@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import jwt_settings
-from tests.support.issuer import token
+from tests.support.issuer import sign_token
 from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
 from tests.support.relay_process import (
     HOST,
@@ -184,8 +184,8 @@ async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRela
         compression={"enabled": True},
         shutdown={"spread_s": 0},
     )
-    word, invalid = "very-secret", token(sub="very-secret")[:-8]
-    valid = token(relay={"subscribe": ["*"], "publish": ["*"]})
+    word, invalid = "very-secret", sign_token(sub="very-secret")[:-8]
+    valid = sign_token(relay={"subscribe": ["*"], "publish": ["*"]})
     bearer = {"Authorization": f"Bearer {valid}"}
     for payload in (word, word.encode(), word * 500):
         async with relay.client("news", additional_headers=bearer) as client:

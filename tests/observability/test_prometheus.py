@@ -11,7 +11,7 @@ import pytest
 from tests.support.brokers import RedisBroker
 from tests.support.certificates import CertificatePair, make_pair
 from tests.support.helm import CHART
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing
 from tests.support.relay_process import Metrics, Relay, StartRelay, eventually, receive
@@ -49,7 +49,7 @@ async def scraped_relays(
     start: StartRelay, broker: RedisBroker, directory: Path
 ) -> AsyncIterator[tuple[Prometheus, Mapping[str, Relay]]]:
     """Run a relay with a broker, one that requires tokens, and a Prometheus that scrapes both."""
-    with KeyServer(key_set(signer("ES256", "key"))) as keys:
+    with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
         relays = {
             "relay-0": start(backplane={"url": broker.url}),

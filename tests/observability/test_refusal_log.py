@@ -8,7 +8,7 @@ from websocket_relay.admission import refusal_log
 from websocket_relay.outcomes import Refusal
 
 from tests.support.admission import connect_with_token, refusal_answer
-from tests.support.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, signer, token
+from tests.support.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, make_signer, sign_token
 from tests.support.raw_client import upgrade_request
 from tests.support.relay_process import Relay, StartRelay, eventually, path_of
 
@@ -60,7 +60,7 @@ async def test_a_limit_that_refuses_clients_is_logged_once_and_not_for_each_clie
 async def test_unavailable_signing_keys_are_logged_once_and_not_for_each_client(
     relay_with: StartRelay,
 ) -> None:
-    known, unknown = (signer("ES256", f"key-{number}", number) for number in (1, 2))
+    known, unknown = (make_signer("ES256", f"key-{number}", number) for number in (1, 2))
     with KeyServer(key_set(known)) as server:
         jwt = {"jwks_url": server.url, "algorithms": ["ES256"]}
         relay = relay_with(auth={"mode": "jwt", "jwt": jwt}, shutdown=QUICK_STOP)
@@ -75,9 +75,9 @@ async def test_a_refusal_by_an_error_of_the_client_is_not_logged(
 ) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}}, shutdown=QUICK_STOP)
     await refusal_answer(relay.client(channel))
-    await refusal_answer(connect_with_token(relay, channel, token(OTHER_SECRET)))
-    await refusal_answer(connect_with_token(relay, channel, token(relay={})))
-    await refusal_answer(connect_with_token(relay, "no%20name", token()))
+    await refusal_answer(connect_with_token(relay, channel, sign_token(OTHER_SECRET)))
+    await refusal_answer(connect_with_token(relay, channel, sign_token(relay={})))
+    await refusal_answer(connect_with_token(relay, "no%20name", sign_token()))
     assert await relay.stop() == 0
     assert [event["level"] for event in relay.log_events if event["level"] != "info"] == []
 

@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import jwt_settings
 from tests.support.collector import SHORT_EXPORT_DELAY, Collector, Span
-from tests.support.issuer import token
+from tests.support.issuer import sign_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PLAIN, ROOT, Relay, StartRelay, eventually, run_python
 
@@ -276,7 +276,7 @@ async def test_no_token_and_no_payload_is_exported(
     relay = relay_with(
         collector.variables | SHORT_EXPORT_DELAY, auth=jwt_settings(), logging={"level": "debug"}
     )
-    tokens = [token(sub="very-secret"), token(exp=1, sub="very-secret")]
+    tokens = [sign_token(sub="very-secret"), sign_token(exp=1, sub="very-secret")]
     for each in tokens:
         for options in (
             {"path": f"/channels/query?access_token={each}"},

@@ -18,7 +18,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from tests.support.brokers import RedisBroker, free_port
-from tests.support.followers import THE_END, followers_of, speak
+from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
 from tests.support.nginx import NGINX_CONF, Nginx
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.raw_client import PATIENCE_S
@@ -278,24 +278,24 @@ async def test_a_rolling_restart_behind_nginx_loses_and_repeats_no_message(
     deployment: LocalDeployment,
 ) -> None:
     nginx = (await deployment.up(shutdown={"spread_s": 0.5})).nginx
-    followers = await followers_of(nginx, 8)
+    followers = await make_followers(nginx, 8)
     is_over = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         following = [group.create_task(follower.follow([nginx])) for follower in followers]
-        publishing = [group.create_task(speak([nginx], name, is_over)) for name in "abc"]
+        publishing = [group.create_task(publish_until([nginx], name, is_over)) for name in "abc"]
         connecting = group.create_task(connect_repeatedly(nginx, is_over))
         for name in RELAYS:
             await deployment.restart(name)
         is_over.set()
         published = [message for each in publishing for message in await each]
         async with nginx.client("news") as last:
-            await last.send(THE_END)
+            await last.send(LAST_MESSAGE)
         await asyncio.gather(*following)
     assert connecting.result() > 10
-    assert sum(follower.returns for follower in followers) > len(followers)
-    first = followers[0].heard
-    assert all(follower.heard == first for follower in followers)
-    assert sorted(map(str, first)) == sorted([*map(str, published), THE_END])
+    assert sum(follower.reconnections for follower in followers) > len(followers)
+    first = followers[0].received
+    assert all(follower.received == first for follower in followers)
+    assert sorted(map(str, first)) == sorted([*map(str, published), LAST_MESSAGE])
     for name in "abc":
         own = [message for message in published if str(message).startswith(name)]
         assert [message for message in first if str(message).startswith(name)] == own

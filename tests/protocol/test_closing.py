@@ -107,9 +107,9 @@ async def test_a_close_frame_follows_the_clients_own_messages(
 
 
 async def test_a_closed_client_that_reads_nothing_is_aborted_at_the_deadline(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    relay, endings = hasty_relay, (NORMAL_CLOSE, VIOLATION)
+    relay, endings = short_deadline_relay, (NORMAL_CLOSE, VIOLATION)
     before = await relay.metrics()
     async with AsyncExitStack() as stack:
         channels = [f"{channel}-{number}" for number in range(len(endings))]
@@ -136,9 +136,9 @@ async def test_a_closed_client_that_reads_nothing_is_aborted_at_the_deadline(
 
 
 async def test_a_slow_consumer_that_starts_a_close_is_aborted_at_the_deadline(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    relay = hasty_relay
+    relay = short_deadline_relay
     async with relay.raw_client(channel) as publisher:
         descriptors = relay.descriptors()
         async with relay.raw_client(channel, receive_buffer_bytes=4_096) as stuck:
@@ -157,26 +157,26 @@ async def test_a_slow_consumer_that_starts_a_close_is_aborted_at_the_deadline(
 
 
 async def test_a_client_that_never_closes_tcp_after_its_close_is_aborted_at_the_deadline(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    descriptors = hasty_relay.descriptors()
-    async with hasty_relay.raw_client(channel) as lingering:
+    descriptors = short_deadline_relay.descriptors()
+    async with short_deadline_relay.raw_client(channel) as lingering:
         await lingering.send(NORMAL_CLOSE)
         await lingering.close_frame()
         assert await lingering.ended() == b""
-        await assert_closed_by_deadline(hasty_relay, descriptors)
+        await assert_closed_by_deadline(short_deadline_relay, descriptors)
 
 
 async def test_a_client_that_never_answers_the_relays_close_is_aborted_at_the_deadline(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    descriptors = hasty_relay.descriptors()
-    async with hasty_relay.raw_client(channel) as silent:
-        await hasty_relay.metric_is("websocket_connected_clients", 1)
+    descriptors = short_deadline_relay.descriptors()
+    async with short_deadline_relay.raw_client(channel) as silent:
+        await short_deadline_relay.metric_is("websocket_connected_clients", 1)
         await silent.send(VIOLATION)
         assert (await silent.close_frame())[0] == 1002
         await silent.ended()
-        await assert_closed_by_deadline(hasty_relay, descriptors)
+        await assert_closed_by_deadline(short_deadline_relay, descriptors)
 
 
 async def send_until_aborted(raw: RawClient) -> None:
@@ -186,10 +186,10 @@ async def send_until_aborted(raw: RawClient) -> None:
 
 
 async def test_a_client_that_sends_on_after_the_relays_close_is_aborted_at_the_deadline(
-    hasty_relay: Relay, channel: str
+    short_deadline_relay: Relay, channel: str
 ) -> None:
-    async with hasty_relay.client(channel) as other:
-        async with hasty_relay.raw_client(channel) as sending:
+    async with short_deadline_relay.client(channel) as other:
+        async with short_deadline_relay.raw_client(channel) as sending:
             await sending.send(VIOLATION)
             assert (await sending.close_frame())[0] == 1002
             with pytest.raises(ConnectionError):

@@ -15,7 +15,7 @@ import jwt
 import pytest
 from websockets.asyncio.client import ClientConnection
 
-from tests.support.half_open import HALF_A_HELLO, connections
+from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
 from tests.support.raw_client import KEY, PATIENCE_S, RawClient, upgrade_request
 from tests.support.relay_process import POLL_S, Relay, StartRelay, eventually, path_of, receive
 from tests.support.rfc_cases import gets_its_descriptors_back
@@ -61,7 +61,7 @@ async def test_1000_unfinished_requests_take_little_memory(relay_with: StartRela
     relay, count = relay_with(limits=PATIENT), 1_000
     async with relay.client("news") as client:
         rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
-        async with connections(relay, count, b"", b"GET", SLOW_HEAD):
+        async with open_connections(relay, count, b"", b"GET", SLOW_HEAD):
             await connect_time_s(relay)  # the relay accepts this connection after all the others
             assert relay.descriptors() >= descriptors + count
             assert relay.rss_bytes() < rss_bytes + count * 12 * KIB
@@ -74,7 +74,7 @@ async def test_unfinished_requests_end_at_the_deadline_and_free_their_descriptor
 ) -> None:
     relay, count = relay_with(limits={"handshake_timeout_s": 2}), 300
     descriptors = relay.descriptors()
-    async with connections(relay, count, b"", b"GET", SLOW_HEAD) as opened:
+    async with open_connections(relay, count, b"", b"GET", SLOW_HEAD) as opened:
         for raw in opened:
             await raw.ended()
         await gets_its_descriptors_back(relay, descriptors)
@@ -93,7 +93,7 @@ async def test_with_1000_slow_requests_a_client_connects_within_a_second(
             await raw.send(b"x")
             await asyncio.sleep(0.01 if number % 100 == 0 else 0)
 
-    async with connections(relay, 1_000, SLOW_HEAD) as opened:
+    async with open_connections(relay, 1_000, SLOW_HEAD) as opened:
         sending = asyncio.create_task(send_single_bytes(opened))
         times_s = [await connect_time_s(relay) for _ in range(5)]
         sending.cancel()
@@ -108,7 +108,7 @@ async def test_with_1000_slow_tls_handshakes_a_client_connects_within_a_second(
 ) -> None:
     relay, count = tls_relay_with(limits=PATIENT), 1_000
     rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
-    async with connections(relay, count, b"", HALF_A_HELLO):
+    async with open_connections(relay, count, b"", PARTIAL_CLIENT_HELLO):
         assert max([await connect_time_s(relay) for _ in range(5)]) < 1.0
         assert relay.descriptors() >= descriptors + count
         assert relay.rss_bytes() < rss_bytes + count * TLS_CONNECTION_BYTES
@@ -120,7 +120,7 @@ async def test_unfinished_tls_handshakes_end_at_the_deadline_and_free_their_desc
 ) -> None:
     relay = tls_relay_with(limits={"handshake_timeout_s": 2})
     descriptors = relay.descriptors()
-    async with connections(relay, 300, b"", HALF_A_HELLO) as opened:
+    async with open_connections(relay, 300, b"", PARTIAL_CLIENT_HELLO) as opened:
         for raw in opened:
             await raw.ended()
         await gets_its_descriptors_back(relay, descriptors)
@@ -263,21 +263,21 @@ async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothi
     ],
 )
 async def test_bytes_after_a_refusal_are_discarded_and_the_connection_aborted(
-    hasty_relay: Relay, wire: bytes
+    short_deadline_relay: Relay, wire: bytes
 ) -> None:
-    rss_bytes = hasty_relay.rss_bytes()
+    rss_bytes = short_deadline_relay.rss_bytes()
 
     async def send_until_aborted(raw: RawClient) -> None:
         while True:
             await raw.send(upgrade_request() * 500)
             await asyncio.sleep(POLL_S)
 
-    async with await hasty_relay.tcp() as raw:
+    async with await short_deadline_relay.tcp() as raw:
         await raw.send(wire)
         with pytest.raises(ConnectionError):
             await send_until_aborted(raw)
-    assert await hasty_relay.metric("websocket_connected_clients") == 0
-    assert hasty_relay.rss_bytes() < rss_bytes + 4 * MIB
+    assert await short_deadline_relay.metric("websocket_connected_clients") == 0
+    assert short_deadline_relay.rss_bytes() < rss_bytes + 4 * MIB
 
 
 # No descriptors left

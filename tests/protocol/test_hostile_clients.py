@@ -292,15 +292,15 @@ async def test_partly_read_messages_of_many_clients_are_bounded_by_the_total_bac
     ],
 )
 async def test_messages_after_a_close_are_discarded_and_their_sender_aborted(
-    hasty_relay: Relay, last: bytes, code: int
+    short_deadline_relay: Relay, last: bytes, code: int
 ) -> None:
-    async with watched(hasty_relay) as watch, hasty_relay.client("news") as other:
-        async with hasty_relay.raw_client("news") as raw:
+    async with watched(short_deadline_relay) as watch, short_deadline_relay.client("news") as other:
+        async with short_deadline_relay.raw_client("news") as raw:
             await raw.send(frame(TEXT, b"before") + last)
             assert await raw.message() == "before"
             assert (await raw.close_frame())[0] == code
             await send_until_aborted(raw, frame(TEXT, b"trailing") * 1_000, pause_s=POLL_S)
-        await hasty_relay.metric_is("websocket_connected_clients", 2)
+        await short_deadline_relay.metric_is("websocket_connected_clients", 2)
         await other.send("after")
         assert await receive_many(other, 2) == ["before", "after"]
     assert watch.growth_bytes < 16 * MIB

@@ -31,7 +31,7 @@ from websocket_relay.tls import Certificates
 from websocket_relay.wire.registry import ConnectionRegistry
 
 from tests.support.certificates import make_pair
-from tests.support.issuer import KeyServer, key_set, signer
+from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.logs_kept import Replica, broker_of
 from tests.support.relay_process import Relay
 from tests.support.stops import KINDS, unfit
@@ -267,7 +267,7 @@ async def test_a_replica_with_an_unusable_stream_ends_at_any_await(unusable_url:
 
 @pytest.mark.parametrize("moment", Moment)
 async def test_the_fetch_of_signing_keys_ends_at_any_await(moment: Moment) -> None:
-    with KeyServer(key_set(signer("ES256", "one"))) as server:
+    with KeyServer(key_set(make_signer("ES256", "one"))) as server:
 
         @asynccontextmanager
         async def run() -> AsyncIterator[CancelledRun]:

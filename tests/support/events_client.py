@@ -13,7 +13,7 @@ from tests.support.relay_process import HOST, Relay
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ServerSentEvent:
     """One event: the id that stood last, its name, and what it says."""
 
     id: str
@@ -21,12 +21,12 @@ class Event:
     data: str
 
     @property
-    def said(self) -> Any:
+    def json(self) -> Any:
         """What it says, where that is JSON."""
         return json.loads(self.data)
 
 
-class Events:
+class EventStreamResponse:
     """An answer of server-sent events.
 
     Attributes:
@@ -44,7 +44,7 @@ class Events:
         self.retry: int | None = None
         self._id = ""
 
-    async def head(self) -> None:
+    async def read_head(self) -> None:
         """Read the answer's head."""
         lines = (await self._until(b"\r\n\r\n")).decode().splitlines()
         self.status = int(lines[0].split()[1])
@@ -53,7 +53,7 @@ class Events:
             had = self.headers.get(name.lower())
             self.headers[name.lower()] = f"{had}, {value}" if had else value
 
-    async def event(self) -> Event:
+    async def next_event(self) -> ServerSentEvent:
         """Return the next event.
 
         Raises:
@@ -65,7 +65,7 @@ class Events:
             line = (await self._until(b"\n")).decode().removesuffix("\n")
             if not line:
                 if data:
-                    return Event(self._id, name, "\n".join(data))
+                    return ServerSentEvent(self._id, name, "\n".join(data))
                 name = "message"
                 continue
             field, _, value = line.partition(":")
@@ -82,11 +82,11 @@ class Events:
                 case "retry":
                     self.retry = int(value)
 
-    async def messages(self, count: int) -> list[str]:
+    async def next_messages(self, count: int) -> list[str]:
         """Return what the next events say."""
-        return [(await self.event()).data for _ in range(count)]
+        return [(await self.next_event()).data for _ in range(count)]
 
-    async def body(self) -> str:
+    async def read_body(self) -> str:
         """Return all of an answer that is none of events."""
         async with asyncio.timeout(PATIENCE_S):
             return (await self._reader.read()).decode()
@@ -97,7 +97,7 @@ class Events:
 
 
 @asynccontextmanager
-async def asking(
+async def request_events(
     relay: Relay,
     channel: str,
     query: str = "",
@@ -105,7 +105,7 @@ async def asking(
     version: str = "1.1",
     context: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
-) -> AsyncIterator[Events]:
+) -> AsyncIterator[EventStreamResponse]:
     """Ask for a channel's events, and read the answer's head."""
     reader, writer = await asyncio.open_connection(HOST, relay.port, ssl=context, limit=1 << 24)
     fields = {
@@ -117,21 +117,21 @@ async def asking(
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     path = f"/channels/{channel}/events{query}"
     writer.write(f"GET {path} HTTP/{version}\r\n{lines}\r\n".encode())
-    events = Events(reader, writer)
+    events = EventStreamResponse(reader, writer)
     try:
-        await events.head()
+        await events.read_head()
         yield events
     finally:
         writer.transport.abort()
 
 
 @asynccontextmanager
-async def listening(
+async def subscribe_events(
     relay: Relay, channel: str, query: str = "", **options: Any
-) -> AsyncIterator[Events]:
+) -> AsyncIterator[EventStreamResponse]:
     """Listen to a channel, from its welcome on."""
-    async with asking(relay, channel, query, **options) as events:
+    async with request_events(relay, channel, query, **options) as events:
         assert events.status == 200
-        welcome = await events.event()
+        welcome = await events.next_event()
         assert welcome.name == "welcome"
         yield events

@@ -35,18 +35,18 @@ async def relay(shared_relay: Relay) -> AsyncIterator[Relay]:
 
 
 @pytest.fixture(scope="session")
-def shared_hasty_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def shared_short_deadline_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     settings = {"limits": {"handshake_timeout_s": 2}}
     with Relay(tmp_path_factory.mktemp("hasty"), settings) as relay:
         yield relay
 
 
 @pytest.fixture
-async def hasty_relay(shared_hasty_relay: Relay) -> AsyncIterator[Relay]:
+async def short_deadline_relay(shared_short_deadline_relay: Relay) -> AsyncIterator[Relay]:
     """A relay that gives a handshake, and a close, two seconds."""
-    await shared_hasty_relay.metric_is("websocket_connected_clients", 0)
-    yield shared_hasty_relay
-    assert shared_hasty_relay.complaints == []
+    await shared_short_deadline_relay.metric_is("websocket_connected_clients", 0)
+    yield shared_short_deadline_relay
+    assert shared_short_deadline_relay.complaints == []
 
 
 @pytest.fixture
@@ -113,13 +113,15 @@ def secret() -> str:
 
 
 @pytest.fixture
-def guarded_relay(relay_with: StartRelay, secret: str) -> Relay:
+def jwt_relay(relay_with: StartRelay, secret: str) -> Relay:
     """A relay that wants tokens."""
     return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
 
 
 @pytest.fixture
-async def twins(relay_with: StartRelay, tmp_path: Path) -> AsyncIterator[tuple[Relay, Relay]]:
+async def redis_replicas(
+    relay_with: StartRelay, tmp_path: Path
+) -> AsyncIterator[tuple[Relay, Relay]]:
     """Two relays on one Redis, which stop at once."""
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}

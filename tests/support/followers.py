@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.relay_process import Relay
-from tests.support.relay_v1 import Heard, Message, resuming
+from tests.support.relay_v1 import Message, RelayV1Client, connect_relay_v1
 
-THE_END = "the end"
+LAST_MESSAGE = "the end"
 
 
-class Follower:
+class ResumingFollower:
     """A client that comes back, on whatever replica there is, and notes all that it hears."""
 
     def __init__(self, position: str, turn: int = 0) -> None:
-        self.heard: list[Message] = []
-        self.returns = 0
+        self.received: list[Message] = []
+        self.reconnections = 0
         self._position = position
         self._turn = turn
 
@@ -26,30 +26,32 @@ class Follower:
         Args:
             relays: those that there are now.
         """
-        while THE_END not in self.heard[-1:]:
+        while LAST_MESSAGE not in self.received[-1:]:
             self._turn += 1
             try:
                 relay = relays[self._turn % len(relays)]
-                async with resuming(relay, "news", since=self._position) as client:
+                async with connect_relay_v1(relay, "news", since=self._position) as client:
                     assert client.welcome["recovered"] is True
-                    self.returns += 1
+                    self.reconnections += 1
                     await self._listen(client)
             except (OSError, ConnectionClosed, InvalidStatus, EOFError):
                 await asyncio.sleep(0.05)
 
-    async def _listen(self, client: Heard) -> None:
-        while THE_END not in self.heard[-1:]:
-            self.heard.append(await client.message())
+    async def _listen(self, client: RelayV1Client) -> None:
+        while LAST_MESSAGE not in self.received[-1:]:
+            self.received.append(await client.next_message())
             self._position = client.position
 
 
-async def followers_of(relay: Relay, count: int) -> Sequence[Follower]:
+async def make_followers(relay: Relay, count: int) -> Sequence[ResumingFollower]:
     """Return clients that will hear all that is said from now on."""
-    async with resuming(relay, "news") as first:
-        return [Follower(first.position, turn) for turn in range(count)]
+    async with connect_relay_v1(relay, "news") as first:
+        return [ResumingFollower(first.position, turn) for turn in range(count)]
 
 
-async def speak(relays: Sequence[Relay], name: str, is_over: asyncio.Event) -> Sequence[Message]:
+async def publish_until(
+    relays: Sequence[Relay], name: str, is_over: asyncio.Event
+) -> Sequence[Message]:
     """Say one thing after another, wherever there is a relay; return what was said.
 
     What was sent before the close of a relay that drains was relayed: it need not be said again.

@@ -30,7 +30,7 @@ MAX_REQUEST_BYTES = 262_144  # an environment, mostly
 MAX_DESCRIPTORS = 65_536
 
 
-class Forked:
+class ForkedProcess:
     """A process, with what the tests need of `subprocess.Popen`.
 
     Args:
@@ -78,7 +78,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-class Forks:
+class ForkServer:
     """Starts processes; the one that forks is started when it is first needed."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Forks:
         stdout: int,
         *,
         max_descriptors: int | None = None,
-    ) -> Forked:
+    ) -> ForkedProcess:
         """Start a command.
 
         Args:
@@ -138,7 +138,7 @@ class Forks:
             (pid,) = STATUS.unpack(self._control.recv(STATUS.size))
         for descriptor in theirs:
             os.close(descriptor)
-        return Forked(pid, open(stderr, encoding="utf-8"), status)
+        return ForkedProcess(pid, open(stderr, encoding="utf-8"), status)
 
     def _launch(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -155,7 +155,7 @@ class Forks:
         return ours
 
 
-FORKS = Forks()
+FORK_SERVER = ForkServer()
 
 
 # In the process that forks
@@ -172,7 +172,7 @@ def serve(control: socket.socket) -> bool:
         ready, _, _ = select.select([control.fileno(), awake], [], [])
         if awake in ready:
             os.read(awake, 1024)
-            _tell_ends(running)
+            _report_exits(running)
         if control.fileno() in ready:
             content, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
             if not content:  # the tests have ended
@@ -180,7 +180,7 @@ def serve(control: socket.socket) -> bool:
             stdout, stderr, status = descriptors
             pid = os.fork()
             if pid == 0:
-                _become(json.loads(content), stdout, stderr)
+                _prepare_fork(json.loads(content), stdout, stderr)
                 return True
             os.close(stdout)
             os.close(stderr)
@@ -188,7 +188,7 @@ def serve(control: socket.socket) -> bool:
             control.send(STATUS.pack(pid))
 
 
-def _tell_ends(running: dict[int, int]) -> None:
+def _report_exits(running: dict[int, int]) -> None:
     """Write the status of each fork that has ended into its pipe."""
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -199,7 +199,7 @@ def _tell_ends(running: dict[int, int]) -> None:
             os.close(pipe)
 
 
-def _become(request: Mapping[str, object], stdout: int, stderr: int) -> None:
+def _prepare_fork(request: Mapping[str, object], stdout: int, stderr: int) -> None:
     """Be like a new interpreter that was started for the request."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

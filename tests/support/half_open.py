@@ -6,11 +6,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from tests.support.raw_client import RawClient
 from tests.support.relay_process import Relay
 
-HALF_A_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)  # RFC 8446 section 4
+PARTIAL_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(
+    100
+)  # RFC 8446 section 4
 
 
 @asynccontextmanager
-async def connections(
+async def open_connections(
     relay: Relay, count: int, *firsts: bytes
 ) -> AsyncIterator[Sequence[RawClient]]:
     """Open so many connections, which say these things by turns, and no more."""

@@ -7,11 +7,11 @@ import httpx2
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import PLAIN, Relay, path_of
 
-TEXT = "text/plain"
-BATCH = "application/x-ndjson"
+TEXT_TYPE = "text/plain"
+BATCH_TYPE = "application/x-ndjson"
 
 
-async def post(
+async def publish_by_post(
     relay: Relay,
     channel: str | None,
     body: bytes,
@@ -25,7 +25,7 @@ async def post(
         return await http.post(relay.http_url(path_of(channel)), content=body, headers=fields)
 
 
-def posting(
+def post_request(
     channel: str, body: bytes, *lines: str, length: int | None = None, version: str = "1.1"
 ) -> bytes:
     """Return the bytes of a request that publishes."""
@@ -39,6 +39,6 @@ def posting(
     return "".join(f"{line}\r\n" for line in (*head, "")).encode() + body
 
 
-def get(path: str) -> bytes:
+def get_request(path: str) -> bytes:
     """Return the bytes of a request for a page."""
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1")

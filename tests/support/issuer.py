@@ -32,7 +32,7 @@ from tests.support.raw_client import PATIENCE_S
 
 SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
 OTHER_SECRET = "another secret of sixty-four bytes, which nobody configured: xyz"
-EVERYTHING = {"subscribe": ["*"], "publish": ["*"]}
+ALL_CHANNELS = {"subscribe": ["*"], "publish": ["*"]}
 CURVES = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES512": ec.SECP521R1}
 ASYMMETRIC = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA")
 
@@ -74,7 +74,7 @@ class Signer:
         )
 
 
-def signer(algorithm: str, kid: str | None = None, number: int = 0) -> Signer:
+def make_signer(algorithm: str, kid: str | None = None, number: int = 0) -> Signer:
     """Return a key pair; another number is another pair."""
     return Signer(algorithm, _private_key(CURVES.get(algorithm, algorithm[:2]), number), kid)
 
@@ -93,20 +93,20 @@ def claims_with(claims: Mapping[str, Any]) -> dict[str, Any]:
 
     None takes a claim away.
     """
-    usual = {"relay": EVERYTHING, "exp": int(time.time()) + 60}
+    usual = {"relay": ALL_CHANNELS, "exp": int(time.time()) + 60}
     return {name: value for name, value in (usual | dict(claims)).items() if value is not None}
 
 
-def token(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
+def sign_token(secret: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
     """Sign a token with a secret."""
     return jwt.encode(claims_with(claims), secret, algorithm)
 
 
-def in_base64(content: bytes) -> str:
+def base64url(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-def hand_made(header: Any, payload: Any, secret: str = SECRET) -> str:
+def signed_as_is(header: Any, payload: Any, secret: str = SECRET) -> str:
     """Sign with HS256 what a library would not.
 
     Args:
@@ -115,9 +115,9 @@ def hand_made(header: Any, payload: Any, secret: str = SECRET) -> str:
     parts = [
         part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload)
     ]
-    signed = ".".join(in_base64(part) for part in parts)
+    signed = ".".join(base64url(part) for part in parts)
     signature = hmac.new(secret.encode(), signed.encode(), hashlib.sha256).digest()
-    return f"{signed}.{in_base64(signature)}"
+    return f"{signed}.{base64url(signature)}"
 
 
 def key_set(*signers: Signer) -> bytes:
@@ -139,9 +139,9 @@ class KeyServer:
         self.body = body
         self.status = 200
         self.headers: dict[str, str] = {}
-        self.hangs_up = False  # instead of answering
-        self.go_on = threading.Event()  # while it is not set, requests wait for their answers
-        self.go_on.set()
+        self.closes_without_answer = False  # instead of answering
+        self.may_answer = threading.Event()  # while it is not set, requests wait for their answers
+        self.may_answer.set()
         self._requests = 0
         self._grew = threading.Condition()
         self._port = 0
@@ -157,7 +157,7 @@ class KeyServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.go_on.set()
+        self.may_answer.set()
         self.stop()
 
     @property
@@ -198,8 +198,8 @@ class KeyServer:
                 with outer._grew:
                     outer._requests += 1
                     outer._grew.notify_all()
-                outer.go_on.wait(PATIENCE_S)
-                if outer.hangs_up:
+                outer.may_answer.wait(PATIENCE_S)
+                if outer.closes_without_answer:
                     return
                 try:
                     self.send_response(outer.status)
@@ -217,14 +217,16 @@ class KeyServer:
         return Handler
 
 
-def write(directory: Path, content: bytes) -> str:
+def write_key_file(directory: Path, content: bytes) -> str:
     """Write a key file; return its path."""
     file = directory / "key.pem"
     file.write_bytes(content)
     return str(file)
 
 
-def a_token(secret: str, channel: str, *, lasts_s: int = 600, may_publish: bool = True) -> str:
+def channel_token(
+    secret: str, channel: str, *, lasts_s: int = 600, may_publish: bool = True
+) -> str:
     """Sign a right to one channel."""
     rights = {"subscribe": [channel], "publish": [channel] if may_publish else []}
     return jwt.encode({"exp": int(time.time()) + lasts_s, "relay": rights}, secret, "HS256")

@@ -26,7 +26,7 @@ from prometheus_client.samples import Sample
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Data
 
-from tests.support.forks import FORKS, Forked
+from tests.support.forks import FORK_SERVER, ForkedProcess
 from tests.support.raw_client import PATIENCE_S, RawClient, raw_websocket
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None 
     """Run the command line to its end, in the way that takes the least."""
     if not _may_fork(env):
         return run_python("-m", "websocket_relay", *arguments, directory=directory, env=env)
-    return Finished(*FORKS.run(arguments, directory, environment(env), PATIENCE_S))
+    return Finished(*FORK_SERVER.run(arguments, directory, environment(env), PATIENCE_S))
 
 
 def _may_fork(env: Mapping[str, str] | None) -> bool:
@@ -158,7 +158,7 @@ class Relay:
         self._lines: list[str] = []
         self._log_ended = False
         self._log_grew = threading.Condition()
-        self._process: subprocess.Popen[str] | Forked | None = None
+        self._process: subprocess.Popen[str] | ForkedProcess | None = None
         self._log_reader: threading.Thread | None = None
         self.tls_context: ssl.SSLContext | None = None
 
@@ -188,7 +188,7 @@ class Relay:
             return
         arguments = ["--config-file", str(self._write_settings())]
         with open(os.devnull, "wb") as nothing:
-            self._process = FORKS.start(
+            self._process = FORK_SERVER.start(
                 arguments,
                 self._directory,
                 self._env,
@@ -242,7 +242,7 @@ class Relay:
             self._process.stderr.close()
 
     @property
-    def process(self) -> "subprocess.Popen[str] | Forked":
+    def process(self) -> "subprocess.Popen[str] | ForkedProcess":
         assert self._process is not None, "the relay was not launched"
         return self._process
 

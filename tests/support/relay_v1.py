@@ -17,28 +17,28 @@ Message = str | bytes
 
 
 @dataclass
-class Heard:
+class RelayV1Client:
     """A client that speaks relay.v1, and what it was told."""
 
     connection: ClientConnection
     welcome: dict[str, Any] = field(default_factory=dict)
     position: str = ""
-    told: list[dict[str, Any]] = field(default_factory=list)  # by the relay itself
+    notices: list[dict[str, Any]] = field(default_factory=list)  # by the relay itself
 
-    async def message(self) -> Message:
+    async def next_message(self) -> Message:
         """Return the next message without its position, which is remembered."""
-        position, message = await self.numbered()
+        position, message = await self.next_with_position()
         while position == "":
-            self.told.append(json.loads(message))
-            position, message = await self.numbered()
-        assert as_numbers(position) > as_numbers(self.position), "positions grow"
+            self.notices.append(json.loads(message))
+            position, message = await self.next_with_position()
+        assert parse_position(position) > parse_position(self.position), "positions grow"
         self.position = position
         return message
 
-    async def messages(self, count: int) -> list[Message]:
-        return [await self.message() for _ in range(count)]
+    async def next_messages(self, count: int) -> list[Message]:
+        return [await self.next_message() for _ in range(count)]
 
-    async def numbered(self) -> tuple[str, Message]:
+    async def next_with_position(self) -> tuple[str, Message]:
         received = await receive(self.connection)
         if isinstance(received, bytes):
             position, _, payload = received.partition(b"\n")
@@ -47,30 +47,30 @@ class Heard:
         return text_position, text
 
 
-def as_numbers(position: str) -> tuple[int, ...]:
+def parse_position(position: str) -> tuple[int, ...]:
     return tuple(map(int, position.split("-")))
 
 
-def wanting(channel: str, **query: object) -> str:
+def path_with_query(channel: str, **query: object) -> str:
     asked = "&".join(f"{name}={value}" for name, value in query.items())
     return f"{path_of(channel)}?{asked}" if asked else path_of(channel)
 
 
 @asynccontextmanager
-async def resuming(
+async def connect_relay_v1(
     relay: Relay, channel: str, *, since: str = "", history: int = 0, **options: Any
-) -> AsyncIterator[Heard]:
+) -> AsyncIterator[RelayV1Client]:
     """Connect a client that speaks relay.v1, and read its welcome."""
     query: dict[str, object] = {"since": since} if since else {}
     if history:
         query["history"] = history
-    path = wanting(channel, **query)
+    path = path_with_query(channel, **query)
     # With a bound on what it has not read, this client would not see the answer to its close.
     options = {"max_queue": None} | options
     async with relay.client(path=path, subprotocols=[RELAY_V1], **options) as connection:
         assert connection.subprotocol == RELAY_V1
-        heard = Heard(connection)
-        position, welcome = await heard.numbered()
+        heard = RelayV1Client(connection)
+        position, welcome = await heard.next_with_position()
         assert position == "", "the first is the relay's own"
         heard.welcome = json.loads(welcome)
         assert heard.welcome["type"] == "welcome"
@@ -78,7 +78,7 @@ async def resuming(
         yield heard
 
 
-async def say(relay: Relay, channel: str, *messages: Message) -> None:
+async def publish_all(relay: Relay, channel: str, *messages: Message) -> None:
     """Have somebody say something, and wait until it was relayed."""
     async with relay.client(channel) as client:
 
@@ -91,5 +91,5 @@ async def say(relay: Relay, channel: str, *messages: Message) -> None:
             assert await receive_many(client, len(messages)) == list(messages)
 
 
-def numbers(first: int, end: int) -> list[str]:
+def number_texts(first: int, end: int) -> list[str]:
     return [str(number) for number in range(first, end)]
