@@ -27,8 +27,8 @@ from bench.chaos.observations import (
     payload_of,
 )
 from tests.support.events_client import EventStreamResponse, ServerSentEvent
-from tests.support.proxy import HOST
 from tests.support.relay_process import PLAIN
+from tests.support.tcp_proxy import HOST
 
 RELAY_V1 = Subprotocol("relay.v1")
 

@@ -28,8 +28,8 @@ from bench.chaos.observations import Record, Rest, Stop, name_of
 from bench.servers import FailedError
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, find
-from tests.support.proxy import HOST
 from tests.support.relay_process import PLAIN, Metrics, Relay
+from tests.support.tcp_proxy import HOST
 
 STREAM = "relay"
 READS, APPENDS = "reads", "appends"
@@ -345,9 +345,9 @@ class Cluster:
             case "stall":
                 proxy.hold(proxy.connections, *Direction)
             case "mute":
-                proxy.mute()
+                proxy.lose_client_bytes()
             case "deafen":
-                proxy.deafen()
+                proxy.lose_server_bytes()
             case "partition":
                 proxy.partition()
         await asyncio.sleep(fault.duration_s)

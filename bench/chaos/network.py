@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
-from tests.support.proxy import Connection, Proxy
+from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 RESET = struct.pack("ii", 1, 0)
 """Value of SO_LINGER: an aborted connection sends RST, and drops unsent data."""
@@ -25,7 +25,7 @@ class Direction(Enum):
     REPLIES = "replies"
 
 
-class BreakableProxy(Proxy):
+class BreakableProxy(TcpProxy):
     """A proxy in front of a server.
 
     Args:
@@ -36,13 +36,13 @@ class BreakableProxy(Proxy):
     def __init__(self, port: int | None = None, roles: Mapping[str, bytes] | None = None) -> None:
         super().__init__(port)
         self._markers = dict(roles or {})
-        self._roles: dict[Connection, str] = {}
+        self._roles: dict[ProxiedConnection, str] = {}
         self._held_role = ""
-        self._held: dict[tuple[Connection, Direction], list[bytes]] = {}
-        self._torn: set[Connection] = set()
+        self._held: dict[tuple[ProxiedConnection, Direction], list[bytes]] = {}
+        self._torn: set[ProxiedConnection] = set()
         self._is_partitioned = False
 
-    def hold(self, connections: Iterable[Connection], *directions: Direction) -> None:
+    def hold(self, connections: Iterable[ProxiedConnection], *directions: Direction) -> None:
         """Delay all data until `release`; none is lost."""
         for connection in connections:
             for direction in directions:
@@ -66,7 +66,7 @@ class BreakableProxy(Proxy):
         """Close each connection in the middle of the next reply."""
         self._torn.update(self.connections)
 
-    def reset(self, connections: Iterable[Connection]) -> None:
+    def reset(self, connections: Iterable[ProxiedConnection]) -> None:
         """End connections with RST, on both sides."""
         for connection in connections:
             for writer in (connection.client, connection.server):
@@ -91,29 +91,31 @@ class BreakableProxy(Proxy):
         self.release()
         self._torn.clear()
         self.reconnect()
-        self.reset(each for each in self.connections if each.is_muted or each.is_deaf)
+        self.reset(
+            each for each in self.connections if each.loses_client_bytes or each.loses_server_bytes
+        )
 
     # Hooks of the proxy
 
-    def opened(self, connection: Connection) -> None:
+    def on_open(self, connection: ProxiedConnection) -> None:
         """Apply the partition to a new connection."""
-        connection.is_muted = connection.is_deaf = self._is_partitioned
+        connection.loses_client_bytes = connection.loses_server_bytes = self._is_partitioned
 
-    def closed(self, connection: Connection) -> None:
+    def on_close(self, connection: ProxiedConnection) -> None:
         """Remove the state of a connection."""
         self._torn.discard(connection)
         self._roles.pop(connection, None)
         for direction in Direction:
             self._held.pop((connection, direction), None)
 
-    def asks(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         """Forward a request, unless it is delayed."""
         for role, marker in self._markers.items():
             if marker in data:
                 self._roles[connection] = role
         return self._unless_held(data, connection, Direction.REQUESTS)
 
-    def answers(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         """Forward a reply, unless it is delayed or cut."""
         if connection in self._torn:
             connection.client.write(data[: len(data) // 2])
@@ -121,7 +123,9 @@ class BreakableProxy(Proxy):
             return None
         return self._unless_held(data, connection, Direction.REPLIES)
 
-    def _unless_held(self, data: bytes, connection: Connection, direction: Direction) -> bytes:
+    def _unless_held(
+        self, data: bytes, connection: ProxiedConnection, direction: Direction
+    ) -> bytes:
         is_role_held = bool(self._held_role) and self._roles.get(connection) == self._held_role
         if is_role_held and direction is Direction.REPLIES:
             self.hold([connection], direction)

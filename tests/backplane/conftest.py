@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from websocket_relay.backplane import replicated
 
+from tests.support.broker_logs import BrokerLog, make_broker, make_log
 from tests.support.brokers import Broker
-from tests.support.logs_kept import BrokerLog, broker_of, log_of
-from tests.support.proxy import HeldReads
+from tests.support.tcp_proxy import BlockedReadsProxy
 
 
 @pytest.fixture
@@ -32,23 +32,23 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 async def broker(kind: str, stack: AsyncExitStack, tmp_path: Path) -> Broker:
-    return await stack.enter_async_context(broker_of(kind, tmp_path / "broker"))
+    return await stack.enter_async_context(make_broker(kind, tmp_path / "broker"))
 
 
 @pytest.fixture
 def broker_log(kind: str, broker: Broker, stack: AsyncExitStack) -> BrokerLog:
     """The log on the broker."""
-    return log_of(kind, stack, broker)
+    return make_log(kind, stack, broker)
 
 
 @pytest.fixture
-async def reads_proxy(broker: Broker, stack: AsyncExitStack) -> HeldReads:
+async def reads_proxy(broker: Broker, stack: AsyncExitStack) -> BlockedReadsProxy:
     """A proxy to the broker that can withhold the entries of the stream."""
-    return await stack.enter_async_context(HeldReads(broker.port))
+    return await stack.enter_async_context(BlockedReadsProxy(broker.port))
 
 
 @pytest.fixture
-def reads_proxy_url(broker: Broker, reads_proxy: HeldReads) -> str:
+def reads_proxy_url(broker: Broker, reads_proxy: BlockedReadsProxy) -> str:
     """The URL of the broker through `reads_proxy`."""
     return broker.url.replace(str(broker.port), str(reads_proxy.port))
 

@@ -17,20 +17,20 @@ from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Position
 from websocket_relay.outcomes import UnusableSettingError
 
-from tests.support.certificates import make_pair
-from tests.support.logs_kept import (
+from tests.support.broker_logs import (
+    BackplaneLog,
+    BackplaneReplica,
     BrokerLog,
-    Log,
     Pending,
-    Replica,
-    assert_growing,
-    broker_of,
-    log_of,
-    until,
+    assert_increasing,
+    make_broker,
+    make_log,
+    wait_until,
 )
-from tests.support.proxy import Connection, Proxy
+from tests.support.certificates import make_pair
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, eventually
+from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 SECRET = "s3cret-%2F-pass"
 PLAIN_SECRET = "s3cret-/-pass"
@@ -40,11 +40,13 @@ EACH_REDIS = ["redis", "redis-6.2", "nats"]
 
 
 @pytest.fixture(params=["memory", "redis", "nats"])
-async def log(request: pytest.FixtureRequest, stack: AsyncExitStack, tmp_path: Path) -> Log:
+async def log(
+    request: pytest.FixtureRequest, stack: AsyncExitStack, tmp_path: Path
+) -> BackplaneLog:
     if request.param == "memory":
-        return Log(stack, None, "memory://")
-    broker = await stack.enter_async_context(broker_of(request.param, tmp_path / "broker"))
-    return log_of(request.param, stack, broker)
+        return BackplaneLog(stack, None, "memory://")
+    broker = await stack.enter_async_context(make_broker(request.param, tmp_path / "broker"))
+    return make_log(request.param, stack, broker)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +66,14 @@ def numbered(name: str, count: int) -> list[bytes]:
 
 
 async def append_concurrently(
-    replicas: Sequence[Replica], count: int, pause_s: float = 0
+    replicas: Sequence[BackplaneReplica], count: int, pause_s: float = 0
 ) -> list[bytes]:
     """Append messages of five clients of each replica at random times; return all of them."""
     appended = []
 
-    async def append(replica: Replica, name: str) -> None:
+    async def append(replica: BackplaneReplica, name: str) -> None:
         for payload in numbered(name, count):
-            replica.say(payload)
+            replica.publish(payload)
             appended.append(payload)
             if random.random() < 0.3 or pause_s:
                 await asyncio.sleep(random.uniform(0, pause_s))
@@ -92,28 +94,30 @@ def assert_order_of_each_client(delivered: list[bytes], appended: list[bytes]) -
     assert all(numbers == list(range(len(numbers))) for numbers in by_client.values())
 
 
-async def read_heartbeats(replica: Replica, count: int) -> None:
+async def read_heartbeats(replica: BackplaneReplica, count: int) -> None:
     """Wait until a replica has read back some more of its heartbeats."""
     target = len(replica.lags_s) + count
-    await until(lambda: len(replica.lags_s) >= target)
+    await wait_until(lambda: len(replica.lags_s) >= target)
 
 
 # The order
 
 
 @pytest.mark.parametrize("log", ["memory", *EACH_REDIS], indirect=True)
-async def test_all_replicas_deliver_the_messages_of_all_clients_in_one_order(log: Log) -> None:
-    replicas = await log.replicas(3)
+async def test_all_replicas_deliver_the_messages_of_all_clients_in_one_order(
+    log: BackplaneLog,
+) -> None:
+    replicas = await log.start_replicas(3)
     appended = await append_concurrently(replicas, 100)
     for replica in replicas:
-        await replica.heard(len(appended))
+        await replica.await_count(len(appended))
         assert replica.entries == replicas[0].entries
     assert_order_of_each_client(replicas[0].payloads, appended)
-    assert_growing(replicas[0].positions)
+    assert_increasing(replicas[0].positions)
 
 
-async def test_messages_are_delivered_unchanged(log: Log) -> None:
-    replica = (await log.replicas(2))[-1]
+async def test_messages_are_delivered_unchanged(log: BackplaneLog) -> None:
+    replica = (await log.start_replicas(2))[-1]
     messages = [
         ("a", 1, "grüße".encode()),
         ("a" * 128, 2, bytes(range(256))),
@@ -121,62 +125,64 @@ async def test_messages_are_delivered_unchanged(log: Log) -> None:
         ("a", 1, b""),
     ]
     for channel, opcode, payload in messages:
-        replica.say(payload, channel=channel, opcode=opcode)
-    await replica.heard(len(messages))
+        replica.publish(payload, channel=channel, opcode=opcode)
+    await replica.await_count(len(messages))
     assert [entry[1:] for entry in replica.entries] == messages
 
 
-async def test_positions_grow_when_a_replica_restarts(log: Log) -> None:
-    before = await log.replica()
-    before.say(*numbered("before", 10))
-    await before.heard(10)
+async def test_positions_grow_when_a_replica_restarts(log: BackplaneLog) -> None:
+    before = await log.start_replica()
+    before.publish(*numbered("before", 10))
+    await before.await_count(10)
     await before.stop()
     await asyncio.sleep(0.002)  # the epoch of the log in memory is its start time in milliseconds
-    after = await log.replica()
-    after.say(*numbered("after", 10))
-    await after.hears(*numbered("after", 10))
+    after = await log.start_replica()
+    after.publish(*numbered("after", 10))
+    await after.await_payloads(*numbered("after", 10))
     assert after.positions[-10] > before.positions[-1]
-    assert_growing(after.positions)
+    assert_increasing(after.positions)
 
 
 async def test_positions_grow_and_no_message_is_lost_when_a_broker_restarts(
     broker_log: BrokerLog,
 ) -> None:
-    replica = await broker_log.replica()
-    replica.say(b"before")
-    await replica.heard(1)
+    replica = await broker_log.start_replica()
+    replica.publish(b"before")
+    await replica.await_count(1)
     broker_log.broker.stop()
-    replica.say(b"while it was stopped")
+    replica.publish(b"while it was stopped")
     await broker_log.broker.start()
-    await replica.heard(2)
+    await replica.await_count(2)
     await broker_log.broker.restart()
-    replica.say(b"after it was killed")
-    await replica.heard(3)
+    replica.publish(b"after it was killed")
+    await replica.await_count(3)
     assert replica.payloads == [b"before", b"while it was stopped", b"after it was killed"]
-    assert_growing(replica.positions)
+    assert_increasing(replica.positions)
 
 
 async def test_a_replica_that_starts_reads_the_retained_log_before_it_is_up(
     broker_log: BrokerLog,
 ) -> None:
-    first = await broker_log.replica()
-    first.say(*numbered("early", 100))
-    first.say(b"x" * 2_000_000)
-    await first.heard(101)
-    second = await broker_log.replica()
+    first = await broker_log.start_replica()
+    first.publish(*numbered("early", 100))
+    first.publish(b"x" * 2_000_000)
+    await first.await_count(101)
+    second = await broker_log.start_replica()
     assert second.entries == first.entries
 
 
-async def test_a_replica_reports_the_position_after_which_its_log_is_complete(log: Log) -> None:
-    first = await log.replica()
-    first.say(b"first")
-    await first.heard(1)
-    assert len(first.whole_from) == 1
-    assert Position(0, 0, 0) < first.whole_from[0] < first.positions[0]
+async def test_a_replica_reports_the_position_after_which_its_log_is_complete(
+    log: BackplaneLog,
+) -> None:
+    first = await log.start_replica()
+    first.publish(b"first")
+    await first.await_count(1)
+    assert len(first.gap_positions) == 1
+    assert Position(0, 0, 0) < first.gap_positions[0] < first.positions[0]
 
 
-async def test_large_messages_keep_their_order_among_small_ones(log: Log) -> None:
-    replicas = await log.replicas(2)
+async def test_large_messages_keep_their_order_among_small_ones(log: BackplaneLog) -> None:
+    replicas = await log.start_replicas(2)
     random_bytes = random.Random(4).randbytes
     messages = [
         payload
@@ -184,55 +190,57 @@ async def test_large_messages_keep_their_order_among_small_ones(log: Log) -> Non
         for payload in (b"small", random_bytes(size))
     ]
     for number, payload in enumerate(messages):
-        replicas[number % len(replicas)].say(payload, opcode=2)
-        await replicas[0].heard(number + 1)
+        replicas[number % len(replicas)].publish(payload, opcode=2)
+        await replicas[0].await_count(number + 1)
     for replica in replicas:
-        await replica.heard(len(messages))
+        await replica.await_count(len(messages))
         assert replica.payloads == messages
 
 
-async def test_messages_around_the_size_of_a_packet_are_delivered_in_order(log: Log) -> None:
-    replicas = await log.replicas(2)
+async def test_messages_around_the_size_of_a_packet_are_delivered_in_order(
+    log: BackplaneLog,
+) -> None:
+    replicas = await log.start_replicas(2)
     sizes = [replicated.PACKET_BYTES + more for more in (-8, -7, -6, 0, 1)]
     messages = [bytes([index]) * size for index, size in enumerate(sizes * 3)]
     messages += [b""] * 20_000  # more than fit into one packet
-    replicas[0].say(*messages, opcode=2)
+    replicas[0].publish(*messages, opcode=2)
     for replica in replicas:
-        await replica.heard(len(messages))
+        await replica.await_count(len(messages))
         assert replica.payloads == messages
-        assert_growing(replica.positions)
+        assert_increasing(replica.positions)
 
 
 async def test_streams_of_one_broker_are_separate(broker_log: BrokerLog) -> None:
-    one, other = await broker_log.replica(), await broker_log.replica(stream="other")
-    one.say(*numbered("one", 50))
-    other.say(*numbered("other", 50))
-    await one.hears(*numbered("one", 50))
-    await other.hears(*numbered("other", 50))
+    one, other = await broker_log.start_replica(), await broker_log.start_replica(stream="other")
+    one.publish(*numbered("one", 50))
+    other.publish(*numbered("other", 50))
+    await one.await_payloads(*numbered("one", 50))
+    await other.await_payloads(*numbered("other", 50))
     assert one.payloads == numbered("one", 50)
     assert other.payloads == numbered("other", 50)
 
 
-async def test_no_bytes_are_pending_after_a_flush(log: Log) -> None:
-    replica = await log.replica()
-    replica.say(*numbered("message", 5000))
+async def test_no_bytes_are_pending_after_a_flush(log: BackplaneLog) -> None:
+    replica = await log.start_replica()
+    replica.publish(*numbered("message", 5000))
     async with asyncio.timeout(5):
         await replica.backplane.flush()
     assert replica.pending.bytes == 0
-    await replica.heard(5000)
+    await replica.await_count(5000)
 
 
 async def test_a_replica_that_pauses_reading_loses_no_message_and_has_no_outage(
     broker_log: BrokerLog, short_outage_timeout: None
 ) -> None:
-    publisher, paused = await broker_log.replicas(2)
+    publisher, paused = await broker_log.start_replicas(2)
     paused.backplane.pause_reading()
-    publisher.say(*numbered("message", 1000))
-    await publisher.heard(1000)
+    publisher.publish(*numbered("message", 1000))
+    await publisher.await_count(1000)
     await read_heartbeats(publisher, 6)  # longer than what makes an outage
     assert len(paused.entries) <= 1000
     paused.backplane.resume_reading()
-    await paused.heard(1000)
+    await paused.await_count(1000)
     assert paused.entries == publisher.entries
     assert paused.backplane.counters.outages == 0
     assert paused.backplane.counters.gaps == 0
@@ -241,7 +249,7 @@ async def test_a_replica_that_pauses_reading_loses_no_message_and_has_no_outage(
 async def test_a_heartbeat_measures_the_lag(
     broker_log: BrokerLog, frequent_heartbeats: None
 ) -> None:
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     await read_heartbeats(replica, 2)
     assert 0 < min(replica.lags_s) < 0.5
 
@@ -252,23 +260,23 @@ async def test_a_heartbeat_measures_the_lag(
 async def test_a_broker_killed_amid_traffic_loses_no_message_and_repeats_none(
     broker_log: BrokerLog,
 ) -> None:
-    replicas = await broker_log.replicas(2)
+    replicas = await broker_log.start_replicas(2)
     appending = asyncio.create_task(append_concurrently(replicas, 100, pause_s=0.02))
     for _ in range(2):
-        await replicas[0].heard(len(replicas[0].entries) + 100)
+        await replicas[0].await_count(len(replicas[0].entries) + 100)
         await broker_log.broker.restart()
     appended = await appending
     for replica in replicas:
-        await replica.heard(len(appended))
+        await replica.await_count(len(appended))
         await replica.backplane.flush()
         assert replica.entries == replicas[0].entries
-        assert replica.speaker.told == 0
+        assert replica.publisher.failures == 0
         assert replica.backplane.counters.lost == replica.backplane.counters.gaps == 0
     assert_order_of_each_client(replicas[0].payloads, appended)
 
 
 async def test_a_slow_broker_loses_no_message_and_causes_no_outage(broker_log: BrokerLog) -> None:
-    replicas = await broker_log.replicas(2)
+    replicas = await broker_log.start_replicas(2)
 
     async def slow_down() -> None:
         while True:
@@ -280,13 +288,13 @@ async def test_a_slow_broker_loses_no_message_and_causes_no_outage(broker_log: B
     slowing = asyncio.create_task(slow_down())
     appended = await append_concurrently(replicas, 100, pause_s=0.02)
     for replica in replicas:
-        await replica.heard(len(appended))
+        await replica.await_count(len(appended))
     slowing.cancel()
     await asyncio.gather(slowing, return_exceptions=True)
     broker_log.broker.thaw()
     for replica in replicas:
         assert replica.entries == replicas[0].entries
-        assert replica.speaker.told == replica.backplane.counters.outages == 0
+        assert replica.publisher.failures == replica.backplane.counters.outages == 0
     assert_order_of_each_client(replicas[0].payloads, appended)
 
 
@@ -297,42 +305,42 @@ async def test_a_replica_that_starts_before_its_broker_waits_for_it(
     caplog: pytest.LogCaptureFixture,
     short_outage_timeout: None,
 ) -> None:
-    broker = broker_of(kind, tmp_path)
-    log = log_of(kind, stack, broker)
-    replica = await log.replica(is_up=False)
-    await replica.is_out()
+    broker = make_broker(kind, tmp_path)
+    log = make_log(kind, stack, broker)
+    replica = await log.start_replica(await_up=False)
+    await replica.await_outage()
     assert not replica.backplane.up.is_set()
     failed = [each for each in caplog.records if each.getMessage() == "backplane failed"]
     assert 1 <= len(failed) <= 4, "a line for every attempt"
     await stack.enter_async_context(broker)
-    await replica.is_up()
-    replica.say(b"now")
-    await replica.heard(1)
+    await replica.await_up()
+    replica.publish(b"now")
+    await replica.await_count(1)
 
 
 async def test_a_frozen_broker_is_an_outage_in_which_messages_are_rejected(
     broker_log: BrokerLog, short_outage_timeout: None
 ) -> None:
-    replicas = await broker_log.replicas(2)
-    replicas[0].say(b"before")
-    await replicas[1].heard(1)
-    await replicas[0].is_up()  # a busy machine may have delayed the broker by a second
+    replicas = await broker_log.start_replicas(2)
+    replicas[0].publish(b"before")
+    await replicas[1].await_count(1)
+    await replicas[0].await_up()  # a busy machine may have delayed the broker by a second
     broker_log.broker.freeze()
-    replicas[0].say(*numbered("unconfirmed", 100))
+    replicas[0].publish(*numbered("unconfirmed", 100))
     for replica in replicas:
-        await replica.is_out()
+        await replica.await_outage()
         assert not replica.backplane.up.is_set()
-    assert replicas[0].speaker.told == 1
+    assert replicas[0].publisher.failures == 1
     assert replicas[0].pending.bytes == 0
-    replicas[0].say(b"rejected", b"rejected")
-    assert replicas[0].speaker.told == 3
+    replicas[0].publish(b"rejected", b"rejected")
+    assert replicas[0].publisher.failures == 3
     assert replicas[0].backplane.counters.unavailable == 102
     broker_log.broker.thaw()
     for replica in replicas:
-        await replica.is_up()
-    replicas[0].say(b"after")
+        await replica.await_up()
+    replicas[0].publish(b"after")
     for replica in replicas:
-        await replica.hears(b"after")
+        await replica.await_payloads(b"after")
         assert replica.backplane.counters.lost == 0
     assert replicas[0].entries == replicas[1].entries
     # The append in flight when the broker froze may be in the log.
@@ -345,26 +353,26 @@ async def test_a_frozen_broker_is_an_outage_in_which_messages_are_rejected(
 async def test_a_frozen_broker_is_an_outage_in_which_messages_are_relayed_locally(
     broker_log: BrokerLog, short_outage_timeout: None
 ) -> None:
-    replicas = [await broker_log.replica(on_outage="local") for _ in range(2)]
-    replicas[0].say(b"before")
+    replicas = [await broker_log.start_replica(on_outage="local") for _ in range(2)]
+    replicas[0].publish(b"before")
     for replica in replicas:
-        await replica.heard(1)
-    await replicas[0].is_up()  # a busy machine may have delayed the broker by a second
+        await replica.await_count(1)
+    await replicas[0].await_up()  # a busy machine may have delayed the broker by a second
     broker_log.broker.freeze()
-    replicas[0].say(*numbered("unconfirmed", 10))
-    await replicas[0].heard(11)
-    replicas[0].say(b"local")
+    replicas[0].publish(*numbered("unconfirmed", 10))
+    await replicas[0].await_count(11)
+    replicas[0].publish(b"local")
     assert replicas[0].payloads == [b"before", *numbered("unconfirmed", 10), b"local"]
     assert replicas[0].backplane.counters.local == 11
-    await replicas[1].is_out()
+    await replicas[1].await_outage()
     broker_log.broker.thaw()
     for replica in replicas:
-        await replica.is_up()
-    replicas[1].say(b"after")
+        await replica.await_up()
+    replicas[1].publish(b"after")
     for replica in replicas:
-        await replica.hears(b"after")
-        assert replica.backplane.counters.lost == replica.speaker.told == 0
-        assert_growing(replica.positions)
+        await replica.await_payloads(b"after")
+        assert replica.backplane.counters.lost == replica.publisher.failures == 0
+        assert_increasing(replica.positions)
     assert replicas[0].payloads == [b"before", *numbered("unconfirmed", 10), b"local", b"after"]
     assert b"local" not in replicas[1].payloads
 
@@ -396,10 +404,10 @@ async def test_a_long_outage_leaves_no_connections_and_no_pending_bytes(
     broker_log: BrokerLog, short_outage_timeout: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.3)
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     broker_log.broker.freeze()
-    replica.say(b"x" * 1_000_000)
-    await replica.is_out()
+    replica.publish(b"x" * 1_000_000)
+    await replica.await_outage()
     local_addresses: set[str] = set()
 
     async def reconnections() -> tuple[bool, object]:
@@ -416,14 +424,16 @@ async def test_a_long_outage_leaves_no_connections_and_no_pending_bytes(
 
 
 async def test_a_frozen_broker_does_not_delay_the_stop_of_a_replica(broker_log: BrokerLog) -> None:
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     broker_log.broker.freeze()
-    replica.say(b"x" * 3_000_000)
-    await until(lambda: any(each.unsent_bytes for each in connections_to(broker_log.broker.port)))
+    replica.publish(b"x" * 3_000_000)
+    await wait_until(
+        lambda: any(each.unsent_bytes for each in connections_to(broker_log.broker.port))
+    )
     await replica.stop()
 
 
-class ResponseLosingProxy(Proxy):
+class ResponseLosingProxy(TcpProxy):
     """Ends the connection that a marker was sent on, instead of the response to it.
 
     Attributes:
@@ -435,14 +445,14 @@ class ResponseLosingProxy(Proxy):
         super().__init__(target)
         self.marker = b""
         self.lost_responses = 0
-        self._marked: Connection | None = None
+        self._marked: ProxiedConnection | None = None
 
-    def asks(self, data: bytes, connection: Connection) -> bytes:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes:
         if self.marker and self.marker in data:
             self.marker, self._marked = b"", connection
         return data
 
-    def answers(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         if connection is self._marked and not data.startswith(b"PING"):
             self.lost_responses += 1
             return None
@@ -454,21 +464,21 @@ async def test_an_append_whose_response_is_lost_is_delivered_once(
     broker_log: BrokerLog, stack: AsyncExitStack, size: int
 ) -> None:
     proxy = await stack.enter_async_context(ResponseLosingProxy(broker_log.broker.port))
-    other = await broker_log.replica()
+    other = await broker_log.start_replica()
     url = broker_log.url.replace(str(broker_log.broker.port), str(proxy.port))
-    replica = await broker_log.replica(url=url)
+    replica = await broker_log.start_replica(url=url)
     proxy.marker = b"marked"
     messages = [b"marked" + bytes(size), *numbered("after", 10)]
-    replica.say(*messages)
+    replica.publish(*messages)
     for each in (replica, other):
-        await each.heard(11)
+        await each.await_count(11)
         await each.backplane.flush()
         assert each.payloads == messages
     assert proxy.lost_responses == 1
-    assert replica.speaker.told == replica.backplane.counters.lost == 0
+    assert replica.publisher.failures == replica.backplane.counters.lost == 0
     if size == 10:
         for each in (replica, other):
-            await each.has_left_out(1)
+            await each.await_duplicates(1)
             assert each.payloads == messages
 
 
@@ -480,36 +490,36 @@ async def test_a_stream_retains_about_as_many_bytes_as_its_limit(
     broker_log: BrokerLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_BYTES", 2_000_000)
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     messages = [b"%d " % number + bytes(50_000) for number in range(100)]
     for number, payload in enumerate(messages):
-        replica.say(payload)
-        await replica.heard(number + 1)
+        replica.publish(payload)
+        await replica.await_count(number + 1)
     assert 1_500_000 < await broker_log.size_bytes() < 4_000_000
     assert replica.payloads == messages
-    late = await broker_log.replica()
+    late = await broker_log.start_replica()
     assert 30 <= len(late.entries) <= 80
     assert late.entries == replica.entries[-len(late.entries) :]
-    assert replica.positions[-len(late.entries) - 1] < late.whole_from[0] < late.positions[0]
+    assert replica.positions[-len(late.entries) - 1] < late.gap_positions[0] < late.positions[0]
 
 
 async def test_a_stream_retains_no_entries_above_its_age_limit(
     broker_log: BrokerLog, monkeypatch: pytest.MonkeyPatch, frequent_heartbeats: None
 ) -> None:
     monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_AGE_S", 1.0)
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     for number in range(10):
-        replica.say(bytes(10_000))
-        await replica.heard(number + 1)
+        replica.publish(bytes(10_000))
+        await replica.await_count(number + 1)
 
     async def size() -> tuple[bool, object]:
         size_bytes = await broker_log.size_bytes()
         return size_bytes < 10_000, size_bytes
 
     await eventually(size, "only heartbeats are retained")  # Redis trims at each append
-    replica.say(b"young")
-    await replica.heard(11)
-    assert (await broker_log.replica()).payloads == [b"young"]
+    replica.publish(b"young")
+    await replica.await_count(11)
+    assert (await broker_log.start_replica()).payloads == [b"young"]
     assert replica.backplane.counters.gaps == 0
 
 
@@ -518,45 +528,45 @@ async def test_a_stream_retains_no_entries_above_its_age_limit(
 
 @pytest.mark.parametrize("kind", EACH_REDIS)
 async def test_replicas_continue_after_their_stream_is_deleted(broker_log: BrokerLog) -> None:
-    replicas = await broker_log.replicas(2)
-    replicas[0].say(b"before")
-    await replicas[1].heard(1)
-    await broker_log.delete()
-    replicas[0].say(b"after")
+    replicas = await broker_log.start_replicas(2)
+    replicas[0].publish(b"before")
+    await replicas[1].await_count(1)
+    await broker_log.delete_stream()
+    replicas[0].publish(b"after")
     for replica in replicas:
-        await replica.hears(b"after")
+        await replica.await_payloads(b"after")
         assert replica.payloads == [b"before", b"after"]
-        assert_growing(replica.positions)
-    new = await broker_log.replica()
+        assert_increasing(replica.positions)
+    new = await broker_log.start_replica()
     assert new.payloads == [b"after"]
-    assert new.whole_from[-1] > replicas[0].positions[0]
+    assert new.gap_positions[-1] > replicas[0].positions[0]
 
 
 @pytest.mark.parametrize("kind", EACH_REDIS)
 async def test_positions_grow_after_a_stream_goes_back_to_an_earlier_state(
     broker_log: BrokerLog,
 ) -> None:
-    replica = await broker_log.replica()
-    replica.say(b"before")
-    await replica.heard(1)
-    await broker_log.go_back(replica)
-    await until(lambda: replica.backplane.counters.gaps > 0)
-    await replica.is_up()
-    replica.say(b"after")
-    await replica.hears(b"after")
-    assert_growing(replica.positions)
+    replica = await broker_log.start_replica()
+    replica.publish(b"before")
+    await replica.await_count(1)
+    await broker_log.rewind(replica)
+    await wait_until(lambda: replica.backplane.counters.gaps > 0)
+    await replica.await_up()
+    replica.publish(b"after")
+    await replica.await_payloads(b"after")
+    assert_increasing(replica.positions)
 
 
 async def test_invalid_entries_of_a_stream_are_counted_and_skipped(broker_log: BrokerLog) -> None:
-    replicas = await broker_log.replicas(2)
+    replicas = await broker_log.start_replicas(2)
     invalid = [b"", b"\x01", b"\x02" + bytes(40), b"garbage", bytes(1000)]
     for data in invalid:
-        await broker_log.put(data)
-    replicas[0].say(b"message")
+        await broker_log.append_raw(data)
+    replicas[0].publish(b"message")
     for replica in replicas:
-        await replica.heard(1)
+        await replica.await_count(1)
         assert replica.backplane.counters.unreadable == len(invalid)
-    third = await broker_log.replica()
+    third = await broker_log.start_replica()
     assert third.payloads == [b"message"]
 
 
@@ -576,16 +586,16 @@ async def test_a_broker_with_password_and_tls_is_used_and_no_secret_is_logged(
     stack: AsyncExitStack, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"user": "relay"} if kind == "nats" else {}
-    broker = broker_of(kind, tmp_path, pair=make_pair(), password=PLAIN_SECRET, **options)
+    broker = make_broker(kind, tmp_path, pair=make_pair(), password=PLAIN_SECRET, **options)
     await stack.enter_async_context(broker)
     url = broker.url_with(f"{broker.user}:{SECRET}")
-    log = log_of(kind, stack, broker)
-    replica = await log.replica(url=url)
-    replica.say(b"message")
-    await replica.heard(1)
+    log = make_log(kind, stack, broker)
+    replica = await log.start_replica(url=url)
+    replica.publish(b"message")
+    await replica.await_count(1)
     await broker.restart()
-    replica.say(b"again")
-    await replica.heard(2)
+    replica.publish(b"again")
+    await replica.await_count(2)
     assert_no_secret(caplog)
 
 
@@ -597,13 +607,15 @@ async def test_a_wrong_password_is_logged_as_the_cause_and_not_shown(
     short_outage_timeout: None,
 ) -> None:
     options = {"user": "relay"} if kind == "nats" else {}
-    broker = broker_of(kind, tmp_path, password=PLAIN_SECRET, **options)
+    broker = make_broker(kind, tmp_path, password=PLAIN_SECRET, **options)
     await stack.enter_async_context(broker)
-    log = log_of(kind, stack, broker)
+    log = make_log(kind, stack, broker)
     wrong = ["user:wrong-s3cret-%2F-pass", "wrong-s3cret-%2F-pass", ""]
-    replicas = [await log.replica(url=broker.url_with(each), is_up=False) for each in wrong]
+    replicas = [
+        await log.start_replica(url=broker.url_with(each), await_up=False) for each in wrong
+    ]
     for replica in replicas:
-        await replica.is_out()
+        await replica.await_outage()
     errors = [
         record.__dict__["error"].lower()
         for record in caplog.records
@@ -620,11 +632,11 @@ async def test_a_wrong_password_is_logged_as_the_cause_and_not_shown(
 async def test_a_token_is_accepted_and_not_logged(
     stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker = broker_of("nats", tmp_path, token="t0ken-of-nats")
+    broker = make_broker("nats", tmp_path, token="t0ken-of-nats")
     await stack.enter_async_context(broker)
-    replica = await log_of("nats", stack, broker).replica()
-    replica.say(b"message")
-    await replica.heard(1)
+    replica = await make_log("nats", stack, broker).start_replica()
+    replica.publish(b"message")
+    await replica.await_count(1)
     assert "t0ken-of-nats" not in everything_in(caplog)
 
 
@@ -650,8 +662,8 @@ async def test_a_nats_that_does_not_offer_tls_receives_no_bytes(
     server = await asyncio.start_server(stripping.serve, "127.0.0.1")
     await stack.enter_async_context(server)
     url = f"tls://relay:{SECRET}@127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    replica = await Log(stack, None, url).replica(is_up=False)
-    await until(lambda: "the server does not speak TLS" in everything_in(caplog))
+    replica = await BackplaneLog(stack, None, url).start_replica(await_up=False)
+    await wait_until(lambda: "the server does not speak TLS" in everything_in(caplog))
     await replica.stop()
     assert stripping.received == b""
 
@@ -659,27 +671,27 @@ async def test_a_nats_that_does_not_offer_tls_receives_no_bytes(
 async def test_a_nats_without_jetstream_is_logged_as_the_cause(
     stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker = await stack.enter_async_context(broker_of("nats", tmp_path, jetstream=False))
-    await log_of("nats", stack, broker).replica(is_up=False)
-    await until(lambda: "JetStream is not enabled" in everything_in(caplog))
+    broker = await stack.enter_async_context(make_broker("nats", tmp_path, jetstream=False))
+    await make_log("nats", stack, broker).start_replica(await_up=False)
+    await wait_until(lambda: "JetStream is not enabled" in everything_in(caplog))
 
 
 async def test_a_message_above_max_payload_of_nats_is_delivered(
     stack: AsyncExitStack, tmp_path: Path
 ) -> None:
-    broker = await stack.enter_async_context(broker_of("nats", tmp_path, max_payload=65_536))
-    replica = await log_of("nats", stack, broker).replica()
-    replica.say(bytes(1_000_000), b"after")
-    await replica.heard(2)
+    broker = await stack.enter_async_context(make_broker("nats", tmp_path, max_payload=65_536))
+    replica = await make_log("nats", stack, broker).start_replica()
+    replica.publish(bytes(1_000_000), b"after")
+    await replica.await_count(2)
     assert replica.payloads == [bytes(1_000_000), b"after"]
 
 
 async def test_the_next_server_of_a_url_is_tried_if_one_is_unavailable(
     stack: AsyncExitStack, tmp_path: Path
 ) -> None:
-    broker = await stack.enter_async_context(broker_of("nats", tmp_path))
+    broker = await stack.enter_async_context(make_broker("nats", tmp_path))
     for servers in (f"localhost:1,localhost:{broker.port}", f"localhost:{broker.port},[::1]:1"):
-        await log_of("nats", stack, broker).replica(url=f"nats://{servers}")
+        await make_log("nats", stack, broker).start_replica(url=f"nats://{servers}")
 
 
 def open_url(url: str) -> object:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.support.broker_logs import BrokerLog
 from tests.support.events_client import request_events, subscribe_events
-from tests.support.logs_kept import BrokerLog
 from tests.support.relay_process import StartReplicas, receive
 from tests.support.relay_v1 import parse_position, publish_all
 
@@ -34,7 +34,7 @@ async def test_an_event_stream_receives_a_gap_event_and_resumes_after_it(
         await publisher.send("before")
         before = await events.next_event()
         assert (before.data, await receive(publisher)) == ("before", "before")
-        await broker_log.delete()
+        await broker_log.delete_stream()
         await broker_log.broker.restart()
         gap = await events.next_event()
         assert gap.name == "gap"

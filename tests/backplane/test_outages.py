@@ -17,26 +17,26 @@ from websocket_relay.backplane.codec import Packet, pack, split_into_parts
 from websocket_relay.backplane.interface import Position
 from websocket_relay.backplane.replicated import PRODUCER_EPOCHS, RESET
 
-from tests.support.brokers import Broker
-from tests.support.logs_kept import (
+from tests.support.broker_logs import (
+    BackplaneReplica,
     BrokerLog,
+    CountingPublisher,
     NatsLog,
     RedisLog,
-    Replica,
-    Speaker,
-    assert_growing,
-    broker_of,
-    log_of,
-    until,
+    assert_increasing,
+    make_broker,
+    make_log,
+    wait_until,
 )
-from tests.support.proxy import Connection, HeldReads, Proxy
+from tests.support.brokers import Broker
 from tests.support.relay_process import Relay, StartRelay, eventually, merged, receive
+from tests.support.tcp_proxy import BlockedReadsProxy, ProxiedConnection, TcpProxy
 
 ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
 ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
-class BrokerProxy(Proxy):
+class BrokerProxy(TcpProxy):
     """A proxy between a replica and its broker. It resets connections, as a firewall does that has
     lost its state.
 
@@ -48,7 +48,7 @@ class BrokerProxy(Proxy):
         super().__init__(broker.port)
         self.broker = broker
         self.rewrite: Callable[[bytes], bytes] | None = None
-        self._appending: set[Connection] = set()
+        self._appending: set[ProxiedConnection] = set()
 
     def broker_url(self) -> str:
         """Return the URL of the broker through this proxy."""
@@ -59,19 +59,19 @@ class BrokerProxy(Proxy):
         for connection in self._appending:
             connection.abort()
 
-    def opened(self, connection: Connection) -> None:
+    def on_open(self, connection: ProxiedConnection) -> None:
         client = connection.client.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
-    def closed(self, connection: Connection) -> None:
+    def on_close(self, connection: ProxiedConnection) -> None:
         self._appending.discard(connection)
 
-    def asks(self, data: bytes, connection: Connection) -> bytes:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes:
         if b"EVAL" in data or b"PUB relay " in data:
             self._appending.add(connection)
         return data
 
-    def answers(self, data: bytes, connection: Connection) -> bytes:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
         return self.rewrite(data) if self.rewrite else data
 
 
@@ -81,19 +81,19 @@ async def proxy(broker: Broker, stack: AsyncExitStack) -> BrokerProxy:
     return await stack.enter_async_context(BrokerProxy(broker))
 
 
-async def assert_recovers(replica: Replica, payload: bytes = b"after") -> None:
+async def assert_recovers(replica: BackplaneReplica, payload: bytes = b"after") -> None:
     """Publish a message until it is delivered; assert that the replica is up then."""
-    publisher = replica.speaker
+    publisher = replica.publisher
 
     def is_delivered() -> bool:
-        if publisher.told:  # rejected: the outage had not started yet, or was not over
-            publisher.told = 0
-            replica.say(payload)
+        if publisher.failures:  # rejected: the outage had not started yet, or was not over
+            publisher.failures = 0
+            replica.publish(payload)
         return payload in replica.payloads
 
-    replica.say(payload)
-    await until(is_delivered)
-    await replica.is_up()
+    replica.publish(payload)
+    await wait_until(is_delivered)
+    await replica.await_up()
 
 
 # Connections that are reset, and responses that are malformed
@@ -102,15 +102,15 @@ async def assert_recovers(replica: Replica, payload: bytes = b"after") -> None:
 async def test_connections_that_are_reset_while_idle_cause_no_loss_and_no_outage(
     broker_log: BrokerLog, proxy: BrokerProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    replica = await broker_log.replica(url=proxy.broker_url())
+    replica = await broker_log.start_replica(url=proxy.broker_url())
     messages = [b"%d" % number for number in range(30)]
     for payload in messages:
         proxy.cut()
         await asyncio.sleep(random.choice((0, 0.001, 0.03)))
-        replica.say(payload)
-    await replica.heard(len(messages))
+        replica.publish(payload)
+    await replica.await_count(len(messages))
     assert replica.payloads == messages
-    assert replica.speaker.told == replica.backplane.counters.lost == 0
+    assert replica.publisher.failures == replica.backplane.counters.lost == 0
     assert replica.backplane.counters.outages == 0
     of_libraries = [each for each in caplog.records if not each.name.startswith("websocket_relay")]
     assert [each.getMessage() for each in of_libraries if each.levelname == "ERROR"] == []
@@ -138,14 +138,14 @@ async def test_malformed_responses_are_an_outage_from_which_replicas_recover(
     kind: str, broker_log: BrokerLog, proxy: BrokerProxy, short_outage_timeout: None
 ) -> None:
     responses = MALFORMED_RESPONSES[kind]
-    replicas = [await broker_log.replica(url=proxy.broker_url()) for _ in responses]
+    replicas = [await broker_log.start_replica(url=proxy.broker_url()) for _ in responses]
     proxy.rewrite = lambda _: random.choice(responses)
     for replica in replicas:
-        replica.say(b"unconfirmed")
+        replica.publish(b"unconfirmed")
     proxy.cut()
     for replica in replicas:
-        await replica.is_out()
-        assert replica.speaker.told == 1
+        await replica.await_outage()
+        assert replica.publisher.failures == 1
     proxy.rewrite = None
     proxy.cut()
     for replica in replicas:
@@ -156,7 +156,7 @@ async def test_malformed_responses_are_an_outage_from_which_replicas_recover(
 async def test_malformed_responses_of_jetstream_do_not_prevent_a_recovery(
     broker_log: BrokerLog, proxy: BrokerProxy, short_outage_timeout: None
 ) -> None:
-    replica = await broker_log.replica(url=proxy.broker_url())
+    replica = await broker_log.start_replica(url=proxy.broker_url())
     for part in (b'"config"', b'"created":"2', b"NATS/1.0 4"):
         rewritten = 0
 
@@ -167,7 +167,7 @@ async def test_malformed_responses_of_jetstream_do_not_prevent_a_recovery(
 
         proxy.rewrite = overwrite
         proxy.cut()
-        await until(lambda: rewritten >= 2)  # noqa: B023 - awaited before the next part
+        await wait_until(lambda: rewritten >= 2)  # noqa: B023 - awaited before the next part
         proxy.rewrite = None
         proxy.cut()
         await assert_recovers(replica, b"after " + part)
@@ -177,10 +177,10 @@ async def test_malformed_responses_of_jetstream_do_not_prevent_a_recovery(
 async def test_a_redirection_by_a_redis_cluster_is_logged_as_the_cause(
     broker_log: BrokerLog, proxy: BrokerProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await broker_log.replica(url=proxy.broker_url())
+    await broker_log.start_replica(url=proxy.broker_url())
     proxy.rewrite = lambda _: b"-MOVED 1234 10.0.0.1:6379\r\n"
     error = "in this Redis Cluster the key is elsewhere: 1234 10.0.0.1:6379"
-    await until(lambda: error in {record.__dict__.get("error") for record in caplog.records})
+    await wait_until(lambda: error in {record.__dict__.get("error") for record in caplog.records})
 
 
 async def test_a_replica_that_reads_from_a_former_primary_switches_to_the_new_one(
@@ -191,16 +191,16 @@ async def test_a_replica_that_reads_from_a_former_primary_switches_to_the_new_on
     tmp_path: Path,
     short_outage_timeout: None,
 ) -> None:
-    replica = await broker_log.replica(url=proxy.broker_url())
-    replica.say(b"before")
-    await replica.heard(1)
-    new = await stack.enter_async_context(broker_of(kind, tmp_path / "new"))
+    replica = await broker_log.start_replica(url=proxy.broker_url())
+    replica.publish(b"before")
+    await replica.await_count(1)
+    new = await stack.enter_async_context(make_broker(kind, tmp_path / "new"))
     proxy.target = new.port
     proxy.cut_appending_connections()
-    await replica.is_out()
+    await replica.await_outage()
     await assert_recovers(replica)
-    assert_growing(replica.positions)
-    assert set((await log_of(kind, stack, new).replica()).payloads) == {b"after"}
+    assert_increasing(replica.positions)
+    assert set((await make_log(kind, stack, new).start_replica()).payloads) == {b"after"}
 
 
 # Messages that are abandoned or lost
@@ -210,13 +210,13 @@ async def test_a_replica_that_reads_from_a_former_primary_switches_to_the_new_on
 async def test_an_abandoned_message_is_not_delivered_after_a_later_one(
     broker_log: BrokerLog,
 ) -> None:
-    replicas = await broker_log.replicas(2)
+    replicas = await broker_log.start_replicas(2)
     packets = [(0, 0, b"early"), (1, 0, b"later"), (0, 1, b"abandoned"), (1, 1, b"latest")]
     for producer_epoch, sequence, payload in packets:
         producer = 7 * PRODUCER_EPOCHS + producer_epoch
-        await broker_log.put(pack(Packet(producer, sequence, ["default"], b"\1", [payload])))
+        await broker_log.append_raw(pack(Packet(producer, sequence, ["default"], b"\1", [payload])))
     for replica in replicas:
-        await replica.heard(3)
+        await replica.await_count(3)
         assert replica.payloads == [b"early", b"later", b"latest"]
         assert replica.backplane.counters.duplicates == 1
         assert replica.backplane.counters.lost == 0
@@ -227,46 +227,46 @@ async def test_a_message_that_is_relayed_locally_has_a_position_after_a_reported
     broker_log: BrokerLog, short_outage_timeout: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicated, "HEARTBEAT_INTERVAL_S", 1.0)  # no entry for so long
-    replica = await broker_log.replica(on_outage="local")
-    known = len(replica.whole_from)
+    replica = await broker_log.start_replica(on_outage="local")
+    known = len(replica.gap_positions)
     _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
-    await broker_log.put(last)  # without the first part
-    await until(lambda: len(replica.whole_from) > known)
+    await broker_log.append_raw(last)  # without the first part
+    await wait_until(lambda: len(replica.gap_positions) > known)
     broker_log.broker.freeze()
-    replica.say(b"local")
-    await replica.heard(1)
-    assert replica.positions[-1] > max(replica.whole_from), "a resume from it would fail"
+    replica.publish(b"local")
+    await replica.await_count(1)
+    assert replica.positions[-1] > max(replica.gap_positions), "a resume from it would fail"
 
 
-async def publish_and_await(replica: Replica, *payloads: bytes) -> None:
+async def publish_and_await(replica: BackplaneReplica, *payloads: bytes) -> None:
     """Publish messages, each in a packet of its own."""
     for payload in payloads:
-        replica.say(payload)
-        await replica.hears(payload)
+        replica.publish(payload)
+        await replica.await_payloads(payload)
 
 
-def assert_gap_before(replica: Replica, payload: bytes) -> None:
+def assert_gap_before(replica: BackplaneReplica, payload: bytes) -> None:
     """Assert that the latest gap was reported between a message and the one before it."""
     index = replica.payloads.index(payload)
-    assert replica.heard_before[-1] == index
-    assert replica.whole_from[-1] < replica.positions[index]
+    assert replica.counts_at_gaps[-1] == index
+    assert replica.gap_positions[-1] < replica.positions[index]
     if index:
-        assert replica.whole_from[-1] >= replica.positions[index - 1]
+        assert replica.gap_positions[-1] >= replica.positions[index - 1]
 
 
 async def test_an_entry_deleted_before_it_was_read_is_reported_before_the_next_message(
     broker_log: BrokerLog, proxy: BrokerProxy
 ) -> None:
-    publisher, other = await broker_log.replicas(2)
-    stalled = await broker_log.replica(url=proxy.broker_url())
+    publisher, other = await broker_log.start_replicas(2)
+    stalled = await broker_log.start_replica(url=proxy.broker_url())
     await publish_and_await(publisher, b"both")
-    await stalled.hears(b"both")
+    await stalled.await_payloads(b"both")
     proxy.stall()
     await publish_and_await(publisher, b"kept", b"deleted")
-    await broker_log.remove(publisher.positions[-1])
+    await broker_log.delete_entry(publisher.positions[-1])
     await publish_and_await(other, b"after")
     proxy.cut()
-    await stalled.hears(b"after")
+    await stalled.await_payloads(b"after")
     assert stalled.payloads == [b"both", b"kept", b"after"]
     assert_gap_before(stalled, b"after")
     assert stalled.backplane.counters.gaps == 1
@@ -279,62 +279,62 @@ async def test_an_entry_deleted_before_it_was_read_is_reported_before_the_next_m
 async def test_unread_entries_of_a_deleted_or_emptied_stream_are_reported_as_a_gap(
     broker_log: BrokerLog, proxy: BrokerProxy, modify: str
 ) -> None:
-    publisher = await broker_log.replica()
-    stalled = await broker_log.replica(url=proxy.broker_url())
+    publisher = await broker_log.start_replica()
+    stalled = await broker_log.start_replica(url=proxy.broker_url())
     await publish_and_await(publisher, b"both")
-    await stalled.hears(b"both")
+    await stalled.await_payloads(b"both")
     proxy.stall()
     await publish_and_await(publisher, b"deleted")
     await getattr(broker_log, modify)()
     await publish_and_await(publisher, b"after")
     proxy.cut()
-    await stalled.hears(b"after")
+    await stalled.await_payloads(b"after")
     assert stalled.payloads == [b"both", b"after"]
     assert_gap_before(stalled, b"after")
     for each in (publisher, stalled):
-        assert_growing(each.positions)
+        assert_increasing(each.positions)
 
 
 async def test_an_entry_that_the_broker_lost_is_reported_by_a_replica_that_had_read_it(
     broker_log: BrokerLog, proxy: BrokerProxy
 ) -> None:
-    publisher, witness = await broker_log.replicas(2)
-    stalled = await broker_log.replica(url=proxy.broker_url())
+    publisher, witness = await broker_log.start_replicas(2)
+    stalled = await broker_log.start_replica(url=proxy.broker_url())
     await publish_and_await(publisher, b"both")
-    await stalled.hears(b"both")
+    await stalled.await_payloads(b"both")
     proxy.stall()
     proxy.target = None  # also for new connections
 
     async def publish_what_is_lost() -> None:
-        await publisher.is_up()
+        await publisher.await_up()
         await publish_and_await(publisher, b"lost")
-        await witness.hears(b"lost")
+        await witness.await_payloads(b"lost")
         await publisher.stop()  # or it would report the loss itself
 
-    await broker_log.forget(publish_what_is_lost)
-    await witness.is_up()
+    await broker_log.roll_back(publish_what_is_lost)
+    await witness.await_up()
     await publish_and_await(witness, b"after")
     proxy.target = broker_log.broker.port
     proxy.cut()
-    await stalled.hears(b"after")
+    await stalled.await_payloads(b"after")
     assert stalled.payloads == [b"both", b"after"]
     assert_gap_before(stalled, b"after")
-    assert_growing(witness.positions)
+    assert_increasing(witness.positions)
 
 
 @ONLY_REDIS
 async def test_a_message_without_its_middle_part_is_reported_before_the_next_one(
     broker_log: BrokerLog,
 ) -> None:
-    replica = await broker_log.replica()
-    await broker_log.put(pack(Packet(7, 0, ["default"], b"\1", [b"before"])))
+    replica = await broker_log.start_replica()
+    await broker_log.append_raw(pack(Packet(7, 0, ["default"], b"\1", [b"before"])))
     first, _, last = split_into_parts(
         pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 7, 1, 80
     )
-    await broker_log.put(first)
-    await broker_log.put(last)
-    replica.say(b"after")
-    await replica.hears(b"after")
+    await broker_log.append_raw(first)
+    await broker_log.append_raw(last)
+    replica.publish(b"after")
+    await replica.await_payloads(b"after")
     assert replica.payloads == [b"before", b"after"]
     assert_gap_before(replica, b"after")
 
@@ -350,7 +350,7 @@ class DeliveryWaits:
         settled_counts: at each end of a wait for all messages, how many were delivered by then.
     """
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: BackplaneReplica) -> None:
         self.replica = replica
         self.results: list[Position | None] = []
         self.settled_counts: list[int] = []
@@ -358,7 +358,7 @@ class DeliveryWaits:
     def publish(self, *payloads: bytes) -> None:
         """Publish messages; wait for each of them, and for all."""
         for payload in payloads:
-            self.replica.say(payload)
+            self.replica.publish(payload)
             self.replica.backplane.when_delivered(self.results.append)
         self.await_settled()
 
@@ -372,20 +372,20 @@ class DeliveryWaits:
 async def confirmed_waits(
     request: pytest.FixtureRequest,
     broker_log: BrokerLog,
-    reads_proxy: HeldReads,
+    reads_proxy: BlockedReadsProxy,
     reads_proxy_url: str,
     short_outage_timeout: None,
 ) -> DeliveryWaits:
     """Waits for two messages in an outage: they are confirmed, and are not read back yet."""
     on_outage = getattr(request, "param", "reject")
-    replica = await broker_log.replica(url=reads_proxy_url, on_outage=on_outage)
-    other = await broker_log.replica()
+    replica = await broker_log.start_replica(url=reads_proxy_url, on_outage=on_outage)
+    other = await broker_log.start_replica()
     await publish_and_await(replica, b"before")
     waits = DeliveryWaits(replica)
-    reads_proxy.is_held = True
+    reads_proxy.is_blocked = True
     waits.publish(b"0", b"1")
-    await other.hears(b"before", b"0", b"1")
-    await replica.is_out()
+    await other.await_payloads(b"before", b"0", b"1")
+    await replica.await_outage()
     assert (waits.results, waits.settled_counts) == ([], [])
     return waits
 
@@ -396,7 +396,7 @@ async def confirmed_waits(
     indirect=["confirmed_waits"],
 )
 async def test_waits_for_messages_that_were_confirmed_before_an_outage_end_when_they_are_read(
-    confirmed_waits: DeliveryWaits, reads_proxy: HeldReads
+    confirmed_waits: DeliveryWaits, reads_proxy: BlockedReadsProxy
 ) -> None:
     waits, replica = confirmed_waits, confirmed_waits.replica
     waits.publish(b"meanwhile")
@@ -406,13 +406,13 @@ async def test_waits_for_messages_that_were_confirmed_before_an_outage_end_when_
     assert is_relayed == replica.backplane.relays_locally
     assert result == (replica.positions[-1] if is_relayed else None)
     reads_proxy.release()
-    await replica.hears(b"0", b"1")
+    await replica.await_payloads(b"0", b"1")
     positions = dict(zip(replica.payloads, replica.positions, strict=True))
     assert waits.results == [result, positions[b"0"], positions[b"1"]]
     assert waits.settled_counts == [len(replica.entries)] * 2
 
 
-class ClosingPublisher(Speaker):
+class ClosingPublisher(CountingPublisher):
     """A client that closes when its message is rejected, after a wait for its earlier messages."""
 
     def __init__(self, waits: DeliveryWaits) -> None:
@@ -426,22 +426,25 @@ class ClosingPublisher(Speaker):
 
 @ONLY_NATS
 async def test_a_client_whose_message_is_rejected_closes_after_its_confirmed_ones_are_read(
-    broker_log: BrokerLog, reads_proxy: HeldReads, reads_proxy_url: str, short_outage_timeout: None
+    broker_log: BrokerLog,
+    reads_proxy: BlockedReadsProxy,
+    reads_proxy_url: str,
+    short_outage_timeout: None,
 ) -> None:
-    replica = await broker_log.replica(url=reads_proxy_url)
+    replica = await broker_log.start_replica(url=reads_proxy_url)
     await publish_and_await(replica, b"before")
     waits = DeliveryWaits(replica)
-    replica.speaker = ClosingPublisher(waits)
-    reads_proxy.is_held = True
-    replica.say(b"confirmed")
+    replica.publisher = ClosingPublisher(waits)
+    reads_proxy.is_blocked = True
+    replica.publish(b"confirmed")
     await replica.backplane.flush()
     broker_log.broker.freeze()
-    replica.say(b"unconfirmed")
-    await replica.is_out()
-    assert (replica.speaker.told, waits.settled_counts) == (1, [])
+    replica.publish(b"unconfirmed")
+    await replica.await_outage()
+    assert (replica.publisher.failures, waits.settled_counts) == (1, [])
     broker_log.broker.thaw()
     reads_proxy.release()
-    await replica.hears(b"confirmed")
+    await replica.await_payloads(b"confirmed")
     assert waits.settled_counts == [2]
 
 
@@ -455,18 +458,18 @@ async def test_a_confirmed_message_that_is_not_read_in_time_is_unconfirmed_for_i
     short_confirmation_timeout: None, confirmed_waits: DeliveryWaits
 ) -> None:
     waits = confirmed_waits
-    await until(lambda: waits.results)
+    await wait_until(lambda: waits.results)
     assert waits.results == [None, None]
     assert waits.settled_counts == [1]
-    assert waits.replica.speaker.told == 0
+    assert waits.replica.publisher.failures == 0
 
 
 async def test_a_confirmed_message_that_is_lost_is_unconfirmed_for_its_publisher(
-    broker_log: BrokerLog, reads_proxy: HeldReads, confirmed_waits: DeliveryWaits
+    broker_log: BrokerLog, reads_proxy: BlockedReadsProxy, confirmed_waits: DeliveryWaits
 ) -> None:
-    await broker_log.delete()
+    await broker_log.delete_stream()
     reads_proxy.release()
-    await confirmed_waits.replica.is_up()
+    await confirmed_waits.replica.await_up()
     assert confirmed_waits.results == [None, None]
     assert confirmed_waits.settled_counts == [1]
     assert confirmed_waits.replica.payloads == [b"before"]
@@ -514,7 +517,7 @@ async def test_a_relay_that_relays_locally_in_an_outage_starts_without_its_broke
         await relay.metric_is("websocket_backplane_up", 1)
         await a.send("replicated")
         assert await receive(a) == await receive(b) == "replicated"
-    assert (await broker_log.replica()).payloads == [b"replicated"]
+    assert (await broker_log.start_replica()).payloads == [b"replicated"]
 
 
 @ONLY_NATS
@@ -535,19 +538,19 @@ async def test_a_relay_stops_within_its_timeout_although_its_broker_is_frozen(
 
 @ONLY_REDIS
 async def test_pending_messages_take_no_more_memory_than_is_counted(broker_log: BrokerLog) -> None:
-    replica = await broker_log.replica()
+    replica = await broker_log.start_replica()
     broker_log.broker.freeze()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         for number in range(20_000):
-            replica.say(b"%d" % number)
+            replica.publish(b"%d" % number)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert after - before < replica.pending.bytes
     broker_log.broker.thaw()
-    await replica.heard(20_000)
+    await replica.await_count(20_000)
     await replica.backplane.flush()
     assert replica.pending.bytes == 0
 
@@ -555,9 +558,9 @@ async def test_pending_messages_take_no_more_memory_than_is_counted(broker_log: 
 # The permissions of a user of the broker, as the docs list them
 
 
-async def assert_no_outage_in_heartbeats(replica: Replica) -> None:
+async def assert_no_outage_in_heartbeats(replica: BackplaneReplica) -> None:
     target = len(replica.lags_s) + 3
-    await until(lambda: len(replica.lags_s) >= target)
+    await wait_until(lambda: len(replica.lags_s) >= target)
     assert replica.backplane.counters.outages == 0
 
 
@@ -568,13 +571,13 @@ async def test_a_user_of_redis_needs_seven_commands_and_one_key(
     assert isinstance(broker_log, RedisLog)
     commands = ["eval", "xadd", "xread", "xgroup", "xinfo", "time", "info"]
     permissions = ["~relay", *(f"+{command}" for command in commands)]
-    await broker_log.command("ACL", "SETUSER", "relay", "on", ">pass", *permissions)
-    replica = await broker_log.replica(url=broker_log.broker.url_with("relay:pass"))
-    replica.say(b"before")
-    await replica.heard(1)
-    await broker_log.command("CLIENT", "KILL", "TYPE", "normal")
-    replica.say(b"after")
-    await replica.heard(2)
+    await broker_log.execute("ACL", "SETUSER", "relay", "on", ">pass", *permissions)
+    replica = await broker_log.start_replica(url=broker_log.broker.url_with("relay:pass"))
+    replica.publish(b"before")
+    await replica.await_count(1)
+    await broker_log.execute("CLIENT", "KILL", "TYPE", "normal")
+    replica.publish(b"after")
+    await replica.await_count(2)
     await assert_no_outage_in_heartbeats(replica)
 
 
@@ -591,15 +594,15 @@ async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
         ],
         "subscribe": ["_INBOX.>"],
     }
-    broker = broker_of("nats", tmp_path, user="relay", password="pass", permissions=permissions)
+    broker = make_broker("nats", tmp_path, user="relay", password="pass", permissions=permissions)
     await stack.enter_async_context(broker)
     proxy = await stack.enter_async_context(BrokerProxy(broker))
-    replica = await log_of("nats", stack, broker).replica(url=proxy.broker_url())
-    replica.say(b"before")
-    await replica.heard(1)
+    replica = await make_log("nats", stack, broker).start_replica(url=proxy.broker_url())
+    replica.publish(b"before")
+    await replica.await_count(1)
     proxy.cut()
-    replica.say(b"after")
-    await replica.heard(2)
+    replica.publish(b"after")
+    await replica.await_count(2)
     await assert_no_outage_in_heartbeats(replica)
 
 
@@ -608,11 +611,13 @@ async def test_a_missing_permission_on_nats_is_logged_with_its_subject(
     stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: str
 ) -> None:
     permissions = {"publish": {"deny": [missing]}}
-    broker = broker_of("nats", tmp_path, user="relay", password="pass", permissions=permissions)
+    broker = make_broker("nats", tmp_path, user="relay", password="pass", permissions=permissions)
     await stack.enter_async_context(broker)
-    await log_of("nats", stack, broker).replica(is_up=False)
+    await make_log("nats", stack, broker).start_replica(await_up=False)
     error = f'permissions violation for publish to "{missing.rstrip("*").lower()}'
-    await until(lambda: any(error in str(each.__dict__.get("error")) for each in caplog.records))
+    await wait_until(
+        lambda: any(error in str(each.__dict__.get("error")) for each in caplog.records)
+    )
 
 
 # A stream on NATS that was created by an operator
@@ -621,17 +626,19 @@ async def test_a_missing_permission_on_nats_is_logged_with_its_subject(
 async def create_stream(log: BrokerLog, **config: object) -> None:
     assert isinstance(log, NatsLog)
     content = {"name": log.stream, "subjects": [log.stream]} | config
-    response = await log.ask(f"$JS.API.STREAM.CREATE.{log.stream}", json.dumps(content).encode())
+    response = await log.request(
+        f"$JS.API.STREAM.CREATE.{log.stream}", json.dumps(content).encode()
+    )
     assert "error" not in response
 
 
 @ONLY_NATS
 async def test_a_message_above_max_msg_size_of_a_stream_is_delivered(broker_log: BrokerLog) -> None:
     await create_stream(broker_log, max_msg_size=10_000)
-    replicas = await broker_log.replicas(2)
-    replicas[0].say(bytes(300_000), b"after")
+    replicas = await broker_log.start_replicas(2)
+    replicas[0].publish(bytes(300_000), b"after")
     for replica in replicas:
-        await replica.heard(2)
+        await replica.await_count(2)
         assert replica.payloads == [bytes(300_000), b"after"]
         assert replica.backplane.counters.outages == 0
 
@@ -644,5 +651,5 @@ async def test_a_stream_that_is_no_log_is_logged_with_the_setting_to_change(
     broker_log: BrokerLog, caplog: pytest.LogCaptureFixture, config: dict[str, object]
 ) -> None:
     await create_stream(broker_log, **config)
-    await broker_log.replica(is_up=False)
-    await until(lambda: any("must " in str(e.__dict__.get("error")) for e in caplog.records))
+    await broker_log.start_replica(await_up=False)
+    await wait_until(lambda: any("must " in str(e.__dict__.get("error")) for e in caplog.records))

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.brokers import Broker
 from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, post_request, publish_by_post
-from tests.support.proxy import Connection, HeldReads, Proxy
 from tests.support.raw_client import CLOSE, PATIENCE_S, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
 from tests.support.relay_process import (
@@ -21,6 +20,7 @@ from tests.support.relay_process import (
     receive_many,
 )
 from tests.support.relay_v1 import connect_relay_v1, number_texts, path_with_query
+from tests.support.tcp_proxy import BlockedReadsProxy, ProxiedConnection, TcpProxy
 
 MIB = 1_048_576
 
@@ -102,7 +102,7 @@ async def test_the_position_of_an_empty_batch_can_be_resumed_from(
 # Outages
 
 
-class SilentAfterMarker(Proxy):
+class SilentAfterMarker(TcpProxy):
     """A proxy that passes on no response any more once a marker was sent to the broker.
 
     Attributes:
@@ -126,12 +126,12 @@ class SilentAfterMarker(Proxy):
         self.is_silent.clear()
         self.cut()
 
-    def asks(self, data: bytes, connection: Connection) -> bytes:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes:
         if self.marker and self.marker in data:
             self.is_silent.set()
         return data
 
-    def answers(self, data: bytes, connection: Connection) -> bytes:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
         return b"" if self.is_silent.is_set() else data
 
 
@@ -171,7 +171,7 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
 
 @ONLY_REDIS
 async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_after_it(
-    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
+    reads_proxy: BlockedReadsProxy, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
     """A closing handshake that waits for the sender's last message ends after its delivery, too."""
     async with AsyncExitStack() as stack:
@@ -181,7 +181,7 @@ async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_af
         assert await subscriber.next_message() == "before"
         closing = await stack.enter_async_context(await relay.tcp())
         await closing.upgrade(path_with_query("other"))
-        reads_proxy.is_held = True
+        reads_proxy.is_blocked = True
         async with asyncio.TaskGroup() as group:
             publishing = [
                 group.create_task(publish_by_post(relay, "news", b"%d" % n, TEXT_TYPE))
@@ -286,11 +286,11 @@ async def test_a_post_whose_client_disconnects_above_the_high_water_mark_is_not_
 
 @ONLY_NATS
 async def test_a_stopping_relay_answers_a_post_whose_message_is_not_read_back_yet(
-    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
+    reads_proxy: BlockedReadsProxy, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
     async with asyncio.TaskGroup() as group:
         (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
-        reads_proxy.is_held = True
+        reads_proxy.is_blocked = True
         publishing = group.create_task(publish_by_post(relay, "news", b"last", TEXT_TYPE))
         await relay.metric_is("websocket_messages_total", 1)
         await relay.metric_is("websocket_backplane_pending_bytes", 0)
@@ -305,11 +305,11 @@ async def test_a_stopping_relay_answers_a_post_whose_message_is_not_read_back_ye
 
 @ONLY_REDIS
 async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
-    reads_proxy: HeldReads, reads_proxy_url: str, replicas_with: StartReplicas
+    reads_proxy: BlockedReadsProxy, reads_proxy_url: str, replicas_with: StartReplicas
 ) -> None:
     settings = {"backplane": {"url": reads_proxy_url}, "shutdown": {"timeout_s": 1}}
     (relay,) = await asyncio.to_thread(replicas_with, 1, **settings)
-    reads_proxy.is_held = True
+    reads_proxy.is_blocked = True
 
     async def publish() -> None:
         with pytest.raises(httpx2.RemoteProtocolError):

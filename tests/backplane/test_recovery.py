@@ -9,13 +9,13 @@ from websocket_relay.backplane.interface import Position
 from websocket_relay.client import Relay as Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.support.broker_logs import BrokerLog
 from tests.support.brokers import Broker
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
-from tests.support.logs_kept import BrokerLog
-from tests.support.proxy import HeldReads
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartReplicas
 from tests.support.relay_v1 import RelayV1Client, connect_relay_v1, path_with_query, publish_all
+from tests.support.tcp_proxy import BlockedReadsProxy
 
 PAUSE_S = 2.1
 """Shorter than what makes an outage, longer than any wait of the relay for another replica."""
@@ -64,11 +64,11 @@ async def resume_and_return_welcome(relay: Relay, since: str) -> object:
 
 @ONLY_NATS
 async def test_a_client_ahead_of_its_replica_is_recovered_when_the_replica_reaches_its_position(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
-    reads_proxy.is_held = True
+    reads_proxy.is_blocked = True
     since = await publish(first, "on the first replica")
 
     async def release_after_pause() -> None:
@@ -111,11 +111,11 @@ async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
 
 @ONLY_REDIS
 async def test_a_client_ahead_of_its_replica_is_closed_without_a_welcome_in_an_outage(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
-    reads_proxy.is_held = True
+    reads_proxy.is_blocked = True
     since = await publish(first, "on the first replica")
     with pytest.raises(ConnectionClosed) as closed:
         async with connect_relay_v1(second, "news", since=since):
@@ -136,7 +136,7 @@ async def test_the_latest_position_of_one_replica_is_recovered_on_another(
     """The stream was emptied: the replicas have read different entries last."""
     (first,) = await asyncio.to_thread(replicas_with, 1)
     await publish(first, "before")
-    await broker_log.empty()
+    await broker_log.purge()
     (second,) = await asyncio.to_thread(replicas_with, 1)
     async with connect_relay_v1(second, "news") as client:
         assert client.welcome["recovered"] is True
@@ -156,17 +156,17 @@ async def test_a_position_after_the_end_of_the_log_is_not_recovered(
 
 
 async def test_a_deleted_message_is_recovered_only_by_a_replica_that_had_read_it(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: HeldReads, broker_log: BrokerLog
+    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy, broker_log: BrokerLog
 ) -> None:
     first, second = pair_of_relays
     async with connect_relay_v1(second, "news") as subscriber:
         before = await publish(first, "before")
         assert await subscriber.next_message() == "before"  # both replicas have read it
-        reads_proxy.is_held = True
+        reads_proxy.is_blocked = True
         async with connect_relay_v1(first, "news") as client:
             await publish(first, "deleted")
             assert await client.next_message() == "deleted"
-            await broker_log.remove(Position.parse(client.position))
+            await broker_log.delete_entry(Position.parse(client.position))
         await publish(first, "after")
         reads_proxy.release()
         assert await subscriber.next_message() == "after"
@@ -187,7 +187,7 @@ async def test_the_python_client_marks_the_first_message_after_a_gap(
     async with asyncio.timeout(PATIENCE_S), Client(relay.ws_url("/channels/news")) as client:
         await publish(relay, "before")
         assert not (await anext(client)).after_gap
-        await broker_log.put(b"no packet")
+        await broker_log.append_raw(b"no packet")
         await relay.metric_is("websocket_backplane_unreadable_total", 1)
         await publish(relay, "after")
         assert (await anext(client)).after_gap
@@ -208,7 +208,7 @@ async def test_a_gap_during_a_replay_ends_the_replay_with_a_notice_and_is_ignore
         await with_notices.upgrade(path, Sec_WebSocket_Protocol="relay.v1")
         await plain.upgrade(path)
         await relay.metric_is("websocket_slow_clients", 2)
-        await broker_log.put(b"no packet")
+        await broker_log.append_raw(b"no packet")
         await relay.metric_is("websocket_backplane_unreadable_total", 1)
         await publish(relay, "after")
         received: list[str] = []

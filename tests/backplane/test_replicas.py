@@ -10,10 +10,10 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.support.broker_logs import BrokerLog
 from tests.support.brokers import Broker
 from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
 from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, publish_by_post
-from tests.support.logs_kept import BrokerLog
 from tests.support.raw_client import CLOSE, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
 from tests.support.relay_process import Relay, StartReplicas, closed, receive, receive_many
@@ -298,7 +298,7 @@ async def test_a_gap_of_the_stream_is_reported_to_subscribers_and_to_clients_tha
         for number in range(100):  # more than the broker sends ahead
             await publisher.send(str(number))
             assert await receive(publisher) == str(number)
-        await broker_log.delete()
+        await broker_log.delete_stream()
         await publisher.send("after")
         assert await receive(publisher) == "after"
         one.signal(SIGCONT)
@@ -324,7 +324,7 @@ async def test_a_request_for_history_is_answered_with_the_messages_after_a_gap(
     async with relay.client("news") as client:
         await client.send("before")
         assert await receive(client) == "before"
-        await broker_log.delete()
+        await broker_log.delete_stream()
         await broker_log.broker.restart()
         await relay.metric_reaches("websocket_backplane_gaps_total", 1)
         await client.send("after")

@@ -6,10 +6,10 @@ import pytest
 from playwright.async_api import Page
 
 from tests.support import browser
-from tests.support.proxy import Proxy
 from tests.support.relay_process import Relay, StartRelay, eventually, path_of, receive
 from tests.support.relay_v1 import number_texts
 from tests.support.site import serve_site
+from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = browser.SHARED
 
@@ -45,7 +45,7 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
 ) -> None:
     one, two = redis_replicas
     async with (
-        Proxy(one.port) as proxy,
+        TcpProxy(one.port) as proxy,
         serve_site() as elsewhere,
         browser.open_page() as page,
         two.client(channel) as publisher,

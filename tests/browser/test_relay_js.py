@@ -18,11 +18,11 @@ from websockets.asyncio.server import ServerConnection, serve
 from tests.support import browser
 from tests.support.issuer import channel_token
 from tests.support.programs import TYPESCRIPT, needed
-from tests.support.proxy import Connection, Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartRelay, path_of, receive, receive_many
 from tests.support.relay_v1 import RELAY_V1, number_texts, publish_all
 from tests.support.site import RELAY_JS, serve_site
+from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 pytestmark = browser.SHARED
 
@@ -30,7 +30,7 @@ pytestmark = browser.SHARED
 NO_UPGRADES = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class Way(Proxy):
+class Way(TcpProxy):
     """What is between a page and a relay.
 
     Attributes:
@@ -44,7 +44,7 @@ class Way(Proxy):
         self.upgrades = 0
         self._asked = asyncio.Event()
 
-    def asks(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         if b"upgrade: websocket" not in data.lower():
             return data
         self.upgrades += 1
@@ -263,7 +263,7 @@ async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
     one, two = redis_replicas
     async with Way(one.port) as way, two.client(channel) as listener:
         await tab.opened(way.url(path_of(channel)))
-        way.mute()
+        way.lose_client_bytes()
         await tab.send(*number_texts(0, 10))
         way.target = two.port
         one.signal(SIGTERM)

@@ -26,7 +26,6 @@ from websocket_relay.client import MAX_MESSAGE_BYTES
 from websockets.asyncio.client import ClientConnection
 
 from tests.support.issuer import SECRET, sign_token
-from tests.support.proxy import Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     PACKAGE,
@@ -41,6 +40,7 @@ from tests.support.relay_process import (
     run_command,
     run_python,
 )
+from tests.support.tcp_proxy import TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
 SHORT_RUN = ("--clients", "4", "--publishers", "2", "--duration", "0.3", "--warmup", "0.1")
@@ -223,7 +223,7 @@ async def test_listen_escapes_control_sequences_for_a_terminal(relay: Relay, cha
 async def test_listen_reconnects_and_prints_the_messages_of_the_meantime(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as publisher:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
         url = proxy.url(path_of(channel))
         async with listening(url) as command:
             await publisher.send("before")
@@ -239,7 +239,7 @@ async def test_listen_prints_the_close_of_a_draining_relay_and_connects_to_the_n
     relay_with: StartRelay, channel: str
 ) -> None:
     old = relay_with(shutdown={"spread_s": 0})
-    async with Proxy(old.port) as proxy, listening(proxy.url(path_of(channel))) as command:
+    async with TcpProxy(old.port) as proxy, listening(proxy.url(path_of(channel))) as command:
         new = relay_with()
         assert await old.stop() == 0
         assert "closed by the relay: draining; retry_ms=" in await command.next_notice()
@@ -367,7 +367,7 @@ async def test_send_publishes_a_long_input_across_a_restart_of_the_relay(
     relay_with: StartRelay, channel: str
 ) -> None:
     old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
-    async with Proxy(old.port) as proxy, running("send", proxy.url(path_of(channel))) as command:
+    async with TcpProxy(old.port) as proxy, running("send", proxy.url(path_of(channel))) as command:
         await command.write_stdin("one\n" * 1_000)
         await old.metric_reaches("websocket_messages_total", 100)
         proxy.target = new.port
@@ -379,11 +379,14 @@ async def test_send_publishes_a_long_input_across_a_restart_of_the_relay(
 
 
 async def test_send_reports_the_number_of_unconfirmed_messages(relay: Relay, channel: str) -> None:
-    async with Proxy(relay.port) as proxy, running("send", proxy.url(path_of(channel))) as command:
+    async with (
+        TcpProxy(relay.port) as proxy,
+        running("send", proxy.url(path_of(channel))) as command,
+    ):
         await command.notice_with("connected to")
-        proxy.mute()
+        proxy.lose_client_bytes()
         await command.write_stdin("one\n")
-        await proxy.has_lost_something()
+        await proxy.await_lost_bytes()
         proxy.cut()
         await command.notice_with("connection lost; retrying in")
         done = await command.finish()
@@ -396,7 +399,7 @@ async def test_send_reports_the_number_of_unconfirmed_messages(relay: Relay, cha
 async def test_send_ends_when_the_relay_is_unavailable_though_its_input_is_open(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy:
+    async with TcpProxy(relay.port) as proxy:
         url = proxy.url(path_of(channel))
         async with running("send", "--patience", "0", url) as command:
             await command.notice_with("connected to")

@@ -32,9 +32,9 @@ from tests.support.brokers import RedisBroker
 from tests.support.certificates import make_pair
 from tests.support.issuer import SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
-from tests.support.proxy import Proxy
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import Relay, StartRelay, path_of, receive
+from tests.support.tcp_proxy import TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
 RELAY_V1 = Subprotocol("relay.v1")
@@ -111,7 +111,7 @@ async def test_a_client_starts_after_a_position_or_with_the_last_messages(
 async def test_a_client_that_loses_its_connection_receives_every_message_once(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as publisher:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
         log = EventLog()
         async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
             for number in range(40):
@@ -129,7 +129,7 @@ async def test_the_next_message_has_after_gap_when_the_relay_no_longer_has_the_m
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(history={"max_messages": 2})
-    async with Proxy(relay.port) as proxy, relay.client(channel) as publisher:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
         log = EventLog()
         async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
             await publisher.send("before")
@@ -148,7 +148,7 @@ async def test_a_client_of_a_draining_relay_reconnects_to_another(
     relay_with: StartRelay, channel: str
 ) -> None:
     old = relay_with(shutdown={"spread_s": 0})
-    async with Proxy(old.port) as proxy:
+    async with TcpProxy(old.port) as proxy:
         log = EventLog()
         async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
             await client.send("to the old relay")
@@ -201,7 +201,7 @@ async def test_leaving_the_block_sends_every_message(relay: Relay, channel: str)
 async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
         limit = size_of("0") * 3
         client = Client(proxy.url(path_of(channel)), max_pending_bytes=limit, on_event=log.append)
@@ -223,10 +223,10 @@ async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable
 async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent_again(
     relay: Relay, channel: str
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
         async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
-            proxy.deafen()
+            proxy.lose_server_bytes()
             await client.send("relayed, not confirmed")
             assert await receive(subscriber) == "relayed, not confirmed"
             proxy.cut()
@@ -241,14 +241,14 @@ async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent
 async def test_a_message_that_was_lost_with_its_connection_is_abandoned_or_with_repeats_sent_again(
     relay: Relay, channel: str, repeats: bool
 ) -> None:
-    async with Proxy(relay.port) as proxy, relay.client(channel) as subscriber:
+    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
         async with Client(
             proxy.url(path_of(channel)), repeats=repeats, on_event=log.append
         ) as client:
-            proxy.mute()
+            proxy.lose_client_bytes()
             await client.send("lost")
-            await proxy.has_lost_something()
+            await proxy.await_lost_bytes()
             proxy.cut()
             await log.wait_for(Disconnected)
             if repeats:
@@ -266,13 +266,13 @@ async def test_only_the_messages_in_flight_to_a_killed_relay_are_unconfirmed(
     relay_with: StartRelay, channel: str, repeats: bool
 ) -> None:
     old, new = relay_with(), relay_with()
-    async with Proxy(old.port) as proxy, new.client(channel) as subscriber:
+    async with TcpProxy(old.port) as proxy, new.client(channel) as subscriber:
         log = EventLog()
         url = proxy.url(path_of(channel))
         async with Client(url, repeats=repeats, listens=False, on_event=log.append) as client:
             await client.send("confirmed")
             await client.flush()
-            proxy.deafen()
+            proxy.lose_server_bytes()
             await client.send("relayed, not confirmed")
             await old.metric_is("websocket_messages_total", 2)
             assert await old.stop(signal.SIGKILL) != 0
@@ -301,7 +301,7 @@ async def test_a_drain_during_a_stream_of_messages_loses_none_and_duplicates_non
 ) -> None:
     old, new = two_replicas
     texts = [str(number) for number in range(2_000)]
-    async with Proxy(old.port) as proxy, Client(new.ws_url(path_of(channel))) as subscriber:
+    async with TcpProxy(old.port) as proxy, Client(new.ws_url(path_of(channel))) as subscriber:
         receiving = asyncio.create_task(next_payloads(subscriber, len(texts)))
         async with Client(proxy.url(path_of(channel)), listens=False) as client:
             for number, text in enumerate(texts):
@@ -321,7 +321,7 @@ async def test_messages_that_a_draining_relay_accepted_are_confirmed_without_the
 ) -> None:
     """The new relay has another log, so that no echo is replayed."""
     old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
-    async with Proxy(old.port) as proxy:
+    async with TcpProxy(old.port) as proxy:
         async with Client(proxy.url(path_of(channel)), listens=False) as client:
             for number in range(1_500):
                 await client.send(str(number))
@@ -419,7 +419,7 @@ async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
     with pytest.raises(UnavailableError, match="connection refused"):
         async with Client("ws://127.0.0.1:1/"):
             pass
-    async with Proxy(None) as proxy:
+    async with TcpProxy(None) as proxy:
         log = EventLog()
 
         async def make_reachable() -> None:
@@ -438,7 +438,7 @@ async def test_a_client_that_was_connected_gives_up_when_its_patience_ends(
     relay: Relay, channel: str
 ) -> None:
     async with (
-        Proxy(relay.port) as proxy,
+        TcpProxy(relay.port) as proxy,
         Client(proxy.url(path_of(channel)), patience_s=0) as client,
     ):
         proxy.target = None

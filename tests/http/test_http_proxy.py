@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.support.nginx import Nginx
+from tests.support.example_nginx import ExampleNginx
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PLAIN, Relay, StartRelay, receive
 
@@ -18,7 +18,7 @@ DIRECTIVES = {
 }
 
 
-class BufferingNginx(Nginx):
+class BufferingNginx(ExampleNginx):
     """nginx with its defaults: it buffers responses.
 
     Args:
@@ -76,7 +76,7 @@ async def test_a_buffering_proxy_passes_events_at_once_and_posts_and_ends_of_con
 ) -> None:
     """Each message is published after the previous one was delivered: buffering would block."""
     relay = proxied_relay
-    await nginx.is_up()
+    await nginx.await_up()
     async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
         async with relay.client("news") as client, event_lines(nginx, http) as lines:
             for number in range(20):

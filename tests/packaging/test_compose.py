@@ -18,8 +18,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from tests.support.brokers import RedisBroker, free_port
+from tests.support.example_nginx import NGINX_CONF, ExampleNginx
 from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
-from tests.support.nginx import NGINX_CONF, Nginx
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
@@ -71,14 +71,14 @@ class LocalDeployment:
         self._settings: Mapping[str, Any] = {}
         nginx_directory = directory / "nginx"
         nginx_directory.mkdir()
-        self.nginx = Nginx(nginx_directory, self._ports)
+        self.nginx = ExampleNginx(nginx_directory, self._ports)
 
     async def up(self, **settings: Any) -> Self:
         """Start everything."""
         self._settings = settings
         self._stack.enter_context(self.nginx)
         await asyncio.gather(*map(self.start, RELAYS))
-        await self.nginx.is_up()
+        await self.nginx.await_up()
         return self
 
     async def start(self, name: str) -> None:
@@ -178,7 +178,7 @@ def test_nginx_has_all_relays_as_upstreams() -> None:
 
 
 def test_nginx_accepts_its_file(tmp_path: Path) -> None:
-    nginx = Nginx(tmp_path, {name: free_port() for name in RELAYS})
+    nginx = ExampleNginx(tmp_path, {name: free_port() for name in RELAYS})
     done = subprocess.run(
         nginx.command("-t"), capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
@@ -212,7 +212,7 @@ async def test_both_relays_deliver_each_message_and_a_stop_closes_clients_with_1
     assert await nginx.exit_code() == 0
 
 
-def client_from(nginx: Nginx, address: str) -> connect:
+def client_from(nginx: ExampleNginx, address: str) -> connect:
     """Connect a client from a local address."""
     return nginx.client("news", local_addr=(address, 0))
 
@@ -264,7 +264,7 @@ async def test_the_logs_of_nginx_contain_no_token(deployment: LocalDeployment) -
     assert "secret" not in "\n".join((*nginx.access_log, *nginx.log_lines))
 
 
-async def connect_repeatedly(nginx: Nginx, is_over: asyncio.Event) -> int:
+async def connect_repeatedly(nginx: ExampleNginx, is_over: asyncio.Event) -> int:
     """Connect again and again; return the number of connections, all of which were admitted."""
     count = 0
     while not is_over.is_set():

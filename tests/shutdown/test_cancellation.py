@@ -30,9 +30,9 @@ from websocket_relay.metrics import Metrics
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.registry import ConnectionRegistry
 
+from tests.support.broker_logs import BackplaneReplica, make_broker
 from tests.support.certificates import make_pair
 from tests.support.issuer import KeyServer, key_set, make_signer
-from tests.support.logs_kept import Replica, broker_of
 from tests.support.relay_process import Relay
 from tests.support.stops import KINDS, unfit
 
@@ -194,7 +194,7 @@ async def assert_ends(task: asyncio.Task[Any], number: int, *, is_repeated: bool
 
 @pytest.fixture(params=KINDS)
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    async with broker_of(request.param, tmp_path) as broker:
+    async with make_broker(request.param, tmp_path) as broker:
         yield broker.url
 
 
@@ -207,15 +207,15 @@ async def unusable_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncI
 STREAM_NUMBERS = itertools.count()
 
 
-def replica_on(url: str, stream: str = "") -> Replica:
+def replica_on(url: str, stream: str = "") -> BackplaneReplica:
     """Return a replica that is not started, with a message to append.
 
     Each replica has a stream of its own. In a stream that runs share, the number of awaits would
     grow with the messages of earlier runs, which a replica reads first.
     """
     name = stream or f"relay-{next(STREAM_NUMBERS)}"
-    replica = Replica(url, name, "reject", 1_048_576)
-    replica.say(b"hello")
+    replica = BackplaneReplica(url, name, "reject", 1_048_576)
+    replica.publish(b"hello")
     return replica
 
 

@@ -27,10 +27,10 @@ from contextlib import (
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.broker_logs import NatsLog, RedisLog, make_broker
 from tests.support.brokers import free_port
-from tests.support.logs_kept import NatsLog, RedisLog, broker_of
-from tests.support.proxy import HOST, READ_BYTES, Connection, Proxy, pass_on
 from tests.support.relay_process import POLL_S, Relay
+from tests.support.tcp_proxy import HOST, READ_BYTES, ProxiedConnection, TcpProxy, forward
 
 KINDS = ("nats", "redis")
 
@@ -78,19 +78,19 @@ class End:
 @asynccontextmanager
 async def sound(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that has no fault."""
-    async with broker_of(kind, directory) as broker:
+    async with make_broker(kind, directory) as broker:
         yield broker.url
 
 
 @asynccontextmanager
 async def unfit(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker whose stream has a configuration that the relay can't use."""
-    async with broker_of(kind, directory) as broker, AsyncExitStack() as stack:
+    async with make_broker(kind, directory) as broker, AsyncExitStack() as stack:
         if kind == "nats":
             config = b'{"name":"relay","subjects":["relay"],"retention":"workqueue"}'
-            await NatsLog(stack, broker).ask("$JS.API.STREAM.CREATE.relay", config)
+            await NatsLog(stack, broker).request("$JS.API.STREAM.CREATE.relay", config)
         else:
-            await RedisLog(stack, broker).command("SET", "relay", "not a stream")
+            await RedisLog(stack, broker).execute("SET", "relay", "not a stream")
         yield broker.url
 
 
@@ -98,14 +98,14 @@ async def unfit(kind: str, directory: Path) -> AsyncIterator[str]:
 async def useless(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker without JetStream, or one that says that it is too old."""
     options = {"jetstream": False} if kind == "nats" else {}
-    async with broker_of(kind, directory, **options) as broker, Old(broker.port) as proxy:
+    async with make_broker(kind, directory, **options) as broker, Old(broker.port) as proxy:
         yield f"{kind}://localhost:{broker.port if kind == 'nats' else proxy.port}"
 
 
-class Old(Proxy):
+class Old(TcpProxy):
     """A proxy that makes a Redis 7 say that it is a Redis 5."""
 
-    def answers(self, data: bytes, connection: Connection) -> bytes:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
         """Return what the client receives."""
         return data.replace(b"redis_version:7", b"redis_version:5")
 
@@ -114,8 +114,8 @@ class Old(Proxy):
 async def flapping(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker whose connections are cut every few milliseconds."""
     async with (
-        broker_of(kind, directory) as broker,
-        Proxy(broker.port) as proxy,
+        make_broker(kind, directory) as broker,
+        TcpProxy(broker.port) as proxy,
         repeated(proxy.cut, 0.002, 0.08),
     ):
         yield f"{kind}://localhost:{proxy.port}"
@@ -130,18 +130,18 @@ async def refusing(kind: str, directory: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def slow(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker whose answers take up to 0.2 seconds each."""
-    async with broker_of(kind, directory) as broker, Late(broker.port) as proxy:
+    async with make_broker(kind, directory) as broker, Late(broker.port) as proxy:
         yield f"{kind}://localhost:{proxy.port}"
 
 
-class Late(Proxy):
+class Late(TcpProxy):
     """A proxy that delays what the server sends."""
 
-    async def _connect(self, reader: asyncio.StreamReader, connection: Connection) -> None:
+    async def _connect(self, reader: asyncio.StreamReader, connection: ProxiedConnection) -> None:
         back, server = await asyncio.open_connection(HOST, self.target)
         connection.server = server
         async with asyncio.TaskGroup() as group:
-            group.create_task(pass_on(reader, server, lambda data: data))
+            group.create_task(forward(reader, server, lambda data: data))
             while data := await back.read(READ_BYTES):
                 await asyncio.sleep(random.uniform(0, 0.2))
                 connection.client.write(data)
@@ -150,7 +150,7 @@ class Late(Proxy):
 @asynccontextmanager
 async def frozen(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that is frozen."""
-    async with broker_of(kind, directory) as broker:
+    async with make_broker(kind, directory) as broker:
         broker.freeze()
         yield broker.url
 
@@ -158,7 +158,7 @@ async def frozen(kind: str, directory: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def freezing(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that is frozen and thawed again and again."""
-    async with broker_of(kind, directory) as broker:
+    async with make_broker(kind, directory) as broker:
         acts = itertools.cycle((broker.freeze, broker.thaw))
 
         def act() -> None:
@@ -183,7 +183,7 @@ async def unreachable(kind: str, directory: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def starting(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that is killed and started again and again."""
-    async with broker_of(kind, directory) as broker:
+    async with make_broker(kind, directory) as broker:
 
         async def restart() -> None:
             while True:

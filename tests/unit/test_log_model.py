@@ -29,7 +29,7 @@ from websocket_relay.backplane.replicated import (
 )
 from websocket_relay.channels.history import History
 
-from tests.support.logs_kept import Pending
+from tests.support.broker_logs import Pending
 
 pytestmark = pytest.mark.fast
 

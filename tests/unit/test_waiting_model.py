@@ -19,7 +19,7 @@ from websocket_relay.backplane.codec import unpack
 from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
 from websocket_relay.backplane.replicated import BrokerError, ReplicatedBackplane, StreamEntry
 
-from tests.support.logs_kept import Pending
+from tests.support.broker_logs import Pending
 
 pytestmark = pytest.mark.fast
 

@@ -16,7 +16,7 @@ from tests.support.relay_process import HOST, ROOT, Relay, eventually
 NGINX_CONF = ROOT / "examples" / "nginx.conf"
 
 
-def here(ports: Mapping[str, int], port: int, directory: Path) -> str:
+def adapted_conf(ports: Mapping[str, int], port: int, directory: Path) -> str:
     """Return the nginx.conf for this machine: addresses, ports and paths, and nothing else.
 
     Names need a server of Docker's, and nginx 1.27.3.
@@ -39,7 +39,7 @@ def here(ports: Mapping[str, int], port: int, directory: Path) -> str:
     return text
 
 
-class Nginx(Relay):
+class ExampleNginx(Relay):
     """nginx, which looks to clients like one relay."""
 
     def __init__(self, directory: Path, ports: Mapping[str, int]) -> None:
@@ -47,7 +47,7 @@ class Nginx(Relay):
         self._port = free_port()
         self._access_log = directory / "access.log"
         self._file = directory / "nginx.conf"
-        self._file.write_text(here(ports, self._port, directory))
+        self._file.write_text(adapted_conf(ports, self._port, directory))
 
     def __enter__(self) -> Self:
         self.launch()
@@ -80,7 +80,7 @@ class Nginx(Relay):
             os.killpg(self._process.pid, signal.SIGKILL)  # its workers, too
         super().end()
 
-    async def is_up(self) -> None:
+    async def await_up(self) -> None:
         """Wait until it takes connections."""
 
         async def now() -> tuple[bool, object]:

@@ -21,12 +21,12 @@ from tests.support.brokers import (
 )
 from tests.support.programs import ANY_REDIS, NATS, REDIS_6, REDIS_7, needed
 
-PATIENCE_S = 15.0
+WAIT_TIMEOUT_S = 15.0
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     """Wait for something to become true."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(WAIT_TIMEOUT_S):
         while not condition():  # noqa: ASYNC110 - whatever it is, it has no event
             await asyncio.sleep(0.005)
 
@@ -36,32 +36,32 @@ class Pending:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.most = 0
+        self.peak_bytes = 0
 
     def drained(self, size: int) -> None:
-        self.most = max(self.most, self.bytes)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
         self.bytes -= size
 
 
-class Speaker:
+class CountingPublisher:
     """A client that publishes."""
 
     def __init__(self) -> None:
-        self.told = 0
+        self.failures = 0
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        self.told += 1
+        self.failures += 1
 
 
-class Replica:
+class BackplaneReplica:
     """One replica's hold on a log, and all that it heard."""
 
     def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
         self.entries: list[LogEntry] = []
-        self.whole_from: list[Position] = []
-        self.heard_before: list[int] = []  # how much it had heard when it was told each of them
+        self.gap_positions: list[Position] = []
+        self.counts_at_gaps: list[int] = []  # how much it had heard when it was told each of them
         self.pending = Pending()
-        self.speaker = Speaker()
+        self.publisher = CountingPublisher()
         self.lags_s: list[float] = []
         self.backplane: Backplane = open_backplane(
             url,
@@ -75,7 +75,7 @@ class Replica:
             observe_append=lambda _: None,
             observe_lag=self.lags_s.append,
         )
-        self.backplane.consume(self.entries.append, self._lost)
+        self.backplane.consume(self.entries.append, self._on_gap)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -95,9 +95,9 @@ class Replica:
             with suppress(asyncio.CancelledError):
                 await task
 
-    def _lost(self, position: Position) -> None:
-        self.whole_from.append(position)
-        self.heard_before.append(len(self.entries))
+    def _on_gap(self, position: Position) -> None:
+        self.gap_positions.append(position)
+        self.counts_at_gaps.append(len(self.entries))
 
     @property
     def payloads(self) -> list[bytes]:
@@ -109,34 +109,34 @@ class Replica:
         """Where that stands."""
         return [entry.position for entry in self.entries]
 
-    def say(self, *payloads: bytes, channel: str = "default", opcode: int = 1) -> None:
+    def publish(self, *payloads: bytes, channel: str = "default", opcode: int = 1) -> None:
         """Append messages, as one client's."""
         for payload in payloads:
-            self.backplane.append(channel, opcode, payload, self.speaker)
+            self.backplane.append(channel, opcode, payload, self.publisher)
 
-    async def is_up(self) -> None:
+    async def await_up(self) -> None:
         """Wait until it is."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WAIT_TIMEOUT_S):
             await self.backplane.up.wait()
 
-    async def is_out(self) -> None:
+    async def await_outage(self) -> None:
         """Wait until it has an outage."""
-        await until(lambda: self.backplane.state is BackplaneState.OUTAGE)
+        await wait_until(lambda: self.backplane.state is BackplaneState.OUTAGE)
 
-    async def has_left_out(self, count: int) -> None:
+    async def await_duplicates(self, count: int) -> None:
         """Wait until so many packets were there twice."""
-        await until(lambda: self.backplane.counters.duplicates == count)
+        await wait_until(lambda: self.backplane.counters.duplicates == count)
 
-    async def hears(self, *payloads: bytes) -> None:
+    async def await_payloads(self, *payloads: bytes) -> None:
         """Wait until it heard some messages."""
-        await until(lambda: set(payloads) <= set(self.payloads))
+        await wait_until(lambda: set(payloads) <= set(self.payloads))
 
-    async def heard(self, count: int) -> None:
+    async def await_count(self, count: int) -> None:
         """Wait until it heard so many messages."""
-        await until(lambda: len(self.entries) >= count)
+        await wait_until(lambda: len(self.entries) >= count)
 
 
-class Log:
+class BackplaneLog:
     """A log that a broker keeps, or nobody (`memory`)."""
 
     def __init__(self, stack: AsyncExitStack, broker: Broker | None, url: str) -> None:
@@ -145,28 +145,30 @@ class Log:
         self.stream = "relay"
         self._stack = stack
 
-    async def replica(
+    async def start_replica(
         self,
         *,
         url: str = "",
         stream: str = "",
         on_outage: str = "reject",
         max_message_bytes: int = 4 << 20,
-        is_up: bool = True,
-    ) -> Replica:
+        await_up: bool = True,
+    ) -> BackplaneReplica:
         """Start a replica."""
-        replica = Replica(url or self.url, stream or self.stream, on_outage, max_message_bytes)
+        replica = BackplaneReplica(
+            url or self.url, stream or self.stream, on_outage, max_message_bytes
+        )
         await self._stack.enter_async_context(replica)
-        if is_up:
-            await replica.is_up()
+        if await_up:
+            await replica.await_up()
         return replica
 
-    async def replicas(self, count: int) -> Sequence[Replica]:
+    async def start_replicas(self, count: int) -> Sequence[BackplaneReplica]:
         """Start several replicas, or one, where there can't be more."""
-        return [await self.replica() for _ in range(count if self.broker else 1)]
+        return [await self.start_replica() for _ in range(count if self.broker else 1)]
 
 
-class BrokerLog(Log):
+class BrokerLog(BackplaneLog):
     """A log that a broker keeps."""
 
     broker: Broker
@@ -174,7 +176,7 @@ class BrokerLog(Log):
     def __init__(self, stack: AsyncExitStack, broker: Broker) -> None:
         super().__init__(stack, broker, broker.url)
 
-    async def put(self, data: bytes) -> None:
+    async def append_raw(self, data: bytes) -> None:
         """Put an entry into the stream that no relay made."""
         raise NotImplementedError
 
@@ -182,23 +184,23 @@ class BrokerLog(Log):
         """Return what the stream takes."""
         raise NotImplementedError
 
-    async def delete(self) -> None:
+    async def delete_stream(self) -> None:
         """Delete the stream."""
         raise NotImplementedError
 
-    async def empty(self) -> None:
+    async def purge(self) -> None:
         """Delete all entries of the stream."""
         raise NotImplementedError
 
-    async def remove(self, position: Position) -> None:
+    async def delete_entry(self, position: Position) -> None:
         """Delete one entry of the stream."""
         raise NotImplementedError
 
-    async def go_back(self, replica: Replica) -> None:
+    async def rewind(self, replica: BackplaneReplica) -> None:
         """Make the stream count from before what a replica read of it."""
         raise NotImplementedError
 
-    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
+    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
         """Let something happen, then let the stream be as it was before, as after a failover."""
         raise NotImplementedError
 
@@ -206,7 +208,7 @@ class BrokerLog(Log):
 class RedisLog(BrokerLog):
     """A log in Redis."""
 
-    async def command(self, *arguments: Any) -> Any:
+    async def execute(self, *arguments: Any) -> Any:
         """Have Redis do something."""
         client = redis.Redis.from_url(self.url)
         try:
@@ -214,38 +216,38 @@ class RedisLog(BrokerLog):
         finally:
             await client.aclose()
 
-    async def put(self, data: bytes) -> None:
-        await self.command("XADD", self.stream, "*", "d", data)
+    async def append_raw(self, data: bytes) -> None:
+        await self.execute("XADD", self.stream, "*", "d", data)
 
     async def size_bytes(self) -> int:
-        return int(await self.command("MEMORY", "USAGE", self.stream, "SAMPLES", 0))
+        return int(await self.execute("MEMORY", "USAGE", self.stream, "SAMPLES", 0))
 
-    async def delete(self) -> None:
-        await self.command("DEL", self.stream)
+    async def delete_stream(self) -> None:
+        await self.execute("DEL", self.stream)
 
-    async def empty(self) -> None:
-        await self.command("XTRIM", self.stream, "MAXLEN", "=", 0)
+    async def purge(self) -> None:
+        await self.execute("XTRIM", self.stream, "MAXLEN", "=", 0)
 
-    async def remove(self, position: Position) -> None:
-        await self.command("XDEL", self.stream, f"{position.epoch}-{position.offset}")
+    async def delete_entry(self, position: Position) -> None:
+        await self.execute("XDEL", self.stream, f"{position.epoch}-{position.offset}")
 
-    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
-        dumped = await self.command("DUMP", self.stream)
+    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
+        dumped = await self.execute("DUMP", self.stream)
         await happens()
-        await self.command("RESTORE", self.stream, 0, dumped, "REPLACE")
+        await self.execute("RESTORE", self.stream, 0, dumped, "REPLACE")
 
-    async def go_back(self, replica: Replica) -> None:
+    async def rewind(self, replica: BackplaneReplica) -> None:
         # As if the clock of the broker, before it was replaced, had been ahead.
         before = replica.backplane.counters.unreadable
-        await self.command("XADD", self.stream, "99999999999999-0", "d", "from the future")
-        await until(lambda: replica.backplane.counters.unreadable > before)
-        await self.command("DEL", self.stream)
+        await self.execute("XADD", self.stream, "99999999999999-0", "d", "from the future")
+        await wait_until(lambda: replica.backplane.counters.unreadable > before)
+        await self.execute("DEL", self.stream)
 
 
 class NatsLog(BrokerLog):
     """A log in JetStream."""
 
-    async def ask(self, subject: str, content: bytes = b"") -> Any:
+    async def request(self, subject: str, content: bytes = b"") -> Any:
         """Have JetStream do something."""
         client = await nats.connect(self.url, tls=None)
         try:
@@ -253,33 +255,33 @@ class NatsLog(BrokerLog):
         finally:
             await client.close()
 
-    async def put(self, data: bytes) -> None:
-        await self.ask(self.stream, data)
+    async def append_raw(self, data: bytes) -> None:
+        await self.request(self.stream, data)
 
     async def size_bytes(self) -> int:
-        return int((await self.ask(f"$JS.API.STREAM.INFO.{self.stream}"))["state"]["bytes"])
+        return int((await self.request(f"$JS.API.STREAM.INFO.{self.stream}"))["state"]["bytes"])
 
-    async def delete(self) -> None:
-        await self.ask(f"$JS.API.STREAM.DELETE.{self.stream}")
+    async def delete_stream(self) -> None:
+        await self.request(f"$JS.API.STREAM.DELETE.{self.stream}")
 
-    async def empty(self) -> None:
-        await self.ask(f"$JS.API.STREAM.PURGE.{self.stream}")
+    async def purge(self) -> None:
+        await self.request(f"$JS.API.STREAM.PURGE.{self.stream}")
 
-    async def go_back(self, replica: Replica) -> None:
+    async def rewind(self, replica: BackplaneReplica) -> None:
         async def happens() -> None:
-            await replica.is_up()
+            await replica.await_up()
             heard = len(replica.entries)
             for number in range(20):
-                replica.say(b"will be lost")
-                await replica.heard(heard + number + 1)
+                replica.publish(b"will be lost")
+                await replica.await_count(heard + number + 1)
 
-        await self.forget(happens)
+        await self.roll_back(happens)
 
-    async def remove(self, position: Position) -> None:
+    async def delete_entry(self, position: Position) -> None:
         request = json.dumps({"seq": position.offset}).encode()
-        await self.ask(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", request)
+        await self.request(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", request)
 
-    async def forget(self, happens: Callable[[], Awaitable[None]]) -> None:
+    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
         # As if the machine had lost power before it wrote the last entries.
         streams = self.broker.directory / "streams"
         copy = self.broker.directory / "copy"
@@ -293,7 +295,7 @@ class NatsLog(BrokerLog):
         await self.broker.start()
 
 
-def broker_of(kind: str, directory: Path, **options: Any) -> Broker:
+def make_broker(kind: str, directory: Path, **options: Any) -> Broker:
     """Return a broker of a kind that is not started yet."""
     if kind == "nats":
         return NatsBroker(needed(NATS), directory, **options)
@@ -301,17 +303,10 @@ def broker_of(kind: str, directory: Path, **options: Any) -> Broker:
     return RedisBroker(needed(*programs), directory, **options)
 
 
-def log_of(kind: str, stack: AsyncExitStack, broker: Broker) -> BrokerLog:
+def make_log(kind: str, stack: AsyncExitStack, broker: Broker) -> BrokerLog:
     """Return a broker's log."""
     return NatsLog(stack, broker) if kind == "nats" else RedisLog(stack, broker)
 
 
-async def deleted(broker: Broker) -> None:
-    """Delete the stream, with all that it holds."""
-    kind = NatsLog if isinstance(broker, NatsBroker) else RedisLog
-    async with AsyncExitStack() as stack:
-        await kind(stack, broker).delete()
-
-
-def assert_growing(positions: list[Position]) -> None:
+def assert_increasing(positions: list[Position]) -> None:
     assert all(one < next_ for one, next_ in pairwise(positions))

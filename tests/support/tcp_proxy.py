@@ -14,7 +14,7 @@ HOST = "127.0.0.1"
 READ_BYTES = 65_536
 
 
-class Connection:
+class ProxiedConnection:
     """One client's way to the server.
 
     Attributes:
@@ -27,8 +27,8 @@ class Connection:
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
         self.server: asyncio.StreamWriter | None = None
-        self.is_muted = False
-        self.is_deaf = False
+        self.loses_client_bytes = False
+        self.loses_server_bytes = False
 
     def abort(self) -> None:
         """End it at once, without a word."""
@@ -37,7 +37,7 @@ class Connection:
                 writer.transport.abort()
 
 
-class Proxy:
+class TcpProxy:
     """Passes on to a port of this machine all that is said to its own, and back.
 
     Args:
@@ -47,7 +47,7 @@ class Proxy:
     def __init__(self, target: int | None) -> None:
         self.target = target
         self.port = 0
-        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._connections: dict[asyncio.Task[None], ProxiedConnection] = {}
         self._lost = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -67,7 +67,7 @@ class Proxy:
     # What tests do. It concerns the connections of now; later ones are whole.
 
     @property
-    def connections(self) -> list[Connection]:
+    def connections(self) -> list[ProxiedConnection]:
         return list(self._connections.values())
 
     def cut(self) -> None:
@@ -75,39 +75,39 @@ class Proxy:
         for connection in self.connections:
             connection.abort()
 
-    def mute(self) -> None:
+    def lose_client_bytes(self) -> None:
         """Lose what clients say from now on."""
         for connection in self.connections:
-            connection.is_muted = True
+            connection.loses_client_bytes = True
 
-    def deafen(self) -> None:
+    def lose_server_bytes(self) -> None:
         """Lose what clients are told from now on."""
         for connection in self.connections:
-            connection.is_deaf = True
+            connection.loses_server_bytes = True
 
     def stall(self) -> None:
         """Lose everything from now on, as when the network is another."""
-        self.mute()
-        self.deafen()
+        self.lose_client_bytes()
+        self.lose_server_bytes()
 
-    async def has_lost_something(self) -> None:
+    async def await_lost_bytes(self) -> None:
         """Wait until bytes were lost."""
         async with asyncio.timeout(PATIENCE_S):
             await self._lost.wait()
 
     # What subclasses look at
 
-    def opened(self, connection: Connection) -> None:
+    def on_open(self, connection: ProxiedConnection) -> None:
         """Take note of a client."""
 
-    def closed(self, connection: Connection) -> None:
+    def on_close(self, connection: ProxiedConnection) -> None:
         """Take note that its connection has ended."""
 
-    def asks(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         """Return what the server hears of what the client says; None ends the connection."""
         return data
 
-    def answers(self, data: bytes, connection: Connection) -> bytes | None:
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         """Return what the client hears of what the server says; None ends the connection."""
         return data
 
@@ -116,15 +116,15 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        connection = self._connections[task] = Connection(writer)
-        self.opened(connection)
+        connection = self._connections[task] = ProxiedConnection(writer)
+        self.on_open(connection)
         with suppress(OSError, asyncio.CancelledError):
             await self._connect(reader, connection)
         connection.abort()
         del self._connections[task]
-        self.closed(connection)
+        self.on_close(connection)
 
-    async def _connect(self, reader: asyncio.StreamReader, connection: Connection) -> None:
+    async def _connect(self, reader: asyncio.StreamReader, connection: ProxiedConnection) -> None:
         if self.target is None:
             return
         client = connection.client
@@ -132,21 +132,27 @@ class Proxy:
         connection.server = server
 
         def up(data: bytes) -> bytes | None:
-            return self._lose() if connection.is_muted else self.asks(data, connection)
+            return (
+                self._lose() if connection.loses_client_bytes else self.on_request(data, connection)
+            )
 
         def down(data: bytes) -> bytes | None:
-            return self._lose() if connection.is_deaf else self.answers(data, connection)
+            return (
+                self._lose()
+                if connection.loses_server_bytes
+                else self.on_response(data, connection)
+            )
 
         async with asyncio.TaskGroup() as group:
-            group.create_task(pass_on(reader, server, up))
-            group.create_task(pass_on(back, client, down))
+            group.create_task(forward(reader, server, up))
+            group.create_task(forward(back, client, down))
 
     def _lose(self) -> bytes:
         self._lost.set()
         return b""
 
 
-class HeldReads(Proxy):
+class BlockedReadsProxy(TcpProxy):
     """A way to a broker on which, while it is told so, nothing of a stream can be read.
 
     Args:
@@ -158,27 +164,27 @@ class HeldReads(Proxy):
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
-        self.is_held = False
-        self._reading: set[Connection] = set()
+        self.is_blocked = False
+        self._reading: set[ProxiedConnection] = set()
 
     def release(self) -> None:
         """Let the stream be read again."""
-        self.is_held = False
+        self.is_blocked = False
         self.cut()  # what was lost of an answer would be missing in the next one
 
-    def closed(self, connection: Connection) -> None:
+    def on_close(self, connection: ProxiedConnection) -> None:
         self._reading.discard(connection)
 
-    def asks(self, data: bytes, connection: Connection) -> bytes:
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes:
         if b"XREAD" in data or b".CONSUMER.MSG.NEXT." in data:
             self._reading.add(connection)
         return data
 
-    def answers(self, data: bytes, connection: Connection) -> bytes:
-        return self._lose() if self.is_held and connection in self._reading else data
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
+        return self._lose() if self.is_blocked and connection in self._reading else data
 
 
-async def pass_on(
+async def forward(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     passed: Callable[[bytes], bytes | None],
