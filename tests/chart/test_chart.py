@@ -23,14 +23,14 @@ from tests.support.helm import (
     HELMS,
     KUBERNETES,
     HelmError,
-    all_of,
-    helm,
-    nested,
+    find_helm,
+    find_object,
+    merge_values,
+    nested_values,
     newest_helm,
-    one,
-    parsed,
-    run,
-    validate,
+    parse_objects,
+    run_tool,
+    validate_object,
 )
 from tests.support.markdown import anchors
 from tests.support.project import PROJECT
@@ -67,11 +67,11 @@ def sorted_documents(text: str) -> tuple[str, ...]:
 def test_every_helm_renders_the_same_objects_valid_in_the_oldest_and_the_newest_kubernetes(
     values: Path,
 ) -> None:
-    rendered = [helm(name).template("--values", str(values)) for name in HELMS]
+    rendered = [find_helm(name).template("--values", str(values)) for name in HELMS]
     assert len({sorted_documents(text) for text in rendered}) == 1
-    for document in parsed(rendered[0]):
+    for document in parse_objects(rendered[0]):
         for version in KUBERNETES:
-            validate(document, version)
+            validate_object(document, version)
 
 
 def test_the_chart_is_for_the_versions_of_kubernetes_that_are_tested() -> None:
@@ -93,15 +93,15 @@ def test_the_validation_detects_an_unknown_field() -> None:
         ("Ingress", lambda spec: spec.update(ingressClass="nginx")),
     ]
     for kind, change in changes:
-        document = deepcopy(one(objects, kind, "relay"))
+        document = deepcopy(find_object(objects, kind, "relay"))
         change(document["spec"])
         with pytest.raises(jsonschema.ValidationError):
-            validate(document, KUBERNETES[-1])
+            validate_object(document, KUBERNETES[-1])
 
 
 def test_names_are_valid_in_kubernetes_though_the_name_of_the_release_is_long() -> None:
     long = {"fullnameOverride": "a-name-that-is-" + "very-" * 12 + "long"}
-    values = all_of(long, {"service": {"type": "LoadBalancer"}})
+    values = merge_values(long, {"service": {"type": "LoadBalancer"}})
     for document in newest_helm().objects(values=values):
         assert len(document["metadata"]["name"]) <= 63
         assert not document["metadata"]["name"].endswith("-")
@@ -182,7 +182,7 @@ def test_a_package_of_the_chart_has_its_schema_readme_and_files_and_no_ci_values
     (package,) = tmp_path.iterdir()
     names = {
         name.removeprefix(f"{CHART.name}/")
-        for name in run(["tar", "--list", "--file", str(package)]).splitlines()
+        for name in run_tool(["tar", "--list", "--file", str(package)]).splitlines()
     }
     assert {"values.schema.json", "README.md", "files/round_trip.py"} <= names
     assert not [name for name in names if name.startswith("ci/")]
@@ -229,7 +229,7 @@ def schema_errors(values: Mapping[str, Any]) -> str:
 def test_the_schema_rejects_an_unknown_key_and_an_invalid_value_by_name(
     path: str, value: object, words: str
 ) -> None:
-    assert words in schema_errors(all_of(VALUES, nested(path, value)))
+    assert words in schema_errors(merge_values(VALUES, nested_values(path, value)))
 
 
 REQUIRED = (
@@ -268,7 +268,7 @@ def test_helm_rejects_values_by_the_schema_and_names_them(
     name: str, path: str, value: object, words: str
 ) -> None:
     with pytest.raises(HelmError, match=words) as refused:
-        helm(name).template(values=nested(path, value))
+        find_helm(name).template(values=nested_values(path, value))
     if value is None:  # removes the default
         assert re.search("missing property|is required", str(refused.value))
 
@@ -282,8 +282,8 @@ def test_a_null_removes_a_value_that_is_optional(name: str) -> None:
         "httpRoute.timeouts",
         "extraEnv",
     )
-    values = all_of(*(nested(path, None) for path in paths))
-    assert one(helm(name).objects(values=values), "Deployment")
+    values = merge_values(*(nested_values(path, None) for path in paths))
+    assert find_object(find_helm(name).objects(values=values), "Deployment")
 
 
 # Values that contradict each other
@@ -292,12 +292,15 @@ Misfit = tuple[Mapping[str, Any], list[str]]
 
 MISFITS: list[list[Misfit]] = [
     [
-        (nested("nameOverride", "Chat.Relay"), ["nameOverride", "fullnameOverride"]),
+        (nested_values("nameOverride", "Chat.Relay"), ["nameOverride", "fullnameOverride"]),
         (
             {"podLabels": {"app.kubernetes.io/name": "chat"}},
             ["podLabels", "app.kubernetes.io/name", "nameOverride"],
         ),
-        (nested("config.backplane.url", "http://redis:6379"), ["config.backplane.url", "redis://"]),
+        (
+            nested_values("config.backplane.url", "http://redis:6379"),
+            ["config.backplane.url", "redis://"],
+        ),
         (
             {
                 "config": {
@@ -313,11 +316,11 @@ MISFITS: list[list[Misfit]] = [
             ["config.auth.jwt.jwks_url", "https://"],
         ),
         (
-            nested("service.externalTrafficPolicy", "Local"),
+            nested_values("service.externalTrafficPolicy", "Local"),
             ["service.externalTrafficPolicy", "service.type"],
         ),
         (
-            nested("service.loadBalancerSourceRanges", ["10.0.0.0/8"]),
+            nested_values("service.loadBalancerSourceRanges", ["10.0.0.0/8"]),
             ["service.loadBalancerSourceRanges", "service.type"],
         ),
         (
@@ -325,35 +328,41 @@ MISFITS: list[list[Misfit]] = [
             ["terminationGracePeriodSeconds", "config.shutdown.timeout_s"],
         ),
         (
-            nested("config.shutdown.spread_s", 15),
+            nested_values("config.shutdown.spread_s", 15),
             ["config.shutdown.timeout_s", "config.shutdown.spread_s", "25 or more"],
         ),
         (
-            nested("config.auth.jwt.secret", "pa55word"),
+            nested_values("config.auth.jwt.secret", "pa55word"),
             ["config.auth.jwt.secret", "secrets.jwtSecret.name"],
         ),
         (
-            nested("config.server.tls.enabled", True),
+            nested_values("config.server.tls.enabled", True),
             ["config.server.tls.enabled", "tls.secretName", "config.server.tls.cert_file"],
         ),
-        (nested("ingress.enabled", True), ["ingress.enabled", "ingress.hosts"]),
+        (nested_values("ingress.enabled", True), ["ingress.enabled", "ingress.hosts"]),
         (
             {"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}},
             ["httpRoute.enabled", "httpRoute.hostnames"],
         ),
         (
-            all_of(nested("serviceMonitor.enabled", True), nested("config.metrics.enabled", False)),
+            merge_values(
+                nested_values("serviceMonitor.enabled", True),
+                nested_values("config.metrics.enabled", False),
+            ),
             ["serviceMonitor.enabled", "config.metrics.enabled"],
         ),
         (
-            all_of(nested("prometheusRule.enabled", True), nested("config.metrics.enabled", False)),
+            merge_values(
+                nested_values("prometheusRule.enabled", True),
+                nested_values("config.metrics.enabled", False),
+            ),
             ["prometheusRule.enabled", "config.metrics.enabled"],
         ),
-        (nested("config.server.host", "127.0.0.1"), ["config.server.host", "service.port"]),
-        (nested("config.metrics.host", "localhost"), ["config.metrics.host", "probes"]),
-        (nested("config.server.port", 0), ["config.server.port", "service.port"]),
+        (nested_values("config.server.host", "127.0.0.1"), ["config.server.host", "service.port"]),
+        (nested_values("config.metrics.host", "localhost"), ["config.metrics.host", "probes"]),
+        (nested_values("config.server.port", 0), ["config.server.port", "service.port"]),
         (
-            nested("podDisruptionBudget.minAvailable", 1),
+            nested_values("podDisruptionBudget.minAvailable", 1),
             ["podDisruptionBudget.maxUnavailable", "podDisruptionBudget.minAvailable"],
         ),
         (
@@ -362,7 +371,7 @@ MISFITS: list[list[Misfit]] = [
         ),
     ],
     [
-        (nested("config.backplane.url", "redis:6379"), ["config.backplane.url", "redis://"]),
+        (nested_values("config.backplane.url", "redis:6379"), ["config.backplane.url", "redis://"]),
         (
             {
                 "config": {
@@ -375,14 +384,17 @@ MISFITS: list[list[Misfit]] = [
             ["config.auth.jwt.jwks_url", "https://"],
         ),
         (
-            nested("config.shutdown.readiness_delay_s", 15),
+            nested_values("config.shutdown.readiness_delay_s", 15),
             ["config.shutdown.timeout_s", "config.shutdown.readiness_delay_s", "28 or more"],
         ),
-        (nested("tls.secretName", "relay-tls"), ["tls.secretName", "config.server.tls.enabled"]),
         (
-            all_of(
+            nested_values("tls.secretName", "relay-tls"),
+            ["tls.secretName", "config.server.tls.enabled"],
+        ),
+        (
+            merge_values(
                 {"ingress": {"enabled": True, "hosts": ["relay.example.com"]}},
-                nested("config.keepalive.ping_interval_s", 3600),
+                nested_values("config.keepalive.ping_interval_s", 3600),
             ),
             ["proxy-read-timeout", "config.keepalive.ping_interval_s"],
         ),
@@ -390,10 +402,10 @@ MISFITS: list[list[Misfit]] = [
             {"httpRoute": {"enabled": True, "hostnames": ["relay.example.com"]}},
             ["httpRoute.enabled", "httpRoute.parentRefs"],
         ),
-        (nested("config.metrics.port", 0), ["config.metrics.port", "service.metricsPort"]),
-        (nested("service.metricsPort", 8443), ["service.port", "service.metricsPort"]),
+        (nested_values("config.metrics.port", 0), ["config.metrics.port", "service.metricsPort"]),
+        (nested_values("service.metricsPort", 8443), ["service.port", "service.metricsPort"]),
         (
-            nested("podDisruptionBudget.maxUnavailable", None),
+            nested_values("podDisruptionBudget.maxUnavailable", None),
             ["podDisruptionBudget.maxUnavailable", "podDisruptionBudget.minAvailable"],
         ),
         (
@@ -402,10 +414,13 @@ MISFITS: list[list[Misfit]] = [
         ),
     ],
     [
-        (nested("config.backplane.url", "Memory://"), ["config.backplane.url", "redis://"]),
-        (nested("config.auth.jwt.algorithms", []), ["config.auth.jwt.algorithms", "RS256"]),
-        (nested("secrets.jwtSecret.name", "s"), ["secrets.jwtSecret.name", "config.auth.mode"]),
-        (nested("config.metrics.port", 8443), ["config.metrics.port", "config.server.port"]),
+        (nested_values("config.backplane.url", "Memory://"), ["config.backplane.url", "redis://"]),
+        (nested_values("config.auth.jwt.algorithms", []), ["config.auth.jwt.algorithms", "RS256"]),
+        (
+            nested_values("secrets.jwtSecret.name", "s"),
+            ["secrets.jwtSecret.name", "config.auth.mode"],
+        ),
+        (nested_values("config.metrics.port", 8443), ["config.metrics.port", "config.server.port"]),
         (
             {"extraEnv": [{"name": "RELAY__AUTH__JWT__SECRET", "value": "pa55word"}]},
             ["extraEnv", "secrets.jwtSecret"],
@@ -416,9 +431,9 @@ MISFITS: list[list[Misfit]] = [
             {"replicaCount": 2},
             ["replicaCount", "config.backplane.url", "secrets.backplaneUrl.name"],
         ),
-        (nested("tls.caSecretName", "ca"), ["tls.caSecretName", "config.backplane.url"]),
+        (nested_values("tls.caSecretName", "ca"), ["tls.caSecretName", "config.backplane.url"]),
         (
-            nested("secrets.jwtPublicKey.name", "k"),
+            nested_values("secrets.jwtPublicKey.name", "k"),
             ["secrets.jwtPublicKey.name", "config.auth.mode"],
         ),
     ],
@@ -428,30 +443,32 @@ MISFITS: list[list[Misfit]] = [
             ["autoscaling.maxReplicas", "config.backplane.url", "secrets.backplaneUrl.name"],
         ),
         (
-            nested("config.auth.mode", "jwt"),
+            nested_values("config.auth.mode", "jwt"),
             ["config.auth.jwt.algorithms", "secrets.jwtSecret.name"],
         ),
     ],
     [
         (
-            all_of(REDIS, {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 4}}),
+            merge_values(
+                REDIS, {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 4}}
+            ),
             ["autoscaling.minReplicas", "autoscaling.maxReplicas"],
         ),
         (
-            all_of(
+            merge_values(
                 REDIS,
-                nested("autoscaling.enabled", True),
-                nested("autoscaling.targetCPUUtilizationPercentage", 0),
-                nested("autoscaling.targetConnectedClients", 0),
+                nested_values("autoscaling.enabled", True),
+                nested_values("autoscaling.targetCPUUtilizationPercentage", 0),
+                nested_values("autoscaling.targetConnectedClients", 0),
             ),
             ["autoscaling.targetCPUUtilizationPercentage", "autoscaling.targetConnectedClients"],
         ),
         (
-            all_of(REDIS, nested("secrets.backplaneUrl.name", "relay-broker")),
+            merge_values(REDIS, nested_values("secrets.backplaneUrl.name", "relay-broker")),
             ["config.backplane.url", "secrets.backplaneUrl.name"],
         ),
         (
-            all_of(JWT, nested("config.auth.jwt.algorithms", ["HS256", "ES256"])),
+            merge_values(JWT, nested_values("config.auth.jwt.algorithms", ["HS256", "ES256"])),
             ["config.auth.jwt.algorithms has ES256", "secrets.jwtPublicKey.name", "jwks_url"],
         ),
         (
@@ -464,53 +481,58 @@ MISFITS: list[list[Misfit]] = [
     ],
     [
         (
-            all_of(
-                REDIS, nested("autoscaling.enabled", True), nested("resources.requests.cpu", None)
+            merge_values(
+                REDIS,
+                nested_values("autoscaling.enabled", True),
+                nested_values("resources.requests.cpu", None),
             ),
             ["autoscaling.targetCPUUtilizationPercentage", "resources.requests.cpu"],
         ),
         (
-            all_of(
-                REDIS, nested("autoscaling.enabled", True), nested("config.metrics.enabled", False)
+            merge_values(
+                REDIS,
+                nested_values("autoscaling.enabled", True),
+                nested_values("config.metrics.enabled", False),
             ),
             ["autoscaling.targetConnectedClients", "config.metrics.enabled"],
         ),
         (
-            all_of(JWT, nested("secrets.jwtPublicKey.name", "k")),
+            merge_values(JWT, nested_values("secrets.jwtPublicKey.name", "k")),
             ["secrets.jwtPublicKey.name", "config.auth.jwt.algorithms has HS256"],
         ),
     ],
     [
         (
-            nested("config.backplane.url", "redis://:pa55word@redis:6379/0"),
+            nested_values("config.backplane.url", "redis://:pa55word@redis:6379/0"),
             ["config.backplane.url", "secrets.backplaneUrl.name"],
         ),
         (
-            all_of(
-                nested("config.auth.mode", "jwt"),
-                nested("config.auth.jwt.algorithms", ["RS256"]),
-                nested("config.auth.jwt.jwks_url", "https://issuer.example.com/jwks.json"),
-                nested("secrets.jwtPublicKey.name", "k"),
+            merge_values(
+                nested_values("config.auth.mode", "jwt"),
+                nested_values("config.auth.jwt.algorithms", ["RS256"]),
+                nested_values("config.auth.jwt.jwks_url", "https://issuer.example.com/jwks.json"),
+                nested_values("secrets.jwtPublicKey.name", "k"),
             ),
             ["secrets.jwtPublicKey.name", "config.auth.jwt.jwks_url"],
         ),
     ],
     [
         (
-            nested("config.backplane.url", "tls://t0ken@nats:4222"),
+            nested_values("config.backplane.url", "tls://t0ken@nats:4222"),
             ["config.backplane.url", "secrets.backplaneUrl.name"],
         ),
     ],
     [
         (
-            nested("config.backplane.url", "redis://redis:6379/0?password=pa55word"),
+            nested_values("config.backplane.url", "redis://redis:6379/0?password=pa55word"),
             ["config.backplane.url", "secrets.backplaneUrl.name"],
         ),
     ],
     [
         (
-            all_of(
-                nested("config.backplane.url", "rediss://redis"), nested("tls.caSecretName", "ca")
+            merge_values(
+                nested_values("config.backplane.url", "rediss://redis"),
+                nested_values("tls.caSecretName", "ca"),
             ),
             ["tls.caSecretName", "config.backplane.url", "ssl_ca_certs"],
         ),
@@ -525,7 +547,7 @@ def test_values_that_contradict_each_other_are_rejected_with_their_keys_and_a_re
     misfits: list[Misfit],
 ) -> None:
     with pytest.raises(HelmError) as refused:
-        newest_helm().template(values=all_of(*(values for values, _ in misfits)))
+        newest_helm().template(values=merge_values(*(values for values, _ in misfits)))
     lines = re.findall(r"^- (.*)$", str(refused.value), re.MULTILINE)
     for _, words in misfits:
         assert any(all(word in line for word in words) for line in lines), words
@@ -548,11 +570,11 @@ def test_the_chart_can_be_a_dependency_of_another_chart(name: str, tmp_path: Pat
     budget = {"maxUnavailable": "", "minAvailable": "60%"}
     values = {CHART.name: {"enabled": True, "podDisruptionBudget": budget}}
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
-    objects = parsed(helm(name).run("template", "bank", str(tmp_path)))
-    spec = one(objects, "PodDisruptionBudget", f"bank-{CHART.name}")["spec"]
+    objects = parse_objects(find_helm(name).run("template", "bank", str(tmp_path)))
+    spec = find_object(objects, "PodDisruptionBudget", f"bank-{CHART.name}")["spec"]
     assert (spec["minAvailable"], spec.get("maxUnavailable")) == ("60%", None)
     disabled = ["--set", f"{CHART.name}.enabled=false"]
-    assert not parsed(helm(name).run("template", "bank", str(tmp_path), *disabled))
+    assert not parse_objects(find_helm(name).run("template", "bank", str(tmp_path), *disabled))
 
 
 # The README of the chart
@@ -566,11 +588,11 @@ def test_the_examples_of_the_readme_are_valid_values() -> None:
     assert len(examples) == len(blocks) - 1, "all but the rule of prometheus-adapter"
     for example in examples:
         needs_broker = "autoscaling" in example
-        newest_helm().template(values=all_of(REDIS if needs_broker else {}, example))
+        newest_helm().template(values=merge_values(REDIS if needs_broker else {}, example))
 
 
 def test_the_numbers_of_an_update_in_the_readme_are_the_defaults() -> None:
-    spec = one(newest_helm().objects(), "Deployment")["spec"]
+    spec = find_object(newest_helm().objects(), "Deployment")["spec"]
     stop = VALUES["config"]["shutdown"]
     for name, number in {
         "config.shutdown.readiness_delay_s": stop["readiness_delay_s"],

@@ -11,13 +11,13 @@ import yaml
 from tests.support.helm import (
     KUBERNETES,
     RELEASE,
-    Object,
-    kubectl,
+    KubernetesObject,
+    find_kubectl,
+    find_object,
     newest_helm,
-    one,
-    parsed,
-    run,
-    validate,
+    parse_objects,
+    run_tool,
+    validate_object,
 )
 from tests.support.relay_process import ROOT
 
@@ -25,12 +25,12 @@ K8S = ROOT / "k8s"
 OVERLAYS = [K8S / "base", K8S / "overlays" / "redis"]
 
 
-def built(directory: Path) -> list[Object]:
-    return parsed(run([str(kubectl()), "kustomize", str(directory)]))
+def built(directory: Path) -> list[KubernetesObject]:
+    return parse_objects(run_tool([str(find_kubectl()), "kustomize", str(directory)]))
 
 
-def relay_container(objects: Sequence[Object]) -> Object:
-    (container,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+def relay_container(objects: Sequence[KubernetesObject]) -> KubernetesObject:
+    (container,) = find_object(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     assert isinstance(container, dict)
     return container
 
@@ -42,13 +42,13 @@ def test_the_objects_are_valid_in_kubernetes_name_their_config_and_have_no_trace
     objects = built(directory)
     for document in objects:
         for version in KUBERNETES:
-            validate(document, version)
+            validate_object(document, version)
     text = yaml.safe_dump_all(objects).lower()
     assert "helm" not in text.replace("helm/websocket-relay by make chart", "")
     # The name has a hash of the content: other settings are another pod template.
     (config,) = (each for each in objects if each["kind"] == "ConfigMap")
     assert re.fullmatch(rf"{RELEASE}-[0-9a-z]+", config["metadata"]["name"])
-    (volume,) = one(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    (volume,) = find_object(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
     assert volume["configMap"]["name"] == config["metadata"]["name"]
 
 
@@ -56,25 +56,25 @@ def test_the_base_has_the_objects_that_the_chart_renders() -> None:
     charted, base = newest_helm().objects("--no-hooks"), built(K8S / "base")
     assert {each["kind"] for each in base} == {each["kind"] for each in charted}
     assert relay_container(base) == relay_container(charted)
-    assert one(base, "Service")["spec"] == one(charted, "Service")["spec"]
+    assert find_object(base, "Service")["spec"] == find_object(charted, "Service")["spec"]
 
 
 def test_the_overlay_has_three_relays_and_a_redis_that_only_they_reach() -> None:
     objects = built(K8S / "overlays" / "redis")
-    assert one(objects, "Deployment")["spec"]["replicas"] == 3
+    assert find_object(objects, "Deployment")["spec"]["replicas"] == 3
     (variable,) = relay_container(objects)["env"]
     assert variable["name"] == "RELAY__BACKPLANE__URL"
-    redis = one(objects, "Service", "websocket-relay-redis")
+    redis = find_object(objects, "Service", "websocket-relay-redis")
     (port,) = redis["spec"]["ports"]
     assert variable["value"] == f"redis://{redis['metadata']['name']}:{port['port']}/0"
 
-    store = one(objects, "StatefulSet", "websocket-relay-redis")["spec"]["template"]
+    store = find_object(objects, "StatefulSet", "websocket-relay-redis")["spec"]["template"]
     assert redis["spec"]["selector"].items() <= store["metadata"]["labels"].items()
-    policy = one(objects, "NetworkPolicy", "websocket-relay-redis")["spec"]
+    policy = find_object(objects, "NetworkPolicy", "websocket-relay-redis")["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= store["metadata"]["labels"].items()
     (rule,) = policy["ingress"]
     (peer,) = rule["from"]
-    relays = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    relays = find_object(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert peer["podSelector"]["matchLabels"] == relays
 
 

@@ -13,17 +13,17 @@ from websocket_relay.config.loader import load
 from tests.support.helm import (
     CHART,
     RELEASE,
-    Object,
-    all_of,
-    nested,
+    KubernetesObject,
+    find_object,
+    merge_values,
+    nested_values,
     newest_helm,
-    one,
-    parsed,
+    parse_objects,
 )
 
 FULL = CHART / "ci" / "full-values.yaml"
 NGINX = "nginx.ingress.kubernetes.io"
-REDIS = nested("config.backplane.url", "redis://redis:6379/0")
+REDIS = nested_values("config.backplane.url", "redis://redis:6379/0")
 TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
 INGRESS = {"ingress": {"enabled": True, "hosts": ["relay.example.com"]}}
 ROUTE = {
@@ -35,31 +35,31 @@ ROUTE = {
 }
 
 
-def rendered(*trees: Mapping[str, Any]) -> list[Object]:
+def rendered(*trees: Mapping[str, Any]) -> list[KubernetesObject]:
     """Return the objects of the chart with these values."""
-    return newest_helm().objects(values=all_of(*trees))
+    return newest_helm().objects(values=merge_values(*trees))
 
 
 @cache
-def default_objects() -> list[Object]:
+def default_objects() -> list[KubernetesObject]:
     return newest_helm().objects()
 
 
 @cache
-def full_objects() -> list[Object]:
+def full_objects() -> list[KubernetesObject]:
     return newest_helm().objects("--values", str(FULL))
 
 
-def pod_of(objects: Sequence[Object], name: str = RELEASE) -> Any:
-    return one(objects, "Deployment", name)["spec"]["template"]
+def pod_of(objects: Sequence[KubernetesObject], name: str = RELEASE) -> Any:
+    return find_object(objects, "Deployment", name)["spec"]["template"]
 
 
-def container_of(objects: Sequence[Object], name: str = RELEASE) -> Any:
+def container_of(objects: Sequence[KubernetesObject], name: str = RELEASE) -> Any:
     (container,) = pod_of(objects, name)["spec"]["containers"]
     return container
 
 
-def kinds(objects: Sequence[Object]) -> set[str]:
+def kinds(objects: Sequence[KubernetesObject]) -> set[str]:
     return {document["kind"] for document in objects}
 
 
@@ -72,7 +72,7 @@ def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 @pytest.mark.parametrize("render", [default_objects, full_objects], ids=["default", "full"])
 def test_pods_have_no_permissions_beyond_what_they_need(
-    render: Callable[[], list[Object]],
+    render: Callable[[], list[KubernetesObject]],
 ) -> None:
     objects = render()
     deployment = next(each for each in objects if each["kind"] == "Deployment")
@@ -98,7 +98,7 @@ def test_pods_have_no_permissions_beyond_what_they_need(
 
 
 def test_a_rolling_update_adds_a_pod_before_it_removes_one() -> None:
-    spec = one(default_objects(), "Deployment")["spec"]
+    spec = find_object(default_objects(), "Deployment")["spec"]
     assert spec["strategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},
@@ -106,13 +106,13 @@ def test_a_rolling_update_adds_a_pod_before_it_removes_one() -> None:
 
 
 def test_an_update_replaces_all_pods_at_once_with_the_strategy_recreate() -> None:
-    spec = one(rendered(nested("strategy.type", "Recreate")), "Deployment")["spec"]
+    spec = find_object(rendered(nested_values("strategy.type", "Recreate")), "Deployment")["spec"]
     assert spec["strategy"] == {"type": "Recreate"}
 
 
 def test_the_deadline_of_an_update_is_longer_than_the_time_a_pod_must_be_ready() -> None:
     long = {"spread_s": 1200, "timeout_s": 1600}
-    spec = one(rendered(nested("config.shutdown", long)), "Deployment")["spec"]
+    spec = find_object(rendered(nested_values("config.shutdown", long)), "Deployment")["spec"]
     assert spec["minReadySeconds"] > 1200
     # Kubernetes rejects any other Deployment.
     assert spec["progressDeadlineSeconds"] > spec["minReadySeconds"]
@@ -120,7 +120,10 @@ def test_the_deadline_of_an_update_is_longer_than_the_time_a_pod_must_be_ready()
 
 def test_the_pod_of_helm_test_runs_on_the_nodes_of_the_relays() -> None:
     objects = full_objects()
-    relay, test = pod_of(objects, "relay")["spec"], one(objects, "Pod", "relay-test")["spec"]
+    relay, test = (
+        pod_of(objects, "relay")["spec"],
+        find_object(objects, "Pod", "relay-test")["spec"],
+    )
     assert test["nodeSelector"] == relay["nodeSelector"]
     assert test["tolerations"] == relay["tolerations"]
     assert test["affinity"] == {"nodeAffinity": relay["affinity"]["nodeAffinity"]}
@@ -148,9 +151,12 @@ def test_a_name_that_yaml_reads_as_another_type_stays_a_string(word: str) -> Non
         "secrets": {"jwtSecret": {"name": word, "key": word}},
     }
     text = newest_helm().run("template", "12e3", str(CHART), "--values", str(FULL), values=values)
-    objects = parsed(text)
+    objects = parse_objects(text)
     assert [each for each in string_fields(objects) if not isinstance(each, str)] == []
-    assert one(objects, "Service", word)["metadata"]["labels"]["app.kubernetes.io/name"] == "2024"
+    assert (
+        find_object(objects, "Service", word)["metadata"]["labels"]["app.kubernetes.io/name"]
+        == "2024"
+    )
     assert pod_of(objects, word)["spec"]["priorityClassName"] == word
 
 
@@ -173,9 +179,9 @@ def test_a_string_reaches_the_settings_of_the_relay_unchanged(
     audience: str, issuer: str, tmp_path: Path
 ) -> None:
     jwt = {"audience": audience, "issuer": issuer}
-    objects = rendered(nested("config.auth.jwt", jwt))
+    objects = rendered(nested_values("config.auth.jwt", jwt))
     file = tmp_path / "config.yaml"
-    file.write_text(one(objects, "ConfigMap")["data"]["config.yaml"])
+    file.write_text(find_object(objects, "ConfigMap")["data"]["config.yaml"])
     loaded = load(file, {}).auth.jwt
     assert (loaded.audience, loaded.issuer) == (audience, issuer)
 
@@ -183,7 +189,7 @@ def test_a_string_reaches_the_settings_of_the_relay_unchanged(
 def test_other_settings_make_another_pod_template() -> None:
     checksums = {
         pod_of(rendered(values))["metadata"]["annotations"]["checksum/config"]
-        for values in ({}, {}, nested("config.limits.max_connections", 5))
+        for values in ({}, {}, nested_values("config.limits.max_connections", 5))
     }
     assert len(checksums) == 2
 
@@ -210,7 +216,7 @@ def test_secrets_are_references_and_not_values() -> None:
         ("RELAY__AUTH__JWT__SECRET", "relay-jwt", "secret"),
     ):
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": key}}
-    config = yaml.safe_load(one(objects, "ConfigMap", "relay")["data"]["config.yaml"])
+    config = yaml.safe_load(find_object(objects, "ConfigMap", "relay")["data"]["config.yaml"])
     assert config["backplane"]["url"] == "memory://"
     assert config["auth"]["jwt"]["secret"] == ""
     assert "Secret" not in kinds(objects)
@@ -218,12 +224,12 @@ def test_secrets_are_references_and_not_values() -> None:
 
 def test_selectors_match_the_relays_and_not_the_pod_of_helm_test() -> None:
     objects = full_objects()
-    relay, test = pod_of(objects, "relay"), one(objects, "Pod", "relay-test")
+    relay, test = pod_of(objects, "relay"), find_object(objects, "Pod", "relay-test")
     selectors = [
-        one(objects, "Service", "relay")["spec"]["selector"],
-        one(objects, "Deployment", "relay")["spec"]["selector"]["matchLabels"],
-        one(objects, "PodDisruptionBudget", "relay")["spec"]["selector"]["matchLabels"],
-        one(objects, "NetworkPolicy", "relay")["spec"]["podSelector"]["matchLabels"],
+        find_object(objects, "Service", "relay")["spec"]["selector"],
+        find_object(objects, "Deployment", "relay")["spec"]["selector"]["matchLabels"],
+        find_object(objects, "PodDisruptionBudget", "relay")["spec"]["selector"]["matchLabels"],
+        find_object(objects, "NetworkPolicy", "relay")["spec"]["podSelector"]["matchLabels"],
         *(
             each["labelSelector"]["matchLabels"]
             for each in relay["spec"]["topologySpreadConstraints"]
@@ -238,8 +244,8 @@ def test_selectors_match_the_relays_and_not_the_pod_of_helm_test() -> None:
 
 
 def test_the_service_has_both_ports_of_the_relay() -> None:
-    objects = rendered(nested("service.port", 80))
-    targets = {port["name"]: port for port in one(objects, "Service")["spec"]["ports"]}
+    objects = rendered(nested_values("service.port", 80))
+    targets = {port["name"]: port for port in find_object(objects, "Service")["spec"]["ports"]}
     assert {name: port["port"] for name, port in targets.items()} == {
         "websocket": 80,
         "metrics": 9090,
@@ -255,17 +261,20 @@ def test_the_service_has_both_ports_of_the_relay() -> None:
 @pytest.mark.parametrize("kind", ["LoadBalancer", "NodePort"])
 def test_an_external_service_does_not_expose_the_metrics(kind: str) -> None:
     objects = rendered({"service": {"type": kind}, "serviceMonitor": {"enabled": True}})
-    outside, inside = one(objects, "Service"), one(objects, "Service", f"{RELEASE}-metrics")
+    outside, inside = (
+        find_object(objects, "Service"),
+        find_object(objects, "Service", f"{RELEASE}-metrics"),
+    )
     assert [port["name"] for port in outside["spec"]["ports"]] == ["websocket"]
     assert [port["name"] for port in inside["spec"]["ports"]] == ["metrics"]
     assert inside["spec"]["type"] == "ClusterIP"
-    selector = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    selector = find_object(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
     assert selects(selector, inside["metadata"]["labels"])
 
 
 def test_an_ingress_has_timeouts_for_websockets_and_the_size_limit_of_a_message() -> None:
-    values = (INGRESS, TLS, nested("config.limits.max_message_bytes", 8 << 20))
-    annotations = one(rendered(*values), "Ingress")["metadata"]["annotations"]
+    values = (INGRESS, TLS, nested_values("config.limits.max_message_bytes", 8 << 20))
+    annotations = find_object(rendered(*values), "Ingress")["metadata"]["annotations"]
     assert annotations == {
         f"{NGINX}/proxy-read-timeout": "60",
         f"{NGINX}/proxy-send-timeout": "60",
@@ -283,7 +292,7 @@ def test_values_replace_and_remove_annotations_of_an_ingress() -> None:
         "example.com/team": "messaging",
     }
     values = (INGRESS, {"ingress": {"annotations": changes}})
-    annotations = one(rendered(*values), "Ingress")["metadata"]["annotations"]
+    annotations = find_object(rendered(*values), "Ingress")["metadata"]["annotations"]
     assert annotations[f"{NGINX}/proxy-body-size"] == "1g"
     assert annotations["example.com/team"] == "messaging"
     assert f"{NGINX}/proxy-send-timeout" not in annotations
@@ -291,11 +300,11 @@ def test_values_replace_and_remove_annotations_of_an_ingress() -> None:
 
 
 def test_a_gateway_route_has_no_time_limit_by_default_and_the_field_can_be_removed() -> None:
-    (rule,) = one(rendered(ROUTE), "HTTPRoute")["spec"]["rules"]
+    (rule,) = find_object(rendered(ROUTE), "HTTPRoute")["spec"]["rules"]
     assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
     assert rule["backendRefs"] == [{"name": RELEASE, "port": 8443}]
     none = {"httpRoute": {"timeouts": {"request": None, "backendRequest": None}}}
-    (rule,) = one(rendered(ROUTE, none), "HTTPRoute")["spec"]["rules"]
+    (rule,) = find_object(rendered(ROUTE, none), "HTTPRoute")["spec"]["rules"]
     assert "timeouts" not in rule
 
 
@@ -303,7 +312,7 @@ def test_a_gateway_route_has_no_time_limit_by_default_and_the_field_can_be_remov
     ("values", "path"),
     [
         ({}, "/"),
-        (nested("config.server.base_path", "/relay"), "/relay"),
+        (nested_values("config.server.base_path", "/relay"), "/relay"),
         ({"ingress": {"path": "/ws"}, "httpRoute": {"path": "/ws"}}, "/ws"),
     ],
 )
@@ -311,9 +320,9 @@ def test_the_ingress_and_the_route_have_the_base_path_of_the_relay(
     values: Mapping[str, Any], path: str
 ) -> None:
     objects = rendered(INGRESS, ROUTE, values)
-    (rule,) = one(objects, "Ingress")["spec"]["rules"]
+    (rule,) = find_object(objects, "Ingress")["spec"]["rules"]
     assert rule["http"]["paths"][0]["path"] == path
-    (rule,) = one(objects, "HTTPRoute")["spec"]["rules"]
+    (rule,) = find_object(objects, "HTTPRoute")["spec"]["rules"]
     assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": path}}]
 
 
@@ -321,8 +330,8 @@ def test_the_ingress_and_the_route_have_the_base_path_of_the_relay(
 
 
 def test_the_autoscaler_targets_cpu_and_clients_and_scales_down_slowly() -> None:
-    objects = rendered(REDIS, nested("autoscaling.enabled", True))
-    spec = one(objects, "HorizontalPodAutoscaler")["spec"]
+    objects = rendered(REDIS, nested_values("autoscaling.enabled", True))
+    spec = find_object(objects, "HorizontalPodAutoscaler")["spec"]
     cpu, clients = spec["metrics"]
     assert cpu["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
     assert clients["pods"]["metric"] == {"name": "websocket_connected_clients"}
@@ -330,14 +339,14 @@ def test_the_autoscaler_targets_cpu_and_clients_and_scales_down_slowly() -> None
     down = spec["behavior"]["scaleDown"]
     assert down["stabilizationWindowSeconds"] == 900
     assert down["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 300}]
-    assert "replicas" not in one(objects, "Deployment")["spec"]
+    assert "replicas" not in find_object(objects, "Deployment")["spec"]
 
 
 def test_the_disruption_budget_allows_one_pod_at_a_time_by_default() -> None:
-    spec = one(default_objects(), "PodDisruptionBudget")["spec"]
+    spec = find_object(default_objects(), "PodDisruptionBudget")["spec"]
     assert spec["maxUnavailable"] == 1
     least = {"podDisruptionBudget": {"maxUnavailable": None, "minAvailable": "50%"}}
-    spec = one(rendered(least), "PodDisruptionBudget")["spec"]
+    spec = find_object(rendered(least), "PodDisruptionBudget")["spec"]
     assert spec["minAvailable"] == "50%"
     assert "maxUnavailable" not in spec
 
@@ -345,8 +354,8 @@ def test_the_disruption_budget_allows_one_pod_at_a_time_by_default() -> None:
 # The network
 
 
-def egress_ports(objects: Sequence[Object]) -> set[int]:
-    rules = one(objects, "NetworkPolicy")["spec"]["egress"]
+def egress_ports(objects: Sequence[KubernetesObject]) -> set[int]:
+    rules = find_object(objects, "NetworkPolicy")["spec"]["egress"]
     return {port["port"] for rule in rules for port in rule["ports"]} - {53}
 
 
@@ -368,18 +377,18 @@ def test_a_network_policy_allows_egress_to_the_broker_and_to_the_signing_keys(
 ) -> None:
     tokens = {"mode": "jwt", "jwt": {"jwks_url": issuer, "algorithms": ["RS256"]}}
     objects = rendered(
-        nested("config.backplane.url", broker),
-        nested("config.auth", tokens) if issuer else {},
-        nested("networkPolicy.enabled", True),
+        nested_values("config.backplane.url", broker),
+        nested_values("config.auth", tokens) if issuer else {},
+        nested_values("networkPolicy.enabled", True),
     )
     assert egress_ports(objects) == ports
 
 
 def test_a_network_policy_allows_clients_prometheus_and_helm_test() -> None:
     objects = full_objects()
-    clients, prometheus = one(objects, "NetworkPolicy", "relay")["spec"]["ingress"]
+    clients, prometheus = find_object(objects, "NetworkPolicy", "relay")["spec"]["ingress"]
     assert clients["ports"] == [{"protocol": "TCP", "port": "websocket"}]
-    test = one(objects, "Pod", "relay-test")["metadata"]["labels"]
+    test = find_object(objects, "Pod", "relay-test")["metadata"]["labels"]
     assert selects(clients["from"][-1]["podSelector"]["matchLabels"], test)
     assert prometheus["ports"] == [{"protocol": "TCP", "port": "metrics"}]
 
@@ -395,7 +404,7 @@ def notes(*trees: Mapping[str, Any]) -> str:
         "--dry-run=client",
         "--namespace",
         "chat",
-        values=all_of(*trees),
+        values=merge_values(*trees),
     )
     return output.partition("NOTES:\n")[2]
 
@@ -415,14 +424,17 @@ def test_the_notes_have_the_urls_of_clients_and_the_command_of_helm_test() -> No
     [
         ({}, ["memory://"]),
         (REDIS, []),
-        (all_of(REDIS, INGRESS), ["config.auth.mode"]),
-        (all_of(REDIS, nested("service.type", "LoadBalancer")), ["config.auth.mode"]),
+        (merge_values(REDIS, INGRESS), ["config.auth.mode"]),
+        (merge_values(REDIS, nested_values("service.type", "LoadBalancer")), ["config.auth.mode"]),
         (
-            all_of(REDIS, ROUTE, nested("config.limits.max_connections_per_ip", 5)),
+            merge_values(REDIS, ROUTE, nested_values("config.limits.max_connections_per_ip", 5)),
             ["config.auth.mode", "config.server.trusted_proxies"],
         ),
-        (all_of(REDIS, ROUTE, TLS), ["config.auth.mode", "BackendTLSPolicy"]),
-        (all_of(REDIS, nested("autoscaling.enabled", True)), ["custom.metrics.k8s.io"]),
+        (merge_values(REDIS, ROUTE, TLS), ["config.auth.mode", "BackendTLSPolicy"]),
+        (
+            merge_values(REDIS, nested_values("autoscaling.enabled", True)),
+            ["custom.metrics.k8s.io"],
+        ),
     ],
 )
 def test_the_notes_warn_of_valid_values_that_are_hardly_intended(

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.support.certificates import make_pair
-from tests.support.helm import CI_VALUES, Object, all_of, nested, newest_helm
+from tests.support.helm import CI_VALUES, KubernetesObject, merge_values, nested_values, newest_helm
 from tests.support.issuer import SECRET, make_signer
 from tests.support.pod import Pod, Secrets
 from tests.support.relay_process import HOST, Finished, Relay, merged, run_command, run_python
@@ -32,7 +32,7 @@ SECRETS: Secrets = {
 }
 
 TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
-NO_METRICS = nested("config.metrics.enabled", False)
+NO_METRICS = nested_values("config.metrics.enabled", False)
 SECRET_TOKENS = {
     "config": {"auth": {"mode": "jwt", "jwt": {"audience": "relay", "issuer": "https://issuer"}}},
     "secrets": {"jwtSecret": {"name": "relay-jwt"}},
@@ -41,7 +41,7 @@ KEY_TOKENS = {
     "config": {"auth": {"mode": "jwt", "jwt": {"algorithms": ["ES256"]}}},
     "secrets": {"jwtPublicKey": {"name": "relay-jwt-key"}},
 }
-GIVEN_TOKEN = nested("test.token.name", "relay-test-token")
+GIVEN_TOKEN = nested_values("test.token.name", "relay-test-token")
 LOCAL_PORTS = {"server": {"host": HOST, "port": 0}, "metrics": {"host": HOST, "port": 0}}
 
 
@@ -53,7 +53,7 @@ class LocalRelease:
         directory: for the volumes.
     """
 
-    def __init__(self, objects: list[Object], directory: Path) -> None:
+    def __init__(self, objects: list[KubernetesObject], directory: Path) -> None:
         (self.deployment,) = (each for each in objects if each["kind"] == "Deployment")
         (test,) = (each for each in objects if each["kind"] == "Pod")
         spec = self.deployment["spec"]["template"]["spec"]
@@ -85,7 +85,7 @@ class LocalRelease:
 
 @contextmanager
 def running(directory: Path, *values: Mapping[str, Any]) -> Iterator[tuple[LocalRelease, Relay]]:
-    release = LocalRelease(newest_helm().objects(values=all_of(*values)), directory)
+    release = LocalRelease(newest_helm().objects(values=merge_values(*values)), directory)
     with release.relay() as relay:
         yield release, relay
 
@@ -114,7 +114,12 @@ def test_the_rendered_settings_are_valid_and_a_pod_has_more_time_than_a_stop_tak
 
 @pytest.mark.parametrize(
     "values",
-    [{}, NO_METRICS, all_of(TLS, NO_METRICS), nested("config.server.base_path", "/relay")],
+    [
+        {},
+        NO_METRICS,
+        merge_values(TLS, NO_METRICS),
+        nested_values("config.server.base_path", "/relay"),
+    ],
     ids=["default", "no metrics", "TLS, no metrics", "base path"],
 )
 def test_a_relay_answers_the_probes_of_its_pod(values: Mapping[str, Any], tmp_path: Path) -> None:
@@ -139,9 +144,9 @@ def unverified_context() -> ssl.SSLContext:
     "values",
     [
         {},
-        nested("config.server.base_path", "/relay"),
-        all_of(TLS, SECRET_TOKENS),
-        all_of(KEY_TOKENS, GIVEN_TOKEN),
+        nested_values("config.server.base_path", "/relay"),
+        merge_values(TLS, SECRET_TOKENS),
+        merge_values(KEY_TOKENS, GIVEN_TOKEN),
     ],
     ids=["default", "base path", "TLS, and tokens with a secret", "given token"],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import Reader, free_ports
+from tests.support.pages import PageReader, free_ports
 from tests.support.relay_process import ROOT
 from tests.support.shell import user_environment
 
@@ -37,7 +37,7 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(project: Path) -> Iterator[Reader]:
+def reader(project: Path) -> Iterator[PageReader]:
     """A reader who works there: `async with reader: await reader.follow(page)`."""
     with free_ports() as ports:
-        yield Reader(project, ports)
+        yield PageReader(project, ports)

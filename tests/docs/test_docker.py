@@ -9,13 +9,13 @@ import yaml
 from dotenv import dotenv_values
 
 from tests.support.certificates import make_pair
-from tests.support.pages import blocks
+from tests.support.pages import fenced_blocks
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, environment, run_command
 
 FILES = {
     block.title: block.text
-    for block in blocks((ROOT / "docs" / "how-to" / "docker.md").read_text())
+    for block in fenced_blocks((ROOT / "docs" / "how-to" / "docker.md").read_text())
     if block.title
 }
 CA_FILE = "/etc/websocket-relay/ca.pem"

@@ -11,14 +11,14 @@ from tests.support.helm import (
     HELMS,
     KUBERNETES,
     Helm,
-    Object,
-    helm,
-    kubectl,
-    parsed,
-    run,
-    validate,
+    KubernetesObject,
+    find_helm,
+    find_kubectl,
+    parse_objects,
+    run_tool,
+    validate_object,
 )
-from tests.support.pages import Block, blocks
+from tests.support.pages import Block, fenced_blocks
 from tests.support.relay_process import ROOT
 
 HOW_TO = ROOT / "docs" / "how-to"
@@ -55,7 +55,7 @@ class Reader:
     """
 
     def __init__(self, directory: Path, program: Helm) -> None:
-        self.objects: list[Object] = []
+        self.objects: list[KubernetesObject] = []
         """What the last Helm command installs."""
 
         self._directory = directory
@@ -66,7 +66,7 @@ class Reader:
     def follow(self, page: str) -> int:
         """Follow a page; return how many commands were rendered."""
         rendered = 0
-        for block in blocks(page):
+        for block in fenced_blocks(page):
             if block.title and not block.title.startswith("/"):
                 (self._directory / block.title).write_text(block.text)
             elif block.language == "console":
@@ -78,17 +78,17 @@ class Reader:
             case ["helm", "install" | "upgrade", *arguments] if CHART_PATH in arguments:
                 text = self._rendered_by_helm(arguments)
             case ["kubectl", "apply", "-k", directory]:
-                text = run([str(kubectl()), "kustomize", str(ROOT / directory)])
+                text = run_tool([str(find_kubectl()), "kustomize", str(ROOT / directory)])
             case ["kubectl", "create", *arguments]:
                 text = self._rendered_by_kubectl(arguments)
             case _:  # it does nothing without a cluster
                 self._check_references(" ".join(words))
                 return False
-        objects = parsed(text)
+        objects = parse_objects(text)
         assert objects, words
         for each in objects:
             for version in KUBERNETES:
-                validate(each, version)
+                validate_object(each, version)
         if words[0] == "helm":
             self.objects = objects
         return True
@@ -108,7 +108,7 @@ class Reader:
 
     def _rendered_by_kubectl(self, arguments: Sequence[str]) -> str:
         dry = ("--dry-run=client", "--output", "yaml")
-        return run([str(kubectl()), "create", *map(self._with_file, arguments), *dry])
+        return run_tool([str(find_kubectl()), "create", *map(self._with_file, arguments), *dry])
 
     def _with_file(self, argument: str) -> str:
         """Write the file of `--from-file=key=file`, and return the argument with its path."""
@@ -131,7 +131,7 @@ class Reader:
 def test_the_commands_of_a_page_install_valid_objects(
     page: Path, name: str, tmp_path: Path
 ) -> None:
-    assert Reader(tmp_path, helm(name)).follow(page.read_text()) > 0
+    assert Reader(tmp_path, find_helm(name)).follow(page.read_text()) > 0
 
 
 def test_the_pages_about_kubernetes_are_among_them() -> None:

@@ -21,7 +21,7 @@ from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, TokenProblem
 
 from tests.support.issuer import KeyServer, key_set, make_signer
-from tests.support.markdown import code, section, tables
+from tests.support.markdown import code_spans, section, tables
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, PACKAGE, ROOT, Relay, StartRelay
 
@@ -99,7 +99,7 @@ def test_the_table_of_refusals_is_complete() -> None:
 
 @pytest.mark.fast
 def test_the_table_of_token_problems_is_complete() -> None:
-    details = [code(detail) for detail, _ in first_table(CLOSES, "Why a token is invalid")]
+    details = [code_spans(detail) for detail, _ in first_table(CLOSES, "Why a token is invalid")]
     assert details == [[problem] for problem in TokenProblem]
 
 
@@ -145,8 +145,8 @@ def labels_on_the_page(cell: str) -> dict[tuple[str, ...], set[tuple[str, ...]]]
     elif "#refusals" in values:
         series = {(label,) for _, _, label in refusals_on_the_page()}
     else:
-        series = {(value,) for value in code(values)}
-    return {tuple(code(names)): series} if names else {}
+        series = {(value,) for value in code_spans(values)}
+    return {tuple(code_spans(names)): series} if names else {}
 
 
 async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) -> None:
@@ -167,7 +167,7 @@ async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) ->
                 labels.setdefault(tuple(of_sample), set()).add(tuple(of_sample.values()))
         exported[name] = (family.type, labels)
     documented = {
-        code(name)[0]: (kind, labels_on_the_page(labels))
+        code_spans(name)[0]: (kind, labels_on_the_page(labels))
         for table in tables(METRICS)
         for name, kind, labels, _ in table
     }
@@ -181,12 +181,12 @@ async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) ->
 def test_the_table_of_readiness_is_complete() -> None:
     _, statuses = tables(section(HTTP, "Probes"))
     not_ready = {*Phase} - {Phase.READY} | {"backplane outage"}
-    assert {code(status)[0] for status, _ in statuses} == not_ready
+    assert {code_spans(status)[0] for status, _ in statuses} == not_ready
 
 
 async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(relay: Relay) -> None:
     of_the_relay, of_metrics = (
-        {tuple(request.split()) for cell, _ in table for request in code(cell)}
+        {tuple(request.split()) for cell, _ in table for request in code_spans(cell)}
         for table in tables(section(HTTP, "Endpoints"))
     )
     described = (await relay.get("/openapi.json")).json()["paths"]
@@ -204,11 +204,11 @@ async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(relay:
 async def test_the_table_of_stats_is_complete(relay: Relay) -> None:
     stats = (await relay.get("/stats")).json()
     metrics = {
-        code(row[0])[0].removeprefix("websocket_").removesuffix("_total")
+        code_spans(row[0])[0].removeprefix("websocket_").removesuffix("_total")
         for table in tables(METRICS)
         for row in table
     }
-    named = {field for row in first_table(HTTP, "Stats") for field in code(row[0])}
+    named = {field for row in first_table(HTTP, "Stats") for field in code_spans(row[0])}
     assert named == stats.keys() - metrics
 
 
@@ -240,7 +240,7 @@ def arguments_of(text: str) -> dict[str, str]:
 
 def options_on_the_page(heading: str) -> dict[str, str]:
     return {
-        ", ".join(code(names)): default.replace("`", "")
+        ", ".join(code_spans(names)): default.replace("`", "")
         for names, default, _ in first_table(COMMANDS, heading)
     }
 
@@ -265,7 +265,7 @@ def test_the_table_of_commands_is_complete(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     listed = re.findall(r"^    ([a-z-]+)  ", help_of([], capsys), re.MULTILINE)
-    assert [code(name)[0] for name, _ in first_table(COMMANDS, "Commands")] == listed
+    assert [code_spans(name)[0] for name, _ in first_table(COMMANDS, "Commands")] == listed
 
 
 @pytest.mark.fast
@@ -287,12 +287,12 @@ def test_every_exported_name_is_on_the_page_of_the_python_client() -> None:
 @pytest.mark.fast
 def test_the_arguments_of_the_python_client_have_the_defaults_in_the_table() -> None:
     arguments, members = tables(section(PYTHON_CLIENT, "Relay"))
-    documented = {code(name)[0]: default for name, default, _ in arguments}
+    documented = {code_spans(name)[0]: default for name, default, _ in arguments}
     parameters = inspect.signature(websocket_relay.Relay).parameters
     assert list(documented) == [name for name in parameters if name != "url"]
     assert documented.pop("on_event") == "no function"
     for name, default in documented.items():
-        assert eval(code(default)[0], {"math": math}) == parameters[name].default, name
+        assert eval(code_spans(default)[0], {"math": math}) == parameters[name].default, name
     named = {name for name, _ in members}
     public = {name for name in vars(websocket_relay.Relay) if not name.startswith("_")}
     assert public == {found for cell in named for found in re.findall(r"relay\.(\w+)", cell)}
@@ -304,9 +304,11 @@ def test_the_fields_of_messages_and_events_are_in_their_tables() -> None:
         each: [field.name for field in dataclasses.fields(each)]
         for each in (events.Message, *get_args(events.Event))
     }
-    received = [code(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Receiving")]
+    received = [code_spans(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Receiving")]
     assert received == fields.pop(events.Message)
-    documented = {code(row[0])[0]: code(row[1]) for row in first_table(PYTHON_CLIENT, "Events")}
+    documented = {
+        code_spans(row[0])[0]: code_spans(row[1]) for row in first_table(PYTHON_CLIENT, "Events")
+    }
     assert documented == {each.__name__: names for each, names in fields.items()}
 
 
@@ -318,7 +320,7 @@ def test_the_table_of_errors_is_complete() -> None:
         for each in exported
         if isinstance(each, type) and issubclass(each, RelayError) and each is not RelayError
     }
-    assert {code(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Errors")} == errors
+    assert {code_spans(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Errors")} == errors
 
 
 # The browser client
@@ -338,14 +340,14 @@ def members_of(declaration: str) -> list[str]:
 
 @pytest.mark.fast
 def test_the_options_of_the_browser_client_are_in_the_table() -> None:
-    documented = [code(name)[0] for name, *_ in first_table(BROWSER_CLIENT, "Options")]
+    documented = [code_spans(name)[0] for name, *_ in first_table(BROWSER_CLIENT, "Options")]
     assert documented == members_of("RelayOptions")
 
 
 @pytest.mark.fast
 def test_the_members_of_the_browser_client_are_in_the_table() -> None:
     documented = {
-        code(name)[0].partition("(")[0] for name, _ in first_table(BROWSER_CLIENT, "Members")
+        code_spans(name)[0].partition("(")[0] for name, _ in first_table(BROWSER_CLIENT, "Members")
     }
     inherited = {"constructor", "addEventListener", "removeEventListener"}
     assert documented == {*members_of("Relay")} - inherited
@@ -353,7 +355,10 @@ def test_the_members_of_the_browser_client_are_in_the_table() -> None:
 
 @pytest.mark.fast
 def test_the_events_of_the_browser_client_are_in_the_table() -> None:
-    documented = {code(row[0])[0]: {*code(row[1])} for row in first_table(BROWSER_CLIENT, "Events")}
+    documented = {
+        code_spans(row[0])[0]: {*code_spans(row[1])}
+        for row in first_table(BROWSER_CLIENT, "Events")
+    }
     declared = {
         name: {*members_of(f"Relay{name.capitalize()}Event")} for name in members_of("RelayEvents")
     }
@@ -364,5 +369,5 @@ def test_the_events_of_the_browser_client_are_in_the_table() -> None:
 def test_the_reasons_of_the_browser_client_s_errors_are_in_the_table() -> None:
     declared = re.search(r"^  why: (.+);$", TYPES_OF_RELAY_JS, re.MULTILINE)
     assert declared is not None
-    documented = [code(why)[0] for why, _ in first_table(BROWSER_CLIENT, "Sending")]
+    documented = [code_spans(why)[0] for why, _ in first_table(BROWSER_CLIENT, "Sending")]
     assert documented == re.findall(r'"(\w+)"', declared[1])

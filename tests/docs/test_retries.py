@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.pages import blocks
+from tests.support.pages import fenced_blocks
 from tests.support.relay_process import HOST, ROOT
 
 PAGE = ROOT / "docs" / "how-to" / "publish-from-a-backend.md"
@@ -29,7 +29,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def script() -> Any:
     """The script as a module."""
-    (text,) = (each.text for each in blocks(PAGE.read_text()) if each.title == "publish.py")
+    (text,) = (each.text for each in fenced_blocks(PAGE.read_text()) if each.title == "publish.py")
     module = ModuleType("publish")
     exec(compile(text, "publish.py", "exec"), module.__dict__)
     return module

@@ -11,7 +11,7 @@ from websocket_relay.outcomes import Close, Refusal
 from websockets.sync.client import connect
 
 from tests.support.markdown import tables
-from tests.support.pages import blocks
+from tests.support.pages import fenced_blocks
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, StartRelay, run_command
 
@@ -27,7 +27,7 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def examples(language: str) -> list[str]:
-    return [block.text for block in blocks(PAGE) if block.language == language]
+    return [block.text for block in fenced_blocks(PAGE) if block.language == language]
 
 
 @pytest.mark.fast

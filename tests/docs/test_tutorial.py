@@ -4,7 +4,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from tests.support import browser
-from tests.support.pages import Reader, blocks
+from tests.support.pages import PageReader, fenced_blocks
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT
 from tests.support.terminal import COMMAND_S
@@ -41,12 +41,12 @@ async def all_are(windows: tuple[Page, ...], state: str) -> None:
 
 @pytest.mark.timeout(240)
 async def test_messages_of_a_window_and_of_a_backend_arrive_in_both_windows(
-    reader: Reader,
+    reader: PageReader,
 ) -> None:
     start, page, with_curl, without_framework, with_fastapi, restart = SECTIONS
     async with reader:
         await reader.follow(TUTORIAL, start, page)
-        windows = tuple([(await reader.open("http://localhost:8000/")).page for _ in range(2)])
+        windows = tuple([(await reader.open_page("http://localhost:8000/")).page for _ in range(2)])
         first, second = windows
         await all_are(windows, "open")
         messages = ["hello from a window"]
@@ -75,4 +75,4 @@ async def test_messages_of_a_window_and_of_a_backend_arrive_in_both_windows(
 
 
 def test_no_block_of_the_tutorial_is_left_out() -> None:
-    assert {block.section for block in blocks(TUTORIAL.read_text())} == set(SECTIONS)
+    assert {block.section for block in fenced_blocks(TUTORIAL.read_text())} == set(SECTIONS)

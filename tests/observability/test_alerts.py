@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.helm import CHART, RELEASE, Values, newest_helm, one
-from tests.support.prometheus import JOB, missing, promtool
+from tests.support.helm import CHART, RELEASE, Values, find_object, newest_helm
+from tests.support.prometheus import JOB, missing_series, promtool
 from tests.support.relay_process import ROOT, StartRelay
 
 ALERTS = CHART / "files" / "alerts.yaml"
@@ -82,7 +82,9 @@ def test_the_runbook_has_a_section_for_each_alert_in_the_order_of_the_rules() ->
 def rules_of_the_chart(**values: Any) -> dict[str, Rule]:
     """Return the rules that the chart installs, by the names of their alerts."""
     settings: Values = {"prometheusRule": {"enabled": True} | values}
-    rule = one(newest_helm().objects("--namespace", "chat", values=settings), "PrometheusRule")
+    rule = find_object(
+        newest_helm().objects("--namespace", "chat", values=settings), "PrometheusRule"
+    )
     return {rule["alert"]: rule for group in rule["spec"]["groups"] for rule in group["rules"]}
 
 
@@ -106,9 +108,9 @@ def test_the_alerts_of_the_chart_select_the_job_of_its_service_monitor() -> None
     values = {"prometheusRule": enabled, "serviceMonitor": enabled, "nameOverride": "chat"}
     objects = newest_helm().objects(values=values)
     name = f"{RELEASE}-chat"
-    label = one(objects, "ServiceMonitor", name)["spec"]["jobLabel"]
-    job = one(objects, "Service", name)["metadata"]["labels"][label]
-    for group in one(objects, "PrometheusRule", name)["spec"]["groups"]:
+    label = find_object(objects, "ServiceMonitor", name)["spec"]["jobLabel"]
+    job = find_object(objects, "Service", name)["metadata"]["labels"][label]
+    for group in find_object(objects, "PrometheusRule", name)["spec"]["groups"]:
         assert all(f'job="{job}"' in rule["expr"] for rule in group["rules"])
 
 
@@ -137,7 +139,7 @@ def test_the_threshold_of_memory_is_a_share_of_the_limit_of_the_container(
     limit: str | None, bytes_: str
 ) -> None:
     values = {"prometheusRule": {"enabled": True}, "resources": {"limits": {"memory": limit}}}
-    rule = one(newest_helm().objects(values=values), "PrometheusRule")
+    rule = find_object(newest_helm().objects(values=values), "PrometheusRule")
     assert f"> {bytes_}" in yaml.safe_dump(rule, width=1000)
 
 
@@ -163,4 +165,4 @@ def test_values_disable_alerts_and_set_labels_the_runbook_and_the_selector() -> 
 
 async def test_the_alerts_use_metrics_that_a_relay_has(tls_relay_with: StartRelay) -> None:
     page = await tls_relay_with().metrics()
-    assert missing([rule["expr"] for rule in all_rules()], page) == set()
+    assert missing_series([rule["expr"] for rule in all_rules()], page) == set()

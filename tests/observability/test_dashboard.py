@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.helm import CHART, newest_helm, one
+from tests.support.helm import CHART, find_object, newest_helm
 
 pytestmark = pytest.mark.fast
 
@@ -105,7 +105,7 @@ def test_the_alerts_that_panels_name_exist() -> None:
 def test_the_chart_installs_the_dashboard_for_the_sidecar_of_grafana() -> None:
     values = {"dashboard": {"enabled": True, "namespace": "watch", "annotations": {"a": "b"}}}
     objects = newest_helm().objects(values=values)
-    installed = one(objects, "ConfigMap", "websocket-relay-dashboard")
+    installed = find_object(objects, "ConfigMap", "websocket-relay-dashboard")
     assert installed["metadata"]["namespace"] == "watch"
     assert installed["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert installed["metadata"]["annotations"] == {"a": "b"}

@@ -13,7 +13,7 @@ from tests.support.certificates import CertificatePair, make_pair
 from tests.support.helm import CHART
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.programs import ANY_REDIS, needed
-from tests.support.prometheus import JOB, NAMESPACE, Prometheus, hasty, missing
+from tests.support.prometheus import JOB, NAMESPACE, Prometheus, missing_series, shorten_waits
 from tests.support.relay_process import Metrics, Relay, StartRelay, eventually, receive
 
 ALERTS = CHART / "files" / "alerts.yaml"
@@ -55,7 +55,7 @@ async def scraped_relays(
             "relay-0": start(backplane={"url": broker.url}),
             "relay-1": start(auth={"mode": "jwt", "jwt": jwt}),
         }
-        rules = hasty(ALERTS, directory)
+        rules = shorten_waits(ALERTS, directory)
         async with Prometheus(directory / "prometheus", relays, rules) as prometheus:
             yield prometheus, relays
 
@@ -73,24 +73,24 @@ async def assert_all_queries_have_answers(
     prometheus: Prometheus, relays: Mapping[str, Relay]
 ) -> None:
     # A rate needs a sample from before the events.
-    await prometheus.answer("count(websocket_ready) == 2")
+    await prometheus.await_result("count(websocket_ready) == 2")
     await cause_events(relays["relay-0"], relays["relay-1"])
     pages = [await relay.metrics() for relay in relays.values()]
     page = Metrics(
         frozenset().union(*(each.names for each in pages)),
         tuple(sample for each in pages for sample in each.samples),
     )
-    assert missing(list(expressions()), page) == set()
+    assert missing_series(list(expressions()), page) == set()
     for query in dict.fromkeys(map(substituted, expressions())):
-        await prometheus.answer(query)
+        await prometheus.await_result(query)
     clients = 'sum by (pod) (websocket_connected_clients{pod=~"$pod"})'
-    (selected,) = await prometheus.answer(substituted(clients, "relay-1"))
+    (selected,) = await prometheus.await_result(substituted(clients, "relay-1"))
     assert selected["metric"] == {"pod": "relay-1"}
 
 
 async def assert_an_outage_fires_an_alert(prometheus: Prometheus, broker: RedisBroker) -> None:
     async def critical_alerts() -> dict[str, Alert]:
-        firing = {alert["labels"]["alertname"]: alert for alert in await prometheus.firing()}
+        firing = {alert["labels"]["alertname"]: alert for alert in await prometheus.firing_alerts()}
         return {
             name: alert
             for name, alert in firing.items()

@@ -15,7 +15,7 @@ from tests.support.raw_client import (
     frame,
 )
 from tests.support.relay_process import POLL_S, Relay, closed, receive
-from tests.support.rfc_cases import gets_its_descriptors_back
+from tests.support.rfc_cases import await_descriptors
 
 NORMAL_CLOSE = frame(CLOSE, close_payload(1000))
 VIOLATION = frame(TEXT, b"bare", mask=False)
@@ -26,7 +26,7 @@ async def assert_closed_by_deadline(relay: Relay, descriptors: int, clients: int
 
     Reading the descriptors takes far less processor time than reading the metrics page.
     """
-    await gets_its_descriptors_back(relay, descriptors)
+    await await_descriptors(relay, descriptors)
     await relay.metric_is("websocket_connected_clients", clients)
 
 

@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection
 from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
 from tests.support.raw_client import KEY, PATIENCE_S, RawClient, upgrade_request
 from tests.support.relay_process import POLL_S, Relay, StartRelay, eventually, path_of, receive
-from tests.support.rfc_cases import gets_its_descriptors_back
+from tests.support.rfc_cases import await_descriptors
 
 KIB = 1_024
 MIB = 1_048_576
@@ -66,7 +66,7 @@ async def test_1000_unfinished_requests_take_little_memory(relay_with: StartRela
             assert relay.descriptors() >= descriptors + count
             assert relay.rss_bytes() < rss_bytes + count * 12 * KIB
             await assert_relays(client)
-        await gets_its_descriptors_back(relay, descriptors)
+        await await_descriptors(relay, descriptors)
 
 
 async def test_unfinished_requests_end_at_the_deadline_and_free_their_descriptors(
@@ -77,7 +77,7 @@ async def test_unfinished_requests_end_at_the_deadline_and_free_their_descriptor
     async with open_connections(relay, count, b"", b"GET", SLOW_HEAD) as opened:
         for raw in opened:
             await raw.ended()
-        await gets_its_descriptors_back(relay, descriptors)
+        await await_descriptors(relay, descriptors)
     await relay.metric_is("websocket_refusals_total", count, reason="handshake_timeout")
 
 
@@ -112,7 +112,7 @@ async def test_with_1000_slow_tls_handshakes_a_client_connects_within_a_second(
         assert max([await connect_time_s(relay) for _ in range(5)]) < 1.0
         assert relay.descriptors() >= descriptors + count
         assert relay.rss_bytes() < rss_bytes + count * TLS_CONNECTION_BYTES
-    await gets_its_descriptors_back(relay, descriptors)
+    await await_descriptors(relay, descriptors)
 
 
 async def test_unfinished_tls_handshakes_end_at_the_deadline_and_free_their_descriptors(
@@ -123,7 +123,7 @@ async def test_unfinished_tls_handshakes_end_at_the_deadline_and_free_their_desc
     async with open_connections(relay, 300, b"", PARTIAL_CLIENT_HELLO) as opened:
         for raw in opened:
             await raw.ended()
-        await gets_its_descriptors_back(relay, descriptors)
+        await await_descriptors(relay, descriptors)
     assert (await relay.get_metrics("/healthz")).status_code == 200
 
 
@@ -143,7 +143,7 @@ async def test_failed_tls_handshakes_leave_no_memory_no_descriptors_and_no_log_l
     await fail_handshakes(200)
     rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
     await fail_handshakes(800)
-    await gets_its_descriptors_back(relay, descriptors)
+    await await_descriptors(relay, descriptors)
     assert relay.rss_bytes() < rss_bytes + MIB
     assert len(relay.log_lines) == lines
 
@@ -222,7 +222,7 @@ async def test_thousands_of_refused_upgrades_leave_no_memory_no_descriptors_and_
         await send_refused(relay, refusals, count)
         assert len(relay.log_lines) <= lines + 2, "one line a minute, not one for each"
         await relay.metric_is("websocket_refusals_total", before_total + count)
-        await gets_its_descriptors_back(relay, descriptors)
+        await await_descriptors(relay, descriptors)
         assert relay.rss_bytes() < rss_bytes + MIB
         assert await relay.metric("websocket_connections_total") == 1
         assert await relay.metric("websocket_connected_clients") == 1
@@ -249,7 +249,7 @@ async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothi
     await send_and_reset(400)
     rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
     await send_and_reset(1_000)
-    await gets_its_descriptors_back(relay, descriptors)
+    await await_descriptors(relay, descriptors)
     assert relay.rss_bytes() < rss_bytes + MIB
     await relay.metric_is("websocket_channels", 0)
 

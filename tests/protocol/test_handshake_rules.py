@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.raw_client import KEY, TEXT, RawClient, Response, frame, upgrade_request
 from tests.support.relay_process import Relay, path_of
-from tests.support.rfc_cases import gets_its_descriptors_back
+from tests.support.rfc_cases import await_descriptors
 
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
@@ -281,7 +281,7 @@ async def test_a_refused_connection_with_trailing_bytes_is_freed_when_its_client
             await raw.send(upgrade_request(path, drop=drop) + frame(TEXT, b"trailing"))
             assert (await raw.response()).status in (400, 404)
     started_at = time.monotonic()
-    await gets_its_descriptors_back(relay, before)
+    await await_descriptors(relay, before)
     assert time.monotonic() - started_at < 5  # long before limits.handshake_timeout_s
 
 

@@ -33,7 +33,7 @@ from tests.support.relay_process import (
     receive,
     receive_many,
 )
-from tests.support.rfc_cases import gets_its_descriptors_back, next_frame
+from tests.support.rfc_cases import await_descriptors, read_frame_except_pings
 
 KIB = 1_024
 MIB = 1_048_576
@@ -115,7 +115,7 @@ async def test_a_flood_of_pings_is_answered_in_order_and_delays_no_other_client(
         async with asyncio.TaskGroup() as group:
             group.create_task(ping())
             for number in range(count):
-                received = await next_frame(raw)
+                received = await read_frame_except_pings(raw)
                 assert received.opcode == PONG
                 assert received.payload == struct.pack("!I", number)
     assert watch.growth_bytes < 16 * MIB
@@ -327,7 +327,7 @@ async def test_disconnected_clients_leave_no_memory_and_no_descriptors(relay: Re
     await connect_and_disconnect(300)
     started_bytes, started_descriptors = relay.rss_bytes(), relay.descriptors()
     await connect_and_disconnect(700)
-    await gets_its_descriptors_back(relay, started_descriptors)
+    await await_descriptors(relay, started_descriptors)
     assert relay.rss_bytes() < started_bytes + MIB
 
 

@@ -15,7 +15,7 @@ from tests.support.raw_client import (
     frame,
 )
 from tests.support.relay_process import Relay, StartRelay, receive
-from tests.support.rfc_cases import gets_its_descriptors_back
+from tests.support.rfc_cases import await_descriptors
 
 MESSAGE_BYTES = 65_536
 
@@ -63,7 +63,7 @@ async def test_a_client_that_answers_no_ping_and_no_close_is_aborted(
     descriptors = relay.descriptors()
     async with relay.raw_client("news") as silent:
         await relay.metric_is("websocket_connected_clients", 1)
-        await gets_its_descriptors_back(relay, descriptors)
+        await await_descriptors(relay, descriptors)
         await relay.metric_is("websocket_connected_clients", 0)
         assert await relay.metric("websocket_disconnections_total") == 1
         assert (await silent.frame()).opcode == PING

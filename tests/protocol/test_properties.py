@@ -33,11 +33,11 @@ from tests.support.reference import Reference
 from tests.support.relay_process import HOST, Relay, path_of
 from tests.support.rfc_cases import (
     CLOSED_BY_CLIENT,
-    gets_its_descriptors_back,
-    heard_until_close,
-    next_frame,
-    parsed,
-    uncompressed,
+    await_descriptors,
+    decompressed,
+    parse_pieces,
+    read_frame_except_pings,
+    read_until_close,
 )
 
 MAX_MESSAGE_BYTES = 2_000  # small, so that oversized messages are cheap to send
@@ -71,7 +71,7 @@ async def checked_relay(small_message_relay: Relay) -> AsyncIterator[Relay]:
     before = relay.descriptors()
     yield relay
     await relay.metric_is("websocket_connected_clients", 0)
-    await gets_its_descriptors_back(relay, before)
+    await await_descriptors(relay, before)
     assert relay.complaints == []
 
 
@@ -195,14 +195,14 @@ async def assert_relayed(
         raw_websocket(HOST, relay.port, path, offers=sender_offers, behind=first) as sender,
     ):
         await send_split(sender, octets, places)
-        frames, code = await heard_until_close(sender)
+        frames, code = await read_until_close(sender)
         assert (messages_of(frames), pongs_of(frames), code) == (
             list(sequence.messages),
             list(sequence.pongs),
             1000,
         )
         await other.send(CLOSED_BY_CLIENT)
-        frames, code = await heard_until_close(other)
+        frames, code = await read_until_close(other)
         assert (messages_of(frames), pongs_of(frames), code) == (list(sequence.messages), [], 1000)
 
 
@@ -317,11 +317,11 @@ def test_any_octets_are_parsed_as_the_reference_parses_them(
 ) -> None:
     octets = data.draw(any_octets(compressed=inflates))
     expected = Reference(MAX_MESSAGE_BYTES, inflates=inflates)
-    expected.hear(octets)
+    expected.feed(octets)
     if expected.close_code is None and expected.between_frames:
         octets += CLOSED_BY_CLIENT
     pieces = split_at(octets, places)
-    frames, code = parsed(pieces, inflates=inflates, max_bytes=MAX_MESSAGE_BYTES)
+    frames, code = parse_pieces(pieces, inflates=inflates, max_bytes=MAX_MESSAGE_BYTES)
     assert messages_of(frames) == expected.messages
     assert code == (expected.close_code or (1000 if expected.between_frames else None)) or (
         inflates and {code, expected.close_code} == {1007, 1009}
@@ -357,14 +357,14 @@ async def assert_outcome(
     raw: RawClient, expected: Reference, octets: bytes, places: Sequence[int]
 ) -> None:
     """Send octets, and assert what the reference requires."""
-    expected.hear(octets)
+    expected.feed(octets)
     await send_split(raw, octets, places)
     if expected.close_code is None and not expected.between_frames:
         await assert_unfinished(raw, expected)
         return
     if expected.close_code is None:
         await raw.send(CLOSED_BY_CLIENT)
-    frames, code = await heard_until_close(raw)
+    frames, code = await read_until_close(raw)
     assert (messages_of(frames), pongs_of(frames)) == (expected.messages, expected.pongs)
     assert code == (expected.close_code or 1000) or (
         # The octets of one read may inflate to too many and also have a fault: either is reported.
@@ -378,7 +378,7 @@ async def assert_unfinished(raw: RawClient, expected: Reference) -> None:
     frames = []
     try:
         while True:
-            frames.append(uncompressed(await next_frame(raw)))
+            frames.append(decompressed(await read_frame_except_pings(raw)))
     except EOFError:
         pass
     # A client that disconnects without a close frame does not receive all expected deliveries.

@@ -11,14 +11,14 @@ from tests.support.rfc_cases import (
     CASES,
     CLOSED_BY_CLIENT,
     MIB,
-    Case,
     Pieces,
-    chosen,
+    RfcCase,
     fragments,
-    heard_until_close,
-    next_frame,
-    parsed,
-    play,
+    one_case_per_outcome,
+    parse_pieces,
+    play_case,
+    read_frame_except_pings,
+    read_until_close,
 )
 
 ALL = [
@@ -27,49 +27,49 @@ ALL = [
 CHOSEN = [
     pytest.param(case, id=f"{group}, {case}")
     for group, cases in CASES.items()
-    for case in chosen(cases)
+    for case in one_case_per_outcome(cases)
 ]
 MAX_REFERENCE_OCTETS = 70_000  # the reference handles one octet at a time
 COMPRESSED_STARTS = (b"\xc1", b"\xc2", b"\x41", b"\x42")  # text or binary, with the bit RSV1
 
 
-def starts_no_compressed_message(case: Case) -> bool:
+def starts_no_compressed_message(case: RfcCase) -> bool:
     return not any(each[:1] in COMPRESSED_STARTS for each in case.sent)
 
 
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.fast
-def test_the_parser_and_the_reference_meet_the_rfc_in_all_cuts(case: Case) -> None:
-    expected = (list(case.heard), case.code)
+def test_the_parser_and_the_reference_meet_the_rfc_in_all_cuts(case: RfcCase) -> None:
+    expected = (list(case.expected), case.code)
     for pieces in Pieces:
-        assert parsed(pieces.cut(case.sent), inflates=False) == expected, pieces
+        assert parse_pieces(pieces.cut(case.sent), inflates=False) == expected, pieces
         if starts_no_compressed_message(case):
-            assert parsed(pieces.cut(case.sent), inflates=True) == expected, pieces
+            assert parse_pieces(pieces.cut(case.sent), inflates=True) == expected, pieces
     octets = b"".join(case.sent)
     if len(octets) <= MAX_REFERENCE_OCTETS:
         assert_reference_agrees(case, octets)
 
 
-def assert_reference_agrees(case: Case, octets: bytes) -> None:
+def assert_reference_agrees(case: RfcCase, octets: bytes) -> None:
     """Assert that the reference meets the RFC, and that the parser rejects the same octet."""
     reference = Reference(MIB)
-    end = reference.hear(octets)
-    messages = [(each.opcode, each.payload) for each in case.heard if each.opcode != PONG]
+    end = reference.feed(octets)
+    messages = [(each.opcode, each.payload) for each in case.expected if each.opcode != PONG]
     assert reference.messages == messages
-    assert reference.pongs == [each.payload for each in case.heard if each.opcode == PONG]
+    assert reference.pongs == [each.payload for each in case.expected if each.opcode == PONG]
     assert reference.close_code == case.code
-    if case.is_breach:
-        until_violation = parsed([octets[:end]], inflates=False)
-        assert until_violation == (list(case.heard), case.code), "not at its first wrong octet"
+    if case.is_violation:
+        until_violation = parse_pieces([octets[:end]], inflates=False)
+        assert until_violation == (list(case.expected), case.code), "not at its first wrong octet"
 
 
 @pytest.mark.parametrize("case", CHOSEN)
 async def test_a_client_receives_what_the_rfc_requires_and_nothing_else(
-    relay: Relay, channel: str, case: Case
+    relay: Relay, channel: str, case: RfcCase
 ) -> None:
     for pieces in Pieces:
         async with relay.raw_client(f"{channel}-{pieces.name}") as raw:
-            await play(raw, case, pieces)
+            await play_case(raw, case, pieces)
 
 
 # Large messages and many
@@ -92,7 +92,7 @@ async def test_a_large_message_in_one_frame_is_echoed(
     for opcode in (TEXT, BINARY):
         async with large_message_relay.raw_client(channel) as raw:
             await raw.send(frame(opcode, payload) + CLOSED_BY_CLIENT)
-            assert await heard_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
+            assert await read_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
 
 
 @pytest.mark.parametrize(("size", "part"), [(MIB, 64), (4 * MIB, 65_536), (4 * MIB, MIB)])
@@ -104,7 +104,7 @@ async def test_a_large_message_in_fragments_is_echoed_as_one_frame(
     for opcode in (TEXT, BINARY):
         async with large_message_relay.raw_client(channel) as raw:
             await raw.send(b"".join(fragments(opcode, *parts)) + CLOSED_BY_CLIENT)
-            assert await heard_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
+            assert await read_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
 
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY], ids=["text", "binary"])
@@ -120,7 +120,7 @@ async def test_a_large_message_in_small_pieces_is_echoed(
             await raw.send(octets[start : start + size])
             start += size
         assert start >= len(octets)
-        assert await heard_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
+        assert await read_until_close(raw) == ([Frame(opcode, payload, fin=True)], 1000)
 
 
 @pytest.mark.parametrize("size", [0, 64, 4_096])
@@ -132,7 +132,7 @@ async def test_hundreds_of_messages_are_echoed_one_after_another(
             opcode = BINARY if number % 2 else TEXT
             payload = (b"%d " % number * size)[:size]
             await raw.send(frame(opcode, payload))
-            assert await next_frame(raw) == Frame(opcode, payload, fin=True)
+            assert await read_frame_except_pings(raw) == Frame(opcode, payload, fin=True)
 
 
 # The end of TCP
@@ -144,7 +144,7 @@ async def test_the_relay_closes_tcp_first_after_a_closing_handshake(
     """RFC 6455 section 7.1.1: the server closes first, so that the client's port is free."""
     async with relay.raw_client(channel) as raw:
         await raw.send(CLOSED_BY_CLIENT)
-        assert await heard_until_close(raw) == ([], 1000)  # while the client's end is open
+        assert await read_until_close(raw) == ([], 1000)  # while the client's end is open
 
 
 async def test_the_relay_closes_tcp_after_a_violation_without_an_answer_to_its_close(
@@ -152,6 +152,6 @@ async def test_the_relay_closes_tcp_after_a_violation_without_an_answer_to_its_c
 ) -> None:
     async with relay.raw_client(channel) as raw:
         await raw.send(frame(TEXT, b"bare", mask=False))
-        assert await heard_until_close(raw) == ([], 1002)
+        assert await read_until_close(raw) == ([], 1002)
         await raw.send(frame(PING, b"late"))  # is discarded and causes no reset
         await raw.send(CLOSED_BY_CLIENT)

@@ -36,12 +36,12 @@ from tests.support.rfc_cases import (
     CLOSED_BY_CLIENT,
     MIB,
     Pieces,
-    chosen,
     fragments,
-    heard_until_close,
-    next_frame,
-    parsed,
-    play,
+    one_case_per_outcome,
+    parse_pieces,
+    play_case,
+    read_frame_except_pings,
+    read_until_close,
 )
 
 DEFLATE = "permessage-deflate"
@@ -206,11 +206,11 @@ async def test_uncompressed_frames_are_handled_by_rfc_6455_with_compression_nego
     deflating_relay: Relay, channel: str, group: str
 ) -> None:
     """Two cases of each group: test_rfc_6455_cases runs all of them on the parser alone."""
-    for case in chosen(CASES[group])[:2]:
+    for case in one_case_per_outcome(CASES[group])[:2]:
         if not any(each[:1] in (b"\xc1", b"\xc2") for each in case.sent):
             async with deflating(deflating_relay, channel) as raw:
                 assert raw.compresses
-                await play(raw, case, Pieces.ONE)
+                await play_case(raw, case, Pieces.ONE)
 
 
 @pytest.mark.fast
@@ -223,10 +223,10 @@ def test_the_compression_bit_is_allowed_on_the_first_frame_of_a_message_only() -
             + frame(BINARY, payload[:3], fin=False, reserved=first)
             + frame(CONTINUATION, payload[3:], reserved=reserved)
         )
-        assert parsed([octets], inflates=True) == (frames, 1002), (first, reserved)
+        assert parse_pieces([octets], inflates=True) == (frames, 1002), (first, reserved)
     for opcode in (PING, PONG, CLOSE):
         octets = before + frame(opcode, deflated(close_payload(1000)), reserved=RSV1)
-        assert parsed([octets], inflates=True) == (frames, 1002), opcode
+        assert parse_pieces([octets], inflates=True) == (frames, 1002), opcode
 
 
 # Compressed messages to the relay
@@ -317,7 +317,7 @@ def test_every_kind_of_compressed_message_is_inflated_in_all_cuts(
         expected = ([Frame(opcode, message, fin=True)] * 2, 1000)
         for pieces in Pieces:
             cut = pieces.cut((whole, fragmented, CLOSED_BY_CLIENT))
-            assert parsed(cut, inflates=True) == expected, (opcode, pieces)
+            assert parse_pieces(cut, inflates=True) == expected, (opcode, pieces)
 
 
 @pytest.mark.parametrize(("payload", "message"), RFC_EXAMPLES)
@@ -382,7 +382,7 @@ async def test_compressed_messages_arrive_byte_by_byte_with_pings_between(
             + frame(CONTINUATION, packed[half:])
             + frame(TEXT, b"plain")
         )
-        assert await next_frame(raw) == Frame(PONG, b"between", fin=True)
+        assert await read_frame_except_pings(raw) == Frame(PONG, b"between", fin=True)
         assert await raw.message() == payload.decode()
         assert await raw.message() == "plain"
 
@@ -411,7 +411,7 @@ def test_text_is_validated_as_utf_8_after_it_was_inflated() -> None:
     packed = deflated(text)
     for cut in range(len(packed) + 1):
         octets = in_fragments(TEXT, [packed[:cut], packed[cut:]]) + CLOSED_BY_CLIENT
-        assert parsed([octets], inflates=True) == ([Frame(TEXT, text, fin=True)], 1000), cut
+        assert parse_pieces([octets], inflates=True) == ([Frame(TEXT, text, fin=True)], 1000), cut
 
 
 @pytest.mark.fast
@@ -422,7 +422,9 @@ def test_compressed_text_that_is_not_utf_8_is_closed_with_1007(octets: bytes) ->
     packed = deflated(octets)
     for parts in ([packed], [packed[:2], packed[2:]]):
         wire = in_fragments(BINARY, parts) + in_fragments(TEXT, parts)
-        assert parsed([wire], inflates=True) == ([Frame(BINARY, octets, fin=True)], 1007), parts
+        assert parse_pieces([wire], inflates=True) == ([Frame(BINARY, octets, fin=True)], 1007), (
+            parts
+        )
 
 
 # Messages that do not inflate
@@ -463,7 +465,7 @@ def test_a_message_that_does_not_inflate_is_closed_with_1007(payload: bytes) -> 
         expected = ([Frame(BINARY, FIRST, fin=True)], DOES_NOT_INFLATE)
         for size in (1, len(wire)):
             pieces = [wire[start : start + size] for start in range(0, len(wire), size)]
-            assert parsed(pieces, inflates=True) == expected, (len(parts), size)
+            assert parse_pieces(pieces, inflates=True) == expected, (len(parts), size)
 
 
 async def test_a_message_that_does_not_inflate_affects_no_other_client(
@@ -475,7 +477,7 @@ async def test_a_message_that_does_not_inflate_affects_no_other_client(
             assert await receive(other) == FIRST
             await violating.send(in_fragments(BINARY, [MALFORMED["ones"]]))
             frames = [Frame(BINARY, FIRST, fin=True)]
-            assert await heard_until_close(violating) == (frames, DOES_NOT_INFLATE)
+            assert await read_until_close(violating) == (frames, DOES_NOT_INFLATE)
         await deflating_relay.metric_is("websocket_connected_clients", 1)
         await other.send("still here")
         assert await receive(other) == "still here"
@@ -485,7 +487,7 @@ async def test_a_message_that_does_not_inflate_affects_no_other_client(
 def test_a_compressed_message_without_octets_is_empty_or_a_violation() -> None:
     """By the letter of the RFC it has no block; common compressors accept it as empty."""
     wire = frame(TEXT, reserved=RSV1) + CLOSED_BY_CLIENT
-    assert parsed([wire], inflates=True) in (
+    assert parse_pieces([wire], inflates=True) in (
         ([Frame(TEXT, b"", fin=True)], 1000),
         ([], DOES_NOT_INFLATE),
     )
@@ -494,7 +496,7 @@ def test_a_compressed_message_without_octets_is_empty_or_a_violation() -> None:
 @pytest.mark.fast
 def test_octets_after_a_final_block_are_inflated_or_a_violation() -> None:
     wire = frame(TEXT, ended(b"one ") + deflated(b"and two"), reserved=RSV1) + CLOSED_BY_CLIENT
-    assert parsed([wire], inflates=True) in (
+    assert parse_pieces([wire], inflates=True) in (
         ([Frame(TEXT, b"one and two", fin=True)], 1000),
         ([], DOES_NOT_INFLATE),
     )
@@ -521,7 +523,7 @@ async def test_a_compressed_message_of_the_limit_is_accepted_and_one_more_byte_i
             await raw.send(in_fragments(BINARY, [packed[:99], packed[99:999], packed[999:]]))
             assert await raw.message() == payload
         await raw.send(compressed_frame(BINARY, payload + b"x"))
-        assert await heard_until_close(raw) == ([], 1009)
+        assert await read_until_close(raw) == ([], 1009)
 
 
 def bomb(size: int) -> bytes:
@@ -547,7 +549,7 @@ async def test_a_compression_bomb_is_closed_with_1009_before_it_fills_the_memory
         for client in clients:
             await client.send(in_fragments(BINARY, cut))
         for client in clients:
-            assert await heard_until_close(client) == ([], 1009)
+            assert await read_until_close(client) == ([], 1009)
         # Two or three times the limit at a time, for one connection after another.
         assert deflating_relay.rss_bytes() < before_bytes + 32 * MIB
 
@@ -630,7 +632,7 @@ async def test_many_final_blocks_in_one_message_delay_no_other_client(
 @pytest.mark.fast
 def test_a_declared_size_that_the_limit_cannot_deflate_to_is_closed_with_1009() -> None:
     header = bytes([0x80 | RSV1 << 4 | BINARY, 0x80 | 127]) + (2 * MIB).to_bytes(8, "big")
-    assert parsed([header + bytes(4)], inflates=True) == ([], 1009)
+    assert parse_pieces([header + bytes(4)], inflates=True) == ([], 1009)
 
 
 # Compressed messages from the relay
@@ -656,7 +658,7 @@ async def test_a_message_to_a_client_with_a_small_window_inflates_within_that_wi
         for _ in range(2):
             await plain.send(payload)
             assert await receive(plain) == payload
-            received = await next_frame(small)
+            received = await read_frame_except_pings(small)
             assert (received.opcode, received.compressed) == (BINARY, True)
             assert within_window(received.payload, bits) == payload
             assert await large.message() == payload
@@ -707,7 +709,7 @@ async def test_messages_that_take_long_to_compress_are_sent_before_the_close_fra
         )
         echo = Frame(TEXT, large, fin=True)
         frames = [echo, small[0], echo, small[1], echo, *small[2:]]
-        assert await heard_until_close(raw) == (frames, code)
+        assert await read_until_close(raw) == (frames, code)
 
 
 async def test_every_message_is_compressed_without_context(
@@ -716,7 +718,7 @@ async def test_every_message_is_compressed_without_context(
     payload = PROSE[:3_000].encode()
     async with deflating(deflating_relay, channel) as raw:
         await raw.send(compressed_frame(TEXT, payload) * 50)
-        received = [await next_frame(raw) for _ in range(50)]
+        received = [await read_frame_except_pings(raw) for _ in range(50)]
     assert {each.compressed for each in received} == {True}
     assert {each.payload for each in received} == {received[0].payload}
     assert inflated(received[0].payload) == payload
@@ -738,7 +740,7 @@ async def test_messages_that_are_short_or_do_not_shrink_are_sent_uncompressed(
         ):
             await raw.send(frame(BINARY, payload) + compressed_frame(BINARY, payload))
             for _ in range(2):
-                received = await next_frame(raw)
+                received = await read_frame_except_pings(raw)
                 assert (received.inflated(), received.compressed) == (payload, compressed)
 
 

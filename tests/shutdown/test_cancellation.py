@@ -34,7 +34,7 @@ from tests.support.broker_logs import BackplaneReplica, make_broker
 from tests.support.certificates import make_pair
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.relay_process import Relay
-from tests.support.stops import KINDS, unfit
+from tests.support.stops import KINDS, misconfigured
 
 ENDS_WITHIN_S = 5.0
 """A few turns of the event loop and some repetitions, on a busy machine."""
@@ -200,7 +200,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
 
 @pytest.fixture(params=KINDS)
 async def unusable_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    async with unfit(request.param, tmp_path) as address:
+    async with misconfigured(request.param, tmp_path) as address:
         yield address
 
 

@@ -39,7 +39,7 @@ NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
 KUBERNETES = (OLDEST, NEWEST)
 """The oldest and the newest that the chart is for."""
 
-FITS = sys.platform == "linux" and platform.machine() == "x86_64"
+PACKAGES_RUN_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
 """Whether the programs in the packages run here."""
 
 PACKAGES = {
@@ -48,13 +48,13 @@ PACKAGES = {
 }
 """What is in which; the kubectl is taken from the first."""
 
-HELMS = tuple(PACKAGES) if FITS else ("helm",)
+HELMS = tuple(PACKAGES) if PACKAGES_RUN_HERE else ("helm",)
 
 Values = Mapping[str, Any]
-Object = dict[str, Any]
+KubernetesObject = dict[str, Any]
 
 
-class AbsentError(Exception):
+class MissingPackageError(Exception):
     """A program is not here, and how to come by it."""
 
 
@@ -84,13 +84,13 @@ class Helm:
         """
         return self.run("template", RELEASE, str(CHART), *arguments, values=values)
 
-    def objects(self, *arguments: str, values: Values | None = None) -> list[Object]:
+    def objects(self, *arguments: str, values: Values | None = None) -> list[KubernetesObject]:
         """Return the same, read.
 
         Raises:
             HelmError: it refuses.
         """
-        return parsed(self.template(*arguments, values=values))
+        return parse_objects(self.template(*arguments, values=values))
 
     def run(self, *arguments: str, values: Values | None = None) -> str:
         """Run Helm and return what it prints.
@@ -99,13 +99,13 @@ class Helm:
             HelmError: it ends with another status than 0.
         """
         given = [] if values is None else ["--values", "-"]
-        return run(
+        return run_tool(
             [str(self.program), *arguments, *given],
             "" if values is None else yaml.safe_dump(values),
         )
 
 
-def run(command: Sequence[str], given: str = "") -> str:
+def run_tool(command: Sequence[str], given: str = "") -> str:
     """Run a program without a home to find other settings in, and return what it prints."""
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
@@ -122,12 +122,12 @@ def run(command: Sequence[str], given: str = "") -> str:
     return done.stdout
 
 
-def parsed(text: str) -> list[Object]:
+def parse_objects(text: str) -> list[KubernetesObject]:
     """Return the objects in a stream of YAML."""
     return [document for document in yaml.safe_load_all(text) if document]
 
 
-def nested(path: str, value: object) -> dict[str, Any]:
+def nested_values(path: str, value: object) -> dict[str, Any]:
     """Return values in which one stands: `nested("image.tag", "1")`."""
     for key in reversed(path.split(".")):
         value = {key: value}
@@ -135,17 +135,19 @@ def nested(path: str, value: object) -> dict[str, Any]:
     return value
 
 
-def all_of(*trees: Mapping[str, Any]) -> dict[str, Any]:
+def merge_values(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Return values laid over each other."""
     return reduce(merged, trees, {})
 
 
-def rendered(*trees: Mapping[str, Any]) -> list[Object]:
+def render_objects(*trees: Mapping[str, Any]) -> list[KubernetesObject]:
     """Return what the newest Helm makes of values."""
-    return newest_helm().objects(values=all_of(*trees))
+    return newest_helm().objects(values=merge_values(*trees))
 
 
-def one(objects: Sequence[Object], kind: str, name: str = RELEASE) -> Object:
+def find_object(
+    objects: Sequence[KubernetesObject], kind: str, name: str = RELEASE
+) -> KubernetesObject:
     """Return the object of a kind and a name."""
     (found,) = (
         each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name
@@ -153,7 +155,7 @@ def one(objects: Sequence[Object], kind: str, name: str = RELEASE) -> Object:
     return found
 
 
-def validate(document: Object, version: str) -> None:
+def validate_object(document: KubernetesObject, version: str) -> None:
     """Hold an object against what its kind may hold; unknown fields and kinds are errors."""
     if document["kind"] in CUSTOM_RESOURCES:
         jsonschema.validate(document, CUSTOM_RESOURCES[document["kind"]])
@@ -161,23 +163,27 @@ def validate(document: Object, version: str) -> None:
         assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
-def helm(name: str) -> Helm:
+def find_helm(name: str) -> Helm:
     """Return a Helm by what it is called in HELMS.
 
     Raises:
         AbsentError: it is not here.
     """
-    return Helm(_unpacked(PACKAGES[name]) / "helm" if FITS else _of_the_system(name))
+    return Helm(_unpacked(PACKAGES[name]) / "helm" if PACKAGES_RUN_HERE else _of_the_system(name))
 
 
 def newest_helm() -> Helm:
     """Return the one whose output is kept."""
-    return helm(HELMS[0])
+    return find_helm(HELMS[0])
 
 
-def kubectl() -> Path:
+def find_kubectl() -> Path:
     """Return the kubectl."""
-    return _unpacked(PACKAGES[HELMS[0]]) / "kubectl" if FITS else _of_the_system("kubectl")
+    return (
+        _unpacked(PACKAGES[HELMS[0]]) / "kubectl"
+        if PACKAGES_RUN_HERE
+        else _of_the_system("kubectl")
+    )
 
 
 def _of_the_system(name: str) -> Path:
@@ -194,7 +200,7 @@ def _unpacked(package: str) -> Path:
         if not directory.exists():
             _unpack_once(Path(str(archive.locate())), directory)
         return directory
-    raise AbsentError(f"{package} is not installed: make venv does that")
+    raise MissingPackageError(f"{package} is not installed: make venv does that")
 
 
 def _unpack_once(archive: Path, directory: Path) -> None:

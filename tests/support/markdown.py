@@ -32,6 +32,6 @@ def _cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
-def code(cell: str) -> list[str]:
+def code_spans(cell: str) -> list[str]:
     """Return what a cell has in backticks."""
     return re.findall(r"`([^`]+)`", cell)

@@ -45,14 +45,14 @@ from tests.support.programs import ANY_REDIS, CURL, NATS, OPENSSL, PROMTOOL, TYP
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, ROOT, eventually, run_command
 from tests.support.shell import user_environment
-from tests.support.terminal import Output, Terminal, until
+from tests.support.terminal import Output, Terminal, poll_until
 from tests.support.tools import npm_command
 
 PORTS = ("8443", "9090", "8444", "9091", "8000", "6379", "4222")
 """The ports as the pages write them: a relay and its metrics, a second replica and its metrics, an
 application, Redis, NATS."""
 
-ELSEWHERE = frozenset(
+RUN_ELSEWHERE = frozenset(
     {
         *("cosign", "docker", "haproxy", "helm", "kubectl"),
         *("nginx", "npm", "pip", "python3", "systemctl"),
@@ -82,8 +82,8 @@ RELAY = re.compile(
 RELAY_PORT = re.compile(r"\bRELAY__SERVER__PORT=(\d+)")
 CLIENT = re.compile(r"\bwebsocket-relay (listen|send) ")
 KEEPS_RUNNING = re.compile(r"\s+# until Ctrl-C$")
-OPENS_A_PAGE = re.compile(r"^python -m webbrowser (\S+)$")
-OF_NPM = re.compile(r"^npx (?P<tool>\S+)")
+WEB_PAGE = re.compile(r"^python -m webbrowser (\S+)$")
+NPM_TOOL = re.compile(r"^npx (?P<tool>\S+)")
 CHANGES_THE_SHELL = re.compile(r"^(cd|export|set|source|umask|unset)\b")
 URL = re.compile(r"\w+://\S+")
 IS_READY = re.compile(r"(\] |\"event\": \")ready\b")
@@ -114,7 +114,7 @@ class Block:
     section: str
 
 
-def blocks(page: str) -> list[Block]:
+def fenced_blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page, in order.
 
     Raises:
@@ -142,7 +142,7 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
-def commands(text: str) -> Iterator[tuple[int, str]]:
+def shell_commands(text: str) -> Iterator[tuple[int, str]]:
     """Yield the commands of a block of `sh`, continued lines joined, with the lines they begin at.
 
     The fence is line 0.
@@ -198,7 +198,7 @@ def _accepts(port: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningCommand:
     """A command that keeps running while the reader goes on.
 
     Args:
@@ -249,7 +249,7 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class BrowserWindow:
     """An open page of the web, and what it has logged."""
 
     page: Page
@@ -261,7 +261,7 @@ class Window:
         return Output(f"{self.output.source} shows", text.splitlines())
 
 
-class Reader:
+class PageReader:
     """Follows pages, in a directory that looks like the project and may be written to.
 
     `async with` ends all that the pages started; where no test has failed, as a reader does.
@@ -270,10 +270,10 @@ class Reader:
     def __init__(self, directory: Path, ports: Mapping[str, str]) -> None:
         self._directory = directory
         self._ports = ports
-        self._running: list[Running] = []
+        self._running: list[RunningCommand] = []
         self._windows = AsyncExitStack()
-        self._open: list[Window] = []
-        self._console: tuple[Window, CDPSession] | None = None
+        self._open: list[BrowserWindow] = []
+        self._console: tuple[BrowserWindow, CDPSession] | None = None
         self._printed = Output("")
         self._at = ""
         self._actions: dict[str, Callable[[Block], Awaitable[None]]] = {
@@ -320,7 +320,7 @@ class Reader:
         running = (each.terminal.output for each in self._running)
         return [self._printed, *running, *(window.output for window in self._open)]
 
-    def here(self, text: str) -> str:
+    def with_own_ports(self, text: str) -> str:
         """Return a text with this reader's ports in the place of those on the page."""
         return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: self._ports[match[0]], text)
 
@@ -333,7 +333,7 @@ class Reader:
         """
         self._at = "its blocks"
         try:
-            for block in blocks(await asyncio.to_thread(page.read_text)):
+            for block in fenced_blocks(await asyncio.to_thread(page.read_text)):
                 if not sections or block.section in sections:
                     self._at = f"line {block.line}: a block of `{block.language}`"
                     await self._do(block)
@@ -341,11 +341,11 @@ class Reader:
             error.add_note(f"{page.name}, {self._at}")
             raise
 
-    async def open(self, url: str) -> Window:
+    async def open_page(self, url: str) -> BrowserWindow:
         """Open a page of the web in a window of its own, until the end."""
-        url = self.here(url)
+        url = self.with_own_ports(url)
         page = await self._windows.enter_async_context(browser.open_page())
-        window = Window(page, Output(url))
+        window = BrowserWindow(page, Output(url))
         self._open.append(window)
         lines = window.output.lines
         page.on("console", lambda message: lines.extend(message.text.splitlines()))
@@ -356,10 +356,12 @@ class Reader:
 
     async def press_ctrl_c(self, command: str) -> None:
         """End a command that keeps running: the one that was typed like this on the page."""
-        (running,) = (each for each in self._running if each.command == self.here(command))
+        (running,) = (
+            each for each in self._running if each.command == self.with_own_ports(command)
+        )
         await self._press_ctrl_c(running)
 
-    async def _press_ctrl_c(self, running: Running) -> None:
+    async def _press_ctrl_c(self, running: RunningCommand) -> None:
         await running.press_ctrl_c()
         self._running.remove(running)
 
@@ -367,7 +369,7 @@ class Reader:
         if block.title.startswith("/"):
             return
         if block.title:
-            self._write(self.here(block.title), self.here(block.text))
+            self._write(self.with_own_ports(block.title), self.with_own_ports(block.text))
             return
         assert block.language in self._actions, f"no test runs an untitled `{block.language}`"
         await self._actions[block.language](block)
@@ -376,15 +378,15 @@ class Reader:
 
     async def _type_all(self, block: Block) -> None:
         self._printed = Output("the commands before")
-        for number, command in commands(block.text):
+        for number, command in shell_commands(block.text):
             self._at = f"line {block.line + number}: {command}"
-            await self._type(self.here(command))
+            await self._type(self.with_own_ports(command))
 
     async def _type(self, command: str) -> None:
         bare = KEEPS_RUNNING.sub("", command)
         assert not CHANGES_THE_SHELL.match(command), "each command has a shell of its own"
-        if match := OPENS_A_PAGE.match(command):
-            await self.open(match[1])
+        if match := WEB_PAGE.match(command):
+            await self.open_page(match[1])
         elif bare != command or RELAY.match(command):
             await self._start(bare)
         else:
@@ -406,9 +408,11 @@ class Reader:
             if other.command == command or other.ports & ports:
                 await self._press_ctrl_c(other)
         argv = ["sh", "-c", await _with_the_programs_of_tests(command)]
-        running = Running(command, ports, Terminal(argv, self._directory, self._env, command))
+        running = RunningCommand(
+            command, ports, Terminal(argv, self._directory, self._env, command)
+        )
         self._running.append(running)
-        await until(running.is_ready, lambda: f"not ready: {running.terminal.output}")
+        await poll_until(running.is_ready, lambda: f"not ready: {running.terminal.output}")
 
     def _ports_of(self, command: str) -> frozenset[str]:
         """Return the ports on which a command listens, those in URLs left out."""
@@ -420,7 +424,7 @@ class Reader:
     # text
 
     async def _expect(self, block: Block) -> None:
-        wanted = self.here(block.text)
+        wanted = self.with_own_ports(block.text)
 
         async def look() -> tuple[bool, object]:
             texts = [await window.text() for window in self._open]
@@ -433,20 +437,20 @@ class Reader:
 
     async def _run_python(self, block: Block) -> None:
         self._printed = Output("the script before")
-        await self._run(sys.executable, "-c", self.here(block.text))
+        await self._run(sys.executable, "-c", self.with_own_ports(block.text))
 
     async def _run_in_a_browser(self, block: Block) -> None:
-        script = self.here(block.text)
+        script = self.with_own_ports(block.text)
         if IS_MODULE.search(script):
             window = await self._open_with_module(script)
         else:
             window = await self._paste(script)
         if "console.log" in script:
             logged = window.output.lines
-            await until(lambda: logged != [], lambda: "nothing is logged", limit_s=PATIENCE_S)
+            await poll_until(lambda: logged != [], lambda: "nothing is logged", limit_s=PATIENCE_S)
 
-    async def _open_with_module(self, script: str) -> Window:
-        window = await self.open(EMPTY)
+    async def _open_with_module(self, script: str) -> BrowserWindow:
+        window = await self.open_page(EMPTY)
         await window.page.add_script_tag(content=f"{script}\nwindow.hasRun = true;", type="module")
         try:
             await window.page.wait_for_function("window.hasRun")
@@ -455,10 +459,10 @@ class Reader:
             raise AssertionError(failure) from None
         return window
 
-    async def _paste(self, script: str) -> Window:
+    async def _paste(self, script: str) -> BrowserWindow:
         """Run a script in the developer console of the relay's page, which stays open."""
         if self._console is None:
-            window = await self.open("http://localhost:8443/")
+            window = await self.open_page("http://localhost:8443/")
             session = await window.page.context.new_cdp_session(window.page)
             self._console = (window, session)
         window, session = self._console
@@ -471,7 +475,7 @@ class Reader:
     # yaml, json, console
 
     async def _check_settings(self, block: Block) -> None:
-        self._write("checked.yaml", self.here(block.text))
+        self._write("checked.yaml", self.with_own_ports(block.text))
         done = await asyncio.to_thread(
             run_command, "check", "--config-file", "checked.yaml", directory=self._directory
         )
@@ -484,7 +488,7 @@ class Reader:
     async def _check_that_it_runs_elsewhere(self, block: Block) -> None:
         lines = [line for line in block.text.splitlines() if line.startswith("$ ")]
         programs = {line.split()[1] for line in lines if READERS_HOST not in line}
-        assert programs <= ELSEWHERE, f"to be run as `sh`: {programs - ELSEWHERE}"
+        assert programs <= RUN_ELSEWHERE, f"to be run as `sh`: {programs - RUN_ELSEWHERE}"
 
     def _write(self, name: str, text: str) -> None:
         file = self._directory / name
@@ -501,7 +505,7 @@ async def _with_the_programs_of_tests(command: str) -> str:
     Raises:
         Skipped: this machine lacks one.
     """
-    if match := OF_NPM.match(command):
+    if match := NPM_TOOL.match(command):
         tool = await asyncio.to_thread(npm_command, match["tool"])
         modules = Path(tool[-1]).parents[2]
         command = f"NODE_PATH={modules} {shlex.join(tool)}{command[match.end() :]}"

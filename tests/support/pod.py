@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.helm import Object, one
+from tests.support.helm import KubernetesObject, find_object
 
 Secrets = Mapping[str, Mapping[str, bytes]]
 """What Secrets hold, by their names and keys."""
@@ -24,7 +24,11 @@ class Pod:
     """
 
     def __init__(
-        self, objects: Sequence[Object], spec: Mapping[str, Any], secrets: Secrets, root: Path
+        self,
+        objects: Sequence[KubernetesObject],
+        spec: Mapping[str, Any],
+        secrets: Secrets,
+        root: Path,
     ) -> None:
         self._objects = objects
         self._spec = spec
@@ -70,7 +74,7 @@ class Pod:
 
     def _files(self, volume: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         if "configMap" in volume:
-            texts = one(self._objects, "ConfigMap", volume["configMap"]["name"])["data"]
+            texts = find_object(self._objects, "ConfigMap", volume["configMap"]["name"])["data"]
             yield from ((name, text.encode()) for name, text in texts.items())
         elif "secret" in volume:
             held = self._secrets[volume["secret"]["secretName"]]

@@ -25,7 +25,7 @@ JOB = "websocket-relay"
 TARGET_LABELS = {"namespace", "job", "pod", "instance"}
 """What Prometheus itself writes on what it scrapes."""
 
-ITS_OWN = {"up", "ALERTS"}
+BUILT_IN_METRICS = {"up", "ALERTS"}
 """What Prometheus itself knows, without any page."""
 
 
@@ -42,7 +42,7 @@ def promtool(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def hasty(rules: Path, directory: Path) -> Path:
+def shorten_waits(rules: Path, directory: Path) -> Path:
     """Write rules anew that wait for a second only, and return where."""
     path = directory / rules.name
     path.write_text(re.sub(r"\bfor: \w+", "for: 1s", rules.read_text()))
@@ -56,9 +56,9 @@ class Selector:
     metric: str
     labels: Mapping[str, str]
 
-    def missing(self, page: Metrics) -> Iterator[str]:
+    def missing_from(self, page: Metrics) -> Iterator[str]:
         """Yield what the metrics page does not have of it."""
-        if self.metric in ITS_OWN:
+        if self.metric in BUILT_IN_METRICS:
             return
         series = [sample.labels for sample in page.samples if sample.name == self.metric]
         if not series:
@@ -72,13 +72,13 @@ class Selector:
 SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
 MATCHER = re.compile(r'(\w+)\s*=~?\s*"([^"]*)"')
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)")
-OF_A_RELAY = re.compile(r"\b(?:websocket|process|python|http)_\w+")
+RELAY_METRIC = re.compile(r"\b(?:websocket|process|python|http)_\w+")
 
 
 def selectors(expression: str) -> Sequence[Selector]:
     """Return what an expression selects."""
     found = SELECTOR.findall(expression)
-    assert not OF_A_RELAY.findall(SELECTOR.sub("", expression)), f"selects all jobs: {expression}"
+    assert not RELAY_METRIC.findall(SELECTOR.sub("", expression)), f"selects all jobs: {expression}"
     return [Selector(metric, dict(MATCHER.findall(labels))) for metric, labels in found]
 
 
@@ -88,16 +88,16 @@ def groupings(expression: str) -> set[str]:
     return names - TARGET_LABELS
 
 
-def missing(expressions: Sequence[str], page: Metrics) -> set[str]:
+def missing_series(expressions: Sequence[str], page: Metrics) -> set[str]:
     """Return which metrics, labels and their values the metrics page does not have."""
     lacks = set()
     for expression in expressions:
         chosen = selectors(expression)
         for selector in chosen:
-            lacks |= set(selector.missing(page))
+            lacks |= set(selector.missing_from(page))
         names = {selector.metric for selector in chosen}
         labels = {label for each in page.samples if each.name in names for label in each.labels}
-        if not names & ITS_OWN:
+        if not names & BUILT_IN_METRICS:
             lacks |= {f"{label} in {expression}" for label in groupings(expression) - labels}
     return lacks
 
@@ -193,7 +193,7 @@ class Prometheus:
         result = answer["data"]["result"]
         return [] if answer["data"]["resultType"] != "vector" else result
 
-    async def answer(self, expression: str) -> Sequence[Mapping[str, Any]]:
+    async def await_result(self, expression: str) -> Sequence[Mapping[str, Any]]:
         """Ask until something is found."""
         found: Sequence[Mapping[str, Any]] = []
 
@@ -205,7 +205,7 @@ class Prometheus:
         await eventually(ask, f"an answer to {expression}")
         return found
 
-    async def firing(self) -> Sequence[Mapping[str, Any]]:
+    async def firing_alerts(self) -> Sequence[Mapping[str, Any]]:
         """Return the alerts that fire now."""
         alerts = (await self._get("/api/v1/alerts")).json()["data"]["alerts"]
         return [alert for alert in alerts if alert["state"] == "firing"]

@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.brokers import free_port
 from tests.support.certificates import CertificatePair, replace_file
-from tests.support.pages import Block, blocks
+from tests.support.pages import Block, fenced_blocks
 from tests.support.programs import HAPROXY, NGINX, TRAEFIK, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import HOST, ROOT, eventually, merged
@@ -30,7 +30,9 @@ RELAYS = ("relay-0", "relay-1")
 def blocks_of(page: str, language: str, title: str = "") -> list[Block]:
     """Return the blocks of a how-to page that have a language and a title."""
     text = (HOW_TO / f"{page}.md").read_text()
-    return [each for each in blocks(text) if (each.language, each.title) == (language, title)]
+    return [
+        each for each in fenced_blocks(text) if (each.language, each.title) == (language, title)
+    ]
 
 
 def file_of(page: str, language: str, title: str) -> str:

@@ -13,7 +13,7 @@ PLUGINS = ["tests.support.not_tested", "tests.support.time_limit"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PytestRun:
     """How a run of pytest ended.
 
     Args:
@@ -33,7 +33,7 @@ def run_pytest(
     *arguments: str,
     ini: str = "",
     env: Mapping[str, str] | None = None,
-) -> Run:
+) -> PytestRun:
     """Run pytest with the plugins of this project on a file of tests.
 
     Args:
@@ -61,4 +61,4 @@ def run_pytest(
         if len(case)
     }
     names = {case.get("name", "") for case in cases}
-    return Run(done.returncode, done.stdout, failures, frozenset(names - set(failures)))
+    return PytestRun(done.returncode, done.stdout, failures, frozenset(names - set(failures)))

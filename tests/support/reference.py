@@ -49,7 +49,7 @@ class Utf8:
     def __init__(self) -> None:
         self._awaited: list[tuple[int, int]] = []
 
-    def hear(self, octet: int) -> None:
+    def feed(self, octet: int) -> None:
         if not self._awaited:
             if octet not in LEADS:
                 raise ConnectionEndsError(1007)
@@ -122,7 +122,7 @@ class Reference:
         self._connection = self._frames()
         next(self._connection)
 
-    def hear(self, octets: bytes) -> int:
+    def feed(self, octets: bytes) -> int:
         """Take more of what the client sends; return how much of it counts.
 
         All of it does, unless it ends the connection.
@@ -217,7 +217,7 @@ class Reference:
             if len(self._fragments) == self._max_message_bytes:
                 raise ConnectionEndsError(1009)
             if self._opcode == TEXT:
-                self._text.hear(octet[0])
+                self._text.feed(octet[0])
             self._fragments += octet
 
 
@@ -240,7 +240,7 @@ def _answer_to_close(payload: bytes) -> int:
     reason = Utf8()
     try:
         for octet in payload[2:]:
-            reason.hear(octet)
+            reason.feed(octet)
         reason.end()
     except ConnectionEndsError as end:
         return end.code

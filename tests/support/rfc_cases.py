@@ -38,7 +38,7 @@ MIB = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class RfcCase:
     """One client's whole connection.
 
     Args:
@@ -50,9 +50,9 @@ class Case:
 
     name: str
     sent: tuple[bytes, ...]
-    heard: tuple[Frame, ...]
+    expected: tuple[Frame, ...]
     code: int
-    is_breach: bool = False
+    is_violation: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -80,25 +80,25 @@ class Pieces(Enum):
 CLOSED_BY_CLIENT = frame(CLOSE, close_payload(1000))
 
 
-async def play(raw: RawClient, case: Case, pieces: Pieces) -> None:
+async def play_case(raw: RawClient, case: RfcCase, pieces: Pieces) -> None:
     """Be the client of a case; insist on all that it has to hear, and on nothing else."""
     for piece in pieces.cut(case.sent):
         await raw.send(piece)
         await asyncio.sleep(0)
-    heard, code = await heard_until_close(raw)
-    assert (heard, code) == (list(case.heard), case.code)
+    heard, code = await read_until_close(raw)
+    assert (heard, code) == (list(case.expected), case.code)
 
 
-def chosen(cases: tuple[Case, ...]) -> list[Case]:
+def one_case_per_outcome(cases: tuple[RfcCase, ...]) -> list[RfcCase]:
     """Return one case for each way to end and each kind of frame that comes first."""
-    by_kind: dict[object, Case] = {}
+    by_kind: dict[object, RfcCase] = {}
     for case in cases:
-        first = [one.opcode for one in case.heard[:1]]
-        by_kind.setdefault((case.code, case.is_breach, *first), case)
+        first = [one.opcode for one in case.expected[:1]]
+        by_kind.setdefault((case.code, case.is_violation, *first), case)
     return list(by_kind.values())
 
 
-def parsed(
+def parse_pieces(
     pieces: Iterable[bytes], *, inflates: bool, max_bytes: int = MIB
 ) -> tuple[list[Frame], int | None]:
     """Feed a parser; return the messages and pongs that it calls for, and the code of the close.
@@ -119,25 +119,25 @@ def parsed(
     return heard, None
 
 
-async def next_frame(raw: RawClient) -> Frame:
+async def read_frame_except_pings(raw: RawClient) -> Frame:
     """Read the next frame that is no ping: the relay asks whether one is there when it likes."""
     while (received := await raw.frame()).opcode == PING:
         pass
     return received
 
 
-async def heard_until_close(raw: RawClient) -> tuple[list[Frame], int]:
+async def read_until_close(raw: RawClient) -> tuple[list[Frame], int]:
     """Read to the end; return messages and pongs, and the code of the close frame behind them."""
     heard = []
-    while (received := await next_frame(raw)).opcode != CLOSE:
-        heard.append(uncompressed(received))
+    while (received := await read_frame_except_pings(raw)).opcode != CLOSE:
+        heard.append(decompressed(received))
     (code,) = struct.unpack("!H", received.payload[:2])
     received.payload[2:].decode()  # a reason is UTF-8
     assert await raw.ended() == b"", "something came behind the close frame"
     return heard, code
 
 
-async def gets_its_descriptors_back(relay: Relay, before: int) -> None:
+async def await_descriptors(relay: Relay, before: int) -> None:
     """Wait until a relay has no more descriptors open than it had."""
 
     async def now() -> tuple[bool, object]:
@@ -147,33 +147,35 @@ async def gets_its_descriptors_back(relay: Relay, before: int) -> None:
     await eventually(now, f"{before} descriptors")
 
 
-def uncompressed(received: Frame) -> Frame:
+def decompressed(received: Frame) -> Frame:
     return replace(received, payload=received.inflated(), compressed=False)
 
 
 # How cases are written
 
 
-def text(payload: str | bytes) -> Frame:
+def text_frame(payload: str | bytes) -> Frame:
     return Frame(TEXT, payload.encode() if isinstance(payload, str) else payload, fin=True)
 
 
-def binary(payload: bytes) -> Frame:
+def binary_frame(payload: bytes) -> Frame:
     return Frame(BINARY, payload, fin=True)
 
 
-def pong(payload: bytes) -> Frame:
+def pong_frame(payload: bytes) -> Frame:
     return Frame(PONG, payload, fin=True)
 
 
-def accepted(name: str, *sent: bytes, heard: tuple[Frame, ...] = ()) -> Case:
+def valid_case(name: str, *sent: bytes, expected: tuple[Frame, ...] = ()) -> RfcCase:
     """A client that breaks no rule and closes in the end."""
-    return Case(name, (*sent, CLOSED_BY_CLIENT), heard, 1000)
+    return RfcCase(name, (*sent, CLOSED_BY_CLIENT), expected, 1000)
 
 
-def breach(name: str, *sent: bytes, heard: tuple[Frame, ...] = (), code: int = 1002) -> Case:
+def violation_case(
+    name: str, *sent: bytes, expected: tuple[Frame, ...] = (), code: int = 1002
+) -> RfcCase:
     """A client whose connection the relay has to fail."""
-    return Case(name, sent, heard, code, is_breach=True)
+    return RfcCase(name, sent, expected, code, is_violation=True)
 
 
 def fragments(opcode: int, *payloads: bytes) -> tuple[bytes, ...]:
@@ -190,44 +192,59 @@ def octets_of(payload: bytes) -> tuple[bytes, ...]:
     return tuple(payload[n : n + 1] for n in range(len(payload)))
 
 
-def head(opcode: int, short: int, extended: bytes) -> bytes:
+def frame_head(opcode: int, short: int, extended: bytes) -> bytes:
     """Encode a frame's head and no payload, with whatever length."""
     return bytes([0x80 | opcode, 0x80 | short]) + extended + MASK
 
 
-def framing() -> Iterator[Case]:
+def framing() -> Iterator[RfcCase]:
     """Every form of the length field (section 5.2), and the mask (section 5.3)."""
     for size in (0, 1, 125, 126, 127, 128, 65_535, 65_536, 200_000):
-        yield accepted(f"text of {size}", frame(TEXT, b"*" * size), heard=(text("*" * size),))
-        yield accepted(
-            f"binary of {size}", frame(BINARY, b"\xfe" * size), heard=(binary(b"\xfe" * size),)
+        yield valid_case(
+            f"text of {size}", frame(TEXT, b"*" * size), expected=(text_frame("*" * size),)
+        )
+        yield valid_case(
+            f"binary of {size}",
+            frame(BINARY, b"\xfe" * size),
+            expected=(binary_frame(b"\xfe" * size),),
         )
     for key in (b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x01\x02\x03\x04"):
         hello = frame(TEXT, b"Hello", key=key)
-        yield accepted(f"mask {key.hex()}", hello, heard=(text("Hello"),))
+        yield valid_case(f"mask {key.hex()}", hello, expected=(text_frame("Hello"),))
     before = frame(TEXT, b"before")
     for opcode in (TEXT, BINARY, PING, PONG, CLOSE):
         unmasked = frame(opcode, close_payload(1000), mask=False)
-        yield breach(f"unmasked, opcode {opcode}", before, unmasked, heard=(text("before"),))
-    yield breach("unmasked and empty", frame(TEXT, mask=False))
+        yield violation_case(
+            f"unmasked, opcode {opcode}", before, unmasked, expected=(text_frame("before"),)
+        )
+    yield violation_case("unmasked and empty", frame(TEXT, mask=False))
     for size in (0, 1, 125):
         medium, long = struct.pack("!H", size), struct.pack("!Q", size)
-        yield breach(f"{size} in 16 bits", head(BINARY, 126, medium) + masked(bytes(size)))
-        yield breach(f"{size} in 64 bits", head(BINARY, 127, long) + masked(bytes(size)))
-        yield breach(f"ping of {size} in 16 bits", head(PING, 126, medium) + masked(bytes(size)))
+        yield violation_case(
+            f"{size} in 16 bits", frame_head(BINARY, 126, medium) + masked(bytes(size))
+        )
+        yield violation_case(
+            f"{size} in 64 bits", frame_head(BINARY, 127, long) + masked(bytes(size))
+        )
+        yield violation_case(
+            f"ping of {size} in 16 bits", frame_head(PING, 126, medium) + masked(bytes(size))
+        )
     for size in (126, 65_535):
-        yield breach(
-            f"{size} in 64 bits", head(BINARY, 127, struct.pack("!Q", size)) + masked(bytes(size))
+        yield violation_case(
+            f"{size} in 64 bits",
+            frame_head(BINARY, 127, struct.pack("!Q", size)) + masked(bytes(size)),
         )
     for size in (2**63, 2**63 + 5, 2**64 - 1):
-        long = head(BINARY, 127, struct.pack("!Q", size))
-        yield breach(f"a length of {size}", before, long, heard=(text("before"),))
+        long = frame_head(BINARY, 127, struct.pack("!Q", size))
+        yield violation_case(f"a length of {size}", before, long, expected=(text_frame("before"),))
     for size in (MIB + 1, 2**32, 2**62, 2**63 - 1):
-        claim = head(BINARY, 127, struct.pack("!Q", size))
-        yield breach(f"a claim of {size}", before, claim, heard=(text("before"),), code=1009)
+        claim = frame_head(BINARY, 127, struct.pack("!Q", size))
+        yield violation_case(
+            f"a claim of {size}", before, claim, expected=(text_frame("before"),), code=1009
+        )
 
 
-def pings() -> Iterator[Case]:
+def pings() -> Iterator[RfcCase]:
     """Pings and pongs (sections 5.5.2 and 5.5.3)."""
     for name, payload in (
         ("empty", b""),
@@ -235,59 +252,63 @@ def pings() -> Iterator[Case]:
         ("no text", b"\x00\xff\xfe\xfd\xfc\xfb\x00\xff"),
         ("of 125", b"\xfe" * 125),
     ):
-        yield accepted(f"ping, {name}", frame(PING, payload), heard=(pong(payload),))
-        yield accepted(f"unasked pong, {name}", frame(PONG, payload))
-    yield accepted(
+        yield valid_case(f"ping, {name}", frame(PING, payload), expected=(pong_frame(payload),))
+        yield valid_case(f"unasked pong, {name}", frame(PONG, payload))
+    yield valid_case(
         "unasked pong, then ping",
         frame(PONG, b"unasked"),
         frame(PING, b"asked"),
-        heard=(pong(b"asked"),),
+        expected=(pong_frame(b"asked"),),
     )
     numbered = [b"payload-%d" % number for number in range(10)]
-    yield accepted(
+    yield valid_case(
         "ten pings",
         *(frame(PING, payload) for payload in numbered),
-        heard=tuple(pong(payload) for payload in numbered),
+        expected=tuple(pong_frame(payload) for payload in numbered),
     )
     for opcode in (PING, PONG):
-        yield breach(f"opcode {opcode} of 126", frame(opcode, b"\xfe" * 126))
-        yield breach(f"opcode {opcode} of 65536", frame(opcode, b"\xfe" * 65_536))
+        yield violation_case(f"opcode {opcode} of 126", frame(opcode, b"\xfe" * 126))
+        yield violation_case(f"opcode {opcode} of 65536", frame(opcode, b"\xfe" * 65_536))
 
 
-def reserved_bits() -> Iterator[Case]:
+def reserved_bits() -> Iterator[RfcCase]:
     """Bits that no extension has given a meaning (section 5.2)."""
     before, after = frame(TEXT, b"before"), frame(PING, b"after")
     for bits in range(1, 8):
         for opcode in (TEXT, BINARY, PING, PONG, CLOSE):
             payload = close_payload(1000) if opcode == CLOSE else b"reserved"
-            yield breach(
+            yield violation_case(
                 f"bits {bits}, opcode {opcode}",
                 before,
                 frame(opcode, payload, reserved=bits),
                 after,
-                heard=(text("before"),),
+                expected=(text_frame("before"),),
             )
-        yield breach(
+        yield violation_case(
             f"bits {bits}, continuation",
             before,
             frame(TEXT, b"begun", fin=False),
             frame(CONTINUATION, b"reserved", reserved=bits),
             after,
-            heard=(text("before"),),
+            expected=(text_frame("before"),),
         )
-        yield breach(f"bits {bits}, at once and empty", frame(TEXT, reserved=bits))
+        yield violation_case(f"bits {bits}, at once and empty", frame(TEXT, reserved=bits))
 
 
-def reserved_opcodes() -> Iterator[Case]:
+def reserved_opcodes() -> Iterator[RfcCase]:
     """Opcodes that mean nothing (section 5.2)."""
     before, after = frame(TEXT, b"before"), frame(PING, b"after")
     for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15):
-        yield breach(f"opcode {opcode}, at once and empty", frame(opcode))
-        yield breach(f"opcode {opcode}, at once", frame(opcode, b"reserved"))
-        yield breach(
-            f"opcode {opcode}", before, frame(opcode, b"reserved"), after, heard=(text("before"),)
+        yield violation_case(f"opcode {opcode}, at once and empty", frame(opcode))
+        yield violation_case(f"opcode {opcode}, at once", frame(opcode, b"reserved"))
+        yield violation_case(
+            f"opcode {opcode}",
+            before,
+            frame(opcode, b"reserved"),
+            after,
+            expected=(text_frame("before"),),
         )
-        yield breach(
+        yield violation_case(
             f"opcode {opcode} between fragments",
             frame(TEXT, b"begun", fin=False),
             frame(opcode),
@@ -295,22 +316,24 @@ def reserved_opcodes() -> Iterator[Case]:
         )
 
 
-def fragmentation() -> Iterator[Case]:
+def fragmentation() -> Iterator[RfcCase]:
     """Messages in several frames, and control frames between them (section 5.4)."""
     two = fragments(TEXT, b"fragment1", b"fragment2")
-    whole = (text("fragment1fragment2"),)
-    yield accepted("text in two", *two, heard=whole)
-    yield accepted(
-        "binary in two", *fragments(BINARY, b"\xff", b"\xfe"), heard=(binary(b"\xff\xfe"),)
+    whole = (text_frame("fragment1fragment2"),)
+    yield valid_case("text in two", *two, expected=whole)
+    yield valid_case(
+        "binary in two", *fragments(BINARY, b"\xff", b"\xfe"), expected=(binary_frame(b"\xff\xfe"),)
     )
-    yield accepted(
+    yield valid_case(
         "some are empty",
         *fragments(TEXT, b"", b"one ", b"", b"two", b""),
-        heard=(text("one two"),),
+        expected=(text_frame("one two"),),
     )
-    yield accepted("a ping between", two[0], frame(PING, b"p"), two[1], heard=(pong(b"p"), *whole))
-    yield accepted("a pong between", two[0], frame(PONG, b"p"), two[1], heard=whole)
-    yield accepted(
+    yield valid_case(
+        "a ping between", two[0], frame(PING, b"p"), two[1], expected=(pong_frame(b"p"), *whole)
+    )
+    yield valid_case("a pong between", two[0], frame(PONG, b"p"), two[1], expected=whole)
+    yield valid_case(
         "pings between five",
         frame(TEXT, b"fragment1", fin=False),
         frame(CONTINUATION, b"fragment2", fin=False),
@@ -319,57 +342,57 @@ def fragmentation() -> Iterator[Case]:
         frame(CONTINUATION, b"fragment4", fin=False),
         frame(PING, b"ping-2"),
         frame(CONTINUATION, b"fragment5"),
-        heard=(
-            pong(b"ping-1"),
-            pong(b"ping-2"),
-            text("fragment1fragment2fragment3fragment4fragment5"),
+        expected=(
+            pong_frame(b"ping-1"),
+            pong_frame(b"ping-2"),
+            text_frame("fragment1fragment2fragment3fragment4fragment5"),
         ),
     )
-    yield accepted(
+    yield valid_case(
         "in fragments of 1300",
         *fragments(TEXT, *(b"*" * min(1_300, 65_536 - n) for n in range(0, 65_536, 1_300))),
-        heard=(text("*" * 65_536),),
+        expected=(text_frame("*" * 65_536),),
     )
     for opcode in (PING, PONG, CLOSE):
         payload = close_payload(1000)
-        yield breach(
+        yield violation_case(
             f"opcode {opcode} in fragments",
             frame(opcode, payload, fin=False),
             frame(CONTINUATION, b""),
         )
-        yield breach(f"opcode {opcode} in fragments, empty", frame(opcode, fin=False))
+        yield violation_case(f"opcode {opcode} in fragments, empty", frame(opcode, fin=False))
     for fin in (True, False):
         alone = frame(CONTINUATION, b"nothing to continue", fin=fin)
-        yield breach(f"continuation of nothing, {fin=}", alone, frame(TEXT, b"after"))
-        yield breach(
+        yield violation_case(f"continuation of nothing, {fin=}", alone, frame(TEXT, b"after"))
+        yield violation_case(
             f"continuation of nothing behind a message, {fin=}",
             *two,
             alone,
             frame(TEXT, b"after"),
-            heard=whole,
+            expected=whole,
         )
-        yield breach(f"continuation of nothing, twice, {fin=}", alone, *two, alone, *two)
+        yield violation_case(f"continuation of nothing, twice, {fin=}", alone, *two, alone, *two)
         for opcode in (TEXT, BINARY):
-            yield breach(
+            yield violation_case(
                 f"opcode {opcode} inside a message, {fin=}",
                 frame(TEXT, b"begun", fin=False),
                 frame(opcode, b"another", fin=fin),
             )
-    yield breach(
+    yield violation_case(
         "too much, by fragments",
         *fragments(BINARY, bytes(MIB - 10), bytes(10), b"x"),
         code=1009,
     )
-    yield breach(
+    yield violation_case(
         "too much, by fragments without end",
         *(frame(BINARY if not n else CONTINUATION, bytes(65_536), fin=False) for n in range(20)),
         code=1009,
     )
-    yield breach(
+    yield violation_case(
         "an empty frame behind a message that is full",
         *fragments(BINARY, bytes(MIB), b""),
         frame(TEXT, b"bare", mask=False),
-        heard=(binary(bytes(MIB)),),
+        expected=(binary_frame(bytes(MIB)),),
     )
 
 
@@ -433,42 +456,44 @@ MALFORMED: dict[str, tuple[bytes, ...]] = {
 }  # fmt: skip
 
 
-def utf_8() -> Iterator[Case]:
+def utf_8() -> Iterator[RfcCase]:
     """Text is UTF-8, over the bounds of fragments, too (sections 5.6 and 8.1)."""
-    yield accepted("empty in three", *fragments(TEXT, b"", b"", b""), heard=(text(""),))
-    yield accepted(
+    yield valid_case("empty in three", *fragments(TEXT, b"", b"", b""), expected=(text_frame(""),))
+    yield valid_case(
         "first and last of three empty",
         *fragments(TEXT, b"", b"middle frame payload", b""),
-        heard=(text("middle frame payload"),),
+        expected=(text_frame("middle frame payload"),),
     )
-    yield accepted("whole", frame(TEXT, MIXED), heard=(text(MIXED),))
-    yield accepted(
+    yield valid_case("whole", frame(TEXT, MIXED), expected=(text_frame(MIXED),))
+    yield valid_case(
         "cut between characters",
         *fragments(TEXT, "Hello-µ@ß".encode(), "öäüàá-UTF-8!!".encode()),
-        heard=(text(MIXED),),
+        expected=(text_frame(MIXED),),
     )
     for payload in (MIXED, KOSME, "naïve 日本 \U0001f40e".encode()):
-        yield accepted(
+        yield valid_case(
             f"an octet a frame, {payload.decode()}",
             *fragments(TEXT, *octets_of(payload)),
-            heard=(text(payload),),
+            expected=(text_frame(payload),),
         )
     for size in range(1, len(KOSME)):
         part = KOSME[:size]
         try:
             part.decode()
         except UnicodeDecodeError:
-            yield breach(f"prefix of {size}", frame(TEXT, part), code=1007)
+            yield violation_case(f"prefix of {size}", frame(TEXT, part), code=1007)
         else:
-            yield accepted(f"prefix of {size}", frame(TEXT, part), heard=(text(part),))
+            yield valid_case(f"prefix of {size}", frame(TEXT, part), expected=(text_frame(part),))
     for name, payloads in WELL_FORMED.items():
         for payload in payloads:
-            yield accepted(f"{name}: {payload.hex()}", frame(TEXT, payload), heard=(text(payload),))
+            yield valid_case(
+                f"{name}: {payload.hex()}", frame(TEXT, payload), expected=(text_frame(payload),)
+            )
     for name, payloads in MALFORMED.items():
         for payload in payloads:
-            yield breach(f"{name}: {payload.hex()}", frame(TEXT, payload), code=1007)
-    yield breach("a surrogate inside", frame(TEXT, SURROGATE_INSIDE), code=1007)
-    yield breach(
+            yield violation_case(f"{name}: {payload.hex()}", frame(TEXT, payload), code=1007)
+    yield violation_case("a surrogate inside", frame(TEXT, SURROGATE_INSIDE), code=1007)
+    yield violation_case(
         "a surrogate inside, an octet a frame",
         *fragments(TEXT, *octets_of(SURROGATE_INSIDE)),
         code=1007,
@@ -477,31 +502,33 @@ def utf_8() -> Iterator[Case]:
         ("in the second of three", (KOSME, b"\xf4\x90\x80\x80", b"edited")),
         ("begun in the first of three", (KOSME + b"\xf4", b"\x90", b"\x80\x80edited")),
     ):
-        yield breach(f"wrong {name}", *fragments(TEXT, *parts), code=1007)
-        yield breach(f"wrong {name}, in one frame", frame(TEXT, b"".join(parts)), code=1007)
-    yield breach("unfinished at the end of two", *fragments(TEXT, b"a", b"\xc3"), code=1007)
-    yield breach("unfinished, then empty", *fragments(TEXT, b"a\xc3", b""), code=1007)
-    yield breach(
+        yield violation_case(f"wrong {name}", *fragments(TEXT, *parts), code=1007)
+        yield violation_case(f"wrong {name}, in one frame", frame(TEXT, b"".join(parts)), code=1007)
+    yield violation_case("unfinished at the end of two", *fragments(TEXT, b"a", b"\xc3"), code=1007)
+    yield violation_case("unfinished, then empty", *fragments(TEXT, b"a\xc3", b""), code=1007)
+    yield violation_case(
         "wrong behind a message",
         frame(TEXT, b"before"),
         frame(TEXT, b"\xff"),
         frame(PING, b"after"),
-        heard=(text("before"),),
+        expected=(text_frame("before"),),
         code=1007,
     )
-    yield accepted("binary need not be", frame(BINARY, b"\xff\xc3"), heard=(binary(b"\xff\xc3"),))
-    yield accepted(
+    yield valid_case(
+        "binary need not be", frame(BINARY, b"\xff\xc3"), expected=(binary_frame(b"\xff\xc3"),)
+    )
+    yield valid_case(
         "binary in fragments need not be",
         *fragments(BINARY, b"\xc3", b"\xff"),
-        heard=(binary(b"\xc3\xff"),),
+        expected=(binary_frame(b"\xc3\xff"),),
     )
 
 
-def closing() -> Iterator[Case]:
+def closing() -> Iterator[RfcCase]:
     """The closing handshake (sections 5.5.1 and 7)."""
     close = CLOSED_BY_CLIENT
     first = frame(TEXT, b"fragment1", fin=False)
-    yield accepted("behind a message", frame(TEXT, b"Hello"), heard=(text("Hello"),))
+    yield valid_case("behind a message", frame(TEXT, b"Hello"), expected=(text_frame("Hello"),))
     for name, behind in (
         ("a close", close),
         ("another close", frame(CLOSE, close_payload(3000))),
@@ -510,30 +537,32 @@ def closing() -> Iterator[Case]:
         ("a breach", frame(TEXT, b"late", mask=False)),
         ("no frames at all", b"\xff" * 1_000),
     ):
-        yield Case(f"{name} behind it does not count", (close, behind), (), 1000)
-    yield Case("between fragments", (first, close, frame(CONTINUATION, b"late")), (), 1000)
-    yield accepted(
+        yield RfcCase(f"{name} behind it does not count", (close, behind), (), 1000)
+    yield RfcCase("between fragments", (first, close, frame(CONTINUATION, b"late")), (), 1000)
+    yield valid_case(
         "behind much",
         frame(TEXT, b"BAsd7&jh23" * 26_214),
         frame(TEXT, b"Hello World!"),
-        heard=(text("BAsd7&jh23" * 26_214), text("Hello World!")),
+        expected=(text_frame("BAsd7&jh23" * 26_214), text_frame("Hello World!")),
     )
-    yield Case("without a code", (frame(CLOSE),), (), 1000)
-    yield breach("of one octet", frame(CLOSE, b"\x03"))
+    yield RfcCase("without a code", (frame(CLOSE),), (), 1000)
+    yield violation_case("of one octet", frame(CLOSE, b"\x03"))
     for reason in (b"", b"Hello World!", "grüß dich".encode(), b"*" * 123):
         payload = close_payload(1000, reason)
-        yield Case(f"with a reason of {len(reason)}", (frame(CLOSE, payload),), (), 1000)
-    yield breach("with a reason of 124", frame(CLOSE, close_payload(1000, b"*" * 124)))
+        yield RfcCase(f"with a reason of {len(reason)}", (frame(CLOSE, payload),), (), 1000)
+    yield violation_case("with a reason of 124", frame(CLOSE, close_payload(1000, b"*" * 124)))
     for reason in (SURROGATE_INSIDE, b"\xff", b"unfinished \xc3"):
         payload = close_payload(1000, reason)
-        yield breach(f"with the reason {reason.hex()}", frame(CLOSE, payload), code=1007)
+        yield violation_case(f"with the reason {reason.hex()}", frame(CLOSE, payload), code=1007)
     for code in (*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999):
-        yield Case(f"with the code {code}", (frame(CLOSE, close_payload(code)),), (), code)
+        yield RfcCase(f"with the code {code}", (frame(CLOSE, close_payload(code)),), (), code)
         payload = close_payload(code, b"and a reason")
-        yield Case(f"with the code {code} and a reason", (frame(CLOSE, payload),), (), code)
+        yield RfcCase(f"with the code {code} and a reason", (frame(CLOSE, payload),), (), code)
     for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65_535):
-        yield breach(f"with the code {code}", frame(CLOSE, close_payload(code)))
-        yield breach(f"with the code {code} and a reason", frame(CLOSE, close_payload(code, b"x")))
+        yield violation_case(f"with the code {code}", frame(CLOSE, close_payload(code)))
+        yield violation_case(
+            f"with the code {code} and a reason", frame(CLOSE, close_payload(code, b"x"))
+        )
 
 
 GROUPS = (framing, pings, reserved_bits, reserved_opcodes, fragmentation, utf_8, closing)

@@ -53,7 +53,7 @@ BLOCKED = {signal.SIGTERM, signal.SIGINT}
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class StopResult:
     """How one relay ended.
 
     Attributes:
@@ -76,14 +76,14 @@ class End:
 
 
 @asynccontextmanager
-async def sound(kind: str, directory: Path) -> AsyncIterator[str]:
+async def healthy(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that has no fault."""
     async with make_broker(kind, directory) as broker:
         yield broker.url
 
 
 @asynccontextmanager
-async def unfit(kind: str, directory: Path) -> AsyncIterator[str]:
+async def misconfigured(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker whose stream has a configuration that the relay can't use."""
     async with make_broker(kind, directory) as broker, AsyncExitStack() as stack:
         if kind == "nats":
@@ -95,14 +95,17 @@ async def unfit(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def useless(kind: str, directory: Path) -> AsyncIterator[str]:
+async def unsupported(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker without JetStream, or one that says that it is too old."""
     options = {"jetstream": False} if kind == "nats" else {}
-    async with make_broker(kind, directory, **options) as broker, Old(broker.port) as proxy:
+    async with (
+        make_broker(kind, directory, **options) as broker,
+        OldRedisProxy(broker.port) as proxy,
+    ):
         yield f"{kind}://localhost:{broker.port if kind == 'nats' else proxy.port}"
 
 
-class Old(TcpProxy):
+class OldRedisProxy(TcpProxy):
     """A proxy that makes a Redis 7 say that it is a Redis 5."""
 
     def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
@@ -122,7 +125,7 @@ async def flapping(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def refusing(kind: str, directory: Path) -> AsyncIterator[str]:
+async def closed_port(kind: str, directory: Path) -> AsyncIterator[str]:
     """Name a port that nothing listens on."""
     yield f"{kind}://localhost:{free_port()}"
 
@@ -130,11 +133,11 @@ async def refusing(kind: str, directory: Path) -> AsyncIterator[str]:
 @asynccontextmanager
 async def slow(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker whose answers take up to 0.2 seconds each."""
-    async with make_broker(kind, directory) as broker, Late(broker.port) as proxy:
+    async with make_broker(kind, directory) as broker, DelayingProxy(broker.port) as proxy:
         yield f"{kind}://localhost:{proxy.port}"
 
 
-class Late(TcpProxy):
+class DelayingProxy(TcpProxy):
     """A proxy that delays what the server sends."""
 
     async def _connect(self, reader: asyncio.StreamReader, connection: ProxiedConnection) -> None:
@@ -181,7 +184,7 @@ async def unreachable(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def starting(kind: str, directory: Path) -> AsyncIterator[str]:
+async def restarting(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that is killed and started again and again."""
     async with make_broker(kind, directory) as broker:
 
@@ -220,16 +223,16 @@ Condition = Callable[[str, Path], AbstractAsyncContextManager[str]]
 CONDITIONS: Mapping[str, Condition] = {
     each.__name__: each
     for each in (
-        sound,
-        unfit,
-        useless,
+        healthy,
+        misconfigured,
+        unsupported,
         flapping,
-        refusing,
+        closed_port,
         slow,
         frozen,
         freezing,
         unreachable,
-        starting,
+        restarting,
     )
 }
 
@@ -247,7 +250,7 @@ def blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-async def stopped(
+async def stop_relay(
     relay: Relay,
     gate: asyncio.Semaphore,
     *,
@@ -255,7 +258,7 @@ async def stopped(
     is_listening: bool,
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
     pause_s: float = 0.0,
-) -> End:
+) -> StopResult:
     """Start a relay, send it signals, and return how it ended.
 
     Args:
@@ -271,7 +274,7 @@ async def stopped(
             with blocked_signals():
                 relay.launch()
             if is_listening:
-                await has_started(relay)
+                await await_listening(relay)
             await asyncio.sleep(after_s)
             started = time.monotonic()
             for number in signals:
@@ -281,10 +284,10 @@ async def stopped(
             took_s = time.monotonic() - started
         finally:
             await asyncio.to_thread(relay.end)
-    return End(status, took_s, "\n".join(relay.log_lines))
+    return StopResult(status, took_s, "\n".join(relay.log_lines))
 
 
-async def has_started(relay: Relay) -> None:
+async def await_listening(relay: Relay) -> None:
     """Wait until a relay listens, also where many start at a time."""
     async with asyncio.timeout(START_S):
         while "relay listening" not in (  # noqa: ASYNC110 - a log has no event
@@ -307,7 +310,7 @@ async def stop_many(
     directory: Path,
     gate: asyncio.Semaphore,
     span_s: float = RUN_SPAN_S,
-) -> list[End]:
+) -> list[StopResult]:
     """Stop relays in one condition, each at a random moment.
 
     Args:
@@ -319,12 +322,12 @@ async def stop_many(
         span_s: the signals come within this time.
     """
 
-    async def stop(number: int, url: str) -> End:
+    async def stop(number: int, url: str) -> StopResult:
         is_listening = number % 3 < 2
         own = directory / str(number)
         own.mkdir()
-        return await stopped(
-            Relay(own, settings_with(url)),
+        return await stop_relay(
+            Relay(own, settings_for(url)),
             gate,
             after_s=random.uniform(0, span_s if is_listening else min(span_s, START_SPAN_S)),
             is_listening=is_listening,
@@ -337,7 +340,7 @@ async def stop_many(
     return [task.result() for task in tasks]
 
 
-def settings_with(url: str) -> dict[str, object]:
+def settings_for(url: str) -> dict[str, object]:
     """Return the settings of a relay that uses a broker."""
     shutdown = {"spread_s": 0.1, "timeout_s": TIMEOUT_S}
     return {"backplane": {"url": url}, "shutdown": shutdown}

@@ -107,7 +107,7 @@ class Terminal:
         Raises:
             AssertionError: it is still running after `COMMAND_S`.
         """
-        await until(lambda: self.exit_code is not None, self._still_running)
+        await poll_until(lambda: self.exit_code is not None, self._still_running)
         await asyncio.to_thread(self._close)
         assert self._process.returncode is not None
         return self._process.returncode
@@ -121,7 +121,7 @@ class Terminal:
         if self.exit_code is None:
             os.killpg(self._process.pid, signal.SIGINT)
             # make may end before what it runs, which `exit_code` would kill.
-            await until(lambda: not self._reader.is_alive(), self._still_running)
+            await poll_until(lambda: not self._reader.is_alive(), self._still_running)
         return await self.end()
 
     def kill(self) -> None:
@@ -143,7 +143,7 @@ class Terminal:
         self._process.stdout.close()
 
 
-async def until(
+async def poll_until(
     condition: Callable[[], bool], failure: Callable[[], str], *, limit_s: float = COMMAND_S
 ) -> None:
     """Wait until a condition holds.

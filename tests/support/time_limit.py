@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @dataclass(eq=False, slots=True)
-class Phase:
+class TimedPhase:
     """One phase of a test.
 
     Args:
@@ -95,7 +95,7 @@ class Watchdog:
         self._limit_s = limit_s
         self._grace_s = grace_s
         self._stderr = stderr
-        self._phase: Phase | None = None
+        self._phase: TimedPhase | None = None
         self._changed = threading.Condition()
 
     def start(self) -> None:
@@ -128,7 +128,7 @@ class Watchdog:
     def _limited(self, item: pytest.Item, when: str) -> Generator[None, object, object]:
         mark = item.get_closest_marker("timeout")
         limit_s = float(mark.args[0]) if mark else self._limit_s
-        phase = Phase(f"{item.nodeid} ({when})", limit_s)
+        phase = TimedPhase(f"{item.nodeid} ({when})", limit_s)
         self._watch(phase)
         try:
             result = yield
@@ -142,7 +142,7 @@ class Watchdog:
             phase.fail()  # it swallowed what interrupted it
         return result
 
-    def _watch(self, phase: Phase | None) -> None:
+    def _watch(self, phase: TimedPhase | None) -> None:
         self._phase = phase  # first of all: the handler of a signal that is on its way looks at it
         with self._changed:
             self._changed.notify()
@@ -162,7 +162,7 @@ class Watchdog:
         while True:
             self._interrupt(self._next_expired())
 
-    def _next_expired(self) -> Phase:
+    def _next_expired(self) -> TimedPhase:
         with self._changed:
             while True:
                 phase = self._phase
@@ -172,7 +172,7 @@ class Watchdog:
                     return phase
                 self._changed.wait(left_s)
 
-    def _interrupt(self, phase: Phase) -> None:
+    def _interrupt(self, phase: TimedPhase) -> None:
         self._write(f"\n{phase.report}")
         for interrupt in (self._cancel_tasks, self._raise_in_tests, self._stop_loops):
             with self._changed:
@@ -187,7 +187,7 @@ class Watchdog:
     def _exit_after(self, seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
 
-    def _cancel_tasks(self, phase: Phase) -> None:
+    def _cancel_tasks(self, phase: TimedPhase) -> None:
         def cancel(loop: Loop) -> None:
             if self._phase is phase:  # the loop may have been blocked until now
                 for task in asyncio.all_tasks(loop):
@@ -195,17 +195,17 @@ class Watchdog:
 
         _call_in_loops(cancel)
 
-    def _raise_in_tests(self, phase: Phase) -> None:
+    def _raise_in_tests(self, phase: TimedPhase) -> None:
         signal.pthread_kill(self._main_thread, signal.SIGUSR1)
 
-    def _stop_loops(self, phase: Phase) -> None:
+    def _stop_loops(self, phase: TimedPhase) -> None:
         def stop(loop: Loop) -> None:
             if self._phase is phase:
                 loop.stop()
 
         _call_in_loops(stop)
 
-    def _report(self, phase: Phase) -> str:
+    def _report(self, phase: TimedPhase) -> str:
         lines = [f"{phase.name} exceeded its time limit of {phase.limit_s:g} s\n"]
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         own = threading.get_ident()
