@@ -27,7 +27,7 @@ from bench.chaos.observations import (
     payload_of,
 )
 from tests.support.events_client import EventStreamResponse, ServerSentEvent
-from tests.support.relay_process import PLAIN
+from tests.support.relay_process import NO_CA
 from tests.support.tcp_proxy import HOST
 
 RELAY_V1 = Subprotocol("relay.v1")
@@ -354,7 +354,7 @@ class Poster:
         self._number = 0
         self._is_ended = False
         self._http = httpx2.AsyncClient(
-            verify=PLAIN, trust_env=False, timeout=httpx2.Timeout(POST_S, connect=OPEN_S)
+            verify=NO_CA, trust_env=False, timeout=httpx2.Timeout(POST_S, connect=OPEN_S)
         )
 
     def end(self) -> None:

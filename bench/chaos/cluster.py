@@ -28,7 +28,7 @@ from bench.chaos.observations import Record, Rest, Stop, name_of
 from bench.servers import FailedError
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, find
-from tests.support.relay_process import PLAIN, Metrics, Relay
+from tests.support.relay_process import NO_CA, MetricsPage, RelayProcess
 from tests.support.tcp_proxy import HOST
 
 STREAM = "relay"
@@ -104,7 +104,7 @@ class RelaySlot:
     back: BreakableProxy = field(init=False)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     starts: int = 0
-    process: Relay = field(init=False)
+    process: RelayProcess = field(init=False)
     ready_rss_bytes: int = 0
     _watch: asyncio.Task[None] | None = None
 
@@ -135,7 +135,7 @@ class RelaySlot:
         url = f"{self.broker.schemes[0]}://{HOST}:{self.back.port}"
         settings = {**SETTINGS, "backplane": {"url": url, "stream": STREAM}}
         env = {"PYTHONPATH": str(self.tree)} if self.tree else None
-        self.process = Relay(directory, settings, env)
+        self.process = RelayProcess(directory, settings, env)
         self.process.launch()
         await self.process.wait_for_log("relay listening")
         self.front.target = self.process.port
@@ -152,7 +152,7 @@ class RelaySlot:
     async def is_ready(self) -> bool:
         """Return whether the relay accepts clients."""
         with suppress(httpx2.HTTPError, AssertionError):
-            async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=2) as http:
+            async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=2) as http:
                 return (await http.get(self.process.metrics_url("/readyz"))).is_success
         return False
 
@@ -165,7 +165,7 @@ class RelaySlot:
         lines = self.process.log_lines
         (self.directory / f"{self.name}.log").write_text("\n".join(lines))
         # The last line of a process that was killed may be cut off.
-        for line in self.process.complaints:
+        for line in self.process.unexpected_lines:
             if line is not lines[-1]:
                 self.record.complaints.append(f"{self.name}: {_brief(line)}")
         if any(event["event"] == "backplane lost messages" for event in self.process.log_events):
@@ -205,7 +205,7 @@ class RelaySlot:
         return Rest(self.name, counters, self.ready_rss_bytes, rss_bytes), backplane_counters
 
 
-def _counters(metrics: Metrics) -> dict[str, float]:
+def _counters(metrics: MetricsPage) -> dict[str, float]:
     names = [*(f"{name}_total" for name in COUNTERS), *LEFT_AT_REST, "history_bytes"]
     return {name: metrics.value(f"websocket_{name}") for name in names}
 

@@ -25,7 +25,14 @@ from tests.support.brokers import RedisBroker
 from tests.support.certificates import CertificatePair
 from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
 from tests.support.programs import ANY_REDIS, needed
-from tests.support.relay_process import Relay, StartRelay, eventually, merged, receive, run_command
+from tests.support.relay_process import (
+    RelayProcess,
+    StartRelay,
+    eventually,
+    merged,
+    receive,
+    run_command,
+)
 
 LIMIT = 256
 MORE_THAN_LIMIT = 400
@@ -41,7 +48,7 @@ def tls_settings(certificate_directory: Path) -> Mapping[str, Any]:
 
 @asynccontextmanager
 async def connected_clients(
-    relay: Relay, count: int
+    relay: RelayProcess, count: int
 ) -> AsyncIterator[tuple[Sequence[ClientConnection], Sequence[Response]]]:
     """Connect `count` clients; yield those that are admitted, and the refusals of the others."""
     admitted: list[ClientConnection] = []
@@ -59,14 +66,14 @@ async def connected_clients(
         yield admitted, refusals
 
 
-async def assert_probes_are_answered(relay: Relay) -> None:
+async def assert_probes_are_answered(relay: RelayProcess) -> None:
     for path in ("/healthz", "/readyz"):
         assert (await relay.get(path)).status_code == 200
         assert (await relay.get_metrics(path)).status_code == 200
     assert (await relay.get_metrics()).status_code == 200
 
 
-async def admits_a_client(relay: Relay) -> tuple[bool, object]:
+async def admits_a_client(relay: RelayProcess) -> tuple[bool, object]:
     """Return whether the relay admits one more client, and what was seen."""
     try:
         async with relay.client("news") as client:
@@ -79,7 +86,7 @@ async def admits_a_client(relay: Relay) -> tuple[bool, object]:
 async def test_clients_are_refused_while_few_descriptors_are_free_and_the_relay_works_on(
     tmp_path: Path,
 ) -> None:
-    with Relay(tmp_path, SETTINGS, max_descriptors=LIMIT) as relay:
+    with RelayProcess(tmp_path, SETTINGS, max_descriptors=LIMIT) as relay:
         async with connected_clients(relay, MORE_THAN_LIMIT) as (admitted, refusals):
             assert len(admitted) + len(refusals) == MORE_THAN_LIMIT
             assert LIMIT - RESERVED - AT_START <= len(admitted) <= LIMIT - RESERVED
@@ -103,26 +110,26 @@ async def test_clients_are_refused_while_few_descriptors_are_free_and_the_relay_
         warnings = [event for event in relay.log_events if event["level"] == "warning"]
         logged = [(event["event"], event["reason"], event["setting"]) for event in warnings]
         assert logged == [("clients refused", "descriptors", "ulimit -n")]
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []
 
 
 async def test_connections_without_a_complete_request_take_no_descriptor_from_clients(
     tmp_path: Path,
 ) -> None:
-    with Relay(tmp_path, SETTINGS, max_descriptors=LIMIT) as relay:
+    with RelayProcess(tmp_path, SETTINGS, max_descriptors=LIMIT) as relay:
         async with open_connections(relay, MORE_THAN_LIMIT, b"", b"GET / HTTP/1.1\r\nX: "):
             await assert_probes_are_answered(relay)
             async with connected_clients(relay, 50) as (admitted, _):
                 assert len(admitted) == 50
                 await assert_probes_are_answered(relay)
             assert relay.descriptors() < LIMIT - 32
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []
 
 
 async def test_unfinished_tls_handshakes_take_no_descriptor_from_clients(
     tmp_path: Path, pair: CertificatePair, tls_settings: Mapping[str, Any]
 ) -> None:
-    with Relay(tmp_path, tls_settings, max_descriptors=LIMIT) as relay:
+    with RelayProcess(tmp_path, tls_settings, max_descriptors=LIMIT) as relay:
         relay.tls_context = pair.client_context()
         async with (
             relay.client("news") as client,
@@ -137,7 +144,7 @@ async def test_unfinished_tls_handshakes_take_no_descriptor_from_clients(
             assert await receive(client) == "still connected"
             assert await relay.metric("websocket_refusals_total", reason="descriptors") > 0
         assert await relay.stop() == 0
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []
 
 
 async def test_the_relay_reconnects_to_its_broker_while_clients_have_all_descriptors(
@@ -145,13 +152,13 @@ async def test_the_relay_reconnects_to_its_broker_while_clients_have_all_descrip
 ) -> None:
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         settings = merged(SETTINGS, {"backplane": {"url": broker.url}})
-        with Relay(tmp_path, settings, max_descriptors=LIMIT) as relay:
+        with RelayProcess(tmp_path, settings, max_descriptors=LIMIT) as relay:
             async with connected_clients(relay, LIMIT) as (admitted, refusals):
                 assert refusals
                 broker.stop()
-                await relay.metric_is("websocket_backplane_up", 0)
+                await relay.await_metric("websocket_backplane_up", 0)
                 await broker.start()
-                await relay.metric_is("websocket_backplane_up", 1)
+                await relay.await_metric("websocket_backplane_up", 1)
                 await admitted[0].send("after the outage")
                 assert await receive(admitted[-1]) == "after the outage"
 

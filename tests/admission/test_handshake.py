@@ -13,20 +13,20 @@ from tests.support.admission import refusal_answer
 from tests.support.http_requests import get_request, post_request
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import TEXT, RawClient, frame, upgrade_request
-from tests.support.relay_process import Relay, StartRelay, receive
+from tests.support.relay_process import RelayProcess, StartRelay, receive
 
 HEALTHZ = get_request("/healthz")
 
 # Plain requests
 
 
-async def test_a_plain_request_to_a_channel_is_answered_426(relay: Relay) -> None:
+async def test_a_plain_request_to_a_channel_is_answered_426(relay: RelayProcess) -> None:
     answer = await relay.get("/channels/news")
     assert answer.status_code == 426
     assert answer.headers["Upgrade"].lower() == "websocket"
 
 
-async def test_a_plain_request_to_an_unknown_path_is_answered_404(relay: Relay) -> None:
+async def test_a_plain_request_to_an_unknown_path_is_answered_404(relay: RelayProcess) -> None:
     unknown = ("/nowhere", "/channels/a%20b", "/channels/", "/metrics")
     pages_of_the_framework = ("/docs", "/redoc", "/docs/oauth2-redirect")
     for path in unknown + pages_of_the_framework:
@@ -34,28 +34,30 @@ async def test_a_plain_request_to_an_unknown_path_is_answered_404(relay: Relay) 
 
 
 async def test_a_connection_serves_plain_requests_and_then_an_upgrade(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(HEALTHZ)
-        answer = await raw.response()
+        answer = await raw.read_response()
         assert answer.status == 200
-        await raw.exactly(int(answer.headers["content-length"]))
+        await raw.read_exactly(int(answer.headers["content-length"]))
         await raw.upgrade(f"/channels/{channel}")
         await raw.send(frame(TEXT, b"hello"))
-        assert await raw.message() == "hello"
+        assert await raw.read_message() == "hello"
 
 
 # Subprotocols and extensions
 
 
-async def test_the_first_offered_subprotocol_is_selected(relay: Relay, channel: str) -> None:
+async def test_the_first_offered_subprotocol_is_selected(relay: RelayProcess, channel: str) -> None:
     offer = [Subprotocol("chat.v2"), Subprotocol("chat.v1")]
     async with relay.client(channel, subprotocols=offer) as client:
         assert client.subprotocol == "chat.v2"
 
 
-async def test_without_an_offer_no_subprotocol_is_selected(relay: Relay, channel: str) -> None:
+async def test_without_an_offer_no_subprotocol_is_selected(
+    relay: RelayProcess, channel: str
+) -> None:
     async with relay.client(channel) as client:
         assert client.subprotocol is None
         assert client.response is not None
@@ -63,7 +65,7 @@ async def test_without_an_offer_no_subprotocol_is_selected(relay: Relay, channel
 
 
 async def test_clients_with_different_subprotocols_share_a_channel(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with (
         relay.client(channel, subprotocols=[Subprotocol("a")]) as first,
@@ -74,7 +76,9 @@ async def test_clients_with_different_subprotocols_share_a_channel(
         assert [await receive(client) for client in (first, second, third)] == ["hello"] * 3
 
 
-async def test_an_offer_of_compression_is_declined_by_default(relay: Relay, channel: str) -> None:
+async def test_an_offer_of_compression_is_declined_by_default(
+    relay: RelayProcess, channel: str
+) -> None:
     async with relay.client(channel, compression="deflate") as client:
         assert client.response is not None
         assert "Sec-WebSocket-Extensions" not in client.response.headers
@@ -88,33 +92,33 @@ ALLOWED_ORIGINS = ["https://app.example", "http://localhost:3000"]
 
 
 @pytest.fixture(scope="module")
-def origin_checking_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def origin_checking_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     """A relay that accepts the origins of two sites."""
     settings = {"server": {"allowed_origins": ALLOWED_ORIGINS}}
-    with Relay(tmp_path_factory.mktemp("origins"), settings) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("origins"), settings) as relay:
         yield relay
 
 
-async def assert_origin_is_accepted(relay: Relay, channel: str, origin: str | None) -> None:
+async def assert_origin_is_accepted(relay: RelayProcess, channel: str, origin: str | None) -> None:
     async with relay.client(channel, origin=Origin(origin) if origin else None) as client:
         await client.send("hello")
         assert await receive(client) == "hello"
 
 
-async def test_by_default_every_origin_is_accepted(relay: Relay, channel: str) -> None:
+async def test_by_default_every_origin_is_accepted(relay: RelayProcess, channel: str) -> None:
     for origin in ("https://anywhere.example", "null", "file://", None):
         await assert_origin_is_accepted(relay, channel, origin)
 
 
 async def test_an_allowed_origin_and_a_request_without_an_origin_are_accepted(
-    origin_checking_relay: Relay, channel: str
+    origin_checking_relay: RelayProcess, channel: str
 ) -> None:
     for origin in (*ALLOWED_ORIGINS, None):
         await assert_origin_is_accepted(origin_checking_relay, channel, origin)
 
 
 async def test_another_origin_is_refused_with_403(
-    origin_checking_relay: Relay, channel: str
+    origin_checking_relay: RelayProcess, channel: str
 ) -> None:
     relay = origin_checking_relay
     others = [
@@ -131,7 +135,7 @@ async def test_another_origin_is_refused_with_403(
     for origin in others:
         answer = await refusal_answer(relay.client(channel, origin=Origin(origin)))
         assert answer.status_code == 403, origin
-    await relay.metric_is("websocket_refusals_total", before + len(others), reason="origin")
+    await relay.await_metric("websocket_refusals_total", before + len(others), reason="origin")
     assert await relay.metric("websocket_connected_clients") == 0
 
 
@@ -147,12 +151,12 @@ async def test_at_max_connections_clients_are_refused_until_one_disconnects(
         answer = await refusal_answer(relay.client(channel))
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
-        await relay.metric_is("websocket_refusals_total", 1, reason="connections")
+        await relay.await_metric("websocket_refusals_total", 1, reason="connections")
         assert (await relay.get("/healthz")).status_code == 200
         assert (await relay.get("/readyz")).status_code == 200
 
         await second.aclose()
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         async with relay.client(channel) as third:
             await third.send("hello")
             assert await receive(third) == "hello"
@@ -175,7 +179,7 @@ async def test_clients_that_connect_at_the_same_moment_do_not_exceed_a_limit(
         async with AsyncExitStack() as stack:
             answers = await asyncio.gather(*(status_of_attempt(stack, name) for name in names))
             assert sorted(answers) == [101] * limit + [503] * (20 - limit)
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
 
 
 async def test_refused_and_aborted_upgrades_do_not_count_as_connections(
@@ -187,10 +191,10 @@ async def test_refused_and_aborted_upgrades_do_not_count_as_connections(
     for _ in range(3):
         await refusal_answer(relay.client("not%20a%20name"))
         await refusal_answer(relay.client(channel, origin=Origin("https://other.example")))
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(f"/channels/{channel}"))
-            raw.vanish()
-    await relay.metric_is("websocket_connected_clients", 0)
+            raw.reset()
+    await relay.await_metric("websocket_connected_clients", 0)
     async with relay.client(channel) as client:
         await client.send("hello")
         assert await receive(client) == "hello"
@@ -216,57 +220,57 @@ async def send_slowly_until_the_end(raw: RawClient, head: bytes) -> float:
             await raw.send(b"x")
 
     sending = asyncio.create_task(send_slowly())
-    await raw.ended()
+    await raw.read_to_end()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     return time.monotonic() - started_at
 
 
 async def test_an_unfinished_request_head_is_closed_at_the_deadline(
-    short_deadline_relay: Relay,
+    short_deadline_relay: RelayProcess,
 ) -> None:
     before = await short_deadline_relay.metric(
         "websocket_refusals_total", reason="handshake_timeout"
     )
     async with AsyncExitStack() as stack:
         raws = [
-            await stack.enter_async_context(await short_deadline_relay.tcp())
+            await stack.enter_async_context(await short_deadline_relay.connect_tcp())
             for _ in UNFINISHED_HEADS
         ]
         pairs = zip(raws, UNFINISHED_HEADS, strict=True)
         elapsed_s = await asyncio.gather(*(send_slowly_until_the_end(*pair) for pair in pairs))
     assert min(elapsed_s) >= 0.5
     expected = before + len(UNFINISHED_HEADS)
-    await short_deadline_relay.metric_is(
+    await short_deadline_relay.await_metric(
         "websocket_refusals_total", expected, reason="handshake_timeout"
     )
 
 
 async def test_an_idle_connection_is_closed_at_the_deadline_and_an_idle_client_is_not(
-    short_deadline_relay: Relay, channel: str
+    short_deadline_relay: RelayProcess, channel: str
 ) -> None:
     """The deadline also applies to the second request of a connection."""
     async with (
         short_deadline_relay.client(channel) as client,
-        await short_deadline_relay.tcp() as silent,
-        await short_deadline_relay.tcp() as kept_alive,
+        await short_deadline_relay.connect_tcp() as silent,
+        await short_deadline_relay.connect_tcp() as kept_alive,
     ):
         await kept_alive.send(HEALTHZ)
-        answer = await kept_alive.response()
-        await kept_alive.exactly(int(answer.headers["content-length"]))
+        answer = await kept_alive.read_response()
+        await kept_alive.read_exactly(int(answer.headers["content-length"]))
         await kept_alive.send(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
-        await silent.ended()
-        await kept_alive.ended()
+        await silent.read_to_end()
+        await kept_alive.read_to_end()
         await client.send("still connected")
         assert await receive(client) == "still connected"
 
 
 async def test_a_client_is_admitted_while_many_request_heads_are_unfinished(
-    short_deadline_relay: Relay, channel: str
+    short_deadline_relay: RelayProcess, channel: str
 ) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(100):
-            raw = await stack.enter_async_context(await short_deadline_relay.tcp())
+            raw = await stack.enter_async_context(await short_deadline_relay.connect_tcp())
             await raw.send(b"GET / HTTP/1.1\r\nX-Slow: ")
         async with short_deadline_relay.client(channel) as client:
             await client.send("hello")
@@ -277,7 +281,7 @@ async def test_an_unfinished_tls_handshake_or_request_over_tls_is_closed_at_the_
     tls_relay_with: StartRelay,
 ) -> None:
     relay = tls_relay_with(limits={"handshake_timeout_s": 1})
-    async with await relay.tcp() as silent:
+    async with await relay.connect_tcp() as silent:
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", relay.port, ssl=relay.tls_context, server_hostname="localhost"
         )
@@ -288,21 +292,21 @@ async def test_an_unfinished_tls_handshake_or_request_over_tls_is_closed_at_the_
         finally:
             writer.close()
             await writer.wait_closed()
-        await silent.ended()
+        await silent.read_to_end()
 
 
 # The base path
 
 
 @pytest.fixture(scope="module")
-def base_path_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def base_path_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     settings = {"server": {"base_path": "/live/relay"}}
-    with Relay(tmp_path_factory.mktemp("base-path"), settings) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("base-path"), settings) as relay:
         yield relay
 
 
 async def test_channels_are_served_below_the_base_path_only(
-    base_path_relay: Relay, channel: str
+    base_path_relay: RelayProcess, channel: str
 ) -> None:
     async with (
         base_path_relay.client(path=f"/live/relay/channels/{channel}") as client,
@@ -319,7 +323,7 @@ async def test_channels_are_served_below_the_base_path_only(
 
 
 async def test_pages_are_served_below_the_base_path_and_probes_at_the_root(
-    base_path_relay: Relay,
+    base_path_relay: RelayProcess,
 ) -> None:
     for page in ("", "console.js", "relay.js", "stats", "openapi.json"):
         assert (await base_path_relay.get(f"/live/relay/{page}")).status_code == 200, page
@@ -342,26 +346,26 @@ async def test_an_upgrade_that_is_pipelined_after_an_unanswered_request_is_refus
         keys = {"jwks_url": server.url, "algorithms": ["ES256"]}
         relay = relay_with(auth={"mode": "jwt", "jwt": keys})
         server.may_answer.clear()
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(
                 post_request(channel, b"hello", f"Authorization: Bearer {unknown.token()}")
             )
             await asyncio.to_thread(server.await_requests, 2)
             await raw.send(upgrade_request())
-            assert (await raw.response()).status == 400
-            await raw.ended()
-        await relay.metric_is("websocket_refusals_total", 1, reason="handshake")
+            assert (await raw.read_response()).status == 400
+            await raw.read_to_end()
+        await relay.await_metric("websocket_refusals_total", 1, reason="handshake")
 
 
-async def test_endless_trailers_close_the_connection(relay: Relay) -> None:
+async def test_endless_trailers_close_the_connection(relay: RelayProcess) -> None:
     before = await relay.metric("websocket_refusals_total", reason="handshake")
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(
             b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
         )
-        assert (await raw.response()).status == 405
+        assert (await raw.read_response()).status == 405
         with suppress(ConnectionError):  # the connection may end before all is sent
             await raw.send(b"a:b\r\n" * 100_000)
         # The request is answered. A second answer would be taken for that of the next request.
-        assert b"431" not in await raw.ended()
-    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
+        assert b"431" not in await raw.read_to_end()
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="handshake")

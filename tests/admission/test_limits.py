@@ -20,9 +20,9 @@ from tests.support.admission import connect_with_token, refusal_answer
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import CONTINUATION, PING, TEXT, frame, upgrade_request
 from tests.support.relay_process import (
-    Relay,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     eventually,
     path_of,
     receive,
@@ -34,12 +34,12 @@ TRUSTED_PROXY = {"trusted_proxies": ["127.0.0.0/8"]}
 TOO_MANY_FROM_ADDRESS = "too many connections from this address"
 
 
-def connect_from(relay: Relay, host: str, channel: str, **options: Any) -> connect:
+def connect_from(relay: RelayProcess, host: str, channel: str, **options: Any) -> connect:
     """Connect from another address of this machine."""
     return relay.client(channel, local_addr=(host, 0), **options)
 
 
-def forwarded(relay: Relay, channel: str, *addresses: str) -> connect:
+def forwarded(relay: RelayProcess, channel: str, *addresses: str) -> connect:
     """Connect as a proxy that forwards for a client; each value is one header line."""
     lines = [("X-Forwarded-For", address) for address in addresses]
     return relay.client(channel, additional_headers=lines)
@@ -81,7 +81,7 @@ async def test_each_address_has_its_own_connection_limit(
             answer = await refusal_answer(connect_from(relay, host, channel))
             assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
         await stack.enter_async_context(connect_from(relay, "127.0.0.4", channel))
-        await relay.metric_is("websocket_refusals_total", 2, reason="connections_per_ip")
+        await relay.await_metric("websocket_refusals_total", 2, reason="connections_per_ip")
 
 
 async def test_a_connection_that_ended_in_any_way_no_longer_counts_for_its_address(
@@ -95,21 +95,21 @@ async def test_a_connection_that_ended_in_any_way_no_longer_counts_for_its_addre
 
     async def reset() -> None:
         async with relay.raw_client(channel) as raw:
-            raw.vanish()
+            raw.reset()
 
     async def violate_protocol() -> None:
         async with relay.raw_client(channel) as raw:
             await raw.send(frame(TEXT, b"x", mask=False))
-            await raw.ended()
+            await raw.read_to_end()
 
     async def end_stream() -> None:
         async with relay.raw_client(channel) as raw:
-            raw.finish()
-            await raw.ended()
+            raw.end_stream()
+            await raw.read_to_end()
 
     for end_connection in (close_with_handshake, reset, violate_protocol, end_stream) * 2:
         await end_connection()
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
     async with relay.client(channel):
         answer = await refusal_answer(relay.client(channel))
         assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
@@ -124,17 +124,17 @@ async def test_refused_and_aborted_upgrades_do_not_count_for_their_address(
     for _ in range(2):
         await refusal_answer(relay.client("not%20a%20name"))
         await refusal_answer(relay.client(channel, origin="https://other.example"))
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(path_of(channel), drop="Sec-WebSocket-Key"))
-            await raw.ended()
-        async with await relay.tcp() as raw:
+            await raw.read_to_end()
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(path_of(channel)))
-            raw.vanish()
-        await relay.metric_is("websocket_connected_clients", 0)
+            raw.reset()
+        await relay.await_metric("websocket_connected_clients", 0)
     async with relay.client(channel):
         for _ in range(2):
             await refusal_answer(relay.client(channel))
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     async with relay.client(channel):
         pass
 
@@ -177,7 +177,7 @@ async def test_clients_that_wait_for_the_same_key_do_not_exceed_the_limits(
                 assert await admitted == 4
 
 
-async def test_a_limit_of_zero_is_no_limit(relay: Relay, channel: str) -> None:
+async def test_a_limit_of_zero_is_no_limit(relay: RelayProcess, channel: str) -> None:
     async with AsyncExitStack() as stack:
         assert await count_admitted(stack, [relay.client(channel) for _ in range(30)]) == 30
 
@@ -253,7 +253,7 @@ async def test_a_client_of_a_trusted_proxy_can_not_claim_another_address(
                     answer = await refusal_answer(attempt)
                     assert answer.status_code == 503, case
                     assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
-            await relay.metric_is("websocket_connected_clients", 1)
+            await relay.await_metric("websocket_connected_clients", 1)
 
 
 async def test_addresses_that_one_client_may_have_count_as_one(
@@ -274,10 +274,10 @@ async def test_addresses_that_one_client_may_have_count_as_one(
                 assert_limit_refusal(answer, TOO_MANY_FROM_ADDRESS)
             async with forwarded(relay, channel, other):
                 pass
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
         async with forwarded(relay, channel, same[-1]):
             pass
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
 
 
 async def test_an_ipv6_client_counts(relay_with: StartRelay, channel: str) -> None:
@@ -341,7 +341,7 @@ async def test_upgrades_above_max_handshakes_per_s_are_refused(
     assert refusals, f"forty upgrades took {elapsed_s} s"
     for answer in refusals:
         assert_limit_refusal(answer, "too many handshakes")
-    await relay.metric_is("websocket_refusals_total", len(refusals), reason="handshakes")
+    await relay.await_metric("websocket_refusals_total", len(refusals), reason="handshakes")
 
 
 async def test_at_one_handshake_per_second_the_next_client_is_admitted_after_a_second(
@@ -403,9 +403,9 @@ async def test_a_client_that_sends_too_fast_is_closed_after_its_burst(
         with suppress(ConnectionClosed):
             for _ in range(1000):
                 await publisher.send("above the limit")
-        assert await closed(publisher) == (1008, "rate limit")
+        assert await await_close(publisher) == (1008, "rate limit")
         elapsed_s = time.monotonic() - started_at
-        await relay.metric_is("websocket_closes_total", 1, reason="rate_limit")
+        await relay.await_metric("websocket_closes_total", 1, reason="rate_limit")
         assert await relay.metric("websocket_messages_total") <= 10 + 10 + 5 * elapsed_s
         await subscriber.send("still connected")
         received = await receive(subscriber)
@@ -421,7 +421,7 @@ async def test_messages_after_the_burst_are_not_relayed_though_they_arrive_in_on
     async with relay.raw_client(channel) as raw:
         await raw.send(frame(TEXT, b"x") * 1000)
         messages = 0
-        while (received := await raw.frame()).opcode == TEXT:
+        while (received := await raw.read_frame()).opcode == TEXT:
             messages += 1
         assert received.payload[2:] == b"rate limit"
         assert 10 <= messages < 20
@@ -454,13 +454,13 @@ async def test_only_whole_messages_that_a_client_sends_count(
         for _ in range(50):
             await raw.send(frame(CONTINUATION, b"b", fin=False) + frame(PING, b"c"))
         await raw.send(frame(CONTINUATION, b"!"))
-        assert await raw.message() == "a" + "b" * 50 + "!"
+        assert await raw.read_message() == "a" + "b" * 50 + "!"
         for _ in range(5):
             publisher = await stack.enter_async_context(relay.client(channel))
             await publisher.send("hello")
-            assert await raw.message() == "hello"
+            assert await raw.read_message() == "hello"
         await raw.send(frame(TEXT, b"second"))
-        assert await raw.message() == "second"
+        assert await raw.read_message() == "second"
 
 
 @pytest.mark.parametrize(("rate_per_s", "burst"), [(1, 1), (5, 10), (1000, 2000), (0.1, 5)])

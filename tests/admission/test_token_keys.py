@@ -44,7 +44,7 @@ from tests.support.issuer import (
     write_key_file,
 )
 from tests.support.raw_client import CLOSE, close_payload, frame, upgrade_request
-from tests.support.relay_process import Relay, StartRelay, path_of
+from tests.support.relay_process import RelayProcess, StartRelay, path_of
 
 ONE, TWO, THREE = (make_signer("ES256", f"key-{number}", number) for number in (1, 2, 3))
 BAD_SIGNATURE = "invalid token: signature"
@@ -97,12 +97,12 @@ def fields_of(event: str, caplog: pytest.LogCaptureFixture) -> Mapping[str, Any]
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
+def launched(tmp_path: Path) -> Iterator[Callable[..., RelayProcess]]:
     """Start a relay that listens and may not be ready: `launched(auth=auth_by_url(server))`."""
     with ExitStack() as stack:
 
-        def launch(**settings: Any) -> Relay:
-            relay = Relay(tmp_path, settings)
+        def launch(**settings: Any) -> RelayProcess:
+            relay = RelayProcess(tmp_path, settings)
             stack.callback(relay.end)
             relay.start()
             relay.await_log("relay listening")
@@ -111,7 +111,7 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., Relay]]:
         yield launch
 
 
-async def assert_not_ready(relay: Relay) -> None:
+async def assert_not_ready(relay: RelayProcess) -> None:
     """Assert that both ports answer what the relay waits for, and that the relay is alive."""
     for get in (relay.get, relay.get_metrics):
         answer = await get("/readyz")
@@ -119,12 +119,12 @@ async def assert_not_ready(relay: Relay) -> None:
         assert (await get("/healthz")).status_code == 200
 
 
-async def assert_ready(relay: Relay) -> None:
+async def assert_ready(relay: RelayProcess) -> None:
     answer = await relay.get("/readyz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
 
 
-async def status_of_client(relay: Relay, channel: str | None, encoded: str) -> int:
+async def status_of_client(relay: RelayProcess, channel: str | None, encoded: str) -> int:
     """Return the status that a client with a token receives; disconnect it at once."""
     try:
         async with connect_with_token(relay, channel, encoded):
@@ -323,7 +323,7 @@ async def test_short_rsa_keys_of_the_set_are_ignored_with_one_warning_per_fetch(
 
 
 async def test_the_certificate_of_the_key_server_is_verified(
-    relay_with: StartRelay, launched: Callable[..., Relay], tmp_path: Path, channel: str
+    relay_with: StartRelay, launched: Callable[..., RelayProcess], tmp_path: Path, channel: str
 ) -> None:
     pair = make_pair()
     pair.write_to(tmp_path)
@@ -343,7 +343,7 @@ async def test_the_certificate_of_the_key_server_is_verified(
 
 
 async def test_the_log_names_the_innermost_cause_of_a_failed_fetch(
-    launched: Callable[..., Relay], key_server: KeyServer
+    launched: Callable[..., RelayProcess], key_server: KeyServer
 ) -> None:
     """The errors that wrap it state nothing, or that all attempts failed."""
     key_server.closes_without_answer = True
@@ -392,16 +392,16 @@ async def test_a_client_that_disconnects_during_a_fetch_does_not_cancel_it_for_o
     relay = relay_with(auth=auth_by_url(key_server))
     key_server.body = key_set(TWO)
     key_server.may_answer.clear()
-    first = await relay.tcp()
+    first = await relay.connect_tcp()
     await first.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
     await asyncio.to_thread(key_server.await_requests, 2)
     second = asyncio.create_task(status_of_client(relay, channel, TWO.token()))
-    first.vanish()
+    first.reset()
     assert (await relay.get("/healthz")).status_code == 200
     key_server.may_answer.set()
     assert await second == 101
     assert key_server.requests == 2
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
 
 
 async def test_unknown_key_ids_cause_a_limited_number_of_fetches(
@@ -461,13 +461,13 @@ async def test_an_outage_of_the_issuer_refuses_only_tokens_with_unknown_keys(
     await assert_ready(relay)
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     await relay.wait_for_log("keys not fetched")
-    await relay.metric_is("websocket_jwks_fetches_total", 1, result="error")
-    await relay.metric_is("websocket_refusals_total", 1, reason="keys")
+    await relay.await_metric("websocket_jwks_fetches_total", 1, result="error")
+    await relay.await_metric("websocket_refusals_total", 1, reason="keys")
 
     key_server.body = key_set(ONE, TWO)
     key_server.start()
     await assert_admitted(connect_with_token(relay, channel, TWO.token()))
-    await relay.metric_is("websocket_jwks_fetches_total", 2, result="ok")
+    await relay.await_metric("websocket_jwks_fetches_total", 2, result="ok")
     fetched = await relay.wait_for_log("keys fetched", count=2)
     assert (fetched["level"], fetched["keys"]) == ("info", 2)
     await assert_ready(relay)
@@ -486,7 +486,7 @@ async def test_in_a_long_outage_a_token_with_an_unknown_key_is_not_refused_as_in
 
 
 async def test_a_relay_is_not_ready_until_it_has_keys(
-    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+    launched: Callable[..., RelayProcess], key_server: KeyServer, channel: str
 ) -> None:
     key_server.may_answer.clear()
     relay = launched(auth=auth_by_url(key_server))
@@ -500,11 +500,11 @@ async def test_a_relay_is_not_ready_until_it_has_keys(
     assert key_server.requests == 1
     fetched = relay.await_log("keys fetched")
     assert (fetched["level"], fetched["keys"]) == ("info", 1)
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_a_relay_that_starts_during_an_outage_of_the_issuer_retries_by_itself(
-    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+    launched: Callable[..., RelayProcess], key_server: KeyServer, channel: str
 ) -> None:
     key_server.stop()
     relay = launched(auth=auth_by_url(key_server))
@@ -517,11 +517,11 @@ async def test_a_relay_that_starts_during_an_outage_of_the_issuer_retries_by_its
     await assert_ready(relay)
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     assert key_server.requests == 1
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_a_fetch_that_a_token_causes_ends_the_wait_for_the_first_keys(
-    launched: Callable[..., Relay], key_server: KeyServer, channel: str
+    launched: Callable[..., RelayProcess], key_server: KeyServer, channel: str
 ) -> None:
     """The retry of the timer would be a second request."""
     key_server.stop()
@@ -550,7 +550,7 @@ async def test_a_fetch_fails_at_its_deadline(
 
 @pytest.mark.parametrize("answers", [True, False], ids=["silent", "down"])
 async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
-    launched: Callable[..., Relay], key_server: KeyServer, answers: bool
+    launched: Callable[..., RelayProcess], key_server: KeyServer, answers: bool
 ) -> None:
     """It does not wait for shutdown.readiness_delay_s: no load balancer sent clients to it."""
     key_server.may_answer.clear()
@@ -569,7 +569,7 @@ async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
     events = [event["event"] for event in relay.log_events]
     assert events[-1] == "stopped"
     assert "ready" not in events
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_a_relay_stops_in_time_while_a_client_waits_for_a_key(
@@ -577,30 +577,32 @@ async def test_a_relay_stops_in_time_while_a_client_waits_for_a_key(
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server), shutdown={"spread_s": 0, "timeout_s": 1})
     key_server.may_answer.clear()
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         bearer = {"Authorization": f"Bearer {TWO.token()}"}
         await raw.send(upgrade_request(path_of(channel), **bearer))
         await asyncio.to_thread(key_server.await_requests, 2)
         started_at = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started_at < 4
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_a_client_that_waits_for_a_key_is_refused_when_the_relay_drains(
     relay_with: StartRelay, key_server: KeyServer, channel: str
 ) -> None:
     relay = relay_with(auth=auth_by_url(key_server), shutdown={"spread_s": 0, "timeout_s": 4})
-    async with await relay.tcp() as admitted, await relay.tcp() as waiting:
+    async with await relay.connect_tcp() as admitted, await relay.connect_tcp() as waiting:
         await admitted.upgrade(path_of(channel), Authorization=f"Bearer {ONE.token()}")
         key_server.body = key_set(TWO)
         key_server.may_answer.clear()
         await waiting.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
         await asyncio.to_thread(key_server.await_requests, 2)
         relay.signal()
-        assert (await admitted.close_frame())[0] == 1001  # not answered yet, so the drain goes on
+        assert (await admitted.read_close_frame())[
+            0
+        ] == 1001  # not answered yet, so the drain goes on
         key_server.may_answer.set()
-        assert (await waiting.response()).status == 503
+        assert (await waiting.read_response()).status == 503
         await admitted.send(frame(CLOSE, close_payload(1001)))
     assert await relay.exit_code() == 0
 

@@ -47,9 +47,9 @@ from tests.support.raw_client import (
 )
 from tests.support.relay_process import (
     HOST,
-    Relay,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     eventually,
     path_of,
     receive,
@@ -60,17 +60,17 @@ NOT_ALLOWED = (1008, "not allowed to publish")
 
 
 @pytest.fixture(scope="module")
-def shared_guarded_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    with Relay(tmp_path_factory.mktemp("guarded"), {"auth": jwt_settings()}) as relay:
+def shared_guarded_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path_factory.mktemp("guarded"), {"auth": jwt_settings()}) as relay:
         yield relay
 
 
 @pytest.fixture
-async def jwt_relay(shared_guarded_relay: Relay) -> AsyncIterator[Relay]:
+async def jwt_relay(shared_guarded_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
     """A relay that requires tokens signed with the secret."""
-    await shared_guarded_relay.metric_is("websocket_connected_clients", 0)
+    await shared_guarded_relay.await_metric("websocket_connected_clients", 0)
     yield shared_guarded_relay
-    assert shared_guarded_relay.complaints == []
+    assert shared_guarded_relay.unexpected_lines == []
 
 
 def verifier_with(**settings: Any) -> TokenVerifier:
@@ -88,14 +88,14 @@ async def assert_invalid(verifier: TokenVerifier, encoded: str, problem: str) ->
 
 
 async def test_a_token_in_the_authorization_header_is_accepted(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     for scheme in ("Bearer", "bearer", "BEARER", "Bearer  "):
         headers = {"Authorization": f"{scheme} {sign_token()}"}
         await assert_admitted(jwt_relay.client(channel, additional_headers=headers))
 
 
-async def test_a_token_in_the_query_is_accepted(jwt_relay: Relay, channel: str) -> None:
+async def test_a_token_in_the_query_is_accepted(jwt_relay: RelayProcess, channel: str) -> None:
     escaped = sign_token().replace(".", "%2E").replace("e", "%65")
     for query in (
         f"access_token={sign_token()}",
@@ -106,13 +106,15 @@ async def test_a_token_in_the_query_is_accepted(jwt_relay: Relay, channel: str) 
         await assert_admitted(jwt_relay.client(path=f"{path_of(channel)}?{query}"))
 
 
-async def test_a_token_among_the_subprotocols_is_accepted(jwt_relay: Relay, channel: str) -> None:
+async def test_a_token_among_the_subprotocols_is_accepted(
+    jwt_relay: RelayProcess, channel: str
+) -> None:
     offer = [Subprotocol("bearer"), Subprotocol(sign_token())]
     await assert_admitted(jwt_relay.client(channel, subprotocols=offer))
 
 
 async def test_the_header_precedes_the_query_and_the_query_precedes_the_subprotocols(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     valid, invalid = sign_token(), sign_token(OTHER_SECRET)
 
@@ -135,7 +137,7 @@ async def test_the_header_precedes_the_query_and_the_query_precedes_the_subproto
 
 
 async def test_more_than_one_authorization_header_is_refused(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     """A proxy may have verified the other one."""
     first = f"Bearer {sign_token()}"
@@ -164,7 +166,7 @@ WITHOUT_TOKEN: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: Relay) -> None:
+async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: RelayProcess) -> None:
     before = await jwt_relay.metric("websocket_refusals_total", reason="no_token")
     for case, options in WITHOUT_TOKEN.items():
         answer = await refusal_answer(jwt_relay.client(**options))
@@ -172,7 +174,7 @@ async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: Relay) ->
         assert bytes(answer.body or b"") == b"token required\n"
         assert answer.headers["WWW-Authenticate"] == "Bearer"
     expected = before + len(WITHOUT_TOKEN)
-    await jwt_relay.metric_is("websocket_refusals_total", expected, reason="no_token")
+    await jwt_relay.await_metric("websocket_refusals_total", expected, reason="no_token")
 
 
 # The selected subprotocol
@@ -193,27 +195,27 @@ TOKEN_ELSEWHERE = [
 
 
 async def test_a_token_is_never_the_selected_subprotocol(
-    jwt_relay: Relay, relay: Relay, channel: str
+    jwt_relay: RelayProcess, relay: RelayProcess, channel: str
 ) -> None:
     for with_tokens in (jwt_relay, relay):
         for offer, selected in TOKEN_AFTER_BEARER:
             encoded = sign_token()
             offered = ", ".join(offer).format(encoded)
-            async with await with_tokens.tcp() as raw:
+            async with await with_tokens.connect_tcp() as raw:
                 answer = await raw.upgrade(path_of(channel), Sec_WebSocket_Protocol=offered)
                 assert answer.headers["sec-websocket-protocol"] == selected
                 assert encoded not in str(answer.headers)
 
 
 async def test_a_token_at_the_wrong_place_among_the_subprotocols_is_not_selected(
-    jwt_relay: Relay, relay: Relay, channel: str
+    jwt_relay: RelayProcess, relay: RelayProcess, channel: str
 ) -> None:
     bearer = f"Bearer {sign_token()}"
     for with_tokens in (jwt_relay, relay):
         for offer, selected in TOKEN_ELSEWHERE:
             encoded = sign_token()
             offered = ", ".join(offer).format(encoded)
-            async with await with_tokens.tcp() as raw:
+            async with await with_tokens.connect_tcp() as raw:
                 answer = await raw.upgrade(
                     path_of(channel), Sec_WebSocket_Protocol=offered, Authorization=bearer
                 )
@@ -221,13 +223,17 @@ async def test_a_token_at_the_wrong_place_among_the_subprotocols_is_not_selected
                 assert encoded not in str(answer.headers)
 
 
-async def test_a_subprotocol_with_dots_is_not_taken_for_a_token(relay: Relay, channel: str) -> None:
+async def test_a_subprotocol_with_dots_is_not_taken_for_a_token(
+    relay: RelayProcess, channel: str
+) -> None:
     for offered in ("v1.2.3", "eyJ.chat", "com.eyJ.chat"):
         async with relay.client(channel, subprotocols=[Subprotocol(offered)]) as client:
             assert client.subprotocol == offered
 
 
-async def test_without_authentication_a_token_is_not_verified(relay: Relay, channel: str) -> None:
+async def test_without_authentication_a_token_is_not_verified(
+    relay: RelayProcess, channel: str
+) -> None:
     await assert_admitted(connect_with_token(relay, channel, "nonsense"))
     offer = [Subprotocol("bearer"), Subprotocol("nonsense")]
     async with relay.client(channel, subprotocols=offer) as client:
@@ -393,17 +399,17 @@ INVALID: list[Any] = [
 
 @pytest.mark.parametrize(("encode", "problem"), INVALID)
 async def test_an_invalid_token_is_refused_before_the_upgrade(
-    jwt_relay: Relay, channel: str, encode: Callable[[], str], problem: str
+    jwt_relay: RelayProcess, channel: str, encode: Callable[[], str], problem: str
 ) -> None:
     before = await jwt_relay.metric("websocket_refusals_total", reason="bad_token")
-    async with await jwt_relay.tcp() as raw:
+    async with await jwt_relay.connect_tcp() as raw:
         await raw.send(upgrade_request(path_of(channel), Authorization=f"Bearer {encode()}"))
-        answer = await raw.response()
+        answer = await raw.read_response()
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
-        body = await raw.exactly(int(answer.headers["content-length"]))
+        body = await raw.read_exactly(int(answer.headers["content-length"]))
         assert body.decode() == f"invalid token: {problem}\n"
-    await jwt_relay.metric_is("websocket_refusals_total", before + 1, reason="bad_token")
+    await jwt_relay.await_metric("websocket_refusals_total", before + 1, reason="bad_token")
 
 
 # Audience, issuer, algorithms, times
@@ -523,7 +529,7 @@ def test_a_malformed_claim_permits_nothing() -> None:
 
 
 async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(
-    jwt_relay: Relay,
+    jwt_relay: RelayProcess,
 ) -> None:
     claim = {"subscribe": ["news", "chat.*"], "publish": ["news", "chat.*"]}
     for name in ("news", "chat.lobby"):
@@ -537,10 +543,12 @@ async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(
         answer = await refusal_answer(connect_with_token(jwt_relay, name, encoded))
         assert answer.status_code == 403
         assert bytes(answer.body or b"") == b"not authorized for this channel\n"
-    await jwt_relay.metric_is("websocket_refusals_total", before + 3, reason="not_authorized")
+    await jwt_relay.await_metric("websocket_refusals_total", before + 3, reason="not_authorized")
 
 
-async def test_the_root_requires_permission_for_the_channel_default(jwt_relay: Relay) -> None:
+async def test_the_root_requires_permission_for_the_channel_default(
+    jwt_relay: RelayProcess,
+) -> None:
     claim = {"subscribe": ["default"], "publish": ["default"]}
     await assert_admitted(connect_with_token(jwt_relay, None, sign_token(relay=claim)))
     elsewhere = sign_token(relay={"subscribe": ["news"]})
@@ -548,7 +556,7 @@ async def test_the_root_requires_permission_for_the_channel_default(jwt_relay: R
 
 
 async def test_a_client_without_permission_to_publish_is_closed_at_its_first_message(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     only_subscribe = sign_token(relay={"subscribe": ["*"], "publish": ["other"]})
     async with (
@@ -558,36 +566,36 @@ async def test_a_client_without_permission_to_publish_is_closed_at_its_first_mes
         await publisher.send("hello")
         assert await receive(subscriber) == "hello"
         await subscriber.send("not permitted")
-        assert await closed(subscriber) == NOT_ALLOWED
+        assert await await_close(subscriber) == NOT_ALLOWED
         await publisher.send("still connected")
         assert [await receive(publisher) for _ in range(2)] == ["hello", "still connected"]
 
 
 async def test_permission_to_publish_is_checked_for_each_channel(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     encoded = sign_token(relay={"subscribe": ["*"], "publish": [f"{channel}-open*"]})
     await assert_admitted(connect_with_token(jwt_relay, f"{channel}-open-1", encoded))
     async with connect_with_token(jwt_relay, f"{channel}-closed", encoded) as client:
         await client.send("not permitted")
-        assert await closed(client) == NOT_ALLOWED
+        assert await await_close(client) == NOT_ALLOWED
 
 
 async def test_a_message_in_the_same_packet_as_the_request_needs_permission_to_publish(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     bearer = f"Bearer {sign_token(relay={'subscribe': ['*']})}"
-    async with await jwt_relay.tcp() as raw:
+    async with await jwt_relay.connect_tcp() as raw:
         early = frame(TEXT, b"early")
-        await raw.upgrade(path_of(channel), behind=early, Authorization=bearer)
-        assert await raw.close_frame() == NOT_ALLOWED
+        await raw.upgrade(path_of(channel), trailing=early, Authorization=bearer)
+        assert await raw.read_close_frame() == NOT_ALLOWED
 
 
 # Expiry
 
 
 async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_are_not_relayed(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     expiry = int(time.time()) + 3
     bearer = f"Bearer {sign_token(exp=expiry)}"
@@ -599,17 +607,17 @@ async def test_a_client_is_closed_when_its_token_expires_and_its_later_messages_
         await expiring.send("hello")
         assert await receive(expiring) == "hello"
         assert await receive(unlimited) == "hello"
-        assert await closed(expiring) == (3000, "token expired")
+        assert await await_close(expiring) == (3000, "token expired")
         assert time.time() >= expiry
-        assert await sending_on.close_frame() == (3000, "token expired")
+        assert await sending_on.read_close_frame() == (3000, "token expired")
         await sending_on.send(frame(TEXT, b"too late") + frame(CLOSE, close_payload(3000)))
-        assert await sending_on.ended() == b""
+        assert await sending_on.read_to_end() == b""
         await unlimited.send("still connected")
         assert await receive(unlimited) == "still connected"
-    await jwt_relay.metric_reaches("websocket_closes_total", 2, reason="token_expired")
+    await jwt_relay.await_metric_at_least("websocket_closes_total", 2, reason="token_expired")
 
 
-async def test_a_token_may_expire_in_the_far_future(jwt_relay: Relay, channel: str) -> None:
+async def test_a_token_may_expire_in_the_far_future(jwt_relay: RelayProcess, channel: str) -> None:
     for expiry in (b"1e300", b"9" * 400, b"253402300799", b"4102444800.5"):
         payload = b'{"relay":' + json.dumps(ALL_CHANNELS).encode() + b',"exp":' + expiry + b"}"
         await assert_admitted(connect_with_token(jwt_relay, channel, signed_as_is(HS256, payload)))
@@ -618,7 +626,7 @@ async def test_a_token_may_expire_in_the_far_future(jwt_relay: Relay, channel: s
 # Tokens are not revealed
 
 
-async def listening_port(relay: Relay) -> int:
+async def listening_port(relay: RelayProcess) -> int:
     """Wait until a relay listens on its only port, whatever the format of its log."""
 
     async def listening_ports() -> tuple[bool, object]:
@@ -647,7 +655,7 @@ async def test_answers_and_log_contain_no_part_of_a_token(
         "logging": {"level": "debug", "format": log_format},
         "metrics": {"enabled": False},
     }
-    relay = Relay(tmp_path, settings)
+    relay = RelayProcess(tmp_path, settings)
     relay.start()
     try:
         port = await listening_port(relay)
@@ -663,9 +671,9 @@ async def test_answers_and_log_contain_no_part_of_a_token(
                 upgrade_request(path_of(channel), **offer) + frame(CLOSE),
                 upgrade_request(path_of(channel), **bearer) + frame(CLOSE),
             ):
-                async with await RawClient.to(HOST, port) as raw:
+                async with await RawClient.connect(HOST, port) as raw:
                     await raw.send(request)
-                    answers += await raw.ended()
+                    answers += await raw.read_to_end()
         await relay.stop()
     finally:
         relay.end()
@@ -677,7 +685,9 @@ async def test_answers_and_log_contain_no_part_of_a_token(
             assert hidden not in text, place
 
 
-async def test_the_metrics_page_contains_no_part_of_a_token(jwt_relay: Relay, channel: str) -> None:
+async def test_the_metrics_page_contains_no_part_of_a_token(
+    jwt_relay: RelayProcess, channel: str
+) -> None:
     tokens = [sign_token(sub="secret"), sign_token(OTHER_SECRET, sub="secret")]
     await assert_admitted(connect_with_token(jwt_relay, channel, tokens[0]))
     await refusal_answer(jwt_relay.client(path=f"{path_of(channel)}?access_token={tokens[1]}"))

@@ -29,7 +29,7 @@ from tests.support.broker_logs import (
     wait_until,
 )
 from tests.support.brokers import Broker
-from tests.support.relay_process import Relay, StartRelay, eventually, merged, receive
+from tests.support.relay_process import RelayProcess, StartRelay, eventually, merged, receive
 from tests.support.tcp_proxy import BlockedReadsProxy, ProxiedConnection, TcpProxy
 
 ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
@@ -483,11 +483,11 @@ def starting_relay(broker_log: BrokerLog, tmp_path: Path) -> Iterator[StartRelay
     """Start a relay on the broker, without waiting until it is ready."""
     with ExitStack() as stack:
 
-        def start(**settings: Any) -> Relay:
+        def start(**settings: Any) -> RelayProcess:
             directory = tmp_path / "relay"
             directory.mkdir()
             backplane = {"backplane": {"url": broker_log.url}}
-            relay = Relay(directory, merged(backplane, settings))
+            relay = RelayProcess(directory, merged(backplane, settings))
             stack.callback(relay.end)
             relay.start()
             return relay
@@ -495,7 +495,7 @@ def starting_relay(broker_log: BrokerLog, tmp_path: Path) -> Iterator[StartRelay
         yield start
 
 
-async def await_ready(relay: Relay) -> None:
+async def await_ready(relay: RelayProcess) -> None:
     async def readiness() -> tuple[bool, object]:
         response = await relay.get_metrics("/readyz")
         return response.status_code == 200, response.text
@@ -514,7 +514,7 @@ async def test_a_relay_that_relays_locally_in_an_outage_starts_without_its_broke
         await a.send("local")
         assert await receive(a) == await receive(b) == "local"
         await broker_log.broker.start()
-        await relay.metric_is("websocket_backplane_up", 1)
+        await relay.await_metric("websocket_backplane_up", 1)
         await a.send("replicated")
         assert await receive(a) == await receive(b) == "replicated"
     assert (await broker_log.start_replica()).payloads == [b"replicated"]
@@ -529,7 +529,7 @@ async def test_a_relay_stops_within_its_timeout_although_its_broker_is_frozen(
     async with relay.client("news") as client:
         broker_log.broker.freeze()
         await client.send("not relayed")
-        await relay.metric_reaches("websocket_messages_total", 1)
+        await relay.await_metric_at_least("websocket_messages_total", 1)
         started = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started < 1 + 1

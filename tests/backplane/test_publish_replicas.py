@@ -12,8 +12,8 @@ from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, post_request, pub
 from tests.support.raw_client import CLOSE, PATIENCE_S, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
 from tests.support.relay_process import (
-    PLAIN,
-    Relay,
+    NO_CA,
+    RelayProcess,
     StartRelay,
     StartReplicas,
     receive,
@@ -68,7 +68,7 @@ async def test_lines_of_a_large_batch_are_consecutive_among_messages_of_other_cl
     lines = [f'"{number} {"x" * 80}"' for number in range(3_000)]
     is_over = asyncio.Event()
 
-    async def publish(relay: Relay) -> None:
+    async def publish(relay: RelayProcess) -> None:
         async with relay.client("news", max_queue=None) as client:
             while not is_over.is_set():
                 await client.send("between")
@@ -158,10 +158,10 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
         assert "retry-after" not in in_flight.result().headers
         for task in pending:
             assert_temporarily_refused(task.result(), "backplane unavailable")
-        await relay.metric_is("websocket_refusals_total", 1, reason="unconfirmed")
-        await relay.metric_is("websocket_refusals_total", 3, reason="unavailable")
+        await relay.await_metric("websocket_refusals_total", 1, reason="unconfirmed")
+        await relay.await_metric("websocket_refusals_total", 3, reason="unavailable")
         proxy.end_silence()
-        await relay.metric_is("websocket_backplane_up", 1)
+        await relay.await_metric("websocket_backplane_up", 1)
         assert (await publish_by_post(relay, "news", b"after", TEXT_TYPE)).status_code == 202
         received = [await receive(subscriber)]
         while received[-1] != "after":
@@ -179,7 +179,7 @@ async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_af
         subscriber = await stack.enter_async_context(connect_relay_v1(relay, "news"))
         assert (await publish_by_post(relay, "news", b"before", TEXT_TYPE)).status_code == 202
         assert await subscriber.next_message() == "before"
-        closing = await stack.enter_async_context(await relay.tcp())
+        closing = await stack.enter_async_context(await relay.connect_tcp())
         await closing.upgrade(path_with_query("other"))
         reads_proxy.is_blocked = True
         async with asyncio.TaskGroup() as group:
@@ -190,7 +190,7 @@ async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_af
             await closing.send(
                 frame(TEXT_FRAME, b"last") + frame(CLOSE, close_payload(4000)),
             )
-            await relay.metric_is("websocket_backplane_up", 0)
+            await relay.await_metric("websocket_backplane_up", 0)
             reads_proxy.release()
         responses = [task.result() for task in publishing]
         assert [response.status_code for response in responses] == [202, 202]
@@ -198,9 +198,9 @@ async def test_a_post_that_is_confirmed_before_an_outage_returns_its_position_af
         for _ in range(2):
             message = await subscriber.next_message()
             assert texts[subscriber.position] == message
-        assert await closing.message() == "last"
-        assert (await closing.close_frame())[0] == 4000
-        await relay.metric_is("websocket_backplane_up", 1)
+        assert await closing.read_message() == "last"
+        assert (await closing.read_close_frame())[0] == 4000
+        await relay.await_metric("websocket_backplane_up", 1)
 
 
 @ONLY_REDIS
@@ -219,14 +219,14 @@ async def test_posts_before_and_in_an_outage_are_relayed_locally_and_return_posi
         for _ in range(5):
             message = await subscriber.next_message()
             assert texts[subscriber.position] == message
-        await relay.metric_is("websocket_backplane_up", 0)
+        await relay.await_metric("websocket_backplane_up", 0)
         for number in range(3):
             response = await publish_by_post(relay, "news", str(number).encode(), TEXT_TYPE)
             assert response.status_code == 202
             assert await subscriber.next_message() == str(number)
             assert response.json() == {"position": subscriber.position}
         broker.thaw()
-        await relay.metric_is("websocket_backplane_up", 1)
+        await relay.await_metric("websocket_backplane_up", 1)
 
 
 # Above the high-water mark of pending appends, posts wait
@@ -234,14 +234,14 @@ async def test_posts_before_and_in_an_outage_are_relayed_locally_and_return_posi
 
 @asynccontextmanager
 async def above_high_water_mark(
-    broker: Broker, relay: Relay, first: bytes
+    broker: Broker, relay: RelayProcess, first: bytes
 ) -> AsyncIterator[asyncio.Task[httpx2.Response]]:
     """Freeze the broker for less time than makes an outage, with a large post pending."""
     async with asyncio.TaskGroup() as group:
         broker.freeze()
         try:
             publishing = group.create_task(publish_by_post(relay, "news", first, TEXT_TYPE))
-            await relay.metric_reaches("websocket_backplane_pending_bytes", len(first))
+            await relay.await_metric_at_least("websocket_backplane_pending_bytes", len(first))
             yield publishing
         finally:
             broker.thaw()
@@ -255,7 +255,7 @@ async def test_a_post_above_the_high_water_mark_waits_and_is_relayed(
     async with relay.client("news") as subscriber, asyncio.TaskGroup() as group:
         async with above_high_water_mark(broker, relay, b"x" * (MIB // 8)) as first:
             second = group.create_task(publish_by_post(relay, "news", b"second", TEXT_TYPE))
-            await relay.metric_is("websocket_partial_message_bytes", len(b"second"))
+            await relay.await_metric("websocket_partial_message_bytes", len(b"second"))
         assert await receive_many(subscriber, 2) == ["x" * (MIB // 8), "second"]
     assert (first.result().status_code, second.result().status_code) == (202, 202)
     assert await relay.metric("websocket_partial_message_bytes") == 0
@@ -269,11 +269,11 @@ async def test_a_post_whose_client_disconnects_above_the_high_water_mark_is_not_
     async with relay.client("news") as subscriber:
         async with (
             above_high_water_mark(broker, relay, b"x" * (MIB // 8)),
-            await relay.tcp() as disconnecting,
+            await relay.connect_tcp() as disconnecting,
         ):
             await disconnecting.send(post_request("news", b"discarded"))
-            await relay.metric_is("websocket_partial_message_bytes", len(b"discarded"))
-            disconnecting.vanish()
+            await relay.await_metric("websocket_partial_message_bytes", len(b"discarded"))
+            disconnecting.reset()
             # The next request is handled after the reset.
             assert await relay.metric("websocket_partial_message_bytes")
         assert (await publish_by_post(relay, "news", b"after", TEXT_TYPE)).status_code == 202
@@ -292,8 +292,8 @@ async def test_a_stopping_relay_answers_a_post_whose_message_is_not_read_back_ye
         (relay,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
         reads_proxy.is_blocked = True
         publishing = group.create_task(publish_by_post(relay, "news", b"last", TEXT_TYPE))
-        await relay.metric_is("websocket_messages_total", 1)
-        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        await relay.await_metric("websocket_messages_total", 1)
+        await relay.await_metric("websocket_backplane_pending_bytes", 0)
         relay.signal()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):  # five times as long as without a pending response
@@ -317,8 +317,8 @@ async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
 
     async with asyncio.TaskGroup() as group:
         group.create_task(publish())
-        await relay.metric_is("websocket_messages_total", 1)
-        await relay.metric_is("websocket_backplane_pending_bytes", 0)
+        await relay.await_metric("websocket_messages_total", 1)
+        await relay.await_metric("websocket_backplane_pending_bytes", 0)
         assert await relay.stop() == 0
     assert relay.await_log("requests aborted")["requests"] == 1
 
@@ -326,7 +326,7 @@ async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
 async def test_a_draining_relay_refuses_posts(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 1})
     async with (
-        httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http,
+        httpx2.AsyncClient(verify=NO_CA, trust_env=False) as http,
         relay.raw_client("news") as last,
         relay.client("news") as subscriber,
     ):
@@ -334,11 +334,11 @@ async def test_a_draining_relay_refuses_posts(relay_with: StartRelay) -> None:
         assert (await http.post(url, content=b"before")).status_code == 202
         relay.signal()
         await relay.wait_for_log("draining")
-        await relay.metric_is("websocket_draining", 1)
+        await relay.await_metric("websocket_draining", 1)
         assert_temporarily_refused(await http.post(url, content=b"late"), "draining")
-        await relay.metric_is("websocket_refusals_total", 1, reason="draining")
+        await relay.await_metric("websocket_refusals_total", 1, reason="draining")
         assert await receive_many(subscriber, 1) == [b"before"]
-        await last.answer_close()
+        await last.complete_close()
 
 
 async def test_a_relay_accepts_posts_during_its_readiness_delay(relay_with: StartRelay) -> None:

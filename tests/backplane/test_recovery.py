@@ -13,7 +13,7 @@ from tests.support.broker_logs import BrokerLog
 from tests.support.brokers import Broker
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import Relay, StartReplicas
+from tests.support.relay_process import RelayProcess, StartReplicas
 from tests.support.relay_v1 import RelayV1Client, connect_relay_v1, path_with_query, publish_all
 from tests.support.tcp_proxy import BlockedReadsProxy
 
@@ -25,14 +25,16 @@ ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
 @pytest.fixture
-async def pair_of_relays(reads_proxy_url: str, replicas_with: StartReplicas) -> tuple[Relay, Relay]:
+async def pair_of_relays(
+    reads_proxy_url: str, replicas_with: StartReplicas
+) -> tuple[RelayProcess, RelayProcess]:
     """Two relays. The second one reads through `reads_proxy`."""
     (first,) = await asyncio.to_thread(replicas_with, 1)
     (second,) = await asyncio.to_thread(replicas_with, 1, backplane={"url": reads_proxy_url})
     return first, second
 
 
-async def publish(relay: Relay, message: str) -> str:
+async def publish(relay: RelayProcess, message: str) -> str:
     """Publish a message; return its position."""
     response = await publish_by_post(relay, "news", message.encode(), TEXT_TYPE)
     assert response.status_code == 202
@@ -40,13 +42,13 @@ async def publish(relay: Relay, message: str) -> str:
 
 
 @asynccontextmanager
-async def resuming_after_refusals(relay: Relay, since: str) -> AsyncIterator[RelayV1Client]:
+async def resuming_after_refusals(relay: RelayProcess, since: str) -> AsyncIterator[RelayV1Client]:
     """Resume; reconnect if refused or closed because of an outage, as clients do."""
     async with AsyncExitStack() as stack:
         yield await _resume(stack, relay, since)
 
 
-async def _resume(stack: AsyncExitStack, relay: Relay, since: str) -> RelayV1Client:
+async def _resume(stack: AsyncExitStack, relay: RelayProcess, since: str) -> RelayV1Client:
     async with asyncio.timeout(PATIENCE_S):
         while True:
             with suppress(ConnectionClosed, InvalidStatus):
@@ -54,7 +56,7 @@ async def _resume(stack: AsyncExitStack, relay: Relay, since: str) -> RelayV1Cli
             await asyncio.sleep(0.1)
 
 
-async def resume_and_return_welcome(relay: Relay, since: str) -> object:
+async def resume_and_return_welcome(relay: RelayProcess, since: str) -> object:
     async with resuming_after_refusals(relay, since) as client:
         return client.welcome
 
@@ -64,7 +66,7 @@ async def resume_and_return_welcome(relay: Relay, since: str) -> object:
 
 @ONLY_NATS
 async def test_a_client_ahead_of_its_replica_is_recovered_when_the_replica_reaches_its_position(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy
+    pair_of_relays: tuple[RelayProcess, RelayProcess], reads_proxy: BlockedReadsProxy
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
@@ -111,7 +113,7 @@ async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
 
 @ONLY_REDIS
 async def test_a_client_ahead_of_its_replica_is_closed_without_a_welcome_in_an_outage(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy
+    pair_of_relays: tuple[RelayProcess, RelayProcess], reads_proxy: BlockedReadsProxy
 ) -> None:
     first, second = pair_of_relays
     await publish(first, "on both replicas")
@@ -156,7 +158,9 @@ async def test_a_position_after_the_end_of_the_log_is_not_recovered(
 
 
 async def test_a_deleted_message_is_recovered_only_by_a_replica_that_had_read_it(
-    pair_of_relays: tuple[Relay, Relay], reads_proxy: BlockedReadsProxy, broker_log: BrokerLog
+    pair_of_relays: tuple[RelayProcess, RelayProcess],
+    reads_proxy: BlockedReadsProxy,
+    broker_log: BrokerLog,
 ) -> None:
     first, second = pair_of_relays
     async with connect_relay_v1(second, "news") as subscriber:
@@ -188,7 +192,7 @@ async def test_the_python_client_marks_the_first_message_after_a_gap(
         await publish(relay, "before")
         assert not (await anext(client)).after_gap
         await broker_log.append_raw(b"no packet")
-        await relay.metric_is("websocket_backplane_unreadable_total", 1)
+        await relay.await_metric("websocket_backplane_unreadable_total", 1)
         await publish(relay, "after")
         assert (await anext(client)).after_gap
 
@@ -202,18 +206,18 @@ async def test_a_gap_during_a_replay_ends_the_replay_with_a_notice_and_is_ignore
     await publish_all(relay, "news", *messages)
     path = path_with_query("news", history=1_000)
     async with (
-        await relay.tcp(receive_buffer_bytes=4096) as with_notices,
-        await relay.tcp(receive_buffer_bytes=4096) as plain,
+        await relay.connect_tcp(receive_buffer_bytes=4096) as with_notices,
+        await relay.connect_tcp(receive_buffer_bytes=4096) as plain,
     ):
         await with_notices.upgrade(path, Sec_WebSocket_Protocol="relay.v1")
         await plain.upgrade(path)
-        await relay.metric_is("websocket_slow_clients", 2)
+        await relay.await_metric("websocket_slow_clients", 2)
         await broker_log.append_raw(b"no packet")
-        await relay.metric_is("websocket_backplane_unreadable_total", 1)
+        await relay.await_metric("websocket_backplane_unreadable_total", 1)
         await publish(relay, "after")
         received: list[str] = []
         while not received or not received[-1].endswith("\nafter"):
-            received.append(str(await with_notices.message()))
+            received.append(str(await with_notices.read_message()))
         assert '"type":"gap"' in received[-2], "messages between the gap and the next message"
         assert 1 < len(received) < 1_000
-        assert [await plain.message() for _ in range(1_001)] == [*messages, "after"]
+        assert [await plain.read_message() for _ in range(1_001)] == [*messages, "after"]

@@ -16,7 +16,13 @@ from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
 from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, publish_by_post
 from tests.support.raw_client import CLOSE, close_payload, frame
 from tests.support.raw_client import TEXT as TEXT_FRAME
-from tests.support.relay_process import Relay, StartReplicas, closed, receive, receive_many
+from tests.support.relay_process import (
+    RelayProcess,
+    StartReplicas,
+    await_close,
+    receive,
+    receive_many,
+)
 from tests.support.relay_v1 import Message, connect_relay_v1, number_texts
 
 ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
@@ -84,13 +90,13 @@ async def test_in_an_outage_publishers_are_closed_and_new_clients_and_posts_refu
         await publisher.send("before")
         assert await receive(subscriber) == await receive(publisher) == "before"
         broker.freeze()
-        await one.metric_is("websocket_backplane_up", 0)
-        await two.metric_is("websocket_backplane_up", 0)
+        await one.await_metric("websocket_backplane_up", 0)
+        await two.await_metric("websocket_backplane_up", 0)
         assert (await one.get("/readyz")).status_code == 503
         assert (await one.get("/readyz")).json() == {"status": "backplane outage"}
         assert (await one.get("/healthz")).status_code == 200
         await publisher.send("not relayed")
-        assert await closed(publisher) == (1013, "backplane unavailable")
+        assert await await_close(publisher) == (1013, "backplane unavailable")
         with pytest.raises(InvalidStatus) as refused:
             async with one.client("news"):
                 pass
@@ -102,10 +108,10 @@ async def test_in_an_outage_publishers_are_closed_and_new_clients_and_posts_refu
             assert (response.status_code, response.text) == (503, "backplane unavailable\n")
             assert 1 <= int(response.headers["retry-after"]) <= 5
         refused_after = refused_before + 2
-        await one.metric_is("websocket_refusals_total", refused_after, reason="unavailable")
+        await one.await_metric("websocket_refusals_total", refused_after, reason="unavailable")
         broker.thaw()
         for relay in (one, two):
-            await relay.metric_is("websocket_backplane_up", 1)
+            await relay.await_metric("websocket_backplane_up", 1)
             assert (await relay.get("/readyz")).status_code == 200
         async with one.client("news") as reconnected:
             await reconnected.send("after")
@@ -124,7 +130,7 @@ async def test_in_an_outage_a_replica_relays_locally_if_its_settings_allow_it(
         two.client("news") as on_other_replica,
     ):
         broker.freeze()
-        await one.metric_is("websocket_backplane_up", 0)
+        await one.await_metric("websocket_backplane_up", 0)
         assert (await one.get("/readyz")).status_code == 200
         await a.send("local")
         assert await receive(a) == await receive(b) == "local"
@@ -133,7 +139,7 @@ async def test_in_an_outage_a_replica_relays_locally_if_its_settings_allow_it(
             assert await receive(a) == await receive(b) == "of a new client"
         broker.thaw()
         for relay in (one, two):
-            await relay.metric_is("websocket_backplane_up", 1)
+            await relay.await_metric("websocket_backplane_up", 1)
         await a.send("replicated")
         assert await receive(a) == await receive(b) == "replicated"
         assert await receive(on_other_replica) == "replicated"
@@ -143,7 +149,7 @@ async def test_in_an_outage_a_replica_relays_locally_if_its_settings_allow_it(
 
 
 async def publish_under_load(
-    relay: Relay, name: str, is_over: asyncio.Event, ends: Counter[str]
+    relay: RelayProcess, name: str, is_over: asyncio.Event, ends: Counter[str]
 ) -> None:
     """Publish as fast as flow control allows; reconnect after each end, and count it."""
     number = 0
@@ -194,7 +200,7 @@ async def test_a_frozen_broker_under_load_does_not_fill_memory_and_repeats_no_me
                 assert await relay.metric("websocket_backplane_up") == 0
             broker.thaw()
             for relay in relays:
-                await relay.metric_is("websocket_backplane_up", 1)
+                await relay.await_metric("websocket_backplane_up", 1)
             is_over.set()
         async with relays[0].client("load", max_queue=None) as last:
             await last.send(f"last 0 {LAST_MESSAGE}")
@@ -326,7 +332,7 @@ async def test_a_request_for_history_is_answered_with_the_messages_after_a_gap(
         assert await receive(client) == "before"
         await broker_log.delete_stream()
         await broker_log.broker.restart()
-        await relay.metric_reaches("websocket_backplane_gaps_total", 1)
+        await relay.await_metric_at_least("websocket_backplane_gaps_total", 1)
         await client.send("after")
         assert await receive(client) == "after"
     async with relay.client(path="/channels/news?history=100") as other:
@@ -348,6 +354,6 @@ async def test_a_client_that_publishes_and_closes_receives_its_messages_before_t
     ):
         await raw.send(wire + frame(CLOSE, close_payload(1000)))
         for text in messages:
-            assert await raw.message() == text
-        assert (await raw.close_frame())[0] == 1000
+            assert await raw.read_message() == text
+        assert (await raw.read_close_frame())[0] == 1000
         assert await receive_many(on_other_replica, len(messages)) == messages

@@ -20,7 +20,7 @@ from tests.support import browser
 from tests.support.brokers import RedisBroker
 from tests.support.issuer import ALL_CHANNELS, SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
-from tests.support.relay_process import Relay, StartRelay, receive, receive_many
+from tests.support.relay_process import RelayProcess, StartRelay, receive, receive_many
 
 pytestmark = browser.SHARED
 
@@ -42,7 +42,7 @@ DROP = """({name, bytes}) => {
 
 @asynccontextmanager
 async def console_of(
-    relay: Relay, path: str = "/", *, may_miss: bool = False
+    relay: RelayProcess, path: str = "/", *, may_miss: bool = False
 ) -> AsyncIterator[Page]:
     """Open the console; fail where the browser complains, of a breach of the policy for one.
 
@@ -101,7 +101,9 @@ def tile(page: Page, title: str) -> Locator:
     return page.locator(".tile", has=page.get_by_text(title, exact=True)).locator("dd")
 
 
-async def test_it_connects_and_sends_and_shows_what_arrives(relay: Relay, channel: str) -> None:
+async def test_it_connects_and_sends_and_shows_what_arrives(
+    relay: RelayProcess, channel: str
+) -> None:
     async with console_of(relay) as page, relay.client(channel) as other:
         await connect(page, channel)
         await is_connected(page)
@@ -123,7 +125,7 @@ async def test_it_connects_and_sends_and_shows_what_arrives(relay: Relay, channe
 
         await page.get_by_role("button", name="Disconnect").click()
         await expect(page.locator("#state")).to_have_text("not connected")
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
 
 
 HOSTILE = (
@@ -135,7 +137,9 @@ HOSTILE = (
 )
 
 
-async def test_what_strangers_say_is_text_and_nothing_else(relay: Relay, channel: str) -> None:
+async def test_what_strangers_say_is_text_and_nothing_else(
+    relay: RelayProcess, channel: str
+) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
         asked: list[str] = []
         page.on("dialog", lambda dialog: asked.append(dialog.message))
@@ -163,7 +167,7 @@ async def test_what_strangers_say_is_text_and_nothing_else(relay: Relay, channel
 NO_CHANNELS = ("<img src=x onerror=alert(1)>", "javascript:alert(1)", "../stats", "..", "a b", "")
 
 
-async def test_an_address_that_names_no_channel_connects_to_none(relay: Relay) -> None:
+async def test_an_address_that_names_no_channel_connects_to_none(relay: RelayProcess) -> None:
     async with console_of(relay) as page:
         for name in NO_CHANNELS:
             query = urlencode({"channel": name, "history": "<b>", "access_token": "x"})
@@ -173,7 +177,9 @@ async def test_an_address_that_names_no_channel_connects_to_none(relay: Relay) -
             assert page.url == relay.http_url("/"), name
 
 
-async def test_an_address_that_names_a_channel_connects_to_it(relay: Relay, channel: str) -> None:
+async def test_an_address_that_names_a_channel_connects_to_it(
+    relay: RelayProcess, channel: str
+) -> None:
     async with relay.client(channel) as other:
         await other.send("before")
         await receive(other)
@@ -183,7 +189,9 @@ async def test_an_address_that_names_a_channel_connects_to_it(relay: Relay, chan
             assert page.url == relay.http_url(f"/?channel={channel}&history=20")
 
 
-async def test_a_message_is_opened_whole_and_closed_by_keyboard(relay: Relay, channel: str) -> None:
+async def test_a_message_is_opened_whole_and_closed_by_keyboard(
+    relay: RelayProcess, channel: str
+) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
         await is_connected(page)
         await other.send('{"id":12345678901234567890,"of":[],"is":[1,{"deep":"a, b: {"}]}')
@@ -209,7 +217,9 @@ async def test_a_message_is_opened_whole_and_closed_by_keyboard(relay: Relay, ch
         await expect(page.get_by_role("button", name="Pause")).to_be_visible()
 
 
-async def test_a_message_is_saved_as_it_came(relay: Relay, channel: str, tmp_path: Path) -> None:
+async def test_a_message_is_saved_as_it_came(
+    relay: RelayProcess, channel: str, tmp_path: Path
+) -> None:
     content = bytes(range(256)) * 40
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
         await is_connected(page)
@@ -223,7 +233,9 @@ async def test_a_message_is_saved_as_it_came(relay: Relay, channel: str, tmp_pat
         assert (tmp_path / "saved").read_bytes() == content
 
 
-async def test_a_file_is_one_binary_message_chosen_or_dropped(relay: Relay, channel: str) -> None:
+async def test_a_file_is_one_binary_message_chosen_or_dropped(
+    relay: RelayProcess, channel: str
+) -> None:
     chosen, dropped = b"\x00chosen" * 10_000, b"\xffdropped"
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
         await is_connected(page)
@@ -268,7 +280,7 @@ async def test_without_figures_it_is_the_relay_that_says_what_is_too_large(
         await expect(notes(page, "a.bin: ")).to_have_count(1)
 
 
-async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
+async def test_two_tabs_talk_to_each_other(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as one:
         async with one.expect_popup() as opened:
             await one.evaluate("() => { open(location.href); }")
@@ -325,7 +337,9 @@ async def test_it_survives_a_relay_s_restart_and_misses_nothing(
             await expect(page.locator("#status")).to_have_text("ready")
 
 
-async def test_a_token_is_asked_for_and_kept_out_of_sight(jwt_relay: Relay, channel: str) -> None:
+async def test_a_token_is_asked_for_and_kept_out_of_sight(
+    jwt_relay: RelayProcess, channel: str
+) -> None:
     given = sign_token(relay=ALL_CHANNELS | {"stats": True})
     async with console_of(jwt_relay, may_miss=True) as page:
         await connect(page, channel)
@@ -357,7 +371,7 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(jwt_relay: Relay, chan
 
 
 async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
-    jwt_relay: Relay, channel: str
+    jwt_relay: RelayProcess, channel: str
 ) -> None:
     async with console_of(jwt_relay, f"/?channel={channel}", may_miss=True) as page:
         await give_token(page, sign_token())
@@ -376,7 +390,7 @@ async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
         await is_connected(page)
 
 
-async def test_the_figures_are_the_relay_s(relay: Relay, channel: str) -> None:
+async def test_the_figures_are_the_relay_s(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
         await is_connected(page)
         await expect(page.locator("#status")).to_have_text("ready")
@@ -405,7 +419,7 @@ async def test_all_replicas_are_shown(relay_with: StartRelay, tmp_path: Path, ch
 
 
 async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one_now_that_one(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     names = itertools.cycle(["one", "other"])
 
@@ -432,7 +446,7 @@ NO_FIGURES = (
 
 
 async def test_an_answer_without_figures_is_told_in_a_line_and_the_rest_works(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with console_of(relay, may_miss=True) as page:
         for status, kind, body, shown in NO_FIGURES:
@@ -455,7 +469,7 @@ async def send_for_ever(client: ClientConnection) -> None:
 
 
 async def test_the_list_keeps_the_last_messages_and_waits_while_it_is_paused(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
@@ -479,7 +493,9 @@ async def test_the_list_keeps_the_last_messages_and_waits_while_it_is_paused(
         await expect(rows(page).last).to_have_text("later")
 
 
-async def test_the_list_waits_while_its_reader_scrolled_back(relay: Relay, channel: str) -> None:
+async def test_the_list_waits_while_its_reader_scrolled_back(
+    relay: RelayProcess, channel: str
+) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
         relay.client(channel, max_queue=None) as other,  # or it could not hear its end
@@ -496,7 +512,7 @@ async def test_the_list_waits_while_its_reader_scrolled_back(relay: Relay, chann
         await expect(rows(page).last).to_have_text("later")
 
 
-async def test_many_messages_are_one_announcement(relay: Relay, channel: str) -> None:
+async def test_many_messages_are_one_announcement(relay: RelayProcess, channel: str) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
         relay.client(channel, max_queue=None) as other,  # or it could not hear its end
@@ -529,7 +545,7 @@ async def test_it_works_below_a_base_path(relay_with: StartRelay, channel: str) 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_it_is_readable_on_a_phone(
-    relay: Relay, channel: str, scheme: Literal["light", "dark"]
+    relay: RelayProcess, channel: str, scheme: Literal["light", "dark"]
 ) -> None:
     async with console_of(relay) as page:
         await page.set_viewport_size({"width": 320, "height": 640})
@@ -549,7 +565,7 @@ async def test_it_is_readable_on_a_phone(
 
 
 async def test_the_keyboard_goes_through_it_in_the_order_that_it_is_seen(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with console_of(relay, f"/?channel={channel}") as page:
         await is_connected(page)

@@ -6,7 +6,7 @@ import pytest
 from playwright.async_api import Page
 
 from tests.support import browser
-from tests.support.relay_process import Relay, StartRelay, eventually, path_of, receive
+from tests.support.relay_process import RelayProcess, StartRelay, eventually, path_of, receive
 from tests.support.relay_v1 import number_texts
 from tests.support.site import serve_site
 from tests.support.tcp_proxy import TcpProxy
@@ -41,7 +41,11 @@ async def listen(page: Page, origin: str, channel: str) -> None:
     [("stopped", 50, True), ("killed", 50, False), ("cut off", 0, True)],
 )
 async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
-    redis_replicas: tuple[Relay, Relay], channel: str, how: str, after: int, is_elsewhere: bool
+    redis_replicas: tuple[RelayProcess, RelayProcess],
+    channel: str,
+    how: str,
+    after: int,
+    is_elsewhere: bool,
 ) -> None:
     one, two = redis_replicas
     async with (

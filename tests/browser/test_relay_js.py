@@ -19,7 +19,7 @@ from tests.support import browser
 from tests.support.issuer import channel_token
 from tests.support.programs import TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import Relay, StartRelay, path_of, receive, receive_many
+from tests.support.relay_process import RelayProcess, StartRelay, path_of, receive, receive_many
 from tests.support.relay_v1 import RELAY_V1, number_texts, publish_all
 from tests.support.site import RELAY_JS, serve_site
 from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
@@ -124,7 +124,9 @@ async def tab() -> AsyncIterator[Tab]:
 # What it is for
 
 
-async def test_it_sends_and_hears_text_and_binary(tab: Tab, relay: Relay, channel: str) -> None:
+async def test_it_sends_and_hears_text_and_binary(
+    tab: Tab, relay: RelayProcess, channel: str
+) -> None:
     await tab.opened(relay.ws_url(path_of(channel)))
     async with relay.client(channel) as other:
         await tab.send("typed\nhere, ünder \U0001f600")
@@ -138,7 +140,9 @@ async def test_it_sends_and_hears_text_and_binary(tab: Tab, relay: Relay, channe
     assert await tab.told("open") == [{"type": "open", "transport": "websocket"}]
 
 
-async def test_what_is_sent_is_told_its_position(tab: Tab, relay: Relay, channel: str) -> None:
+async def test_what_is_sent_is_told_its_position(
+    tab: Tab, relay: RelayProcess, channel: str
+) -> None:
     await tab.opened(relay.ws_url(path_of(channel)))
     # A lone surrogate is no text; what comes back in its place is still one's own.
     await tab.page.evaluate("send('one'); send('\\ud800'); send(' '); send('one more')")
@@ -148,7 +152,7 @@ async def test_what_is_sent_is_told_its_position(tab: Tab, relay: Relay, channel
     await tab.until("sent.bytes === relay.position")
 
 
-async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
+async def test_two_tabs_talk_to_each_other(relay: RelayProcess, channel: str) -> None:
     async with serve_site() as here, browser.open_page() as page:
         one = await load(page, here.origin)
         async with page.expect_popup() as opening:
@@ -163,7 +167,7 @@ async def test_two_tabs_talk_to_each_other(relay: Relay, channel: str) -> None:
             await tab.hears(["from one", "from the other"])
 
 
-async def test_history_comes_first_and_only_once(relay: Relay, channel: str) -> None:
+async def test_history_comes_first_and_only_once(relay: RelayProcess, channel: str) -> None:
     async with Way(relay.port) as way, a_tab() as tab, relay.client(channel) as other:
         for number in number_texts(0, 10):
             await other.send(number)
@@ -177,7 +181,7 @@ async def test_history_comes_first_and_only_once(relay: Relay, channel: str) -> 
 
 
 async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     url = relay.ws_url(path_of(channel))
     async with relay.client(channel) as other:
@@ -201,7 +205,7 @@ async def test_a_later_visit_goes_on_where_the_earlier_one_ended(
 
 
 async def hear_while_it_ends(
-    tab: Tab, way: Way, redis_replicas: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, way: Way, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str, how: str
 ) -> None:
     """Say 300 messages; after a third of them the page's relay ends, and the other one is there."""
     one, two = redis_replicas
@@ -222,7 +226,7 @@ async def hear_while_it_ends(
 
 @pytest.mark.parametrize("how", ["stopped", "killed", "cut off"])
 async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
-    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str, how: str
 ) -> None:
     async with Way(redis_replicas[0].port) as way:
         await hear_while_it_ends(tab, way, redis_replicas, channel, how)
@@ -232,7 +236,11 @@ async def test_a_relay_that_ends_mid_stream_leaves_no_gap_and_no_duplicate(
 
 @pytest.mark.parametrize(("transport", "count"), [("websocket", 400), ("stream", 100)])
 async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
-    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, transport: str, count: int
+    tab: Tab,
+    redis_replicas: tuple[RelayProcess, RelayProcess],
+    channel: str,
+    transport: str,
+    count: int,
 ) -> None:
     one, two = redis_replicas
     async with Way(one.port) as way, two.client(channel, max_queue=None) as listener:
@@ -258,7 +266,7 @@ async def test_what_it_sends_while_relays_stop_is_relayed_once_and_in_order(
 
 
 async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
-    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str
+    tab: Tab, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
 ) -> None:
     one, two = redis_replicas
     async with Way(one.port) as way, two.client(channel) as listener:
@@ -276,7 +284,7 @@ async def test_what_a_relay_that_stops_did_not_read_is_sent_again(
 
 
 async def test_what_it_sends_while_the_network_breaks_is_never_sent_twice(
-    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str
+    tab: Tab, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
 ) -> None:
     one, two = redis_replicas
     count = 300
@@ -334,7 +342,7 @@ async def test_it_tries_again_less_and_less_often(tab: Tab) -> None:
 
 
 async def test_what_is_sent_while_there_is_no_relay_waits_and_is_bounded(
-    tab: Tab, relay: Relay, channel: str
+    tab: Tab, relay: RelayProcess, channel: str
 ) -> None:
     async with Way(None) as way, relay.client(channel) as other:
         await tab.start(way.url(path_of(channel)), maxOffline=3, maxWaitingBytes=1000)
@@ -387,7 +395,9 @@ async def test_positions_of_64_bits_are_told_apart_heard_once_and_told_where_som
 # Sleep and wake
 
 
-async def test_after_a_sleep_a_connection_that_died_is_replaced(relay: Relay, channel: str) -> None:
+async def test_after_a_sleep_a_connection_that_died_is_replaced(
+    relay: RelayProcess, channel: str
+) -> None:
     async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
         tab = await load(page, here.origin)
@@ -404,7 +414,9 @@ async def test_after_a_sleep_a_connection_that_died_is_replaced(relay: Relay, ch
         assert len(await tab.told("close")) == 0
 
 
-async def test_after_a_sleep_a_connection_that_is_heard_stays(relay: Relay, channel: str) -> None:
+async def test_after_a_sleep_a_connection_that_is_heard_stays(
+    relay: RelayProcess, channel: str
+) -> None:
     async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
         tab = await load(page, here.origin)
@@ -422,13 +434,13 @@ async def test_after_a_sleep_a_connection_that_is_heard_stays(relay: Relay, chan
 
 
 async def test_a_frozen_page_holds_no_connection_and_misses_nothing(
-    tab: Tab, relay: Relay, channel: str
+    tab: Tab, relay: RelayProcess, channel: str
 ) -> None:
     await tab.opened(relay.ws_url(path_of(channel)))
     async with relay.client(channel) as other:
         # A browser without a window never freezes a page itself.
         await tab.page.evaluate("document.dispatchEvent(new Event('freeze'))")
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         for number in number_texts(0, 100):
             await other.send(number)
         await receive_many(other, 100)
@@ -436,7 +448,7 @@ async def test_a_frozen_page_holds_no_connection_and_misses_nothing(
         await tab.hears(number_texts(0, 100))
 
 
-async def test_it_comes_back_at_once_when_the_network_does(tab: Tab, relay: Relay) -> None:
+async def test_it_comes_back_at_once_when_the_network_does(tab: Tab, relay: RelayProcess) -> None:
     async with Way(None) as way:
         await tab.start(way.url())
         await tab.until("told.some(({state, retryInMs}) => state && retryInMs > 2000)")
@@ -448,7 +460,7 @@ async def test_it_comes_back_at_once_when_the_network_does(tab: Tab, relay: Rela
 
 
 async def test_an_address_is_a_relay_s_or_refused_at_once(
-    tab: Tab, relay: Relay, channel: str
+    tab: Tab, relay: RelayProcess, channel: str
 ) -> None:
     for wrong in ("javascript:alert(1)", "data:text/plain,", "ftp://localhost/", "ws://"):
         said = "url => { try { new Relay(url) } catch (error) { return error.name } }"
@@ -463,7 +475,7 @@ async def test_an_address_is_a_relay_s_or_refused_at_once(
 
 
 async def test_a_token_is_brought_and_kept_out_of_the_address(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel)
     asked: list[str] = []
@@ -478,7 +490,7 @@ async def test_a_token_is_brought_and_kept_out_of_the_address(
 
 
 async def test_a_token_that_expires_is_replaced_where_the_page_can(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     tokens = [channel_token(secret, channel, lasts_s=2), channel_token(secret, channel)]
     await tab.page.evaluate(
@@ -493,7 +505,7 @@ async def test_a_token_that_expires_is_replaced_where_the_page_can(
 
 
 async def test_a_token_that_expires_and_cannot_be_replaced_is_the_end(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel, lasts_s=2)
     await tab.start(jwt_relay.ws_url(path_of(channel)), token=token)
@@ -510,7 +522,7 @@ async def test_a_token_that_expires_and_cannot_be_replaced_is_the_end(
 
 
 async def test_a_page_that_has_no_token_yet_is_asked_again(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     await tab.page.evaluate(
         """([url, token]) => {
@@ -525,7 +537,7 @@ async def test_a_page_that_has_no_token_yet_is_asked_again(
     assert ("waiting", "the page has no token") in states
 
 
-async def test_what_is_no_token_is_not_sent(tab: Tab, relay: Relay) -> None:
+async def test_what_is_no_token_is_not_sent(tab: Tab, relay: RelayProcess) -> None:
     async with Way(relay.port) as way:
         await tab.start(way.url(), token="not a token")
         await tab.until("told.some(event => event.type === 'refused')")
@@ -540,7 +552,13 @@ async def test_what_is_no_token_is_not_sent(tab: Tab, relay: Relay) -> None:
     [("", 401, "token required"), ("other", 403, "not authorized for this channel")],
 )
 async def test_a_refusal_is_told_and_not_asked_for_again(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str, token: str, status: int, reason: str
+    tab: Tab,
+    jwt_relay: RelayProcess,
+    secret: str,
+    channel: str,
+    token: str,
+    status: int,
+    reason: str,
 ) -> None:
     async with Way(jwt_relay.port) as way:
         bring = {"token": channel_token(secret, token)} if token else {}
@@ -566,7 +584,7 @@ async def test_it_comes_back_when_a_limit_that_refused_it_says(
 
 
 async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
-    tab: Tab, relay: Relay, channel: str
+    tab: Tab, relay: RelayProcess, channel: str
 ) -> None:
     async with Way(relay.port) as way, relay.client(channel) as other:
         way.blocks_upgrades = True
@@ -590,7 +608,7 @@ async def test_where_websockets_are_blocked_it_hears_and_sends_without_them(
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
-    tab: Tab, redis_replicas: tuple[Relay, Relay], channel: str, how: str
+    tab: Tab, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str, how: str
 ) -> None:
     async with Way(redis_replicas[0].port) as way:
         way.blocks_upgrades = True
@@ -601,7 +619,7 @@ async def test_a_stream_s_relay_that_ends_leaves_no_gap_and_no_duplicate(
 
 
 async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with Way(relay.port) as way, serve_site() as here, browser.open_page() as page:
         await page.clock.install()
@@ -620,7 +638,7 @@ async def test_a_stream_gives_way_to_a_websocket_when_there_can_be_one(
 
 
 async def test_what_a_stream_s_relay_refuses_is_told(
-    tab: Tab, jwt_relay: Relay, secret: str, channel: str
+    tab: Tab, jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     async with Way(jwt_relay.port) as way:
         way.blocks_upgrades = True

@@ -31,7 +31,7 @@ async def test_publishers_that_are_paused_together_all_resume(relay_with: StartR
         assert sorted(order) == list(range(publishers))
         assert all([message[0] for message in each.result()] == order for each in received)
         assert await relay.metric("websocket_publisher_pauses_total") > 0
-        await relay.metric_is("websocket_paused_publishers", 0)
+        await relay.await_metric("websocket_paused_publishers", 0)
 
 
 async def test_a_flood_of_tiny_frames_does_not_delay_other_clients(relay_with: StartRelay) -> None:
@@ -60,14 +60,14 @@ async def test_data_that_many_clients_sent_at_once_is_read_no_faster_than_it_is_
             await stack.enter_async_context(relay.raw_client(f"of-{number}"))
             for number in range(count)
         ]
-        before_bytes = relay.forget_peak()
+        before_bytes = relay.reset_peak_rss()
         relay.signal(SIGSTOP)
         sending = [asyncio.create_task(client.send(flood)) for client in clients]
         await asyncio.sleep(0)  # each task sends as much as the kernel accepts
         relay.signal(SIGCONT)
         await asyncio.gather(*sending)
         for client in clients:
-            assert await client.message() == "the end"
+            assert await client.read_message() == "the end"
         assert relay.peak_rss_bytes() < before_bytes + total + 4 * MIB
-        await relay.metric_is("websocket_paused_publishers", 0)
+        await relay.await_metric("websocket_paused_publishers", 0)
         assert await relay.metric("websocket_disconnections_total") == 0

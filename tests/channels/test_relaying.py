@@ -8,26 +8,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Data
 
-from tests.support.relay_process import Relay, receive, receive_many
+from tests.support.relay_process import RelayProcess, receive, receive_many
 
 MIB = 1_048_576
 
 
 @asynccontextmanager
 async def connected_clients(
-    relay: Relay, channel: str, count: int
+    relay: RelayProcess, channel: str, count: int
 ) -> AsyncIterator[list[ClientConnection]]:
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(relay.client(channel)) for _ in range(count)]
 
 
-async def test_a_ping_is_answered(relay: Relay, channel: str) -> None:
+async def test_a_ping_is_answered(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as client:
         await asyncio.wait_for(await client.ping(), 20)
 
 
 async def test_a_message_is_delivered_to_every_client_of_the_channel(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     """The publisher is one of these clients."""
     async with connected_clients(relay, channel, 5) as clients:
@@ -36,7 +36,7 @@ async def test_a_message_is_delivered_to_every_client_of_the_channel(
 
 
 async def test_a_client_receives_every_message_that_is_published_after_its_upgrade(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     """A message that was published before is not delivered to it."""
     async with relay.client(channel) as publisher:
@@ -61,7 +61,7 @@ PAYLOADS: list[Data] = [
 ]
 
 
-async def test_a_message_is_delivered_unchanged(relay: Relay, channel: str) -> None:
+async def test_a_message_is_delivered_unchanged(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as publisher, relay.client(channel) as subscriber:
         for payload in PAYLOADS:
             await publisher.send(payload)
@@ -71,7 +71,9 @@ async def test_a_message_is_delivered_unchanged(relay: Relay, channel: str) -> N
                 assert type(received) is type(payload)
 
 
-async def test_a_message_of_any_allowed_size_is_delivered_whole(relay: Relay, channel: str) -> None:
+async def test_a_message_of_any_allowed_size_is_delivered_whole(
+    relay: RelayProcess, channel: str
+) -> None:
     """The length field of a frame changes after 125 and 65,535 bytes (RFC 6455 section 5.2)."""
     async with relay.client(channel) as publisher, relay.client(channel) as subscriber:
         for size in (1, 125, 126, 65_535, 65_536, MIB):
@@ -83,7 +85,7 @@ async def test_a_message_of_any_allowed_size_is_delivered_whole(relay: Relay, ch
 
 
 async def test_text_and_binary_messages_keep_their_type_and_order(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     messages: list[Data] = [
         str(number) if number % 3 else str(number).encode() for number in range(300)
@@ -96,7 +98,7 @@ async def test_text_and_binary_messages_keep_their_type_and_order(
 
 
 async def test_all_clients_receive_the_messages_of_many_publishers_in_one_order(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async def publish(client: ClientConnection, name: int) -> None:
         for number in range(100):
@@ -114,7 +116,7 @@ async def test_all_clients_receive_the_messages_of_many_publishers_in_one_order(
 
 
 async def test_many_clients_that_publish_at_once_all_receive_every_message_once(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     count, per_client = 40, 3
 
@@ -136,43 +138,43 @@ async def test_many_clients_that_publish_at_once_all_receive_every_message_once(
 
 
 async def test_the_end_of_a_client_is_counted_and_the_others_stay_connected(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     """A client closes, is reset, or ends its stream without a close frame."""
 
     async def close() -> None:
         async with relay.client(channel):
-            await relay.metric_is("websocket_connected_clients", 3)
+            await relay.await_metric("websocket_connected_clients", 3)
 
     async def reset() -> None:
         async with relay.raw_client(channel) as raw:
-            await relay.metric_is("websocket_connected_clients", 3)
-            raw.vanish()
+            await relay.await_metric("websocket_connected_clients", 3)
+            raw.reset()
 
     async def end_stream() -> None:
         async with relay.raw_client(channel) as raw:
-            await relay.metric_is("websocket_connected_clients", 3)
-            raw.finish()
-            await raw.ended()
+            await relay.await_metric("websocket_connected_clients", 3)
+            raw.end_stream()
+            await raw.read_to_end()
 
     before = await relay.metric("websocket_disconnections_total")
     async with connected_clients(relay, channel, 2) as (publisher, subscriber):
         for number, end_client in enumerate((close, reset, end_stream), start=1):
             await end_client()
-            await relay.metric_is("websocket_connected_clients", 2)
+            await relay.await_metric("websocket_connected_clients", 2)
             await publisher.send(str(number))
             assert await receive(subscriber) == str(number)
             assert await relay.metric("websocket_disconnections_total") == before + number
 
 
 async def test_clients_that_connect_and_disconnect_do_not_disturb_the_others(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async def connect_and_disconnect() -> None:
         for turn in range(15):
             async with relay.raw_client(channel) as raw:
                 if turn % 2:
-                    raw.vanish()
+                    raw.reset()
 
     async with connected_clients(relay, channel, 2) as (publisher, subscriber):
         async with asyncio.TaskGroup() as group:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.raw_client import CLOSE, TEXT, close_payload, frame, upgrade_request
 from tests.support.relay_process import (
-    Metrics,
-    Relay,
+    MetricsPage,
+    RelayProcess,
     StartRelay,
     path_of,
     receive,
@@ -26,7 +26,7 @@ from tests.support.relay_v1 import (
 )
 
 
-def assert_deliveries_add_up(metrics: Metrics) -> None:
+def assert_deliveries_add_up(metrics: MetricsPage) -> None:
     done = metrics.value("websocket_deliveries_total") + metrics.value("websocket_drops_total")
     assert metrics.value("websocket_expected_deliveries_total") == done
 
@@ -35,7 +35,7 @@ def assert_deliveries_add_up(metrics: Metrics) -> None:
 
 
 async def test_the_last_messages_of_the_channel_precede_new_ones(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, *number_texts(0, 10))
     await publish_all(relay, f"not-{channel}", "message of another channel")
@@ -50,7 +50,7 @@ async def test_the_last_messages_of_the_channel_precede_new_ones(
 
 
 async def test_without_a_request_for_history_a_client_receives_only_new_messages(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, "old")
     for query in ("", "?history=0", "?other=1"):
@@ -59,7 +59,7 @@ async def test_without_a_request_for_history_a_client_receives_only_new_messages
             assert await receive(client) == "new"
 
 
-async def test_replayed_messages_are_unchanged(relay: Relay, channel: str) -> None:
+async def test_replayed_messages_are_unchanged(relay: RelayProcess, channel: str) -> None:
     published: list[Message] = ["text", b"\x00\xff", "", b"", "grüß dich", "x" * 300_000]
     await publish_all(relay, channel, *published)
     async with relay.client(path=path_with_query(channel, history=10)) as client:
@@ -67,10 +67,10 @@ async def test_replayed_messages_are_unchanged(relay: Relay, channel: str) -> No
 
 
 async def test_the_history_of_a_channel_outlives_its_last_client(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, "last message")
-    await relay.metric_is("websocket_channels", 0)
+    await relay.await_metric("websocket_channels", 0)
     async with relay.client(path=path_with_query(channel, history=1)) as client:
         assert await receive(client) == "last message"
 
@@ -79,7 +79,7 @@ async def test_the_history_of_a_channel_outlives_its_last_client(
 
 
 async def test_a_relay_v1_client_receives_a_welcome_and_positions_and_a_plain_client_does_not(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(relay, channel) as resumable, relay.client(channel) as plain:
         assert resumable.welcome["recovered"] is True
@@ -94,7 +94,7 @@ async def test_a_relay_v1_client_receives_a_welcome_and_positions_and_a_plain_cl
 
 
 async def test_the_position_of_a_message_is_the_same_for_all_clients(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(relay, channel) as one, connect_relay_v1(relay, channel) as two:
         for number in range(20):
@@ -105,7 +105,7 @@ async def test_the_position_of_a_message_is_the_same_for_all_clients(
 
 
 async def test_a_client_that_resumes_receives_the_messages_after_its_position_and_new_ones(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     before = await relay.metric("websocket_history_replays_total", result="recovered")
     async with connect_relay_v1(relay, channel) as client:
@@ -130,7 +130,7 @@ async def test_a_client_that_resumes_receives_the_messages_after_its_position_an
 
 
 async def test_a_client_without_messages_resumes_at_the_position_of_its_welcome(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(relay, channel) as client:
         pass
@@ -141,7 +141,7 @@ async def test_a_client_without_messages_resumes_at_the_position_of_its_welcome(
 
 
 async def test_a_client_that_disconnects_during_its_history_resumes_with_the_rest(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, *number_texts(0, 10))
     async with connect_relay_v1(relay, channel, history=5) as client:
@@ -150,7 +150,7 @@ async def test_a_client_that_disconnects_during_its_history_resumes_with_the_res
         assert await resumed.next_messages(5) == number_texts(5, 10)
 
 
-async def test_a_plain_client_may_resume_at_a_position(relay: Relay, channel: str) -> None:
+async def test_a_plain_client_may_resume_at_a_position(relay: RelayProcess, channel: str) -> None:
     async with connect_relay_v1(relay, channel) as client:
         await publish_all(relay, channel, "received")
         assert await client.next_message() == "received"
@@ -159,7 +159,7 @@ async def test_a_plain_client_may_resume_at_a_position(relay: Relay, channel: st
         assert await receive(plain) == "after the disconnection"
 
 
-async def test_since_precedes_history(relay: Relay, channel: str) -> None:
+async def test_since_precedes_history(relay: RelayProcess, channel: str) -> None:
     async with connect_relay_v1(relay, channel) as client:
         await publish_all(relay, channel, *number_texts(0, 5))
         await client.next_messages(4)
@@ -171,7 +171,7 @@ async def test_since_precedes_history(relay: Relay, channel: str) -> None:
 
 
 async def test_clients_that_resume_during_traffic_receive_every_message_once(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     count = 1_500
 
@@ -213,11 +213,11 @@ async def test_a_history_above_the_backlog_limit_is_replayed_as_fast_as_its_clie
             for message in published[first : first + 5]:
                 await publisher.send(message)
             await receive_many(publisher, 5)
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.upgrade(path_with_query("news", history=1_000))
-        await relay.metric_is("websocket_slow_clients", 1)
+        await relay.await_metric("websocket_slow_clients", 1)
         await publish_all(relay, "news", "new")
-        received = [await raw.message() for _ in range(len(published) + 1)]
+        received = [await raw.read_message() for _ in range(len(published) + 1)]
     assert received == [*published, "new"]
     assert await relay.metric("websocket_drops_total") == 0
 
@@ -228,13 +228,13 @@ async def test_a_client_that_reads_slower_than_its_history_is_removed_is_closed(
     relay = relay_with(history={"max_messages": 1_000})
     message = "x" * 10_000
     await publish_all(relay, "news", *[message] * 1_000)
-    async with await relay.tcp(receive_buffer_bytes=4096) as raw:
+    async with await relay.connect_tcp(receive_buffer_bytes=4096) as raw:
         await raw.upgrade(path_with_query("news", history=1_000))
-        await relay.metric_is("websocket_slow_clients", 1)
+        await relay.await_metric("websocket_slow_clients", 1)
         await publish_all(relay, "news", *[message] * 1_000)
-        code, _ = await raw.close_frame()
+        code, _ = await raw.read_close_frame()
     assert code == 1013
-    await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
+    await relay.await_metric("websocket_closes_total", 1, reason="slow_consumer")
 
 
 async def test_nothing_is_left_of_a_client_that_is_reset_during_its_history(
@@ -242,41 +242,41 @@ async def test_nothing_is_left_of_a_client_that_is_reset_during_its_history(
 ) -> None:
     relay = relay_with()
     await publish_all(relay, "news", *["x" * 10_000] * 1_000)
-    async with await relay.tcp(receive_buffer_bytes=4096) as raw:
+    async with await relay.connect_tcp(receive_buffer_bytes=4096) as raw:
         await raw.upgrade(path_with_query("news", history=1_000))
-        await relay.metric_is("websocket_slow_clients", 1)
+        await relay.await_metric("websocket_slow_clients", 1)
         assert await relay.metric("websocket_channels") == 1
-        raw.vanish()
-    await relay.metric_is("websocket_connected_clients", 0)
-    await relay.metric_is("websocket_channels", 0)
+        raw.reset()
+    await relay.await_metric("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_channels", 0)
     assert_deliveries_add_up(await relay.metrics())
 
 
 async def test_a_message_in_the_same_packet_as_the_request_is_delivered_after_the_history(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, *number_texts(0, 3))
-    async with await relay.tcp() as raw:
-        await raw.upgrade(path_with_query(channel, history=3), behind=frame(TEXT, b"early"))
-        assert [await raw.message() for _ in range(4)] == [*number_texts(0, 3), "early"]
+    async with await relay.connect_tcp() as raw:
+        await raw.upgrade(path_with_query(channel, history=3), trailing=frame(TEXT, b"early"))
+        assert [await raw.read_message() for _ in range(4)] == [*number_texts(0, 3), "early"]
 
 
 async def test_a_close_frame_in_the_same_packet_as_the_request_is_answered(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, *number_texts(0, 3))
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         request = upgrade_request(path_with_query(channel, history=3))
         await raw.send(request + frame(CLOSE, close_payload(4000)))
-        assert (await raw.response()).status == 101
-        assert (await raw.close_frame())[0] == 4000
-        await raw.ended()
+        assert (await raw.read_response()).status == 101
+        assert (await raw.read_close_frame())[0] == 4000
+        await raw.read_to_end()
 
 
 # Messages that history no longer has
 
 
-async def resume_unrecovered(relay: Relay, channel: str, since: str) -> RelayV1Client:
+async def resume_unrecovered(relay: RelayProcess, channel: str, since: str) -> RelayV1Client:
     """Resume, assert that the client is not recovered, and read up to a new message."""
     async with connect_relay_v1(relay, channel, since=since) as client:
         assert client.welcome["recovered"] is False
@@ -323,7 +323,7 @@ async def test_messages_older_than_max_age_s_are_removed(
     async with connect_relay_v1(relay, channel) as client:
         pass
     await publish_all(relay, channel, "old")
-    await relay.metric_is("websocket_history_messages", 0)
+    await relay.await_metric("websocket_history_messages", 0)
     assert await relay.metric("websocket_history_bytes") == 0
     await resume_unrecovered(relay, channel, client.position)
 
@@ -375,7 +375,7 @@ async def test_after_a_restart_no_client_is_recovered_and_positions_are_greater(
 
 
 async def test_a_position_that_is_not_reached_soon_is_not_recovered(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await resume_unrecovered(relay, channel, "9999999999999-0-0")
 
@@ -384,7 +384,7 @@ async def test_a_position_that_is_not_reached_soon_is_not_recovered(
 
 
 async def test_an_invalid_query_is_refused_with_400_before_the_upgrade(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     for query in (
         "since=",
@@ -405,11 +405,11 @@ async def test_an_invalid_query_is_refused_with_400_before_the_upgrade(
         "history=%D9%A1",
         "&".join(["since=1-2-3", *["a"] * 5_000]),
     ):
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(f"{path_of(channel)}?{query}"))
-            response = await raw.response()
+            response = await raw.read_response()
             assert response.status == 400, query[:24]
-            assert (await raw.ended()).startswith(b"bad query: "), query[:24]
+            assert (await raw.read_to_end()).startswith(b"bad query: "), query[:24]
 
 
 # With compression and TLS

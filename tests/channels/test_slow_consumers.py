@@ -19,7 +19,7 @@ from tests.support.raw_client import (
     frame,
     relayed_frame,
 )
-from tests.support.relay_process import Relay, StartRelay, receive
+from tests.support.relay_process import RelayProcess, StartRelay, receive
 
 KIB = 1_024
 MIB = 1_048_576
@@ -40,11 +40,11 @@ def numbered(number: int, size: int = MESSAGE_BYTES) -> bytes:
 async def publish_and_receive(publisher: RawClient, payload: bytes) -> None:
     """Publish a message, and wait until the relay delivers it to its publisher."""
     await publisher.send(frame(BINARY, payload))
-    assert await publisher.message() == payload
+    assert await publisher.read_message() == payload
 
 
 async def publish_until_drop(
-    relay: Relay, publisher: RawClient, subscriber: ClientConnection
+    relay: RelayProcess, publisher: RawClient, subscriber: ClientConnection
 ) -> int:
     """Publish until the relay has dropped a message for a slow consumer.
 
@@ -64,8 +64,8 @@ async def publish_until_drop(
 async def read_to_close_frame(raw: RawClient) -> int:
     """Read whole messages in their order up to the close frame; return how many there were."""
     number = 0
-    while await raw.peek() != CLOSE:
-        received = await raw.message()
+    while await raw.peek_opcode() != CLOSE:
+        received = await raw.read_message()
         assert received == numbered(number, len(received))
         number += 1
     return number
@@ -95,8 +95,8 @@ async def test_a_stalled_client_is_closed_and_delays_no_other_client(
         assert echoes > published
 
         assert await read_to_close_frame(stalled) < published
-        assert await stalled.answer_close() == (1013, "slow consumer")
-        await relay.metric_is("websocket_connected_clients", 3)
+        assert await stalled.complete_close() == (1013, "slow consumer")
+        await relay.await_metric("websocket_connected_clients", 3)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
     await assert_counters_add_up_at_rest(relay)
 
@@ -114,8 +114,8 @@ async def test_stalled_clients_that_never_read_again_are_aborted_at_the_deadline
         subscriber = await stack.enter_async_context(relay.client("news"))
         publisher = await stack.enter_async_context(relay.raw_client("news"))
         await publish_until_drop(relay, publisher, subscriber)
-        await relay.metric_is("websocket_connected_clients", 2)
-        await relay.metric_is("websocket_backlog_bytes", 0)
+        await relay.await_metric("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_backlog_bytes", 0)
         assert await relay.metric("websocket_closes_total", code="1013") == stalled
     await assert_counters_add_up_at_rest(relay)
 
@@ -134,7 +134,7 @@ async def test_a_stalled_tls_client_is_closed_and_delays_no_other_client(
                 assert await receive(publisher) == numbered(number)
                 assert await receive(subscriber) == numbered(number)
                 number += 1
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         stalled.transport.abort()
     await assert_counters_add_up_at_rest(relay)
 
@@ -155,15 +155,15 @@ async def test_a_client_that_stalls_and_then_reads_slowly_within_its_backlog_is_
 
         async def read_slowly() -> None:
             for number in range(messages + 40):
-                assert await slow.message() == numbered(number)
+                assert await slow.read_message() == numbered(number)
                 await asyncio.sleep(0.001)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(read_slowly())
             for number in range(messages, messages + 40):
                 await publish_and_receive(publisher, numbered(number))
-        await relay.metric_is("websocket_backlog_bytes", 0)
-        await relay.metric_is("websocket_slow_clients", 0)
+        await relay.await_metric("websocket_backlog_bytes", 0)
+        await relay.await_metric("websocket_slow_clients", 0)
         assert await relay.metric("websocket_drops_total") == 0
         assert await relay.metric("websocket_disconnections_total") == 0
     await assert_counters_add_up_at_rest(relay)
@@ -181,11 +181,11 @@ async def test_a_slow_client_that_ends_its_stream_still_receives_its_backlog(
         for number in range(messages):
             await publish_and_receive(publisher, numbered(number))
         assert await relay.metric("websocket_slow_clients") == 1
-        ending.finish()
+        ending.end_stream()
         for number in range(messages):
-            assert await ending.message() == numbered(number)
-        assert await ending.ended() == b""
-        await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
+            assert await ending.read_message() == numbered(number)
+        assert await ending.read_to_end() == b""
+        await relay.await_metric("websocket_closes_total", 1, reason="connection_lost")
         assert await relay.metric("websocket_drops_total") == 0
     await assert_counters_add_up_at_rest(relay)
 
@@ -220,12 +220,12 @@ async def test_the_client_with_the_largest_backlog_is_closed_when_all_together_a
             await publish("third")
 
         # It is aborted without a close frame, which would come after the backlog to be released.
-        await relay.metric_is("websocket_connected_clients", 5)
-        await stalled["largest"].ended()
+        await relay.await_metric("websocket_connected_clients", 5)
+        await stalled["largest"].read_to_end()
         assert await relay.metric("websocket_closes_total", code="1013") == 1
         for name in ("second", "third"):
             for number in range(sent[name]):
-                assert await stalled[name].message() == numbered(number)
+                assert await stalled[name].read_message() == numbered(number)
     await assert_counters_add_up_at_rest(relay)
 
 
@@ -239,7 +239,7 @@ async def read_stream(
     digest = hashlib.blake2b()
     read_bytes = 0
     while read_bytes < total_bytes:
-        chunk = await raw.chunk()
+        chunk = await raw.read_chunk()
         assert chunk, f"closed after {read_bytes} of {total_bytes} bytes"
         digest.update(chunk)
         read_bytes += len(chunk)
@@ -249,7 +249,7 @@ async def read_stream(
     return digest.hexdigest()
 
 
-async def flood(relay: Relay, payloads: list[bytes], repeats: int) -> int:
+async def flood(relay: RelayProcess, payloads: list[bytes], repeats: int) -> int:
     """Publish as fast as the socket accepts, to a subscriber that reads slower.
 
     The subscriber is half of its channel, so the channel waits for it. One of several subscribers
@@ -366,7 +366,7 @@ async def test_a_flood_is_delivered_to_every_client_but_the_stalled_one(
             group.create_task(publish(publisher))
             for index, raw in enumerate((publisher, subscriber)):
                 group.create_task(read_stream(raw, total_bytes, progress, index, 0.0))
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
     await assert_counters_add_up_at_rest(relay)
@@ -423,7 +423,7 @@ async def test_a_publisher_that_does_not_read_is_closed_as_a_slow_consumer(
         async with relay.raw_client("news", receive_buffer_bytes=SMALL_BUFFER) as publisher:
             with pytest.raises(ConnectionError):
                 await send_until_reset(publisher, wire)
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         assert await relay.metric("websocket_closes_total", code="1013") == 1
         await subscriber.send("still connected")
         while await receive(subscriber) != "still connected":
@@ -447,7 +447,7 @@ async def test_a_client_that_pings_and_never_reads_is_closed_and_its_pongs_take_
     async with relay.raw_client("news", receive_buffer_bytes=SMALL_BUFFER) as raw:
         with pytest.raises(ConnectionError):
             await ping_until_reset(raw)
-    await relay.metric_is("websocket_closes_total", 1, code="1013")
+    await relay.await_metric("websocket_closes_total", 1, code="1013")
     assert max_rss < rss_at_start + 30 * MIB
     await assert_counters_add_up_at_rest(relay)
 
@@ -462,7 +462,7 @@ async def test_a_message_of_very_many_fragments_takes_little_memory(
         await raw.send(frame(BINARY, b"a", fin=False))
         await raw.send(frame(CONTINUATION, b"b", fin=False) * fragments)
         await raw.send(frame(CONTINUATION))
-        assert await raw.message() == b"a" + b"b" * fragments
+        assert await raw.read_message() == b"a" + b"b" * fragments
         assert relay.rss_bytes() < rss_at_start + 30 * MIB
 
 
@@ -475,10 +475,10 @@ async def test_nothing_is_left_of_a_publisher_that_is_reset_during_its_flood(
         for _ in range(5):
             async with relay.raw_client("news") as publisher:
                 await publisher.send(wire)
-                publisher.vanish()
-        await relay.metric_is("websocket_connected_clients", 1)
+                publisher.reset()
+        await relay.await_metric("websocket_connected_clients", 1)
         await subscriber.send("still connected")
         while await receive(subscriber) != "still connected":
             pass
-        await relay.metric_is("websocket_paused_publishers", 0)
+        await relay.await_metric("websocket_paused_publishers", 0)
     await assert_counters_add_up_at_rest(relay)

@@ -17,7 +17,7 @@ from tests.support.raw_client import (
     frame,
     upgrade_request,
 )
-from tests.support.relay_process import HOST, Relay, StartRelay, receive, receive_many
+from tests.support.relay_process import HOST, RelayProcess, StartRelay, receive, receive_many
 
 MESSAGE = bytes(65_536)
 
@@ -50,8 +50,8 @@ async def test_a_tls_client_that_stops_reading_is_closed_by_the_ping_timeout(
             for _ in range(8):  # it is slow before the ping timeout
                 await publisher.send(MESSAGE)
                 assert await receive(publisher) == MESSAGE
-        await relay.metric_is("websocket_closes_total", 1, reason="ping_timeout")
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_closes_total", 1, reason="ping_timeout")
+        await relay.await_metric("websocket_connected_clients", 1)
         assert_counters_add_up(await relay.metrics())
 
 
@@ -67,7 +67,7 @@ def close_tls(tls: ssl.SSLSocket) -> None:
             raise
 
 
-def send_and_close_tls(relay: Relay, path: str, wire: bytes) -> None:
+def send_and_close_tls(relay: RelayProcess, path: str, wire: bytes) -> None:
     """Send, close TLS at once, and read to the end of TCP; a close of TCP now would be a reset."""
     with socket.create_connection((HOST, relay.port), PATIENCE_S) as tcp:
         assert relay.tls_context is not None
@@ -97,14 +97,18 @@ async def test_messages_that_a_tls_client_sends_right_before_its_end_are_relayed
             asyncio.to_thread(send_and_close_tls, relay, "/channels/news", wire)
         )
         assert await receive_many(subscriber, len(texts)) == texts
-        await relay.metric_is("websocket_closes_total", 1, reason=reason)
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_closes_total", 1, reason=reason)
+        await relay.await_metric("websocket_connected_clients", 1)
         await ending
         assert_counters_add_up(await relay.metrics())
 
 
 def close_tls_without_reading(
-    relay: Relay, path: str, wire: bytes, is_slow: threading.Event, is_closed: threading.Event
+    relay: RelayProcess,
+    path: str,
+    wire: bytes,
+    is_slow: threading.Event,
+    is_closed: threading.Event,
 ) -> None:
     """Read nothing; once the client is slow, send and close TLS. TCP stays open."""
     with socket.socket() as tcp:
@@ -133,13 +137,13 @@ async def test_a_slow_client_that_closes_tls_and_keeps_tcp_open_is_aborted_at_th
                 close_tls_without_reading, relay, "/channels/news", wire, is_slow, is_closed
             )
         )
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         while not await relay.metric("websocket_slow_clients"):
             await publisher.send(MESSAGE)
             assert await receive(publisher) == MESSAGE
         is_slow.set()
-        await relay.metric_is("websocket_closes_total", 1, reason="connection_lost")
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_closes_total", 1, reason="connection_lost")
+        await relay.await_metric("websocket_connected_clients", 1)
         is_closed.set()
         await closing
         assert_counters_add_up(await relay.metrics())

@@ -15,7 +15,14 @@ from tests.support.certificates import make_pair
 from tests.support.helm import CI_VALUES, KubernetesObject, merge_values, nested_values, newest_helm
 from tests.support.issuer import SECRET, make_signer
 from tests.support.pod import Pod, Secrets
-from tests.support.relay_process import HOST, Finished, Relay, merged, run_command, run_python
+from tests.support.relay_process import (
+    HOST,
+    CommandResult,
+    RelayProcess,
+    merged,
+    run_command,
+    run_python,
+)
 
 PAIR = make_pair()
 SIGNER = make_signer("ES256")
@@ -68,12 +75,14 @@ class LocalRelease:
         assert flag == "--config-file"
         return self.relay_pod.path(path)
 
-    def relay(self) -> Relay:
+    def relay(self) -> RelayProcess:
         """Return a relay with the settings of a pod, on free ports."""
         config = yaml.safe_load(self.config_file.read_text())
-        return Relay(self._directory, merged(config, LOCAL_PORTS), self.relay_pod.environment)
+        return RelayProcess(
+            self._directory, merged(config, LOCAL_PORTS), self.relay_pod.environment
+        )
 
-    def run_test(self, relay: Relay) -> Finished:
+    def run_test(self, relay: RelayProcess) -> CommandResult:
         """Run the command of the pod of `helm test`."""
         variables = self.test_pod.environment
         scheme, _, rest = variables["RELAY_TEST_URL"].partition("://")
@@ -84,7 +93,9 @@ class LocalRelease:
 
 
 @contextmanager
-def running(directory: Path, *values: Mapping[str, Any]) -> Iterator[tuple[LocalRelease, Relay]]:
+def running(
+    directory: Path, *values: Mapping[str, Any]
+) -> Iterator[tuple[LocalRelease, RelayProcess]]:
     release = LocalRelease(newest_helm().objects(values=merge_values(*values)), directory)
     with release.relay() as relay:
         yield release, relay
@@ -172,7 +183,7 @@ def test_helm_test_without_a_token_fails_if_the_relay_accepts_it(tmp_path: Path)
     config = merged(yaml.safe_load(release.config_file.read_text()), LOCAL_PORTS)
     directory = tmp_path / "open"
     directory.mkdir()
-    with Relay(directory, merged(config, {"auth": {"mode": "none"}})) as relay:
+    with RelayProcess(directory, merged(config, {"auth": {"mode": "none"}})) as relay:
         done = release.run_test(relay)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "a client without a token was accepted\n"

@@ -31,8 +31,8 @@ from tests.support.relay_process import (
     PACKAGE,
     POLL_S,
     ROOT,
-    Finished,
-    Relay,
+    CommandResult,
+    RelayProcess,
     StartRelay,
     environment,
     path_of,
@@ -76,7 +76,7 @@ class RunningCommand:
         self.process.stdin.write(text.encode())
         await self.process.stdin.drain()
 
-    async def finish(self) -> Finished:
+    async def finish(self) -> CommandResult:
         """Close standard input, and wait for the end of the process."""
         if self.process.stdin is not None:
             self.process.stdin.close()
@@ -84,7 +84,7 @@ class RunningCommand:
             stdout, stderr = await self.process.communicate()
         code = self.process.returncode
         assert code is not None
-        return Finished(code, (stdout or b"").decode(), (stderr or b"").decode())
+        return CommandResult(code, (stdout or b"").decode(), (stderr or b"").decode())
 
     async def exit_code(self) -> int:
         """Wait for the end of the process; standard input stays open."""
@@ -110,16 +110,16 @@ async def running(
             await process.communicate()
 
 
-async def run_with_stdin(content: bytes, *arguments: str) -> Finished:
+async def run_with_stdin(content: bytes, *arguments: str) -> CommandResult:
     """Run a command in an interpreter whose standard input has this content."""
     async with running(*arguments) as command, asyncio.timeout(PATIENCE_S):
         stdout, stderr = await command.process.communicate(content)
         code = command.process.returncode
     assert code is not None
-    return Finished(code, stdout.decode(), stderr.decode())
+    return CommandResult(code, stdout.decode(), stderr.decode())
 
 
-async def run_client(*arguments: str, env: dict[str, str] | None = None) -> Finished:
+async def run_client(*arguments: str, env: dict[str, str] | None = None) -> CommandResult:
     """Run a command that reads no standard input; a fork, which takes less than an interpreter."""
     return await asyncio.to_thread(
         run_command, *arguments, directory=ROOT, env=NO_PROXY | (env or {})
@@ -155,7 +155,7 @@ async def wait_for_unread_bytes(pipe: int, count: int) -> None:
             await asyncio.sleep(POLL_S)
 
 
-def url_of(relay: Relay, channel: str) -> str:
+def url_of(relay: RelayProcess, channel: str) -> str:
     return relay.ws_url(f"/channels/{channel}")
 
 
@@ -168,7 +168,7 @@ async def send_all(client: ClientConnection, *messages: str | bytes) -> None:
 
 
 async def test_listen_prints_each_message_at_once_and_ends_after_count_messages(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with (
         listening(url_of(relay, channel), "--count", "3") as command,
@@ -182,7 +182,9 @@ async def test_listen_prints_each_message_at_once_and_ends_after_count_messages(
     assert (done.exit_code, done.stdout) == (0, "")
 
 
-async def test_listen_writes_payload_and_position_as_json(relay: Relay, channel: str) -> None:
+async def test_listen_writes_payload_and_position_as_json(
+    relay: RelayProcess, channel: str
+) -> None:
     url = url_of(relay, channel)
     async with listening(url, "--json", "--count", "2") as command:
         async with relay.client(channel) as publisher:
@@ -196,7 +198,7 @@ async def test_listen_writes_payload_and_position_as_json(relay: Relay, channel:
 
 
 async def test_listen_writes_binary_messages_of_the_history_as_they_are(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as publisher:
         await send_all(publisher, "two\nlines", b"\x00\xff")
@@ -209,7 +211,9 @@ async def test_listen_writes_binary_messages_of_the_history_as_they_are(
         assert await last.exit_code() == 0
 
 
-async def test_listen_escapes_control_sequences_for_a_terminal(relay: Relay, channel: str) -> None:
+async def test_listen_escapes_control_sequences_for_a_terminal(
+    relay: RelayProcess, channel: str
+) -> None:
     with pseudo_terminal() as (screen, program_side):
         url = url_of(relay, channel)
         async with listening(url, "--count", "2", stdout=program_side) as command:
@@ -221,7 +225,7 @@ async def test_listen_escapes_control_sequences_for_a_terminal(relay: Relay, cha
 
 
 async def test_listen_reconnects_and_prints_the_messages_of_the_meantime(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
         url = proxy.url(path_of(channel))
@@ -251,17 +255,17 @@ async def test_listen_prints_the_close_of_a_draining_relay_and_connects_to_the_n
 
 
 async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_and_no_message_arrives(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     reading, writing = os.pipe()
     async with listening(url_of(relay, channel), stdout=writing) as command:
         os.close(writing)
         os.close(reading)
-        assert await command.finish() == Finished(0, "", "")
+        assert await command.finish() == CommandResult(0, "", "")
 
 
 async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_while_it_writes(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     """200 KB are more than a pipe takes, so that `listen` writes when `head` has exited."""
     url = url_of(relay, channel)
@@ -284,7 +288,9 @@ async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_while_it_w
     assert done.stderr == f"websocket-relay: connected to {url}\n"
 
 
-async def test_listen_reports_that_its_output_cannot_be_written(relay: Relay, channel: str) -> None:
+async def test_listen_reports_that_its_output_cannot_be_written(
+    relay: RelayProcess, channel: str
+) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     async with listening(url_of(relay, channel), stdout=full) as command:
         os.close(full)
@@ -296,13 +302,13 @@ async def test_listen_reports_that_its_output_cannot_be_written(relay: Relay, ch
 
 
 async def test_ctrl_c_ends_listen_with_130_and_a_closing_handshake(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     before = await relay.metric("websocket_closes_total", code="1000")
     async with listening(url_of(relay, channel)) as command:
         command.process.send_signal(signal.SIGINT)
-        assert await command.finish() == Finished(130, "", "")
-    await relay.metric_is("websocket_closes_total", before + 1, code="1000")
+        assert await command.finish() == CommandResult(130, "", "")
+    await relay.await_metric("websocket_closes_total", before + 1, code="1000")
 
 
 async def test_ctrl_c_ends_a_command_that_waits_for_a_relay() -> None:
@@ -316,11 +322,11 @@ async def test_ctrl_c_ends_a_command_that_waits_for_a_relay() -> None:
 
 
 async def test_send_publishes_a_message_and_prints_no_notices_when_quiet(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber:
         done = await run_client("send", "--quiet", url_of(relay, channel), "hello, world")
-        assert done == Finished(0, "", "")
+        assert done == CommandResult(0, "", "")
         assert await receive(subscriber) == "hello, world"
 
 
@@ -330,7 +336,7 @@ async def test_send_publishes_a_message_and_prints_no_notices_when_quiet(
     ids=["lines", "nothing"],
 )
 async def test_send_publishes_each_line_of_its_input(
-    relay: Relay, channel: str, content: str, messages: list[str]
+    relay: RelayProcess, channel: str, content: str, messages: list[str]
 ) -> None:
     async with relay.client(channel) as subscriber:
         done = await run_with_stdin(content.encode(), "send", url_of(relay, channel))
@@ -340,7 +346,9 @@ async def test_send_publishes_each_line_of_its_input(
         assert received == [*messages, "the end"]
 
 
-async def test_send_publishes_a_line_as_soon_as_it_is_complete(relay: Relay, channel: str) -> None:
+async def test_send_publishes_a_line_as_soon_as_it_is_complete(
+    relay: RelayProcess, channel: str
+) -> None:
     async with (
         relay.client(channel) as subscriber,
         running("send", url_of(relay, channel)) as command,
@@ -351,7 +359,7 @@ async def test_send_publishes_a_line_as_soon_as_it_is_complete(relay: Relay, cha
 
 
 async def test_send_publishes_a_file_or_its_input_as_one_binary_message(
-    relay: Relay, channel: str, tmp_path: Path
+    relay: RelayProcess, channel: str, tmp_path: Path
 ) -> None:
     content = bytes(range(256)) * 1_000
     file = tmp_path / "picture"
@@ -369,7 +377,7 @@ async def test_send_publishes_a_long_input_across_a_restart_of_the_relay(
     old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
     async with TcpProxy(old.port) as proxy, running("send", proxy.url(path_of(channel))) as command:
         await command.write_stdin("one\n" * 1_000)
-        await old.metric_reaches("websocket_messages_total", 100)
+        await old.await_metric_at_least("websocket_messages_total", 100)
         proxy.target = new.port
         assert await old.stop() == 0
         await command.write_stdin("two\n" * 1_000)
@@ -378,7 +386,9 @@ async def test_send_publishes_a_long_input_across_a_restart_of_the_relay(
     assert await new.metric("websocket_messages_total") >= 1_000
 
 
-async def test_send_reports_the_number_of_unconfirmed_messages(relay: Relay, channel: str) -> None:
+async def test_send_reports_the_number_of_unconfirmed_messages(
+    relay: RelayProcess, channel: str
+) -> None:
     async with (
         TcpProxy(relay.port) as proxy,
         running("send", proxy.url(path_of(channel))) as command,
@@ -397,7 +407,7 @@ async def test_send_reports_the_number_of_unconfirmed_messages(relay: Relay, cha
 
 
 async def test_send_ends_when_the_relay_is_unavailable_though_its_input_is_open(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with TcpProxy(relay.port) as proxy:
         url = proxy.url(path_of(channel))
@@ -408,14 +418,16 @@ async def test_send_ends_when_the_relay_is_unavailable_though_its_input_is_open(
             assert await command.exit_code() == 1
 
 
-async def test_ctrl_c_ends_send_while_its_input_is_open(relay: Relay, channel: str) -> None:
+async def test_ctrl_c_ends_send_while_its_input_is_open(relay: RelayProcess, channel: str) -> None:
     async with running("send", url_of(relay, channel)) as command:
         await command.notice_with("connected to")
         command.process.send_signal(signal.SIGINT)
         assert await command.exit_code() == 130
 
 
-async def test_ctrl_c_ends_send_while_it_reads_a_binary_message(relay: Relay, channel: str) -> None:
+async def test_ctrl_c_ends_send_while_it_reads_a_binary_message(
+    relay: RelayProcess, channel: str
+) -> None:
     async with running("send", "--binary", "-", url_of(relay, channel)) as command:
         await command.write_stdin("the first part")
         assert command.process.stdin is not None
@@ -425,7 +437,7 @@ async def test_ctrl_c_ends_send_while_it_reads_a_binary_message(relay: Relay, ch
 
 
 async def test_send_rejects_input_that_is_not_utf_8_and_a_missing_file(
-    relay: Relay, channel: str, tmp_path: Path
+    relay: RelayProcess, channel: str, tmp_path: Path
 ) -> None:
     done = await run_with_stdin(b"one\n\xff\n", "send", "-q", url_of(relay, channel))
     assert done.exit_code == 2
@@ -437,18 +449,18 @@ async def test_send_rejects_input_that_is_not_utf_8_and_a_missing_file(
 
 
 async def test_send_rejects_an_input_that_is_too_large_without_reading_all_of_it(
-    relay: Relay, channel: str, tmp_path: Path
+    relay: RelayProcess, channel: str, tmp_path: Path
 ) -> None:
     file, url = tmp_path / "film", url_of(relay, channel)
     with file.open("wb") as opened:
         opened.truncate(MAX_MESSAGE_BYTES * 1_000)  # a sparse file
     done = await run_client("send", "-q", "--binary", str(file), url)
     words = f"{file}: a message has at most 67,108,864 bytes"
-    assert done == Finished(2, "", f"websocket-relay: {words}\n")
+    assert done == CommandResult(2, "", f"websocket-relay: {words}\n")
     with file.open("rb") as opened:
         async with running("send", "-q", url, stdin=opened.fileno()) as command:
             done = await command.finish()
-    assert done == Finished(2, "", "websocket-relay: line 1 has more than 67,108,864 bytes\n")
+    assert done == CommandResult(2, "", "websocket-relay: line 1 has more than 67,108,864 bytes\n")
 
 
 # bench
@@ -478,7 +490,7 @@ async def test_the_stats_of_bench_agree_with_the_metrics_of_the_relay(
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
-async def test_bench_with_a_window_has_no_rate(relay: Relay, channel: str) -> None:
+async def test_bench_with_a_window_has_no_rate(relay: RelayProcess, channel: str) -> None:
     done = await run_client(
         "bench", *SHORT_RUN, "--window", "2", "--bytes", "70000", url_of(relay, channel)
     )
@@ -508,7 +520,7 @@ async def test_bench_reports_closed_clients_and_missing_deliveries(
     assert missing.endswith("deliveries are missing")
 
 
-async def test_bench_prints_its_progress_to_a_terminal(relay: Relay, channel: str) -> None:
+async def test_bench_prints_its_progress_to_a_terminal(relay: RelayProcess, channel: str) -> None:
     with pseudo_terminal() as (screen, program_side):
         url = url_of(relay, channel)
         async with running("bench", *SHORT_RUN, url, stderr=program_side) as command:
@@ -522,12 +534,14 @@ async def test_bench_prints_its_progress_to_a_terminal(relay: Relay, channel: st
     assert "latency p50" in done.stdout
 
 
-async def test_ctrl_c_ends_bench_with_130_and_the_stats_so_far(relay: Relay, channel: str) -> None:
+async def test_ctrl_c_ends_bench_with_130_and_the_stats_so_far(
+    relay: RelayProcess, channel: str
+) -> None:
     url = url_of(relay, channel)
     options = (*SHORT_RUN, "--duration", "60", "--warmup", "0", "--rate", "100")
     before = await relay.metric("websocket_messages_total")
     async with running("bench", *options, url) as command:
-        await relay.metric_reaches("websocket_messages_total", before + 20)
+        await relay.await_metric_at_least("websocket_messages_total", before + 20)
         command.process.send_signal(signal.SIGINT)
         done = await command.finish()
     assert (done.exit_code, done.stderr) == (130, "")
@@ -538,7 +552,7 @@ async def test_bench_reports_an_unwritable_file_before_it_measures(tmp_path: Pat
     """Nothing listens on the port: an attempt to connect would be the error."""
     file = str(tmp_path / "not there" / "bench.json")
     done = await run_client("bench", *SHORT_RUN, "--json", file, UNAVAILABLE_URL)
-    assert done == Finished(1, "", f"websocket-relay: {file}: No such file or directory\n")
+    assert done == CommandResult(1, "", f"websocket-relay: {file}: No such file or directory\n")
 
 
 async def test_bench_reports_why_its_clients_were_refused(
@@ -659,7 +673,7 @@ def with_url(command: Sequence[str], url: str, *further: str) -> list[str]:
 @each_client_command
 async def test_an_unavailable_relay_is_one_line_and_1(command: Sequence[str]) -> None:
     done = await run_client(*with_url(command, UNAVAILABLE_URL))
-    assert done == Finished(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
+    assert done == CommandResult(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
 
 
 @each_client_command
@@ -669,10 +683,10 @@ async def test_ctrl_c_during_the_imports_of_a_command_ends_it_with_130(
     (tmp_path / "websockets.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
     path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
     done = await run_client(*with_url(command, UNAVAILABLE_URL), env={"PYTHONPATH": path})
-    assert done == Finished(130, "", "")
+    assert done == CommandResult(130, "", "")
 
 
-async def test_another_ctrl_c_ends_a_command_that_hangs(relay: Relay, channel: str) -> None:
+async def test_another_ctrl_c_ends_a_command_that_hangs(relay: RelayProcess, channel: str) -> None:
     reading, writing = os.pipe()
     async with listening(url_of(relay, channel), stdout=writing) as command:
         os.close(writing)
@@ -715,7 +729,7 @@ async def test_a_rejected_token_is_one_line_and_1_and_never_shown(
     relay = relay_with(auth=JWT)
     url = url_of(relay, channel)
     without = await run_client(*with_url(command, url))
-    assert without == Finished(1, "", f"websocket-relay: {url}: HTTP 401, token required\n")
+    assert without == CommandResult(1, "", f"websocket-relay: {url}: HTTP 401, token required\n")
     bad = sign_token(exp=1)
     file = tmp_path / "token.txt"
     file.write_text(f"{bad}\n")
@@ -725,7 +739,7 @@ async def test_a_rejected_token_is_one_line_and_1_and_never_shown(
         await run_client(*with_url(command, url, "--token-file", str(file))),
     ):
         why = "HTTP 401, invalid token: expired"
-        assert done == Finished(1, "", f"websocket-relay: {url}: {why}\n")
+        assert done == CommandResult(1, "", f"websocket-relay: {url}: {why}\n")
     if command[0] == "send":
         file.write_text(sign_token())
         sent = await run_client(*with_url(command, url, "--token-file", str(file)))
@@ -739,10 +753,10 @@ async def test_a_token_file_without_a_token_is_one_line_and_2(
     file = tmp_path / "token.txt"
     arguments = with_url(command, UNAVAILABLE_URL, "--token-file", str(file))
     missing = await run_client(*arguments)
-    assert missing == Finished(2, "", f"websocket-relay: {file}: No such file or directory\n")
+    assert missing == CommandResult(2, "", f"websocket-relay: {file}: No such file or directory\n")
     file.write_text("\n")
     empty = await run_client(*arguments)
-    assert empty == Finished(2, "", f"websocket-relay: {file}: contains no token\n")
+    assert empty == CommandResult(2, "", f"websocket-relay: {file}: contains no token\n")
 
 
 @each_client_command
@@ -763,9 +777,9 @@ async def test_a_certificate_is_trusted_if_ca_names_it(
         assert (await run_client(*with_url(command, url, "--ca", ca))).exit_code == 0
     key = str(certificate_directory / "key.pem")
     done = await run_client(*with_url(command, url, "--ca", key))
-    assert done == Finished(2, "", f"websocket-relay: {key}: contains no certificate\n")
+    assert done == CommandResult(2, "", f"websocket-relay: {key}: contains no certificate\n")
     done = await run_client(*with_url(command, UNAVAILABLE_URL, "--ca", ca))
-    assert done == Finished(2, "", "websocket-relay: --ca requires a wss:// URL\n")
+    assert done == CommandResult(2, "", "websocket-relay: --ca requires a wss:// URL\n")
 
 
 @pytest.mark.parametrize(
@@ -830,14 +844,14 @@ def test_a_client_command_imports_no_server(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def client_only(tmp_path: Path) -> Callable[..., Finished]:
+def client_only(tmp_path: Path) -> Callable[..., CommandResult]:
     """Run the command line where only the client's dependencies are installed."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for package in (PACKAGE, Path(websockets.__path__[0])):
         (packages / package.name).symlink_to(package)
 
-    def run(*arguments: str) -> Finished:
+    def run(*arguments: str) -> CommandResult:
         env = NO_PROXY | {"PYTHONPATH": str(packages)}
         return run_python("-S", "-m", "websocket_relay", *arguments, directory=tmp_path, env=env)
 
@@ -848,22 +862,22 @@ def client_only(tmp_path: Path) -> Callable[..., Finished]:
     "command", [CLIENT_COMMANDS[0], CLIENT_COMMANDS[2]], ids=["listen", "bench"]
 )
 def test_a_client_command_needs_no_dependency_of_the_relay(
-    client_only: Callable[..., Finished], command: Sequence[str]
+    client_only: Callable[..., CommandResult], command: Sequence[str]
 ) -> None:
     done = client_only(*with_url(command, UNAVAILABLE_URL))
-    assert done == Finished(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
+    assert done == CommandResult(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
 
 
 async def test_send_publishes_without_the_dependencies_of_the_relay(
-    relay: Relay, channel: str, client_only: Callable[..., Finished]
+    relay: RelayProcess, channel: str, client_only: Callable[..., CommandResult]
 ) -> None:
     sent = await asyncio.to_thread(client_only, "send", "-q", url_of(relay, channel), "hello")
-    assert sent == Finished(0, "", "")
+    assert sent == CommandResult(0, "", "")
 
 
 @pytest.mark.parametrize("command", [[], ["check"]], ids=["serve", "check"])
 def test_a_command_of_the_relay_names_the_extra_that_is_not_installed(
-    client_only: Callable[..., Finished], command: list[str]
+    client_only: Callable[..., CommandResult], command: list[str]
 ) -> None:
     done = client_only(*command)
     assert done.exit_code == 1

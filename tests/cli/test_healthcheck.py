@@ -10,7 +10,7 @@ import yaml
 from websocket_relay.cli import healthcheck
 from websocket_relay.cli.main import main
 
-from tests.support.relay_process import Finished, Relay, StartRelay, merged, run_command
+from tests.support.relay_process import CommandResult, RelayProcess, StartRelay, merged, run_command
 
 DISABLED = {"enabled": False}
 
@@ -23,7 +23,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def check_health(relay: Relay, directory: Path) -> Finished:
+def check_health(relay: RelayProcess, directory: Path) -> CommandResult:
     """Run the command with the settings of a relay; the ports come from the environment."""
     (directory / "checked.yaml").write_text(yaml.safe_dump(relay.settings))
     ports = {"RELAY__SERVER__PORT": str(relay.port)}
@@ -35,7 +35,7 @@ def check_health(relay: Relay, directory: Path) -> Finished:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_relay_that_serves_is_healthy(relay_with: StartRelay, tmp_path: Path, name: str) -> None:
-    assert check_health(relay_with(**SETTINGS[name]), tmp_path) == Finished(0, "", "")
+    assert check_health(relay_with(**SETTINGS[name]), tmp_path) == CommandResult(0, "", "")
 
 
 @pytest.mark.parametrize("metrics", [True, False], ids=["metrics", "no metrics"])
@@ -43,15 +43,15 @@ def test_a_relay_with_tls_is_healthy(
     tls_relay_with: StartRelay, tmp_path: Path, metrics: bool
 ) -> None:
     relay = tls_relay_with(metrics={"enabled": metrics})
-    assert check_health(relay, tmp_path) == Finished(0, "", "")
+    assert check_health(relay, tmp_path) == CommandResult(0, "", "")
 
 
 def test_a_relay_that_waits_for_its_broker_is_healthy(tmp_path: Path) -> None:
-    relay = Relay(tmp_path, {"backplane": {"url": "redis://127.0.0.1:1/0"}})
+    relay = RelayProcess(tmp_path, {"backplane": {"url": "redis://127.0.0.1:1/0"}})
     try:
         relay.start()
         relay.await_log("relay listening")
-        assert check_health(relay, tmp_path) == Finished(0, "", "")
+        assert check_health(relay, tmp_path) == CommandResult(0, "", "")
     finally:
         relay.end()
 

@@ -17,7 +17,13 @@ from websocket_relay.outcomes import SettingsError
 from tests.support.admission import refusal_answer
 from tests.support.certificates import make_pair
 from tests.support.issuer import Signer, make_signer
-from tests.support.relay_process import Finished, Relay, StartRelay, environment, run_command
+from tests.support.relay_process import (
+    CommandResult,
+    RelayProcess,
+    StartRelay,
+    environment,
+    run_command,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -116,7 +122,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("logging.format", "json", "json"),
 ]
 
-Check = Callable[..., Finished]
+Check = Callable[..., CommandResult]
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
     process for it.
     """
 
-    def run(text: str | None = None, **env: str) -> Finished:
+    def run(text: str | None = None, **env: str) -> CommandResult:
         if text is not None:
             (tmp_path / "config.yaml").write_text(text)
         kept = environment(env)
@@ -139,7 +145,7 @@ def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
                 patch.setenv(name, value)
             exit_code = main(["check"])
         stdout, stderr = capsys.readouterr()
-        return Finished(exit_code, stdout, stderr)
+        return CommandResult(exit_code, stdout, stderr)
 
     return run
 
@@ -163,7 +169,7 @@ def problems_of(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
 ProblemsOf = Callable[[str], tuple[str, ...]]
 
 
-def effective(done: Finished) -> dict[str, Any]:
+def effective(done: CommandResult) -> dict[str, Any]:
     """Assert that the settings are valid; return them."""
     assert done.exit_code == 0, done.stderr
     settings = yaml.safe_load(done.stdout)
@@ -194,7 +200,7 @@ def variable_of(key: str) -> str:
     return "RELAY__" + key.replace(".", "__").upper()
 
 
-def assert_rejected(done: Finished, *words: str) -> None:
+def assert_rejected(done: CommandResult, *words: str) -> None:
     """Assert that there is one error line, that it has these words, and that the status is 2."""
     assert done.exit_code == 2, done
     assert "Traceback" not in done.stderr
@@ -598,12 +604,12 @@ def test_a_short_secret_is_a_warning(
 def test_a_warning_about_settings_is_an_event_of_the_log_without_the_secret(
     tmp_path: Path, auth: dict[str, Any], event: str, facts: dict[str, str]
 ) -> None:
-    with Relay(tmp_path, {"auth": auth}) as relay:
+    with RelayProcess(tmp_path, {"auth": auth}) as relay:
         (warning,) = (line for line in relay.log_events if line["level"] == "warning")
         assert warning["event"] == event
         assert facts.items() <= warning.items()
         assert "s3cr3t" not in "".join(relay.log_lines)
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []
 
 
 @pytest.mark.parametrize(

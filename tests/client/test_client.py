@@ -33,7 +33,7 @@ from tests.support.certificates import make_pair
 from tests.support.issuer import SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import Relay, StartRelay, path_of, receive
+from tests.support.relay_process import RelayProcess, StartRelay, path_of, receive
 from tests.support.tcp_proxy import TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
@@ -79,7 +79,7 @@ class EventLog:
 
 
 async def test_a_client_receives_text_and_binary_messages_with_their_positions(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     published: list[str | bytes] = ["text\nof two lines", b"\x00\n\xff", "", b"", b"x" * 1_048_576]
     async with Client(relay.ws_url(path_of(channel))) as client:
@@ -93,7 +93,7 @@ async def test_a_client_receives_text_and_binary_messages_with_their_positions(
 
 
 async def test_a_client_starts_after_a_position_or_with_the_last_messages(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     url = relay.ws_url(path_of(channel))
     async with Client(url) as client:
@@ -109,7 +109,7 @@ async def test_a_client_starts_after_a_position_or_with_the_last_messages(
 
 
 async def test_a_client_that_loses_its_connection_receives_every_message_once(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
         log = EventLog()
@@ -164,7 +164,9 @@ async def test_a_client_of_a_draining_relay_reconnects_to_another(
     assert disconnected.reason.startswith("closed by the relay: draining; retry_ms=")
 
 
-async def test_a_client_buffers_no_more_than_max_waiting_bytes(relay: Relay, channel: str) -> None:
+async def test_a_client_buffers_no_more_than_max_waiting_bytes(
+    relay: RelayProcess, channel: str
+) -> None:
     url = relay.ws_url(path_of(channel))
     async with Client(url, max_waiting_bytes=2_000) as client, relay.client(channel) as publisher:
         for number in range(200):
@@ -177,7 +179,9 @@ async def test_a_client_buffers_no_more_than_max_waiting_bytes(relay: Relay, cha
 # Sending
 
 
-async def test_flush_returns_when_every_message_is_relayed(relay: Relay, channel: str) -> None:
+async def test_flush_returns_when_every_message_is_relayed(
+    relay: RelayProcess, channel: str
+) -> None:
     async with (
         relay.client(channel) as subscriber,
         Client(relay.ws_url(path_of(channel)), listens=False) as client,
@@ -190,7 +194,7 @@ async def test_flush_returns_when_every_message_is_relayed(relay: Relay, channel
     assert received == [str(number) for number in range(500)]
 
 
-async def test_leaving_the_block_sends_every_message(relay: Relay, channel: str) -> None:
+async def test_leaving_the_block_sends_every_message(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as subscriber:
         async with Client(relay.ws_url(path_of(channel)), listens=False) as client:
             await client.send("last message")
@@ -199,7 +203,7 @@ async def test_leaving_the_block_sends_every_message(relay: Relay, channel: str)
 
 
 async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
@@ -221,7 +225,7 @@ async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable
 
 
 async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent_again(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
@@ -239,7 +243,7 @@ async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent
 
 @pytest.mark.parametrize("repeats", [False, True])
 async def test_a_message_that_was_lost_with_its_connection_is_abandoned_or_with_repeats_sent_again(
-    relay: Relay, channel: str, repeats: bool
+    relay: RelayProcess, channel: str, repeats: bool
 ) -> None:
     async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         log = EventLog()
@@ -274,7 +278,7 @@ async def test_only_the_messages_in_flight_to_a_killed_relay_are_unconfirmed(
             await client.flush()
             proxy.lose_server_bytes()
             await client.send("relayed, not confirmed")
-            await old.metric_is("websocket_messages_total", 2)
+            await old.await_metric("websocket_messages_total", 2)
             assert await old.stop(signal.SIGKILL) != 0
             proxy.target = new.port
             proxy.cut()
@@ -289,7 +293,7 @@ async def test_only_the_messages_in_flight_to_a_killed_relay_are_unconfirmed(
 
 
 @pytest.fixture
-async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[list[Relay]]:
+async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[list[RelayProcess]]:
     """Two replicas with one broker."""
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         backplane = {"url": broker.url}
@@ -297,7 +301,7 @@ async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[
 
 
 async def test_a_drain_during_a_stream_of_messages_loses_none_and_duplicates_none(
-    two_replicas: list[Relay], channel: str
+    two_replicas: list[RelayProcess], channel: str
 ) -> None:
     old, new = two_replicas
     texts = [str(number) for number in range(2_000)]
@@ -335,7 +339,7 @@ async def test_messages_that_a_draining_relay_accepted_are_confirmed_without_the
 
 
 async def test_flush_fails_instead_of_blocking_when_unread_messages_pause_the_client(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with Client(relay.ws_url(path_of(channel)), max_waiting_bytes=500) as client:
         for number in range(100):
@@ -346,7 +350,7 @@ async def test_flush_fails_instead_of_blocking_when_unread_messages_pause_the_cl
         assert await next_payloads(client, 100) == [str(each) for each in range(100)]
 
 
-async def test_invalid_data_is_refused_by_send(relay: Relay, channel: str) -> None:
+async def test_invalid_data_is_refused_by_send(relay: RelayProcess, channel: str) -> None:
     invalid: list[tuple[Any, type[Exception]]] = [
         ("unpaired surrogate \ud800", UnicodeEncodeError),
         (None, TypeError),
@@ -414,7 +418,7 @@ async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> 
 
 
 async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     with pytest.raises(UnavailableError, match="connection refused"):
         async with Client("ws://127.0.0.1:1/"):
@@ -435,7 +439,7 @@ async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
 
 
 async def test_a_client_that_was_connected_gives_up_when_its_patience_ends(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with (
         TcpProxy(relay.port) as proxy,
@@ -580,7 +584,7 @@ async def test_flush_raises_that_a_message_is_too_big_for_the_relay(
 
 
 async def test_a_client_neither_sends_nor_accepts_a_message_above_its_own_limit(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     url = relay.ws_url(path_of(channel))
     async with Client(url, max_message_bytes=1_000) as client, relay.client(channel) as publisher:
@@ -614,7 +618,7 @@ async def test_an_untrusted_certificate_or_another_host_name_is_rejected(
 # Servers that are not a relay
 
 
-async def test_a_server_that_is_not_a_relay_is_rejected(relay: Relay) -> None:
+async def test_a_server_that_is_not_a_relay_is_rejected(relay: RelayProcess) -> None:
     async def echo(websocket: ServerConnection) -> None:
         async for message in websocket:
             await websocket.send(message)
@@ -677,7 +681,7 @@ async def test_an_invalid_welcome_is_rejected() -> None:
 
 
 async def test_an_unusable_proxy_is_rejected_without_its_password(
-    relay: Relay, monkeypatch: pytest.MonkeyPatch
+    relay: RelayProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("no_proxy")
     for proxy, text in (

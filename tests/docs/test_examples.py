@@ -21,7 +21,14 @@ from tests.support import browser
 from tests.support.addresses import INVALID_URLS
 from tests.support.issuer import channel_token
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, Finished, Relay, StartRelay, environment, receive
+from tests.support.relay_process import (
+    ROOT,
+    CommandResult,
+    RelayProcess,
+    StartRelay,
+    environment,
+    receive,
+)
 
 pytestmark = browser.SHARED
 
@@ -47,14 +54,14 @@ def client_py(*arguments: str, token: str = "") -> Iterator["subprocess.Popen[st
             process.kill()
 
 
-def client_py_reading(text: str, *arguments: str, token: str = "") -> Finished:
+def client_py_reading(text: str, *arguments: str, token: str = "") -> CommandResult:
     """Run examples/client.py on an input that ends."""
     with client_py(*arguments, token=token) as process:
         stdout, stderr = process.communicate(text, timeout=PATIENCE_S)
-        return Finished(process.returncode, stdout, stderr)
+        return CommandResult(process.returncode, stdout, stderr)
 
 
-def make_token_py(*arguments: str) -> Finished:
+def make_token_py(*arguments: str) -> CommandResult:
     """Run examples/make_token.py."""
     done = subprocess.run(
         [sys.executable, str(MAKE_TOKEN_PY), *arguments],
@@ -64,7 +71,7 @@ def make_token_py(*arguments: str) -> Finished:
         timeout=PATIENCE_S,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @asynccontextmanager
@@ -81,7 +88,7 @@ async def answering(head: str, body: str = "") -> AsyncIterator[str]:
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
 
 
-def assert_kept_secret(relay: Relay, token: str) -> None:
+def assert_kept_secret(relay: RelayProcess, token: str) -> None:
     """See to it that no part of a token stands in the log: signatures are what matters."""
     log = "\n".join(relay.log_lines)
     assert all(part not in log for part in token.split("."))
@@ -95,12 +102,12 @@ def test_both_examples_know_the_relay_s_default_address() -> None:
 
 
 async def test_client_py_sends_what_it_reads_and_prints_what_arrives(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     with client_py(relay.ws_url(f"/channels/{channel}")) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         async with relay.client(channel) as other:
             print("typed", file=process.stdin, flush=True)
             assert await receive(other) == "typed"
@@ -109,7 +116,9 @@ async def test_client_py_sends_what_it_reads_and_prints_what_arrives(
             assert process.stdout.readline() == "from elsewhere\n"
 
 
-def test_client_py_prints_everything_it_sent_before_it_ends(relay: Relay, channel: str) -> None:
+def test_client_py_prints_everything_it_sent_before_it_ends(
+    relay: RelayProcess, channel: str
+) -> None:
     text = "".join(f"line {number}\n" for number in range(3000))
     done = client_py_reading(text, relay.ws_url(f"/channels/{channel}"))
     assert (done.exit_code, done.stdout, done.stderr) == (0, text, "closed: 1000\n")
@@ -118,7 +127,7 @@ def test_client_py_prints_everything_it_sent_before_it_ends(relay: Relay, channe
 async def test_client_py_says_why_the_relay_closed_it(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 0})
     with client_py(relay.ws_url()) as process:
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         relay.signal(signal.SIGTERM)
         # Nobody presses a key: its end must not wait for the keyboard.
         assert process.wait(PATIENCE_S) == 0
@@ -133,7 +142,7 @@ def test_client_py_says_in_one_line_that_there_is_no_relay() -> None:
 
 
 def test_client_py_says_in_one_line_why_it_was_refused(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     address = jwt_relay.ws_url(f"/channels/{channel}")
     expired = channel_token(secret, channel, lasts_s=-600)
@@ -227,7 +236,7 @@ def test_client_py_ends_quietly_with_ctrl_c_while_nobody_answers() -> None:
 
 
 def test_client_py_says_that_it_may_not_publish(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel, may_publish=False)
     url = jwt_relay.ws_url(f"/channels/{channel}")
@@ -237,7 +246,7 @@ def test_client_py_says_that_it_may_not_publish(
 
 
 async def test_client_py_brings_the_token_of_its_environment(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel)
     url = jwt_relay.ws_url(f"/channels/{channel}")
@@ -246,7 +255,9 @@ async def test_client_py_brings_the_token_of_its_environment(
     assert_kept_secret(jwt_relay, token)
 
 
-def test_client_py_does_not_show_a_token_that_was_refused(jwt_relay: Relay, channel: str) -> None:
+def test_client_py_does_not_show_a_token_that_was_refused(
+    jwt_relay: RelayProcess, channel: str
+) -> None:
     token = channel_token("another secret that is as long as it should be", channel)
     done = client_py_reading("", jwt_relay.ws_url(f"/channels/{channel}"), token=token)
     assert done.exit_code == 1
@@ -257,7 +268,7 @@ def test_client_py_does_not_show_a_token_that_was_refused(jwt_relay: Relay, chan
 
 
 def test_make_token_py_prints_a_token_that_the_relay_accepts(
-    jwt_relay: Relay, secret: str, tmp_path: Path
+    jwt_relay: RelayProcess, secret: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "secret.txt"
     file.write_text(f"{secret}\n")
@@ -343,7 +354,7 @@ async def everything_shown(page: Page) -> str:
     return "\n".join([await page.content(), *[await field.input_value() for field in fields]])
 
 
-async def test_client_html_sends_and_shows_what_arrives(relay: Relay, channel: str) -> None:
+async def test_client_html_sends_and_shows_what_arrives(relay: RelayProcess, channel: str) -> None:
     async with browser.open_page() as page, relay.client(channel) as other:
         await opened(page, relay.ws_url(f"/channels/{channel}"))
         await send(page, "typed <b>here</b>")
@@ -356,7 +367,7 @@ async def test_client_html_sends_and_shows_what_arrives(relay: Relay, channel: s
         await expect(page.locator("#log li:last-child .text")).to_have_text("00 ff")
 
         await page.get_by_role("button", name="Disconnect").click()
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
 
 
 async def test_client_html_returns_when_the_relay_that_stopped_is_back(
@@ -371,7 +382,7 @@ async def test_client_html_returns_when_the_relay_that_stopped_is_back(
 
         again = relay_with(server={"port": relay.port})
         await expect(page.locator("#state")).to_have_text("connected")
-        await again.metric_is("websocket_connected_clients", 1)
+        await again.await_metric("websocket_connected_clients", 1)
 
 
 async def test_client_html_waits_as_long_as_the_relay_told_it() -> None:
@@ -383,7 +394,7 @@ async def test_client_html_waits_as_long_as_the_relay_told_it() -> None:
 
 
 async def test_client_html_brings_a_token_and_shows_it_nowhere(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel)
     async with browser.open_page() as page:
@@ -403,7 +414,7 @@ async def test_client_html_brings_a_token_and_shows_it_nowhere(
 
 
 async def test_client_html_does_not_return_with_a_token_that_has_expired(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     async with browser.open_page() as page:
         await page.goto(f"{CLIENT_HTML.as_uri()}?url={jwt_relay.ws_url(f'/channels/{channel}')}")
@@ -448,7 +459,7 @@ async def test_client_html_does_not_say_could_not_connect_of_a_connection_that_w
 
 
 async def test_client_html_shows_no_query_of_an_address(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel)
     address = jwt_relay.ws_url(f"/channels/{channel}")
@@ -506,7 +517,7 @@ async def test_client_html_does_not_repeat_what_is_no_address(url: str) -> None:
 
 
 async def test_client_html_says_that_messages_were_not_relayed_and_why(
-    jwt_relay: Relay, secret: str, channel: str
+    jwt_relay: RelayProcess, secret: str, channel: str
 ) -> None:
     token = channel_token(secret, channel, may_publish=False)
     address = jwt_relay.ws_url(f"/channels/{channel}")
@@ -521,7 +532,7 @@ async def test_client_html_says_that_messages_were_not_relayed_and_why(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_client_html_is_readable_on_a_phone(
-    relay: Relay, channel: str, scheme: Literal["light", "dark"]
+    relay: RelayProcess, channel: str, scheme: Literal["light", "dark"]
 ) -> None:
     async with browser.open_page() as page:
         await page.set_viewport_size({"width": 320, "height": 480})

@@ -31,7 +31,7 @@ from tests.support.proxies import (
     relay_settings_of,
 )
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, ROOT, Relay, merged, receive
+from tests.support.relay_process import HOST, ROOT, RelayProcess, merged, receive
 
 SUBSCRIBERS = 8
 PUBLISHERS = "abc"
@@ -45,7 +45,7 @@ class Deployment:
     """Two relays on one Redis, and a proxy in front of them."""
 
     def __init__(self, stack: ExitStack, directory: Path, broker: RedisBroker) -> None:
-        self.relays: list[Relay] = []
+        self.relays: list[RelayProcess] = []
         self._stack = stack
         self._directory = directory
         self._broker = broker
@@ -79,14 +79,14 @@ class Deployment:
         await proxy.wait_until_up(path)
         return proxy
 
-    async def _start_relay(self, index: int) -> Relay:
+    async def _start_relay(self, index: int) -> RelayProcess:
         directory = self._directory / f"relay-{index}"
         directory.mkdir(exist_ok=True)
         here = {
             "server": {"port": self._ports[index], "trusted_proxies": [HOST]},
             "backplane": {"url": self._broker.url},
         }
-        relay = Relay(directory, merged(self._settings, here))
+        relay = RelayProcess(directory, merged(self._settings, here))
         self._stack.callback(relay.end)
         await asyncio.to_thread(relay.__enter__)
         return relay
@@ -122,7 +122,7 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
         with ExitStack() as stack:
             made = Deployment(stack, tmp_path, broker)
             yield made
-        assert not [line for relay in made.relays for line in relay.complaints]
+        assert not [line for relay in made.relays for line in relay.unexpected_lines]
 
 
 # Load
@@ -241,7 +241,7 @@ async def test_a_reload_and_a_rolling_restart_under_load_lose_and_duplicate_noth
         assert not any(each.disconnections for each in subscribers), "by the reload"
         for index in range(2):
             await deployment.restart(index)
-            await deployment.relays[index].metric_reaches("websocket_connections_total", 1)
+            await deployment.relays[index].await_metric_at_least("websocket_connections_total", 1)
         stop.set()
         published = [message for each in publishing for message in await each]
         await publish_last_message(deployment)

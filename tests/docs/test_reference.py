@@ -23,7 +23,7 @@ from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, 
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.markdown import code_spans, section, tables
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, PACKAGE, ROOT, Relay, StartRelay
+from tests.support.relay_process import HOST, PACKAGE, ROOT, RelayProcess, StartRelay
 
 REFERENCE = ROOT / "docs" / "reference"
 
@@ -103,7 +103,7 @@ def test_the_table_of_token_problems_is_complete() -> None:
     assert details == [[problem] for problem in TokenProblem]
 
 
-async def status_of(relay: Relay, request: bytes) -> int:
+async def status_of(relay: RelayProcess, request: bytes) -> int:
     """Send bytes on a connection of their own; return the status of the answer."""
     async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(HOST, relay.port)
@@ -113,7 +113,7 @@ async def status_of(relay: Relay, request: bytes) -> int:
     return int(status_line.split()[1])
 
 
-async def test_the_table_of_http_s_own_answers_is_complete(relay: Relay) -> None:
+async def test_the_table_of_http_s_own_answers_is_complete(relay: RelayProcess) -> None:
     host = b"Host: relay\r\n"
     answers = {
         await status_of(relay, request)
@@ -184,7 +184,9 @@ def test_the_table_of_readiness_is_complete() -> None:
     assert {code_spans(status)[0] for status, _ in statuses} == not_ready
 
 
-async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(relay: Relay) -> None:
+async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(
+    relay: RelayProcess,
+) -> None:
     of_the_relay, of_metrics = (
         {tuple(request.split()) for cell, _ in table for request in code_spans(cell)}
         for table in tables(section(HTTP, "Endpoints"))
@@ -201,7 +203,7 @@ async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(relay:
         assert (await relay.get_metrics(path)).status_code == 200
 
 
-async def test_the_table_of_stats_is_complete(relay: Relay) -> None:
+async def test_the_table_of_stats_is_complete(relay: RelayProcess) -> None:
     stats = (await relay.get("/stats")).json()
     metrics = {
         code_spans(row[0])[0].removeprefix("websocket_").removesuffix("_total")

@@ -8,27 +8,29 @@ import pytest
 from tests.support.events_client import request_events
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.issuer import SECRET
-from tests.support.relay_process import PLAIN, Relay, StartRelay
+from tests.support.relay_process import NO_CA, RelayProcess, StartRelay
 
 ALLOWED, OTHER = "https://allowed.example", "https://other.example"
 ALLOW_ORIGIN = "access-control-allow-origin"
 
 
 @pytest.fixture
-def restricted_relay(relay_with: StartRelay) -> Relay:
+def restricted_relay(relay_with: StartRelay) -> RelayProcess:
     """A relay that admits two origins. The settings contain one of them in upper case."""
     origins = ["https://second.example", "https://ALLOWED.example"]
     return relay_with(server={"allowed_origins": origins})
 
 
-async def preflight(relay: Relay, origin: str, method: str, *headers: str) -> httpx2.Response:
+async def preflight(
+    relay: RelayProcess, origin: str, method: str, *headers: str
+) -> httpx2.Response:
     """Send the preflight request of a browser for a request that a form can't send."""
     fields = {
         "Origin": origin,
         "Access-Control-Request-Method": method,
         **({"Access-Control-Request-Headers": ", ".join(headers)} if headers else {}),
     }
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False) as http:
         return await http.options(relay.http_url("/channels/a"), headers=fields)
 
 
@@ -37,7 +39,7 @@ def list_members(headers: Mapping[str, str], name: str) -> set[str]:
     return {member.strip().lower() for member in headers[name].split(",")}
 
 
-async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: Relay) -> None:
+async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: RelayProcess) -> None:
     for origin in (ALLOWED, "https://second.example"):
         response = await preflight(restricted_relay, origin, "POST", "authorization")
         assert response.status_code == 200
@@ -53,7 +55,7 @@ async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: Rela
     assert response.headers[ALLOW_ORIGIN] == ALLOWED
 
 
-async def test_a_page_of_another_origin_may_not_post(restricted_relay: Relay) -> None:
+async def test_a_page_of_another_origin_may_not_post(restricted_relay: RelayProcess) -> None:
     for origin in (OTHER, "null", "https://allowed.example.other.example"):
         response = await preflight(restricted_relay, origin, "POST", "authorization")
         assert response.status_code == 400
@@ -63,10 +65,10 @@ async def test_a_page_of_another_origin_may_not_post(restricted_relay: Relay) ->
         )
         assert (response.status_code, response.text) == (403, "origin not allowed\n")
         assert ALLOW_ORIGIN not in response.headers
-    await restricted_relay.metric_is("websocket_messages_total", 0)
+    await restricted_relay.await_metric("websocket_messages_total", 0)
 
 
-async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Relay) -> None:
+async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: RelayProcess) -> None:
     async with request_events(restricted_relay, "a", headers={"Origin": ALLOWED}) as events:
         assert events.status == 200
         assert events.headers[ALLOW_ORIGIN] == ALLOWED
@@ -77,14 +79,16 @@ async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Rela
     assert response.status_code == 200
 
 
-async def test_responses_declare_that_they_vary_with_the_origin(restricted_relay: Relay) -> None:
+async def test_responses_declare_that_they_vary_with_the_origin(
+    restricted_relay: RelayProcess,
+) -> None:
     for origin in (ALLOWED, OTHER):
         response = await publish_by_post(restricted_relay, "a", b"x", TEXT_TYPE, {"Origin": origin})
         assert "origin" in list_members(response.headers, "vary")
 
 
 async def test_by_default_pages_of_all_origins_may_post_and_read(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     response = await preflight(relay, OTHER, "POST", "authorization", "content-type")
     assert (response.status_code, response.headers[ALLOW_ORIGIN]) == (200, "*")

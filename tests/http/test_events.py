@@ -6,12 +6,12 @@ import base64
 import pytest
 
 from tests.support.events_client import request_events, subscribe_events
-from tests.support.relay_process import Relay, StartRelay, eventually, receive
+from tests.support.relay_process import RelayProcess, StartRelay, eventually, receive
 from tests.support.relay_v1 import publish_all
 
 
 async def test_an_event_stream_delivers_what_websocket_clients_publish(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as publisher, subscribe_events(relay, channel) as events:
         for text in ("one", "two", ""):
@@ -20,7 +20,7 @@ async def test_an_event_stream_delivers_what_websocket_clients_publish(
 
 
 async def test_an_event_stream_without_a_message_resumes_from_its_welcome(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     await publish_all(relay, channel, "before")
     async with request_events(relay, channel) as events:
@@ -32,7 +32,7 @@ async def test_an_event_stream_without_a_message_resumes_from_its_welcome(
 
 
 async def test_response_headers_prevent_buffering_and_transformation_by_proxies(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with subscribe_events(relay, channel) as events:
         assert events.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -42,7 +42,7 @@ async def test_response_headers_prevent_buffering_and_transformation_by_proxies(
         assert "content-length" not in events.headers
 
 
-async def test_an_http_1_0_client_receives_events(relay: Relay, channel: str) -> None:
+async def test_an_http_1_0_client_receives_events(relay: RelayProcess, channel: str) -> None:
     async with (
         relay.client(channel) as publisher,
         subscribe_events(relay, channel, version="1.0") as events,
@@ -51,7 +51,9 @@ async def test_an_http_1_0_client_receives_events(relay: Relay, channel: str) ->
         assert await events.next_messages(1) == ["message"]
 
 
-async def test_a_binary_message_is_a_base64_event_named_binary(relay: Relay, channel: str) -> None:
+async def test_a_binary_message_is_a_base64_event_named_binary(
+    relay: RelayProcess, channel: str
+) -> None:
     async with relay.client(channel) as publisher, subscribe_events(relay, channel) as events:
         payload = bytes(range(256))
         await publisher.send(payload)
@@ -75,7 +77,7 @@ DATA_OF_TEXTS = {
 
 
 async def test_a_text_that_looks_like_an_event_is_the_data_of_one_event(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as publisher, subscribe_events(relay, channel) as events:
         for text, expected in DATA_OF_TEXTS.items():
@@ -84,7 +86,7 @@ async def test_a_text_that_looks_like_an_event_is_the_data_of_one_event(
             assert (event.name, event.data) == ("message", expected)
 
 
-async def test_history_is_sent_before_live_messages(relay: Relay, channel: str) -> None:
+async def test_history_is_sent_before_live_messages(relay: RelayProcess, channel: str) -> None:
     await publish_all(relay, channel, *map(str, range(10)))
     async with subscribe_events(relay, channel, "?history=3") as events:
         await publish_all(relay, channel, "live")
@@ -93,7 +95,7 @@ async def test_history_is_sent_before_live_messages(relay: Relay, channel: str) 
 
 @pytest.mark.parametrize("by_header", [True, False])
 async def test_an_event_stream_resumes_without_a_gap(
-    relay: Relay, channel: str, by_header: bool
+    relay: RelayProcess, channel: str, by_header: bool
 ) -> None:
     async with subscribe_events(relay, channel) as events:
         await publish_all(relay, channel, "received")
@@ -108,7 +110,7 @@ async def test_an_event_stream_resumes_without_a_gap(
 
 
 async def test_last_event_id_of_a_browser_takes_precedence_over_the_first_query(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with subscribe_events(relay, channel) as events:
         await publish_all(relay, channel, "first")
@@ -120,32 +122,36 @@ async def test_last_event_id_of_a_browser_takes_precedence_over_the_first_query(
 
 
 async def test_the_welcome_reports_that_the_history_does_not_hold_the_position(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with request_events(relay, channel, "?since=1-1-1") as events:
         assert (await events.next_event()).json["recovered"] is False
 
 
-async def test_an_invalid_query_is_refused(relay: Relay, channel: str) -> None:
+async def test_an_invalid_query_is_refused(relay: RelayProcess, channel: str) -> None:
     for query in ("?since=yesterday", "?history=many"):
         async with request_events(relay, channel, query) as events:
             assert events.status == 400
             assert (await events.read_body()).startswith("bad query: ")
 
 
-async def test_event_streams_are_counted_like_websocket_clients(relay: Relay, channel: str) -> None:
+async def test_event_streams_are_counted_like_websocket_clients(
+    relay: RelayProcess, channel: str
+) -> None:
     before = await relay.metrics()
     async with relay.client(channel) as publisher, subscribe_events(relay, channel) as events:
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         await publisher.send("counted")
         assert await events.next_messages(1) == ["counted"]
         assert await receive(publisher) == "counted"
         for name, added in (("expected_deliveries", 2), ("deliveries", 2), ("connections", 2)):
             value_before = before.value(f"websocket_{name}_total")
-            await relay.metric_is(f"websocket_{name}_total", value_before + added)
-    await relay.metric_is("websocket_connected_clients", 0)
+            await relay.await_metric(f"websocket_{name}_total", value_before + added)
+    await relay.await_metric("websocket_connected_clients", 0)
     connection_lost = before.value("websocket_closes_total", reason="connection_lost")
-    await relay.metric_is("websocket_closes_total", connection_lost + 1, reason="connection_lost")
+    await relay.await_metric(
+        "websocket_closes_total", connection_lost + 1, reason="connection_lost"
+    )
 
 
 async def test_an_idle_event_stream_receives_keepalive_comments(relay_with: StartRelay) -> None:

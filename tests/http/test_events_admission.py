@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.events_client import EventStreamResponse, request_events, subscribe_events
 from tests.support.issuer import SECRET, sign_token
-from tests.support.relay_process import Relay, StartRelay
+from tests.support.relay_process import RelayProcess, StartRelay
 
 
 def assert_refused(events: EventStreamResponse, status: int) -> None:
@@ -44,7 +44,7 @@ async def test_an_event_stream_ends_when_its_token_expires(relay_with: StartRela
         assert close.json == {"code": 3000, "reason": "token expired"}
         with pytest.raises(EOFError):
             await events.next_event()
-    await relay.metric_is("websocket_closes_total", 1, reason="token_expired")
+    await relay.await_metric("websocket_closes_total", 1, reason="token_expired")
     async with request_events(relay, "news", headers=bearer) as events:
         assert_refused(events, 401)
 
@@ -59,8 +59,8 @@ async def test_event_streams_and_websocket_clients_share_the_connection_limits(
         async with subscribe_events(relay, "a"):
             async with request_events(relay, "b") as third:
                 assert_refused(third, 503)
-            await relay.metric_is("websocket_refusals_total", 1, reason=reason)
-        await relay.metric_is("websocket_connected_clients", 1)
+            await relay.await_metric("websocket_refusals_total", 1, reason=reason)
+        await relay.await_metric("websocket_connected_clients", 1)
         async with request_events(relay, "b") as third:
             assert third.status == 200
 
@@ -74,7 +74,9 @@ async def test_the_limit_covers_requests_that_wait_for_earlier_responses_to_be_r
     async with AsyncExitStack() as stack:
         clients = []
         for _ in range(4):
-            raw = await stack.enter_async_context(await relay.tcp(receive_buffer_bytes=4096))
+            raw = await stack.enter_async_context(
+                await relay.connect_tcp(receive_buffer_bytes=4096)
+            )
             await raw.send(line % b"/relay.js" * 30 + line % b"/events")
             clients.append(raw)
         for raw in clients:
@@ -82,9 +84,9 @@ async def test_the_limit_covers_requests_that_wait_for_earlier_responses_to_be_r
             while not any(
                 end in received for end in (b"text/event-stream; ch", b"too many connections\n")
             ):
-                received = received[-100:] + await raw.chunk()
+                received = received[-100:] + await raw.read_chunk()
         assert await relay.metric("websocket_connected_clients") == 1
-        await relay.metric_is("websocket_refusals_total", 3, reason="connections")
+        await relay.await_metric("websocket_refusals_total", 3, reason="connections")
 
 
 async def test_event_streams_create_no_more_channels_than_the_limit(relay_with: StartRelay) -> None:
@@ -96,7 +98,7 @@ async def test_event_streams_create_no_more_channels_than_the_limit(relay_with: 
             assert events.status == 200
 
 
-async def test_an_invalid_channel_name_is_not_found(relay: Relay) -> None:
+async def test_an_invalid_channel_name_is_not_found(relay: RelayProcess) -> None:
     for name in ("a%20b", "..%2f", "x" * 129):
         async with request_events(relay, name) as events:
             assert_refused(events, 404)

@@ -13,18 +13,18 @@ from tests.support.accounting import assert_counters_add_up, assert_counters_add
 from tests.support.events_client import EventStreamResponse, subscribe_events
 from tests.support.programs import skip_test
 from tests.support.raw_client import RawClient
-from tests.support.relay_process import Relay, StartRelay, closed, receive, receive_many
+from tests.support.relay_process import RelayProcess, StartRelay, await_close, receive, receive_many
 
 REQUEST = b"GET /channels/a/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 KIB = 1_024
 
 
-async def stalled_event_stream(relay: Relay) -> RawClient:
+async def stalled_event_stream(relay: RelayProcess) -> RawClient:
     """Return a subscriber that reads nothing, once it is connected."""
     before = await relay.metric("websocket_connected_clients")
-    raw = await relay.tcp(receive_buffer_bytes=4096)
+    raw = await relay.connect_tcp(receive_buffer_bytes=4096)
     await raw.send(REQUEST)
-    await relay.metric_is("websocket_connected_clients", before + 1)
+    await relay.await_metric("websocket_connected_clients", before + 1)
     return raw
 
 
@@ -42,8 +42,8 @@ async def test_a_stalled_event_stream_is_closed_and_delays_no_other_client(
             await publisher.send(text)
             assert await receive(publisher) == text
             assert (await events.next_event()).data == text
-        await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_closes_total", 1, reason="slow_consumer")
+        await relay.await_metric("websocket_connected_clients", 2)
         assert await relay.metric("websocket_drops_total", reason="slow_consumer") > 0
     await assert_counters_add_up_at_rest(relay)
 
@@ -66,9 +66,9 @@ async def test_an_event_stream_whose_backlog_is_full_to_the_last_byte_is_closed(
             await publish(10, "x" * 4_000)
         while not await relay.metric("websocket_drops_total", reason="slow_consumer"):
             await publish(50, "")  # the smallest event
-        await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
+        await relay.await_metric("websocket_closes_total", 1, reason="slow_consumer")
     await assert_counters_add_up_at_rest(relay)
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_an_event_stream_with_a_backlog_receives_all_of_it_before_the_relay_stops(
@@ -83,18 +83,20 @@ async def test_an_event_stream_with_a_backlog_receives_all_of_it_before_the_rela
             await publisher.send("x" * 10_000)
         await receive_many(publisher, 50)
         relay.signal()
-        assert (await closed(publisher))[0] == 1001
+        assert (await await_close(publisher))[0] == 1001
         received = bytearray()
-        while chunk := await raw.chunk():
+        while chunk := await raw.read_chunk():
             received += chunk
         assert received.count(b"data: xxx") == 50
         assert received.endswith(b'"}\n\n')
         assert b"event: close\ndata: " in received[-200:]
-        raw.finish()
+        raw.end_stream()
         assert await relay.exit_code() == 0
 
 
-async def test_each_event_stream_starts_with_its_own_retry_time(relay: Relay, channel: str) -> None:
+async def test_each_event_stream_starts_with_its_own_retry_time(
+    relay: RelayProcess, channel: str
+) -> None:
     async with AsyncExitStack() as stack:
         retries_ms = [
             (await stack.enter_async_context(subscribe_events(relay, channel))).retry
@@ -132,7 +134,7 @@ async def test_a_drain_closes_event_streams_and_websocket_clients_spread_over_ti
         assert ends[-1][0] - ends[0][0] > 0.5, "all at once"
         assert ends[14][0] - ends[4][0] > 0.15, "in two bursts"
         assert len({retry_ms for _, retry_ms in ends}) > 10
-        assert {(await closed(client))[0] for client in clients} == {1001}
+        assert {(await await_close(client))[0] for client in clients} == {1001}
         assert await relay.exit_code() == 0
 
 
@@ -147,9 +149,9 @@ async def test_event_streams_that_a_drain_closes_are_counted_as_draining(
         for events in streams:
             await closed_by_drain(events)
         # The client does not answer its close frame. Until then the relay serves its metrics.
-        await relay.metric_is("websocket_closes_total", 5, reason="draining")
-        await relay.metric_is("websocket_connected_clients", 1)
-        await last.answer_close()
+        await relay.await_metric("websocket_closes_total", 5, reason="draining")
+        await relay.await_metric("websocket_connected_clients", 1)
+        await last.complete_close()
 
 
 async def test_an_event_stream_over_tls_receives_all_messages_and_a_close_event(
@@ -165,7 +167,7 @@ async def test_an_event_stream_over_tls_receives_all_messages_and_a_close_event(
             await publisher.send(text)
             assert (await events.next_event()).data == text
             assert await receive(publisher) == text
-        await relay.metric_is("websocket_deliveries_total", 40)
+        await relay.await_metric("websocket_deliveries_total", 40)
         assert_counters_add_up(await relay.metrics())
         relay.signal()
         assert (await events.next_event()).name == "close"
@@ -196,7 +198,7 @@ async def test_the_counters_balance_after_event_streams_joined_left_and_stalled_
         publishing = group.create_task(publish())
         await stack.enter_async_context(await stalled_event_stream(relay))
         await asyncio.gather(*map(join_and_leave, (1, 10, 50)))
-        await relay.metric_is("websocket_closes_total", 1, reason="slow_consumer")
+        await relay.await_metric("websocket_closes_total", 1, reason="slow_consumer")
         is_over.set()
         await publishing
     await assert_counters_add_up_at_rest(relay)
@@ -221,12 +223,12 @@ async def test_an_event_stream_whose_peer_lost_its_network_is_detected(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(keepalive={"ping_interval_s": 0.3, "ping_timeout_s": 0.7})
-    async with await relay.tcp() as raw, subscribe_events(relay, "a") as other:
+    async with await relay.connect_tcp() as raw, subscribe_events(relay, "a") as other:
         await raw.send(REQUEST)
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         started = time.monotonic()
         drop_all_packets(raw)
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         assert time.monotonic() - started < 8
         assert await relay.metric("websocket_closes_total", reason="connection_lost") == 1
         async with relay.client("a") as publisher:
@@ -241,14 +243,14 @@ async def test_the_end_of_an_event_stream_is_detected_after_trailing_bytes(
     relay = relay_with()
     body = b"GET /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n"
     for wire in (REQUEST * 2, body + bytes(500_000)):
-        raw = await relay.tcp()
+        raw = await relay.connect_tcp()
         await raw.send(wire)
-        assert (await raw.response()).status == 200
-        await relay.metric_is("websocket_connected_clients", 1)
-        raw.finish()
-        await relay.metric_is("websocket_connected_clients", 0)
-        await raw.ended()
-        raw.vanish()
+        assert (await raw.read_response()).status == 200
+        await relay.await_metric("websocket_connected_clients", 1)
+        raw.end_stream()
+        await relay.await_metric("websocket_connected_clients", 0)
+        await raw.read_to_end()
+        raw.reset()
 
 
 async def test_a_peer_that_resets_before_its_response_causes_no_error(
@@ -256,9 +258,9 @@ async def test_a_peer_that_resets_before_its_response_causes_no_error(
 ) -> None:
     relay = relay_with()
     for _ in range(20):
-        raw = await relay.tcp()
+        raw = await relay.connect_tcp()
         await raw.send(REQUEST)
-        raw.vanish()
-    await relay.metric_is("websocket_http_connections", 0, port="relay")
+        raw.reset()
+    await relay.await_metric("websocket_http_connections", 0, port="relay")
     assert await relay.stop() == 0
     assert [event for event in relay.log_events if event["level"] == "error"] == []

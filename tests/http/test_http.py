@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.http_requests import get_request
 from tests.support.raw_client import TEXT, RawClient, Response, frame, upgrade_request
-from tests.support.relay_process import HOST, Relay, path_of, receive
+from tests.support.relay_process import HOST, RelayProcess, path_of, receive
 
 PROBE = get_request("/healthz")
 SMUGGLED = get_request("/nowhere")
@@ -22,27 +22,27 @@ def post_request(*fields: bytes, body: bytes = b"", version: bytes = b"1.1") -> 
 
 async def read_status(raw: RawClient) -> int:
     """Read one whole response; return its status."""
-    response = await raw.response()
-    await raw.exactly(int(response.headers["content-length"]))
+    response = await raw.read_response()
+    await raw.read_exactly(int(response.headers["content-length"]))
     return response.status
 
 
-async def only_response(relay: Relay, wire: bytes) -> Response:
+async def only_response(relay: RelayProcess, wire: bytes) -> Response:
     """Send bytes after which the relay closes the connection; return the only response."""
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(wire)
-        response = await raw.response()
-        rest = await raw.ended()
+        response = await raw.read_response()
+        rest = await raw.read_to_end()
         assert len(rest) == int(response.headers["content-length"]), rest
         return response
 
 
-async def assert_rejected(relay: Relay, wires: Sequence[bytes], status: int = 400) -> None:
+async def assert_rejected(relay: RelayProcess, wires: Sequence[bytes], status: int = 400) -> None:
     """Assert that each request has this response and no second one, and is counted once."""
     before = await relay.metric("websocket_refusals_total", reason="handshake")
     statuses = {wire: (await only_response(relay, wire)).status for wire in wires}
     assert statuses == dict.fromkeys(wires, status)
-    await relay.metric_is("websocket_refusals_total", before + len(statuses), reason="handshake")
+    await relay.await_metric("websocket_refusals_total", before + len(statuses), reason="handshake")
 
 
 # Headers of every response
@@ -77,15 +77,15 @@ STATUS_OF_METRICS_PORT = {
 }
 
 
-async def test_every_response_has_security_headers_and_names_no_server(relay: Relay) -> None:
+async def test_every_response_has_security_headers_and_names_no_server(relay: RelayProcess) -> None:
     for port, expected in (
         (relay.port, STATUS_OF_REQUESTS),
         (relay.metrics_port, STATUS_OF_METRICS_PORT),
     ):
         for wire, status in expected.items():
-            async with await RawClient.to(HOST, port) as raw:
+            async with await RawClient.connect(HOST, port) as raw:
                 await raw.send(wire)
-                response = await raw.response()
+                response = await raw.read_response()
             assert response.status == status, wire[:80]
             headers = {name: response.headers.get(name) for name in SECURITY_HEADERS}
             assert headers == SECURITY_HEADERS, wire[:80]
@@ -129,22 +129,22 @@ INVALID_HOSTS = [
 ]
 
 
-async def test_any_valid_host_is_accepted(relay: Relay) -> None:
+async def test_any_valid_host_is_accepted(relay: RelayProcess) -> None:
     for host in VALID_HOSTS:
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             assert await read_status(raw) == 200, host
             await raw.upgrade(Host=host)
 
 
-async def test_an_invalid_host_is_rejected(relay: Relay) -> None:
+async def test_an_invalid_host_is_rejected(relay: RelayProcess) -> None:
     head = "GET /healthz HTTP/1.1\r\nHost: {}\r\n\r\n"
     plain = [head.format(host).encode("latin-1") for host in INVALID_HOSTS]
     await assert_rejected(relay, plain)
     await assert_rejected(relay, [upgrade_request(Host=host) for host in INVALID_HOSTS])
 
 
-async def test_a_request_without_a_host_or_with_two_is_rejected(relay: Relay) -> None:
+async def test_a_request_without_a_host_or_with_two_is_rejected(relay: RelayProcess) -> None:
     await assert_rejected(relay, [b"GET /healthz HTTP/1.1\r\n\r\n", upgrade_request(drop="Host")])
     for second in ("localhost", "other.example", ""):
         field = f"hOST: {second}\r\n\r\n".encode()
@@ -155,14 +155,16 @@ async def test_a_request_without_a_host_or_with_two_is_rejected(relay: Relay) ->
 # Versions
 
 
-async def test_an_http_1_0_request_is_answered_and_its_connection_closed(relay: Relay) -> None:
+async def test_an_http_1_0_request_is_answered_and_its_connection_closed(
+    relay: RelayProcess,
+) -> None:
     for fields in (b"", b"Host: localhost\r\n", b"Connection: keep-alive\r\n"):
         wire = b"GET /healthz HTTP/1.0\r\n" + fields + b"\r\n"
         response = await only_response(relay, wire)
         assert (response.status, response.headers["connection"]) == (200, "close"), fields
 
 
-async def test_other_versions_of_http_are_rejected_as_not_supported(relay: Relay) -> None:
+async def test_other_versions_of_http_are_rejected_as_not_supported(relay: RelayProcess) -> None:
     upgrade = upgrade_request()
     wires = [
         upgrade.replace(b"HTTP/1.1", b"HTTP/1.0"),
@@ -173,7 +175,7 @@ async def test_other_versions_of_http_are_rejected_as_not_supported(relay: Relay
     await assert_rejected(relay, wires, 505)
 
 
-async def test_a_version_that_does_not_exist_is_malformed(relay: Relay) -> None:
+async def test_a_version_that_does_not_exist_is_malformed(relay: RelayProcess) -> None:
     wires = [
         PROBE.replace(b"/1.1", b"/1.2"),
         PROBE.replace(b"/1.1", b"/11"),
@@ -309,7 +311,7 @@ AMBIGUOUS_REQUESTS: Mapping[str, Mapping[str, bytes]] = {
 
 @pytest.mark.parametrize("kind", AMBIGUOUS_REQUESTS)
 async def test_an_ambiguous_request_is_rejected_and_no_request_after_it_is_answered(
-    relay: Relay, kind: str
+    relay: RelayProcess, kind: str
 ) -> None:
     # A publish is answered after its body. Where the path allows no POST, the head may be answered
     # before the parser has reached the error.
@@ -323,40 +325,40 @@ async def test_an_ambiguous_request_is_rejected_and_no_request_after_it_is_answe
         for name, wire in requests.items()
     }
     assert statuses == dict.fromkeys(requests, 400)
-    await relay.metric_is("websocket_refusals_total", before + len(requests), reason="handshake")
+    await relay.await_metric("websocket_refusals_total", before + len(requests), reason="handshake")
 
 
 async def test_an_ambiguous_request_that_arrives_byte_by_byte_has_one_response_at_most(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     """The response may be sent before the rest of the body turns out to be malformed."""
     for requests in AMBIGUOUS_REQUESTS.values():
         for name, wire in requests.items():
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 with suppress(ConnectionError):
                     await raw.send_one_byte_at_a_time(wire + SMUGGLED)
-                received = await raw.ended()
+                received = await raw.read_to_end()
             assert received.count(b"HTTP/1.1 ") <= 1, (name, received)
             assert b"HTTP/1.1 404" not in received, (name, received)
 
 
-async def test_a_request_after_an_ignored_upgrade_offer_is_answered(relay: Relay) -> None:
+async def test_a_request_after_an_ignored_upgrade_offer_is_answered(relay: RelayProcess) -> None:
     """RFC 9110 section 7.8: a server may ignore an Upgrade, and continue with HTTP."""
     offer = PROBE[:-2] + b"".join(line + b"\r\n" for line in UPGRADE_OFFER) + b"\r\n"
     for port in (relay.port, relay.metrics_port):
-        async with await RawClient.to(HOST, port) as raw:
+        async with await RawClient.connect(HOST, port) as raw:
             await raw.send(offer * 3 + SMUGGLED)
             assert [await read_status(raw) for _ in range(4)] == [200, 200, 200, 404]
 
 
-async def test_the_metrics_port_ignores_an_upgrade(relay: Relay) -> None:
-    async with await RawClient.to(HOST, relay.metrics_port) as raw:
+async def test_the_metrics_port_ignores_an_upgrade(relay: RelayProcess) -> None:
+    async with await RawClient.connect(HOST, relay.metrics_port) as raw:
         await raw.send(upgrade_request("/healthz") + SMUGGLED)
         assert [await read_status(raw) for _ in range(2)] == [200, 404]
 
 
 async def test_deviations_that_the_parser_accepts_end_where_the_request_ends(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     """What llhttp accepts has an unambiguous end; the next request is parsed as the next one."""
     accepted = (
@@ -369,14 +371,14 @@ async def test_deviations_that_the_parser_accepts_end_where_the_request_ends(
         b"\r\n\r\n" + post_request(b"Content-Length: 0"),
         post_request(b"X: \xff\xfe", b"Content-Length: 0"),
     )
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         for wire in accepted:
             for sent, status in ((wire, 405), (SMUGGLED, 404)):
                 await raw.send(sent)
                 assert await read_status(raw) == status, wire
 
 
-async def test_an_unknown_transfer_coding_is_not_implemented(relay: Relay) -> None:
+async def test_an_unknown_transfer_coding_is_not_implemented(relay: RelayProcess) -> None:
     """RFC 9112 section 6.1. The chunks are delimited, but their content can't be decoded."""
     codings = [
         (b"Transfer-Encoding: gzip, chunked",),
@@ -401,24 +403,26 @@ MALFORMED_LINE = PROBE.replace(b"GET ", b"GET  ")
 
 @pytest.mark.parametrize("read_bytes", [1, 3, 7, 64, 100_000])
 async def test_pipelined_requests_are_separated_however_the_stream_is_segmented(
-    relay: Relay, read_bytes: int
+    relay: RelayProcess, read_bytes: int
 ) -> None:
     wire = b"".join(REQUESTS) * 2
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         for start in range(0, len(wire), read_bytes):
             await raw.send(wire[start : start + read_bytes])
             await asyncio.sleep(0)
         statuses = [await read_status(raw) for _ in range(2 * len(REQUESTS))]
         assert statuses == [200, 405, 405, 405, 405, 200] * 2
         await raw.send(MALFORMED_LINE)
-        assert (await raw.response()).status == 400
+        assert (await raw.read_response()).status == 400
 
 
-async def test_a_malformed_request_line_is_detected_after_any_other_request(relay: Relay) -> None:
+async def test_a_malformed_request_line_is_detected_after_any_other_request(
+    relay: RelayProcess,
+) -> None:
     for first in REQUESTS:
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(first + MALFORMED_LINE + SMUGGLED)
-            received = await raw.ended()
+            received = await raw.read_to_end()
         assert b"HTTP/1.1 400" in received, first
         assert b"HTTP/1.1 404" not in received, first
 
@@ -427,7 +431,7 @@ async def test_a_malformed_request_line_is_detected_after_any_other_request(rela
 
 
 async def test_an_unfinished_body_ends_the_connection_after_one_response(
-    short_deadline_relay: Relay,
+    short_deadline_relay: RelayProcess,
 ) -> None:
     unfinished = {
         "content": post_request(b"Content-Length: 50", body=b"hello"),
@@ -438,9 +442,9 @@ async def test_an_unfinished_body_ends_the_connection_after_one_response(
     }
 
     async def statuses_until_end(wire: bytes) -> list[bytes]:
-        async with await short_deadline_relay.tcp() as raw:
+        async with await short_deadline_relay.connect_tcp() as raw:
             await raw.send(wire)
-            received = await raw.ended()
+            received = await raw.read_to_end()
         assert received.startswith(b"HTTP/1.1 ")
         return [each[:3] for each in received.split(b"HTTP/1.1 ")[1:]]
 
@@ -450,7 +454,7 @@ async def test_an_unfinished_body_ends_the_connection_after_one_response(
 
 
 async def test_a_body_that_arrives_too_slowly_ends_the_connection(
-    short_deadline_relay: Relay,
+    short_deadline_relay: RelayProcess,
 ) -> None:
     before = await short_deadline_relay.metric(
         "websocket_refusals_total", reason="handshake_timeout"
@@ -462,12 +466,12 @@ async def test_a_body_that_arrives_too_slowly_ends_the_connection(
                 await raw.send(b"x")
                 await asyncio.sleep(0.1)
 
-    async with await short_deadline_relay.tcp() as raw:
+    async with await short_deadline_relay.connect_tcp() as raw:
         await raw.send(post_request(b"Content-Length: 1000000"))
         sending = asyncio.create_task(send_slowly(raw))
-        assert (await raw.ended()).count(b"HTTP/1.1 ") == 1
+        assert (await raw.read_to_end()).count(b"HTTP/1.1 ") == 1
         await sending
-    await short_deadline_relay.metric_is(
+    await short_deadline_relay.await_metric(
         "websocket_refusals_total", before + 1, reason="handshake_timeout"
     )
 
@@ -481,46 +485,46 @@ async def test_a_body_that_arrives_too_slowly_ends_the_connection(
     ],
 )
 async def test_chunk_extensions_chunk_sizes_and_trailers_are_bounded(
-    relay: Relay, endless: bytes
+    relay: RelayProcess, endless: bytes
 ) -> None:
     before = await relay.metric("websocket_refusals_total", reason="handshake")
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         with suppress(ConnectionError):
             await raw.send(post_request(CHUNKED, body=endless))
-        assert (await raw.ended()).count(b"HTTP/1.1 ") <= 1
-    await relay.metric_is("websocket_refusals_total", before + 1, reason="handshake")
+        assert (await raw.read_to_end()).count(b"HTTP/1.1 ") <= 1
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="handshake")
 
 
 async def test_a_body_that_turns_out_malformed_after_its_response_has_no_second_one(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     """A proxy would take the second response for that of the next request on the connection."""
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(post_request(CHUNKED, body=b"3\r\nabc\r\n"))
         assert await read_status(raw) == 405
         await raw.send(b"zz\r\n")
-        assert await raw.ended() == b""
+        assert await raw.read_to_end() == b""
 
 
 async def test_a_client_that_has_closed_its_sending_side_receives_its_response(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     statuses = {PROBE: b"200", upgrade_request("/nowhere"): b"404", upgrade_request(): b"101"}
     unfinished = {PROBE[:-2]: b""}
     for wire, status in (statuses | unfinished).items():
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(wire)
-            raw.finish()
-            assert (await raw.ended())[9:12] == status
-    await relay.metric_is("websocket_connected_clients", 0)
+            raw.end_stream()
+            assert (await raw.read_to_end())[9:12] == status
+    await relay.await_metric("websocket_connected_clients", 0)
 
 
-async def test_requests_of_all_kinds_add_no_series_to_the_metrics(relay: Relay) -> None:
+async def test_requests_of_all_kinds_add_no_series_to_the_metrics(relay: RelayProcess) -> None:
     methods = ("GET", "POST", "PROPFIND", "M-SEARCH")
     targets = ("/nowhere-{}", "/channels/name-{}", "/channels/%20{}", "/?x={}")
 
     async def send_requests(first: int, count: int) -> None:
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             for number in range(first, first + count):
                 target = targets[number // 4 % 4].format(number)
                 fields = f"Host: host-{number}\r\nX-{number}: x\r\nContent-Length: 0\r\n"
@@ -537,24 +541,24 @@ async def test_requests_of_all_kinds_add_no_series_to_the_metrics(relay: Relay) 
     assert await series() == before
 
 
-async def test_pipelined_requests_are_answered_in_order(relay: Relay) -> None:
-    async with await relay.tcp() as raw:
+async def test_pipelined_requests_are_answered_in_order(relay: RelayProcess) -> None:
+    async with await relay.connect_tcp() as raw:
         await raw.send((PROBE + SMUGGLED) * 8)
         assert [await read_status(raw) for _ in range(16)] == [200, 404] * 8
 
 
 async def test_a_client_that_reads_no_responses_is_disconnected(
-    short_deadline_relay: Relay,
+    short_deadline_relay: RelayProcess,
 ) -> None:
     """Each response is a page of metrics. The next is rendered after the previous one is sent."""
     rss_before = short_deadline_relay.rss_bytes()
-    async with await RawClient.to(
+    async with await RawClient.connect(
         HOST, short_deadline_relay.metrics_port, receive_buffer_bytes=4096
     ) as raw:
         with suppress(ConnectionError):
             while True:
                 await raw.send(get_request("/metrics") * 16)
-        await raw.ended()
+        await raw.read_to_end()
     assert short_deadline_relay.rss_bytes() < rss_before + 16 * 1_048_576
 
 
@@ -631,13 +635,13 @@ MALFORMED_TARGETS = [
 ]
 
 
-async def test_a_path_without_a_valid_channel_is_not_found(relay: Relay) -> None:
+async def test_a_path_without_a_valid_channel_is_not_found(relay: RelayProcess) -> None:
     before = await relay.metrics()
     for path in PATHS_WITHOUT_A_CHANNEL:
         assert (await only_response(relay, upgrade_request(path))).status == 404, path
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(get_request(path))
-            assert (await raw.response()).status == 404, path
+            assert (await raw.read_response()).status == 404, path
     after = await relay.metrics()
     for name in ("websocket_connections_total", "websocket_channels"):
         assert after.value(name) == before.value(name)
@@ -645,19 +649,21 @@ async def test_a_path_without_a_valid_channel_is_not_found(relay: Relay) -> None
     assert refused[1] == refused[0] + len(PATHS_WITHOUT_A_CHANNEL)
 
 
-async def test_a_request_target_that_is_no_path_is_malformed(relay: Relay) -> None:
+async def test_a_request_target_that_is_no_path_is_malformed(relay: RelayProcess) -> None:
     await assert_rejected(relay, [upgrade_request(target) for target in MALFORMED_TARGETS])
     await assert_rejected(relay, [get_request(target) for target in MALFORMED_TARGETS])
 
 
-async def test_the_relay_is_no_proxy_and_rejects_connect(relay: Relay) -> None:
+async def test_the_relay_is_no_proxy_and_rejects_connect(relay: RelayProcess) -> None:
     head = "CONNECT {} HTTP/1.1\r\nHost: localhost\r\n\r\n"
     targets = ("/", "/healthz", "localhost:443", "http://localhost/")
     wires = [head.format(target).encode() + SMUGGLED for target in targets]
     await assert_rejected(relay, wires)
 
 
-async def test_all_spellings_of_a_path_name_the_same_channel(relay: Relay, channel: str) -> None:
+async def test_all_spellings_of_a_path_name_the_same_channel(
+    relay: RelayProcess, channel: str
+) -> None:
     escaped = "".join(f"%{ord(letter):02x}" for letter in channel)
     async with relay.client(channel) as subscriber:
         for path in (
@@ -666,19 +672,19 @@ async def test_all_spellings_of_a_path_name_the_same_channel(relay: Relay, chann
             f"http://other.example:1/channels/{channel}",
             f"/%63hannels/{channel}",
         ):
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 await raw.upgrade(path)
                 await raw.send(frame(TEXT, path.encode()))
                 assert await receive(subscriber) == path
         assert await relay.metric("websocket_channels") == 1
 
 
-async def test_a_request_target_above_the_size_limit_is_refused(relay: Relay) -> None:
+async def test_a_request_target_above_the_size_limit_is_refused(relay: RelayProcess) -> None:
     """Also if all of it arrives in one read."""
     for path in ("/" + "a" * 66_000, f"{path_of('a')}?access_token=" + "a" * 200_000):
         for wire in (get_request(path), upgrade_request(path)):
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 await raw.send(wire)
                 with suppress(ConnectionError, EOFError):  # a reset may precede the response
-                    assert (await raw.response()).status == 431
-                await raw.ended()
+                    assert (await raw.read_response()).status == 431
+                await raw.read_to_end()

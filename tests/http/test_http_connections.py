@@ -22,8 +22,8 @@ REASON = "http_connections"
 async def request_page(raw: RawClient, path: str = "/healthz") -> Response:
     """Send a request and read the whole response."""
     await raw.send(get_request(path))
-    response = await raw.response()
-    await raw.exactly(int(response.headers["content-length"]))
+    response = await raw.read_response()
+    await raw.read_exactly(int(response.headers["content-length"]))
     return response
 
 
@@ -36,7 +36,7 @@ async def open_connections(
         opened = []
         for _ in range(count):
             raw = await stack.enter_async_context(
-                await RawClient.to(HOST, port, receive_buffer_bytes=4096)
+                await RawClient.connect(HOST, port, receive_buffer_bytes=4096)
             )
             if first_bytes:
                 await raw.send(first_bytes)
@@ -51,9 +51,9 @@ async def test_at_the_limit_the_connection_that_is_idle_longest_is_evicted(
     async with open_connections(relay.port, 3) as idle:
         for raw in (*idle, idle[0]):
             assert (await request_page(raw)).status == 200
-        async with await relay.tcp() as new:
+        async with await relay.connect_tcp() as new:
             assert (await request_page(new)).status == 200
-            assert await idle[1].ended() == b"", "a response to no request"
+            assert await idle[1].read_to_end() == b"", "a response to no request"
             for raw in (idle[0], idle[2], new):
                 assert (await request_page(raw)).status == 200
             assert await relay.metric("websocket_http_connections", port="relay") == 3
@@ -66,15 +66,15 @@ async def test_an_unfinished_request_is_evicted_with_a_response(relay_with: Star
     partial_post = post_request("news", b"begun", length=100)
     async with (
         open_connections(relay.port, 3, partial_post) as unfinished,
-        await relay.tcp() as new,
+        await relay.connect_tcp() as new,
     ):
         assert (await request_page(new)).status == 200
-        refusal = await unfinished[0].response()
+        refusal = await unfinished[0].read_response()
         assert refusal.status == 503
         assert 1 <= int(refusal.headers["retry-after"]) <= 5
-        assert await unfinished[0].ended() == b"too many HTTP connections\n"
+        assert await unfinished[0].read_to_end() == b"too many HTTP connections\n"
         await unfinished[1].send(bytes(95))
-        assert (await unfinished[1].response()).status == 202
+        assert (await unfinished[1].read_response()).status == 202
         assert await relay.metric("websocket_refusals_total", reason=REASON) == 1
 
 
@@ -106,13 +106,13 @@ async def test_connections_that_are_kept_open_block_no_new_client(
             return count <= before + 1 + 5, count
 
         await eventually(descriptors, "descriptors of 5 HTTP connections and the client")
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 async def test_refusals_of_evicted_requests_are_logged_once(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 1})
     async with open_connections(relay.port, 20, PARTIAL_HEAD):
-        await relay.metric_is("websocket_refusals_total", 19, reason=REASON)
+        await relay.await_metric("websocket_refusals_total", 19, reason=REASON)
     warnings = [event for event in relay.log_events if event["level"] == "warning"]
     fields = [(event["event"], event["reason"], event["setting"]) for event in warnings]
     assert fields == [("clients refused", REASON, "limits.max_http_connections")]
@@ -134,7 +134,7 @@ async def test_unfinished_requests_over_tls_are_evicted(
     async with relay.client(channel) as client:
         await client.send("message")
         assert await receive(client) == "message"
-    await relay.metric_reaches("websocket_refusals_total", 7, reason=REASON)
+    await relay.await_metric_at_least("websocket_refusals_total", 7, reason=REASON)
     for writer in writers:
         writer.transport.abort()
 
@@ -147,7 +147,7 @@ async def test_websocket_clients_and_event_streams_do_not_count_as_http_connecti
         clients = [await stack.enter_async_context(relay.client(channel)) for _ in range(5)]
         for _ in range(5):
             await stack.enter_async_context(subscribe_events(relay, channel))
-        await relay.metric_is("websocket_connected_clients", 10)
+        await relay.await_metric("websocket_connected_clients", 10)
         assert await relay.metric("websocket_http_connections", port="relay") == 0
         await clients[0].send("to all")
         for client in clients:
@@ -168,18 +168,18 @@ async def test_a_new_connection_is_refused_while_posts_occupy_all_connections(
         post = post_request(channel, b"message", f"Authorization: Bearer {new.token()}")
         async with open_connections(relay.port, 2, post) as publishing:
             await asyncio.to_thread(server.await_requests, 2)
-            await relay.metric_is("websocket_http_connections", 2, port="relay")
-            async with await relay.tcp() as refused:
-                await relay.metric_is("websocket_refusals_total", 1, reason=REASON)
+            await relay.await_metric("websocket_http_connections", 2, port="relay")
+            async with await relay.connect_tcp() as refused:
+                await relay.await_metric("websocket_refusals_total", 1, reason=REASON)
                 assert not refused.has_received(), "a response before the request"
                 await refused.send(get_request("/healthz"))
-                response = await refused.response()
+                response = await refused.read_response()
                 assert response.status == 503
                 assert 1 <= int(response.headers["retry-after"]) <= 5
-                assert await refused.ended() == b"too many HTTP connections\n"
+                assert await refused.read_to_end() == b"too many HTTP connections\n"
             server.may_answer.set()
             for raw in publishing:
-                assert (await raw.response()).status == 202
+                assert (await raw.read_response()).status == 202
             assert (await relay.get("/healthz")).status_code == 200
 
 
@@ -195,9 +195,9 @@ async def test_refused_connections_that_send_no_request_are_bounded_and_counted_
         async with open_connections(relay.port, 1, post):
             await asyncio.to_thread(server.await_requests, 2)
             async with open_connections(relay.port, MAX_REFUSED + 1) as refused:
-                assert await refused[0].ended() == b"", "a response to no request"
+                assert await refused[0].read_to_end() == b"", "a response to no request"
                 count = len(refused)
-                await relay.metric_is("websocket_refusals_total", count, reason=REASON)
+                await relay.await_metric("websocket_refusals_total", count, reason=REASON)
                 assert (await request_page(refused[-1])).status == 503
                 assert await relay.metric("websocket_refusals_total", reason=REASON) == count
             server.may_answer.set()
@@ -232,9 +232,11 @@ async def test_each_port_has_its_own_limit(relay_with: StartRelay) -> None:
     relay = relay_with(limits={"max_http_connections": 1, "handshake_timeout_s": 60})
     async with (
         open_connections(relay.metrics_port, 40, PARTIAL_HEAD),
-        await relay.tcp() as raw,
+        await relay.connect_tcp() as raw,
     ):
-        await relay.metric_reaches("websocket_refusals_total", 8, reason="metrics_connections")
+        await relay.await_metric_at_least(
+            "websocket_refusals_total", 8, reason="metrics_connections"
+        )
         assert (await request_page(raw)).status == 200
         assert await relay.metric("websocket_refusals_total", reason=REASON) == 0
 

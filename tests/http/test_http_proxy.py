@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.example_nginx import ExampleNginx
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, PLAIN, Relay, StartRelay, receive
+from tests.support.relay_process import HOST, NO_CA, RelayProcess, StartRelay, receive
 
 DIRECTIVES = {
     "defaults": "",
@@ -27,7 +27,7 @@ class BufferingNginx(ExampleNginx):
         directives: directives that differ from the defaults.
     """
 
-    def __init__(self, directory: Path, relay: Relay, directives: str) -> None:
+    def __init__(self, directory: Path, relay: RelayProcess, directives: str) -> None:
         super().__init__(directory, {"relay-1": relay.port, "relay-2": relay.port})
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
@@ -39,13 +39,13 @@ class BufferingNginx(ExampleNginx):
 
 
 @pytest.fixture
-def proxied_relay(relay_with: StartRelay) -> Relay:
+def proxied_relay(relay_with: StartRelay) -> RelayProcess:
     return relay_with(shutdown={"spread_s": 0.1})
 
 
 @pytest.fixture(params=DIRECTIVES)
 def nginx(
-    request: pytest.FixtureRequest, proxied_relay: Relay, tmp_path: Path
+    request: pytest.FixtureRequest, proxied_relay: RelayProcess, tmp_path: Path
 ) -> Iterator[BufferingNginx]:
     """An nginx in front of the relay."""
     started = BufferingNginx(tmp_path, proxied_relay, DIRECTIVES[request.param])
@@ -72,12 +72,12 @@ async def next_message(lines: AsyncIterator[str]) -> str:
 
 
 async def test_a_buffering_proxy_passes_events_at_once_and_posts_and_ends_of_connections(
-    proxied_relay: Relay, nginx: BufferingNginx
+    proxied_relay: RelayProcess, nginx: BufferingNginx
 ) -> None:
     """Each message is published after the previous one was delivered: buffering would block."""
     relay = proxied_relay
     await nginx.await_up()
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
         async with relay.client("news") as client, event_lines(nginx, http) as lines:
             for number in range(20):
                 await client.send(str(number))
@@ -91,9 +91,9 @@ async def test_a_buffering_proxy_passes_events_at_once_and_posts_and_ends_of_con
                 assert response.status_code == 202
                 assert response.json()["position"]
                 assert await receive(client) == await next_message(lines) == text
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
         async with event_lines(nginx, http) as lines:
-            await relay.metric_is("websocket_connected_clients", 1)
+            await relay.await_metric("websocket_connected_clients", 1)
             relay.signal()
             received = [line async for line in lines]
     assert "event: close" in received

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import PLAIN, Relay, StartRelay
+from tests.support.relay_process import NO_CA, RelayProcess, StartRelay
 
 ROUTES = {
     ("/", "post"),
@@ -22,18 +22,18 @@ ROUTES = {
 }
 
 
-async def openapi_document(relay: Relay) -> dict[str, Any]:
+async def openapi_document(relay: RelayProcess) -> dict[str, Any]:
     response = await relay.get("/openapi.json")
     assert response.headers["content-type"] == "application/json"
     document: dict[str, Any] = response.json()
     return document
 
 
-async def test_the_document_is_valid_openapi(relay: Relay) -> None:
+async def test_the_document_is_valid_openapi(relay: RelayProcess) -> None:
     openapi_spec_validator.validate(await openapi_document(relay))
 
 
-async def test_the_document_describes_all_routes(relay: Relay) -> None:
+async def test_the_document_describes_all_routes(relay: RelayProcess) -> None:
     paths = (await openapi_document(relay))["paths"]
     assert {(path, method) for path, methods in paths.items() for method in methods} == ROUTES
     for methods in paths.values():
@@ -69,7 +69,7 @@ REQUESTS = [
 
 
 @pytest.fixture
-def limited_relay(relay_with: StartRelay) -> Relay:
+def limited_relay(relay_with: StartRelay) -> RelayProcess:
     """A relay that requires tokens, admits one origin, and has a limit of one client."""
     return relay_with(
         auth={"mode": "jwt", "jwt": {"secret": SECRET}},
@@ -78,14 +78,14 @@ def limited_relay(relay_with: StartRelay) -> Relay:
     )
 
 
-async def test_responses_agree_with_the_document(limited_relay: Relay) -> None:
+async def test_responses_agree_with_the_document(limited_relay: RelayProcess) -> None:
     paths = (await openapi_document(limited_relay))["paths"]
     permissions = {"subscribe": ["*"], "publish": ["*"], "stats": True}
     default_headers = {
         "Authorization": f"Bearer {sign_token(relay=permissions)}",
         "Content-Type": "application/x-ndjson",
     }
-    http = httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S)
+    http = httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S)
     bearer = {"Authorization": default_headers["Authorization"]}
     async with http, limited_relay.client("a", additional_headers=bearer):
         for method, path, status, headers, body in REQUESTS:

@@ -1,9 +1,9 @@
 """The probes: on both ports, as JSON."""
 
-from tests.support.relay_process import Relay, StartRelay, receive
+from tests.support.relay_process import RelayProcess, StartRelay, receive
 
 
-async def test_a_serving_relay_is_healthy_and_ready_on_both_ports(relay: Relay) -> None:
+async def test_a_serving_relay_is_healthy_and_ready_on_both_ports(relay: RelayProcess) -> None:
     for path in ("/healthz", "/readyz"):
         for response in (await relay.get(path), await relay.get_metrics(path)):
             assert response.status_code == 200
@@ -11,12 +11,12 @@ async def test_a_serving_relay_is_healthy_and_ready_on_both_ports(relay: Relay) 
             assert isinstance(response.json(), dict)
 
 
-async def test_the_metrics_port_serves_nothing_but_metrics_and_probes(relay: Relay) -> None:
+async def test_the_metrics_port_serves_nothing_but_metrics_and_probes(relay: RelayProcess) -> None:
     for path in ("/", "/channels/news", "/nowhere", "/docs", "/openapi.json"):
         assert (await relay.get_metrics(path)).status_code == 404
 
 
-async def test_the_log_names_all_listening_ports(relay: Relay) -> None:
+async def test_the_log_names_all_listening_ports(relay: RelayProcess) -> None:
     assert relay.listening_ports() == {relay.port, relay.metrics_port}
     names = [event["event"] for event in relay.log_events]
     assert names[:3] == ["metrics listening", "relay listening", "ready"]

@@ -9,8 +9,8 @@ from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, publish_by_post
 from tests.support.issuer import SECRET, sign_token
 from tests.support.relay_process import (
     HOST,
-    PLAIN,
-    Relay,
+    NO_CA,
+    RelayProcess,
     StartRelay,
     receive,
     receive_many,
@@ -20,7 +20,7 @@ from tests.support.relay_v1 import connect_relay_v1, parse_position
 
 @pytest.mark.parametrize("channel", [None, "news"])
 async def test_a_posted_message_is_relayed_and_its_position_returned(
-    relay: Relay, channel: str | None
+    relay: RelayProcess, channel: str | None
 ) -> None:
     async with connect_relay_v1(relay, channel or "default") as subscriber:
         response = await publish_by_post(relay, channel, b"hello", TEXT_TYPE)
@@ -42,7 +42,7 @@ IS_TEXT_BY_MEDIA_TYPE = {
 
 
 async def test_text_and_json_are_text_messages_and_other_media_types_binary(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber:
         for media_type, is_text in IS_TEXT_BY_MEDIA_TYPE.items():
@@ -51,14 +51,16 @@ async def test_text_and_json_are_text_messages_and_other_media_types_binary(
             assert await receive(subscriber) == expected, media_type
 
 
-async def test_text_that_is_not_utf_8_is_refused(relay: Relay, channel: str) -> None:
+async def test_text_that_is_not_utf_8_is_refused(relay: RelayProcess, channel: str) -> None:
     before = await relay.metric("websocket_refusals_total", reason="body")
     response = await publish_by_post(relay, channel, b"\xff", TEXT_TYPE)
     assert (response.status_code, response.text) == (400, "bad message: text is not UTF-8\n")
-    await relay.metric_is("websocket_refusals_total", before + 1, reason="body")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="body")
 
 
-async def test_each_line_of_a_batch_is_one_message_in_order(relay: Relay, channel: str) -> None:
+async def test_each_line_of_a_batch_is_one_message_in_order(
+    relay: RelayProcess, channel: str
+) -> None:
     lines = [f'{{"number":{number}}}' for number in range(1_000)]
     async with connect_relay_v1(relay, channel) as subscriber:
         response = await publish_by_post(relay, channel, "\n".join(lines).encode(), BATCH_TYPE)
@@ -68,7 +70,7 @@ async def test_each_line_of_a_batch_is_one_message_in_order(relay: Relay, channe
 
 
 async def test_the_response_to_a_batch_contains_the_count_of_messages(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     for media_type in (BATCH_TYPE, "Application/X-NDJSON; charset=utf-8"):
         assert (await publish_by_post(relay, channel, b"1\n2", media_type)).json()["messages"] == 2
@@ -79,7 +81,7 @@ async def test_the_response_to_a_batch_contains_the_count_of_messages(
 
 
 async def test_lines_of_a_batch_are_relayed_unchanged_without_empty_lines(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber:
         body = ' {"a": [1,  2]}\r\n\n\n"grüße"\nnull\n'
@@ -105,7 +107,7 @@ INVALID_LINES = [
 
 
 async def test_a_batch_with_one_invalid_line_is_refused_as_a_whole(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber:
         for line in INVALID_LINES:
@@ -116,13 +118,13 @@ async def test_a_batch_with_one_invalid_line_is_refused_as_a_whole(
         assert await receive(subscriber) == "after"
 
 
-async def test_an_empty_batch_publishes_nothing(relay: Relay, channel: str) -> None:
+async def test_an_empty_batch_publishes_nothing(relay: RelayProcess, channel: str) -> None:
     for body in (b"", b"\n" * 10_000, b" \t\r\n" * 200_000):
         response = await publish_by_post(relay, channel, body, BATCH_TYPE)
         assert (response.status_code, response.json()["messages"]) == (202, 0)
 
 
-async def test_a_batch_may_contain_numbers_of_any_length(relay: Relay, channel: str) -> None:
+async def test_a_batch_may_contain_numbers_of_any_length(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as subscriber:
         assert (
             await publish_by_post(relay, channel, b"9" * 500_000, BATCH_TYPE)
@@ -130,7 +132,7 @@ async def test_a_batch_may_contain_numbers_of_any_length(relay: Relay, channel: 
         assert await receive(subscriber) == "9" * 500_000
 
 
-async def test_a_batch_of_too_many_lines_is_refused(relay: Relay, channel: str) -> None:
+async def test_a_batch_of_too_many_lines_is_refused(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel, max_queue=None) as subscriber:
         response = await publish_by_post(relay, channel, b"1\n" * 10_001, BATCH_TYPE)
         assert response.status_code == 413
@@ -153,7 +155,7 @@ async def test_a_large_batch_does_not_displace_the_history_of_other_channels(
 
 
 async def test_no_other_message_is_relayed_between_the_lines_of_a_batch(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     batches = ["\n".join(f'"{batch}-{line}"' for line in range(250)) for batch in range(8)]
     async with relay.client(channel, max_queue=None) as subscriber:
@@ -167,7 +169,7 @@ async def test_no_other_message_is_relayed_between_the_lines_of_a_batch(
     assert sorted(blocks) == sorted(batches)
 
 
-async def test_a_compressed_body_is_refused(relay: Relay, channel: str) -> None:
+async def test_a_compressed_body_is_refused(relay: RelayProcess, channel: str) -> None:
     for coding, status in (("gzip", 415), ("identity, br", 415), ("identity", 202)):
         response = await publish_by_post(
             relay, channel, b"1", TEXT_TYPE, {"Content-Encoding": coding}
@@ -182,19 +184,19 @@ async def test_a_body_above_the_limit_is_refused_before_it_is_received(
     relay = relay_with(limits={"max_message_bytes": 1000})
     assert (await publish_by_post(relay, "a", bytes(1000))).status_code == 202
     assert (await publish_by_post(relay, "a", bytes(1001))).status_code == 413
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         head = "POST /channels/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
         await raw.send(head.encode())
-        assert (await raw.response()).status == 413
-    async with await relay.tcp() as raw:
+        assert (await raw.read_response()).status == 413
+    async with await relay.connect_tcp() as raw:
         head = "POST /channels/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         await raw.send(head.encode() + b"7d0\r\n" + bytes(2000) + b"\r\n")
-        assert (await raw.response()).status == 413
-    await relay.metric_is("websocket_refusals_total", 3, reason="too_large")
+        assert (await raw.read_response()).status == 413
+    await relay.await_metric("websocket_refusals_total", 3, reason="too_large")
 
 
 async def test_concurrent_posts_are_relayed_in_the_order_of_their_positions(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(relay, channel) as subscriber:
         responses = await asyncio.gather(
@@ -208,16 +210,16 @@ async def test_concurrent_posts_are_relayed_in_the_order_of_their_positions(
         assert await subscriber.next_messages(30) == expected
 
 
-async def test_posted_messages_are_counted(relay: Relay, channel: str) -> None:
+async def test_posted_messages_are_counted(relay: RelayProcess, channel: str) -> None:
     before = await relay.metrics()
     await publish_by_post(relay, channel, b"12345", TEXT_TYPE)
     for name, added in (("messages", 1), ("received_bytes", 5)):
         value_before = before.value(f"websocket_{name}_total")
-        await relay.metric_is(f"websocket_{name}_total", value_before + added)
+        await relay.await_metric(f"websocket_{name}_total", value_before + added)
 
 
 async def test_request_metrics_are_labelled_with_the_route_and_not_the_channel(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     await publish_by_post(relay, "measured-0", b"x")  # creates the series
     labels = {"handler": "/channels/{channel}", "method": "POST", "status": "2xx"}
@@ -240,7 +242,7 @@ async def test_a_post_needs_the_permission_to_publish_in_mode_jwt(relay_with: St
         assert (await publish_by_post(relay, "news", b"x", headers=headers)).status_code == status
 
 
-async def test_a_post_to_an_invalid_channel_name_is_not_found(relay: Relay) -> None:
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http:
+async def test_a_post_to_an_invalid_channel_name_is_not_found(relay: RelayProcess) -> None:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False) as http:
         url = f"http://{HOST}:{relay.port}/channels/a%20b"
         assert (await http.post(url, content=b"x")).status_code == 404

@@ -13,7 +13,7 @@ from tests.support.http_requests import (
     publish_by_post,
 )
 from tests.support.raw_client import PATIENCE_S, RawClient
-from tests.support.relay_process import PLAIN, Relay, StartRelay, receive, receive_many
+from tests.support.relay_process import NO_CA, RelayProcess, StartRelay, receive, receive_many
 
 KIB = 1_024
 MIB = 1_048_576
@@ -21,8 +21,8 @@ MIB = 1_048_576
 
 async def read_response(raw: RawClient) -> tuple[int, bytes]:
     """Read one whole response; return its status and body."""
-    response = await raw.response()
-    return response.status, await raw.exactly(int(response.headers.get("content-length", "0")))
+    response = await raw.read_response()
+    return response.status, await raw.read_exactly(int(response.headers.get("content-length", "0")))
 
 
 async def test_stalled_bodies_are_bounded_in_total(relay_with: StartRelay) -> None:
@@ -31,24 +31,26 @@ async def test_stalled_bodies_are_bounded_in_total(relay_with: StartRelay) -> No
     async with AsyncExitStack() as stack:
         stalled = []
         for _ in range(30):
-            raw = await stack.enter_async_context(await relay.tcp())
+            raw = await stack.enter_async_context(await relay.connect_tcp())
             await raw.send(post_request("a", bytes(900 * KIB), length=1_000 * KIB))
             stalled.append(raw)
-        await relay.metric_reaches("websocket_refusals_total", 30 - 4 - 1, reason="unfinished")
+        await relay.await_metric_at_least(
+            "websocket_refusals_total", 30 - 4 - 1, reason="unfinished"
+        )
         assert relay.rss_bytes() < before + 20 * MIB
         assert await relay.metric("websocket_partial_message_bytes") <= 4 * MIB
         assert (await publish_by_post(relay, "a", b"small", TEXT_TYPE)).status_code == 202
         refusal = await read_response(stalled[0])
         assert refusal == (503, b"too many partial messages\n")
-    await relay.metric_is("websocket_partial_message_bytes", 0)
+    await relay.await_metric("websocket_partial_message_bytes", 0)
 
 
 async def test_a_body_in_chunks_of_one_byte_is_parsed_in_slices_and_relayed_whole(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     head = f"POST /channels/{channel} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
     request = head.encode() + b"\r\n" + b"1\r\na\r\n" * 30_000 + b"0\r\n\r\n"
-    async with relay.client(channel) as subscriber, await relay.tcp() as raw:
+    async with relay.client(channel) as subscriber, await relay.connect_tcp() as raw:
         for _ in range(2):  # the relay resumes reading after the first request
             await raw.send(request + get_request("/healthz"))
             assert (await read_response(raw))[0] == 202
@@ -62,36 +64,36 @@ async def test_a_client_that_resets_within_chunks_of_one_byte_causes_no_error(
     relay = relay_with()
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     for _ in range(8):
-        raw = await relay.tcp()
+        raw = await relay.connect_tcp()
         await raw.send(head + b"1\r\na\r\n" * 20_000)
-        raw.vanish()
-    await relay.metric_is("websocket_http_connections", 0, port="relay")
+        raw.reset()
+    await relay.await_metric("websocket_http_connections", 0, port="relay")
     assert await relay.stop() == 0
     assert [event for event in relay.log_events if event["level"] == "error"] == []
 
 
 async def test_a_body_longer_than_its_content_length_publishes_nothing(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
-    async with relay.client(channel) as subscriber, await relay.tcp() as raw:
+    async with relay.client(channel) as subscriber, await relay.connect_tcp() as raw:
         await raw.send(post_request(channel, b"longer than four", length=4))
         assert (await read_response(raw))[0] == 400
-        await raw.ended()
+        await raw.read_to_end()
         assert (await publish_by_post(relay, channel, b"after", TEXT_TYPE)).status_code == 202
         assert await receive(subscriber) == "after"
 
 
 async def test_a_body_shorter_than_its_content_length_publishes_nothing(
-    short_deadline_relay: Relay, channel: str
+    short_deadline_relay: RelayProcess, channel: str
 ) -> None:
     async with short_deadline_relay.client(channel) as subscriber:
-        async with await short_deadline_relay.tcp() as raw:
+        async with await short_deadline_relay.connect_tcp() as raw:
             await raw.send(post_request(channel, b"half", length=8))
             assert (await read_response(raw))[0] == 408
-        async with await short_deadline_relay.tcp() as raw:
+        async with await short_deadline_relay.connect_tcp() as raw:
             await raw.send(post_request(channel, b"half", length=8))
-            raw.finish()
-            await raw.ended()
+            raw.end_stream()
+            await raw.read_to_end()
         assert (
             await publish_by_post(short_deadline_relay, channel, b"after", TEXT_TYPE)
         ).status_code == 202
@@ -99,11 +101,11 @@ async def test_a_body_shorter_than_its_content_length_publishes_nothing(
 
 
 async def test_a_body_that_arrives_too_slowly_publishes_nothing(
-    short_deadline_relay: Relay, channel: str
+    short_deadline_relay: RelayProcess, channel: str
 ) -> None:
     async with (
         short_deadline_relay.client(channel) as subscriber,
-        await short_deadline_relay.tcp() as raw,
+        await short_deadline_relay.connect_tcp() as raw,
     ):
 
         async def send_slowly() -> None:
@@ -113,7 +115,7 @@ async def test_a_body_that_arrives_too_slowly_publishes_nothing(
                 await asyncio.sleep(0.2)
 
         sending = asyncio.create_task(send_slowly())
-        assert (await raw.response()).status == 408
+        assert (await raw.read_response()).status == 408
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         assert (
@@ -122,39 +124,43 @@ async def test_a_body_that_arrives_too_slowly_publishes_nothing(
         assert await receive(subscriber) == "after"
 
 
-async def test_an_invalid_content_length_is_refused(relay: Relay, channel: str) -> None:
+async def test_an_invalid_content_length_is_refused(relay: RelayProcess, channel: str) -> None:
     for length in ("-1", "1e3", "4294967296000000000000", "4, 5", "0x4", "²"):
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(post_request(channel, b"text").replace(b": 4", f": {length}".encode()))
             assert (await read_response(raw))[0] == 400, length
 
 
-async def test_pipelined_messages_are_relayed_in_order(relay: Relay, channel: str) -> None:
+async def test_pipelined_messages_are_relayed_in_order(relay: RelayProcess, channel: str) -> None:
     texts = [str(number) for number in range(20)]
-    async with relay.client(channel) as subscriber, await relay.tcp() as raw:
+    async with relay.client(channel) as subscriber, await relay.connect_tcp() as raw:
         await raw.send(b"".join(post_request(channel, text.encode()) for text in texts))
         assert [(await read_response(raw))[0] for _ in texts] == [202] * 20
         assert await receive_many(subscriber, 20) == texts
 
 
-async def test_expect_100_continue_is_answered_before_the_body(relay: Relay, channel: str) -> None:
+async def test_expect_100_continue_is_answered_before_the_body(
+    relay: RelayProcess, channel: str
+) -> None:
     expectation = "Expect: 100-continue"
-    async with relay.client(channel) as subscriber, await relay.tcp() as raw:
+    async with relay.client(channel) as subscriber, await relay.connect_tcp() as raw:
         await raw.send(post_request(channel, b"", expectation, length=5))
-        assert (await raw.response()).status == 100
+        assert (await raw.read_response()).status == 100
         await raw.send(b"hello")
         assert (await read_response(raw))[0] == 202
         assert await receive(subscriber) == "hello"
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(post_request(channel, b"", expectation, length=2 * MIB))
-        assert (await raw.response()).status == 413
+        assert (await raw.read_response()).status == 413
 
 
-async def test_other_methods_are_refused_and_publish_nothing(relay: Relay, channel: str) -> None:
+async def test_other_methods_are_refused_and_publish_nothing(
+    relay: RelayProcess, channel: str
+) -> None:
     url = relay.http_url(f"/channels/{channel}")
     async with (
         relay.client(channel) as subscriber,
-        httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http,
+        httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http,
     ):
         for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
             assert (await http.request(method, url, content=b"x")).status_code == 405
@@ -193,7 +199,7 @@ async def test_many_posts_to_many_channels_leave_no_memory_descriptors_or_channe
 ) -> None:
     relay = relay_with(history={"max_messages": 0})
     compressed = {"Content-Encoding": "gzip"}  # refused
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
 
         async def post_to_channels(count: int) -> None:
             for number in range(count):

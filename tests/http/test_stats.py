@@ -3,10 +3,10 @@
 import httpx2
 
 from tests.support.issuer import SECRET, sign_token
-from tests.support.relay_process import PLAIN, Relay, StartRelay, receive
+from tests.support.relay_process import NO_CA, RelayProcess, StartRelay, receive
 
 
-async def test_the_stats_are_the_values_of_the_metrics(relay: Relay, channel: str) -> None:
+async def test_the_stats_are_the_values_of_the_metrics(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as client:
         await client.send("counted")
         assert await receive(client) == "counted"
@@ -25,7 +25,7 @@ async def test_the_stats_are_the_values_of_the_metrics(relay: Relay, channel: st
 async def test_the_stats_need_a_permission_in_mode_jwt(relay_with: StartRelay) -> None:
     relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": SECRET}})
     assert (await relay.get("/stats")).status_code == 401
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False) as http:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False) as http:
         for permissions, status in (({"stats": True}, 200), ({"subscribe": ["*"]}, 403)):
             headers = {"Authorization": f"Bearer {sign_token(relay=permissions)}"}
             response = await http.get(relay.http_url("/stats"), headers=headers)
@@ -41,7 +41,9 @@ async def test_the_console_can_be_disabled(relay_with: StartRelay) -> None:
     assert (await relay.get("/relay.js")).status_code == 200
 
 
-async def test_files_of_the_console_have_a_strict_content_security_policy(relay: Relay) -> None:
+async def test_files_of_the_console_have_a_strict_content_security_policy(
+    relay: RelayProcess,
+) -> None:
     for path in ("/", "/console.js", "/console.css", "/icon.svg", "/relay.js"):
         response = await relay.get(path)
         assert response.status_code == 200
@@ -52,7 +54,7 @@ async def test_files_of_the_console_have_a_strict_content_security_policy(relay:
         assert "unsafe" not in policy
 
 
-async def test_a_page_of_any_origin_may_load_the_client(relay: Relay) -> None:
+async def test_a_page_of_any_origin_may_load_the_client(relay: RelayProcess) -> None:
     response = await relay.get("/relay.js")
     assert response.headers["access-control-allow-origin"] == "*"
     assert response.headers["cross-origin-resource-policy"] == "cross-origin"

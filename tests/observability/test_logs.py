@@ -18,12 +18,12 @@ from tests.support.issuer import sign_token
 from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
 from tests.support.relay_process import (
     HOST,
+    NO_CA,
     PACKAGE,
-    PLAIN,
     ROOT,
-    Relay,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     environment,
     receive,
 )
@@ -193,7 +193,7 @@ async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRela
             if len(payload) < 1024:
                 assert await receive(client) == payload
             else:
-                assert (await closed(client))[0] == 1009
+                assert (await await_close(client))[0] == 1009
     for invalid_frame in (
         frame(TEXT, word.encode() + b"\xff"),
         frame(BINARY, word.encode(), reserved=4),
@@ -203,8 +203,8 @@ async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRela
         path = f"/channels/news?access_token={valid}"
         async with raw_websocket(HOST, relay.port, path) as raw:
             await raw.send(invalid_frame)
-            await raw.ended()
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, headers=bearer) as http:
+            await raw.read_to_end()
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, headers=bearer) as http:
         for kind in ("text/plain", "application/x-ndjson"):
             posted = await http.post(
                 relay.http_url(f"/channels/{word}"),
@@ -281,6 +281,6 @@ def test_a_crash_in_a_log_of_text_is_a_traceback_without_variables() -> None:
 
 
 def test_the_first_line_of_a_relay_is_its_first_event(tmp_path: Path) -> None:
-    with Relay(tmp_path) as relay:
+    with RelayProcess(tmp_path) as relay:
         assert relay.log_events[0]["event"] == "metrics listening"
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []

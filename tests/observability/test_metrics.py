@@ -13,10 +13,10 @@ from tests.support.accounting import assert_counters_add_up
 from tests.support.programs import PROMTOOL, needed
 from tests.support.raw_client import TEXT, frame
 from tests.support.relay_process import (
-    PLAIN,
-    Relay,
+    NO_CA,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     receive,
     receive_many,
 )
@@ -63,7 +63,7 @@ async def test_counters_are_exact_before_during_and_after_connections(
         for client in news:
             await receive_many(client, 3)
         await receive(chat)
-        await relay.metric_is("websocket_deliveries_total", 10)
+        await relay.await_metric("websocket_deliveries_total", 10)
         during = await relay.metrics()
         assert [during.value(name) for name in CLIENT_METRICS] == [4, 4, 4, 0]
         assert during.value("websocket_expected_deliveries_total") == 10
@@ -74,7 +74,7 @@ async def test_counters_are_exact_before_during_and_after_connections(
         assert during.value("websocket_delivery_seconds_count") > 0
         assert_counters_add_up(during)
 
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     after = await relay.metrics()
     assert [after.value(name) for name in CLIENT_METRICS] == [0, 4, 4, 4]
     assert after.value("websocket_closes_total", code="1000") == 4
@@ -89,8 +89,8 @@ async def test_a_fragmented_message_counts_as_one_and_a_ping_as_none(
     relay = relay_with()
     async with relay.raw_client("news") as raw:
         await raw.send(frame(TEXT, b"a", fin=False) + frame(9, b"ping") + frame(0, b"b"))
-        assert await raw.message() == "ab"
-        await relay.metric_is("websocket_messages_total", 1)
+        assert await raw.read_message() == "ab"
+        await relay.await_metric("websocket_messages_total", 1)
         assert await relay.metric("websocket_expected_deliveries_total") == 1
 
 
@@ -103,18 +103,18 @@ async def test_the_counters_balance_after_clients_close_or_abort_connections_und
         for _ in range(10):
             async with relay.raw_client("news") as publisher:
                 await publisher.send(frame(TEXT, b"x" * 1_000) * 20)
-                await publisher.message()
+                await publisher.read_message()
                 if aborts:
-                    publisher.vanish()
+                    publisher.reset()
 
     async with relay.client("news", max_queue=None) as subscriber:
         clients = (publish_and_disconnect(aborts=bool(number % 2)) for number in range(6))
         await asyncio.gather(*clients)
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         await subscriber.send("the end")
         while await receive(subscriber) != "the end":
             pass
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     metrics = await relay.metrics()
     assert metrics.value("websocket_connections_total") == 61
     assert metrics.value("websocket_messages_total") <= 6 * 10 * 20 + 1
@@ -123,9 +123,9 @@ async def test_the_counters_balance_after_clients_close_or_abort_connections_und
 
 async def test_a_refused_client_is_not_counted_as_a_connection(relay_with: StartRelay) -> None:
     relay = relay_with()
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         await raw.send(b"GET /channels/news HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert (await raw.response()).status == 426
+        assert (await raw.read_response()).status == 426
     metrics = await relay.metrics()
     assert [metrics.value(name) for name in CLIENT_METRICS] == [0, 0, 0, 0]
 
@@ -134,14 +134,14 @@ async def test_closes_are_counted_by_code(relay_with: StartRelay) -> None:
     relay = relay_with()
     async with relay.client("news") as closing:
         await closing.close(4321, "finished")
-        await closed(closing)
+        await await_close(closing)
     async with relay.raw_client("news") as violating:
         await violating.send(frame(TEXT, b"unmasked", mask=False))
-        await violating.close_frame()
+        await violating.read_close_frame()
     async with relay.raw_client("news") as aborting:
-        await relay.metric_is("websocket_connected_clients", 1)
-        aborting.vanish()
-    await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 1)
+        aborting.reset()
+    await relay.await_metric("websocket_connected_clients", 0)
     metrics = await relay.metrics()
     assert metrics.value("websocket_closes_total", code="1002") == 1
     assert_counters_add_up(metrics)
@@ -155,7 +155,7 @@ async def test_the_close_codes_and_reasons_of_clients_make_no_labels(
     for code in range(3_000, 3_045):
         async with relay.client("news") as client:
             await client.close(code, f"reason {code}")
-    await relay.metric_is("websocket_disconnections_total", 45)
+    await relay.await_metric("websocket_disconnections_total", 45)
     samples = (await relay.metrics()).samples
     series = [sample.labels for sample in samples if sample.name == "websocket_closes_total"]
     assert len(series) < 40
@@ -172,11 +172,11 @@ async def test_readiness_and_draining_are_metrics(relay_with: StartRelay) -> Non
     relay = relay_with(shutdown={"readiness_delay_s": 3})
     assert await relay.metric("websocket_ready") == 1
     relay.signal()
-    await relay.metric_is("websocket_ready", 0)
+    await relay.await_metric("websocket_ready", 0)
     assert await relay.metric("websocket_draining") == 1
 
 
-async def test_the_page_has_all_metrics_of_clients_and_messages(relay: Relay) -> None:
+async def test_the_page_has_all_metrics_of_clients_and_messages(relay: RelayProcess) -> None:
     metrics = await relay.metrics()
     assert not [name for name in (*CLIENT_METRICS, *OTHER_METRICS) if name not in metrics.names]
     for name in CLIENT_METRICS:
@@ -184,7 +184,9 @@ async def test_the_page_has_all_metrics_of_clients_and_messages(relay: Relay) ->
         assert sample.labels == {}
 
 
-async def test_the_page_has_metrics_of_the_process_and_the_garbage_collector(relay: Relay) -> None:
+async def test_the_page_has_metrics_of_the_process_and_the_garbage_collector(
+    relay: RelayProcess,
+) -> None:
     metrics = await relay.metrics()
     assert metrics.value("process_resident_memory_bytes") > 1_000_000
     assert metrics.value("process_open_fds") > 0
@@ -192,7 +194,7 @@ async def test_the_page_has_metrics_of_the_process_and_the_garbage_collector(rel
     assert metrics.value("python_gc_collections_total") > 0
 
 
-async def test_http_requests_are_measured(relay: Relay) -> None:
+async def test_http_requests_are_measured(relay: RelayProcess) -> None:
     await relay.get("/healthz")  # creates the series
     before = await relay.metric("http_requests_total", handler="/healthz")
     for _ in range(3):
@@ -201,7 +203,7 @@ async def test_http_requests_are_measured(relay: Relay) -> None:
     assert await relay.metric("http_request_duration_seconds_count") > 0
 
 
-async def test_unknown_paths_and_channel_names_make_no_series(relay: Relay) -> None:
+async def test_unknown_paths_and_channel_names_make_no_series(relay: RelayProcess) -> None:
     await relay.get("/nowhere-0")
     await relay.get("/channels/plain-0")
     before = len((await relay.metrics()).samples)
@@ -211,7 +213,9 @@ async def test_unknown_paths_and_channel_names_make_no_series(relay: Relay) -> N
     assert len((await relay.metrics()).samples) == before
 
 
-async def test_the_page_is_prometheus_text_with_unique_documented_families(relay: Relay) -> None:
+async def test_the_page_is_prometheus_text_with_unique_documented_families(
+    relay: RelayProcess,
+) -> None:
     answer = await relay.get_metrics()
     assert answer.headers["Content-Type"].startswith("text/plain")
     families = list(text_string_to_metric_families(answer.text))
@@ -221,7 +225,7 @@ async def test_the_page_is_prometheus_text_with_unique_documented_families(relay
     assert len(names) == len(set(names))
 
 
-async def test_promtool_accepts_the_page(relay: Relay) -> None:
+async def test_promtool_accepts_the_page(relay: RelayProcess) -> None:
     page = (await relay.get_metrics()).text
     done = await asyncio.to_thread(
         subprocess.run,
@@ -261,8 +265,8 @@ async def test_the_page_has_the_format_of_the_accept_header(accept: str, content
     assert chosen.startswith(content_type)
 
 
-async def test_a_response_with_openmetrics_has_its_content_type(relay: Relay) -> None:
-    async with httpx2.AsyncClient(verify=PLAIN) as http:
+async def test_a_response_with_openmetrics_has_its_content_type(relay: RelayProcess) -> None:
+    async with httpx2.AsyncClient(verify=NO_CA) as http:
         answer = await http.get(
             relay.metrics_url(), headers={"Accept": "application/openmetrics-text"}
         )

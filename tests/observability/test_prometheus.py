@@ -14,7 +14,7 @@ from tests.support.helm import CHART
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.prometheus import JOB, NAMESPACE, Prometheus, missing_series, shorten_waits
-from tests.support.relay_process import Metrics, Relay, StartRelay, eventually, receive
+from tests.support.relay_process import MetricsPage, RelayProcess, StartRelay, eventually, receive
 
 ALERTS = CHART / "files" / "alerts.yaml"
 DASHBOARD: Mapping[str, Any] = json.loads((CHART / "files" / "dashboard.json").read_text())
@@ -47,7 +47,7 @@ def pair() -> CertificatePair:
 @asynccontextmanager
 async def scraped_relays(
     start: StartRelay, broker: RedisBroker, directory: Path
-) -> AsyncIterator[tuple[Prometheus, Mapping[str, Relay]]]:
+) -> AsyncIterator[tuple[Prometheus, Mapping[str, RelayProcess]]]:
     """Run a relay with a broker, one that requires tokens, and a Prometheus that scrapes both."""
     with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
@@ -60,7 +60,7 @@ async def scraped_relays(
             yield prometheus, relays
 
 
-async def cause_events(relay: Relay, guarded: Relay) -> None:
+async def cause_events(relay: RelayProcess, guarded: RelayProcess) -> None:
     """Have relays count a message, a probe and a refusal."""
     async with relay.client("news") as client:
         await client.send("hello")
@@ -70,13 +70,13 @@ async def cause_events(relay: Relay, guarded: Relay) -> None:
 
 
 async def assert_all_queries_have_answers(
-    prometheus: Prometheus, relays: Mapping[str, Relay]
+    prometheus: Prometheus, relays: Mapping[str, RelayProcess]
 ) -> None:
     # A rate needs a sample from before the events.
     await prometheus.await_result("count(websocket_ready) == 2")
     await cause_events(relays["relay-0"], relays["relay-1"])
     pages = [await relay.metrics() for relay in relays.values()]
-    page = Metrics(
+    page = MetricsPage(
         frozenset().union(*(each.names for each in pages)),
         tuple(sample for each in pages for sample in each.samples),
     )

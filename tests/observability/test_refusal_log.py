@@ -10,7 +10,7 @@ from websocket_relay.outcomes import Refusal
 from tests.support.admission import connect_with_token, refusal_answer
 from tests.support.issuer import OTHER_SECRET, SECRET, KeyServer, key_set, make_signer, sign_token
 from tests.support.raw_client import upgrade_request
-from tests.support.relay_process import Relay, StartRelay, eventually, path_of
+from tests.support.relay_process import RelayProcess, StartRelay, eventually, path_of
 
 REFUSALS = 20
 CHANNEL = "a-name-of-the-clients-choice"
@@ -24,20 +24,20 @@ LIMITS: list[Any] = [
 ]
 
 
-async def refuse_many(relay: Relay, reason: str, **headers: str) -> None:
+async def refuse_many(relay: RelayProcess, reason: str, **headers: str) -> None:
     """Send handshakes until many were refused for a reason.
 
     Some may be admitted: a token bucket refills.
     """
     count = 0
     while count < REFUSALS:
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(f"{path_of(CHANNEL)}?a={CHANNEL}", **headers))
-            count += (await raw.response()).status != 101
+            count += (await raw.read_response()).status != 101
     assert await relay.metric("websocket_refusals_total", reason=reason) == REFUSALS
 
 
-async def assert_logged_once(relay: Relay, reason: str, setting: str) -> None:
+async def assert_logged_once(relay: RelayProcess, reason: str, setting: str) -> None:
     """Assert that there is one warning, for the first refusal, with the setting."""
     assert await relay.stop() == 0
     (warning,) = (event for event in relay.log_events if event["level"] == "warning")

@@ -15,7 +15,15 @@ from tests.support.admission import jwt_settings
 from tests.support.collector import SHORT_EXPORT_DELAY, Collector, Span
 from tests.support.issuer import sign_token
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, PLAIN, ROOT, Relay, StartRelay, eventually, run_python
+from tests.support.relay_process import (
+    HOST,
+    NO_CA,
+    ROOT,
+    RelayProcess,
+    StartRelay,
+    eventually,
+    run_python,
+)
 
 SERVER = 2
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -52,8 +60,8 @@ def collector() -> Iterator[Collector]:
         yield started
 
 
-async def request(relay: Relay, method: str, path: str, **options: Any) -> httpx2.Response:
-    async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
+async def request(relay: RelayProcess, method: str, path: str, **options: Any) -> httpx2.Response:
+    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.request(method, relay.http_url(path), **options)
 
 
@@ -80,21 +88,21 @@ def shared_collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def shared_traced_relay(
     tmp_path_factory: pytest.TempPathFactory, shared_collector: Collector
-) -> Iterator[Relay]:
+) -> Iterator[RelayProcess]:
     settings = {
         "server": {"allowed_origins": ["https://good.example"]},
         "limits": {"max_connections": MAX_CONNECTIONS},
         "logging": {"level": "debug"},
     }
     variables = shared_collector.variables | SHORT_EXPORT_DELAY
-    with Relay(tmp_path_factory.mktemp("traced"), settings, variables) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("traced"), settings, variables) as relay:
         yield relay
 
 
 @pytest.fixture
-async def traced_relay(shared_traced_relay: Relay) -> Relay:
+async def traced_relay(shared_traced_relay: RelayProcess) -> RelayProcess:
     """A relay that exports its spans at once, without clients and without pending log lines."""
-    await shared_traced_relay.metric_is("websocket_connected_clients", 0)
+    await shared_traced_relay.await_metric("websocket_connected_clients", 0)
     metrics = await shared_traced_relay.metrics()
     for event, metric in (
         ("client gone", "websocket_disconnections_total"),
@@ -120,7 +128,7 @@ one_worker = pytest.mark.xdist_group("traced relay")
 
 @one_worker
 async def test_a_handshake_is_a_span_with_channel_and_status(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     async with traced_relay.client("news"), traced_relay.client():
         first, second = await spans.await_spans("handshake /channels/{channel}", "handshake /")
@@ -147,7 +155,7 @@ REFUSED: list[tuple[str, dict[str, str], int, str, str]] = [
 
 @one_worker
 async def test_the_span_of_a_refused_handshake_has_the_reason_and_is_no_error(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     for path, headers, *_ in REFUSED:
         with pytest.raises(InvalidStatus):
@@ -166,7 +174,7 @@ async def test_the_span_of_a_refused_handshake_has_the_reason_and_is_no_error(
 
 @one_worker
 async def test_the_span_of_a_handshake_above_a_limit_is_an_error(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     async with traced_relay.client(), traced_relay.client(), traced_relay.client():
         with pytest.raises(InvalidStatus):
@@ -177,15 +185,17 @@ async def test_the_span_of_a_handshake_above_a_limit_is_an_error(
 
 
 @one_worker
-async def test_requests_are_spans_and_probes_are_not(traced_relay: Relay, spans: Collector) -> None:
+async def test_requests_are_spans_and_probes_are_not(
+    traced_relay: RelayProcess, spans: Collector
+) -> None:
     assert (await traced_relay.get("/healthz")).status_code == 200
     assert (await traced_relay.get("/readyz")).status_code == 200
     assert (await traced_relay.get("/favicon.ico")).status_code == 404
     answer = await request(traced_relay, "POST", "/channels/events", content=b"hello")
     assert answer.status_code == 202
-    async with await traced_relay.tcp() as subscriber:
+    async with await traced_relay.connect_tcp() as subscriber:
         await subscriber.send(b"GET /channels/events/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await subscriber.response()
+        await subscriber.read_response()
         names = ["GET", "POST /channels/{channel}", "GET /channels/{channel}/events"]
         found = await spans.await_spans(*names)
     assert [span.name for span in found] == names
@@ -202,7 +212,7 @@ async def test_requests_are_spans_and_probes_are_not(traced_relay: Relay, spans:
 
 @one_worker
 async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     caller = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
     start = len(traced_relay.log_events)
@@ -222,7 +232,9 @@ async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
     assert (line["trace_id"], line["span_id"]) == (TRACE, refused.span_id)
 
 
-async def log_events_from(relay: Relay, start: int, *names: str) -> Sequence[Mapping[str, Any]]:
+async def log_events_from(
+    relay: RelayProcess, start: int, *names: str
+) -> Sequence[Mapping[str, Any]]:
     """Wait until the events from a place in the log have these names; return them."""
 
     async def look() -> tuple[bool, object]:
@@ -235,7 +247,7 @@ async def log_events_from(relay: Relay, start: int, *names: str) -> Sequence[Map
 
 @one_worker
 async def test_a_trace_that_the_caller_does_not_sample_is_not_exported(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     async with traced_relay.client("unsampled", additional_headers=unsampled):
@@ -246,7 +258,7 @@ async def test_a_trace_that_the_caller_does_not_sample_is_not_exported(
 
 @one_worker
 async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
-    traced_relay: Relay, spans: Collector
+    traced_relay: RelayProcess, spans: Collector
 ) -> None:
     valid = f"00-{TRACE}-{PARENT}-01"
     invalid: list[dict[str, str]] = [

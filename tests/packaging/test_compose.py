@@ -25,8 +25,8 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     HOST,
     ROOT,
-    Relay,
-    closed,
+    RelayProcess,
+    await_close,
     environment,
     eventually,
     receive,
@@ -63,7 +63,7 @@ class LocalDeployment:
     """The services of compose.yaml as processes of this machine."""
 
     def __init__(self, stack: ExitStack, directory: Path, broker: RedisBroker) -> None:
-        self.relays: dict[str, Relay] = {}
+        self.relays: dict[str, RelayProcess] = {}
         self._stack = stack
         self._directory = directory
         self._broker = broker
@@ -88,7 +88,7 @@ class LocalDeployment:
         variables = environment_of(name, {"RELAY__BACKPLANE__URL": self._broker.url})
         variables["RELAY__SERVER__TRUSTED_PROXIES"] = HOST  # the address of nginx
         variables["RELAY__SERVER__PORT"] = str(self._ports[name])
-        relay = self.relays[name] = Relay(directory, self._settings, variables)
+        relay = self.relays[name] = RelayProcess(directory, self._settings, variables)
         self._stack.callback(relay.end)
         await asyncio.to_thread(relay.__enter__)
 
@@ -109,7 +109,7 @@ async def deployment(tmp_path: Path) -> AsyncIterator[LocalDeployment]:
         with ExitStack() as stack:
             started = LocalDeployment(stack, tmp_path, broker)
             yield started
-        assert not [line for relay in started.relays.values() for line in relay.complaints]
+        assert not [line for relay in started.relays.values() for line in relay.unexpected_lines]
 
 
 # The files
@@ -206,7 +206,7 @@ async def test_both_relays_deliver_each_message_and_a_stop_closes_clients_with_1
         for relay in deployment.relays.values():
             relay.signal()
         for client in (one, two):
-            code, reason = await closed(client)
+            code, reason = await await_close(client)
             assert code == 1001
             assert str(reason).startswith("draining; retry_ms=")
     assert await nginx.exit_code() == 0

@@ -18,7 +18,7 @@ import yaml
 
 from tests.support.certificates import make_pair
 from tests.support.containers import Container, Engine, find_base, find_engine
-from tests.support.relay_process import ROOT, closed, receive, somebody_reads
+from tests.support.relay_process import ROOT, await_close, open_pipe_when_read, receive
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
 
@@ -144,7 +144,7 @@ async def test_a_stop_closes_clients_with_1001_and_ends_with_0(start: Start) -> 
     relay = start(env={"RELAY__SHUTDOWN__SPREAD_S": "0.5"})
     async with relay.client() as client:
         relay.signal()
-        code, reason = await closed(client)
+        code, reason = await await_close(client)
         assert code == 1001
         assert str(reason).startswith("draining; retry_ms=")
     assert await relay.exit_code() == 0
@@ -159,7 +159,7 @@ async def test_a_signal_before_the_settings_are_read_ends_the_container_with_0(
     relay = Container(engine, image, tmp_path, options=options)
     try:
         relay.launch()
-        async with somebody_reads(tmp_path / "unread"):
+        async with open_pipe_when_read(tmp_path / "unread"):
             relay.signal()
         assert await relay.exit_code() == 0
         assert relay.log_events == []

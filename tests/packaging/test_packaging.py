@@ -18,13 +18,13 @@ from packaging.utils import canonicalize_name
 
 from tests.support.project import PROJECT
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import PACKAGE, ROOT, Finished
+from tests.support.relay_process import PACKAGE, ROOT, CommandResult
 from tests.support.shell import user_environment
 
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 
 
-def make(*arguments: str, directory: Path = ROOT) -> Finished:
+def make(*arguments: str, directory: Path = ROOT) -> CommandResult:
     done = subprocess.run(
         ["make", *arguments],
         cwd=directory,
@@ -34,7 +34,7 @@ def make(*arguments: str, directory: Path = ROOT) -> Finished:
         timeout=PATIENCE_S,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 def locked_versions(lock: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, Finished
+from tests.support.relay_process import ROOT, CommandResult
 from tests.support.tools import npm_command, python_tool
 
 GITHUB = ROOT / ".github"
@@ -41,7 +41,9 @@ MANIFESTS = {
 each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
 
 
-def run(*command: str, directory: Path = ROOT, env: Mapping[str, str] | None = None) -> Finished:
+def run(
+    *command: str, directory: Path = ROOT, env: Mapping[str, str] | None = None
+) -> CommandResult:
     done = subprocess.run(
         command,
         cwd=directory,
@@ -51,10 +53,10 @@ def run(*command: str, directory: Path = ROOT, env: Mapping[str, str] | None = N
         timeout=PATIENCE_S,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
-def assert_accepted(done: Finished) -> None:
+def assert_accepted(done: CommandResult) -> None:
     """Assert that a tool found nothing; the error shows what it found."""
     assert done.exit_code == 0, done.stdout + done.stderr
 

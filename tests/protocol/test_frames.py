@@ -23,7 +23,7 @@ from tests.support.raw_client import (
     close_payload,
     frame,
 )
-from tests.support.relay_process import Relay, path_of, receive
+from tests.support.relay_process import RelayProcess, path_of, receive
 from tests.support.rfc_cases import read_frame_except_pings
 
 MIB = 1_048_576
@@ -38,7 +38,9 @@ def declared(size: int) -> bytes:
 # Fragments and cuts
 
 
-async def test_a_fragmented_message_is_relayed_as_one_frame(relay: Relay, channel: str) -> None:
+async def test_a_fragmented_message_is_relayed_as_one_frame(
+    relay: RelayProcess, channel: str
+) -> None:
     async with relay.raw_client(channel) as sender, relay.client(channel) as other:
         await sender.send(frame(TEXT, b"one ", fin=False))
         await sender.send(frame(CONTINUATION, b"", fin=False))
@@ -49,19 +51,19 @@ async def test_a_fragmented_message_is_relayed_as_one_frame(relay: Relay, channe
 
 
 async def test_a_message_between_the_fragments_of_another_client_is_not_mixed_with_them(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.raw_client(channel) as slow, relay.client(channel) as other:
         await slow.send(frame(TEXT, b"started ", fin=False))
         await other.send("in between")
         assert await receive(other) == "in between"
-        assert await slow.message() == "in between"
+        assert await slow.read_message() == "in between"
         await slow.send(frame(CONTINUATION, b"and finished"))
         assert await receive(other) == "started and finished"
 
 
 async def test_frames_that_arrive_byte_by_byte_make_the_same_messages(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     wire = (
         frame(TEXT, "héllo".encode())
@@ -79,58 +81,64 @@ async def test_frames_that_arrive_byte_by_byte_make_the_same_messages(
         assert sorted(opcodes) == [TEXT, TEXT, TEXT, BINARY, PONG]
 
 
-async def test_a_frame_cut_at_any_byte_makes_the_same_message(relay: Relay, channel: str) -> None:
+async def test_a_frame_cut_at_any_byte_makes_the_same_message(
+    relay: RelayProcess, channel: str
+) -> None:
     wire = frame(BINARY, bytes(range(126)))
     async with relay.raw_client(channel) as raw:
         for cut in range(1, len(wire)):
             await raw.send(wire[:cut])
             await raw.send(wire[cut:] + frame(TEXT, b"next"))
-            assert await raw.message() == bytes(range(126)), cut
-            assert await raw.message() == "next", cut
+            assert await raw.read_message() == bytes(range(126)), cut
+            assert await raw.read_message() == "next", cut
 
 
-async def test_many_frames_in_one_write_make_as_many_messages(relay: Relay, channel: str) -> None:
+async def test_many_frames_in_one_write_make_as_many_messages(
+    relay: RelayProcess, channel: str
+) -> None:
     numbers = [str(number) for number in range(2_000)]
     async with relay.raw_client(channel) as raw:
         await raw.send(b"".join(frame(TEXT, number.encode()) for number in numbers))
-        assert [await raw.message() for _ in numbers] == numbers
+        assert [await raw.read_message() for _ in numbers] == numbers
 
 
-async def test_frames_sent_with_the_upgrade_request_are_relayed(relay: Relay, channel: str) -> None:
+async def test_frames_sent_with_the_upgrade_request_are_relayed(
+    relay: RelayProcess, channel: str
+) -> None:
     frames = frame(TEXT, b"first") + frame(BINARY, b"second")
     async with relay.client(channel) as other:
-        async with relay.raw_client(channel, behind=frames) as eager:
-            assert await eager.message() == "first"
-            assert await eager.message() == b"second"
+        async with relay.raw_client(channel, trailing=frames) as eager:
+            assert await eager.read_message() == "first"
+            assert await eager.read_message() == b"second"
         assert await receive(other) == "first"
         assert await receive(other) == b"second"
 
 
 async def test_a_mebibyte_of_frames_sent_with_the_upgrade_request_is_relayed(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     texts = [f"{number} ".ljust(1_000, "x") for number in range(1_000)]
     frames = b"".join(frame(TEXT, text.encode()) for text in texts)
-    async with relay.raw_client(channel, behind=frames) as eager:
-        assert [await eager.message() for _ in texts] == texts
+    async with relay.raw_client(channel, trailing=frames) as eager:
+        assert [await eager.read_message() for _ in texts] == texts
 
 
-async def test_pings_and_pongs_are_not_relayed(relay: Relay, channel: str) -> None:
+async def test_pings_and_pongs_are_not_relayed(relay: RelayProcess, channel: str) -> None:
     async with relay.raw_client(channel) as raw, relay.raw_client(channel) as other:
         await raw.send(frame(PING, b"private") + frame(PONG, b"private") + frame(TEXT, b"public"))
-        received = await other.frame()
+        received = await other.read_frame()
         while received.opcode != TEXT:
             assert received.payload != b"private"  # the relay has pings of its own
-            received = await other.frame()
+            received = await other.read_frame()
         assert received == Frame(TEXT, b"public", fin=True)
 
 
 async def test_a_message_of_one_mebibyte_in_fragments_is_accepted(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.raw_client(channel) as raw:
         await raw.send(frame(BINARY, bytes(MIB - 1), fin=False) + frame(CONTINUATION, b"x"))
-        assert await raw.message() == bytes(MIB - 1) + b"x"
+        assert await raw.read_message() == bytes(MIB - 1) + b"x"
 
 
 # Protocol violations
@@ -155,36 +163,36 @@ VIOLATIONS = [  # one of each kind: test_rfc_6455_cases has all of them
 
 @pytest.mark.parametrize(("wire", "code"), VIOLATIONS)
 async def test_a_violation_is_answered_with_its_close_code_and_affects_no_other_client(
-    relay: Relay, channel: str, wire: bytes, code: int
+    relay: RelayProcess, channel: str, wire: bytes, code: int
 ) -> None:
     before = await relay.metric("websocket_closes_total", code=str(code))
     async with relay.client(channel) as other:
         async with relay.raw_client(channel) as violating:
             await violating.send(wire)
-            assert (await violating.close_frame())[0] == code
+            assert (await violating.read_close_frame())[0] == code
             await violating.send(frame(CLOSE, close_payload(code)))
-            await violating.ended()
-        await relay.metric_is("websocket_connected_clients", 1)
+            await violating.read_to_end()
+        await relay.await_metric("websocket_connected_clients", 1)
         await other.send("still here")
         assert await receive(other) == "still here"
-    await relay.metric_is("websocket_closes_total", before + 1, code=str(code))
+    await relay.await_metric("websocket_closes_total", before + 1, code=str(code))
 
 
 async def test_messages_before_a_violation_are_relayed_and_none_after_it(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as other:
         async with relay.raw_client(channel) as violating:
             await violating.send(frame(TEXT, b"before") + UNMASKED + frame(TEXT, b"after"))
             assert await receive(other) == "before"
-            assert (await violating.close_frame())[0] == 1002
-        await relay.metric_is("websocket_connected_clients", 1)
+            assert (await violating.read_close_frame())[0] == 1002
+        await relay.await_metric("websocket_connected_clients", 1)
         await other.send("still here")
         assert await receive(other) == "still here"
 
 
 async def test_a_library_client_receives_1009_for_a_message_over_the_limit(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     def close_code_of_an_oversized_message() -> int | None:
         with connect(relay.ws_url(path_of(channel)), proxy=None) as client:
@@ -196,9 +204,11 @@ async def test_a_library_client_receives_1009_for_a_message_over_the_limit(
     assert await asyncio.to_thread(close_code_of_an_oversized_message) == 1009
 
 
-async def test_bytes_that_are_not_http_affect_no_other_client(relay: Relay, channel: str) -> None:
-    async with relay.client(channel) as other, await relay.tcp() as raw:
+async def test_bytes_that_are_not_http_affect_no_other_client(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with relay.client(channel) as other, await relay.connect_tcp() as raw:
         await raw.send(b"\x16\x03\x01\x02\x00 this is not HTTP\r\n\r\n\xff\xfe")
-        await raw.ended()
+        await raw.read_to_end()
         await other.send("still here")
         assert await receive(other) == "still here"

@@ -17,7 +17,14 @@ from websockets.asyncio.client import ClientConnection
 
 from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
 from tests.support.raw_client import KEY, PATIENCE_S, RawClient, upgrade_request
-from tests.support.relay_process import POLL_S, Relay, StartRelay, eventually, path_of, receive
+from tests.support.relay_process import (
+    POLL_S,
+    RelayProcess,
+    StartRelay,
+    eventually,
+    path_of,
+    receive,
+)
 from tests.support.rfc_cases import await_descriptors
 
 KIB = 1_024
@@ -42,7 +49,7 @@ async def assert_relays(client: ClientConnection) -> None:
     assert await receive(client) == "still here"
 
 
-async def connect_time_s(relay: Relay) -> float:
+async def connect_time_s(relay: RelayProcess) -> float:
     """Connect a client and have it receive its own message."""
     started_at = time.monotonic()
     async with relay.client("other") as client:
@@ -76,9 +83,9 @@ async def test_unfinished_requests_end_at_the_deadline_and_free_their_descriptor
     descriptors = relay.descriptors()
     async with open_connections(relay, count, b"", b"GET", SLOW_HEAD) as opened:
         for raw in opened:
-            await raw.ended()
+            await raw.read_to_end()
         await await_descriptors(relay, descriptors)
-    await relay.metric_is("websocket_refusals_total", count, reason="handshake_timeout")
+    await relay.await_metric("websocket_refusals_total", count, reason="handshake_timeout")
 
 
 @pytest.mark.timeout(120)
@@ -122,7 +129,7 @@ async def test_unfinished_tls_handshakes_end_at_the_deadline_and_free_their_desc
     descriptors = relay.descriptors()
     async with open_connections(relay, 300, b"", PARTIAL_CLIENT_HELLO) as opened:
         for raw in opened:
-            await raw.ended()
+            await raw.read_to_end()
         await await_descriptors(relay, descriptors)
     assert (await relay.get_metrics("/healthz")).status_code == 200
 
@@ -134,10 +141,10 @@ async def test_failed_tls_handshakes_leave_no_memory_no_descriptors_and_no_log_l
 
     async def fail_handshakes(count: int) -> None:
         for _ in range(count):
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 await raw.send(upgrade_request())
                 with suppress(ConnectionError):
-                    await raw.ended()
+                    await raw.read_to_end()
 
     lines = len(relay.log_lines)
     await fail_handshakes(200)
@@ -189,7 +196,7 @@ def refused_upgrades() -> dict[bytes, int]:
     }
 
 
-async def send_refused(relay: Relay, refusals: dict[bytes, int], count: int) -> None:
+async def send_refused(relay: RelayProcess, refusals: dict[bytes, int], count: int) -> None:
     """Send so many requests, 16 at a time, of all kinds in turn; assert that each is refused."""
     requests = list(refusals.items())
     numbers = iter(range(count))
@@ -197,11 +204,11 @@ async def send_refused(relay: Relay, refusals: dict[bytes, int], count: int) -> 
     async def send_next() -> None:
         for number in numbers:
             wire, status = requests[number % len(requests)]
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 with suppress(ConnectionError):
                     await raw.send(wire)
-                    assert (await raw.response()).status == status, wire
-                await raw.ended()
+                    assert (await raw.read_response()).status == status, wire
+                await raw.read_to_end()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(16):
@@ -221,7 +228,7 @@ async def test_thousands_of_refused_upgrades_leave_no_memory_no_descriptors_and_
         lines = len(relay.log_lines)
         await send_refused(relay, refusals, count)
         assert len(relay.log_lines) <= lines + 2, "one line a minute, not one for each"
-        await relay.metric_is("websocket_refusals_total", before_total + count)
+        await relay.await_metric("websocket_refusals_total", before_total + count)
         await await_descriptors(relay, descriptors)
         assert relay.rss_bytes() < rss_bytes + MIB
         assert await relay.metric("websocket_connections_total") == 1
@@ -229,7 +236,7 @@ async def test_thousands_of_refused_upgrades_leave_no_memory_no_descriptors_and_
 
 
 async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothing(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     wires = (
         upgrade_request(path_of(channel)),
@@ -240,18 +247,18 @@ async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothi
 
     async def send_and_reset(count: int) -> None:
         for number in range(count):
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 await raw.send(wires[number % len(wires)])
-                raw.vanish()
+                raw.reset()
         await connect_time_s(relay)  # the kernel queues this connection after all the others
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
 
     await send_and_reset(400)
     rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
     await send_and_reset(1_000)
     await await_descriptors(relay, descriptors)
     assert relay.rss_bytes() < rss_bytes + MIB
-    await relay.metric_is("websocket_channels", 0)
+    await relay.await_metric("websocket_channels", 0)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,7 @@ async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothi
     ],
 )
 async def test_bytes_after_a_refusal_are_discarded_and_the_connection_aborted(
-    short_deadline_relay: Relay, wire: bytes
+    short_deadline_relay: RelayProcess, wire: bytes
 ) -> None:
     rss_bytes = short_deadline_relay.rss_bytes()
 
@@ -272,7 +279,7 @@ async def test_bytes_after_a_refusal_are_discarded_and_the_connection_aborted(
             await raw.send(upgrade_request() * 500)
             await asyncio.sleep(POLL_S)
 
-    async with await short_deadline_relay.tcp() as raw:
+    async with await short_deadline_relay.connect_tcp() as raw:
         await raw.send(wire)
         with pytest.raises(ConnectionError):
             await send_until_aborted(raw)
@@ -287,11 +294,13 @@ async def test_without_free_descriptors_clients_stay_connected_and_others_connec
     tmp_path: Path,
 ) -> None:
     settings = {"limits": {"handshake_timeout_s": 3}}
-    with Relay(tmp_path, settings, max_descriptors=128) as relay:
+    with RelayProcess(tmp_path, settings, max_descriptors=128) as relay:
         async with relay.client("news") as client:
             lines = len(relay.log_lines)
             async with AsyncExitStack() as stack:
-                idle = [await stack.enter_async_context(await relay.tcp()) for _ in range(400)]
+                idle = [
+                    await stack.enter_async_context(await relay.connect_tcp()) for _ in range(400)
+                ]
                 for _ in range(50):
                     await assert_relays(client)
                 cpu_s = relay.cpu_seconds()
@@ -308,8 +317,8 @@ async def test_without_free_descriptors_clients_stay_connected_and_others_connec
 
                 await eventually(can_connect, "another client connected")
                 for raw in idle:
-                    await raw.ended()
+                    await raw.read_to_end()
             await assert_relays(client)
             assert (await relay.get_metrics("/healthz")).status_code == 200
         assert len(relay.log_lines) <= lines + 10
-        assert relay.complaints == []
+        assert relay.unexpected_lines == []

@@ -27,7 +27,7 @@ from tests.support.raw_client import (
 )
 from tests.support.relay_process import (
     POLL_S,
-    Relay,
+    RelayProcess,
     StartRelay,
     path_of,
     receive,
@@ -54,7 +54,7 @@ class Watch:
 
 
 @asynccontextmanager
-async def watched(relay: Relay) -> AsyncIterator[Watch]:
+async def watched(relay: RelayProcess) -> AsyncIterator[Watch]:
     """Measure the relay's memory and the delay of messages in another channel, until the exit."""
     watch = Watch()
     received = asyncio.Event()
@@ -77,7 +77,7 @@ async def watched(relay: Relay) -> AsyncIterator[Watch]:
     async with asyncio.TaskGroup() as group:
         echoing = group.create_task(echo())
         await wait_for_echo()
-        started_bytes = relay.forget_peak()
+        started_bytes = relay.reset_peak_rss()
         yield watch
         await wait_for_echo()
         echoing.cancel()
@@ -102,7 +102,7 @@ async def send_until_aborted(raw: RawClient, wire: bytes, pause_s: float = 0) ->
 
 
 async def test_a_flood_of_pings_is_answered_in_order_and_delays_no_other_client(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     count = 30_000
     async with watched(relay) as watch, relay.raw_client("news") as raw:
@@ -134,7 +134,7 @@ async def test_pongs_to_clients_that_never_read_are_bounded_by_the_send_backlog(
         ]
         pings = frame(PING, bytes(125)) * 500
         await asyncio.gather(*(send_until_aborted(raw, pings) for raw in stalled))
-        await relay.metric_is("websocket_closes_total", count, code="1013")
+        await relay.await_metric("websocket_closes_total", count, code="1013")
     assert watch.growth_bytes < 32 * MIB
 
 
@@ -151,7 +151,7 @@ FLOODS = [
 
 @pytest.mark.parametrize(("first", "wire"), FLOODS)
 async def test_a_flood_that_is_not_relayed_takes_no_memory_and_delays_no_other_client(
-    relay: Relay, first: bytes, wire: bytes
+    relay: RelayProcess, first: bytes, wire: bytes
 ) -> None:
     async with watched(relay) as watch, AsyncExitStack() as stack:
         clients = []
@@ -180,13 +180,13 @@ async def test_a_flood_of_one_byte_fragments_is_closed_at_the_message_limit(
         assert await relay.metric("websocket_closes_total", code="1009") == 0
         for raw in clients:
             await raw.send(frame(CONTINUATION, b"x", fin=False))
-            assert (await raw.answer_close())[0] == 1009
-        await relay.metric_is("websocket_closes_total", count, code="1009")
+            assert (await raw.complete_close())[0] == 1009
+        await relay.await_metric("websocket_closes_total", count, code="1009")
     assert watch.growth_bytes < 6 * MIB
 
 
 async def test_a_flood_of_empty_messages_is_delivered_and_delays_no_other_client(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     count = 20_000
     async with (
@@ -196,7 +196,7 @@ async def test_a_flood_of_empty_messages_is_delivered_and_delays_no_other_client
     ):
         group.create_task(send_times(raw, frame(TEXT) * 1_000, count // 1_000))
         for _ in range(count):
-            assert await raw.message() == ""
+            assert await raw.read_message() == ""
     assert watch.growth_bytes < 32 * MIB
 
 
@@ -209,7 +209,7 @@ def declared(size: int, opcode: int = BINARY) -> bytes:
 
 
 async def test_a_frame_that_declares_too_large_a_size_is_closed_at_its_header(
-    relay: Relay,
+    relay: RelayProcess,
 ) -> None:
     sizes = {2**63: 1002, 2**64 - 1: 1002, 2**63 - 1: 1009, 2**32: 1009, 2**31 - 1: 1009}
     async with watched(relay) as watch:
@@ -217,17 +217,17 @@ async def test_a_frame_that_declares_too_large_a_size_is_closed_at_its_header(
             for first in (b"", frame(TEXT, b"x", fin=False)):
                 async with relay.raw_client("news") as raw:
                     await raw.send(first + declared(size, CONTINUATION if first else BINARY))
-                    assert (await raw.close_frame())[0] == code, (size, first)
+                    assert (await raw.read_close_frame())[0] == code, (size, first)
     assert watch.growth_bytes < 4 * MIB
 
 
-async def test_a_declared_size_takes_no_memory_before_its_bytes_arrive(relay: Relay) -> None:
+async def test_a_declared_size_takes_no_memory_before_its_bytes_arrive(relay: RelayProcess) -> None:
     count = 300
     async with watched(relay) as watch, AsyncExitStack() as stack:
         for _ in range(count):
             raw = await stack.enter_async_context(relay.raw_client("news"))
             await raw.send(declared(MIB) + b"x")
-        await relay.metric_is("websocket_connected_clients", count + 1)
+        await relay.await_metric("websocket_connected_clients", count + 1)
     assert watch.growth_bytes < count * 32 * KIB + 4 * MIB
 
 
@@ -254,8 +254,8 @@ async def test_publishers_that_never_read_are_bounded_by_the_total_backlog(
         ]
         wire = frame(BINARY, bytes(64 * KIB)) * 4
         await asyncio.gather(*(send_until_aborted(raw, wire) for raw in stalled))
-        await relay.metric_is("websocket_connected_clients", 1)
-        await relay.metric_is("websocket_backlog_bytes", 0)
+        await relay.await_metric("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_backlog_bytes", 0)
     assert watch.growth_bytes < 96 * MIB
 
 
@@ -277,11 +277,11 @@ async def test_partly_read_messages_of_many_clients_are_bounded_by_the_total_bac
         before_bytes = relay.rss_bytes()
         for raw in clients:
             await raw.send(message)
-            await raw.exactly(MIB - 260 * KIB)
+            await raw.read_exactly(MIB - 260 * KIB)
         assert relay.rss_bytes() < before_bytes + 36 * MIB
         assert 11 * MIB < await relay.metric("websocket_backlog_bytes") <= 12 * MIB
         assert await relay.metric("websocket_closes_total", reason="slow_consumer") == count - 11
-    await relay.metric_is("websocket_backlog_bytes", 0)
+    await relay.await_metric("websocket_backlog_bytes", 0)
 
 
 @pytest.mark.parametrize(
@@ -292,27 +292,27 @@ async def test_partly_read_messages_of_many_clients_are_bounded_by_the_total_bac
     ],
 )
 async def test_messages_after_a_close_are_discarded_and_their_sender_aborted(
-    short_deadline_relay: Relay, last: bytes, code: int
+    short_deadline_relay: RelayProcess, last: bytes, code: int
 ) -> None:
     async with watched(short_deadline_relay) as watch, short_deadline_relay.client("news") as other:
         async with short_deadline_relay.raw_client("news") as raw:
             await raw.send(frame(TEXT, b"before") + last)
-            assert await raw.message() == "before"
-            assert (await raw.close_frame())[0] == code
+            assert await raw.read_message() == "before"
+            assert (await raw.read_close_frame())[0] == code
             await send_until_aborted(raw, frame(TEXT, b"trailing") * 1_000, pause_s=POLL_S)
-        await short_deadline_relay.metric_is("websocket_connected_clients", 2)
+        await short_deadline_relay.await_metric("websocket_connected_clients", 2)
         await other.send("after")
         assert await receive_many(other, 2) == ["before", "after"]
     assert watch.growth_bytes < 16 * MIB
 
 
-async def test_disconnected_clients_leave_no_memory_and_no_descriptors(relay: Relay) -> None:
+async def test_disconnected_clients_leave_no_memory_and_no_descriptors(relay: RelayProcess) -> None:
     endings: list[Callable[[RawClient], object]] = [
         lambda raw: raw.send(frame(CLOSE, close_payload(1000))),
         lambda raw: raw.send(frame(TEXT, b"x", mask=False)),
         lambda raw: raw.send(frame(TEXT, b"partial", fin=False)),
-        lambda raw: raw.vanish(),
-        lambda raw: raw.finish(),
+        lambda raw: raw.reset(),
+        lambda raw: raw.end_stream(),
     ]
 
     async def connect_and_disconnect(count: int) -> None:
@@ -322,7 +322,7 @@ async def test_disconnected_clients_leave_no_memory_and_no_descriptors(relay: Re
                 ended = endings[number % len(endings)](raw)
                 if asyncio.iscoroutine(ended):
                     await ended
-        await relay.metric_is("websocket_connected_clients", 0)
+        await relay.await_metric("websocket_connected_clients", 0)
 
     await connect_and_disconnect(300)
     started_bytes, started_descriptors = relay.rss_bytes(), relay.descriptors()
@@ -353,51 +353,51 @@ REQUESTS = {  # the bytes before and after the oversized fields
 
 @pytest.mark.parametrize("fields", OVERSIZED)
 async def test_oversized_headers_and_trailers_are_refused_without_memory(
-    relay: Relay, fields: bytes
+    relay: RelayProcess, fields: bytes
 ) -> None:
     async def send_request(raw: RawClient, kind: str) -> None:
         before, after = REQUESTS[kind]
         with suppress(ConnectionError):
             await raw.send(before + fields + after)
-        received = await raw.ended()  # a reset can discard the response
+        received = await raw.read_to_end()  # a reset can discard the response
         assert b"HTTP/1.1 101 " not in received, kind
         assert b"HTTP/1.1 2" not in received, kind
 
     async with watched(relay) as watch, AsyncExitStack() as stack:
         kinds = [*REQUESTS] * 10
-        clients = [await stack.enter_async_context(await relay.tcp()) for _ in kinds]
+        clients = [await stack.enter_async_context(await relay.connect_tcp()) for _ in kinds]
         await asyncio.gather(*map(send_request, clients, kinds))
     assert watch.growth_bytes < 24 * MIB
 
 
-async def test_an_endless_chunk_extension_is_aborted(relay: Relay) -> None:
-    async with watched(relay) as watch, await relay.tcp() as raw:
+async def test_an_endless_chunk_extension_is_aborted(relay: RelayProcess) -> None:
+    async with watched(relay) as watch, await relay.connect_tcp() as raw:
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1;"
         await raw.send(head)
         await send_until_aborted(raw, b"x" * 65_536)
     assert watch.growth_bytes < 4 * MIB
 
 
-async def test_endless_empty_lines_before_a_request_are_aborted(relay: Relay) -> None:
+async def test_endless_empty_lines_before_a_request_are_aborted(relay: RelayProcess) -> None:
     """Servers skip them before a request (RFC 9112 section 2.2)."""
-    async with watched(relay) as watch, await relay.tcp() as raw:
+    async with watched(relay) as watch, await relay.connect_tcp() as raw:
         await send_until_aborted(raw, b"\r\n" * 32_768)
     assert watch.growth_bytes < 4 * MIB
 
 
-async def test_a_flood_of_pipelined_requests_is_aborted(relay: Relay) -> None:
+async def test_a_flood_of_pipelined_requests_is_aborted(relay: RelayProcess) -> None:
     wire = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5_000
     async with watched(relay) as watch, AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(await relay.tcp()) for _ in range(40)]
+        clients = [await stack.enter_async_context(await relay.connect_tcp()) for _ in range(40)]
         await asyncio.gather(*(send_until_aborted(raw, wire) for raw in clients))
     assert watch.growth_bytes < 24 * MIB
 
 
 async def test_frames_sent_right_after_an_upgrade_request_wait_in_tcp_and_are_all_delivered(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     size, count = 64 * KIB, 512
-    async with watched(relay) as watch, await relay.tcp() as eager:
+    async with watched(relay) as watch, await relay.connect_tcp() as eager:
 
         async def send() -> None:
             await eager.send(upgrade_request(path_of(channel)))
@@ -406,24 +406,24 @@ async def test_frames_sent_right_after_an_upgrade_request_wait_in_tcp_and_are_al
 
         async with asyncio.TaskGroup() as group:
             group.create_task(send())
-            assert (await eager.response()).status == 101
+            assert (await eager.read_response()).status == 101
             for number in range(count):
-                received = await eager.message()
+                received = await eager.read_message()
                 assert isinstance(received, bytes)
                 assert received[:4] == struct.pack("!I", number)
     assert watch.growth_bytes < 32 * MIB
 
 
-async def test_bytes_after_a_refused_upgrade_are_ignored(relay: Relay) -> None:
+async def test_bytes_after_a_refused_upgrade_are_ignored(relay: RelayProcess) -> None:
     before = await relay.metrics()
     for trailing in (
         frame(TEXT, b"hello"),
         b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
         upgrade_request(),
     ):
-        async with await relay.tcp() as raw:
+        async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request("/nowhere") + trailing)
-            received = await raw.ended()
+            received = await raw.read_to_end()
         assert received.startswith(b"HTTP/1.1 404 "), trailing
         assert received.count(b"HTTP/1.1 ") == 1, trailing
     after = await relay.metrics()
@@ -446,14 +446,14 @@ async def test_channels_are_bounded_and_leave_no_memory_when_their_clients_disco
             names = [f"name-{next(numbers)}".ljust(128, "x") for _ in range(max_channels)]
             for name in names:
                 await stack.enter_async_context(relay.raw_client(name))
-            await relay.metric_is("websocket_channels", max_channels)
+            await relay.await_metric("websocket_channels", max_channels)
             with pytest.raises(InvalidStatus, match="503"):
                 async with relay.client("one-too-many"):
                     pass
             async with relay.client(names[-1]) as joining:
                 await joining.send("an existing channel accepts subscribers")
                 await receive(joining)
-        await relay.metric_is("websocket_channels", 0)
+        await relay.await_metric("websocket_channels", 0)
 
     for _ in range(3):
         await fill_and_disconnect()
@@ -469,9 +469,9 @@ async def test_refused_channel_names_leave_no_memory(relay_with: StartRelay) -> 
 
     async def request_channels(first: int, count: int) -> None:
         for number in range(first, first + count):
-            async with await relay.tcp() as raw:
+            async with await relay.connect_tcp() as raw:
                 await raw.send(upgrade_request(path_of(f"{number}".rjust(128, "x"))))
-                assert (await raw.response()).status == 503
+                assert (await raw.read_response()).status == 503
 
     async with relay.client("first") as client:
         await request_channels(0, 200)

@@ -30,7 +30,7 @@ from tests.support.raw_client import (
     upgrade_request,
 )
 from tests.support.reference import Reference
-from tests.support.relay_process import HOST, Relay, path_of
+from tests.support.relay_process import HOST, RelayProcess, path_of
 from tests.support.rfc_cases import (
     CLOSED_BY_CLIENT,
     await_descriptors,
@@ -53,26 +53,26 @@ deterministic = settings(
 
 
 @pytest.fixture(scope="module")
-def small_message_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def small_message_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     """A relay for small messages, with compression."""
     options = {
         "limits": {"max_message_bytes": MAX_MESSAGE_BYTES},
         "compression": {"enabled": True, "min_message_bytes": 20},
     }
-    with Relay(tmp_path_factory.mktemp("small"), options) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("small"), options) as relay:
         yield relay
 
 
 @pytest.fixture
-async def checked_relay(small_message_relay: Relay) -> AsyncIterator[Relay]:
+async def checked_relay(small_message_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
     """A relay that is checked after the test for leaks and for errors in its log."""
     relay = small_message_relay
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     before = relay.descriptors()
     yield relay
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     await await_descriptors(relay, before)
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 # Valid input
@@ -173,7 +173,7 @@ def pongs_of(frames: Sequence[Frame]) -> list[bytes]:
 
 
 async def assert_relayed(
-    relay: Relay,
+    relay: RelayProcess,
     sequence: FrameSequence,
     places: Sequence[int],
     *,
@@ -192,7 +192,7 @@ async def assert_relayed(
     first, octets = octets[:early], octets[early:]
     async with (
         raw_websocket(HOST, relay.port, path, offers=other_offers) as other,
-        raw_websocket(HOST, relay.port, path, offers=sender_offers, behind=first) as sender,
+        raw_websocket(HOST, relay.port, path, offers=sender_offers, trailing=first) as sender,
     ):
         await send_split(sender, octets, places)
         frames, code = await read_until_close(sender)
@@ -214,7 +214,7 @@ async def assert_relayed(
 )
 @settings(deterministic, max_examples=40)
 async def test_valid_frames_split_anywhere_make_the_same_messages_for_all_subscribers(
-    checked_relay: Relay,
+    checked_relay: RelayProcess,
     sequence: FrameSequence,
     places: list[int],
     compresses: bool,
@@ -227,7 +227,7 @@ async def test_valid_frames_split_anywhere_make_the_same_messages_for_all_subscr
 @given(sequence=valid_frames(compressed=True), places=split_places, compresses=st.booleans())
 @settings(deterministic, max_examples=40)
 async def test_valid_compressed_frames_make_the_same_messages_for_all_subscribers(
-    checked_relay: Relay, sequence: FrameSequence, places: list[int], compresses: bool
+    checked_relay: RelayProcess, sequence: FrameSequence, places: list[int], compresses: bool
 ) -> None:
     offers = [f"{DEFLATE}; server_max_window_bits=9"] if compresses else []
     await assert_relayed(
@@ -334,7 +334,7 @@ def test_any_octets_are_parsed_as_the_reference_parses_them(
 @example(octets=frame(TEXT, b"\xed\xa0", fin=False), places=[])
 @settings(deterministic, max_examples=50)
 async def test_any_octets_have_the_outcome_that_the_rfc_requires(
-    checked_relay: Relay, octets: bytes, places: list[int]
+    checked_relay: RelayProcess, octets: bytes, places: list[int]
 ) -> None:
     async with connected(checked_relay) as raw:
         await assert_outcome(raw, Reference(MAX_MESSAGE_BYTES), octets, places)
@@ -343,13 +343,13 @@ async def test_any_octets_have_the_outcome_that_the_rfc_requires(
 @given(octets=any_octets(compressed=True), places=split_places)
 @settings(deterministic, max_examples=50)
 async def test_any_octets_of_a_client_with_compression_have_the_outcome_that_the_rfc_requires(
-    checked_relay: Relay, octets: bytes, places: list[int]
+    checked_relay: RelayProcess, octets: bytes, places: list[int]
 ) -> None:
     async with connected(checked_relay, DEFLATE) as raw:
         await assert_outcome(raw, Reference(MAX_MESSAGE_BYTES, inflates=True), octets, places)
 
 
-def connected(relay: Relay, *offers: str) -> AbstractAsyncContextManager[RawClient]:
+def connected(relay: RelayProcess, *offers: str) -> AbstractAsyncContextManager[RawClient]:
     return raw_websocket(HOST, relay.port, unique_path(), offers=offers)
 
 
@@ -374,7 +374,7 @@ async def assert_outcome(
 
 async def assert_unfinished(raw: RawClient, expected: Reference) -> None:
     """Assert that a client in the middle of a frame is not closed for what it has sent."""
-    raw.finish()
+    raw.end_stream()
     frames = []
     try:
         while True:
@@ -416,21 +416,21 @@ STATUSES = {100, 101, 200, 202, 400, 404, 405, 408, 413, 421, 426, 429, 431, 501
 )
 @settings(deterministic, max_examples=80)
 async def test_any_octets_before_an_upgrade_have_an_http_response_or_a_clean_end(
-    checked_relay: Relay,
+    checked_relay: RelayProcess,
     requests: list[bytes],
     changes: list[Mutation],
     trailing: FrameSequence,
     places: list[int],
 ) -> None:
     octets = mutated(b"".join(requests), changes) + trailing.octets
-    async with await checked_relay.tcp() as raw, await checked_relay.tcp() as other:
+    async with await checked_relay.connect_tcp() as raw, await checked_relay.connect_tcp() as other:
         with suppress(ConnectionError):  # the relay can close before all is sent
             await send_split(raw, octets, places)
         await other.send(PROBE)
-        assert (await other.response()).status == 200  # the relay has read the octets by now
+        assert (await other.read_response()).status == 200  # the relay has read the octets by now
         with suppress(OSError):  # the connection has ended
-            raw.finish()
-        responses = await raw.ended()
+            raw.end_stream()
+        responses = await raw.read_to_end()
         assert responses == b"" or responses.startswith(b"HTTP/1.1 ")
         if responses:
             assert int(responses.split(b" ", 2)[1]) in STATUSES

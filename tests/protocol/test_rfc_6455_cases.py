@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.raw_client import BINARY, PING, PONG, TEXT, Frame, frame
 from tests.support.reference import Reference
-from tests.support.relay_process import Relay
+from tests.support.relay_process import RelayProcess
 from tests.support.rfc_cases import (
     CASES,
     CLOSED_BY_CLIENT,
@@ -65,7 +65,7 @@ def assert_reference_agrees(case: RfcCase, octets: bytes) -> None:
 
 @pytest.mark.parametrize("case", CHOSEN)
 async def test_a_client_receives_what_the_rfc_requires_and_nothing_else(
-    relay: Relay, channel: str, case: RfcCase
+    relay: RelayProcess, channel: str, case: RfcCase
 ) -> None:
     for pieces in Pieces:
         async with relay.raw_client(f"{channel}-{pieces.name}") as raw:
@@ -76,17 +76,17 @@ async def test_a_client_receives_what_the_rfc_requires_and_nothing_else(
 
 
 @pytest.fixture(scope="module")
-def large_message_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def large_message_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     """A relay for messages of up to 16 MiB."""
     limits = {"max_message_bytes": 16 * MIB, "send_backlog_bytes": 64 * MIB}
-    with Relay(tmp_path_factory.mktemp("large"), {"limits": limits}) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("large"), {"limits": limits}) as relay:
         yield relay
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
 @pytest.mark.parametrize("size", [65_536, MIB, 16 * MIB])
 async def test_a_large_message_in_one_frame_is_echoed(
-    large_message_relay: Relay, channel: str, size: int
+    large_message_relay: RelayProcess, channel: str, size: int
 ) -> None:
     payload = (b"BAsd7&jh23" * (size // 10 + 1))[:size]
     for opcode in (TEXT, BINARY):
@@ -97,7 +97,7 @@ async def test_a_large_message_in_one_frame_is_echoed(
 
 @pytest.mark.parametrize(("size", "part"), [(MIB, 64), (4 * MIB, 65_536), (4 * MIB, MIB)])
 async def test_a_large_message_in_fragments_is_echoed_as_one_frame(
-    large_message_relay: Relay, channel: str, size: int, part: int
+    large_message_relay: RelayProcess, channel: str, size: int, part: int
 ) -> None:
     payload = (b"BAsd7&jh23" * (size // 10 + 1))[:size]
     parts = [payload[start : start + part] for start in range(0, size, part)]
@@ -109,7 +109,7 @@ async def test_a_large_message_in_fragments_is_echoed_as_one_frame(
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY], ids=["text", "binary"])
 async def test_a_large_message_in_small_pieces_is_echoed(
-    relay: Relay, channel: str, opcode: int
+    relay: RelayProcess, channel: str, opcode: int
 ) -> None:
     payload = b"*" * MIB
     octets = frame(opcode, payload) + CLOSED_BY_CLIENT
@@ -125,7 +125,7 @@ async def test_a_large_message_in_small_pieces_is_echoed(
 
 @pytest.mark.parametrize("size", [0, 64, 4_096])
 async def test_hundreds_of_messages_are_echoed_one_after_another(
-    relay: Relay, channel: str, size: int
+    relay: RelayProcess, channel: str, size: int
 ) -> None:
     async with relay.raw_client(channel) as raw:
         for number in range(400):
@@ -139,7 +139,7 @@ async def test_hundreds_of_messages_are_echoed_one_after_another(
 
 
 async def test_the_relay_closes_tcp_first_after_a_closing_handshake(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     """RFC 6455 section 7.1.1: the server closes first, so that the client's port is free."""
     async with relay.raw_client(channel) as raw:
@@ -148,7 +148,7 @@ async def test_the_relay_closes_tcp_first_after_a_closing_handshake(
 
 
 async def test_the_relay_closes_tcp_after_a_violation_without_an_answer_to_its_close(
-    relay: Relay, channel: str
+    relay: RelayProcess, channel: str
 ) -> None:
     async with relay.raw_client(channel) as raw:
         await raw.send(frame(TEXT, b"bare", mask=False))

@@ -16,10 +16,10 @@ from tests.support.raw_client import (
     BINARY,
     CLOSE,
     CONTINUATION,
+    DEFLATE_TAIL,
     PING,
     PONG,
     RSV1,
-    TAIL,
     TEXT,
     Frame,
     RawClient,
@@ -30,7 +30,14 @@ from tests.support.raw_client import (
     inflated,
     raw_websocket,
 )
-from tests.support.relay_process import HOST, Relay, StartRelay, path_of, receive, receive_many
+from tests.support.relay_process import (
+    HOST,
+    RelayProcess,
+    StartRelay,
+    path_of,
+    receive,
+    receive_many,
+)
 from tests.support.rfc_cases import (
     CASES,
     CLOSED_BY_CLIENT,
@@ -51,21 +58,23 @@ NOISE = random.Random(7692).randbytes(2 * MIB)
 
 
 @pytest.fixture(scope="module")
-def shared_deflating_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def shared_deflating_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     settings = {"compression": {"enabled": True, "min_message_bytes": 0}}
-    with Relay(tmp_path_factory.mktemp("deflating"), settings) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("deflating"), settings) as relay:
         yield relay
 
 
 @pytest.fixture
-async def deflating_relay(shared_deflating_relay: Relay) -> AsyncIterator[Relay]:
+async def deflating_relay(shared_deflating_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
     """A relay that compresses every message that shrinks."""
-    await shared_deflating_relay.metric_is("websocket_connected_clients", 0)
+    await shared_deflating_relay.await_metric("websocket_connected_clients", 0)
     yield shared_deflating_relay
-    assert shared_deflating_relay.complaints == []
+    assert shared_deflating_relay.unexpected_lines == []
 
 
-def deflating(relay: Relay, channel: str, *offers: str) -> AbstractAsyncContextManager[RawClient]:
+def deflating(
+    relay: RelayProcess, channel: str, *offers: str
+) -> AbstractAsyncContextManager[RawClient]:
     """Connect a raw client that offers compression."""
     return raw_websocket(HOST, relay.port, path_of(channel), offers=offers or (DEFLATE,))
 
@@ -95,18 +104,18 @@ def negotiated(*lines: str) -> dict[str, str] | None:
     return parameters
 
 
-async def negotiated_by(relay: Relay, channel: str, *lines: str) -> dict[str, str] | None:
+async def negotiated_by(relay: RelayProcess, channel: str, *lines: str) -> dict[str, str] | None:
     """Negotiate with a relay and send a compressed message; return the agreed parameters."""
-    async with await relay.tcp() as raw:
+    async with await relay.connect_tcp() as raw:
         response = await raw.upgrade(path_of(channel), offers=lines)
         agreed = response.headers.get("sec-websocket-extensions")
         if agreed is None:
             await raw.send(frame(TEXT, b"plain") + compressed_frame(TEXT, b"compressed"))
-            assert await raw.message() == "plain"
-            assert (await raw.close_frame())[0] == 1002
+            assert await raw.read_message() == "plain"
+            assert (await raw.read_close_frame())[0] == 1002
             return None
         await raw.send(compressed_frame(TEXT, b"compressed"))
-        assert await raw.message() == "compressed"
+        assert await raw.read_message() == "compressed"
         return parameters_of(agreed)
 
 
@@ -155,7 +164,9 @@ ACCEPTED: Sequence[tuple[Sequence[str], int | None]] = [
 ]
 
 
-async def test_the_first_valid_offer_is_accepted(deflating_relay: Relay, channel: str) -> None:
+async def test_the_first_valid_offer_is_accepted(
+    deflating_relay: RelayProcess, channel: str
+) -> None:
     for lines, window_bits in ACCEPTED:
         agreed = await negotiated_by(deflating_relay, channel, *lines)
         assert agreed == expected_parameters(window_bits), lines
@@ -190,7 +201,7 @@ def test_an_offer_with_invalid_or_unknown_parameters_is_declined(parameters: str
 
 
 async def test_a_client_without_an_accepted_offer_is_served_without_compression(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     declined = (f"{DEFLATE}; {parameters}" for parameters in DECLINED)
     assert await negotiated_by(deflating_relay, channel) is None
@@ -203,7 +214,7 @@ async def test_a_client_without_an_accepted_offer_is_served_without_compression(
 
 @pytest.mark.parametrize("group", CASES)
 async def test_uncompressed_frames_are_handled_by_rfc_6455_with_compression_negotiated(
-    deflating_relay: Relay, channel: str, group: str
+    deflating_relay: RelayProcess, channel: str, group: str
 ) -> None:
     """Two cases of each group: test_rfc_6455_cases runs all of them on the parser alone."""
     for case in one_case_per_outcome(CASES[group])[:2]:
@@ -239,7 +250,7 @@ def flushed(payload: bytes, size: int, mode: int) -> bytes:
         deflater.compress(payload[n : n + size]) + deflater.flush(mode)
         for n in range(0, len(payload), size)
     )
-    return (octets + deflater.flush(zlib.Z_SYNC_FLUSH)).removesuffix(TAIL)
+    return (octets + deflater.flush(zlib.Z_SYNC_FLUSH)).removesuffix(DEFLATE_TAIL)
 
 
 def ended(payload: bytes) -> bytes:
@@ -322,7 +333,7 @@ def test_every_kind_of_compressed_message_is_inflated_in_all_cuts(
 
 @pytest.mark.parametrize(("payload", "message"), RFC_EXAMPLES)
 async def test_compressed_messages_are_delivered_to_clients_with_and_without_compression(
-    deflating_relay: Relay, channel: str, payload: bytes, message: bytes
+    deflating_relay: RelayProcess, channel: str, payload: bytes, message: bytes
 ) -> None:
     async with (
         deflating(deflating_relay, channel) as sender,
@@ -334,7 +345,7 @@ async def test_compressed_messages_are_delivered_to_clients_with_and_without_com
             await sender.send(in_fragments(opcode, split_at_random(payload)))
             for _ in range(2):
                 assert await receive(other) == expected
-                assert await sender.message() == expected
+                assert await sender.read_message() == expected
 
 
 @pytest.mark.parametrize(
@@ -346,7 +357,7 @@ async def test_compressed_messages_are_delivered_to_clients_with_and_without_com
     ],
 )
 async def test_compressed_messages_of_all_sizes_are_echoed(
-    deflating_relay: Relay, channel: str, offer: str
+    deflating_relay: RelayProcess, channel: str, offer: str
 ) -> None:
     async with deflating(deflating_relay, channel, offer) as raw:
         for size in (0, 1, 64, 256, 1_024, 8_192, 32_768, 131_072):
@@ -355,22 +366,22 @@ async def test_compressed_messages_of_all_sizes_are_echoed(
             for part in (size + 64, 256, 4_096):
                 parts = [packed[start : start + part] for start in range(0, len(packed), part)]
                 await raw.send(in_fragments(TEXT, parts) + in_fragments(BINARY, parts))
-                assert await raw.message() == text, (size, part)
-                assert await raw.message() == text.encode(), (size, part)
+                assert await raw.read_message() == text, (size, part)
+                assert await raw.read_message() == text.encode(), (size, part)
 
 
 async def test_hundreds_of_compressed_messages_are_echoed_one_after_another(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     async with deflating(deflating_relay, channel) as raw:
         for number in range(300):
             text = PROSE[number * 50 :][:number]
             await raw.send(compressed_frame(TEXT, text.encode()))
-            assert await raw.message() == text
+            assert await raw.read_message() == text
 
 
 async def test_compressed_messages_arrive_byte_by_byte_with_pings_between(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     payload = PROSE[:500].encode()
     packed = deflated(payload)
@@ -383,12 +394,12 @@ async def test_compressed_messages_arrive_byte_by_byte_with_pings_between(
             + frame(TEXT, b"plain")
         )
         assert await read_frame_except_pings(raw) == Frame(PONG, b"between", fin=True)
-        assert await raw.message() == payload.decode()
-        assert await raw.message() == "plain"
+        assert await raw.read_message() == payload.decode()
+        assert await raw.read_message() == "plain"
 
 
 async def test_compressed_and_plain_messages_alternate(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     async with (
         deflating(deflating_relay, channel) as raw,
@@ -401,7 +412,7 @@ async def test_compressed_and_plain_messages_alternate(
                 for number, text in enumerate(texts)
             )
         )
-        assert [await raw.message() for _ in texts] == texts
+        assert [await raw.read_message() for _ in texts] == texts
         assert await receive_many(plain, len(texts)) == texts
 
 
@@ -437,7 +448,7 @@ def with_kept_context() -> bytes:
     deflater = zlib.compressobj(wbits=-15)
     deflater.compress(FIRST)
     deflater.flush(zlib.Z_SYNC_FLUSH)
-    return (deflater.compress(FIRST) + deflater.flush(zlib.Z_SYNC_FLUSH)).removesuffix(TAIL)
+    return (deflater.compress(FIRST) + deflater.flush(zlib.Z_SYNC_FLUSH)).removesuffix(DEFLATE_TAIL)
 
 
 MALFORMED = {
@@ -469,7 +480,7 @@ def test_a_message_that_does_not_inflate_is_closed_with_1007(payload: bytes) -> 
 
 
 async def test_a_message_that_does_not_inflate_affects_no_other_client(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     async with deflating_relay.client(channel) as other:
         async with deflating(deflating_relay, channel) as violating:
@@ -478,7 +489,7 @@ async def test_a_message_that_does_not_inflate_affects_no_other_client(
             await violating.send(in_fragments(BINARY, [MALFORMED["ones"]]))
             frames = [Frame(BINARY, FIRST, fin=True)]
             assert await read_until_close(violating) == (frames, DOES_NOT_INFLATE)
-        await deflating_relay.metric_is("websocket_connected_clients", 1)
+        await deflating_relay.await_metric("websocket_connected_clients", 1)
         await other.send("still here")
         assert await receive(other) == "still here"
 
@@ -514,14 +525,14 @@ def test_octets_after_a_final_block_are_inflated_or_a_violation() -> None:
     ],
 )
 async def test_a_compressed_message_of_the_limit_is_accepted_and_one_more_byte_is_not(
-    deflating_relay: Relay, channel: str, payload: bytes
+    deflating_relay: RelayProcess, channel: str, payload: bytes
 ) -> None:
     assert len(payload) == MIB
     async with deflating(deflating_relay, channel) as raw:
         for level in (0, 1):  # compressed noise takes more bytes than plain noise
             packed = deflated(payload, level=level)
             await raw.send(in_fragments(BINARY, [packed[:99], packed[99:999], packed[999:]]))
-            assert await raw.message() == payload
+            assert await raw.read_message() == payload
         await raw.send(compressed_frame(BINARY, payload + b"x"))
         assert await read_until_close(raw) == ([], 1009)
 
@@ -535,7 +546,7 @@ def bomb(size: int) -> bytes:
 
 @pytest.mark.parametrize("parts", [1, 20])
 async def test_a_compression_bomb_is_closed_with_1009_before_it_fills_the_memory(
-    deflating_relay: Relay, channel: str, parts: int
+    deflating_relay: RelayProcess, channel: str, parts: int
 ) -> None:
     packed = bomb(1_024 * MIB)
     assert len(packed) < 1.1 * MIB  # a length that a message of the limit may have
@@ -571,15 +582,15 @@ async def test_messages_that_inflate_a_thousandfold_are_inflated_one_after_anoth
             await stack.enter_async_context(deflating(relay, f"of-{number}"))
             for number in range(count)
         ]
-        before_bytes = relay.forget_peak()
+        before_bytes = relay.reset_peak_rss()
         await asyncio.gather(*(publisher.send(message) for publisher in publishers))
-        await relay.metric_is("websocket_messages_total", count)
+        await relay.await_metric("websocket_messages_total", count)
         for publisher in publishers:
-            assert await publisher.message() == bytes(MIB)
+            assert await publisher.read_message() == bytes(MIB)
         # In addition, malloc keeps memory, and the message in progress is copied.
         assert relay.peak_rss_bytes() < before_bytes + total_bytes + 24 * MIB
         assert await relay.metric("websocket_disconnections_total") == 0
-        await relay.metric_is("websocket_paused_publishers", 0)
+        await relay.await_metric("websocket_paused_publishers", 0)
         assert await relay.metric("websocket_partial_message_bytes") == 0
 
 
@@ -612,7 +623,7 @@ def test_a_message_that_was_partly_fed_before_is_not_discarded() -> None:
 
 
 async def test_many_final_blocks_in_one_message_delay_no_other_client(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     """zlib starts anew after each of them, and its caller copies the rest of the input."""
     final_blocks = b"\x03\x00" * 300_000
@@ -626,7 +637,7 @@ async def test_many_final_blocks_in_one_message_delay_no_other_client(
             await other.send("hello")
             assert await receive(other) == "hello"
         await sending
-        assert await client.message() == b""
+        assert await client.read_message() == b""
 
 
 @pytest.mark.fast
@@ -640,7 +651,7 @@ def test_a_declared_size_that_the_limit_cannot_deflate_to_is_closed_with_1009() 
 
 @pytest.mark.parametrize("bits", range(9, 16))
 async def test_a_message_to_a_client_with_a_small_window_inflates_within_that_window(
-    deflating_relay: Relay, channel: str, bits: int
+    deflating_relay: RelayProcess, channel: str, bits: int
 ) -> None:
     """The message repeats itself at distances within each window and beyond it."""
     distances = (200, 900, 3_000, 7_000, 14_000, 30_000)
@@ -661,7 +672,7 @@ async def test_a_message_to_a_client_with_a_small_window_inflates_within_that_wi
             received = await read_frame_except_pings(small)
             assert (received.opcode, received.compressed) == (BINARY, True)
             assert within_window(received.payload, bits) == payload
-            assert await large.message() == payload
+            assert await large.read_message() == payload
 
 
 def within_window(payload: bytes, bits: int) -> bytes:
@@ -674,7 +685,7 @@ def within_window(payload: bytes, bits: int) -> bytes:
         zlib.error: a reference reaches farther back than that.
     """
     inflater = zlib.decompressobj(-bits)
-    octets = bytearray(inflater.decompress(payload + TAIL, 64))
+    octets = bytearray(inflater.decompress(payload + DEFLATE_TAIL, 64))
     while inflater.unconsumed_tail:
         octets += inflater.decompress(inflater.unconsumed_tail, 64)
     while more := inflater.decompress(b"", 64):
@@ -696,7 +707,7 @@ def within_window(payload: bytes, bits: int) -> bytes:
     ],
 )
 async def test_messages_that_take_long_to_compress_are_sent_before_the_close_frame(
-    deflating_relay: Relay, channel: str, last: bytes, code: int
+    deflating_relay: RelayProcess, channel: str, last: bytes, code: int
 ) -> None:
     large = (PROSE * 20)[: 900 * 1_024].encode()
     small = [Frame(TEXT, b"%d" % number, fin=True) for number in range(50)]
@@ -713,7 +724,7 @@ async def test_messages_that_take_long_to_compress_are_sent_before_the_close_fra
 
 
 async def test_every_message_is_compressed_without_context(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     payload = PROSE[:3_000].encode()
     async with deflating(deflating_relay, channel) as raw:
@@ -745,7 +756,7 @@ async def test_messages_that_are_short_or_do_not_shrink_are_sent_uncompressed(
 
 
 async def test_clients_of_all_window_sizes_receive_the_same_messages_in_the_same_order(
-    deflating_relay: Relay, channel: str
+    deflating_relay: RelayProcess, channel: str
 ) -> None:
     offers = [f"{DEFLATE}; server_max_window_bits={bits}" for bits in range(9, 16)]
     sizes = random.Random(2).choices((0, 1, 10, 100, 1_000, 10_000), k=300)
@@ -761,9 +772,9 @@ async def test_clients_of_all_window_sizes_receive_the_same_messages_in_the_same
             sender = senders[number % len(senders)]
             encode = compressed_frame if sender.compresses and number % 2 else frame
             await sender.send(encode(TEXT, payload))
-        messages = [await plain.message() for _ in sizes]
+        messages = [await plain.read_message() for _ in sizes]
         for client in clients:
-            assert [await client.message() for _ in sizes] == messages
+            assert [await client.read_message() for _ in sizes] == messages
         # One sender's messages keep their order; between senders there is no order.
         numbers = [int(str(message).split()[0]) for message in messages]
         for place in range(len(senders)):
@@ -771,7 +782,9 @@ async def test_clients_of_all_window_sizes_receive_the_same_messages_in_the_same
             assert own == list(range(place, len(sizes), len(senders)))
 
 
-async def test_library_clients_compress_and_inflate(deflating_relay: Relay, channel: str) -> None:
+async def test_library_clients_compress_and_inflate(
+    deflating_relay: RelayProcess, channel: str
+) -> None:
     small = ClientPerMessageDeflateFactory(server_max_window_bits=9, client_max_window_bits=9)
     async with (
         deflating_relay.client(channel, compression="deflate") as first,

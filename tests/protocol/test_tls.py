@@ -16,9 +16,9 @@ from tests.support.certificates import CertificatePair, make_pair, replace_file
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     HOST,
-    Relay,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     eventually,
     receive,
     receive_many,
@@ -57,7 +57,7 @@ async def test_messages_are_relayed_over_tls(tls_relay_with: StartRelay, channel
             assert await receive(second) == message
             assert await receive(first) == message
         await first.close()
-        assert (await closed(first))[0] == 1000
+        assert (await await_close(first))[0] == 1000
     assert (await relay.get("/healthz")).status_code == 200
     assert relay.await_log("relay listening")["tls"] is True
 
@@ -78,9 +78,9 @@ async def test_plain_bytes_on_a_tls_port_affect_no_other_client(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    async with relay.client(channel) as other, await relay.tcp() as plain:
+    async with relay.client(channel) as other, await relay.connect_tcp() as plain:
         await plain.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await plain.ended()
+        await plain.read_to_end()
         await other.send("still here")
         assert await receive(other) == "still here"
 
@@ -91,9 +91,9 @@ async def test_a_tls_client_that_resets_its_connection_is_counted_as_disconnecte
     relay = tls_relay_with()
     async with relay.client(channel) as other:
         lost = await relay.client(channel)
-        await relay.metric_is("websocket_connected_clients", 2)
+        await relay.await_metric("websocket_connected_clients", 2)
         lost.transport.abort()
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         await other.send("still here")
         assert await receive(other) == "still here"
 
@@ -113,7 +113,7 @@ async def test_the_relay_serves_with_the_pair_that_dev_cert_writes(
         assert await receive(by_address) == "hello"
 
 
-async def test_no_expiry_is_exported_without_a_certificate(relay: Relay) -> None:
+async def test_no_expiry_is_exported_without_a_certificate(relay: RelayProcess) -> None:
     """An expiry of 0 would fire every alert on certificates."""
     samples = [sample for sample in (await relay.metrics()).samples if sample.name == EXPIRY]
     assert samples == []
@@ -157,7 +157,7 @@ async def test_an_invalid_renewal_is_logged_and_the_old_pair_serves_until_a_vali
     assert event["error"]
     assert await served_serial(relay.port) == pair.serial_number
     assert await relay.metric(EXPIRY) == pair.expiry_timestamp_s
-    await relay.metric_reaches("websocket_tls_reloads_total", 1, result="error")
+    await relay.await_metric_at_least("websocket_tls_reloads_total", 1, result="error")
     async with relay.client(channel) as client:
         await client.send("hello")
         assert await receive(client) == "hello"

@@ -33,7 +33,7 @@ from websocket_relay.wire.registry import ConnectionRegistry
 from tests.support.broker_logs import BackplaneReplica, make_broker
 from tests.support.certificates import make_pair
 from tests.support.issuer import KeyServer, key_set, make_signer
-from tests.support.relay_process import Relay
+from tests.support.relay_process import RelayProcess
 from tests.support.stops import KINDS, misconfigured
 
 ENDS_WITHIN_S = 5.0
@@ -308,7 +308,7 @@ async def test_a_periodic_task_ends_while_it_sleeps(moment: Moment, tmp_path: Pa
 
 @pytest.mark.parametrize("moment", Moment)
 async def test_a_python_client_ends_at_any_await(
-    relay: Relay, channel: str, moment: Moment
+    relay: RelayProcess, channel: str, moment: Moment
 ) -> None:
     @asynccontextmanager
     async def run() -> AsyncIterator[CancelledRun]:

@@ -16,14 +16,14 @@ from websockets.exceptions import InvalidStatus
 
 from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, RawClient, frame
 from tests.support.relay_process import (
-    Relay,
+    RelayProcess,
     StartRelay,
-    closed,
+    await_close,
     environment,
     eventually,
+    open_pipe_when_read,
     receive,
     receive_many,
-    somebody_reads,
 )
 
 MIB = 1_048_576
@@ -31,7 +31,9 @@ DRAINING = re.compile(r"draining; retry_ms=(\d+)")
 SHORT = {"spread_s": 0.2, "timeout_s": 5}
 
 
-async def connect_many(stack: AsyncExitStack, relay: Relay, count: int) -> list[ClientConnection]:
+async def connect_many(
+    stack: AsyncExitStack, relay: RelayProcess, count: int
+) -> list[ClientConnection]:
     return [await stack.enter_async_context(relay.client("news")) for _ in range(count)]
 
 
@@ -44,7 +46,7 @@ def retry_ms(close: tuple[int | None, str | None]) -> int:
     return int(found[1])
 
 
-async def readiness_is(relay: Relay, status: int) -> None:
+async def readiness_is(relay: RelayProcess, status: int) -> None:
     """Wait until /readyz on the metrics port has this status."""
 
     async def look() -> tuple[bool, object]:
@@ -59,12 +61,12 @@ async def test_a_stop_refuses_an_incomplete_request_and_does_not_wait_for_it(
 ) -> None:
     """The time-out of the stop is longer than that of the test."""
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 60})
-    async with await relay.tcp() as publisher:
+    async with await relay.connect_tcp() as publisher:
         await publisher.send(b"POST / HTTP/1.1\r\nHost: relay\r\nContent-Length: 5\r\n\r\nhel")
-        await relay.metric_is("websocket_partial_message_bytes", 3)
+        await relay.await_metric("websocket_partial_message_bytes", 3)
         relay.signal()
-        assert (await publisher.response()).status == 503
-        assert await publisher.ended() == b"draining\n"
+        assert (await publisher.read_response()).status == 503
+        assert await publisher.read_to_end() == b"draining\n"
         assert await relay.exit_code() == 0
 
 
@@ -72,10 +74,10 @@ async def test_a_connection_without_a_request_is_closed_without_a_response(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with()
-    async with await relay.tcp() as silent:
-        await relay.metric_is("websocket_http_connections", 1, port="relay")
+    async with await relay.connect_tcp() as silent:
+        await relay.await_metric("websocket_http_connections", 1, port="relay")
         relay.signal()
-        assert await silent.ended() == b""
+        assert await silent.read_to_end() == b""
         assert await relay.exit_code() == 0
 
 
@@ -88,13 +90,13 @@ async def test_every_client_is_closed_with_a_reconnect_delay_and_the_process_end
         clients = await connect_many(stack, relay, 20)
         started = time.monotonic()
         relay.signal(number)
-        closes = await asyncio.gather(*(closed(client) for client in clients))
+        closes = await asyncio.gather(*(await_close(client) for client in clients))
         assert await relay.exit_code() == 0
         assert time.monotonic() - started < 5 + 3
     delays_ms = {retry_ms(close) for close in closes}
     assert len(delays_ms) > 1, "the clients would all reconnect at the same moment"
     with pytest.raises(ConnectionRefusedError):
-        await relay.tcp()
+        await relay.connect_tcp()
     assert (await relay.wait_for_log("draining"))["clients"] == 20
     assert relay.log_events[-1]["event"] == "stopped"
 
@@ -107,7 +109,7 @@ async def test_clients_over_tls_are_closed_with_a_reconnect_delay(
         clients = await connect_many(stack, relay, 5)
         relay.signal()
         for client in clients:
-            retry_ms(await closed(client))
+            retry_ms(await await_close(client))
         assert await relay.exit_code() == 0
 
 
@@ -128,10 +130,10 @@ async def test_a_client_that_never_reads_does_not_delay_the_stop_beyond_its_time
     ):
         while await relay.metric("websocket_backlog_bytes") == 0:
             await publisher.send(frame(BINARY, bytes(MIB // 4)))
-            await publisher.message()
+            await publisher.read_message()
         started = time.monotonic()
         relay.signal()
-        retry_ms(await publisher.answer_close())
+        retry_ms(await publisher.complete_close())
         assert await relay.exit_code() == 0
         assert time.monotonic() - started < 1 + 3
 
@@ -141,10 +143,10 @@ async def test_a_client_that_answers_no_close_does_not_delay_the_stop_beyond_its
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 0.1, "timeout_s": 1})
     async with relay.raw_client("news") as unresponsive:
-        await relay.metric_is("websocket_connected_clients", 1)
+        await relay.await_metric("websocket_connected_clients", 1)
         started = time.monotonic()
         relay.signal()
-        retry_ms(await unresponsive.close_frame())
+        retry_ms(await unresponsive.read_close_frame())
         assert await relay.exit_code() == 0
         assert time.monotonic() - started < 1 + 3
 
@@ -154,17 +156,17 @@ async def test_incomplete_requests_and_idle_connections_do_not_delay_the_stop(
 ) -> None:
     relay = relay_with(shutdown={"spread_s": 0.1, "timeout_s": 1})
     async with (
-        await relay.tcp() as silent,
-        await relay.tcp() as incomplete,
-        await relay.tcp() as idle,
+        await relay.connect_tcp() as silent,
+        await relay.connect_tcp() as incomplete,
+        await relay.connect_tcp() as idle,
     ):
         await incomplete.send(b"GET / HTTP/1.1\r\nX-Slow: ")
         await idle.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert (await idle.response()).status == 200
+        assert (await idle.read_response()).status == 200
         started = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started < 1 + 3
-        await silent.ended()
+        await silent.read_to_end()
 
 
 async def test_clients_that_disconnect_before_their_close_do_not_disturb_the_stop(
@@ -208,7 +210,7 @@ async def test_clients_are_closed_after_the_readiness_delay(relay_with: StartRel
     async with relay.client("news") as client:
         started = time.monotonic()
         relay.signal()
-        retry_ms(await closed(client))
+        retry_ms(await await_close(client))
         assert time.monotonic() - started >= 0.3
         assert await relay.exit_code() == 0
 
@@ -221,7 +223,7 @@ async def test_between_closes_the_ports_answer_messages_are_relayed_and_new_clie
     async with AsyncExitStack() as stack:
         clients = await connect_many(stack, relay, 20)
         relay.signal(SIGINT)
-        ends = {asyncio.create_task(closed(client)): client for client in clients}
+        ends = {asyncio.create_task(await_close(client)): client for client in clients}
         done, _ = await asyncio.wait(ends, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         retry_ms(done.pop().result())
 
@@ -250,7 +252,7 @@ async def test_the_closes_are_spread_over_the_configured_time(relay_with: StartR
     relay = relay_with(shutdown={"spread_s": 2, "timeout_s": 10})
 
     async def end_of(client: ClientConnection) -> float:
-        await closed(client)
+        await await_close(client)
         return time.monotonic()
 
     async with AsyncExitStack() as stack:
@@ -275,13 +277,13 @@ async def test_messages_of_before_the_stop_are_delivered_before_the_close(
         # More than the buffers of the kernel take, so that the relay has a backlog.
         for number in range(count):
             await publisher.send(frame(BINARY, bytes([number]) * (MIB // 4)))
-            await publisher.message()
+            await publisher.read_message()
         assert await relay.metric("websocket_backlog_bytes") > 0
         relay.signal()
-        retry_ms(await publisher.answer_close())
+        retry_ms(await publisher.complete_close())
         for number in range(count):
-            assert await slow_reader.message() == bytes([number]) * (MIB // 4)
-        retry_ms(await slow_reader.answer_close())
+            assert await slow_reader.read_message() == bytes([number]) * (MIB // 4)
+        retry_ms(await slow_reader.complete_close())
         assert await relay.exit_code() == 0
 
 
@@ -296,7 +298,7 @@ async def test_a_message_that_one_client_received_reaches_the_others_before_thei
         assert await receive_many(publisher, sent) == [str(number) for number in range(sent)]
         relay.signal()
         assert await receive_many(other, sent) == [str(number) for number in range(sent)]
-        retry_ms(await closed(other))
+        retry_ms(await await_close(other))
         assert await relay.exit_code() == 0
 
 
@@ -318,11 +320,11 @@ async def test_a_stop_while_a_client_publishes_without_pause_is_clean_and_in_tim
     ):
         publishing = group.create_task(publish(publisher))
         for _ in range(50):
-            await publisher.message()
-            await subscriber.message()
+            await publisher.read_message()
+            await subscriber.read_message()
         started = time.monotonic()
         relay.signal()
-        closes = [group.create_task(raw.close_frame()) for raw in (publisher, subscriber)]
+        closes = [group.create_task(raw.read_close_frame()) for raw in (publisher, subscriber)]
         for close in closes:
             retry_ms(await close)
         assert await relay.exit_code() == 0
@@ -349,7 +351,7 @@ async def test_a_second_sigterm_does_not_disturb_the_stop(relay_with: StartRelay
         await relay.wait_for_log("draining")
         relay.signal(SIGTERM)
         for client in clients:
-            retry_ms(await closed(client))
+            retry_ms(await await_close(client))
         assert await relay.exit_code() == 0
 
 
@@ -360,24 +362,24 @@ async def test_a_spread_as_long_as_the_timeout_ends_by_the_timeout(relay_with: S
         started = time.monotonic()
         relay.signal()
         for client in clients:
-            retry_ms(await closed(client))
+            retry_ms(await await_close(client))
         assert await relay.exit_code() == 0
         assert time.monotonic() - started < 1 + 3
 
 
 @pytest.fixture
-def starting_relay(tmp_path: Path) -> Iterator[Relay]:
+def starting_relay(tmp_path: Path) -> Iterator[RelayProcess]:
     """A relay that was started and may not serve yet."""
-    relay = Relay(tmp_path)
+    relay = RelayProcess(tmp_path)
     try:
         relay.start()
         yield relay
     finally:
         relay.end()
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []
 
 
-async def test_a_stop_while_the_relay_starts_is_clean(starting_relay: Relay) -> None:
+async def test_a_stop_while_the_relay_starts_is_clean(starting_relay: RelayProcess) -> None:
     await starting_relay.wait_for_log("metrics listening")
     assert await starting_relay.stop(SIGTERM) == 0
 
@@ -388,7 +390,7 @@ async def test_a_stop_before_the_settings_are_read_is_clean(tmp_path: Path) -> N
         sys.executable, "-m", "websocket_relay", cwd=tmp_path, env=environment()
     )
     try:
-        async with somebody_reads(tmp_path / "config.yaml"):
+        async with open_pipe_when_read(tmp_path / "config.yaml"):
             relay.terminate()
         async with asyncio.timeout(PATIENCE_S):
             assert await relay.wait() == 0
@@ -404,14 +406,14 @@ async def test_the_counters_balance_during_the_stop(relay_with: StartRelay) -> N
     async with relay.raw_client("news") as late, relay.client("news") as client:
         await client.send("hello")
         assert await receive(client) == "hello"
-        assert await late.message() == "hello"
+        assert await late.read_message() == "hello"
         relay.signal()
-        retry_ms(await closed(client))
+        retry_ms(await await_close(client))
         metrics = await relay.metrics()
         assert metrics.value("websocket_expected_deliveries_total") == 2
         assert metrics.value("websocket_deliveries_total") == 2
         assert metrics.value("websocket_closes_total", code="1001") >= 1
-        retry_ms(await late.answer_close())
+        retry_ms(await late.complete_close())
         assert await relay.exit_code() == 0
 
 
@@ -421,9 +423,9 @@ async def test_a_close_frame_without_a_code_completes_the_closing_handshake(
     relay = relay_with(shutdown={"spread_s": 0})
     async with relay.raw_client("news") as raw:
         relay.signal()
-        code, _ = await raw.close_frame()
+        code, _ = await raw.read_close_frame()
         assert code == 1001
         await raw.send(frame(CLOSE, b""))
-        assert await raw.ended() == b""
+        assert await raw.read_to_end() == b""
     assert await relay.exit_code() == 0
-    assert relay.complaints == []
+    assert relay.unexpected_lines == []

@@ -21,11 +21,11 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     QUIET_SETTINGS,
     ROOT,
-    Relay,
+    RelayProcess,
     StartRelay,
     environment,
+    open_pipe_when_read,
     run_command,
-    somebody_reads,
 )
 from tests.support.stops import blocked_signals
 
@@ -43,12 +43,12 @@ async def test_a_signal_at_any_moment_of_the_start_ends_the_relay_with_0(tmp_pat
     async def status_after(offset_ms: int) -> tuple[int, int, list[str]]:
         directory = tmp_path / str(offset_ms)
         directory.mkdir()
-        relay = Relay(directory)
+        relay = RelayProcess(directory)
         try:
             with blocked_signals():  # as the image does; before that, the kernel ends the process
                 relay.launch()
             await asyncio.sleep(offset_ms / 1000)
-            return offset_ms, await relay.stop(), relay.complaints
+            return offset_ms, await relay.stop(), relay.unexpected_lines
         finally:
             await asyncio.to_thread(relay.end)
 
@@ -130,7 +130,7 @@ async def test_a_pending_name_resolution_does_not_delay_the_stop(tmp_path: Path)
     """The C library reads a file for the resolution; here it is a pipe without a writer."""
     os.mkfifo(tmp_path / "aliases")
     settings = {"backplane": {"url": "nats://broker:4222"}, "shutdown": {"timeout_s": 5}}
-    relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
+    relay = RelayProcess(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
     try:
         relay.start()
         await relay.wait_for_log("relay listening")
@@ -147,10 +147,10 @@ async def test_a_signal_while_the_listening_address_is_resolved_ends_the_relay_w
 ) -> None:
     os.mkfifo(tmp_path / "aliases")
     settings = {"server": {"host": "elsewhere"}, "shutdown": {"timeout_s": 20}}
-    relay = Relay(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
+    relay = RelayProcess(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
     try:
         relay.start()
-        async with somebody_reads(tmp_path / "aliases"):
+        async with open_pipe_when_read(tmp_path / "aliases"):
             started = time.monotonic()
             assert await relay.stop() == 0
             assert time.monotonic() - started < 5
@@ -166,7 +166,7 @@ async def test_sigterm_kills_a_command_that_is_not_the_relay(
         command = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "websocket_relay", "check"), cwd=tmp_path, env=environment()
         )
-    async with somebody_reads(tmp_path / "config.yaml"), asyncio.timeout(PATIENCE_S):
+    async with open_pipe_when_read(tmp_path / "config.yaml"), asyncio.timeout(PATIENCE_S):
         command.terminate()
         assert await command.wait() == -SIGTERM
 

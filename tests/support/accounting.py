@@ -1,9 +1,9 @@
 """Assert that the metrics of clients and messages add up."""
 
-from tests.support.relay_process import Metrics, Relay
+from tests.support.relay_process import MetricsPage, RelayProcess
 
 
-def assert_counters_add_up(metrics: Metrics) -> None:
+def assert_counters_add_up(metrics: MetricsPage) -> None:
     """Assert the invariants that hold while no message and no connection is in flight."""
     value = metrics.value
     delivered = value("websocket_deliveries_total") + value("websocket_drops_total")
@@ -14,9 +14,9 @@ def assert_counters_add_up(metrics: Metrics) -> None:
     )
 
 
-async def assert_counters_add_up_at_rest(relay: Relay) -> None:
+async def assert_counters_add_up_at_rest(relay: RelayProcess) -> None:
     """Wait until no client is connected; assert the invariants, and that no backlog is left."""
-    await relay.metric_is("websocket_connected_clients", 0)
+    await relay.await_metric("websocket_connected_clients", 0)
     metrics = await relay.metrics()
     assert_counters_add_up(metrics)
     assert metrics.value("websocket_backlog_bytes") == 0

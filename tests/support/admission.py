@@ -8,7 +8,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.http11 import Response
 
 from tests.support.issuer import SECRET
-from tests.support.relay_process import Relay, receive
+from tests.support.relay_process import RelayProcess, receive
 
 HMAC_ALGORITHMS = ["HS256", "HS384", "HS512"]
 
@@ -26,7 +26,7 @@ def jwt_settings(**of_jwt: Any) -> dict[str, Any]:
     return {"mode": "jwt", "jwt": {"secret": SECRET, "algorithms": HMAC_ALGORITHMS} | of_jwt}
 
 
-def connect_with_token(relay: Relay, channel: str | None, brought: str) -> connect:
+def connect_with_token(relay: RelayProcess, channel: str | None, brought: str) -> connect:
     """Connect with a token in the Authorization header."""
     return relay.client(channel, additional_headers={"Authorization": f"Bearer {brought}"})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.support.programs import MMDEBSTRAP, needed, skip_test
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, ROOT, Relay
+from tests.support.relay_process import HOST, ROOT, RelayProcess
 from tests.support.shell import user_environment
 
 BUILD_S = 600
@@ -128,7 +128,7 @@ class Engine:
         )
 
 
-class Container(Relay):
+class Container(RelayProcess):
     """A relay in a container, as others start it: by an image and the options of `run`."""
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, Relay
+from tests.support.relay_process import HOST, RelayProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class EventStreamResponse:
 
 @asynccontextmanager
 async def request_events(
-    relay: Relay,
+    relay: RelayProcess,
     channel: str,
     query: str = "",
     *,
@@ -127,7 +127,7 @@ async def request_events(
 
 @asynccontextmanager
 async def subscribe_events(
-    relay: Relay, channel: str, query: str = "", **options: Any
+    relay: RelayProcess, channel: str, query: str = "", **options: Any
 ) -> AsyncIterator[EventStreamResponse]:
     """Listen to a channel, from its welcome on."""
     async with request_events(relay, channel, query, **options) as events:

@@ -11,7 +11,7 @@ from typing import Self
 
 from tests.support.brokers import free_port
 from tests.support.programs import NGINX, needed
-from tests.support.relay_process import HOST, ROOT, Relay, eventually
+from tests.support.relay_process import HOST, ROOT, RelayProcess, eventually
 
 NGINX_CONF = ROOT / "examples" / "nginx.conf"
 
@@ -39,7 +39,7 @@ def adapted_conf(ports: Mapping[str, int], port: int, directory: Path) -> str:
     return text
 
 
-class ExampleNginx(Relay):
+class ExampleNginx(RelayProcess):
     """nginx, which looks to clients like one relay."""
 
     def __init__(self, directory: Path, ports: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.certificates import CertificatePair, make_pair
 from tests.support.issuer import SECRET
 from tests.support.programs import ANY_REDIS, NATS, needed
-from tests.support.relay_process import Relay, StartRelay, StartReplicas, merged
+from tests.support.relay_process import RelayProcess, StartRelay, StartReplicas, merged
 
 BROKERS = {
     "redis": (RedisBroker, ANY_REDIS),
@@ -21,32 +21,34 @@ BROKERS = {
 
 
 @pytest.fixture(scope="session")
-def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
-    with Relay(tmp_path_factory.mktemp("shared")) as relay:
+def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path_factory.mktemp("shared")) as relay:
         yield relay
 
 
 @pytest.fixture
-async def relay(shared_relay: Relay) -> AsyncIterator[Relay]:
+async def relay(shared_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
     """A relay with default settings that nobody else uses during the test."""
-    await shared_relay.metric_is("websocket_connected_clients", 0)
+    await shared_relay.await_metric("websocket_connected_clients", 0)
     yield shared_relay
-    assert shared_relay.complaints == []
+    assert shared_relay.unexpected_lines == []
 
 
 @pytest.fixture(scope="session")
-def shared_short_deadline_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
+def shared_short_deadline_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     settings = {"limits": {"handshake_timeout_s": 2}}
-    with Relay(tmp_path_factory.mktemp("hasty"), settings) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("hasty"), settings) as relay:
         yield relay
 
 
 @pytest.fixture
-async def short_deadline_relay(shared_short_deadline_relay: Relay) -> AsyncIterator[Relay]:
+async def short_deadline_relay(
+    shared_short_deadline_relay: RelayProcess,
+) -> AsyncIterator[RelayProcess]:
     """A relay that gives a handshake, and a close, two seconds."""
-    await shared_short_deadline_relay.metric_is("websocket_connected_clients", 0)
+    await shared_short_deadline_relay.await_metric("websocket_connected_clients", 0)
     yield shared_short_deadline_relay
-    assert shared_short_deadline_relay.complaints == []
+    assert shared_short_deadline_relay.unexpected_lines == []
 
 
 @pytest.fixture
@@ -58,18 +60,18 @@ def channel() -> str:
 @pytest.fixture
 def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
     """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
-    started: list[Relay] = []
+    started: list[RelayProcess] = []
     with ExitStack() as stack:
 
-        def start(env: dict[str, str] | None = None, **settings: Any) -> Relay:
+        def start(env: dict[str, str] | None = None, **settings: Any) -> RelayProcess:
             directory = tmp_path / f"relay-{len(started)}"
             directory.mkdir()
-            relay = Relay(directory, settings, env)
+            relay = RelayProcess(directory, settings, env)
             started.append(relay)
             return stack.enter_context(relay)
 
         yield start
-    assert [line for relay in started for line in relay.complaints] == []
+    assert [line for relay in started for line in relay.unexpected_lines] == []
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def tls_relay_with(
         "key_file": str(certificate_directory / "key.pem"),
     }
 
-    def start(**settings: Any) -> Relay:
+    def start(**settings: Any) -> RelayProcess:
         relay = relay_with(**merged({"server": {"tls": tls}}, settings))
         relay.tls_context = pair.client_context()
         return relay
@@ -113,7 +115,7 @@ def secret() -> str:
 
 
 @pytest.fixture
-def jwt_relay(relay_with: StartRelay, secret: str) -> Relay:
+def jwt_relay(relay_with: StartRelay, secret: str) -> RelayProcess:
     """A relay that wants tokens."""
     return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
 
@@ -121,7 +123,7 @@ def jwt_relay(relay_with: StartRelay, secret: str) -> Relay:
 @pytest.fixture
 async def redis_replicas(
     relay_with: StartRelay, tmp_path: Path
-) -> AsyncIterator[tuple[Relay, Relay]]:
+) -> AsyncIterator[tuple[RelayProcess, RelayProcess]]:
     """Two relays on one Redis, which stop at once."""
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
@@ -139,19 +141,21 @@ async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
     """Start relays on the broker."""
     with ExitStack() as stack:
-        started: list[Relay] = []
+        started: list[RelayProcess] = []
 
-        def start(count: int = 2, **settings: Any) -> Sequence[Relay]:
+        def start(count: int = 2, **settings: Any) -> Sequence[RelayProcess]:
             new = []
             for _ in range(count):
                 directory = tmp_path / f"relay-{len(started)}"
                 directory.mkdir()
-                relay = Relay(directory, merged({"backplane": {"url": broker.url}}, settings))
+                relay = RelayProcess(
+                    directory, merged({"backplane": {"url": broker.url}}, settings)
+                )
                 started.append(stack.enter_context(relay))
                 new.append(relay)
             return new
 
         yield start
-        complaints = [line for relay in started for line in relay.complaints]
+        complaints = [line for relay in started for line in relay.unexpected_lines]
         unexpected = [line for line in complaints if "backplane" not in line]
         assert not unexpected, "\n".join(unexpected)

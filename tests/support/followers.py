@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.support.relay_process import Relay
+from tests.support.relay_process import RelayProcess
 from tests.support.relay_v1 import Message, RelayV1Client, connect_relay_v1
 
 LAST_MESSAGE = "the end"
@@ -20,7 +20,7 @@ class ResumingFollower:
         self._position = position
         self._turn = turn
 
-    async def follow(self, relays: Sequence[Relay]) -> None:
+    async def follow(self, relays: Sequence[RelayProcess]) -> None:
         """Listen until the end.
 
         Args:
@@ -43,14 +43,14 @@ class ResumingFollower:
             self._position = client.position
 
 
-async def make_followers(relay: Relay, count: int) -> Sequence[ResumingFollower]:
+async def make_followers(relay: RelayProcess, count: int) -> Sequence[ResumingFollower]:
     """Return clients that will hear all that is said from now on."""
     async with connect_relay_v1(relay, "news") as first:
         return [ResumingFollower(first.position, turn) for turn in range(count)]
 
 
 async def publish_until(
-    relays: Sequence[Relay], name: str, is_over: asyncio.Event
+    relays: Sequence[RelayProcess], name: str, is_over: asyncio.Event
 ) -> Sequence[Message]:
     """Say one thing after another, wherever there is a relay; return what was said.
 

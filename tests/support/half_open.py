@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from tests.support.raw_client import RawClient
-from tests.support.relay_process import Relay
+from tests.support.relay_process import RelayProcess
 
 PARTIAL_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(
     100
@@ -13,13 +13,13 @@ PARTIAL_CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(
 
 @asynccontextmanager
 async def open_connections(
-    relay: Relay, count: int, *firsts: bytes
+    relay: RelayProcess, count: int, *firsts: bytes
 ) -> AsyncIterator[Sequence[RawClient]]:
     """Open so many connections, which say these things by turns, and no more."""
     async with AsyncExitStack() as stack:
         opened = []
         for number in range(count):
-            raw = await stack.enter_async_context(await relay.tcp())
+            raw = await stack.enter_async_context(await relay.connect_tcp())
             await raw.send(firsts[number % len(firsts)])
             opened.append(raw)
         yield opened

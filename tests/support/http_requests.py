@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import httpx2
 
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import PLAIN, Relay, path_of
+from tests.support.relay_process import NO_CA, RelayProcess, path_of
 
 TEXT_TYPE = "text/plain"
 BATCH_TYPE = "application/x-ndjson"
 
 
 async def publish_by_post(
-    relay: Relay,
+    relay: RelayProcess,
     channel: str | None,
     body: bytes,
     kind: str = "",
@@ -20,7 +20,7 @@ async def publish_by_post(
 ) -> httpx2.Response:
     """Publish on a channel, and return the answer."""
     fields = {**({"Content-Type": kind} if kind else {}), **(headers or {})}
-    context = relay.tls_context or PLAIN
+    context = relay.tls_context or NO_CA
     async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.post(relay.http_url(path_of(channel)), content=body, headers=fields)
 

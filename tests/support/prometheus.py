@@ -18,7 +18,7 @@ import httpx2
 from tests.support.brokers import free_port
 from tests.support.programs import PROMETHEUS, PROMTOOL, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import HOST, PLAIN, Metrics, Relay, eventually
+from tests.support.relay_process import HOST, NO_CA, MetricsPage, RelayProcess, eventually
 
 NAMESPACE = "test"
 JOB = "websocket-relay"
@@ -56,7 +56,7 @@ class Selector:
     metric: str
     labels: Mapping[str, str]
 
-    def missing_from(self, page: Metrics) -> Iterator[str]:
+    def missing_from(self, page: MetricsPage) -> Iterator[str]:
         """Yield what the metrics page does not have of it."""
         if self.metric in BUILT_IN_METRICS:
             return
@@ -88,7 +88,7 @@ def groupings(expression: str) -> set[str]:
     return names - TARGET_LABELS
 
 
-def missing_series(expressions: Sequence[str], page: Metrics) -> set[str]:
+def missing_series(expressions: Sequence[str], page: MetricsPage) -> set[str]:
     """Return which metrics, labels and their values the metrics page does not have."""
     lacks = set()
     for expression in expressions:
@@ -111,7 +111,7 @@ class Prometheus:
         rules: a file with rules.
     """
 
-    def __init__(self, directory: Path, relays: Mapping[str, Relay], rules: Path) -> None:
+    def __init__(self, directory: Path, relays: Mapping[str, RelayProcess], rules: Path) -> None:
         directory.mkdir()
         self._directory = directory
         self._port = free_port()
@@ -183,7 +183,7 @@ class Prometheus:
         return answer.status_code == 200, answer.text
 
     async def _get(self, path: str, **query: str) -> httpx2.Response:
-        async with httpx2.AsyncClient(verify=PLAIN, trust_env=False, timeout=PATIENCE_S) as http:
+        async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
             return await http.get(f"http://{HOST}:{self._port}{path}", params=query)
 
     async def query(self, expression: str) -> Sequence[Mapping[str, Any]]:

@@ -19,11 +19,13 @@ PATIENCE_S = 20.0  # how long anything may take on a busy machine before a test 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
 MASK = b"\x37\xfa\x21\x3d"
 READ_BYTES = 262_144
-READS_A_TURN = 100  # out of what has come; then others of the same event loop have a turn
+READS_PER_TURN = 100  # out of what has come; then others of the same event loop have a turn
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 RSV1 = 4  # as `reserved` of a frame: the message is compressed (RFC 7692 section 6)
-TAIL = b"\x00\x00\xff\xff"  # ends every compressed message and is never sent (section 7.2.1)
+DEFLATE_TAIL = (
+    b"\x00\x00\xff\xff"  # ends every compressed message and is never sent (section 7.2.1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ def deflated(
     """Compress a message's payload by itself (RFC 7692 section 7.2.1)."""
     deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, zlib.DEF_MEM_LEVEL, strategy)
     octets = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
-    assert octets.endswith(TAIL)
-    return octets[: -len(TAIL)]
+    assert octets.endswith(DEFLATE_TAIL)
+    return octets[: -len(DEFLATE_TAIL)]
 
 
 def inflated(payload: bytes, window_bits: int = 15) -> bytes:
@@ -106,7 +108,7 @@ def inflated(payload: bytes, window_bits: int = 15) -> bytes:
         zlib.error: it does, or goes farther back than the window.
     """
     inflater = zlib.decompressobj(-window_bits)
-    octets = inflater.decompress(payload + TAIL)
+    octets = inflater.decompress(payload + DEFLATE_TAIL)
     # Between two blocks, and there only, an empty last block ends the stream.
     inflater.decompress(b"\x03\x00")
     assert inflater.eof, "the message ends inside a block"
@@ -168,7 +170,9 @@ class RawClient:
         self._window_bits = 15
 
     @classmethod
-    async def to(cls, host: str, port: int, *, receive_buffer_bytes: int | None = None) -> Self:
+    async def connect(
+        cls, host: str, port: int, *, receive_buffer_bytes: int | None = None
+    ) -> Self:
         """Connect, without sending anything.
 
         Args:
@@ -214,7 +218,7 @@ class RawClient:
             await self.send(payload[position : position + 1])
             await asyncio.sleep(0)
 
-    async def chunk(self, max_bytes: int = READ_BYTES) -> bytes:
+    async def read_chunk(self, max_bytes: int = READ_BYTES) -> bytes:
         """Read what there is; empty at the end of the stream."""
         if self._received:
             taken = bytes(self._received[:max_bytes])
@@ -227,9 +231,9 @@ class RawClient:
         """Tell whether there is something to read by now, or the end."""
         return bool(self._received or select.select([self._socket], [], [], 0)[0])
 
-    async def exactly(self, size: int) -> bytes:
+    async def read_exactly(self, size: int) -> bytes:
         self._reads += 1
-        if self._reads % READS_A_TURN == 0:
+        if self._reads % READS_PER_TURN == 0:
             await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE_S):
             while len(self._received) < size:
@@ -241,7 +245,7 @@ class RawClient:
         del self._received[:size]
         return taken
 
-    async def response(self) -> Response:
+    async def read_response(self) -> Response:
         """Read the head of an HTTP response."""
         async with asyncio.timeout(PATIENCE_S):
             while b"\r\n\r\n" not in self._received:
@@ -261,19 +265,19 @@ class RawClient:
         self,
         path: str = "/",
         *,
-        behind: bytes = b"",
+        trailing: bytes = b"",
         offers: Sequence[str] = (),
         **headers: str,
     ) -> Response:
         """Ask for a WebSocket and insist on getting it.
 
         Args:
-            behind: bytes sent in the same packet as the request.
+            trailing: bytes sent in the same packet as the request.
             offers: extensions, each in a header line of its own.
         """
         lines = [f"Sec-WebSocket-Extensions: {offer}" for offer in offers]
-        await self.send(upgrade_request(path, lines=lines, **headers) + behind)
-        response = await self.response()
+        await self.send(upgrade_request(path, lines=lines, **headers) + trailing)
+        response = await self.read_response()
         assert response.status == 101, response
         name, *parameters = response.headers.get("sec-websocket-extensions", "").split("; ")
         self._compresses = name == "permessage-deflate"
@@ -287,71 +291,71 @@ class RawClient:
         """Whether permessage-deflate was agreed on."""
         return self._compresses
 
-    async def peek(self) -> int:
+    async def peek_opcode(self) -> int:
         """Return the next frame's opcode without reading the frame."""
-        first = await self.exactly(1)
+        first = await self.read_exactly(1)
         self._received[:0] = first
         return first[0] & 0x0F
 
-    async def frame(self) -> Frame:
-        first, second = await self.exactly(2)
+    async def read_frame(self) -> Frame:
+        first, second = await self.read_exactly(2)
         assert not second & 0x80, "a server's frames are not masked"
         size = second & 0x7F
         if size == 126:
-            (size,) = struct.unpack("!H", await self.exactly(2))
+            (size,) = struct.unpack("!H", await self.read_exactly(2))
         elif size == 127:
-            (size,) = struct.unpack("!Q", await self.exactly(8))
+            (size,) = struct.unpack("!Q", await self.read_exactly(8))
         reserved = first >> 4 & 7
         assert not reserved or (reserved == RSV1 and self._compresses), "nobody agreed on that"
         assert not reserved or first & 0x0F in (TEXT, BINARY), "only messages are compressed"
-        payload = await self.exactly(size)
+        payload = await self.read_exactly(size)
         return Frame(first & 0x0F, payload, bool(first & 0x80), bool(reserved))
 
-    async def message(self) -> str | bytes:
+    async def read_message(self) -> str | bytes:
         """Read the next data message, whatever pings come before it."""
-        received = await self.frame()
+        received = await self.read_frame()
         while received.opcode in (PING, PONG):
-            received = await self.frame()
+            received = await self.read_frame()
         assert received.fin
         assert received.opcode in (TEXT, BINARY), received
         payload = received.inflated(self._window_bits)
         return payload.decode() if received.opcode == TEXT else payload
 
-    async def close_frame(self) -> tuple[int, str]:
+    async def read_close_frame(self) -> tuple[int, str]:
         """Read on until the close frame; return its code and reason."""
-        received = await self.frame()
+        received = await self.read_frame()
         while received.opcode != CLOSE:
-            received = await self.frame()
+            received = await self.read_frame()
         (code,) = struct.unpack("!H", received.payload[:2])
         return code, received.payload[2:].decode()
 
-    async def answer_close(self) -> tuple[int, str]:
+    async def complete_close(self) -> tuple[int, str]:
         """Read on until the close frame and end the connection in good order.
 
         Returns:
             The relay's close code and reason.
         """
-        code, reason = await self.close_frame()
+        code, reason = await self.read_close_frame()
         await self.send(frame(CLOSE, close_payload(code)))
-        await self.ended()
+        await self.read_to_end()
         self._socket.close()
         return code, reason
 
-    async def ended(self) -> bytes:
+    async def read_to_end(self) -> bytes:
         """Read until the connection is gone; return what still came."""
         rest = bytearray()
         try:
-            while got := await self.chunk():
+            while got := await self.read_chunk():
                 rest += got
         except ConnectionError:
             pass
         return bytes(rest)
 
-    def finish(self) -> None:
+    def end_stream(self) -> None:
         """Say that nothing more will be sent (FIN)."""
         self._socket.shutdown(socket.SHUT_WR)
 
-    def vanish(self) -> None:
+    def reset(self) -> None:
         """Be gone at once, without a word to the peer but RST."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
@@ -364,11 +368,13 @@ async def raw_websocket(
     path: str = "/",
     *,
     receive_buffer_bytes: int | None = None,
-    behind: bytes = b"",
+    trailing: bytes = b"",
     offers: Sequence[str] = (),
     **headers: str,
 ) -> AsyncIterator[RawClient]:
     """Connect and upgrade."""
-    async with await RawClient.to(host, port, receive_buffer_bytes=receive_buffer_bytes) as raw:
-        await raw.upgrade(path, behind=behind, offers=offers, **headers)
+    async with await RawClient.connect(
+        host, port, receive_buffer_bytes=receive_buffer_bytes
+    ) as raw:
+        await raw.upgrade(path, trailing=trailing, offers=offers, **headers)
         yield raw

@@ -7,7 +7,7 @@ line, and the relay against what is here. Shares nothing with the relay's own pa
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
-from tests.support.raw_client import BINARY, CLOSE, CONTINUATION, PING, PONG, TAIL, TEXT
+from tests.support.raw_client import BINARY, CLOSE, CONTINUATION, DEFLATE_TAIL, PING, PONG, TEXT
 
 # What a close frame may say: RFC 6455 section 7.4.1, what IANA's registry added, section 7.4.2.
 REGISTERED = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014}
@@ -93,7 +93,7 @@ class Deflated:
             return
         # The length of an empty block, then an empty last block: they end a stream that is
         # between two blocks, and add nothing to it.
-        for _ in self.inflate(TAIL + b"\x03\x00"):
+        for _ in self.inflate(DEFLATE_TAIL + b"\x03\x00"):
             raise ConnectionEndsError(1007)
         if not self._is_between_streams:
             raise ConnectionEndsError(1007)

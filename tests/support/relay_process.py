@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service" / "websocket_relay"
 POLL_S = 0.02
 HOST = "127.0.0.1"
-PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
+NO_CA = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
 
 MEASURES_COVERAGE = "COVERAGE_PROCESS_CONFIG" in os.environ
 QUIET_SETTINGS: Mapping[str, Any] = {
@@ -61,7 +61,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class CommandResult:
     """How a command ended."""
 
     exit_code: int
@@ -78,11 +78,13 @@ class Finished:
         return [line for line in self.error_lines if "too few file descriptors" not in line]
 
 
-def run_command(*arguments: str, directory: Path, env: Mapping[str, str] | None = None) -> Finished:
+def run_command(
+    *arguments: str, directory: Path, env: Mapping[str, str] | None = None
+) -> CommandResult:
     """Run the command line to its end, in the way that takes the least."""
     if not _may_fork(env):
         return run_python("-m", "websocket_relay", *arguments, directory=directory, env=env)
-    return Finished(*FORK_SERVER.run(arguments, directory, environment(env), PATIENCE_S))
+    return CommandResult(*FORK_SERVER.run(arguments, directory, environment(env), PATIENCE_S))
 
 
 def _may_fork(env: Mapping[str, str] | None) -> bool:
@@ -92,7 +94,7 @@ def _may_fork(env: Mapping[str, str] | None) -> bool:
 
 def run_python(
     *arguments: str, directory: Path | None = None, env: Mapping[str, str] | None = None
-) -> Finished:
+) -> CommandResult:
     """Run an interpreter of its own to its end."""
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -103,11 +105,11 @@ def run_python(
         timeout=PATIENCE_S,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @dataclass(frozen=True, slots=True)
-class Metrics:
+class MetricsPage:
     """One reading of the metrics page."""
 
     names: frozenset[str]
@@ -131,7 +133,7 @@ class Metrics:
         )
 
 
-class Relay:
+class RelayProcess:
     """A relay's process from its start to its end."""
 
     def __init__(
@@ -195,7 +197,7 @@ class Relay:
                 nothing.fileno(),
                 max_descriptors=self._max_descriptors,
             )
-        self._read_log_beside()
+        self._start_log_reader()
 
     def launch(self) -> None:
         """Start the process as an interpreter of its own, without waiting until it serves."""
@@ -213,14 +215,14 @@ class Relay:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._read_log_beside()
+        self._start_log_reader()
 
     def _write_settings(self) -> Path:
         file = self._directory / "relay.yaml"
         file.write_text(yaml.safe_dump(self.settings))
         return file
 
-    def _read_log_beside(self) -> None:
+    def _start_log_reader(self) -> None:
         self._log_reader = threading.Thread(target=self._read_log, daemon=True)
         self._log_reader.start()
 
@@ -268,7 +270,7 @@ class Relay:
         """Return the most memory that the process had in RAM since `forget_peak`."""
         return self._status_bytes("VmHWM")
 
-    def forget_peak(self) -> int:
+    def reset_peak_rss(self) -> int:
         """Have `peak_rss_bytes` begin anew (proc(5), clear_refs), and return where it begins."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
         return self.peak_rss_bytes()
@@ -326,7 +328,7 @@ class Relay:
         return [event for event in map(_event_of, self.log_lines) if event is not None]
 
     @property
-    def complaints(self) -> list[str]:
+    def unexpected_lines(self) -> list[str]:
         """Return the lines that a sound relay does not write: tracebacks and stray text."""
         return [line for line in self.log_lines if _event_of(line) is None or "Traceback" in line]
 
@@ -391,7 +393,7 @@ class Relay:
         channel: str | None = None,
         *,
         receive_buffer_bytes: int | None = None,
-        behind: bytes = b"",
+        trailing: bytes = b"",
     ) -> AbstractAsyncContextManager[RawClient]:
         """Connect a client made of bytes."""
         return raw_websocket(
@@ -399,34 +401,34 @@ class Relay:
             self.port,
             path_of(channel),
             receive_buffer_bytes=receive_buffer_bytes,
-            behind=behind,
+            trailing=trailing,
         )
 
-    async def tcp(self, *, receive_buffer_bytes: int | None = None) -> RawClient:
+    async def connect_tcp(self, *, receive_buffer_bytes: int | None = None) -> RawClient:
         """Open a TCP connection to the relay's port, without a request."""
-        return await RawClient.to(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
+        return await RawClient.connect(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
 
     async def get(self, path: str) -> httpx2.Response:
         """Send a plain request to the relay's port."""
-        return await _get(self.http_url(path), self.tls_context or PLAIN)
+        return await _get(self.http_url(path), self.tls_context or NO_CA)
 
     async def get_metrics(self, path: str = "/metrics") -> httpx2.Response:
         """Send a plain request to the metrics port."""
-        return await _get(self.metrics_url(path), PLAIN)
+        return await _get(self.metrics_url(path), NO_CA)
 
     # The metrics
 
-    async def metrics(self) -> Metrics:
-        return Metrics.parse((await self.get_metrics()).raise_for_status().text)
+    async def metrics(self) -> MetricsPage:
+        return MetricsPage.parse((await self.get_metrics()).raise_for_status().text)
 
     async def metric(self, name: str, **labels: str) -> float:
         return (await self.metrics()).value(name, **labels)
 
-    async def metric_is(self, name: str, expected: float, **labels: str) -> None:
+    async def await_metric(self, name: str, expected: float, **labels: str) -> None:
         """Wait until a metric has this value."""
         await self._metric(name, lambda value: value == expected, f"== {expected}", labels)
 
-    async def metric_reaches(self, name: str, least: float, **labels: str) -> None:
+    async def await_metric_at_least(self, name: str, least: float, **labels: str) -> None:
         """Wait until a metric has at least this value."""
         await self._metric(name, lambda value: value >= least, f">= {least}", labels)
 
@@ -440,12 +442,12 @@ class Relay:
         await eventually(now, f"{name}{dict(labels)} {wanted}")
 
 
-StartRelay = Callable[..., Relay]
-StartReplicas = Callable[..., Sequence[Relay]]
+StartRelay = Callable[..., RelayProcess]
+StartReplicas = Callable[..., Sequence[RelayProcess]]
 
 
 @asynccontextmanager
-async def somebody_reads(pipe: Path) -> AsyncIterator[None]:
+async def open_pipe_when_read(pipe: Path) -> AsyncIterator[None]:
     """Wait until somebody reads a named pipe; there is nothing in it, and at the end it ends."""
     writer: list[int] = []
 
@@ -490,7 +492,7 @@ async def receive_many(client: ClientConnection, count: int) -> list[Data]:
     return [await receive(client) for _ in range(count)]
 
 
-async def closed(client: ClientConnection) -> tuple[int | None, str | None]:
+async def await_close(client: ClientConnection) -> tuple[int | None, str | None]:
     """Wait for a connection's end; return the relay's close code and reason."""
     async with asyncio.timeout(PATIENCE_S):
         await client.wait_closed()

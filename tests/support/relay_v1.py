@@ -10,7 +10,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
-from tests.support.relay_process import Relay, path_of, receive, receive_many
+from tests.support.relay_process import RelayProcess, path_of, receive, receive_many
 
 RELAY_V1 = Subprotocol("relay.v1")
 Message = str | bytes
@@ -58,7 +58,7 @@ def path_with_query(channel: str, **query: object) -> str:
 
 @asynccontextmanager
 async def connect_relay_v1(
-    relay: Relay, channel: str, *, since: str = "", history: int = 0, **options: Any
+    relay: RelayProcess, channel: str, *, since: str = "", history: int = 0, **options: Any
 ) -> AsyncIterator[RelayV1Client]:
     """Connect a client that speaks relay.v1, and read its welcome."""
     query: dict[str, object] = {"since": since} if since else {}
@@ -78,7 +78,7 @@ async def connect_relay_v1(
         yield heard
 
 
-async def publish_all(relay: Relay, channel: str, *messages: Message) -> None:
+async def publish_all(relay: RelayProcess, channel: str, *messages: Message) -> None:
     """Have somebody say something, and wait until it was relayed."""
     async with relay.client(channel) as client:
 

@@ -30,7 +30,7 @@ from tests.support.raw_client import (
     frame,
     masked,
 )
-from tests.support.relay_process import Relay, eventually
+from tests.support.relay_process import RelayProcess, eventually
 
 FEW_OCTETS = 2_000
 SMALL_PIECE = 997
@@ -121,7 +121,7 @@ def parse_pieces(
 
 async def read_frame_except_pings(raw: RawClient) -> Frame:
     """Read the next frame that is no ping: the relay asks whether one is there when it likes."""
-    while (received := await raw.frame()).opcode == PING:
+    while (received := await raw.read_frame()).opcode == PING:
         pass
     return received
 
@@ -133,11 +133,11 @@ async def read_until_close(raw: RawClient) -> tuple[list[Frame], int]:
         heard.append(decompressed(received))
     (code,) = struct.unpack("!H", received.payload[:2])
     received.payload[2:].decode()  # a reason is UTF-8
-    assert await raw.ended() == b"", "something came behind the close frame"
+    assert await raw.read_to_end() == b"", "something came behind the close frame"
     return heard, code
 
 
-async def await_descriptors(relay: Relay, before: int) -> None:
+async def await_descriptors(relay: RelayProcess, before: int) -> None:
     """Wait until a relay has no more descriptors open than it had."""
 
     async def now() -> tuple[bool, object]:

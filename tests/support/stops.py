@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tests.support.broker_logs import NatsLog, RedisLog, make_broker
 from tests.support.brokers import free_port
-from tests.support.relay_process import POLL_S, Relay
+from tests.support.relay_process import POLL_S, RelayProcess
 from tests.support.tcp_proxy import HOST, READ_BYTES, ProxiedConnection, TcpProxy, forward
 
 KINDS = ("nats", "redis")
@@ -251,7 +251,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 async def stop_relay(
-    relay: Relay,
+    relay: RelayProcess,
     gate: asyncio.Semaphore,
     *,
     after_s: float,
@@ -287,7 +287,7 @@ async def stop_relay(
     return StopResult(status, took_s, "\n".join(relay.log_lines))
 
 
-async def await_listening(relay: Relay) -> None:
+async def await_listening(relay: RelayProcess) -> None:
     """Wait until a relay listens, also where many start at a time."""
     async with asyncio.timeout(START_S):
         while "relay listening" not in (  # noqa: ASYNC110 - a log has no event
@@ -296,7 +296,7 @@ async def await_listening(relay: Relay) -> None:
             await asyncio.sleep(POLL_S)
 
 
-def _status_within(relay: Relay, timeout_s: float) -> int | None:
+def _status_within(relay: RelayProcess, timeout_s: float) -> int | None:
     """Return the exit status of a process that ends in time."""
     with suppress(subprocess.TimeoutExpired):
         return relay.process.wait(timeout_s)
@@ -327,7 +327,7 @@ async def stop_many(
         own = directory / str(number)
         own.mkdir()
         return await stop_relay(
-            Relay(own, settings_for(url)),
+            RelayProcess(own, settings_for(url)),
             gate,
             after_s=random.uniform(0, span_s if is_listening else min(span_s, START_SPAN_S)),
             is_listening=is_listening,

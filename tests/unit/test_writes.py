@@ -81,8 +81,8 @@ async def connected(
     pairs = []
     try:
         for _ in range(count):
-            raw = await RawClient.to(HOST, port, receive_buffer_bytes=4096)
-            assert await raw.exactly(5) == b"start"
+            raw = await RawClient.connect(HOST, port, receive_buffer_bytes=4096)
+            assert await raw.read_exactly(5) == b"start"
             pairs.append((await accepted.get(), raw))
         yield pairs
     finally:
@@ -105,8 +105,8 @@ async def test_a_failed_write_closes_its_client_and_no_other(
         failing._transport.write_eof()  # each further write raises
         with caplog.at_level(logging.ERROR):
             context.write([first, failing, last], HELLO, messages=2)
-        assert await one.message() == await three.message() == "hello"
-        assert await two.ended() == b""
+        assert await one.read_message() == await three.read_message() == "hello"
+        assert await two.read_to_end() == b""
         await wait_for_closes(context, Close.INTERNAL, 1)
         assert len(context.clients) == 2
     assert context.counters.deliveries == 4
@@ -121,7 +121,7 @@ async def test_a_client_receives_a_close_frame_after_a_failed_write(
 ) -> None:
     async with connected(context, 1) as [(client, raw)]:
         context.write([client], cast(bytes, "no bytes"), messages=1)
-        assert await raw.answer_close() == (1011, "internal error")
+        assert await raw.complete_close() == (1011, "internal error")
         await wait_for_closes(context, Close.INTERNAL, 1)
     assert context.counters.drops[Drop.DISCONNECTED] == 1
     assert [record.message for record in caplog.records] == ["write failed"]
@@ -146,7 +146,7 @@ async def test_a_write_to_a_closed_transport_is_counted_as_a_drop_without_an_err
 ) -> None:
     async with connected(context, 1) as [(client, raw)]:
         write = client.write
-        raw.vanish()
+        raw.reset()
         await wait_for_closes(context, Close.CONNECTION_LOST, 1)
         with pytest.raises(RuntimeError, match="the handler is closed"):
             write(HELLO)
@@ -165,7 +165,7 @@ async def test_a_partly_sent_write_counts_with_all_of_its_memory(
         context.write([client], message, messages=1)
         assert client.backlog_bytes < client.memory_bytes == len(message) + WRITE_BYTES
         assert context.backlogs.total_bytes == client.memory_bytes
-        await raw.exactly(MIB * 3 // 4)
+        await raw.read_exactly(MIB * 3 // 4)
 
         async def look() -> tuple[bool, object]:
             return client.backlog_bytes <= MIB // 4, client.backlog_bytes
@@ -173,7 +173,7 @@ async def test_a_partly_sent_write_counts_with_all_of_its_memory(
         await eventually(look, "three quarters sent")
         assert client.memory_bytes == len(message) + WRITE_BYTES
         assert context.counters.deliveries == 0
-        await raw.exactly(len(message) - MIB * 3 // 4)
+        await raw.read_exactly(len(message) - MIB * 3 // 4)
 
         async def is_free() -> tuple[bool, object]:
             return not client.memory_bytes, client.memory_bytes
