@@ -1,1 +1,1 @@
-"""What the tests are made with: processes, clients, brokers, plugins of pytest."""
+"""Machinery of the tests: processes, clients, brokers, proxies, and plugins of pytest."""

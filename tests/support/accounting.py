@@ -1,4 +1,4 @@
-"""Assert that the metrics of clients and messages add up."""
+"""Assert the accounting invariants: the counters of clients and messages add up."""
 
 from tests.support.relay_process import MetricsPage, RelayProcess
 
@@ -15,7 +15,8 @@ def assert_counters_add_up(metrics: MetricsPage) -> None:
 
 
 async def assert_counters_add_up_at_rest(relay: RelayProcess) -> None:
-    """Wait until no client is connected; assert the invariants, and that no backlog is left."""
+    """Wait until no client is connected; assert the invariants, and that no backlog remains."""
+
     await relay.await_metric("websocket_connected_clients", 0)
     metrics = await relay.metrics()
     assert_counters_add_up(metrics)

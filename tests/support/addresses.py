@@ -1,4 +1,4 @@
-"""What somebody may type who was asked for a relay's address, and is none."""
+"""Texts that a user may type as the URL of a relay, and that are no such URL."""
 
 INVALID_URLS = (
     "",

@@ -1,4 +1,4 @@
-"""Clients that come in or are refused, with a token or without."""
+"""Assert whether clients are admitted or refused, with a token or without."""
 
 from typing import Any
 
@@ -14,32 +14,36 @@ HMAC_ALGORITHMS = ["HS256", "HS384", "HS512"]
 
 
 async def refusal_answer(attempt: connect) -> Response:
-    """Insist that a client is not let in; return the answer."""
+    """Assert that a client is refused; return the HTTP answer."""
     with pytest.raises(InvalidStatus) as refusal:
         async with attempt:
             pass
     return refusal.value.response
 
 
-def jwt_settings(**of_jwt: Any) -> dict[str, Any]:
-    """Return the settings of a relay that wants tokens."""
-    return {"mode": "jwt", "jwt": {"secret": SECRET, "algorithms": HMAC_ALGORITHMS} | of_jwt}
+def jwt_settings(**jwt: Any) -> dict[str, Any]:
+    """Return the settings `auth` of a relay that requires tokens.
+
+    Args:
+        jwt: settings of `auth.jwt` that differ.
+    """
+    return {"mode": "jwt", "jwt": {"secret": SECRET, "algorithms": HMAC_ALGORITHMS} | jwt}
 
 
-def connect_with_token(relay: RelayProcess, channel: str | None, brought: str) -> connect:
+def connect_with_token(relay: RelayProcess, channel: str | None, token: str) -> connect:
     """Connect with a token in the Authorization header."""
-    return relay.client(channel, additional_headers={"Authorization": f"Bearer {brought}"})
+    return relay.client(channel, additional_headers={"Authorization": f"Bearer {token}"})
 
 
 async def assert_admitted(attempt: connect) -> None:
-    """Insist that a client is let in and may send and receive."""
+    """Assert that a client is admitted, may publish, and receives its message."""
     async with attempt as client:
         await client.send("hello")
         assert await receive(client) == "hello"
 
 
 def assert_invalid_token(answer: Response, detail: str) -> None:
-    """Insist on the documented answer to a token that is not accepted."""
+    """Assert that an answer is the documented one to an invalid token."""
     assert answer.status_code == 401
     assert bytes(answer.body or b"").decode() == f"invalid token: {detail}\n"
     assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'

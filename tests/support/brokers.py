@@ -1,7 +1,6 @@
-"""Start real brokers for tests: each a process of its own, with a directory and a port. Knows no
-relay.
+"""Run real brokers for tests: each is a process with a directory and a port. Knows no relay.
 
-Which programs they are: programs.py.
+programs.py finds their programs.
 """
 
 import asyncio
@@ -21,12 +20,11 @@ from tests.support.certificates import CertificatePair
 START_TIMEOUT_S = 10.0
 
 PORTS = range(20_000, 30_000)
-"""Below those that the kernel gives to clients: one of them would take a broker's port while that
-is being restarted."""
+"""Below the ephemeral ports: a client could take one of those while a broker restarts."""
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that no socket is bound to."""
     while True:
         port = random.choice(PORTS)
         with socket.socket() as probe:
@@ -38,14 +36,14 @@ def free_port() -> int:
 
 
 class Broker:
-    """A broker's process. What it holds is in its directory, over restarts.
+    """A broker's process. Its data is in its directory and survives restarts.
 
     Args:
         program: of the broker.
-        directory: for what it holds.
-        pair: serve TLS with it.
-        password: ask for it.
-        user: and for this name.
+        directory: for its settings, data and log.
+        pair: the certificate for TLS; None: no TLS.
+        password: that clients need; empty: none.
+        user: the name that belongs to the password.
     """
 
     schemes = ("", "")
@@ -80,41 +78,41 @@ class Broker:
 
     @property
     def url(self) -> str:
-        """Where it is, and as whom to talk to it."""
+        """The URL with the credentials that the broker requires."""
         return self.url_with(self.credentials)
 
     @property
     def credentials(self) -> str:
-        """What stands before the @ of its URL."""
+        """The part of the URL before the @; empty: none."""
         raise NotImplementedError
 
     @property
     def pid(self) -> int:
-        """Which process it is."""
+        """The id of the process."""
         assert self._process is not None
         return self._process.pid
 
     def url_with(self, credentials: str) -> str:
-        """Return where it is, with credentials of the caller's."""
+        """Return the URL with other credentials."""
         scheme = self.schemes[self.pair is not None]
-        at = f"{credentials}@" if credentials else ""
+        userinfo = f"{credentials}@" if credentials else ""
         query = f"?ssl_ca_certs={self.directory / 'cert.pem'}" if self.pair else ""
-        return f"{scheme}://{at}localhost:{self.port}{query}"
+        return f"{scheme}://{userinfo}localhost:{self.port}{query}"
 
     @property
     def log(self) -> str:
-        """What it wrote to its log."""
+        """The text of the broker's log."""
         return self._log.read_text(errors="replace")
 
     async def start(self) -> None:
-        """Start it, and wait until it answers."""
-        process = self._process = self._launched()
+        """Start the process, and wait until it answers."""
+        process = self._process = self._launch()
         async with asyncio.timeout(START_TIMEOUT_S):
             while not await self._answers():
                 assert process.poll() is None, self._log.read_text()
                 await asyncio.sleep(0.02)
 
-    def _launched(self) -> subprocess.Popen[bytes]:
+    def _launch(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [self._program, *self._arguments()],
@@ -125,26 +123,26 @@ class Broker:
             )
 
     def stop(self) -> None:
-        """Ask it to stop, and wait until it has."""
+        """Send SIGTERM, and wait for the end of the process."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill it at once."""
+        """Send SIGKILL, and wait for the end of the process."""
         self._end(signal.SIGKILL)
 
     async def restart(self) -> None:
-        """Kill it at once, and start it again."""
+        """Kill the process, and start another one on the same data and port."""
         self.kill()
         await self.start()
 
     def freeze(self) -> None:
-        """Let it do nothing any more; the kernel still takes what it is sent."""
+        """Stop all threads of the process; the kernel still receives data for it."""
         self._signal(signal.SIGSTOP)
         assert self._process is not None
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)  # all its threads have
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)  # until all threads are stopped
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Continue a frozen process."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -165,16 +163,17 @@ class Broker:
     async def _answers(self) -> bool:
         raise NotImplementedError
 
-    async def _converse(self, question: bytes, *, tls_first: bool) -> bytes:
+    async def _first_line(self, request: bytes, *, uses_tls: bool) -> bytes:
+        """Send a request on a new connection; return the first line of the answer, or nothing."""
         context = None
-        if tls_first:
+        if uses_tls:
             context = ssl.create_default_context(cafile=self.directory / "cert.pem")
         try:
             reader, writer = await asyncio.open_connection("localhost", self.port, ssl=context)
         except OSError:
             return b""
         try:
-            writer.write(question)
+            writer.write(request)
             return await reader.readline()
         except OSError:
             return b""
@@ -183,11 +182,11 @@ class Broker:
 
 
 class RedisBroker(Broker):
-    """A Redis that has what it acknowledged on the disk (AOF), or says that it has not.
+    """A Redis with an append-only file (AOF).
 
     Args:
-        fsync: `always` loses nothing that it acknowledged; `everysec` is what others run; without
-            any it keeps nothing over a restart.
+        fsync: `always`: all acknowledged entries survive a crash; `everysec`: the usual setting
+            of operators; empty: no file, all entries are lost at a restart.
     """
 
     schemes = ("redis", "rediss")
@@ -223,18 +222,18 @@ class RedisBroker(Broker):
         return [str(file)]
 
     async def _answers(self) -> bool:
-        answer = await self._converse(b"PING\r\n", tls_first=self.pair is not None)
+        answer = await self._first_line(b"PING\r\n", uses_tls=self.pair is not None)
         return answer.startswith((b"+PONG", b"-NOAUTH"))
 
 
 class NatsBroker(Broker):
-    """A NATS with JetStream that keeps its streams in files.
+    """A NATS whose JetStream stores its streams in files.
 
     Args:
-        max_payload: what it takes at once.
-        jetstream: whether it keeps anything at all.
-        token: ask for it.
-        permissions: what the user may do, as NATS writes it; everything, where this is empty.
+        max_payload: the largest message, in bytes.
+        jetstream: whether JetStream is enabled.
+        token: that clients need; empty: none.
+        permissions: of the user, in the form of NATS's settings; empty: all.
     """
 
     schemes = ("nats", "tls")
@@ -267,11 +266,11 @@ class NatsBroker(Broker):
         if self._token:
             lines += [f'authorization {{ token: "{self._token}" }}']
         elif self.password:
-            who = {"user": self.user, "password": self.password, "permissions": self._permissions}
-            lines += [f"authorization {json.dumps({'users': [who]})}"]
+            user = {"user": self.user, "password": self.password, "permissions": self._permissions}
+            lines += [f"authorization {json.dumps({'users': [user]})}"]
         file = self.directory / "nats.conf"
         file.write_text("\n".join(lines))
         return ["--config", str(file)]
 
     async def _answers(self) -> bool:
-        return (await self._converse(b"", tls_first=False)).startswith(b"INFO")
+        return (await self._first_line(b"", uses_tls=False)).startswith(b"INFO")

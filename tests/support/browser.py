@@ -1,4 +1,4 @@
-"""Open pages in a real browser. Knows no relay."""
+"""Run a real browser and open pages in it. Knows no relay."""
 
 import asyncio
 import inspect
@@ -23,13 +23,13 @@ ARGUMENTS = (
 )
 
 SHARED = pytest.mark.usefixtures("shared_browser")
-"""Marks a module whose tests use one browser, each with a context of its own: to start one costs
-more than most tests do."""
+"""Mark of a module whose tests share one browser, each with a context of its own: the start of a
+browser costs more than most tests."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests that share a browser the event loop that it belongs to."""
+    """Run the tests that share a browser in the event loop of that browser."""
     for item in items:
         if not isinstance(item, pytest.Function) or "shared_browser" not in item.fixturenames:
             continue
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class SharedBrowser:
-    """The browser of one event loop, started when it is first needed."""
+    """The browser of one event loop. It starts at its first use."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -47,7 +47,7 @@ class SharedBrowser:
 
     @asynccontextmanager
     async def keep(self) -> AsyncIterator[None]:
-        """Keep the browser of this event loop until the block is left."""
+        """Serve this event loop; close the browser at the end of the block."""
         async with self._stack:
             self._loop = asyncio.get_running_loop()
             yield
@@ -55,7 +55,7 @@ class SharedBrowser:
 
     @asynccontextmanager
     async def browser(self) -> AsyncIterator[Browser]:
-        """Give the browser that is kept, or else a new one."""
+        """Yield the shared browser, or a new one in another event loop."""
         if self._loop is not asyncio.get_running_loop():
             async with launch_browser() as browser:
                 yield browser
@@ -70,14 +70,14 @@ SHARED_BROWSER = SharedBrowser()
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_browser() -> AsyncIterator[None]:
-    """Keep one browser for the tests that share it."""
+    """Close the shared browser after the last test that uses it."""
     async with SHARED_BROWSER.keep():
         yield
 
 
 @asynccontextmanager
 async def launch_browser() -> AsyncIterator[Browser]:
-    """Start a browser."""
+    """Start a browser, and close it at the end of the block."""
     program = needed(CHROMIUM)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=list(ARGUMENTS))
@@ -89,7 +89,8 @@ async def launch_browser() -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def open_page() -> AsyncIterator[Page]:
-    """Open an empty page; fail where a script of the page did."""
+    """Open an empty page; fail at the end if a script of the page raised an error."""
+
     failures: list[str] = []
     async with (
         SHARED_BROWSER.browser() as browser,

@@ -1,4 +1,4 @@
-"""Make real certificates for tests of wss://. Knows no relay."""
+"""Create real certificates for TLS. Knows no relay."""
 
 import datetime
 import ipaddress
@@ -40,19 +40,19 @@ class CertificatePair:
         return self.certificate.not_valid_after_utc.timestamp()
 
     def write_to(self, directory: Path) -> None:
-        """Put the pair where the relay looks, each file in one step."""
+        """Write cert.pem and key.pem, each atomically."""
         replace_file(directory / "cert.pem", self.certificate_pem)
         replace_file(directory / "key.pem", self.key_pem)
 
     def client_context(self) -> ssl.SSLContext:
-        """Return a client's context that believes in this certificate only."""
+        """Return a client's context that trusts this certificate only."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.certificate_pem.decode())
         return context
 
 
 def make_pair(*, valid_days: int = 30) -> CertificatePair:
-    """Make a certificate for localhost, 127.0.0.1 and ::1."""
+    """Create a self-signed certificate for localhost, 127.0.0.1 and ::1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -78,7 +78,8 @@ def make_pair(*, valid_days: int = 30) -> CertificatePair:
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file so that nobody ever reads half of it."""
+    """Write a file atomically: a reader finds the old content or the new one."""
+
     temporary = file.with_suffix(".new")
     temporary.write_bytes(content)
     temporary.replace(file)

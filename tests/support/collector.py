@@ -1,4 +1,4 @@
-"""Collect traces as a collector does: OTLP by HTTP, in protobuf. Knows no relay."""
+"""Receive traces as an OpenTelemetry collector: OTLP over HTTP, in protobuf. Knows no relay."""
 
 import asyncio
 import threading
@@ -16,14 +16,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from tests.support.relay_process import eventually
 
 HOST = "127.0.0.1"
-SHORT_EXPORT_DELAY = {
-    "OTEL_BSP_SCHEDULE_DELAY": "20"
-}  # milliseconds, which is what it is called for
+SHORT_EXPORT_DELAY = {"OTEL_BSP_SCHEDULE_DELAY": "20"}
+"""Variables of an exporter that sends spans after 20 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a collector is told of one request."""
+    """One exported span: what a trace contains of one request."""
 
     name: str
     kind: int
@@ -36,10 +35,14 @@ class Span:
 
 
 class Collector:
-    """A collector, and all that it was told.
+    """A collector, and all requests that it received.
 
     Args:
-        is_stuck: it takes connections and answers nobody.
+        is_stuck: it accepts connections and answers no request.
+
+    Attributes:
+        bodies, headers: of the answered requests, in order.
+        request_count: how many requests arrived, answered or not.
     """
 
     def __init__(self, *, is_stuck: bool = False) -> None:
@@ -48,14 +51,14 @@ class Collector:
         if not is_stuck:
             self._released.set()
 
-        class Intake(BaseHTTPRequestHandler):
+        class ExportRequestHandler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                collector._take(self)
+                collector._answer(self)
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
-        self._server = ThreadingHTTPServer((HOST, 0), Intake)
+        self._server = ThreadingHTTPServer((HOST, 0), ExportRequestHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.bodies: list[bytes] = []
         self.headers: list[Mapping[str, str]] = []
@@ -78,16 +81,16 @@ class Collector:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Return the environment of a relay that sends its traces here."""
+        """The environment variables of a relay that exports its traces here."""
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{self._server.server_port}"}
 
     @property
     def spans(self) -> list[Span]:
-        """Return what was told, in the order in which it ended."""
+        """All received spans, in the order of their ends."""
         return [span for body in list(self.bodies) for span in _spans(body)]
 
     async def await_spans(self, *names: str) -> Sequence[Span]:
-        """Wait until spans of these names were told, and return all there are."""
+        """Wait until spans with these names are received; return all spans."""
 
         async def look() -> tuple[bool, object]:
             found = [span.name for span in self.spans]
@@ -97,7 +100,7 @@ class Collector:
         return self.spans
 
     async def await_span(self, fits: Callable[[Span], bool]) -> Span:
-        """Wait for a span, and return it."""
+        """Wait for a span that fits, and return it."""
 
         async def look() -> tuple[bool, object]:
             spans = self.spans
@@ -107,11 +110,11 @@ class Collector:
         return next(filter(fits, self.spans))
 
     async def await_request(self) -> None:
-        """Wait until somebody wants to tell something."""
-        while not self.request_count:  # noqa: ASYNC110 - another thread's, under the test's timeout
+        """Wait until a request arrives."""
+        while not self.request_count:  # noqa: ASYNC110 - a thread counts; the test has a time limit
             await asyncio.sleep(0.01)
 
-    def _take(self, request: BaseHTTPRequestHandler) -> None:
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"]))
         self.request_count += 1
         self._released.wait()
@@ -127,8 +130,8 @@ class Collector:
 
 
 def _spans(body: bytes) -> list[Span]:
-    told = ExportTraceServiceRequest()
-    told.ParseFromString(body)
+    request = ExportTraceServiceRequest()
+    request.ParseFromString(body)
     return [
         Span(
             span.name,
@@ -138,13 +141,15 @@ def _spans(body: bytes) -> list[Span]:
             span.parent_span_id.hex(),
             span.status.code == span.status.STATUS_CODE_ERROR,
             _values(span.attributes),
-            _values(of_one.resource.attributes),
+            _values(group.resource.attributes),
         )
-        for of_one in told.resource_spans
-        for scope in of_one.scope_spans
+        for group in request.resource_spans
+        for scope in group.scope_spans
         for span in scope.spans
     ]
 
 
 def _values(attributes: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in attributes}
+    return {
+        each.key: getattr(each.value, str(each.value.WhichOneof("value"))) for each in attributes
+    }

@@ -1,6 +1,6 @@
-"""Build the image and run it with what the machine has: docker with its daemon, or podman.
+"""Build the image and run containers of it, with docker and its daemon or with podman.
 
-Knows the Dockerfile by `make image`, and containers by what an operator types.
+Builds with `make image`, and runs containers with the commands of an operator.
 """
 
 import json
@@ -27,7 +27,7 @@ DEFAULT_BASE: str
 (DEFAULT_BASE,) = re.findall(r"^ARG BASE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 STAND_IN = "localhost/websocket-relay-stand-in:trixie"
 
-# For a root without systemd, who may not raise limits either: in a CI's own container, say.
+# For root without systemd and without permission to raise limits: in a container of a CI, say.
 PODMAN_CONF = """\
 [engine]
 runtime = "runc"
@@ -40,8 +40,8 @@ log_driver = "k8s-file"
 
 HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
-# What makes a Debian with its own Python look like the base: `python` is its name, pip is there and
-# may install, and it trusts what this machine trusts.
+# Makes a Debian with its own Python look like the base image: the program is named `python`, pip is
+# installed and may install packages, and the certificates of this machine are trusted.
 CUSTOMIZE_BASE = """\
 set -e
 cd "$1"
@@ -55,21 +55,20 @@ chroot . python3 "/$wheel/pip" install --quiet --no-index --root-user-action ign
 
 
 class Engine:
-    """What builds images and runs containers."""
+    """A program that builds images and runs containers.
+
+    Args:
+        program: docker or podman.
+        directory: for podman's settings file.
+    """
 
     def __init__(self, program: str, directory: Path) -> None:
-        """Take a program.
-
-        Args:
-            program: docker or podman.
-            directory: for what podman has to be told.
-        """
         self.program = program
         self._env = user_environment()
         self._build_args: tuple[str, ...] = ()
         self._run_args: tuple[str, ...] = HARDENED
         if program == "podman":
-            # Unasked, its containers get a tmpfs at /tmp.
+            # By default, read-only containers of podman get a tmpfs at /tmp.
             self._run_args = (*HARDENED, "--read-only-tmpfs=false")
             if os.geteuid() == 0 and not Path("/run/systemd/system").exists():
                 self._build_args = ("--isolation=chroot",)
@@ -78,7 +77,11 @@ class Engine:
                 self._env |= {"CONTAINERS_CONF": str(conf)}
 
     def __call__(self, *arguments: str, timeout_s: float = PATIENCE_S) -> str:
-        """Run a command of it; return what it prints."""
+        """Run a command of the program; return its output.
+
+        Raises:
+            AssertionError: it fails.
+        """
         done = self.run_unchecked(*arguments, timeout_s=timeout_s)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -86,7 +89,7 @@ class Engine:
     def run_unchecked(
         self, *arguments: str, timeout_s: float = PATIENCE_S
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command that may fail."""
+        """Run a command of the program that may fail."""
         return subprocess.run(
             [self.program, *arguments],
             env=self._env,
@@ -112,7 +115,7 @@ class Engine:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def inspect(self, image: str) -> dict[str, Any]:
-        """Return what is known of an image."""
+        """Return the metadata of an image."""
         (found,) = json.loads(self("image", "inspect", image))
         return dict(found)
 
@@ -129,7 +132,7 @@ class Engine:
 
 
 class Container(RelayProcess):
-    """A relay in a container, as others start it: by an image and the options of `run`."""
+    """A relay in a container."""
 
     def __init__(
         self,
@@ -145,12 +148,14 @@ class Container(RelayProcess):
         """Prepare a container.
 
         Args:
-            engine, image: what runs what.
-            directory: for what is written about it here.
-            env: variables beyond the one that makes its log readable for tests.
-            settings: what it will have of what matters here (TLS); they are not passed on.
-            options: of `run`.
-            ports: its own in the container, the relay's and the metrics'.
+            engine: runs the container.
+            image: the image of the container.
+            directory: for files of the tests.
+            env: variables, besides the one that makes tests able to parse the log.
+            settings: those settings of the container that the tests depend on (TLS); they are not
+                passed to it.
+            options: of the command `run`.
+            ports: inside the container, of the relay and of its metrics.
         """
         super().__init__(directory, settings)
         self._engine = engine
@@ -180,11 +185,11 @@ class Container(RelayProcess):
         self._engine("kill", f"--signal={number.name}", self.name)
 
     def exec_command(self, *command: str) -> str:
-        """Run a command in the container; return what it prints."""
+        """Run a command in the container; return its output."""
         return self._engine("exec", self.name, *command)
 
     def exec_python(self, source: str) -> str:
-        """Run Python in the container."""
+        """Run Python in the container; return its output without white space at the ends."""
         return self.exec_command("python", "-c", source).strip()
 
     def _published(self, port: int) -> int:
@@ -200,7 +205,7 @@ class Container(RelayProcess):
 
 
 def find_engine(directory: Path) -> Engine:
-    """Return what this machine has."""
+    """Return the engine that this machine has."""
     for program in ("docker", "podman"):
         engine = Engine(program, directory)
         if shutil.which(program) and engine.run_unchecked("info").returncode == 0:
@@ -209,7 +214,7 @@ def find_engine(directory: Path) -> Engine:
 
 
 def find_base(engine: Engine, directory: Path) -> str:
-    """Return the image to build upon: the variable BASE, the Dockerfile's, or a stand-in."""
+    """Return the base image: the one in the variable BASE, the Dockerfile's, or a stand-in."""
     if named := os.environ.get("BASE"):
         return named
     try:
@@ -223,10 +228,11 @@ def find_base(engine: Engine, directory: Path) -> str:
 
 
 def make_stand_in(engine: Engine, directory: Path) -> None:
-    """Make a base of Debian's packages, where no registry of images is in reach."""
+    """Make a base image of Debian's packages, for a machine that reaches no image registry."""
     program = needed(MMDEBSTRAP)
     if os.geteuid() != 0:
-        skip_test(f"{DEFAULT_BASE} is out of reach, and only root can run mmdebstrap")
+        skip_test(f"{DEFAULT_BASE} can not be pulled, and only root can run mmdebstrap")
+
     archive = directory / "base.tar"
     done = subprocess.run(
         [program, "--variant=minbase", "--include=ca-certificates,python3-venv",

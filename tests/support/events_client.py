@@ -1,4 +1,4 @@
-"""A client of server-sent events, as the standard has it, over a plain connection."""
+"""Receive server-sent events on a TCP connection, by the rules of the HTML standard."""
 
 import asyncio
 import json
@@ -14,7 +14,13 @@ from tests.support.relay_process import HOST, RelayProcess
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event: the id that stood last, its name, and what it says."""
+    """One event.
+
+    Args:
+        id: the last id that the stream has set.
+        name: of the event.
+        data: its lines, joined.
+    """
 
     id: str
     name: str
@@ -22,17 +28,17 @@ class ServerSentEvent:
 
     @property
     def json(self) -> Any:
-        """What it says, where that is JSON."""
+        """The data, parsed as JSON."""
         return json.loads(self.data)
 
 
 class EventStreamResponse:
-    """An answer of server-sent events.
+    """The response to a request for an event stream.
 
     Attributes:
-        status, headers: of the answer.
-        comments: how many comments came.
-        retry: when to come back, as was said last, in milliseconds.
+        status, headers: of the response.
+        comments: the number of comments received.
+        retry: the last delay before a reconnection that the relay sent, in milliseconds.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -45,24 +51,24 @@ class EventStreamResponse:
         self._id = ""
 
     async def read_head(self) -> None:
-        """Read the answer's head."""
-        lines = (await self._until(b"\r\n\r\n")).decode().splitlines()
+        """Read the head of the response."""
+        lines = (await self._read_until(b"\r\n\r\n")).decode().splitlines()
         self.status = int(lines[0].split()[1])
         fields = [line.partition(": ") for line in lines[1:] if line]
         for name, _, value in fields:
-            had = self.headers.get(name.lower())
-            self.headers[name.lower()] = f"{had}, {value}" if had else value
+            earlier = self.headers.get(name.lower())
+            self.headers[name.lower()] = f"{earlier}, {value}" if earlier else value
 
     async def next_event(self) -> ServerSentEvent:
         """Return the next event.
 
         Raises:
-            EOFError: the answer has ended.
+            EOFError: the response has ended.
         """
         name = "message"
         data: list[str] = []
         while True:
-            line = (await self._until(b"\n")).decode().removesuffix("\n")
+            line = (await self._read_until(b"\n")).decode().removesuffix("\n")
             if not line:
                 if data:
                     return ServerSentEvent(self._id, name, "\n".join(data))
@@ -83,17 +89,17 @@ class EventStreamResponse:
                     self.retry = int(value)
 
     async def next_messages(self, count: int) -> list[str]:
-        """Return what the next events say."""
+        """Return the data of the next events."""
         return [(await self.next_event()).data for _ in range(count)]
 
     async def read_body(self) -> str:
-        """Return all of an answer that is none of events."""
+        """Return the body of a response that is no event stream."""
         async with asyncio.timeout(PATIENCE_S):
             return (await self._reader.read()).decode()
 
-    async def _until(self, mark: bytes) -> bytes:
+    async def _read_until(self, separator: bytes) -> bytes:
         async with asyncio.timeout(PATIENCE_S):
-            return await self._reader.readuntil(mark)
+            return await self._reader.readuntil(separator)
 
 
 @asynccontextmanager
@@ -106,7 +112,14 @@ async def request_events(
     context: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[EventStreamResponse]:
-    """Ask for a channel's events, and read the answer's head."""
+    """Request the events of a channel, and read the head of the response.
+
+    Args:
+        query: of the URL, with its question mark.
+        version: of HTTP.
+        context: for TLS.
+        headers: that differ.
+    """
     reader, writer = await asyncio.open_connection(HOST, relay.port, ssl=context, limit=1 << 24)
     fields = {
         "Host": "localhost",
@@ -129,7 +142,7 @@ async def request_events(
 async def subscribe_events(
     relay: RelayProcess, channel: str, query: str = "", **options: Any
 ) -> AsyncIterator[EventStreamResponse]:
-    """Listen to a channel, from its welcome on."""
+    """Subscribe to the events of a channel, and read the event `welcome`."""
     async with request_events(relay, channel, query, **options) as events:
         assert events.status == 200
         welcome = await events.next_event()

@@ -1,7 +1,7 @@
-"""Pytest plugin: the mark `fast` is for tests that start no process; `make check` runs these.
+"""Pytest plugin: the mark `fast` marks tests that start no process; `make check` runs these.
 
-A file has the mark as a whole (`pytestmark = pytest.mark.fast`) or a test by itself. In a file that
-has it, `@pytest.mark.processes` takes a test out.
+A whole file has the mark (`pytestmark = pytest.mark.fast`) or a single test. In a marked file,
+`@pytest.mark.processes` excludes a test.
 """
 
 import os
@@ -10,16 +10,16 @@ import sys
 import pytest
 
 STARTS = {"os.fork", "os.posix_spawn", "subprocess.Popen"}
-"""Audit events of a process that is started."""
+"""Audit events of the start of a process."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fast: starts no process; a part of make check")
-    config.addinivalue_line("markers", "processes: starts some, in a file that is fast otherwise")
+    config.addinivalue_line("markers", "processes: starts a process, in a file that is fast")
     if "fast" in config.option.markexpr.split():
         sys.addaudithook(_refuse_processes)
 
 
 def _refuse_processes(event: str, _: object) -> None:
     if event in STARTS and "PYTEST_CURRENT_TEST" in os.environ:
-        raise RuntimeError("a test that is marked as fast starts no process")
+        raise RuntimeError("a test that is marked as fast must not start a process")

@@ -1,4 +1,4 @@
-"""Pytest plugin: relays for the tests, one that all share and others of a test's own."""
+"""Pytest plugin: relays for the tests, shared ones and ones of a single test."""
 
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -28,7 +28,7 @@ def shared_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProc
 
 @pytest.fixture
 async def relay(shared_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
-    """A relay with default settings that nobody else uses during the test."""
+    """A relay with default settings. No other test uses it at the same time."""
     await shared_relay.await_metric("websocket_connected_clients", 0)
     yield shared_relay
     assert shared_relay.unexpected_lines == []
@@ -37,7 +37,7 @@ async def relay(shared_relay: RelayProcess) -> AsyncIterator[RelayProcess]:
 @pytest.fixture(scope="session")
 def shared_short_deadline_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
     settings = {"limits": {"handshake_timeout_s": 2}}
-    with RelayProcess(tmp_path_factory.mktemp("hasty"), settings) as relay:
+    with RelayProcess(tmp_path_factory.mktemp("short-deadline"), settings) as relay:
         yield relay
 
 
@@ -45,7 +45,7 @@ def shared_short_deadline_relay(tmp_path_factory: pytest.TempPathFactory) -> Ite
 async def short_deadline_relay(
     shared_short_deadline_relay: RelayProcess,
 ) -> AsyncIterator[RelayProcess]:
-    """A relay that gives a handshake, and a close, two seconds."""
+    """A relay with a deadline of two seconds for handshakes and for closing handshakes."""
     await shared_short_deadline_relay.await_metric("websocket_connected_clients", 0)
     yield shared_short_deadline_relay
     assert shared_short_deadline_relay.unexpected_lines == []
@@ -59,7 +59,7 @@ def channel() -> str:
 
 @pytest.fixture
 def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
-    """Start a relay of the test's own: `relay_with(limits={"max_connections": 2})`."""
+    """Start a relay with settings: `relay_with(limits={"max_connections": 2})`."""
     started: list[RelayProcess] = []
     with ExitStack() as stack:
 
@@ -76,13 +76,13 @@ def relay_with(tmp_path: Path) -> Iterator[StartRelay]:
 
 @pytest.fixture
 def pair() -> CertificatePair:
-    """The certificate and key that the TLS relay starts with."""
+    """The certificate and key with which a TLS relay starts."""
     return make_pair()
 
 
 @pytest.fixture
 def certificate_directory(tmp_path: Path, pair: CertificatePair) -> Path:
-    """Where the TLS relay looks for its certificate and key."""
+    """The directory of the certificate and key of a TLS relay."""
     directory = tmp_path / "certificates"
     directory.mkdir()
     pair.write_to(directory)
@@ -93,7 +93,7 @@ def certificate_directory(tmp_path: Path, pair: CertificatePair) -> Path:
 def tls_relay_with(
     relay_with: StartRelay, pair: CertificatePair, certificate_directory: Path
 ) -> StartRelay:
-    """Start a relay that speaks wss:// and https://."""
+    """Start a relay that serves wss:// and https://."""
     tls = {
         "enabled": True,
         "cert_file": str(certificate_directory / "cert.pem"),
@@ -110,13 +110,13 @@ def tls_relay_with(
 
 @pytest.fixture
 def secret() -> str:
-    """What tokens are signed with."""
+    """The secret that signs tokens."""
     return SECRET
 
 
 @pytest.fixture
 def jwt_relay(relay_with: StartRelay, secret: str) -> RelayProcess:
-    """A relay that wants tokens."""
+    """A relay that requires tokens."""
     return relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
 
 
@@ -124,7 +124,7 @@ def jwt_relay(relay_with: StartRelay, secret: str) -> RelayProcess:
 async def redis_replicas(
     relay_with: StartRelay, tmp_path: Path
 ) -> AsyncIterator[tuple[RelayProcess, RelayProcess]]:
-    """Two relays on one Redis, which stop at once."""
+    """Two relays on one Redis, which stop without a spread."""
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0, "timeout_s": 1}}
         yield relay_with(**settings), relay_with(**settings)
@@ -139,7 +139,7 @@ async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
-    """Start relays on the broker."""
+    """Start relays on the broker: `replicas_with(3, history={"max_messages": 10})`."""
     with ExitStack() as stack:
         started: list[RelayProcess] = []
 
@@ -156,6 +156,6 @@ def replicas_with(broker: Broker, tmp_path: Path) -> Iterator[StartReplicas]:
             return new
 
         yield start
-        complaints = [line for relay in started for line in relay.unexpected_lines]
-        unexpected = [line for line in complaints if "backplane" not in line]
+        lines = [line for relay in started for line in relay.unexpected_lines]
+        unexpected = [line for line in lines if "backplane" not in line]
         assert not unexpected, "\n".join(unexpected)
