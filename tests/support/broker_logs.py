@@ -1,4 +1,4 @@
-"""Logs for the contract suite of the backplanes, and replicas that hold on to them."""
+"""Logs on real brokers, and replicas that append to them and read them, without a relay."""
 
 import asyncio
 import json
@@ -14,25 +14,26 @@ import redis.asyncio as redis
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState, LogEntry, Position
 
-from tests.support.brokers import (
-    Broker,
-    NatsBroker,
-    RedisBroker,
-)
+from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, REDIS_6, REDIS_7, needed
 
 WAIT_TIMEOUT_S = 15.0
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for something to become true."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(WAIT_TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - whatever it is, it has no event
+        while not condition():  # noqa: ASYNC110 - conditions have no event
             await asyncio.sleep(0.005)
 
 
 class Pending:
-    """What waits to be appended."""
+    """Counts the bytes that wait to be appended.
+
+    Attributes:
+        bytes: that wait now.
+        peak_bytes: the largest number so far.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -44,7 +45,7 @@ class Pending:
 
 
 class CountingPublisher:
-    """A client that publishes."""
+    """A publisher that counts its failed messages."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -54,12 +55,21 @@ class CountingPublisher:
 
 
 class BackplaneReplica:
-    """One replica's hold on a log, and all that it heard."""
+    """The backplane of one replica, and everything that it has read.
+
+    Attributes:
+        entries: all entries read, in order.
+        gap_positions: the position of each gap that was reported.
+        counts_at_gaps: the number of entries read before each gap.
+        pending: counts the bytes that wait to be appended.
+        publisher: the publisher of all messages.
+        lags_s: the time from each append of a heartbeat to reading it.
+    """
 
     def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
         self.entries: list[LogEntry] = []
         self.gap_positions: list[Position] = []
-        self.counts_at_gaps: list[int] = []  # how much it had heard when it was told each of them
+        self.counts_at_gaps: list[int] = []
         self.pending = Pending()
         self.publisher = CountingPublisher()
         self.lags_s: list[float] = []
@@ -86,7 +96,7 @@ class BackplaneReplica:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stop it; that takes no time, whatever the broker does."""
+        """Stop the backplane; assert that a broken broker does not delay it."""
         task, self._task = self._task, None
         if task is None:
             return
@@ -101,43 +111,49 @@ class BackplaneReplica:
 
     @property
     def payloads(self) -> list[bytes]:
-        """What it heard."""
+        """The payloads of all entries read."""
         return [entry.payload for entry in self.entries]
 
     @property
     def positions(self) -> list[Position]:
-        """Where that stands."""
+        """The positions of all entries read."""
         return [entry.position for entry in self.entries]
 
     def publish(self, *payloads: bytes, channel: str = "default", opcode: int = 1) -> None:
-        """Append messages, as one client's."""
+        """Append messages of one publisher."""
         for payload in payloads:
             self.backplane.append(channel, opcode, payload, self.publisher)
 
     async def await_up(self) -> None:
-        """Wait until it is."""
+        """Wait until the backplane is up."""
         async with asyncio.timeout(WAIT_TIMEOUT_S):
             await self.backplane.up.wait()
 
     async def await_outage(self) -> None:
-        """Wait until it has an outage."""
+        """Wait until the backplane is in an outage."""
         await wait_until(lambda: self.backplane.state is BackplaneState.OUTAGE)
 
     async def await_duplicates(self, count: int) -> None:
-        """Wait until so many packets were there twice."""
+        """Wait until so many duplicates were skipped."""
         await wait_until(lambda: self.backplane.counters.duplicates == count)
 
     async def await_payloads(self, *payloads: bytes) -> None:
-        """Wait until it heard some messages."""
+        """Wait until these payloads were read."""
         await wait_until(lambda: set(payloads) <= set(self.payloads))
 
     async def await_count(self, count: int) -> None:
-        """Wait until it heard so many messages."""
+        """Wait until so many entries were read."""
         await wait_until(lambda: len(self.entries) >= count)
 
 
 class BackplaneLog:
-    """A log that a broker keeps, or nobody (`memory`)."""
+    """A log in a broker, or in the process (`memory`).
+
+    Attributes:
+        broker: None: the log is in the process.
+        url: of the backplane.
+        stream: the name of the stream.
+    """
 
     def __init__(self, stack: AsyncExitStack, broker: Broker | None, url: str) -> None:
         self.broker = broker
@@ -154,7 +170,13 @@ class BackplaneLog:
         max_message_bytes: int = 4 << 20,
         await_up: bool = True,
     ) -> BackplaneReplica:
-        """Start a replica."""
+        """Start a replica.
+
+        Args:
+            url, stream: others than those of the log.
+            on_outage, max_message_bytes: settings of the replica.
+            await_up: whether to wait until its backplane is up.
+        """
         replica = BackplaneReplica(
             url or self.url, stream or self.stream, on_outage, max_message_bytes
         )
@@ -164,12 +186,12 @@ class BackplaneLog:
         return replica
 
     async def start_replicas(self, count: int) -> Sequence[BackplaneReplica]:
-        """Start several replicas, or one, where there can't be more."""
+        """Start several replicas; in `memory`, which has one only, start that one."""
         return [await self.start_replica() for _ in range(count if self.broker else 1)]
 
 
 class BrokerLog(BackplaneLog):
-    """A log that a broker keeps."""
+    """A log in a broker."""
 
     broker: Broker
 
@@ -177,11 +199,11 @@ class BrokerLog(BackplaneLog):
         super().__init__(stack, broker, broker.url)
 
     async def append_raw(self, data: bytes) -> None:
-        """Put an entry into the stream that no relay made."""
+        """Append an entry that no relay wrote."""
         raise NotImplementedError
 
     async def size_bytes(self) -> int:
-        """Return what the stream takes."""
+        """Return the size of the stream in the broker."""
         raise NotImplementedError
 
     async def delete_stream(self) -> None:
@@ -197,11 +219,11 @@ class BrokerLog(BackplaneLog):
         raise NotImplementedError
 
     async def rewind(self, replica: BackplaneReplica) -> None:
-        """Make the stream count from before what a replica read of it."""
+        """Make the next positions of the stream smaller than those that a replica has read."""
         raise NotImplementedError
 
-    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
-        """Let something happen, then let the stream be as it was before, as after a failover."""
+    async def roll_back(self, during: Callable[[], Awaitable[None]]) -> None:
+        """Restore the stream to its state before a call, as after a failover."""
         raise NotImplementedError
 
 
@@ -209,7 +231,7 @@ class RedisLog(BrokerLog):
     """A log in Redis."""
 
     async def execute(self, *arguments: Any) -> Any:
-        """Have Redis do something."""
+        """Run a command of Redis; return its reply."""
         client = redis.Redis.from_url(self.url)
         try:
             return await client.execute_command(*arguments)  # type: ignore[no-untyped-call]
@@ -231,13 +253,13 @@ class RedisLog(BrokerLog):
     async def delete_entry(self, position: Position) -> None:
         await self.execute("XDEL", self.stream, f"{position.epoch}-{position.offset}")
 
-    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
+    async def roll_back(self, during: Callable[[], Awaitable[None]]) -> None:
         dumped = await self.execute("DUMP", self.stream)
-        await happens()
+        await during()
         await self.execute("RESTORE", self.stream, 0, dumped, "REPLACE")
 
     async def rewind(self, replica: BackplaneReplica) -> None:
-        # As if the clock of the broker, before it was replaced, had been ahead.
+        # As if the clock of an earlier broker had been ahead.
         before = replica.backplane.counters.unreadable
         await self.execute("XADD", self.stream, "99999999999999-0", "d", "from the future")
         await wait_until(lambda: replica.backplane.counters.unreadable > before)
@@ -248,7 +270,7 @@ class NatsLog(BrokerLog):
     """A log in JetStream."""
 
     async def request(self, subject: str, content: bytes = b"") -> Any:
-        """Have JetStream do something."""
+        """Send a request to NATS; return the parsed reply."""
         client = await nats.connect(self.url, tls=None)
         try:
             return json.loads((await client.request(subject, content, timeout=3)).data)
@@ -268,27 +290,27 @@ class NatsLog(BrokerLog):
         await self.request(f"$JS.API.STREAM.PURGE.{self.stream}")
 
     async def rewind(self, replica: BackplaneReplica) -> None:
-        async def happens() -> None:
+        async def publish_lost_messages() -> None:
             await replica.await_up()
-            heard = len(replica.entries)
+            count = len(replica.entries)
             for number in range(20):
                 replica.publish(b"will be lost")
-                await replica.await_count(heard + number + 1)
+                await replica.await_count(count + number + 1)
 
-        await self.roll_back(happens)
+        await self.roll_back(publish_lost_messages)
 
     async def delete_entry(self, position: Position) -> None:
         request = json.dumps({"seq": position.offset}).encode()
         await self.request(f"$JS.API.STREAM.MSG.DELETE.{self.stream}", request)
 
-    async def roll_back(self, happens: Callable[[], Awaitable[None]]) -> None:
-        # As if the machine had lost power before it wrote the last entries.
+    async def roll_back(self, during: Callable[[], Awaitable[None]]) -> None:
+        # As if the machine had lost power before it wrote the last entries to its disk.
         streams = self.broker.directory / "streams"
         copy = self.broker.directory / "copy"
         self.broker.stop()
         shutil.copytree(streams, copy)
         await self.broker.start()
-        await happens()
+        await during()
         self.broker.kill()
         shutil.rmtree(streams)
         copy.rename(streams)
@@ -296,7 +318,7 @@ class NatsLog(BrokerLog):
 
 
 def make_broker(kind: str, directory: Path, **options: Any) -> Broker:
-    """Return a broker of a kind that is not started yet."""
+    """Return a broker of a kind, not started."""
     if kind == "nats":
         return NatsBroker(needed(NATS), directory, **options)
     programs = (REDIS_6,) if kind != "redis" else (REDIS_7,) if "pair" in options else ANY_REDIS
@@ -304,9 +326,10 @@ def make_broker(kind: str, directory: Path, **options: Any) -> Broker:
 
 
 def make_log(kind: str, stack: AsyncExitStack, broker: Broker) -> BrokerLog:
-    """Return a broker's log."""
+    """Return the log of a broker."""
     return NatsLog(stack, broker) if kind == "nats" else RedisLog(stack, broker)
 
 
 def assert_increasing(positions: list[Position]) -> None:
-    assert all(one < next_ for one, next_ in pairwise(positions))
+    """Assert that each position is larger than the one before it."""
+    assert all(earlier < later for earlier, later in pairwise(positions))

@@ -1,4 +1,4 @@
-"""nginx with examples/nginx.conf, before relays on this machine."""
+"""Run nginx with examples/nginx.conf in front of relays on this machine."""
 
 import asyncio
 import os
@@ -17,30 +17,30 @@ NGINX_CONF = ROOT / "examples" / "nginx.conf"
 
 
 def adapted_conf(ports: Mapping[str, int], port: int, directory: Path) -> str:
-    """Return the nginx.conf for this machine: addresses, ports and paths, and nothing else.
+    """Return examples/nginx.conf with the addresses, ports and paths of this machine.
 
-    Names need a server of Docker's, and nginx 1.27.3.
+    Nothing else is changed. Names of relays need Docker's resolver and nginx 1.27.3.
 
     Args:
         ports: of the relays, by their names.
         port: for clients.
-        directory: for what nginx writes.
+        directory: for the files that nginx writes.
     """
     changes = {
         " /tmp/": f" {directory}/",
         "resolver 127.0.0.11 valid=2s;": "",
         "listen 8443": f"listen {HOST}:{port}",
         "/dev/stdout": f"{directory}/access.log",
-    } | {f"{name}:8443 resolve": f"{HOST}:{its}" for name, its in ports.items()}
+    } | {f"{name}:8443 resolve": f"{HOST}:{own}" for name, own in ports.items()}
     text = NGINX_CONF.read_text()
-    for there, replacement in changes.items():
-        assert there in text
-        text = text.replace(there, replacement)
+    for original, replacement in changes.items():
+        assert original in text
+        text = text.replace(original, replacement)
     return text
 
 
 class ExampleNginx(RelayProcess):
-    """nginx, which looks to clients like one relay."""
+    """An nginx. It has the interface of a relay, for the clients of the tests."""
 
     def __init__(self, directory: Path, ports: Mapping[str, int]) -> None:
         super().__init__(directory)
@@ -77,13 +77,13 @@ class ExampleNginx(RelayProcess):
 
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its workers, too
+            os.killpg(self._process.pid, signal.SIGKILL)  # with its workers
         super().end()
 
     async def await_up(self) -> None:
-        """Wait until it takes connections."""
+        """Wait until it accepts connections."""
 
-        async def now() -> tuple[bool, object]:
+        async def try_to_connect() -> tuple[bool, object]:
             try:
                 _, writer = await asyncio.open_connection(HOST, self._port)
             except OSError as error:
@@ -92,4 +92,4 @@ class ExampleNginx(RelayProcess):
             await writer.wait_closed()
             return True, None
 
-        await eventually(now, "nginx listens")
+        await eventually(try_to_connect, "nginx accepts connections")

@@ -1,7 +1,7 @@
-"""Run the relay and its commands as forks of a process that has imported the relay already.
+"""Run the relay and its commands as forks of a process that has already imported the relay.
 
-An interpreter that starts and imports the relay takes half a second of processor time; a fork takes
-a hundredth of a second. A fork is a process like any other: it has its own event loop, working
+An interpreter that starts and imports the relay takes half a second of CPU time; a fork takes a
+hundredth of a second. A fork is a process like any other: it has its own event loop, working
 directory, environment, files and memory, and ends as an interpreter does. Linux only.
 """
 
@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import IO
 
 STATUS = struct.Struct("i")
-MAX_REQUEST_BYTES = 262_144  # an environment, mostly
+MAX_REQUEST_BYTES = 262_144  # most of it is the environment
 MAX_DESCRIPTORS = 65_536
 
 
 class ForkedProcess:
-    """A process, with what the tests need of `subprocess.Popen`.
+    """A fork, with the part of the interface of `subprocess.Popen` that tests use.
 
     Args:
         pid: of the process.
-        stderr: the end of its standard error that is read.
-        status: a pipe with its exit status, once it has ended.
+        stderr: the reading end of its standard error.
+        status: the reading end of a pipe that contains the exit status after the process ends.
     """
 
     def __init__(self, pid: int, stderr: IO[str], status: int) -> None:
@@ -47,7 +47,7 @@ class ForkedProcess:
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """Return the exit status, or None while it runs; negative: the signal that ended it."""
+        """Return the exit status; None while it runs; below 0: the signal that ended it."""
         with self._lock:
             if self.returncode is None and select.select([self._status], [], [], 0)[0]:
                 (self.returncode,) = STATUS.unpack(os.read(self._status, STATUS.size))
@@ -55,31 +55,31 @@ class ForkedProcess:
             return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait for the end of the process; return its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it goes on.
+            subprocess.TimeoutExpired: it is still running.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired("relay", timeout or 0)
-            with suppress(OSError, ValueError):  # another thread has seen the end
+            with suppress(OSError, ValueError):  # another thread has read the status
                 select.select([self._status], [], [], 0.05)
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it has not ended."""
+        """Send a signal, if the process is running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Send SIGKILL, if the process is running."""
         self.send_signal(signal.SIGKILL)
 
 
 class ForkServer:
-    """Starts processes; the one that forks is started when it is first needed."""
+    """Starts forks. The process that forks starts at the first use."""
 
     def __init__(self) -> None:
         self._control: socket.socket | None = None
@@ -88,7 +88,7 @@ class ForkServer:
     def run(
         self, arguments: Sequence[str], directory: Path, env: Mapping[str, str], timeout_s: float
     ) -> tuple[int, str, str]:
-        """Run a command to its end, which is at the time-out; see `start`.
+        """Run a command to its end; kill it after the timeout. See `start`.
 
         Returns:
             Its exit status, standard output and standard error.
@@ -117,14 +117,15 @@ class ForkServer:
 
         Args:
             arguments: of the command line.
-            directory: where it works.
-            env: all of its environment.
+            directory: its working directory.
+            env: its whole environment.
             stdout: its standard output, which the caller closes.
-            max_descriptors: its hard limit of open files (RLIMIT_NOFILE); None: that of the tests.
+            max_descriptors: its limit of open files (RLIMIT_NOFILE, soft and hard); None: the limit
+                of the tests.
         """
         status, write_status = os.pipe()
         stderr, write_stderr = os.pipe()
-        theirs = [write_stderr, write_status]
+        write_ends = [write_stderr, write_status]
         request = {
             "arguments": arguments,
             "directory": str(directory),
@@ -134,9 +135,9 @@ class ForkServer:
         with self._lock:
             if self._control is None:
                 self._control = self._launch()
-            socket.send_fds(self._control, [json.dumps(request).encode()], [stdout, *theirs])
+            socket.send_fds(self._control, [json.dumps(request).encode()], [stdout, *write_ends])
             (pid,) = STATUS.unpack(self._control.recv(STATUS.size))
-        for descriptor in theirs:
+        for descriptor in write_ends:
             os.close(descriptor)
         return ForkedProcess(pid, open(stderr, encoding="utf-8"), status)
 
@@ -144,7 +145,8 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_REQUEST_BYTES)
         with theirs:
-            # It ends when this process, and with it the other end of the socket, has ended.
+            # It ends when the other end of the socket is closed, at the latest when this process
+            # ends.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())],
                 cwd=Path(__file__).parents[2],
@@ -158,20 +160,20 @@ class ForkServer:
 FORK_SERVER = ForkServer()
 
 
-# In the process that forks
+# In the process that forks, and in the forks
 
 
 def serve(control: socket.socket) -> bool:
-    """Fork for each request; return whether this is a fork."""
-    awake, wakes = os.pipe()
-    os.set_blocking(wakes, False)
-    signal.set_wakeup_fd(wakes)
+    """Fork for each request, until the tests end; return whether this process is a fork."""
+    wakeup, write_wakeup = os.pipe()
+    os.set_blocking(write_wakeup, False)
+    signal.set_wakeup_fd(write_wakeup)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([control.fileno(), awake], [], [])
-        if awake in ready:
-            os.read(awake, 1024)
+        ready, _, _ = select.select([control.fileno(), wakeup], [], [])
+        if wakeup in ready:
+            os.read(wakeup, 1024)
             _report_exits(running)
         if control.fileno() in ready:
             content, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
@@ -194,13 +196,13 @@ def _report_exits(running: dict[int, int]) -> None:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             pipe = running.pop(pid)
-            with suppress(OSError):  # nobody asks any more
+            with suppress(OSError):  # the reading end is closed
                 os.write(pipe, STATUS.pack(os.waitstatus_to_exitcode(status)))
             os.close(pipe)
 
 
 def _prepare_fork(request: Mapping[str, object], stdout: int, stderr: int) -> None:
-    """Be like a new interpreter that was started for the request."""
+    """Give a fork the state of a new interpreter with the arguments of the request."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(stdout, 1)
@@ -220,16 +222,17 @@ def _prepare_fork(request: Mapping[str, object], stdout: int, stderr: int) -> No
 
 
 def main() -> int:
-    """Serve; in a fork, run the command."""
+    """Serve requests; in a fork, run its command."""
+
     import websocket_relay
     from websocket_relay.__main__ import main as run
 
-    # Also the modules that the relay imports only where settings ask for them. Of tracing, a relay
-    # without a collector must not have anything.
+    # Import also the modules that the relay imports only with some settings, except `tracing`: a
+    # relay that exports no traces must not have imported it.
     for module in pkgutil.walk_packages(websocket_relay.__path__, "websocket_relay."):
         if module.name.rpartition(".")[2] not in ("__main__", "tracing"):
             importlib.import_module(module.name)
-    gc.freeze()  # a collection in a fork would otherwise copy every page that it looks at
+    gc.freeze()  # otherwise a collection in a fork copies every page of memory that it visits
     return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
 
 

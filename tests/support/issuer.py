@@ -1,4 +1,4 @@
-"""Issue tokens as an identity provider does: real keys, real signatures, a real key server.
+"""Issue tokens as an identity provider: with real keys and signatures, and a real key server.
 
 Knows no relay.
 """
@@ -46,7 +46,11 @@ PrivateKey = (
 
 @dataclass(frozen=True)
 class Signer:
-    """A key pair that signs with one algorithm."""
+    """A key pair that signs with one algorithm.
+
+    Args:
+        kid: the key id; None: the key and its tokens have none.
+    """
 
     algorithm: str
     key: PrivateKey
@@ -61,21 +65,26 @@ class Signer:
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def jwk(self, **further: Any) -> dict[str, Any]:
-        """Return the public key as it stands in a key set."""
+        """Return the public key in the form of a key set, with further members."""
         algorithm = get_default_algorithms()[self.algorithm]
         members: dict[str, Any] = algorithm.to_jwk(self.key.public_key(), as_dict=True)
-        named = {} if self.kid is None else {"kid": self.kid}
-        return members | named | further
+        return members | self._key_id() | further
+
+    def _key_id(self) -> dict[str, str]:
+        return {} if self.kid is None else {"kid": self.kid}
 
     def token(self, headers: Mapping[str, Any] | None = None, **claims: Any) -> str:
-        named = {} if self.kid is None else {"kid": self.kid}
+        """Sign a token with these headers and claims, besides the usual ones."""
         return jwt.encode(
-            claims_with(claims), self.key, self.algorithm, headers=named | dict(headers or {})
+            claims_with(claims),
+            self.key,
+            self.algorithm,
+            headers=self._key_id() | dict(headers or {}),
         )
 
 
 def make_signer(algorithm: str, kid: str | None = None, number: int = 0) -> Signer:
-    """Return a key pair; another number is another pair."""
+    """Return a signer. Another number has another key pair."""
     return Signer(algorithm, _private_key(CURVES.get(algorithm, algorithm[:2]), number), kid)
 
 
@@ -89,9 +98,9 @@ def _private_key(kind: Any, number: int) -> PrivateKey:
 
 
 def claims_with(claims: Mapping[str, Any]) -> dict[str, Any]:
-    """Return claims that allow everything for a minute, but where told otherwise.
+    """Return claims that permit all channels for a minute, overridden by other claims.
 
-    None takes a claim away.
+    The value None removes a claim.
     """
     usual = {"relay": ALL_CHANNELS, "exp": int(time.time()) + 60}
     return {name: value for name, value in (usual | dict(claims)).items() if value is not None}
@@ -107,10 +116,10 @@ def base64url(content: bytes) -> str:
 
 
 def signed_as_is(header: Any, payload: Any, secret: str = SECRET) -> str:
-    """Sign with HS256 what a library would not.
+    """Sign any header and payload with HS256, also those that a library rejects.
 
     Args:
-        header, payload: JSON to be, or the bytes that stand in its place.
+        header, payload: values to encode as JSON, or bytes to use as they are.
     """
     parts = [
         part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, payload)
@@ -121,17 +130,20 @@ def signed_as_is(header: Any, payload: Any, secret: str = SECRET) -> str:
 
 
 def key_set(*signers: Signer) -> bytes:
-    return json.dumps({"keys": [one.jwk() for one in signers]}).encode()
+    return json.dumps({"keys": [signer.jwk() for signer in signers]}).encode()
 
 
 class KeyServer:
-    """A server of one document, in a thread of its own.
-
-    It can be stopped and started, held, and told to answer anything.
+    """An HTTP server of one document, in a thread.
 
     Args:
-        body: what it answers.
-        context: for https.
+        body: of the responses.
+        context: for https; None: http.
+
+    Attributes:
+        status, headers: of the responses.
+        closes_without_answer: whether it closes connections instead of responding.
+        may_answer: requests wait for their responses while it is not set.
     """
 
     def __init__(self, body: bytes = b"", context: ssl.SSLContext | None = None) -> None:
@@ -139,11 +151,11 @@ class KeyServer:
         self.body = body
         self.status = 200
         self.headers: dict[str, str] = {}
-        self.closes_without_answer = False  # instead of answering
-        self.may_answer = threading.Event()  # while it is not set, requests wait for their answers
+        self.closes_without_answer = False
+        self.may_answer = threading.Event()
         self.may_answer.set()
         self._requests = 0
-        self._grew = threading.Condition()
+        self._request_count_grew = threading.Condition()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
 
@@ -166,16 +178,18 @@ class KeyServer:
 
     @property
     def requests(self) -> int:
-        with self._grew:
+        with self._request_count_grew:
             return self._requests
 
     def await_requests(self, count: int) -> None:
-        """Block until so many requests have come."""
-        with self._grew:
-            assert self._grew.wait_for(lambda: self._requests >= count, PATIENCE_S), self._requests
+        """Block until so many requests have arrived."""
+        with self._request_count_grew:
+            assert self._request_count_grew.wait_for(lambda: self._requests >= count, PATIENCE_S), (
+                self._requests
+            )
 
     def start(self) -> None:
-        """Listen, after a stop where it listened before."""
+        """Listen; after a stop, on the same port as before."""
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
         if self._context is not None:
@@ -184,41 +198,41 @@ class KeyServer:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        outer = self
+        server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class KeyRequestHandler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                with outer._grew:
-                    outer._requests += 1
-                    outer._grew.notify_all()
-                outer.may_answer.wait(PATIENCE_S)
-                if outer.closes_without_answer:
+                with server._request_count_grew:
+                    server._requests += 1
+                    server._request_count_grew.notify_all()
+                server.may_answer.wait(PATIENCE_S)
+                if server.closes_without_answer:
                     return
                 try:
-                    self.send_response(outer.status)
-                    for name, value in outer.headers.items():
+                    self.send_response(server.status)
+                    for name, value in server.headers.items():
                         self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(outer.body)))
+                    self.send_header("Content-Length", str(len(server.body)))
                     self.end_headers()
-                    self.wfile.write(outer.body)
-                except OSError:  # it hung up
+                    self.wfile.write(server.body)
+                except OSError:  # the client has closed the connection
                     pass
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
                 pass
 
-        return Handler
+        return KeyRequestHandler
 
 
 def write_key_file(directory: Path, content: bytes) -> str:
-    """Write a key file; return its path."""
+    """Write a file with a key; return its path."""
     file = directory / "key.pem"
     file.write_bytes(content)
     return str(file)
@@ -227,6 +241,11 @@ def write_key_file(directory: Path, content: bytes) -> str:
 def channel_token(
     secret: str, channel: str, *, lasts_s: int = 600, may_publish: bool = True
 ) -> str:
-    """Sign a right to one channel."""
-    rights = {"subscribe": [channel], "publish": [channel] if may_publish else []}
-    return jwt.encode({"exp": int(time.time()) + lasts_s, "relay": rights}, secret, "HS256")
+    """Sign a token for one channel.
+
+    Args:
+        lasts_s: the time until it expires, in seconds.
+        may_publish: whether it also permits publishing.
+    """
+    permissions = {"subscribe": [channel], "publish": [channel] if may_publish else []}
+    return jwt.encode({"exp": int(time.time()) + lasts_s, "relay": permissions}, secret, "HS256")

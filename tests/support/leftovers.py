@@ -1,8 +1,8 @@
-"""Kill the processes that tests started when the process that runs the tests has ended.
+"""Kill the processes that tests started, when the process that runs the tests has ended.
 
-A fixture ends what it started. A worker that crashes, or that a time limit ends, runs no fixture's
-teardown. A small process therefore waits for the worker's end and kills all processes that have the
-worker's mark in their environment (Linux: in /proc).
+Fixtures end the processes that they start. A worker that crashes, or that a time limit ends, runs
+no teardown of a fixture. A small process therefore waits for the end of the worker, and kills all
+processes that have the worker's mark in their environment (Linux: in /proc).
 """
 
 import os
@@ -35,14 +35,14 @@ while found and time.monotonic() < deadline:  # a killed process may just have s
 
 
 def kill_when_this_process_ends(config: pytest.Config) -> None:
-    """Mark the environment, and start the process that waits."""
+    """Mark the environment, and start the process that waits for the end of this one."""
     unmarked = {name: value for name, value in os.environ.items() if name != VARIABLE}
     mark = os.environ[VARIABLE] = uuid.uuid4().hex
     killer = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", KILLER, f"{VARIABLE}={mark}"],
-        env=unmarked,  # it outlives the process that starts this one, too
+        env=unmarked,  # the killer of an outer test run must not kill it
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for the others
+        start_new_session=True,  # Ctrl-C must not end it
     )
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""Pages in Markdown, read as GitHub reads them."""
+"""Parse pages of Markdown as GitHub does: anchors, sections, tables and code spans."""
 
 import re
 
@@ -9,7 +9,7 @@ def anchor_of(heading: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    """Return what a page's headings are called in addresses, as GitHub makes it of them."""
+    """Return the anchors of all headings of a page, as GitHub makes them."""
     return set(map(anchor_of, re.findall(r"^#+ (.+)$", page, re.MULTILINE)))
 
 
@@ -33,5 +33,5 @@ def _cells(row: str) -> list[str]:
 
 
 def code_spans(cell: str) -> list[str]:
-    """Return what a cell has in backticks."""
+    """Return the texts in backticks of a table cell."""
     return re.findall(r"`([^`]+)`", cell)

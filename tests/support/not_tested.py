@@ -1,7 +1,7 @@
-"""Pytest plugin: list at the end of a run what was not tested, and for want of which program.
+"""Pytest plugin: list the skipped tests at the end of a run, with the programs that they need.
 
-The variable RELAY_TESTS_SKIP_NOTHING makes skipped tests fail, so that a machine which has
-everything tests everything.
+With the variable RELAY_TESTS_SKIP_NOTHING, skipped tests fail. It is for machines that have all
+programs.
 """
 
 import os
@@ -16,7 +16,7 @@ SKIP_NOTHING = "RELAY_TESTS_SKIP_NOTHING"
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Have a skipped test fail where nothing may be skipped."""
+    """Make a skipped test fail if no test may be skipped."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get(SKIP_NOTHING):
         report.outcome = "failed"
@@ -28,7 +28,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter,
 ) -> Generator[None, None, None]:
-    """List at the end what was not tested."""
+    """List the reasons of the skipped tests, and how to install the missing programs."""
     yield
     reasons = Counter(map(_reason, terminalreporter.stats.get("skipped", ())))
     if not reasons:
