@@ -83,7 +83,7 @@ async def test_a_command_that_should_keep_running_and_ends_fails(
     reader: PageReader, tmp_path: Path
 ) -> None:
     page = "```sh\npython -m http.server 8000 --bind 192.0.2.1  # until Ctrl-C\n```\n"
-    with pytest.raises(AssertionError, match="it has ended with status 1"):
+    with pytest.raises(AssertionError, match="ended with status 1"):
         await follow(reader, tmp_path, page)
 
 

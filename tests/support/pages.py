@@ -1,23 +1,23 @@
-"""Follow a page of the docs, as its reader does. Knows the form of the pages, no single page.
+"""Follow a page of the docs as a reader does. Knows the form of the pages, no single page.
 
-A fenced block is done by its language:
+The language of a fenced block determines what is done with it:
 
-- any, with `title="name"`: It is written to a file of that name. An absolute name is a file of
-  another machine, which another test has to use.
-- `sh`: Each command is run, in a shell of its own, and has to succeed. One that ends with
-  `# until Ctrl-C`, and `make run`, keeps running while the reader goes on: to the end of the page,
-  or until a command takes its port or is the same one again. `python -m webbrowser URL` opens a
-  page, which also stays open. `npx TOOL` is a tool of tests/support/npm.
-- `text`: The commands of the block before it, or a command that keeps running, print these lines
-  next, or an open page logs or shows them; `…` stands for anything in a line.
-- `python`: It is run as a program.
-- `js`: It is run in a browser: as a module of an empty page where it has a static `import`,
-  otherwise in the developer console of the relay's own page. Where it has `console.log`, it has to
-  log something.
-- `yaml`: These are settings that the relay accepts.
-- `json`: It is JSON.
-- `console`: Not run here: its commands need a daemon, a cluster, a cloud or root (`ELSEWHERE`), or
-  connect to a host of the reader's (`example.com`).
+- any, with `title="name"`: The text is written to a file of that name. An absolute name is a file
+  of another machine, which another test has to use.
+- `sh`: Each command runs in a shell of its own, and has to succeed. A command that ends with
+  `# until Ctrl-C`, and `make run`, keeps running during the next blocks: to the end of the page,
+  or until a command needs its port or is the same one again. `python -m webbrowser URL` opens a
+  page, which also stays open. `npx TOOL` runs a tool of tests/support/npm.
+- `text`: The commands of the previous block, or a command that keeps running, print these lines
+  next, or an open page logs or shows them; `…` matches anything within a line.
+- `python`: The text runs as a program.
+- `js`: The text runs in a browser: as a module of an empty page if it has a static `import`,
+  otherwise in the developer console of the relay's own page. If it contains `console.log`, it has
+  to log something.
+- `yaml`: The relay accepts these settings.
+- `json`: The text is valid JSON.
+- `console`: Not run: the commands need a daemon, a cluster, a cloud or root (`RUN_ELSEWHERE`), or
+  connect to a host of the reader (`example.com`).
 
 The ports in the text are replaced by free ones.
 """
@@ -49,7 +49,7 @@ from tests.support.terminal import Output, Terminal, poll_until
 from tests.support.tools import npm_command
 
 PORTS = ("8443", "9090", "8444", "9091", "8000", "6379", "4222")
-"""The ports as the pages write them: a relay and its metrics, a second replica and its metrics, an
+"""The ports on the pages: a relay and its metrics, a second replica and its metrics, an
 application, Redis, NATS."""
 
 RUN_ELSEWHERE = frozenset(
@@ -58,13 +58,13 @@ RUN_ELSEWHERE = frozenset(
         *("nginx", "npm", "pip", "python3", "systemctl"),
     }
 )
-"""Commands that are not run: they need a daemon, a cluster, root, or a package that is released."""
+"""Commands that are not run: they need a daemon, a cluster, root, or a released package."""
 
 READERS_HOST = "example.com"
 """A command that names a host of this domain is not run either."""
 
 NOT_RUN = re.compile(r"^make (?=(test|bench|replicas|image)\b)")
-"""They run this very test, or run for minutes; make prints what they would do."""
+"""Targets of make that run this very test, or run for minutes: make only prints their commands."""
 
 PROGRAMS = {
     "curl": (CURL,),
@@ -74,7 +74,7 @@ PROGRAMS = {
     "redis-server": ANY_REDIS,
     "tsc": (TYPESCRIPT,),
 }
-"""Programs that a machine may lack. Another version of one may be the first on the PATH."""
+"""Programs that a machine may lack. The first one on the PATH may be another version."""
 
 RELAY = re.compile(
     r"^(\w+=(\"[^\"]*\"|[^\s\"])*\s+)*(make run\b|websocket-relay( serve)?( --config-file \S+)?$)"
@@ -102,9 +102,9 @@ class Block:
     Args:
         language: the word after the fence.
         title: the name of a file, or "".
-        text: what stands between the fences, without the indentation of the fence.
+        text: the lines between the fences, without the indentation of the fence.
         line: the number of the first fence's line.
-        section: the anchor of the heading that the block follows.
+        section: the anchor of the heading before the block.
     """
 
     language: str
@@ -143,9 +143,9 @@ def fenced_blocks(page: str) -> list[Block]:
 
 
 def shell_commands(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the commands of a block of `sh`, continued lines joined, with the lines they begin at.
+    """Yield the commands of a block of `sh`, and the line at which each begins.
 
-    The fence is line 0.
+    Continued lines are joined. The fence is line 0.
     """
     first, command = 0, ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -162,8 +162,8 @@ def shell_commands(text: str) -> Iterator[tuple[int, str]]:
 def free_ports() -> Iterator[Mapping[str, str]]:
     """Reserve a port for each of `PORTS`.
 
-    They are below the ephemeral range, so that no connection takes one of them meanwhile. A socket
-    that is bound to the port before them keeps other tests on this machine from taking them too.
+    They are below the ephemeral range, so that no connection uses one of them meanwhile. A socket
+    that is bound to the port before them reserves them among the tests on this machine.
     """
     count = len(PORTS) + 1
     bases = list(range(20_000, 32_000, count))
@@ -199,12 +199,12 @@ def _accepts(port: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RunningCommand:
-    """A command that keeps running while the reader goes on.
+    """A command that keeps running during the next blocks.
 
     Args:
-        command: as it was typed.
+        command: the command line.
         ports: on which it listens.
-        terminal: where it was typed.
+        terminal: in which it runs.
     """
 
     command: str
@@ -219,7 +219,7 @@ class RunningCommand:
         """Return whether the next command can use this one.
 
         Raises:
-            AssertionError: it has ended.
+            AssertionError: the command has ended.
         """
         self.assert_running()
         lines = self.terminal.output.lines
@@ -227,20 +227,20 @@ class RunningCommand:
             return any(map(IS_READY.search, lines))
         if CLIENT.search(self.command):
             return any("connected to " in line for line in lines)
-        assert self.ports, f"it names none of the ports {PORTS}, so when is it ready?"
+        assert self.ports, f"readiness is unknown: the command names none of the ports {PORTS}"
         return all(map(_accepts, self.ports))
 
     def assert_running(self) -> None:
         code = self.terminal.exit_code
-        assert code is None, f"it has ended with status {code}: {self.terminal.output}"
+        assert code is None, f"ended with status {code}: {self.terminal.output}"
 
     async def press_ctrl_c(self) -> None:
-        """End the command; a relay has to stop cleanly.
+        """Interrupt the command; a relay has to stop cleanly.
 
         Raises:
-            AssertionError: it had ended by itself, and failed.
+            AssertionError: the command has failed by itself, or a relay did not stop cleanly.
         """
-        assert self.terminal.exit_code in (None, 0), f"it has failed: {self.terminal.output}"
+        assert self.terminal.exit_code in (None, 0), f"failed: {self.terminal.output}"
         await self.terminal.press_ctrl_c()
         if self.is_relay:
             lines = self.terminal.output.lines
@@ -250,7 +250,7 @@ class RunningCommand:
 
 @dataclass(frozen=True, slots=True)
 class BrowserWindow:
-    """An open page of the web, and what it has logged."""
+    """An open web page, and its log."""
 
     page: Page
     output: Output
@@ -262,9 +262,10 @@ class BrowserWindow:
 
 
 class PageReader:
-    """Follows pages, in a directory that looks like the project and may be written to.
+    """Follows pages, in a writable directory that looks like the project.
 
-    `async with` ends all that the pages started; where no test has failed, as a reader does.
+    At the end of `async with`, all started commands are interrupted as by a reader, and killed if
+    a test has failed.
     """
 
     def __init__(self, directory: Path, ports: Mapping[str, str]) -> None:
@@ -275,9 +276,9 @@ class PageReader:
         self._open: list[BrowserWindow] = []
         self._console: tuple[BrowserWindow, CDPSession] | None = None
         self._printed = Output("")
-        self._at = ""
+        self._place = ""
         self._actions: dict[str, Callable[[Block], Awaitable[None]]] = {
-            "sh": self._type_all,
+            "sh": self._run_commands,
             "text": self._expect,
             "python": self._run_python,
             "js": self._run_in_a_browser,
@@ -316,33 +317,33 @@ class PageReader:
 
     @property
     def outputs(self) -> list[Output]:
-        """What the last block, each command that keeps running, and each open page have printed."""
+        """The outputs of the last block, of each running command, and of each open page."""
         running = (each.terminal.output for each in self._running)
         return [self._printed, *running, *(window.output for window in self._open)]
 
     def with_own_ports(self, text: str) -> str:
-        """Return a text with this reader's ports in the place of those on the page."""
+        """Return a text of a page with the ports of this reader."""
         return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: self._ports[match[0]], text)
 
     async def follow(self, page: Path, *sections: str) -> None:
-        """Do the blocks of a page, in order.
+        """Follow the blocks of a page, in order.
 
         Args:
             page: the file.
-            sections: the anchors of those headings whose blocks are done; none: all blocks.
+            sections: the anchors of the headings whose blocks are followed; none: all blocks.
         """
-        self._at = "its blocks"
+        self._place = "its blocks"
         try:
             for block in fenced_blocks(await asyncio.to_thread(page.read_text)):
                 if not sections or block.section in sections:
-                    self._at = f"line {block.line}: a block of `{block.language}`"
-                    await self._do(block)
+                    self._place = f"line {block.line}: a block of `{block.language}`"
+                    await self._follow_block(block)
         except BaseException as error:
-            error.add_note(f"{page.name}, {self._at}")
+            error.add_note(f"{page.name}, {self._place}")
             raise
 
     async def open_page(self, url: str) -> BrowserWindow:
-        """Open a page of the web in a window of its own, until the end."""
+        """Open a web page in a window, until the end of `async with`."""
         url = self.with_own_ports(url)
         page = await self._windows.enter_async_context(browser.open_page())
         window = BrowserWindow(page, Output(url))
@@ -350,12 +351,12 @@ class PageReader:
         lines = window.output.lines
         page.on("console", lambda message: lines.extend(message.text.splitlines()))
         page.on("pageerror", lambda error: lines.append(str(error)))
-        if url != EMPTY:  # which a new window shows already; navigated to, it may load no module
+        if url != EMPTY:  # a new window shows it already, and could load no module after goto
             await page.goto(url)
         return window
 
     async def press_ctrl_c(self, command: str) -> None:
-        """End a command that keeps running: the one that was typed like this on the page."""
+        """Interrupt a command that keeps running, by its command line on the page."""
         (running,) = (
             each for each in self._running if each.command == self.with_own_ports(command)
         )
@@ -365,7 +366,7 @@ class PageReader:
         await running.press_ctrl_c()
         self._running.remove(running)
 
-    async def _do(self, block: Block) -> None:
+    async def _follow_block(self, block: Block) -> None:
         if block.title.startswith("/"):
             return
         if block.title:
@@ -376,15 +377,15 @@ class PageReader:
 
     # sh
 
-    async def _type_all(self, block: Block) -> None:
+    async def _run_commands(self, block: Block) -> None:
         self._printed = Output("the commands before")
         for number, command in shell_commands(block.text):
-            self._at = f"line {block.line + number}: {command}"
-            await self._type(self.with_own_ports(command))
+            self._place = f"line {block.line + number}: {command}"
+            await self._run_command(self.with_own_ports(command))
 
-    async def _type(self, command: str) -> None:
+    async def _run_command(self, command: str) -> None:
         bare = KEEPS_RUNNING.sub("", command)
-        assert not CHANGES_THE_SHELL.match(command), "each command has a shell of its own"
+        assert not CHANGES_THE_SHELL.match(command), "each command runs in a new shell"
         if match := WEB_PAGE.match(command):
             await self.open_page(match[1])
         elif bare != command or RELAY.match(command):
@@ -415,7 +416,7 @@ class PageReader:
         await poll_until(running.is_ready, lambda: f"not ready: {running.terminal.output}")
 
     def _ports_of(self, command: str) -> frozenset[str]:
-        """Return the ports on which a command listens, those in URLs left out."""
+        """Return the ports on which a command listens; those in URLs do not count."""
         if RELAY.match(command):
             named = RELAY_PORT.search(command)
             return frozenset([named[1] if named else self._ports["8443"]])
@@ -424,14 +425,14 @@ class PageReader:
     # text
 
     async def _expect(self, block: Block) -> None:
-        wanted = self.with_own_ports(block.text)
+        expected = self.with_own_ports(block.text)
 
-        async def look() -> tuple[bool, object]:
+        async def find_expected() -> tuple[bool, object]:
             texts = [await window.text() for window in self._open]
             outputs = [*self.outputs, *texts]
-            return any(output.shows(wanted) for output in outputs), "\n".join(map(str, outputs))
+            return any(output.shows(expected) for output in outputs), "\n".join(map(str, outputs))
 
-        await eventually(look, f"shown:\n{wanted}")
+        await eventually(find_expected, f"shown:\n{expected}")
 
     # python, js
 
@@ -455,7 +456,7 @@ class PageReader:
         try:
             await window.page.wait_for_function("window.hasRun")
         except Error:
-            failure = f"the module does not run to its end: {window.output}"
+            failure = f"the module does not run to the end: {window.output}"
             raise AssertionError(failure) from None
         return window
 
@@ -494,16 +495,16 @@ class PageReader:
         file = self._directory / name
         is_below = file.parent.resolve().is_relative_to(self._directory.resolve())
         assert is_below, f"{name} is not in the reader's directory"
-        file.unlink(missing_ok=True)  # it may be a link to the project's own
+        file.unlink(missing_ok=True)  # it may be a link to a file of the project
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
 
 async def _with_the_programs_of_tests(command: str) -> str:
-    """Return a command with the paths of programs that are found in another way than by the PATH.
+    """Return a command with the paths of programs that are not found by the PATH.
 
     Raises:
-        Skipped: this machine lacks one.
+        Skipped: a program is not installed.
     """
     if match := NPM_TOOL.match(command):
         tool = await asyncio.to_thread(npm_command, match["tool"])

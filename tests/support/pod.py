@@ -1,6 +1,6 @@
-"""Do with a rendered pod what a kubelet does, as far as a process is concerned.
+"""Prepare the files and variables of a rendered pod, as a kubelet does. Knows no relay.
 
-Volumes are directories, variables are set, and Secrets hold what the test says. Knows no relay.
+Volumes are directories, and the test provides the content of Secrets.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +10,17 @@ from typing import Any
 from tests.support.helm import KubernetesObject, find_object
 
 Secrets = Mapping[str, Mapping[str, bytes]]
-"""What Secrets hold, by their names and keys."""
+"""Values of Secrets, by the names of the Secrets and their keys."""
 
 
 class Pod:
     """A pod with one container.
 
     Args:
-        objects: all that was rendered: ConfigMaps are looked up there.
-        spec: the pod's.
-        secrets: what it may refer to.
-        root: where its mounts go. Paths that a variable holds are led there, too.
+        objects: all rendered objects; ConfigMaps are looked up there.
+        spec: of the pod.
+        secrets: to which the pod may refer.
+        root: the directory of its mounts. Paths in variables point there, too.
     """
 
     def __init__(
@@ -39,20 +39,23 @@ class Pod:
             self._write(mount)
 
     def path(self, inside: str) -> Path:
-        """Return where a path of the pod's is on this machine."""
+        """Return the path on this machine of a path in the pod."""
         return self._root / inside.removeprefix("/")
 
     @property
     def environment(self) -> dict[str, str]:
-        """Its variables."""
+        """The environment variables of the container."""
         mounts = [mount["mountPath"] for mount in self.container.get("volumeMounts", ())]
 
-        def here(value: str) -> str:
+        def with_local_paths(value: str) -> str:
             for mount in mounts:
                 value = value.replace(f"{mount}/", f"{self.path(mount)}/")
             return value
 
-        return {entry["name"]: here(self._value(entry)) for entry in self.container.get("env", ())}
+        return {
+            entry["name"]: with_local_paths(self._value(entry))
+            for entry in self.container.get("env", ())
+        }
 
     def _value(self, entry: Mapping[str, Any]) -> str:
         if "value" in entry:
@@ -77,6 +80,6 @@ class Pod:
             texts = find_object(self._objects, "ConfigMap", volume["configMap"]["name"])["data"]
             yield from ((name, text.encode()) for name, text in texts.items())
         elif "secret" in volume:
-            held = self._secrets[volume["secret"]["secretName"]]
-            items = volume["secret"].get("items") or [{"key": key, "path": key} for key in held]
-            yield from ((item["path"], held[item["key"]]) for item in items)
+            values = self._secrets[volume["secret"]["secretName"]]
+            items = volume["secret"].get("items") or [{"key": key, "path": key} for key in values]
+            yield from ((item["path"], values[item["key"]]) for item in items)

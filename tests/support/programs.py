@@ -1,7 +1,7 @@
-"""The optional programs of the tests: how each is found, and how it is installed.
+"""Declare the optional programs of the tests: how each is found, and how it is installed.
 
-A test calls `needed(NGINX)`, and is skipped where nginx is absent; not_tested.py lists at the end
-what was skipped.
+A test calls `needed(NGINX)`, and is skipped if nginx is not installed; not_tested.py lists the
+skipped tests at the end of a run.
 """
 
 import os
@@ -22,10 +22,10 @@ class Program:
     """A program that tests use.
 
     Args:
-        name: as people know it.
-        commands: the first of these that is found is the program.
-        package: of Debian; empty where the package index has the program, and make installs it.
-        path: where to look for the commands, as in the variable PATH.
+        name: for messages.
+        commands: names of the executable; the first one found is used.
+        package: of Debian; empty: make installs the program from the package index.
+        path: the directories of the search, as in the variable PATH.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Program:
     path: str = os.pathsep.join((PYTHON_DIRECTORY, SYSTEM_PATH))
 
     def find(self) -> Path | None:
-        """Return where the program is, or None."""
+        """Return the path of the program, or None."""
         paths = (shutil.which(command, path=self.path) for command in self.commands)
         return next((Path(path) for path in paths if path is not None), None)
 
@@ -66,19 +66,19 @@ ANY_REDIS = (REDIS_7, REDIS_6)
 
 
 def find(*programs: Program) -> Path | None:
-    """Return where the first of some programs is that this machine has."""
+    """Return the path of the first program that is installed, or None."""
     paths = (program.find() for program in programs)
     return next((path for path in paths if path is not None), None)
 
 
 def needed(*programs: Program) -> Path:
-    """Return where a program is that the test can't do without.
+    """Return the path of a program that the test needs.
 
     Args:
-        programs: any of these will do.
+        programs: alternatives, the best one first.
 
     Raises:
-        Skipped: none of them is here.
+        Skipped: none of them is installed.
     """
     if (found := find(*programs)) is not None:
         return found
@@ -88,5 +88,5 @@ def needed(*programs: Program) -> Path:
 
 
 def skip_test(reason: str) -> NoReturn:
-    """Skip the test for a reason that the end of the run shows."""
+    """Skip the test for a reason that is listed at the end of the run."""
     pytest.skip(reason)

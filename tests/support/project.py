@@ -1,4 +1,4 @@
-"""pyproject.toml."""
+"""The content of pyproject.toml."""
 
 import tomllib
 

@@ -1,6 +1,6 @@
-"""Ask a real Prometheus: run one beside relays, check rules, and read what an expression selects.
+"""Run a real Prometheus that scrapes relays, check rules, and parse expressions.
 
-Knows Prometheus, its configuration and its language; nothing of a relay but its metrics page.
+Knows Prometheus, its configuration and its language; of a relay only its metrics page.
 """
 
 import asyncio
@@ -23,14 +23,18 @@ from tests.support.relay_process import HOST, NO_CA, MetricsPage, RelayProcess, 
 NAMESPACE = "test"
 JOB = "websocket-relay"
 TARGET_LABELS = {"namespace", "job", "pod", "instance"}
-"""What Prometheus itself writes on what it scrapes."""
+"""Labels that Prometheus itself adds to the samples that it scrapes."""
 
 BUILT_IN_METRICS = {"up", "ALERTS"}
-"""What Prometheus itself knows, without any page."""
+"""Metrics of Prometheus itself, which are on no metrics page."""
 
 
 def promtool(*arguments: str | Path) -> str:
-    """Have promtool check something; fail with what it says where it finds a fault."""
+    """Run promtool; return its output.
+
+    Raises:
+        AssertionError: it reports an error. The text is its output.
+    """
     done = subprocess.run(
         [needed(PROMTOOL), *map(str, arguments)],
         capture_output=True,
@@ -43,7 +47,7 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def shorten_waits(rules: Path, directory: Path) -> Path:
-    """Write rules anew that wait for a second only, and return where."""
+    """Write a copy of alert rules that fire after one second; return its path."""
     path = directory / rules.name
     path.write_text(re.sub(r"\bfor: \w+", "for: 1s", rules.read_text()))
     return path
@@ -51,13 +55,13 @@ def shorten_waits(rules: Path, directory: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """What an expression selects: a metric, and of its labels those that have to have a value."""
+    """A selector of an expression: a metric, and the values that its labels must have."""
 
     metric: str
     labels: Mapping[str, str]
 
     def missing_from(self, page: MetricsPage) -> Iterator[str]:
-        """Yield what the metrics page does not have of it."""
+        """Yield the metric and the label values that are not on the metrics page."""
         if self.metric in BUILT_IN_METRICS:
             return
         series = [sample.labels for sample in page.samples if sample.name == self.metric]
@@ -76,38 +80,38 @@ RELAY_METRIC = re.compile(r"\b(?:websocket|process|python|http)_\w+")
 
 
 def selectors(expression: str) -> Sequence[Selector]:
-    """Return what an expression selects."""
+    """Return the selectors of an expression."""
     found = SELECTOR.findall(expression)
     assert not RELAY_METRIC.findall(SELECTOR.sub("", expression)), f"selects all jobs: {expression}"
     return [Selector(metric, dict(MATCHER.findall(labels))) for metric, labels in found]
 
 
 def groupings(expression: str) -> set[str]:
-    """Return the labels by which an expression adds up, but for those of the target."""
+    """Return the labels by which an expression groups, except those of the target."""
     names = {name.strip() for group in GROUPING.findall(expression) for name in group.split(",")}
     return names - TARGET_LABELS
 
 
 def missing_series(expressions: Sequence[str], page: MetricsPage) -> set[str]:
-    """Return which metrics, labels and their values the metrics page does not have."""
-    lacks = set()
+    """Return the metrics, labels and label values that are not on the metrics page."""
+    missing = set()
     for expression in expressions:
-        chosen = selectors(expression)
-        for selector in chosen:
-            lacks |= set(selector.missing_from(page))
-        names = {selector.metric for selector in chosen}
+        found = selectors(expression)
+        for selector in found:
+            missing |= set(selector.missing_from(page))
+        names = {selector.metric for selector in found}
         labels = {label for each in page.samples if each.name in names for label in each.labels}
         if not names & BUILT_IN_METRICS:
-            lacks |= {f"{label} in {expression}" for label in groupings(expression) - labels}
-    return lacks
+            missing |= {f"{label} in {expression}" for label in groupings(expression) - labels}
+    return missing
 
 
 class Prometheus:
     """A Prometheus that scrapes relays and evaluates rules, both once a second.
 
     Args:
-        directory: for all that it writes.
-        relays: what it scrapes, by the name of their pod.
+        directory: for its files.
+        relays: its targets, by the name of their pod.
         rules: a file with rules.
     """
 
@@ -139,7 +143,7 @@ class Prometheus:
     async def __aenter__(self) -> Self:
         self._launch()
         try:
-            await eventually(self._is_ready, "a Prometheus that is ready")
+            await eventually(self._is_ready, "Prometheus is ready")
         except BaseException:
             self._end()
             raise
@@ -170,7 +174,7 @@ class Prometheus:
 
     def _end(self) -> None:
         assert self._process is not None
-        self._process.kill()  # what it holds is of no use to anybody
+        self._process.kill()  # its data is not needed
         self._process.wait(PATIENCE_S)
 
     async def _is_ready(self) -> tuple[bool, object]:
@@ -187,23 +191,23 @@ class Prometheus:
             return await http.get(f"http://{HOST}:{self._port}{path}", params=query)
 
     async def query(self, expression: str) -> Sequence[Mapping[str, Any]]:
-        """Return what an expression comes to now."""
+        """Return the current result of an expression; a result that is no vector is empty."""
         answer = (await self._get("/api/v1/query", query=expression)).json()
         assert answer["status"] == "success", f"{answer['error']}: {expression}"
         result = answer["data"]["result"]
         return [] if answer["data"]["resultType"] != "vector" else result
 
     async def await_result(self, expression: str) -> Sequence[Mapping[str, Any]]:
-        """Ask until something is found."""
-        found: Sequence[Mapping[str, Any]] = []
+        """Query until the result is not empty, and return it."""
+        result: Sequence[Mapping[str, Any]] = []
 
-        async def ask() -> tuple[bool, object]:
-            nonlocal found
-            found = await self.query(expression)
-            return bool(found), found
+        async def query_again() -> tuple[bool, object]:
+            nonlocal result
+            result = await self.query(expression)
+            return bool(result), result
 
-        await eventually(ask, f"an answer to {expression}")
-        return found
+        await eventually(query_again, f"a result of {expression}")
+        return result
 
     async def firing_alerts(self) -> Sequence[Mapping[str, Any]]:
         """Return the alerts that fire now."""

@@ -1,4 +1,4 @@
-"""Run pytest as a process of its own, to test this project's plugins of it."""
+"""Run pytest as a process, to test this project's plugins."""
 
 import subprocess
 import sys
@@ -14,11 +14,13 @@ PLUGINS = ["tests.support.not_tested", "tests.support.time_limit"]
 
 @dataclass(frozen=True, slots=True)
 class PytestRun:
-    """How a run of pytest ended.
+    """The result of a run of pytest.
 
     Args:
-        failures: why tests failed, by their names.
-        passed: the names of the others.
+        status: the exit status.
+        output: standard output and standard error.
+        failures: the reports of failed tests, by their names.
+        passed: the names of the other tests.
     """
 
     status: int
@@ -37,8 +39,11 @@ def run_pytest(
     """Run pytest with the plugins of this project on a file of tests.
 
     Args:
-        ini: lines of pytest's settings.
-        env: further variables.
+        directory: for the files.
+        source: of the tests.
+        arguments: of the command line.
+        ini: lines of pytest.ini.
+        env: further environment variables.
     """
     (directory / "conftest.py").write_text(f"pytest_plugins = {PLUGINS}")
     (directory / "pytest.ini").write_text(f"[pytest]\nasyncio_mode = auto\n{ini}")

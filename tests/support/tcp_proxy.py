@@ -1,6 +1,6 @@
-"""Stand between two ends of TCP: a proxy that can be led elsewhere, cut, and made to lose bytes.
+"""Proxy TCP connections: a test can change the target, cut connections, and make them lose bytes.
 
-Knows no protocol. A subclass may look at what is said, and change it.
+Knows no protocol. A subclass may inspect and change the bytes.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ READ_BYTES = 65_536
 
 
 class ProxiedConnection:
-    """One client's way to the server.
+    """One connection of a client through the proxy.
 
     Attributes:
-        client: what is written to the client.
-        server: what is written to the server, once it is connected.
-        is_muted: what the client says is lost.
-        is_deaf: what the server says is lost.
+        client: the stream to the client.
+        server: the stream to the server; None until it is connected.
+        loses_client_bytes: whether bytes from the client are discarded.
+        loses_server_bytes: whether bytes from the server are discarded.
     """
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
@@ -31,17 +31,17 @@ class ProxiedConnection:
         self.loses_server_bytes = False
 
     def abort(self) -> None:
-        """End it at once, without a word."""
+        """Abort both sides."""
         for writer in (self.client, self.server):
             if writer is not None:
                 writer.transport.abort()
 
 
 class TcpProxy:
-    """Passes on to a port of this machine all that is said to its own, and back.
+    """Forwards connections to a port of this machine, in both directions.
 
     Args:
-        target: the port that new connections go to; None: they end at once.
+        target: the port for new connections; None: they are aborted.
     """
 
     def __init__(self, target: int | None) -> None:
@@ -64,51 +64,51 @@ class TcpProxy:
     def url(self, path: str = "/") -> str:
         return f"ws://{HOST}:{self.port}{path}"
 
-    # What tests do. It concerns the connections of now; later ones are whole.
+    # Faults that tests cause. They affect the connections that exist, and no later one.
 
     @property
     def connections(self) -> list[ProxiedConnection]:
         return list(self._connections.values())
 
     def cut(self) -> None:
-        """End all connections at once, without a word."""
+        """Abort all connections."""
         for connection in self.connections:
             connection.abort()
 
     def lose_client_bytes(self) -> None:
-        """Lose what clients say from now on."""
+        """Discard all further bytes from clients."""
         for connection in self.connections:
             connection.loses_client_bytes = True
 
     def lose_server_bytes(self) -> None:
-        """Lose what clients are told from now on."""
+        """Discard all further bytes from the server."""
         for connection in self.connections:
             connection.loses_server_bytes = True
 
     def stall(self) -> None:
-        """Lose everything from now on, as when the network is another."""
+        """Discard all further bytes in both directions, as after a change of the network."""
         self.lose_client_bytes()
         self.lose_server_bytes()
 
     async def await_lost_bytes(self) -> None:
-        """Wait until bytes were lost."""
+        """Wait until bytes were discarded."""
         async with asyncio.timeout(PATIENCE_S):
             await self._lost.wait()
 
-    # What subclasses look at
+    # Hooks for subclasses
 
     def on_open(self, connection: ProxiedConnection) -> None:
-        """Take note of a client."""
+        """Handle a new connection of a client."""
 
     def on_close(self, connection: ProxiedConnection) -> None:
-        """Take note that its connection has ended."""
+        """Handle the end of a connection."""
 
     def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
-        """Return what the server hears of what the client says; None ends the connection."""
+        """Return the bytes for the server; None ends the connection."""
         return data
 
     def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
-        """Return what the client hears of what the server says; None ends the connection."""
+        """Return the bytes for the client; None ends the connection."""
         return data
 
     # One connection
@@ -127,39 +127,36 @@ class TcpProxy:
     async def _connect(self, reader: asyncio.StreamReader, connection: ProxiedConnection) -> None:
         if self.target is None:
             return
-        client = connection.client
-        back, server = await asyncio.open_connection(HOST, self.target)
+        server_reader, server = await asyncio.open_connection(HOST, self.target)
         connection.server = server
 
-        def up(data: bytes) -> bytes | None:
-            return (
-                self._lose() if connection.loses_client_bytes else self.on_request(data, connection)
-            )
+        def request(data: bytes) -> bytes | None:
+            if connection.loses_client_bytes:
+                return self._discard()
+            return self.on_request(data, connection)
 
-        def down(data: bytes) -> bytes | None:
-            return (
-                self._lose()
-                if connection.loses_server_bytes
-                else self.on_response(data, connection)
-            )
+        def response(data: bytes) -> bytes | None:
+            if connection.loses_server_bytes:
+                return self._discard()
+            return self.on_response(data, connection)
 
         async with asyncio.TaskGroup() as group:
-            group.create_task(forward(reader, server, up))
-            group.create_task(forward(back, client, down))
+            group.create_task(forward(reader, server, request))
+            group.create_task(forward(server_reader, connection.client, response))
 
-    def _lose(self) -> bytes:
+    def _discard(self) -> bytes:
         self._lost.set()
         return b""
 
 
 class BlockedReadsProxy(TcpProxy):
-    """A way to a broker on which, while it is told so, nothing of a stream can be read.
+    """A proxy in front of a broker that can block reads of the stream.
 
     Args:
-        port: the broker's.
+        port: of the broker.
 
     Attributes:
-        is_held: whether it is.
+        is_blocked: whether the entries that relays read are discarded.
     """
 
     def __init__(self, port: int) -> None:
@@ -168,9 +165,9 @@ class BlockedReadsProxy(TcpProxy):
         self._reading: set[ProxiedConnection] = set()
 
     def release(self) -> None:
-        """Let the stream be read again."""
+        """Stop blocking reads."""
         self.is_blocked = False
-        self.cut()  # what was lost of an answer would be missing in the next one
+        self.cut()  # a reply that was partly discarded would corrupt the next one
 
     def on_close(self, connection: ProxiedConnection) -> None:
         self._reading.discard(connection)
@@ -181,20 +178,24 @@ class BlockedReadsProxy(TcpProxy):
         return data
 
     def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
-        return self._lose() if self.is_blocked and connection in self._reading else data
+        return self._discard() if self.is_blocked and connection in self._reading else data
 
 
 async def forward(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    passed: Callable[[bytes], bytes | None],
+    change: Callable[[bytes], bytes | None],
 ) -> None:
-    """Pass on what one side says, as it is changed, and its end."""
-    with suppress(OSError):  # one side is gone, and the other learns it
+    """Forward the bytes of one side, changed, and then its end.
+
+    Args:
+        change: returns the bytes to forward; None: ends the connection.
+    """
+    with suppress(OSError):  # one side has closed: the other one is closed below
         while data := await reader.read(READ_BYTES):
-            said = passed(data)
-            if said is None or writer.is_closing():  # uvloop takes nothing then
+            changed = change(data)
+            if changed is None or writer.is_closing():  # uvloop accepts no data then
                 break
-            writer.write(said)
+            writer.write(changed)
             await writer.drain()
     writer.close()
