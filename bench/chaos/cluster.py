@@ -137,7 +137,7 @@ class RelaySlot:
         env = {"PYTHONPATH": str(self.tree)} if self.tree else None
         self.process = RelayProcess(directory, settings, env)
         self.process.launch()
-        await self.process.wait_for_log("relay listening")
+        await self.process.await_log("relay listening")
         self.front.target = self.process.port
         self._watch = asyncio.create_task(self._await_ready())
 

@@ -179,7 +179,9 @@ def test_check_warns_of_a_connection_limit_above_the_descriptor_limit(tmp_path: 
 def test_the_relay_warns_at_its_start_if_the_connection_limit_exceeds_the_descriptor_limit(
     relay_with: StartRelay,
 ) -> None:
-    warning = relay_with(limits={"max_connections": TOO_MANY}).await_log("too few file descriptors")
+    warning = relay_with(limits={"max_connections": TOO_MANY}).block_until_logged(
+        "too few file descriptors"
+    )
     assert (warning["level"], warning["limit"]) == ("warning", highest_limit())
     assert warning["needed"] == TOO_MANY + RESERVED + AT_START
     sufficient = relay_with(limits={"max_connections": 1_000})

@@ -350,7 +350,7 @@ async def test_an_upgrade_that_is_pipelined_after_an_unanswered_request_is_refus
             await raw.send(
                 post_request(channel, b"hello", f"Authorization: Bearer {unknown.token()}")
             )
-            await asyncio.to_thread(server.await_requests, 2)
+            await asyncio.to_thread(server.block_until_requested, 2)
             await raw.send(upgrade_request())
             assert (await raw.read_response()).status == 400
             await raw.read_to_end()

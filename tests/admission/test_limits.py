@@ -172,7 +172,7 @@ async def test_clients_that_wait_for_the_same_key_do_not_exceed_the_limits(
                 names = [f"{channel}-{number}" for number in range(12)]
                 attempts = [connect_with_token(relay, name, new.token()) for name in names]
                 admitted = asyncio.create_task(count_admitted(stack, attempts))
-                await asyncio.to_thread(server.await_requests, 2)
+                await asyncio.to_thread(server.block_until_requested, 2)
                 server.may_answer.set()
                 assert await admitted == 4
 

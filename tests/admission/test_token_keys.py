@@ -105,7 +105,7 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., RelayProcess]]:
             relay = RelayProcess(tmp_path, settings)
             stack.callback(relay.end)
             relay.start()
-            relay.await_log("relay listening")
+            relay.block_until_logged("relay listening")
             return relay
 
         yield launch
@@ -334,7 +334,7 @@ async def test_the_certificate_of_the_key_server_is_verified(
         trusting = relay_with(trust, auth=auth_by_url(server))
         await assert_admitted(connect_with_token(trusting, channel, ONE.token()))
         distrusting = launched(auth=auth_by_url(server))
-        error = (await distrusting.wait_for_log("keys not fetched"))["error"]
+        error = (await distrusting.await_log("keys not fetched"))["error"]
         assert "certificate" in error.lower()
         assert_unavailable(
             await refusal_answer(connect_with_token(distrusting, channel, ONE.token()))
@@ -354,7 +354,7 @@ async def test_the_log_names_the_innermost_cause_of_a_failed_fetch(
         tls_url: "ssl",
     }.items():
         relay = launched(auth=auth_by_url(key_server, jwks_url=url))
-        assert cause in (await relay.wait_for_log("keys not fetched"))["error"].lower()
+        assert cause in (await relay.await_log("keys not fetched"))["error"].lower()
 
 
 # Renewed keys
@@ -377,7 +377,7 @@ async def test_many_tokens_with_the_same_new_key_id_cause_one_fetch(
     key_server.body = key_set(ONE, TWO)
     key_server.may_answer.clear()
     many = [asyncio.create_task(status_of_client(relay, channel, TWO.token())) for _ in range(20)]
-    await asyncio.to_thread(key_server.await_requests, 2)
+    await asyncio.to_thread(key_server.block_until_requested, 2)
     await assert_admitted(
         connect_with_token(relay, channel, ONE.token())
     )  # a known key does not wait for the fetch
@@ -394,7 +394,7 @@ async def test_a_client_that_disconnects_during_a_fetch_does_not_cancel_it_for_o
     key_server.may_answer.clear()
     first = await relay.connect_tcp()
     await first.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
-    await asyncio.to_thread(key_server.await_requests, 2)
+    await asyncio.to_thread(key_server.block_until_requested, 2)
     second = asyncio.create_task(status_of_client(relay, channel, TWO.token()))
     first.reset()
     assert (await relay.get("/healthz")).status_code == 200
@@ -438,7 +438,7 @@ async def test_old_keys_are_refetched_in_the_background_when_they_are_used(
         key_server.may_answer.clear()
         async with asyncio.timeout(3):  # less than the deadline of the fetch
             assert await keys.find("ES256", "key-1") is not None
-        await asyncio.to_thread(key_server.await_requests, 2)
+        await asyncio.to_thread(key_server.block_until_requested, 2)
         assert await keys.find("ES256", "key-1") is not None
         key_server.may_answer.set()
         assert await keys.find("ES256", "key-2") is not None, "waits for the fetch in flight"
@@ -460,7 +460,7 @@ async def test_an_outage_of_the_issuer_refuses_only_tokens_with_unknown_keys(
     assert_unavailable(await refusal_answer(connect_with_token(relay, channel, TWO.token())))
     await assert_ready(relay)
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
-    await relay.wait_for_log("keys not fetched")
+    await relay.await_log("keys not fetched")
     await relay.await_metric("websocket_jwks_fetches_total", 1, result="error")
     await relay.await_metric("websocket_refusals_total", 1, reason="keys")
 
@@ -468,7 +468,7 @@ async def test_an_outage_of_the_issuer_refuses_only_tokens_with_unknown_keys(
     key_server.start()
     await assert_admitted(connect_with_token(relay, channel, TWO.token()))
     await relay.await_metric("websocket_jwks_fetches_total", 2, result="ok")
-    fetched = await relay.wait_for_log("keys fetched", count=2)
+    fetched = await relay.await_log("keys fetched", count=2)
     assert (fetched["level"], fetched["keys"]) == ("info", 2)
     await assert_ready(relay)
 
@@ -490,15 +490,15 @@ async def test_a_relay_is_not_ready_until_it_has_keys(
 ) -> None:
     key_server.may_answer.clear()
     relay = launched(auth=auth_by_url(key_server))
-    await asyncio.to_thread(key_server.await_requests, 1)
+    await asyncio.to_thread(key_server.block_until_requested, 1)
     await assert_not_ready(relay)
     early = asyncio.create_task(status_of_client(relay, channel, ONE.token()))
     key_server.may_answer.set()
-    await relay.wait_for_log("ready")
+    await relay.await_log("ready")
     await assert_ready(relay)
     assert await early == 101
     assert key_server.requests == 1
-    fetched = relay.await_log("keys fetched")
+    fetched = relay.block_until_logged("keys fetched")
     assert (fetched["level"], fetched["keys"]) == ("info", 1)
     assert relay.unexpected_lines == []
 
@@ -508,12 +508,12 @@ async def test_a_relay_that_starts_during_an_outage_of_the_issuer_retries_by_its
 ) -> None:
     key_server.stop()
     relay = launched(auth=auth_by_url(key_server))
-    event = await relay.wait_for_log("keys not fetched")
+    event = await relay.await_log("keys not fetched")
     assert (event["level"], event["error"]) == ("error", "Connection refused")
     await assert_not_ready(relay)
     assert_unavailable(await refusal_answer(connect_with_token(relay, channel, ONE.token())))
     key_server.start()
-    await relay.wait_for_log("ready")
+    await relay.await_log("ready")
     await assert_ready(relay)
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     assert key_server.requests == 1
@@ -526,10 +526,10 @@ async def test_a_fetch_that_a_token_causes_ends_the_wait_for_the_first_keys(
     """The retry of the timer would be a second request."""
     key_server.stop()
     relay = launched(auth=auth_by_url(key_server))
-    await relay.wait_for_log("keys not fetched")
+    await relay.await_log("keys not fetched")
     key_server.start()
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
-    await relay.wait_for_log("ready")
+    await relay.await_log("ready")
     assert key_server.requests == 1
 
 
@@ -559,9 +559,9 @@ async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
     stop = {"readiness_delay_s": 8, "timeout_s": 20}
     relay = launched(auth=auth_by_url(key_server), shutdown=stop)
     if answers:
-        await asyncio.to_thread(key_server.await_requests, 1)
+        await asyncio.to_thread(key_server.block_until_requested, 1)
     else:
-        await relay.wait_for_log("keys not fetched")
+        await relay.await_log("keys not fetched")
     await assert_not_ready(relay)
     started_at = time.monotonic()
     assert await relay.stop() == 0
@@ -580,7 +580,7 @@ async def test_a_relay_stops_in_time_while_a_client_waits_for_a_key(
     async with await relay.connect_tcp() as raw:
         bearer = {"Authorization": f"Bearer {TWO.token()}"}
         await raw.send(upgrade_request(path_of(channel), **bearer))
-        await asyncio.to_thread(key_server.await_requests, 2)
+        await asyncio.to_thread(key_server.block_until_requested, 2)
         started_at = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started_at < 4
@@ -596,7 +596,7 @@ async def test_a_client_that_waits_for_a_key_is_refused_when_the_relay_drains(
         key_server.body = key_set(TWO)
         key_server.may_answer.clear()
         await waiting.send(upgrade_request(path_of(channel), Authorization=f"Bearer {TWO.token()}"))
-        await asyncio.to_thread(key_server.await_requests, 2)
+        await asyncio.to_thread(key_server.block_until_requested, 2)
         relay.signal()
         assert (await admitted.read_close_frame())[
             0

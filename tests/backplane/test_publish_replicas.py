@@ -320,7 +320,7 @@ async def test_a_relay_aborts_requests_at_its_stop_timeout_and_logs_their_count(
         await relay.await_metric("websocket_messages_total", 1)
         await relay.await_metric("websocket_backplane_pending_bytes", 0)
         assert await relay.stop() == 0
-    assert relay.await_log("requests aborted")["requests"] == 1
+    assert relay.block_until_logged("requests aborted")["requests"] == 1
 
 
 async def test_a_draining_relay_refuses_posts(relay_with: StartRelay) -> None:
@@ -333,7 +333,7 @@ async def test_a_draining_relay_refuses_posts(relay_with: StartRelay) -> None:
         url = relay.http_url("/channels/news")
         assert (await http.post(url, content=b"before")).status_code == 202
         relay.signal()
-        await relay.wait_for_log("draining")
+        await relay.await_log("draining")
         await relay.await_metric("websocket_draining", 1)
         assert_temporarily_refused(await http.post(url, content=b"late"), "draining")
         await relay.await_metric("websocket_refusals_total", 1, reason="draining")
@@ -345,6 +345,6 @@ async def test_a_relay_accepts_posts_during_its_readiness_delay(relay_with: Star
     relay = relay_with(shutdown={"readiness_delay_s": 0.5, "spread_s": 0.1})
     async with relay.client("news") as subscriber:
         relay.signal()
-        await relay.wait_for_log("draining")
+        await relay.await_log("draining")
         assert (await publish_by_post(relay, "news", b"in time", TEXT_TYPE)).status_code == 202
         assert await receive(subscriber) == "in time"

@@ -50,7 +50,7 @@ def test_a_relay_that_waits_for_its_broker_is_healthy(tmp_path: Path) -> None:
     relay = RelayProcess(tmp_path, {"backplane": {"url": "redis://127.0.0.1:1/0"}})
     try:
         relay.start()
-        relay.await_log("relay listening")
+        relay.block_until_logged("relay listening")
         assert check_health(relay, tmp_path) == CommandResult(0, "", "")
     finally:
         relay.end()

@@ -110,7 +110,7 @@ async def test_a_draining_relay_refuses_event_streams(relay_with: StartRelay) ->
         for _ in range(8):
             await stack.enter_async_context(subscribe_events(relay, "a"))
         relay.signal()
-        await relay.wait_for_log("draining")
+        await relay.await_log("draining")
         async with request_events(relay, "a") as events:
             assert_refused(events, 503)
             assert await events.read_body() == "draining\n"

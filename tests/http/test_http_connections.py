@@ -167,7 +167,7 @@ async def test_a_new_connection_is_refused_while_posts_occupy_all_connections(
         server.may_answer.clear()
         post = post_request(channel, b"message", f"Authorization: Bearer {new.token()}")
         async with open_connections(relay.port, 2, post) as publishing:
-            await asyncio.to_thread(server.await_requests, 2)
+            await asyncio.to_thread(server.block_until_requested, 2)
             await relay.await_metric("websocket_http_connections", 2, port="relay")
             async with await relay.connect_tcp() as refused:
                 await relay.await_metric("websocket_refusals_total", 1, reason=REASON)
@@ -193,7 +193,7 @@ async def test_refused_connections_that_send_no_request_are_bounded_and_counted_
         server.may_answer.clear()
         post = post_request(channel, b"posted", f"Authorization: Bearer {new.token()}")
         async with open_connections(relay.port, 1, post):
-            await asyncio.to_thread(server.await_requests, 2)
+            await asyncio.to_thread(server.block_until_requested, 2)
             async with open_connections(relay.port, MAX_REFUSED + 1) as refused:
                 assert await refused[0].read_to_end() == b"", "a response to no request"
                 count = len(refused)

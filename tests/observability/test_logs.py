@@ -169,7 +169,7 @@ async def test_the_lines_of_a_running_relay_are_documented_events(
     async with relay.client("news"):
         with pytest.raises(InvalidStatus):
             await relay.client("news")
-    await relay.wait_for_log("client gone")
+    await relay.await_log("client gone")
     assert await relay.stop() == 0
     logged = {event["event"] for event in relay.log_events}
     assert {"ready", "refused", "clients refused", "draining", "stopped"} <= logged

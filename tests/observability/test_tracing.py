@@ -109,7 +109,7 @@ async def traced_relay(shared_traced_relay: RelayProcess) -> RelayProcess:
         ("refused", "websocket_refusals_total"),
     ):
         if count := metrics.value(metric):
-            await shared_traced_relay.wait_for_log(event, count=int(count))
+            await shared_traced_relay.await_log(event, count=int(count))
     return shared_traced_relay
 
 
@@ -395,7 +395,7 @@ async def test_a_relay_that_cannot_trace_serves_and_logs_the_reason(
         (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRA)
         given["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
     relay = relay_with(given)
-    assert reason in (await relay.wait_for_log("no traces"))["reason"]
+    assert reason in (await relay.await_log("no traces"))["reason"]
     async with relay.client("news") as client:
         await client.send("hello")
         assert await client.recv() == "hello"

@@ -59,7 +59,7 @@ async def test_messages_are_relayed_over_tls(tls_relay_with: StartRelay, channel
         await first.close()
         assert (await await_close(first))[0] == 1000
     assert (await relay.get("/healthz")).status_code == 200
-    assert relay.await_log("relay listening")["tls"] is True
+    assert relay.block_until_logged("relay listening")["tls"] is True
 
 
 async def test_many_tls_clients_receive_all_messages(
@@ -131,7 +131,7 @@ async def test_a_renewed_certificate_serves_new_handshakes_and_keeps_open_connec
     async with relay.client(channel) as early:
         renewed = make_pair(valid_days=60)
         renewed.write_to(certificate_directory)
-        await relay.wait_for_log("certificate renewed")
+        await relay.await_log("certificate renewed")
         for name in ("localhost", None, "other.example"):
             assert await served_serial(relay.port, name) == renewed.serial_number, name
         assert await relay.metric(EXPIRY) == renewed.expiry_timestamp_s
@@ -152,7 +152,7 @@ async def test_an_invalid_renewal_is_logged_and_the_old_pair_serves_until_a_vali
 ) -> None:
     relay = tls_relay_with()
     replace_file(certificate_directory / "key.pem", make_pair().key_pem)
-    event = await relay.wait_for_log("certificate not renewed")
+    event = await relay.await_log("certificate not renewed")
     assert event["level"] == "error"
     assert event["error"]
     assert await served_serial(relay.port) == pair.serial_number
@@ -164,7 +164,7 @@ async def test_an_invalid_renewal_is_logged_and_the_old_pair_serves_until_a_vali
 
     renewed = make_pair()
     renewed.write_to(certificate_directory)
-    await relay.wait_for_log("certificate renewed")
+    await relay.await_log("certificate renewed")
     assert await served_serial(relay.port) == renewed.serial_number
 
 

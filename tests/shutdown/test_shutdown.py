@@ -97,7 +97,7 @@ async def test_every_client_is_closed_with_a_reconnect_delay_and_the_process_end
     assert len(delays_ms) > 1, "the clients would all reconnect at the same moment"
     with pytest.raises(ConnectionRefusedError):
         await relay.connect_tcp()
-    assert (await relay.wait_for_log("draining"))["clients"] == 20
+    assert (await relay.await_log("draining"))["clients"] == 20
     assert relay.log_events[-1]["event"] == "stopped"
 
 
@@ -337,7 +337,7 @@ async def test_a_second_interrupt_ends_the_stop_at_once(relay_with: StartRelay) 
     async with relay.client("news"):
         started = time.monotonic()
         relay.signal(SIGINT)
-        await relay.wait_for_log("draining")
+        await relay.await_log("draining")
         relay.signal(SIGINT)
         assert await relay.exit_code() == 0
         assert time.monotonic() - started < 15
@@ -348,7 +348,7 @@ async def test_a_second_sigterm_does_not_disturb_the_stop(relay_with: StartRelay
     async with AsyncExitStack() as stack:
         clients = await connect_many(stack, relay, 5)
         relay.signal(SIGTERM)
-        await relay.wait_for_log("draining")
+        await relay.await_log("draining")
         relay.signal(SIGTERM)
         for client in clients:
             retry_ms(await await_close(client))
@@ -380,7 +380,7 @@ def starting_relay(tmp_path: Path) -> Iterator[RelayProcess]:
 
 
 async def test_a_stop_while_the_relay_starts_is_clean(starting_relay: RelayProcess) -> None:
-    await starting_relay.wait_for_log("metrics listening")
+    await starting_relay.await_log("metrics listening")
     assert await starting_relay.stop(SIGTERM) == 0
 
 

@@ -133,7 +133,7 @@ async def test_a_pending_name_resolution_does_not_delay_the_stop(tmp_path: Path)
     relay = RelayProcess(tmp_path, settings, {"HOSTALIASES": str(tmp_path / "aliases")})
     try:
         relay.start()
-        await relay.wait_for_log("relay listening")
+        await relay.await_log("relay listening")
         started = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started < 5

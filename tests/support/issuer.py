@@ -181,7 +181,7 @@ class KeyServer:
         with self._request_count_grew:
             return self._requests
 
-    def await_requests(self, count: int) -> None:
+    def block_until_requested(self, count: int) -> None:
         """Block until so many requests have arrived."""
         with self._request_count_grew:
             assert self._request_count_grew.wait_for(lambda: self._requests >= count, PATIENCE_S), (

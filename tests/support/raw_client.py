@@ -1,7 +1,7 @@
-"""A client made of bytes, for what a WebSocket library would never send or would hide.
+"""A WebSocket client of single frames and bytes, for what a library never sends or hides.
 
-Builds and reads RFC 6455 frames, and the compressed ones of RFC 7692; knows no relay process and no
-test.
+Builds and parses the frames of RFC 6455 and the compressed ones of RFC 7692. Knows no relay process
+and no test.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-PATIENCE_S = 20.0  # how long anything may take on a busy machine before a test gives up
+PATIENCE_S = 20.0  # the timeout of a single wait, long enough for a busy machine
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3
 MASK = b"\x37\xfa\x21\x3d"
 READ_BYTES = 262_144
-READS_PER_TURN = 100  # out of what has come; then others of the same event loop have a turn
+READS_PER_TURN = 100  # reads of received bytes, before other tasks of the event loop run
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 RSV1 = 4  # as `reserved` of a frame: the message is compressed (RFC 7692 section 6)
@@ -38,7 +38,7 @@ class Frame:
     compressed: bool = False
 
     def inflated(self, window_bits: int = 15) -> bytes:
-        """Return what the payload says, whether it is compressed or not."""
+        """Return the payload, inflated if it is compressed."""
         return inflated(self.payload, window_bits) if self.compressed else self.payload
 
 
@@ -75,12 +75,12 @@ def frame(
     mask: bool = True,
     key: bytes = MASK,
 ) -> bytes:
-    """Encode a client's frame, rightly or wrongly.
+    """Encode a frame of a client, valid or not.
 
     Args:
         reserved: the three reserved bits, 0 to 7.
-        mask: False makes a frame that no client may send.
-        key: what it is masked with.
+        mask: whether the payload is masked; a client must mask it.
+        key: the masking key.
     """
     short, extended = length_field(len(payload))
     head = bytes([fin << 7 | reserved << 4 | opcode, mask << 7 | short]) + extended
@@ -94,7 +94,7 @@ def deflated(
     window_bits: int = 15,
     strategy: int = zlib.Z_DEFAULT_STRATEGY,
 ) -> bytes:
-    """Compress a message's payload by itself (RFC 7692 section 7.2.1)."""
+    """Compress the payload of one message, no context takeover (RFC 7692 section 7.2.1)."""
     deflater = zlib.compressobj(level, zlib.DEFLATED, -window_bits, zlib.DEF_MEM_LEVEL, strategy)
     octets = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
     assert octets.endswith(DEFLATE_TAIL)
@@ -102,21 +102,21 @@ def deflated(
 
 
 def inflated(payload: bytes, window_bits: int = 15) -> bytes:
-    """Inflate a message's payload that refers to nothing before it (RFC 7692 section 7.2.2).
+    """Inflate the payload of one message, no context takeover (RFC 7692 section 7.2.2).
 
     Raises:
-        zlib.error: it does, or goes farther back than the window.
+        zlib.error: it refers to bytes before the message, or beyond the window.
     """
     inflater = zlib.decompressobj(-window_bits)
     octets = inflater.decompress(payload + DEFLATE_TAIL)
-    # Between two blocks, and there only, an empty last block ends the stream.
+    # An empty last block ends the stream, but only between two blocks.
     inflater.decompress(b"\x03\x00")
     assert inflater.eof, "the message ends inside a block"
     return octets
 
 
 def compressed_frame(opcode: int, payload: bytes) -> bytes:
-    """Encode a message that is compressed by itself, as one frame."""
+    """Encode a message as one compressed frame."""
     return frame(opcode, deflated(payload), reserved=RSV1)
 
 
@@ -140,9 +140,9 @@ def upgrade_request(
     """Build an upgrade request.
 
     Args:
-        path: as it stands on the request line.
-        drop: the name of a header to leave out.
-        lines: whole header lines behind the others, for what comes more than once or is no header.
+        path: of the request line.
+        drop: the name of a header to omit.
+        lines: whole lines after the headers, for repeated headers and invalid ones.
         start: another request line.
         headers: further or other headers, with underscores for hyphens.
     """
@@ -160,7 +160,7 @@ def upgrade_request(
 
 
 class RawClient:
-    """A TCP connection that sends what it is told and reads only when it is told."""
+    """A TCP connection that sends and reads only in the calls of its methods."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -176,8 +176,8 @@ class RawClient:
         """Connect, without sending anything.
 
         Args:
-            receive_buffer_bytes: SO_RCVBUF; small, it makes a client that does not read
-                stop the other side soon.
+            receive_buffer_bytes: SO_RCVBUF. If it is small and the client does not read, the relay
+                can not send much.
         """
         made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -205,7 +205,7 @@ class RawClient:
 
     @property
     def socket(self) -> socket.socket:
-        """What it is made of."""
+        """The socket of the connection."""
         return self._socket
 
     async def send(self, payload: bytes, *, patience_s: float = PATIENCE_S) -> None:
@@ -213,13 +213,13 @@ class RawClient:
             await asyncio.get_running_loop().sock_sendall(self._socket, payload)
 
     async def send_one_byte_at_a_time(self, payload: bytes) -> None:
-        """Send so that the other side sees the bytes in many small reads."""
+        """Send so that the relay receives the bytes in many small reads."""
         for position in range(len(payload)):
             await self.send(payload[position : position + 1])
             await asyncio.sleep(0)
 
     async def read_chunk(self, max_bytes: int = READ_BYTES) -> bytes:
-        """Read what there is; empty at the end of the stream."""
+        """Read the available bytes; empty: the end of the stream."""
         if self._received:
             taken = bytes(self._received[:max_bytes])
             del self._received[:max_bytes]
@@ -228,7 +228,7 @@ class RawClient:
             return await asyncio.get_running_loop().sock_recv(self._socket, max_bytes)
 
     def has_received(self) -> bool:
-        """Tell whether there is something to read by now, or the end."""
+        """Return whether bytes, or the end of the stream, can be read now."""
         return bool(self._received or select.select([self._socket], [], [], 0)[0])
 
     async def read_exactly(self, size: int) -> bytes:
@@ -269,11 +269,11 @@ class RawClient:
         offers: Sequence[str] = (),
         **headers: str,
     ) -> Response:
-        """Ask for a WebSocket and insist on getting it.
+        """Upgrade to a WebSocket; assert that the relay admits the client.
 
         Args:
-            trailing: bytes sent in the same packet as the request.
-            offers: extensions, each in a header line of its own.
+            trailing: bytes sent together with the request, after it.
+            offers: extensions, each in its own header line.
         """
         lines = [f"Sec-WebSocket-Extensions: {offer}" for offer in offers]
         await self.send(upgrade_request(path, lines=lines, **headers) + trailing)
@@ -288,31 +288,32 @@ class RawClient:
 
     @property
     def compresses(self) -> bool:
-        """Whether permessage-deflate was agreed on."""
+        """Whether permessage-deflate was negotiated."""
         return self._compresses
 
     async def peek_opcode(self) -> int:
-        """Return the next frame's opcode without reading the frame."""
+        """Return the opcode of the next frame without consuming the frame."""
         first = await self.read_exactly(1)
         self._received[:0] = first
         return first[0] & 0x0F
 
     async def read_frame(self) -> Frame:
         first, second = await self.read_exactly(2)
-        assert not second & 0x80, "a server's frames are not masked"
+        assert not second & 0x80, "a server must not mask frames"
         size = second & 0x7F
         if size == 126:
             (size,) = struct.unpack("!H", await self.read_exactly(2))
         elif size == 127:
             (size,) = struct.unpack("!Q", await self.read_exactly(8))
         reserved = first >> 4 & 7
-        assert not reserved or (reserved == RSV1 and self._compresses), "nobody agreed on that"
-        assert not reserved or first & 0x0F in (TEXT, BINARY), "only messages are compressed"
+        is_negotiated = reserved == RSV1 and self._compresses
+        assert not reserved or is_negotiated, "reserved bits without a negotiated extension"
+        assert not reserved or first & 0x0F in (TEXT, BINARY), "only messages may be compressed"
         payload = await self.read_exactly(size)
         return Frame(first & 0x0F, payload, bool(first & 0x80), bool(reserved))
 
     async def read_message(self) -> str | bytes:
-        """Read the next data message, whatever pings come before it."""
+        """Read the next data message; skip pings and pongs before it."""
         received = await self.read_frame()
         while received.opcode in (PING, PONG):
             received = await self.read_frame()
@@ -322,7 +323,7 @@ class RawClient:
         return payload.decode() if received.opcode == TEXT else payload
 
     async def read_close_frame(self) -> tuple[int, str]:
-        """Read on until the close frame; return its code and reason."""
+        """Read up to the close frame; return its code and reason."""
         received = await self.read_frame()
         while received.opcode != CLOSE:
             received = await self.read_frame()
@@ -330,10 +331,10 @@ class RawClient:
         return code, received.payload[2:].decode()
 
     async def complete_close(self) -> tuple[int, str]:
-        """Read on until the close frame and end the connection in good order.
+        """Read up to the close frame, and complete the closing handshake.
 
         Returns:
-            The relay's close code and reason.
+            The close code and reason of the relay.
         """
         code, reason = await self.read_close_frame()
         await self.send(frame(CLOSE, close_payload(code)))
@@ -342,7 +343,7 @@ class RawClient:
         return code, reason
 
     async def read_to_end(self) -> bytes:
-        """Read until the connection is gone; return what still came."""
+        """Read until the end of the connection; return the bytes read."""
         rest = bytearray()
         try:
             while got := await self.read_chunk():
@@ -352,11 +353,11 @@ class RawClient:
         return bytes(rest)
 
     def end_stream(self) -> None:
-        """Say that nothing more will be sent (FIN)."""
+        """End the outgoing stream (FIN)."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Be gone at once, without a word to the peer but RST."""
+        """Close the connection with RST."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
@@ -372,7 +373,7 @@ async def raw_websocket(
     offers: Sequence[str] = (),
     **headers: str,
 ) -> AsyncIterator[RawClient]:
-    """Connect and upgrade."""
+    """Connect, and upgrade to a WebSocket. See `RawClient.upgrade`."""
     async with await RawClient.connect(
         host, port, receive_buffer_bytes=receive_buffer_bytes
     ) as raw:

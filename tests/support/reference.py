@@ -1,7 +1,7 @@
-"""Say, from the words of RFC 6455 and 7692, what a server owes to a client that sent these bytes.
+"""Derive from RFC 6455 and 7692 how a server has to answer the bytes of a client.
 
-An octet at a time and without regard to speed: what is here can be held against the RFC line by
-line, and the relay against what is here. Shares nothing with the relay's own parser.
+It processes one octet at a time, without regard to speed: the code can be compared with the RFC
+line by line, and the relay with this code. Shares nothing with the parser of the relay.
 """
 
 import zlib
@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 from tests.support.raw_client import BINARY, CLOSE, CONTINUATION, DEFLATE_TAIL, PING, PONG, TEXT
 
-# What a close frame may say: RFC 6455 section 7.4.1, what IANA's registry added, section 7.4.2.
+# Codes in close frames: RFC 6455 section 7.4.1, additions of IANA's registry, section 7.4.2.
 REGISTERED = {1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014}
 LIBRARIES_AND_APPLICATIONS = range(3000, 5000)
 
-# RFC 3629 section 4: what may follow a leading octet.
+# RFC 3629 section 4: the octets that may follow a leading octet.
 ANY_TAIL = (0x80, 0xBF)
 LEADS: Mapping[int, Sequence[tuple[int, int]]] = (
     dict.fromkeys(range(0x80), ())
@@ -32,10 +32,10 @@ Octets = Generator[None, int, bytes]
 
 
 class ConnectionEndsError(Exception):
-    """The server has to close.
+    """The server has to close the connection.
 
     Args:
-        code: what its close frame says.
+        code: of its close frame.
     """
 
     def __init__(self, code: int) -> None:
@@ -44,28 +44,28 @@ class ConnectionEndsError(Exception):
 
 
 class Utf8:
-    """Text that comes an octet at a time."""
+    """Validates text in UTF-8, one octet at a time."""
 
     def __init__(self) -> None:
-        self._awaited: list[tuple[int, int]] = []
+        self._expected: list[tuple[int, int]] = []
 
     def feed(self, octet: int) -> None:
-        if not self._awaited:
+        if not self._expected:
             if octet not in LEADS:
                 raise ConnectionEndsError(1007)
-            self._awaited = list(LEADS[octet])
+            self._expected = list(LEADS[octet])
             return
-        lowest, highest = self._awaited.pop(0)
+        lowest, highest = self._expected.pop(0)
         if not lowest <= octet <= highest:
             raise ConnectionEndsError(1007)
 
     def end(self) -> None:
-        if self._awaited:
+        if self._expected:
             raise ConnectionEndsError(1007)
 
 
 class Deflated:
-    """A compressed message that comes an octet at a time (RFC 7692 section 7.2.2)."""
+    """Inflates a compressed message, some octets at a time (RFC 7692 section 7.2.2)."""
 
     def __init__(self) -> None:
         self._blocks: zlib._Decompress | None = None
@@ -75,7 +75,7 @@ class Deflated:
         return self._blocks is None
 
     def inflate(self, octets: bytes) -> Iterator[bytes]:
-        """Yield what the octets come to, one at a time: what is in front of a fault counts."""
+        """Yield the inflated octets one at a time: those before an error count."""
         try:
             while octets:
                 blocks = self._blocks = self._blocks or zlib.decompressobj(-15)
@@ -83,7 +83,7 @@ class Deflated:
                     yield made
                     octets = blocks.unconsumed_tail
                 octets = blocks.unused_data
-                if blocks.eof:  # others may follow the last block (section 7.2.3.4)
+                if blocks.eof:  # further blocks may follow the last one (section 7.2.3.4)
                     self._blocks = None
         except zlib.error:
             raise ConnectionEndsError(1007) from None
@@ -92,7 +92,7 @@ class Deflated:
         if self._is_between_streams:
             return
         # The length of an empty block, then an empty last block: they end a stream that is
-        # between two blocks, and add nothing to it.
+        # between two blocks, and add no octet to it.
         for _ in self.inflate(DEFLATE_TAIL + b"\x03\x00"):
             raise ConnectionEndsError(1007)
         if not self._is_between_streams:
@@ -100,32 +100,38 @@ class Deflated:
 
 
 class Reference:
-    """What a server owes to a client, of which it has heard so much.
+    """The required answers of a server to the octets of one client.
 
     Args:
         max_message_bytes: a larger message is closed with 1009.
-        inflates: whether permessage-deflate was agreed on.
+        inflates: whether permessage-deflate was negotiated.
+
+    Attributes:
+        messages: opcodes and payloads of the received messages.
+        pongs: payloads of the pongs to send.
+        close_code: of the server's close frame; None: the connection stays open.
+        between_frames: whether the last octet ended a frame.
     """
 
     def __init__(self, max_message_bytes: int, *, inflates: bool = False) -> None:
         self.messages: list[tuple[int, bytes]] = []
         self.pongs: list[bytes] = []
-        self.close_code: int | None = None  # of the server's close frame; None: it goes on
+        self.close_code: int | None = None
         self.between_frames = True
         self._max_message_bytes = max_message_bytes
         self._inflates = inflates
         self._deflated: Deflated | None = None
         self._opcode = CONTINUATION  # of the message that has begun
         self._fragments = bytearray()
-        self._claimed_bytes = 0
+        self._declared_bytes = 0
         self._text = Utf8()
         self._connection = self._frames()
         next(self._connection)
 
     def feed(self, octets: bytes) -> int:
-        """Take more of what the client sends; return how much of it counts.
+        """Process octets of the client; return how many of them count.
 
-        All of it does, unless it ends the connection.
+        All octets count, unless one of them ends the connection.
         """
         for position, octet in enumerate(octets):
             if self.close_code is not None:
@@ -151,20 +157,20 @@ class Reference:
                 continue
             if first & 0x40:
                 self._deflated = Deflated()
-            self._claimed_bytes += size
-            if self._claimed_bytes > self._most_bytes:
+            self._declared_bytes += size
+            if self._declared_bytes > self._max_declared_bytes:
                 raise ConnectionEndsError(1009)
             mask = yield from _octets(4)
             yield from self._data(first, size, mask)
 
     @property
-    def _most_bytes(self) -> int:
-        """What a message's frames may claim; no RFC bounds them where they are compressed."""
-        most = self._max_message_bytes
-        return most if self._deflated is None else most + most // 8 + 1_024
+    def _max_declared_bytes(self) -> int:
+        """The largest declared size of a message; no RFC bounds it for a compressed message."""
+        limit = self._max_message_bytes
+        return limit if self._deflated is None else limit + limit // 8 + 1_024
 
     def _check_start(self, first: int, second: int) -> None:
-        """Hold a frame's first two octets against section 5.2, 5.4 and 5.5."""
+        """Check the first two octets of a frame (sections 5.2, 5.4 and 5.5)."""
         opcode, fin, inside = first & 0x0F, first & 0x80, self._opcode != CONTINUATION
         known = opcode in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
         masked = second & 0x80
@@ -201,18 +207,18 @@ class Reference:
         self._opcode = first & 0x0F or self._opcode
         for position in range(size):
             octets = bytes([(yield) ^ mask[position % 4]])
-            self._take([octets] if self._deflated is None else self._deflated.inflate(octets))
+            self._append([octets] if self._deflated is None else self._deflated.inflate(octets))
         if first & 0x80:
             if self._deflated is not None:
                 self._deflated.end()
             self._text.end()
             self.messages.append((self._opcode, bytes(self._fragments)))
             self._fragments.clear()
-            self._claimed_bytes = 0
+            self._declared_bytes = 0
             self._deflated = None
             self._opcode = CONTINUATION
 
-    def _take(self, octets: Iterable[bytes]) -> None:
+    def _append(self, octets: Iterable[bytes]) -> None:
         for octet in octets:
             if len(self._fragments) == self._max_message_bytes:
                 raise ConnectionEndsError(1009)
@@ -229,7 +235,7 @@ def _octets(count: int) -> Octets:
 
 
 def _answer_to_close(payload: bytes) -> int:
-    """Return what a client's close frame is answered with (sections 5.5.1 and 7.4)."""
+    """Return the code of the answer to a close frame (sections 5.5.1 and 7.4)."""
     if not payload:
         return 1000
     if len(payload) == 1:

@@ -1,6 +1,6 @@
-"""Run the relay as its users do: as a process of its own, seen through its ports and its log.
+"""Run the relay as a process, and observe it as operators and clients do: by its ports and its log.
 
-Knows the command line, the settings file, the log and the metrics page; nothing of the code inside.
+Knows the command line, the settings file, the log and the metrics page, and no code of the relay.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service" / "websocket_relay"
 POLL_S = 0.02
 HOST = "127.0.0.1"
-NO_CA = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # spares httpx2 the loading of certificates
+NO_CA = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""A context without certificates: httpx2 loads those of the system otherwise, which is slow."""
 
 MEASURES_COVERAGE = "COVERAGE_PROCESS_CONFIG" in os.environ
 QUIET_SETTINGS: Mapping[str, Any] = {
@@ -44,7 +45,7 @@ QUIET_SETTINGS: Mapping[str, Any] = {
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one tree of settings over another."""
+    """Return one tree of settings, overridden by another."""
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
@@ -62,7 +63,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """How a command ended."""
+    """The result of a command."""
 
     exit_code: int
     stdout: str
@@ -74,28 +75,28 @@ class CommandResult:
 
     @property
     def faults(self) -> list[str]:
-        """Return what is wrong anywhere; this machine may have too few descriptors."""
+        """The errors that do not depend on the machine: it may have too few file descriptors."""
         return [line for line in self.error_lines if "too few file descriptors" not in line]
 
 
 def run_command(
     *arguments: str, directory: Path, env: Mapping[str, str] | None = None
 ) -> CommandResult:
-    """Run the command line to its end, in the way that takes the least."""
+    """Run a command of the relay to its end; as a fork if possible, because that is cheaper."""
     if not _may_fork(env):
         return run_python("-m", "websocket_relay", *arguments, directory=directory, env=env)
     return CommandResult(*FORK_SERVER.run(arguments, directory, environment(env), PATIENCE_S))
 
 
 def _may_fork(env: Mapping[str, str] | None) -> bool:
-    """Tell whether a process may be a fork (forks.py): not where Python itself is told."""
+    """Return whether a process may be a fork (forks.py): not with variables for Python itself."""
     return sys.platform == "linux" and not any(name.startswith("PYTHON") for name in env or {})
 
 
 def run_python(
     *arguments: str, directory: Path | None = None, env: Mapping[str, str] | None = None
 ) -> CommandResult:
-    """Run an interpreter of its own to its end."""
+    """Run a Python interpreter to its end."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,
@@ -110,7 +111,7 @@ def run_python(
 
 @dataclass(frozen=True, slots=True)
 class MetricsPage:
-    """One reading of the metrics page."""
+    """The metrics page at one moment."""
 
     names: frozenset[str]
     samples: tuple[Sample, ...]
@@ -124,7 +125,7 @@ class MetricsPage:
         return cls(frozenset(counters | plain | {sample.name for sample in samples}), samples)
 
     def value(self, name: str, **labels: str) -> float:
-        """Add up the samples of this name that bear these labels."""
+        """Return the sum of the samples with this name and these labels."""
         assert name in self.names, f"{name} is not on the metrics page"
         return sum(
             sample.value
@@ -134,7 +135,7 @@ class MetricsPage:
 
 
 class RelayProcess:
-    """A relay's process from its start to its end."""
+    """A process of the relay, from its start to its end."""
 
     def __init__(
         self,
@@ -144,13 +145,13 @@ class RelayProcess:
         *,
         max_descriptors: int | None = None,
     ) -> None:
-        """Prepare a relay that listens on ports of the kernel's choice.
+        """Prepare a relay that listens on free ports, which the kernel chooses.
 
         Args:
-            directory: its working directory, where its settings file goes.
-            settings: what differs from a quiet relay on the loopback interface.
+            directory: its working directory, and the place of its settings file.
+            settings: that differ from `QUIET_SETTINGS`.
             env: further environment variables.
-            max_descriptors: what the process may have open at a time (RLIMIT_NOFILE, hard).
+            max_descriptors: its limit of open files (RLIMIT_NOFILE, hard).
         """
         self.settings = merged(QUIET_SETTINGS, settings or {})
         self._directory = directory
@@ -167,7 +168,7 @@ class RelayProcess:
     def __enter__(self) -> Self:
         try:
             self.start()
-            self.await_log("ready")
+            self.block_until_logged("ready")
         except BaseException:
             self.end()
             raise
@@ -184,23 +185,23 @@ class RelayProcess:
     # The process
 
     def start(self) -> None:
-        """Start the process in the way that takes the least."""
+        """Start the process; as a fork if possible, because that is cheaper."""
         if not self._forks:
             self.launch()
             return
         arguments = ["--config-file", str(self._write_settings())]
-        with open(os.devnull, "wb") as nothing:
+        with open(os.devnull, "wb") as stdout:
             self._process = FORK_SERVER.start(
                 arguments,
                 self._directory,
                 self._env,
-                nothing.fileno(),
+                stdout.fileno(),
                 max_descriptors=self._max_descriptors,
             )
         self._start_log_reader()
 
     def launch(self) -> None:
-        """Start the process as an interpreter of its own, without waiting until it serves."""
+        """Start the process as a Python interpreter, and do not wait until it listens."""
         file = self._write_settings()
         command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
         if self._max_descriptors is not None:
@@ -227,11 +228,11 @@ class RelayProcess:
         self._log_reader.start()
 
     def end(self) -> None:
-        """Leave no process behind, whatever state it is in."""
+        """Kill the process if it is running, and wait for its end and the end of its log."""
         if self._process is None:
             return
         if self._process.poll() is None and MEASURES_COVERAGE:
-            # A process that is killed leaves no record of what it ran.
+            # A process that is killed writes no coverage data.
             self._process.send_signal(SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(PATIENCE_S)
@@ -245,14 +246,14 @@ class RelayProcess:
 
     @property
     def process(self) -> "subprocess.Popen[str] | ForkedProcess":
-        assert self._process is not None, "the relay was not launched"
+        assert self._process is not None, "the relay was not started"
         return self._process
 
     def signal(self, number: Signals = SIGTERM) -> None:
         self.process.send_signal(number)
 
     async def exit_code(self) -> int:
-        """Wait for the process's end."""
+        """Wait for the end of the process; return its exit status."""
         code = await asyncio.to_thread(self.process.wait, PATIENCE_S)
         if self._log_reader is not None:
             await asyncio.to_thread(self._log_reader.join, PATIENCE_S)
@@ -263,15 +264,15 @@ class RelayProcess:
         return await self.exit_code()
 
     def rss_bytes(self) -> int:
-        """Return the memory of its own that the process has in RAM: libraries do not count."""
+        """Return the anonymous memory of the process in RAM; libraries do not count."""
         return self._status_bytes("RssAnon")
 
     def peak_rss_bytes(self) -> int:
-        """Return the most memory that the process had in RAM since `forget_peak`."""
+        """Return the peak of the memory of the process in RAM since `reset_peak_rss`."""
         return self._status_bytes("VmHWM")
 
     def reset_peak_rss(self) -> int:
-        """Have `peak_rss_bytes` begin anew (proc(5), clear_refs), and return where it begins."""
+        """Reset `peak_rss_bytes` to the current value (proc(5), clear_refs), and return it."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
         return self.peak_rss_bytes()
 
@@ -285,15 +286,15 @@ class RelayProcess:
         return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that the process has used."""
+        """Return the CPU time that the process has used."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def listening_ports(self) -> set[int]:
-        """Return the TCP ports on which the process itself listens, from /proc."""
+        """Return the TCP ports on which this process listens, from /proc."""
         targets = set()
         for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
+            with suppress(FileNotFoundError):  # closed in the meantime
                 targets.add(str(descriptor.readlink()))
         ports = set()
         for table in ("tcp", "tcp6"):
@@ -324,16 +325,16 @@ class RelayProcess:
 
     @property
     def log_events(self) -> list[dict[str, Any]]:
-        """Return the log's events; lines that are none are in `complaints`."""
+        """The events in the log; other lines are in `unexpected_lines`."""
         return [event for event in map(_event_of, self.log_lines) if event is not None]
 
     @property
     def unexpected_lines(self) -> list[str]:
-        """Return the lines that a sound relay does not write: tracebacks and stray text."""
+        """The lines of the log that are no events or contain a traceback."""
         return [line for line in self.log_lines if _event_of(line) is None or "Traceback" in line]
 
-    def await_log(self, event: str, *, count: int = 1) -> dict[str, Any]:
-        """Block until an event has been logged `count` times; return the last of them."""
+    def block_until_logged(self, event: str, *, count: int = 1) -> dict[str, Any]:
+        """Block until an event is logged `count` times; return the last of these events."""
         deadline = time.monotonic() + PATIENCE_S
         with self._log_grew:
             while True:
@@ -347,18 +348,18 @@ class RelayProcess:
                     raise AssertionError(f"no {event!r} (number {count}) in the log:\n{log}")
                 self._log_grew.wait(left_s)
 
-    async def wait_for_log(self, event: str, *, count: int = 1) -> dict[str, Any]:
-        return await asyncio.to_thread(self.await_log, event, count=count)
+    async def await_log(self, event: str, *, count: int = 1) -> dict[str, Any]:
+        return await asyncio.to_thread(self.block_until_logged, event, count=count)
 
     # The ports
 
     @property
     def port(self) -> int:
-        return int(self.await_log("relay listening")["port"])
+        return int(self.block_until_logged("relay listening")["port"])
 
     @property
     def metrics_port(self) -> int:
-        return int(self.await_log("metrics listening")["port"])
+        return int(self.block_until_logged("metrics listening")["port"])
 
     @property
     def _tls(self) -> bool:
@@ -376,17 +377,17 @@ class RelayProcess:
     def client(
         self, channel: str | None = None, *, path: str | None = None, **options: Any
     ) -> connect:
-        """Connect a client of the usual kind.
+        """Connect a client of the library websockets.
 
         Args:
-            channel: None is `/`, the default channel.
+            channel: None: `/`, the default channel.
             path: a request target instead of a channel.
             options: of `websockets.asyncio.client.connect`.
         """
-        settled: dict[str, Any] = {"proxy": None, "open_timeout": PATIENCE_S, "max_size": None}
+        defaults: dict[str, Any] = {"proxy": None, "open_timeout": PATIENCE_S, "max_size": None}
         if self._tls:
-            settled["ssl"] = self.tls_context
-        return connect(self.ws_url(path or path_of(channel)), **(settled | options))
+            defaults["ssl"] = self.tls_context
+        return connect(self.ws_url(path or path_of(channel)), **(defaults | options))
 
     def raw_client(
         self,
@@ -395,7 +396,7 @@ class RelayProcess:
         receive_buffer_bytes: int | None = None,
         trailing: bytes = b"",
     ) -> AbstractAsyncContextManager[RawClient]:
-        """Connect a client made of bytes."""
+        """Connect a `RawClient`, and upgrade to a WebSocket."""
         return raw_websocket(
             HOST,
             self.port,
@@ -409,11 +410,11 @@ class RelayProcess:
         return await RawClient.connect(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
 
     async def get(self, path: str) -> httpx2.Response:
-        """Send a plain request to the relay's port."""
+        """Send a GET request to the port of the relay."""
         return await _get(self.http_url(path), self.tls_context or NO_CA)
 
     async def get_metrics(self, path: str = "/metrics") -> httpx2.Response:
-        """Send a plain request to the metrics port."""
+        """Send a GET request to the metrics port."""
         return await _get(self.metrics_url(path), NO_CA)
 
     # The metrics
@@ -426,20 +427,20 @@ class RelayProcess:
 
     async def await_metric(self, name: str, expected: float, **labels: str) -> None:
         """Wait until a metric has this value."""
-        await self._metric(name, lambda value: value == expected, f"== {expected}", labels)
+        await self._await_metric(name, lambda value: value == expected, f"== {expected}", labels)
 
     async def await_metric_at_least(self, name: str, least: float, **labels: str) -> None:
         """Wait until a metric has at least this value."""
-        await self._metric(name, lambda value: value >= least, f">= {least}", labels)
+        await self._await_metric(name, lambda value: value >= least, f">= {least}", labels)
 
-    async def _metric(
-        self, name: str, fits: Callable[[float], bool], wanted: str, labels: Mapping[str, str]
+    async def _await_metric(
+        self, name: str, fits: Callable[[float], bool], expected: str, labels: Mapping[str, str]
     ) -> None:
-        async def now() -> tuple[bool, object]:
+        async def check() -> tuple[bool, object]:
             value = await self.metric(name, **labels)
             return fits(value), value
 
-        await eventually(now, f"{name}{dict(labels)} {wanted}")
+        await eventually(check, f"{name}{dict(labels)} {expected}")
 
 
 StartRelay = Callable[..., RelayProcess]
@@ -448,32 +449,40 @@ StartReplicas = Callable[..., Sequence[RelayProcess]]
 
 @asynccontextmanager
 async def open_pipe_when_read(pipe: Path) -> AsyncIterator[None]:
-    """Wait until somebody reads a named pipe; there is nothing in it, and at the end it ends."""
+    """Wait until a process reads a named pipe, and keep the pipe open and empty for the block."""
     writer: list[int] = []
 
-    async def now() -> tuple[bool, object]:
+    async def try_to_open() -> tuple[bool, object]:
         try:
             writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError as error:  # ENXIO: nobody yet
+        except OSError as error:  # ENXIO: no process reads it yet
             return False, error
         return True, None
 
-    await eventually(now, f"{pipe} is read")
+    await eventually(try_to_open, f"{pipe} is read")
     try:
         yield
     finally:
         os.close(writer[0])
 
 
-async def eventually(look: Callable[[], Awaitable[tuple[bool, object]]], wanted: str) -> None:
-    """Look until it is so, and say what was last seen where it never is."""
+async def eventually(check: Callable[[], Awaitable[tuple[bool, object]]], expected: str) -> None:
+    """Check a condition again and again until it holds.
+
+    Args:
+        check: returns whether the condition holds, and what it depends on.
+        expected: the condition, for the error.
+
+    Raises:
+        AssertionError: it does not hold within `PATIENCE_S`.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        so, seen = await look()
-        if so:
+        holds, observed = await check()
+        if holds:
             return
         if time.monotonic() > deadline:
-            raise AssertionError(f"never {wanted}; last seen: {seen}")
+            raise AssertionError(f"never {expected}; last observed: {observed}")
         await asyncio.sleep(POLL_S)
 
 
@@ -488,12 +497,12 @@ async def receive(client: ClientConnection) -> Data:
 
 
 async def receive_many(client: ClientConnection, count: int) -> list[Data]:
-    """Receive so many messages."""
+    """Receive a number of messages."""
     return [await receive(client) for _ in range(count)]
 
 
 async def await_close(client: ClientConnection) -> tuple[int | None, str | None]:
-    """Wait for a connection's end; return the relay's close code and reason."""
+    """Wait for the end of a connection; return the close code and reason of the relay."""
     async with asyncio.timeout(PATIENCE_S):
         await client.wait_closed()
     frame = client.protocol.close_rcvd
