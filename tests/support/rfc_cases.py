@@ -1,8 +1,7 @@
-"""What a client may say and what it has to hear, case by case, and the means to play such cases.
+"""Cases of RFC 6455: the frames of a client and the required answers, and functions to run them.
 
-The cases follow RFC 6455 and are those that a fuzzing client tries on a server that echoes: a
-client that is alone in its channel is answered by the relay with what it said. They stand in
-groups; each holds the way it has to be and the ways in which it must not be.
+They are the cases that a fuzzing client tries on an echo server: the relay returns the messages of
+a client that is alone in its channel. Each group contains valid cases and violations.
 """
 
 import asyncio
@@ -39,13 +38,13 @@ MIB = 1_048_576
 
 @dataclass(frozen=True, slots=True)
 class RfcCase:
-    """One client's whole connection.
+    """A whole connection of a client.
 
     Args:
-        sent: its frames, one by one.
-        heard: messages and pongs, in their order.
-        code: of the relay's close frame, which comes last.
-        is_breach: whether the relay fails the connection, rather than answer the client's close.
+        sent: the frames of the client, one by one.
+        expected: the messages and pongs of the relay, in order.
+        code: of the relay's close frame, which is its last frame.
+        is_violation: whether the relay fails the connection, instead of answering a close frame.
     """
 
     name: str
@@ -59,13 +58,14 @@ class RfcCase:
 
 
 class Pieces(Enum):
-    """How a client cuts what it sends."""
+    """How a client splits its bytes into writes."""
 
     ONE = "in one piece"
     FRAMES = "frame by frame"
     SMALL = "in small pieces"
 
     def cut(self, frames: tuple[bytes, ...]) -> Iterator[bytes]:
+        """Yield the pieces of a connection's frames."""
         octets = b"".join(frames)
         if self is Pieces.ONE:
             yield octets
@@ -81,77 +81,80 @@ CLOSED_BY_CLIENT = frame(CLOSE, close_payload(1000))
 
 
 async def play_case(raw: RawClient, case: RfcCase, pieces: Pieces) -> None:
-    """Be the client of a case; insist on all that it has to hear, and on nothing else."""
+    """Send the frames of a case; assert that the relay answers as expected, and nothing else."""
     for piece in pieces.cut(case.sent):
         await raw.send(piece)
         await asyncio.sleep(0)
-    heard, code = await read_until_close(raw)
-    assert (heard, code) == (list(case.expected), case.code)
+    received, code = await read_until_close(raw)
+    assert (received, code) == (list(case.expected), case.code)
 
 
 def one_case_per_outcome(cases: tuple[RfcCase, ...]) -> list[RfcCase]:
-    """Return one case for each way to end and each kind of frame that comes first."""
-    by_kind: dict[object, RfcCase] = {}
+    """Return one case for each combination of close code and first expected frame."""
+    by_outcome: dict[object, RfcCase] = {}
     for case in cases:
-        first = [one.opcode for one in case.expected[:1]]
-        by_kind.setdefault((case.code, case.is_violation, *first), case)
-    return list(by_kind.values())
+        first = [answer.opcode for answer in case.expected[:1]]
+        by_outcome.setdefault((case.code, case.is_violation, *first), case)
+    return list(by_outcome.values())
 
 
 def parse_pieces(
     pieces: Iterable[bytes], *, inflates: bool, max_bytes: int = MIB
 ) -> tuple[list[Frame], int | None]:
-    """Feed a parser; return the messages and pongs that it calls for, and the code of the close.
+    """Parse pieces with the relay's parser.
 
-    The code is None where there is neither a close frame nor a breach.
+    Returns:
+        The messages and pongs that a relay sends for them, and the code of its close frame; None:
+        there is neither a close frame nor a violation.
     """
     parser = Parser(max_bytes, inflates=inflates)
-    heard: list[Frame] = []
+    answers: list[Frame] = []
     try:
         for event in itertools.chain.from_iterable(map(parser.feed, pieces)):
             opcode, payload = event
             if opcode == CLOSE:
-                return heard, int.from_bytes(payload[:2], "big") or Close.CLIENT.code
+                return answers, int.from_bytes(payload[:2], "big") or Close.CLIENT.code
             if opcode in (TEXT, BINARY, PING):
-                heard.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
-    except ProtocolViolationError as breach:
-        return heard, breach.close.code
-    return heard, None
+                answers.append(Frame(PONG if opcode == PING else opcode, payload, fin=True))
+    except ProtocolViolationError as violation:
+        return answers, violation.close.code
+    return answers, None
 
 
 async def read_frame_except_pings(raw: RawClient) -> Frame:
-    """Read the next frame that is no ping: the relay asks whether one is there when it likes."""
+    """Read the next frame that is no ping: the keepalive sends pings at any time."""
     while (received := await raw.read_frame()).opcode == PING:
         pass
     return received
 
 
 async def read_until_close(raw: RawClient) -> tuple[list[Frame], int]:
-    """Read to the end; return messages and pongs, and the code of the close frame behind them."""
-    heard = []
+    """Read to the end; return the messages and pongs, and the code of the close frame."""
+    answers = []
     while (received := await read_frame_except_pings(raw)).opcode != CLOSE:
-        heard.append(decompressed(received))
+        answers.append(decompressed(received))
     (code,) = struct.unpack("!H", received.payload[:2])
     received.payload[2:].decode()  # a reason is UTF-8
-    assert await raw.read_to_end() == b"", "something came behind the close frame"
-    return heard, code
+    assert await raw.read_to_end() == b"", "bytes after the close frame"
+    return answers, code
 
 
-async def await_descriptors(relay: RelayProcess, before: int) -> None:
-    """Wait until a relay has no more descriptors open than it had."""
+async def await_descriptors(relay: RelayProcess, most: int) -> None:
+    """Wait until a relay has at most so many file descriptors open."""
 
-    async def now() -> tuple[bool, object]:
+    async def count_descriptors() -> tuple[bool, object]:
         count = relay.descriptors()
-        return count <= before, count
+        return count <= most, count
 
-    await eventually(now, f"{before} descriptors")
+    await eventually(count_descriptors, f"at most {most} descriptors")
 
 
 def decompressed(received: Frame) -> Frame:
+    """Return a frame with an inflated payload."""
     return replace(received, payload=received.inflated(), compressed=False)
 
 
-# How cases are written
+# Parts of cases
 
 
 def text_frame(payload: str | bytes) -> Frame:
@@ -167,19 +170,19 @@ def pong_frame(payload: bytes) -> Frame:
 
 
 def valid_case(name: str, *sent: bytes, expected: tuple[Frame, ...] = ()) -> RfcCase:
-    """A client that breaks no rule and closes in the end."""
+    """Return the case of a client that violates no rule, and closes after its frames."""
     return RfcCase(name, (*sent, CLOSED_BY_CLIENT), expected, 1000)
 
 
 def violation_case(
     name: str, *sent: bytes, expected: tuple[Frame, ...] = (), code: int = 1002
 ) -> RfcCase:
-    """A client whose connection the relay has to fail."""
+    """Return the case of a client whose connection the relay has to fail."""
     return RfcCase(name, sent, expected, code, is_violation=True)
 
 
 def fragments(opcode: int, *payloads: bytes) -> tuple[bytes, ...]:
-    """Encode one message in so many frames."""
+    """Encode one message as one frame for each payload."""
     last = len(payloads) - 1
     return tuple(
         frame(opcode if not n else CONTINUATION, payload, fin=n == last)
@@ -188,12 +191,12 @@ def fragments(opcode: int, *payloads: bytes) -> tuple[bytes, ...]:
 
 
 def octets_of(payload: bytes) -> tuple[bytes, ...]:
-    """Cut a payload into single octets."""
+    """Return the single octets of a payload."""
     return tuple(payload[n : n + 1] for n in range(len(payload)))
 
 
 def frame_head(opcode: int, short: int, extended: bytes) -> bytes:
-    """Encode a frame's head and no payload, with whatever length."""
+    """Encode the head of a frame with any length."""
     return bytes([0x80 | opcode, 0x80 | short]) + extended + MASK
 
 
@@ -240,7 +243,7 @@ def framing() -> Iterator[RfcCase]:
     for size in (MIB + 1, 2**32, 2**62, 2**63 - 1):
         claim = frame_head(BINARY, 127, struct.pack("!Q", size))
         yield violation_case(
-            f"a claim of {size}", before, claim, expected=(text_frame("before"),), code=1009
+            f"a declared size of {size}", before, claim, expected=(text_frame("before"),), code=1009
         )
 
 
@@ -253,12 +256,12 @@ def pings() -> Iterator[RfcCase]:
         ("of 125", b"\xfe" * 125),
     ):
         yield valid_case(f"ping, {name}", frame(PING, payload), expected=(pong_frame(payload),))
-        yield valid_case(f"unasked pong, {name}", frame(PONG, payload))
+        yield valid_case(f"unsolicited pong, {name}", frame(PONG, payload))
     yield valid_case(
-        "unasked pong, then ping",
-        frame(PONG, b"unasked"),
-        frame(PING, b"asked"),
-        expected=(pong_frame(b"asked"),),
+        "unsolicited pong, then ping",
+        frame(PONG, b"unsolicited"),
+        frame(PING, b"ping"),
+        expected=(pong_frame(b"ping"),),
     )
     numbered = [b"payload-%d" % number for number in range(10)]
     yield valid_case(
@@ -272,7 +275,7 @@ def pings() -> Iterator[RfcCase]:
 
 
 def reserved_bits() -> Iterator[RfcCase]:
-    """Bits that no extension has given a meaning (section 5.2)."""
+    """Bits to which no extension gives a meaning (section 5.2)."""
     before, after = frame(TEXT, b"before"), frame(PING, b"after")
     for bits in range(1, 8):
         for opcode in (TEXT, BINARY, PING, PONG, CLOSE):
@@ -292,15 +295,15 @@ def reserved_bits() -> Iterator[RfcCase]:
             after,
             expected=(text_frame("before"),),
         )
-        yield violation_case(f"bits {bits}, at once and empty", frame(TEXT, reserved=bits))
+        yield violation_case(f"bits {bits}, first and empty", frame(TEXT, reserved=bits))
 
 
 def reserved_opcodes() -> Iterator[RfcCase]:
-    """Opcodes that mean nothing (section 5.2)."""
+    """Opcodes without a meaning (section 5.2)."""
     before, after = frame(TEXT, b"before"), frame(PING, b"after")
     for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15):
-        yield violation_case(f"opcode {opcode}, at once and empty", frame(opcode))
-        yield violation_case(f"opcode {opcode}, at once", frame(opcode, b"reserved"))
+        yield violation_case(f"opcode {opcode}, first and empty", frame(opcode))
+        yield violation_case(f"opcode {opcode}, first", frame(opcode, b"reserved"))
         yield violation_case(
             f"opcode {opcode}",
             before,
@@ -325,7 +328,7 @@ def fragmentation() -> Iterator[RfcCase]:
         "binary in two", *fragments(BINARY, b"\xff", b"\xfe"), expected=(binary_frame(b"\xff\xfe"),)
     )
     yield valid_case(
-        "some are empty",
+        "with empty fragments",
         *fragments(TEXT, b"", b"one ", b"", b"two", b""),
         expected=(text_frame("one two"),),
     )
@@ -365,7 +368,7 @@ def fragmentation() -> Iterator[RfcCase]:
         alone = frame(CONTINUATION, b"nothing to continue", fin=fin)
         yield violation_case(f"continuation of nothing, {fin=}", alone, frame(TEXT, b"after"))
         yield violation_case(
-            f"continuation of nothing behind a message, {fin=}",
+            f"continuation of nothing after a message, {fin=}",
             *two,
             alone,
             frame(TEXT, b"after"),
@@ -379,17 +382,17 @@ def fragmentation() -> Iterator[RfcCase]:
                 frame(opcode, b"another", fin=fin),
             )
     yield violation_case(
-        "too much, by fragments",
+        "too large, in fragments",
         *fragments(BINARY, bytes(MIB - 10), bytes(10), b"x"),
         code=1009,
     )
     yield violation_case(
-        "too much, by fragments without end",
+        "too large, in fragments without end",
         *(frame(BINARY if not n else CONTINUATION, bytes(65_536), fin=False) for n in range(20)),
         code=1009,
     )
     yield violation_case(
-        "an empty frame behind a message that is full",
+        "an empty frame in a message of the largest size",
         *fragments(BINARY, bytes(MIB), b""),
         frame(TEXT, b"bare", mask=False),
         expected=(binary_frame(bytes(MIB)),),
@@ -457,7 +460,7 @@ MALFORMED: dict[str, tuple[bytes, ...]] = {
 
 
 def utf_8() -> Iterator[RfcCase]:
-    """Text is UTF-8, over the bounds of fragments, too (sections 5.6 and 8.1)."""
+    """Text is UTF-8, also across fragments (sections 5.6 and 8.1)."""
     yield valid_case("empty in three", *fragments(TEXT, b"", b"", b""), expected=(text_frame(""),))
     yield valid_case(
         "first and last of three empty",
@@ -502,12 +505,14 @@ def utf_8() -> Iterator[RfcCase]:
         ("in the second of three", (KOSME, b"\xf4\x90\x80\x80", b"edited")),
         ("begun in the first of three", (KOSME + b"\xf4", b"\x90", b"\x80\x80edited")),
     ):
-        yield violation_case(f"wrong {name}", *fragments(TEXT, *parts), code=1007)
-        yield violation_case(f"wrong {name}, in one frame", frame(TEXT, b"".join(parts)), code=1007)
-    yield violation_case("unfinished at the end of two", *fragments(TEXT, b"a", b"\xc3"), code=1007)
-    yield violation_case("unfinished, then empty", *fragments(TEXT, b"a\xc3", b""), code=1007)
+        yield violation_case(f"invalid {name}", *fragments(TEXT, *parts), code=1007)
+        yield violation_case(
+            f"invalid {name}, in one frame", frame(TEXT, b"".join(parts)), code=1007
+        )
+    yield violation_case("incomplete at the end of two", *fragments(TEXT, b"a", b"\xc3"), code=1007)
+    yield violation_case("incomplete, then empty", *fragments(TEXT, b"a\xc3", b""), code=1007)
     yield violation_case(
-        "wrong behind a message",
+        "invalid after a message",
         frame(TEXT, b"before"),
         frame(TEXT, b"\xff"),
         frame(PING, b"after"),
@@ -515,10 +520,12 @@ def utf_8() -> Iterator[RfcCase]:
         code=1007,
     )
     yield valid_case(
-        "binary need not be", frame(BINARY, b"\xff\xc3"), expected=(binary_frame(b"\xff\xc3"),)
+        "binary data is not validated",
+        frame(BINARY, b"\xff\xc3"),
+        expected=(binary_frame(b"\xff\xc3"),),
     )
     yield valid_case(
-        "binary in fragments need not be",
+        "binary data in fragments is not validated",
         *fragments(BINARY, b"\xc3", b"\xff"),
         expected=(binary_frame(b"\xc3\xff"),),
     )
@@ -528,19 +535,19 @@ def closing() -> Iterator[RfcCase]:
     """The closing handshake (sections 5.5.1 and 7)."""
     close = CLOSED_BY_CLIENT
     first = frame(TEXT, b"fragment1", fin=False)
-    yield valid_case("behind a message", frame(TEXT, b"Hello"), expected=(text_frame("Hello"),))
-    for name, behind in (
+    yield valid_case("after a message", frame(TEXT, b"Hello"), expected=(text_frame("Hello"),))
+    for name, later in (
         ("a close", close),
         ("another close", frame(CLOSE, close_payload(3000))),
         ("a ping", frame(PING, b"late")),
         ("a message", frame(TEXT, b"late")),
-        ("a breach", frame(TEXT, b"late", mask=False)),
-        ("no frames at all", b"\xff" * 1_000),
+        ("a violation", frame(TEXT, b"late", mask=False)),
+        ("bytes that are no frames", b"\xff" * 1_000),
     ):
-        yield RfcCase(f"{name} behind it does not count", (close, behind), (), 1000)
+        yield RfcCase(f"{name} after the close frame is ignored", (close, later), (), 1000)
     yield RfcCase("between fragments", (first, close, frame(CONTINUATION, b"late")), (), 1000)
     yield valid_case(
-        "behind much",
+        "after a large message",
         frame(TEXT, b"BAsd7&jh23" * 26_214),
         frame(TEXT, b"Hello World!"),
         expected=(text_frame("BAsd7&jh23" * 26_214), text_frame("Hello World!")),

@@ -1,8 +1,8 @@
 """Stop relays at random moments while their broker misbehaves, and check how each process ends.
 
-`make stops` stops 400 of them; `tests/shutdown/test_stops.py` stops a few in each condition. Each
-relay is a process of its own. Its signals are blocked when it starts, as in the image, so that a
-signal can be sent before the interpreter runs.
+`make stops` stops 400 relays; `tests/shutdown/test_stops.py` stops a few in each condition. Signals
+are blocked when a relay starts, as in the image, so that a signal can be sent before the
+interpreter runs.
 """
 
 import argparse
@@ -38,16 +38,16 @@ TIMEOUT_S = 3.0
 """shutdown.timeout_s of these relays."""
 
 SCHEDULING_S = 1.0
-"""A busy machine may start the signal's thread, and this process, so late."""
+"""A busy machine may run the thread of the signal, and this process, so late."""
 
 HUNG_S = 5.0
-"""A process that runs for so long after its deadline is killed and reported."""
+"""A process that still runs so long after its deadline is killed and reported."""
 
 START_S = 100.0
 
 START_SPAN_S = 1.5
 RUN_SPAN_S = 2.5
-"""Signals come within these times after the launch, or after the relay listens."""
+"""Signals are sent within these times, after the start or after the relay listens."""
 
 BLOCKED = {signal.SIGTERM, signal.SIGINT}
 
@@ -58,8 +58,8 @@ class StopResult:
 
     Attributes:
         status: its exit status; below 0: the signal that killed it; None: it hung.
-        took_s: from the first signal to its end.
-        log: what it wrote to standard error.
+        took_s: the time from the first signal to its end.
+        log: its standard error.
     """
 
     status: int | None
@@ -68,7 +68,7 @@ class StopResult:
 
     @property
     def is_clean(self) -> bool:
-        """Whether it is what every stop has to be."""
+        """Whether the process ended with status 0 and in time."""
         return self.status == 0 and self.took_s < TIMEOUT_S + SCHEDULING_S
 
 
@@ -77,14 +77,14 @@ class StopResult:
 
 @asynccontextmanager
 async def healthy(kind: str, directory: Path) -> AsyncIterator[str]:
-    """Run a broker that has no fault."""
+    """Run a broker without a fault."""
     async with make_broker(kind, directory) as broker:
         yield broker.url
 
 
 @asynccontextmanager
 async def misconfigured(kind: str, directory: Path) -> AsyncIterator[str]:
-    """Run a broker whose stream has a configuration that the relay can't use."""
+    """Run a broker whose stream has a configuration that the relay can not use."""
     async with make_broker(kind, directory) as broker, AsyncExitStack() as stack:
         if kind == "nats":
             config = b'{"name":"relay","subjects":["relay"],"retention":"workqueue"}'
@@ -96,7 +96,7 @@ async def misconfigured(kind: str, directory: Path) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def unsupported(kind: str, directory: Path) -> AsyncIterator[str]:
-    """Run a broker without JetStream, or one that says that it is too old."""
+    """Run a NATS without JetStream, or a Redis that reports an old version."""
     options = {"jetstream": False} if kind == "nats" else {}
     async with (
         make_broker(kind, directory, **options) as broker,
@@ -106,10 +106,10 @@ async def unsupported(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 class OldRedisProxy(TcpProxy):
-    """A proxy that makes a Redis 7 say that it is a Redis 5."""
+    """A proxy in front of a Redis 7 that makes it report version 5."""
 
     def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
-        """Return what the client receives."""
+        """Replace the version."""
         return data.replace(b"redis_version:7", b"redis_version:5")
 
 
@@ -126,7 +126,7 @@ async def flapping(kind: str, directory: Path) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def closed_port(kind: str, directory: Path) -> AsyncIterator[str]:
-    """Name a port that nothing listens on."""
+    """Name a port without a listener."""
     yield f"{kind}://localhost:{free_port()}"
 
 
@@ -138,14 +138,14 @@ async def slow(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 class DelayingProxy(TcpProxy):
-    """A proxy that delays what the server sends."""
+    """A proxy that delays the bytes from the server."""
 
     async def _connect(self, reader: asyncio.StreamReader, connection: ProxiedConnection) -> None:
-        back, server = await asyncio.open_connection(HOST, self.target)
+        server_reader, server = await asyncio.open_connection(HOST, self.target)
         connection.server = server
         async with asyncio.TaskGroup() as group:
             group.create_task(forward(reader, server, lambda data: data))
-            while data := await back.read(READ_BYTES):
+            while data := await server_reader.read(READ_BYTES):
                 await asyncio.sleep(random.uniform(0, 0.2))
                 connection.client.write(data)
 
@@ -162,25 +162,25 @@ async def frozen(kind: str, directory: Path) -> AsyncIterator[str]:
 async def freezing(kind: str, directory: Path) -> AsyncIterator[str]:
     """Run a broker that is frozen and thawed again and again."""
     async with make_broker(kind, directory) as broker:
-        acts = itertools.cycle((broker.freeze, broker.thaw))
+        actions = itertools.cycle((broker.freeze, broker.thaw))
 
-        def act() -> None:
-            next(acts)()
+        def freeze_or_thaw() -> None:
+            next(actions)()
 
-        async with repeated(act, 0.05, 0.5):
+        async with repeated(freeze_or_thaw, 0.05, 0.5):
             yield broker.url
 
 
 @asynccontextmanager
 async def unreachable(kind: str, directory: Path) -> AsyncIterator[str]:
-    """Name a port whose connections are never established: its queue is full."""
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for filling in (first, second):
-            filling.setblocking(False)
-            filling.connect_ex(deaf.getsockname())
-        yield f"{kind}://127.0.0.1:{deaf.getsockname()[1]}"
+    """Name a port whose connections are never established: its backlog of connections is full."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for pending in (first, second):
+            pending.setblocking(False)
+            pending.connect_ex(listener.getsockname())
+        yield f"{kind}://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @asynccontextmanager
@@ -202,13 +202,15 @@ async def restarting(kind: str, directory: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def repeated(act: Callable[[], None], least_s: float, most_s: float) -> AsyncIterator[None]:
-    """Call `act` again and again."""
+async def repeated(
+    action: Callable[[], None], least_s: float, most_s: float
+) -> AsyncIterator[None]:
+    """Call a function again and again, after random pauses."""
 
     async def repeat() -> None:
         while True:
             await asyncio.sleep(random.uniform(least_s, most_s))
-            act()
+            action()
 
     task = asyncio.create_task(repeat())
     try:
@@ -242,7 +244,7 @@ CONDITIONS: Mapping[str, Condition] = {
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Have processes start with their signals blocked, as the image does."""
+    """Start processes with blocked signals, as in the image."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         yield
@@ -252,7 +254,7 @@ def blocked_signals() -> Iterator[None]:
 
 async def stop_relay(
     relay: RelayProcess,
-    gate: asyncio.Semaphore,
+    slots: asyncio.Semaphore,
     *,
     after_s: float,
     is_listening: bool,
@@ -263,13 +265,13 @@ async def stop_relay(
 
     Args:
         relay: not started yet.
-        gate: bounds how many run at a time.
-        after_s: when the first signal is sent, in seconds from the moment that follows.
-        is_listening: counts from the moment when it listens, not from its start.
-        signals: what is sent.
+        slots: bounds how many relays run at a time.
+        after_s: the time of the first signal, after the start or after the relay listens.
+        is_listening: whether `after_s` begins when the relay listens.
+        signals: to send, in order.
         pause_s: between two signals.
     """
-    async with gate:
+    async with slots:
         try:
             with blocked_signals():
                 relay.launch()
@@ -288,7 +290,7 @@ async def stop_relay(
 
 
 async def await_listening(relay: RelayProcess) -> None:
-    """Wait until a relay listens, also where many start at a time."""
+    """Wait until a relay listens; the timeout allows for many starts at a time."""
     async with asyncio.timeout(START_S):
         while "relay listening" not in (  # noqa: ASYNC110 - a log has no event
             event["event"] for event in relay.log_events
@@ -297,7 +299,7 @@ async def await_listening(relay: RelayProcess) -> None:
 
 
 def _status_within(relay: RelayProcess, timeout_s: float) -> int | None:
-    """Return the exit status of a process that ends in time."""
+    """Return the exit status of a process; None: it is still running."""
     with suppress(subprocess.TimeoutExpired):
         return relay.process.wait(timeout_s)
     return None
@@ -308,7 +310,7 @@ async def stop_many(
     name: str,
     count: int,
     directory: Path,
-    gate: asyncio.Semaphore,
+    slots: asyncio.Semaphore,
     span_s: float = RUN_SPAN_S,
 ) -> list[StopResult]:
     """Stop relays in one condition, each at a random moment.
@@ -318,8 +320,8 @@ async def stop_many(
         name: of the condition.
         count: how many relays; every third is stopped while it starts.
         directory: for all of them.
-        gate: bounds how many run at a time.
-        span_s: the signals come within this time.
+        slots: bounds how many relays run at a time.
+        span_s: the signals are sent within this time.
     """
 
     async def stop(number: int, url: str) -> StopResult:
@@ -328,7 +330,7 @@ async def stop_many(
         own.mkdir()
         return await stop_relay(
             RelayProcess(own, settings_for(url)),
-            gate,
+            slots,
             after_s=random.uniform(0, span_s if is_listening else min(span_s, START_SPAN_S)),
             is_listening=is_listening,
             signals=[signal.SIGTERM] * random.choice((1, 1, 2, 20)),
@@ -355,11 +357,11 @@ async def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=4, help="relays at a time")
     options = parser.parse_args(arguments)
     cases = [(kind, name) for kind in options.kinds for name in options.conditions]
-    gate, bad = asyncio.Semaphore(options.workers), 0
+    slots, bad = asyncio.Semaphore(options.workers), 0
     for number, (kind, name) in enumerate(cases):
         count = options.count // len(cases) + (number < options.count % len(cases))
         with tempfile.TemporaryDirectory() as directory:
-            ends = await stop_many(kind, name, count, Path(directory), gate)
+            ends = await stop_many(kind, name, count, Path(directory), slots)
         statuses = Counter(end.status for end in ends)
         slowest_s = max(end.took_s for end in ends)
         print(f"{kind:6} {name:12} {dict(statuses)}, slowest {slowest_s:.2f} s", flush=True)
