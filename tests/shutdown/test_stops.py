@@ -9,7 +9,15 @@ from tests.support.stops import stop_many
 
 SPAN_S = 0.5
 
-WITH_NATS = ("unfit", "useless", "flapping", "slow", "freezing", "unreachable", "starting")
+WITH_NATS = (
+    "misconfigured",
+    "unsupported",
+    "flapping",
+    "slow",
+    "freezing",
+    "unreachable",
+    "restarting",
+)
 WITH_REDIS = ("flapping", "frozen")
 """The library for Redis has never lost a cancellation."""
 

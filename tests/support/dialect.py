@@ -1,7 +1,7 @@
-"""Count words of a private dialect, for which the glossary has the field's terms.
+"""Count the words of a private dialect. The glossary has the terms of the field for them.
 
-`python -m tests.support.dialect` prints the words per 1,000 lines of each folder, and the files
-that have most of them. `--write` records the counts in dialect.json, which may only shrink.
+`python -m tests.support.dialect` prints the number of words per 1,000 lines of each folder, and the
+files with the most of them. `--write` records the counts in dialect.json, which may only shrink.
 """
 
 import argparse
@@ -31,13 +31,13 @@ DIALECT = re.compile(rf"(?<![A-Za-z])(?:{WORDS})(?![A-Za-z])", re.IGNORECASE)
 
 FOLDERS = ("service", "tests", "bench", "helm", "docs", "examples")
 EXEMPT = {"docs/glossary.md", "tests/support/dialect.py"}
-"""These name the words."""
+"""Files that list the words."""
 
 SUFFIXES = {".py", ".md", ".js", ".ts", ".html", ".yaml", ".toml"}
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Yield what of a file is read as language: comments, strings and names of code, else all."""
+    """Yield the texts of a file: of code its comments, strings and names, of other files all."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield source
@@ -50,22 +50,22 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def count(path: Path) -> int:
-    """Return how many words of the dialect a file has."""
+    """Return the number of words of the dialect in a file."""
     return sum(len(DIALECT.findall(text)) for text in texts_of(path))
 
 
 def files() -> Iterator[Path]:
-    """Yield the project's files that are read as language, whether there is a repository or not."""
+    """Yield the files of the project that contain language. It needs no Git repository."""
     found = [*ROOT.glob("*"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*"))]
     for path in sorted(found):
         name = path.relative_to(ROOT).as_posix()
-        is_made = name.startswith("bench/results") or "node_modules" in path.parts
-        if path.suffix in SUFFIXES and path.is_file() and not is_made and name not in EXEMPT:
+        is_generated = name.startswith("bench/results") or "node_modules" in path.parts
+        if path.suffix in SUFFIXES and path.is_file() and not is_generated and name not in EXEMPT:
             yield path
 
 
 def counts() -> Mapping[str, int]:
-    """Return the count of each file of the project that has any."""
+    """Return the counts of the files, without those of 0."""
     found = {path.relative_to(ROOT).as_posix(): count(path) for path in files()}
     return {name: number for name, number in found.items() if number}
 

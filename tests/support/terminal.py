@@ -1,7 +1,7 @@
-"""A command in a terminal of its own: what it prints, and its end by Ctrl-C. Knows no page.
+"""Run a command in its own process group, record its output, and interrupt it. Knows no page.
 
-All processes of a command are one process group, which no signal reaches once the command has been
-reaped: its number may be another group's by then.
+No signal is sent to the group after the command has been reaped: its number may then belong to
+another group.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import POLL_S
 
 COMMAND_S = 60.0
-"""What a command may take to start, or to end: more than one of them may start at a time on a busy
-machine, and each is a Python."""
+"""The timeout for the start and for the end of a command. Several commands, each a Python, may
+start at a time on a busy machine."""
 
 
 @dataclass(slots=True)
@@ -29,9 +29,9 @@ class Output:
     """The lines that a command, a script or a page has printed.
 
     Args:
-        source: what printed them.
-        lines: all of them.
-        shown: how many of them `shows` has accounted for.
+        source: the name of the command, script or page.
+        lines: all lines, in order.
+        shown: the number of lines that calls of `shows` have consumed.
     """
 
     source: str
@@ -42,13 +42,15 @@ class Output:
         return "\n".join((f"[{self.source}]", *self.lines))
 
     def shows(self, text: str) -> bool:
-        """Return whether the lines of a text come next, others between them allowed.
+        """Return whether the lines of a text come next; other lines may be between them.
 
-        They do not count for the next text. `…` stands for anything in a line.
+        The lines are consumed: the next call begins after them. `…` matches anything in a line.
         """
-        wanted = [re.escape(line.strip()).replace("…", ".*") for line in text.splitlines() if line]
+        patterns = [
+            re.escape(line.strip()).replace("…", ".*") for line in text.splitlines() if line
+        ]
         position = self.shown
-        for pattern in wanted:
+        for pattern in patterns:
             rest = enumerate(self.lines[position:], position + 1)
             found = (end for end, line in rest if re.fullmatch(pattern, line.strip()))
             position = next(found, -1)
@@ -59,13 +61,13 @@ class Output:
 
 
 class Terminal:
-    """A command that runs, or has run, in a process group of its own.
+    """A command in its own process group.
 
     Args:
-        argv: the command.
-        directory: its working directory.
-        env: its environment.
-        name: what to call it in failures.
+        argv: the command line.
+        directory: the working directory.
+        env: the environment.
+        name: of the command, for errors.
     """
 
     def __init__(
@@ -97,12 +99,12 @@ class Terminal:
         """The status of the command; None while it runs."""
         if not self._has_ended and self._process.poll() is not None:
             self._has_ended = True
-            with suppress(ProcessLookupError):  # the usual case: nothing is left of the group
+            with suppress(ProcessLookupError):  # usually no other process of the group is left
                 os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.returncode if self._has_ended else None
 
     async def end(self) -> int:
-        """Wait for the command's end and the rest of its output; return its status.
+        """Wait for the end of the command and of its output; return its exit status.
 
         Raises:
             AssertionError: it is still running after `COMMAND_S`.
@@ -113,19 +115,19 @@ class Terminal:
         return self._process.returncode
 
     async def press_ctrl_c(self) -> int:
-        """Interrupt all processes of the command, as a terminal does; return its status.
+        """Interrupt all processes of the command, as a terminal does; return its exit status.
 
         Raises:
             AssertionError: it is still running after `COMMAND_S`.
         """
         if self.exit_code is None:
             os.killpg(self._process.pid, signal.SIGINT)
-            # make may end before what it runs, which `exit_code` would kill.
+            # make may end before the command that it runs, and `exit_code` would kill that one.
             await poll_until(lambda: not self._reader.is_alive(), self._still_running)
         return await self.end()
 
     def kill(self) -> None:
-        """Leave no process of the command behind, whatever state it is in."""
+        """Kill all processes of the command, if it is running, and close its output."""
         if self.exit_code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(PATIENCE_S)
@@ -137,8 +139,8 @@ class Terminal:
 
     def _close(self) -> None:
         self._reader.join(PATIENCE_S)
-        # A process that has left the group may still hold the pipe; close() would wait for it.
-        assert not self._reader.is_alive(), f"a process of its own was left: {self.output}"
+        # A process that has left the group may keep the pipe open; close() would wait for it.
+        assert not self._reader.is_alive(), f"a process has left the group: {self.output}"
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -149,7 +151,7 @@ async def poll_until(
     """Wait until a condition holds.
 
     Raises:
-        AssertionError: it does not hold after `limit_s`; the text is that of `failure`.
+        AssertionError: it does not hold within `limit_s`. `failure` returns the text.
     """
     deadline = time.monotonic() + limit_s
     while not condition():

@@ -1,19 +1,19 @@
-"""Pytest plugin: fail a test that exceeds its time limit, and go on with the next one.
+"""Pytest plugin: fail a test that exceeds its time limit, and continue with the next test.
 
 The setup, the call and the teardown of a test may each take `timeout_s` seconds (pyproject.toml),
-or those of the test's mark: `@pytest.mark.timeout(120)`. A thread keeps the time, because under
-uvloop a signal's exception does not interrupt an event loop that stands still. When the limit has
-passed, the thread writes the stacks of all threads and tasks, and interrupts the test by one means
-after another, each with `timeout_grace_s` seconds to take effect:
+or the seconds of the test's mark: `@pytest.mark.timeout(120)`. A thread measures the time, because
+an exception in a signal handler does not interrupt a blocked event loop of uvloop. After the limit,
+the thread writes the stacks of all threads and tasks, and interrupts the test by one means after
+another. Each has `timeout_grace_s` seconds to take effect:
 
 1. All tasks of the running event loops are cancelled.
-2. A signal handler raises in the main thread, which ends what Python code or a system call does.
-3. The event loops are stopped, whatever their tasks do about a cancellation.
+2. A signal handler raises in the main thread. This interrupts Python code and system calls.
+3. The event loops are stopped, even if their tasks ignore the cancellation.
 4. The process ends. pytest-xdist reports the test as failed and replaces the worker. Without
    pytest-xdist the run ends with status 1.
 
-A call into C may hold the interpreter's lock, so that no other thread runs. The timer of
-`faulthandler` does not need that lock, and ends the process then.
+A call into C may keep the interpreter's lock, so that no other thread runs. The timer of
+`faulthandler` does not need that lock, and ends the process.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ import pytest
 from tests.support import leftovers
 
 EXIT_S = 30.0
-"""What the interpreter may take to end after the last test: it joins threads then."""
+"""The timeout of the end of the interpreter after the last test; it joins threads."""
 
 Loop = asyncio.AbstractEventLoop
 
@@ -63,10 +63,10 @@ class TimedPhase:
     """One phase of a test.
 
     Args:
-        name: the test and the phase.
-        limit_s: what it may take.
-        deadline: when that has passed, by `time.monotonic`.
-        report: what was going on then; empty before.
+        name: of the test and the phase.
+        limit_s: the time limit.
+        deadline: the end of the limit, by `time.monotonic`.
+        report: the stacks at the deadline; empty before.
     """
 
     name: str
@@ -83,12 +83,12 @@ class TimedPhase:
 
 
 class Watchdog:
-    """Interrupts the phase that exceeds its limit.
+    """Interrupts a phase that exceeds its limit.
 
     Args:
-        limit_s: for a test without a mark.
-        grace_s: for each means of interrupting it.
-        stderr: where stacks are written, as a file descriptor.
+        limit_s: of a test without a mark.
+        grace_s: for each means of interruption.
+        stderr: a file descriptor, to which stacks are written.
     """
 
     def __init__(self, limit_s: float, grace_s: float, stderr: int) -> None:
@@ -99,7 +99,7 @@ class Watchdog:
         self._changed = threading.Condition()
 
     def start(self) -> None:
-        """Start the thread; to be called in the thread that runs the tests."""
+        """Start the thread. Call it in the thread that runs the tests."""
         self._main_thread = threading.get_ident()
         signal.signal(signal.SIGUSR1, self._on_signal)
         threading.Thread(target=self._run, name="time limits", daemon=True).start()
@@ -119,7 +119,7 @@ class Watchdog:
         return (yield from self._limited(item, "teardown"))
 
     def pytest_enter_pdb(self) -> None:
-        """Leave a test alone that somebody debugs."""
+        """Remove the time limit of a test in the debugger."""
         self._watch(None)
 
     def pytest_unconfigure(self) -> None:
@@ -139,11 +139,11 @@ class Watchdog:
             raise
         self._watch(None)
         if phase.report:
-            phase.fail()  # it swallowed what interrupted it
+            phase.fail()  # it suppressed the interruption
         return result
 
     def _watch(self, phase: TimedPhase | None) -> None:
-        self._phase = phase  # first of all: the handler of a signal that is on its way looks at it
+        self._phase = phase  # before anything else: the handler of a pending signal reads it
         with self._changed:
             self._changed.notify()
         if phase is None:
@@ -156,7 +156,7 @@ class Watchdog:
         if phase is not None and phase.report:
             phase.fail()
 
-    # In the thread that keeps the time
+    # In the thread that measures the time
 
     def _run(self) -> None:
         while True:
@@ -189,7 +189,7 @@ class Watchdog:
 
     def _cancel_tasks(self, phase: TimedPhase) -> None:
         def cancel(loop: Loop) -> None:
-            if self._phase is phase:  # the loop may have been blocked until now
+            if self._phase is phase:  # a blocked loop may call this after the phase has ended
                 for task in asyncio.all_tasks(loop):
                     task.cancel()
 
@@ -229,12 +229,12 @@ def _running_loops() -> list[Loop]:
 
 def _call_in_loops(function: Callable[[Loop], None]) -> None:
     for loop in _running_loops():
-        with suppress(RuntimeError):  # closed meanwhile
+        with suppress(RuntimeError):  # closed in the meantime
             loop.call_soon_threadsafe(function, loop)
 
 
 def _stack_of(task: asyncio.Task[Any]) -> Iterator[str]:
-    """Yield where a task waits: `Task.get_stack` ends at its outermost coroutine."""
+    """Yield the stack of a waiting task: `Task.get_stack` returns the outermost coroutine only."""
     awaited: Any = task.get_coro()
     while awaited is not None:
         frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)

@@ -1,4 +1,4 @@
-"""Find the tools that the tests are done with, or say plainly that one is not here."""
+"""Find the tools of the project, from the package index and from npm."""
 
 import hashlib
 import os
@@ -20,18 +20,18 @@ NPM_INSTALL_S = 120
 
 
 def python_tool(name: str) -> str:
-    """Return a tool of the package index: one beside this Python, or else on the PATH."""
+    """Return the path of a tool from the package index: next to this Python, or on the PATH."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     found = shutil.which(name, path=path)
     if found is None:
-        pytest.fail(f"{name} is not here; it belongs to the group dev in pyproject.toml")
+        pytest.fail(f"{name} is not installed; it belongs to the group dev in pyproject.toml")
     return found
 
 
 def npm_command(name: str) -> list[str]:
-    """Return the command of a tool of npm/, which is installed when its lock file is new.
+    """Return the command of a tool in npm/. The tools are installed when the lock file has changed.
 
-    It runs on the Node.js that comes with playwright: a system's own may be too old.
+    They run on the Node.js of playwright: that of the system may be too old.
     """
     lock = (NPM / "package-lock.json").read_bytes()
     directory = ROOT / "build" / "npm" / hashlib.sha256(lock).hexdigest()[:16]
@@ -44,13 +44,13 @@ def npm_command(name: str) -> list[str]:
 def _install(directory: Path) -> None:
     npm = programs.needed(programs.NPM)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=directory.parent))
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent))
     try:
         for file in ("package.json", "package-lock.json"):
-            shutil.copy(NPM / file, made)
+            shutil.copy(NPM / file, temporary)
         done = subprocess.run(
             [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=made,
+            cwd=temporary,
             capture_output=True,
             text=True,
             timeout=NPM_INSTALL_S,
@@ -58,6 +58,6 @@ def _install(directory: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         with suppress(OSError):  # another process was faster
-            made.rename(directory)
+            temporary.rename(directory)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
