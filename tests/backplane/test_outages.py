@@ -275,7 +275,7 @@ async def test_an_entry_deleted_before_it_was_read_is_reported_before_the_next_m
         assert each.backplane.counters.gaps == each.backplane.counters.lost == 0, "it was read"
 
 
-@pytest.mark.parametrize("modify", ["delete", "empty"])
+@pytest.mark.parametrize("modify", ["delete_stream", "purge"])
 async def test_unread_entries_of_a_deleted_or_emptied_stream_are_reported_as_a_gap(
     broker_log: BrokerLog, proxy: BrokerProxy, modify: str
 ) -> None:

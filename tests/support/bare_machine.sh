@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run `make run` and `make test` on a Debian that has Python and make only, as a user without
+# Run `make run` and `make test` on a Debian with only Python and make, as a user without
 # privileges, and print how long each takes: tests/support/bare_machine.sh [target of make ...]
 #
-# Needs root, mmdebstrap and, as make itself does, a package index: pip's settings and certificates
-# are those of this machine. Nothing is left over: all processes end with their namespace, all
-# mounts too, and the directory is removed. The variable SUITE names another Debian.
+# Needs root, mmdebstrap and, like make itself, a package index: the settings and certificates of
+# pip are those of this machine. Nothing remains: all processes and mounts end with their
+# namespaces, and the directory is removed. The variable SUITE names another release of Debian.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -26,7 +26,7 @@ git ls-files -z --cached --others --exclude-standard | tar --create --null --fil
   tar --extract --directory="$home/relay"
 chown --recursive "$USER_ID:$USER_ID" "$home"
 
-# What pip is told here, by variables first, and the files and directories that this names.
+# The settings of pip on this machine, variables first, and the files and directories they name.
 {
   echo "[global]"
   python3 -m pip config list | sed "s/^.*\.\([a-z-]*\)='\(.*\)'$/\1 = \2/; s/\\\\n/ /g" |
@@ -39,7 +39,7 @@ cat >"$home/run" <<'EOF'
 set -u -m
 cd ~/relay
 touch ~/run.log
-export RELAY__SERVER__PORT=0 RELAY__METRICS__PORT=0  # another relay may run beside this one
+export RELAY__SERVER__PORT=0 RELAY__METRICS__PORT=0  # another relay may run on this machine
 make run &>~/run.log &
 until grep --quiet --word-regexp ready ~/run.log; do
   kill -0 $! || { cat ~/run.log; exit 1; }
