@@ -1,1 +1,1 @@
-"""What runs in browsers: relay.js, the console, EventSource."""
+"""Clients in a real browser: relay.js, the console, and EventSource."""

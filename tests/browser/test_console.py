@@ -1,4 +1,4 @@
-"""The console does what it shows, against a real relay and in a real browser."""
+"""The console with a real relay, in a real browser."""
 
 import asyncio
 import functools
@@ -27,8 +27,8 @@ pytestmark = browser.SHARED
 KEPT = 500
 """Messages that the page keeps."""
 
-UNREACHED = ("Failed to load resource", "WebSocket connection to")
-"""How a browser's own lines begin that say that nothing answers, or no."""
+FAILED_REQUESTS = ("Failed to load resource", "WebSocket connection to")
+"""The first words of the browser's messages about refused or unanswered requests."""
 
 DROP = """({name, bytes}) => {
     const dataTransfer = new DataTransfer();
@@ -42,39 +42,42 @@ DROP = """({name, bytes}) => {
 
 @asynccontextmanager
 async def console_of(
-    relay: RelayProcess, path: str = "/", *, may_miss: bool = False
+    relay: RelayProcess, path: str = "/", *, requests_fail: bool = False
 ) -> AsyncIterator[Page]:
-    """Open the console; fail where the browser complains, of a breach of the policy for one.
+    """Open the console; fail at the end if the browser has logged an error or a warning.
+
+    A violation of the content security policy, for example, is an error.
 
     Args:
         path: of the page.
-        may_miss: the relay refuses something or is away, and the browser says so.
+        requests_fail: whether errors about refused and unanswered requests are expected.
     """
     async with browser.open_page() as page:
-        complaints = watched(page)
+        errors = browser_errors(page)
         await page.goto(relay.http_url(path))
         yield page
-    assert [line for line in complaints if not (may_miss and line.startswith(UNREACHED))] == []
+    expected = FAILED_REQUESTS if requests_fail else ()
+    assert [line for line in errors if not line.startswith(expected)] == []
 
 
-def watched(page: Page) -> list[str]:
-    """Return a list of what the browser complains of, which grows."""
-    complaints: list[str] = []
+def browser_errors(page: Page) -> list[str]:
+    """Return a list that receives the errors and warnings of the browser."""
+    errors: list[str] = []
     page.on(
         "console",
-        lambda line: complaints.append(line.text) if line.type in {"error", "warning"} else None,
+        lambda line: errors.append(line.text) if line.type in {"error", "warning"} else None,
     )
-    return complaints
+    return errors
 
 
 async def connect(page: Page, channel: str, history: str = "none") -> None:
-    """Fill in the form."""
+    """Fill in the form, and connect."""
     await page.get_by_label("Channel", exact=True).fill(channel)
     await page.get_by_label("History").select_option(history)
     await page.get_by_role("button", name="Connect", exact=True).click()
 
 
-async def is_connected(page: Page) -> None:
+async def await_connected(page: Page) -> None:
     await expect(page.locator("#state")).to_have_text("connected")
 
 
@@ -83,13 +86,13 @@ async def send(page: Page, text: str) -> None:
     await page.keyboard.press("Enter")
 
 
-async def give_token(page: Page, given: str) -> None:
-    await page.get_by_label("JSON Web Token").fill(given)
+async def enter_token(page: Page, token: str) -> None:
+    await page.get_by_label("JSON Web Token").fill(token)
     await page.get_by_role("button", name="Use it").click()
 
 
 def rows(page: Page) -> Locator:
-    """Return the messages, without the notes among them."""
+    """Return the texts of the messages, without the notes between them."""
     return page.locator("#messages li:not(.note) .text")
 
 
@@ -101,12 +104,12 @@ def tile(page: Page, title: str) -> Locator:
     return page.locator(".tile", has=page.get_by_text(title, exact=True)).locator("dd")
 
 
-async def test_it_connects_and_sends_and_shows_what_arrives(
+async def test_the_console_sends_messages_and_shows_received_ones(
     relay: RelayProcess, channel: str
 ) -> None:
     async with console_of(relay) as page, relay.client(channel) as other:
         await connect(page, channel)
-        await is_connected(page)
+        await await_connected(page)
         await send(page, "typed <b>here</b>\nin two lines")
         await expect(page.locator("#messages .mine .text")).to_have_text(
             "typed <b>here</b>\nin two lines"
@@ -137,13 +140,11 @@ HOSTILE = (
 )
 
 
-async def test_what_strangers_say_is_text_and_nothing_else(
-    relay: RelayProcess, channel: str
-) -> None:
+async def test_hostile_messages_are_shown_as_text_only(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        asked: list[str] = []
-        page.on("dialog", lambda dialog: asked.append(dialog.message))
-        await is_connected(page)
+        dialogs: list[str] = []
+        page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+        await await_connected(page)
         for text in HOSTILE:
             await other.send(text)
         await other.send("x" * 1_000_000)
@@ -158,18 +159,25 @@ async def test_what_strangers_say_is_text_and_nothing_else(
             assert length < len(await whole.inner_text()) < 1.5 * length + 20_000
             await expect(whole).to_contain_text("the rest is in what Save saves")
             await page.keyboard.press("Escape")
-        assert asked == []
+        assert dialogs == []
         assert await page.locator("#messages :is(img, script, b)").count() == 0
         height = "list => Math.max(...[...list.children].map(row => row.offsetHeight))"
         assert await page.locator("#messages").evaluate(height) < 100
 
 
-NO_CHANNELS = ("<img src=x onerror=alert(1)>", "javascript:alert(1)", "../stats", "..", "a b", "")
+INVALID_CHANNELS = (
+    "<img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "../stats",
+    "..",
+    "a b",
+    "",
+)
 
 
-async def test_an_address_that_names_no_channel_connects_to_none(relay: RelayProcess) -> None:
+async def test_a_url_without_a_valid_channel_does_not_connect(relay: RelayProcess) -> None:
     async with console_of(relay) as page:
-        for name in NO_CHANNELS:
+        for name in INVALID_CHANNELS:
             query = urlencode({"channel": name, "history": "<b>", "access_token": "x"})
             await page.goto(relay.http_url(f"/?{query}"))
             await expect(page.get_by_label("History")).to_have_value("20")
@@ -177,23 +185,21 @@ async def test_an_address_that_names_no_channel_connects_to_none(relay: RelayPro
             assert page.url == relay.http_url("/"), name
 
 
-async def test_an_address_that_names_a_channel_connects_to_it(
-    relay: RelayProcess, channel: str
-) -> None:
+async def test_a_url_with_a_channel_connects_to_it(relay: RelayProcess, channel: str) -> None:
     async with relay.client(channel) as other:
         await other.send("before")
         await receive(other)
         async with console_of(relay, f"/?channel={channel}&history=20&access_token=x#y") as page:
-            await is_connected(page)
+            await await_connected(page)
             await expect(rows(page)).to_have_text(["before"])
             assert page.url == relay.http_url(f"/?channel={channel}&history=20")
 
 
-async def test_a_message_is_opened_whole_and_closed_by_keyboard(
+async def test_the_keyboard_opens_and_closes_a_whole_message(
     relay: RelayProcess, channel: str
 ) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        await is_connected(page)
+        await await_connected(page)
         await other.send('{"id":12345678901234567890,"of":[],"is":[1,{"deep":"a, b: {"}]}')
         await other.send(bytes(range(20)))
         await expect(rows(page)).to_have_count(2)
@@ -217,12 +223,12 @@ async def test_a_message_is_opened_whole_and_closed_by_keyboard(
         await expect(page.get_by_role("button", name="Pause")).to_be_visible()
 
 
-async def test_a_message_is_saved_as_it_came(
+async def test_a_message_is_saved_unchanged(
     relay: RelayProcess, channel: str, tmp_path: Path
 ) -> None:
     content = bytes(range(256)) * 40
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        await is_connected(page)
+        await await_connected(page)
         await other.send(content)
         await rows(page).click()
         async with page.expect_download() as started:
@@ -233,12 +239,12 @@ async def test_a_message_is_saved_as_it_came(
         assert (tmp_path / "saved").read_bytes() == content
 
 
-async def test_a_file_is_one_binary_message_chosen_or_dropped(
+async def test_a_chosen_or_dropped_file_is_sent_as_one_binary_message(
     relay: RelayProcess, channel: str
 ) -> None:
     chosen, dropped = b"\x00chosen" * 10_000, b"\xffdropped"
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        await is_connected(page)
+        await await_connected(page)
         file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=chosen)
         await page.locator("#file").set_input_files(file)
         assert await receive(other) == chosen
@@ -247,10 +253,10 @@ async def test_a_file_is_one_binary_message_chosen_or_dropped(
         await expect(page.locator("#messages .mine .kind")).to_have_text(["binary", "binary"])
 
 
-async def test_what_is_too_large_is_not_sent(relay_with: StartRelay, channel: str) -> None:
+async def test_a_message_above_the_limit_is_not_sent(relay_with: StartRelay, channel: str) -> None:
     relay = relay_with(limits={"max_message_bytes": 1000})
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        await is_connected(page)
+        await await_connected(page)
         await expect(page.locator("#status")).to_have_text("ready")
         file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=bytes(1001))
         await page.locator("#file").set_input_files(file)
@@ -264,15 +270,15 @@ async def test_what_is_too_large_is_not_sent(relay_with: StartRelay, channel: st
         assert await receive(other) == "ü" * 500
 
 
-async def test_without_figures_it_is_the_relay_that_says_what_is_too_large(
+async def test_without_stats_the_relay_closes_after_a_message_above_the_limit(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(
         limits={"max_message_bytes": 1000}, auth={"mode": "jwt", "jwt": {"secret": SECRET}}
     )
-    async with console_of(relay, f"/?channel={channel}", may_miss=True) as page:
-        await give_token(page, sign_token())
-        await is_connected(page)
+    async with console_of(relay, f"/?channel={channel}", requests_fail=True) as page:
+        await enter_token(page, sign_token())
+        await await_connected(page)
         file = FilePayload(name="a.bin", mimeType="application/octet-stream", buffer=bytes(1001))
         await page.locator("#file").set_input_files(file)
         await expect(notes(page, "connection lost: 1009 message too big")).to_have_count(1)
@@ -280,24 +286,24 @@ async def test_without_figures_it_is_the_relay_that_says_what_is_too_large(
         await expect(notes(page, "a.bin: ")).to_have_count(1)
 
 
-async def test_two_tabs_talk_to_each_other(relay: RelayProcess, channel: str) -> None:
+async def test_two_tabs_exchange_messages(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as one:
         async with one.expect_popup() as opened:
             await one.evaluate("() => { open(location.href); }")
         other = await opened.value
-        complaints = watched(other)
+        errors = browser_errors(other)
         for page in (one, other):
-            await is_connected(page)
+            await await_connected(page)
         await send(one, "from the one")
         await expect(rows(other)).to_have_text(["from the one"])
         await send(other, "from the other")
         for page in (one, other):
             await expect(rows(page)).to_have_text(["from the one", "from the other"])
             await expect(page.locator("#messages .mine")).to_have_count(1)
-        assert complaints == []
+        assert errors == []
 
 
-async def test_it_survives_a_relay_s_restart_and_misses_nothing(
+async def test_the_console_resumes_without_a_gap_after_a_restart_of_the_relay(
     relay_with: StartRelay, tmp_path: Path, channel: str
 ) -> None:
     redis = needed(*ANY_REDIS)
@@ -305,10 +311,10 @@ async def test_it_survives_a_relay_s_restart_and_misses_nothing(
         settings = {"backplane": {"url": broker.url}, "shutdown": {"spread_s": 0}}
         relay, replica = relay_with(**settings), relay_with(**settings)
         async with (
-            console_of(relay, f"/?channel={channel}", may_miss=True) as page,
+            console_of(relay, f"/?channel={channel}", requests_fail=True) as page,
             replica.client(channel) as other,
         ):
-            await is_connected(page)
+            await await_connected(page)
             await expect(tile(page, "Backplane")).to_have_text("redis, up")
             expected = ["before", *(f"meanwhile {number}" for number in range(50)), "after"]
             await other.send("before")
@@ -317,31 +323,29 @@ async def test_it_survives_a_relay_s_restart_and_misses_nothing(
             await relay.stop()
             await expect(notes(page, "connection lost: 1001 draining")).to_have_count(1)
             await expect(page.locator("#status")).to_have_text("not reachable")
-            await send(page, "typed while it was away")
+            await send(page, "typed while it was stopped")
             await expect(notes(page, "1 to be sent when there is a connection")).to_have_count(1)
             for text in expected[1:-1]:
                 await other.send(text)
             await receive_many(other, len(expected) - 1)
 
             relay_with(server={"port": relay.port}, **settings)
-            await is_connected(page)
+            await await_connected(page)
             await expect(page.locator("#messages .mine .text")).to_have_text(
-                "typed while it was away"
+                "typed while it was stopped"
             )
             await other.send("after")
             await expect(rows(page).last).to_have_text("after")
-            heard = await page.locator(
-                "#messages li:not(.note):not(.mine) .text"
-            ).all_text_contents()
-            assert heard == expected
+            received = page.locator("#messages li:not(.note):not(.mine) .text")
+            assert await received.all_text_contents() == expected
             await expect(page.locator("#status")).to_have_text("ready")
 
 
-async def test_a_token_is_asked_for_and_kept_out_of_sight(
+async def test_a_token_is_requested_and_is_stored_and_shown_nowhere(
     jwt_relay: RelayProcess, channel: str
 ) -> None:
-    given = sign_token(relay=ALL_CHANNELS | {"stats": True})
-    async with console_of(jwt_relay, may_miss=True) as page:
+    token = sign_token(relay=ALL_CHANNELS | {"stats": True})
+    async with console_of(jwt_relay, requests_fail=True) as page:
         await connect(page, channel)
         dialog = page.get_by_role("dialog", name="Token")
         await expect(dialog).to_contain_text("Reason: 401 token required")
@@ -352,30 +356,30 @@ async def test_a_token_is_asked_for_and_kept_out_of_sight(
         await page.get_by_role("button", name="Connect", exact=True).click()
         await expect(page.get_by_label("JSON Web Token")).to_be_focused()
         assert await page.get_by_label("JSON Web Token").get_attribute("type") == "password"
-        await give_token(page, "not.the.one")
+        await enter_token(page, "not.the.one")
         await expect(dialog).to_contain_text("Reason: 401 invalid token")
-        await give_token(page, given)
-        await is_connected(page)
+        await enter_token(page, token)
+        await await_connected(page)
         await expect(tile(page, "Up for")).not_to_be_empty()
         await send(page, "typed")
         await expect(rows(page)).to_have_text(["typed"])
 
-        kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, history.state])"
-        assert given not in await page.evaluate(kept)
-        assert given not in await page.content()
-        assert given not in page.url
+        storage = "JSON.stringify([localStorage, sessionStorage, document.cookie, history.state])"
+        assert token not in await page.evaluate(storage)
+        assert token not in await page.content()
+        assert token not in page.url
         fields = await page.locator("input").all()
-        assert given not in [await field.input_value() for field in fields]
+        assert token not in [await field.input_value() for field in fields]
     log = "\n".join(jwt_relay.log_lines)
-    assert all(part not in log for part in given.split("."))
+    assert all(part not in log for part in token.split("."))
 
 
-async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
+async def test_without_permission_for_stats_the_console_reports_it_and_exchanges_messages(
     jwt_relay: RelayProcess, channel: str
 ) -> None:
-    async with console_of(jwt_relay, f"/?channel={channel}", may_miss=True) as page:
-        await give_token(page, sign_token())
-        await is_connected(page)
+    async with console_of(jwt_relay, f"/?channel={channel}", requests_fail=True) as page:
+        await enter_token(page, sign_token())
+        await await_connected(page)
         notice = page.locator("#stats-unavailable")
         await expect(notice).to_contain_text("403 not authorized for stats")
         await expect(page.locator("#charts")).to_be_hidden()
@@ -383,21 +387,21 @@ async def test_without_a_right_to_the_figures_it_says_so_and_the_rest_works(
         await expect(rows(page)).to_have_text(["typed"])
 
         await notice.get_by_role("button", name="Token…").click()
-        await give_token(page, sign_token(relay=ALL_CHANNELS | {"stats": True}))
+        await enter_token(page, sign_token(relay=ALL_CHANNELS | {"stats": True}))
         await expect(notice).to_be_hidden()
         await expect(page.locator("#charts figure").first).to_be_visible()
         await expect(page.locator("#status")).to_have_text("ready")
-        await is_connected(page)
+        await await_connected(page)
 
 
-async def test_the_figures_are_the_relay_s(relay: RelayProcess, channel: str) -> None:
+async def test_the_stats_are_those_of_the_relay(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as page, relay.client(channel) as other:
-        await is_connected(page)
+        await await_connected(page)
         await expect(page.locator("#status")).to_have_text("ready")
         await expect(tile(page, "Backplane")).to_have_text("memory, up")
         await expect(page.get_by_label(re.compile("^Clients, now 2$"))).to_have_count(1)
         async with asyncio.TaskGroup() as group:
-            sending = group.create_task(send_for_ever(other))
+            sending = group.create_task(send_until_cancelled(other))
             await expect(
                 page.get_by_label(re.compile(r"^Messages in, now [\d.]+/s"))
             ).to_have_count(1)
@@ -413,19 +417,20 @@ async def test_all_replicas_are_shown(relay_with: StartRelay, tmp_path: Path, ch
         relay, replica = relay_with(**settings), relay_with(**settings)
         async with console_of(relay) as page, replica.client(channel) as other:
             await other.send("counted")
-            rows_of = page.get_by_role("table", name="Replicas").locator("tbody tr")
+            replicas = page.get_by_role("table", name="Replicas").locator("tbody tr")
             name = socket.gethostname()
-            await expect(rows_of).to_have_text([f"{name}00", f"{name}11"])
+            await expect(replicas).to_have_text([f"{name}00", f"{name}11"])
 
 
-async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one_now_that_one(
+async def test_stats_are_of_one_replica_while_a_proxy_alternates_between_two(
     relay: RelayProcess, channel: str
 ) -> None:
     names = itertools.cycle(["one", "other"])
 
     async def answer(route: Route) -> None:
-        told = await route.fetch()
-        await route.fulfill(response=told, json=await told.json() | {"replica": next(names)})
+        response = await route.fetch()
+        stats = await response.json() | {"replica": next(names)}
+        await route.fulfill(response=response, json=stats)
 
     async with browser.open_page() as page:
         await page.route("**/stats", answer)
@@ -435,7 +440,7 @@ async def test_the_figures_stay_with_one_replica_where_a_proxy_asks_now_this_one
         await expect(page.locator("#replica")).to_have_text(re.compile("^replica one "))
 
 
-NO_FIGURES = (
+RESPONSES_WITHOUT_STATS = (
     (403, "text/plain", "not authorized for stats\n", "403 not authorized for stats"),
     (503, "text/plain", "draining" + "x" * 100_000, "503 draining"),
     (502, "text/html", "<h1>Bad Gateway</h1>" * 5_000, "502"),
@@ -445,12 +450,14 @@ NO_FIGURES = (
 )
 
 
-async def test_an_answer_without_figures_is_told_in_a_line_and_the_rest_works(
+async def test_a_response_without_stats_is_reported_in_one_line(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with console_of(relay, may_miss=True) as page:
-        for status, kind, body, shown in NO_FIGURES:
-            answer = functools.partial(Route.fulfill, status=status, content_type=kind, body=body)
+    async with console_of(relay, requests_fail=True) as page:
+        for status, content_type, body, shown in RESPONSES_WITHOUT_STATS:
+            answer = functools.partial(
+                Route.fulfill, status=status, content_type=content_type, body=body
+            )
             await page.route("**/stats", answer)
             await page.goto(relay.http_url(f"/?channel={channel}"))
             notice = page.locator("#stats-unavailable")
@@ -462,20 +469,22 @@ async def test_an_answer_without_figures_is_told_in_a_line_and_the_rest_works(
             await expect(rows(page).last).to_have_text("typed")
 
 
-async def send_for_ever(client: ClientConnection) -> None:
+async def send_until_cancelled(client: ClientConnection) -> None:
     while True:
         await client.send("tick")
         await asyncio.sleep(0.05)
 
 
-async def test_the_list_keeps_the_last_messages_and_waits_while_it_is_paused(
+async def test_the_list_keeps_the_latest_messages_and_can_be_paused(
     relay: RelayProcess, channel: str
 ) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
-        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+        relay.client(
+            channel, max_queue=None
+        ) as other,  # with a bound, it would not read its close frame
     ):
-        await is_connected(page)
+        await await_connected(page)
         await page.get_by_role("button", name="Clear").click()
         for number in range(KEPT + 100):
             await other.send(f"message {number}")
@@ -486,21 +495,23 @@ async def test_the_list_keeps_the_last_messages_and_waits_while_it_is_paused(
 
         await page.get_by_role("button", name="Pause").click()
         await other.send("later")
-        go_on = page.get_by_role("button", name="Continue (1 new)")
-        await expect(go_on).to_be_visible()
+        resume = page.get_by_role("button", name="Continue (1 new)")
+        await expect(resume).to_be_visible()
         await expect(rows(page).last).to_have_text(f"message {KEPT + 99}")
-        await go_on.click()
+        await resume.click()
         await expect(rows(page).last).to_have_text("later")
 
 
-async def test_the_list_waits_while_its_reader_scrolled_back(
+async def test_the_list_is_paused_while_it_is_scrolled_back(
     relay: RelayProcess, channel: str
 ) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
-        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+        relay.client(
+            channel, max_queue=None
+        ) as other,  # with a bound, it would not read its close frame
     ):
-        await is_connected(page)
+        await await_connected(page)
         for number in range(100):
             await other.send(f"message {number}")
         await expect(rows(page).last).to_have_text("message 99")
@@ -515,15 +526,17 @@ async def test_the_list_waits_while_its_reader_scrolled_back(
 async def test_many_messages_are_one_announcement(relay: RelayProcess, channel: str) -> None:
     async with (
         console_of(relay, f"/?channel={channel}") as page,
-        relay.client(channel, max_queue=None) as other,  # or it could not hear its end
+        relay.client(
+            channel, max_queue=None
+        ) as other,  # with a bound, it would not read its close frame
     ):
-        await is_connected(page)
+        await await_connected(page)
         await page.evaluate(
             """() => {
                 window.announced = [];
-                const heard = document.getElementById("announcement");
-                new MutationObserver(() => window.announced.push(heard.textContent))
-                    .observe(heard, {childList: true});
+                const announcement = document.getElementById("announcement");
+                new MutationObserver(() => window.announced.push(announcement.textContent))
+                    .observe(announcement, {childList: true});
             }"""
         )
         for number in range(200):
@@ -533,10 +546,10 @@ async def test_many_messages_are_one_announcement(relay: RelayProcess, channel: 
         assert len(await page.evaluate("announced")) <= 2
 
 
-async def test_it_works_below_a_base_path(relay_with: StartRelay, channel: str) -> None:
+async def test_the_console_works_below_a_base_path(relay_with: StartRelay, channel: str) -> None:
     relay = relay_with(server={"base_path": "/live/relay"})
     async with console_of(relay, f"/live/relay/?channel={channel}") as page:
-        await is_connected(page)
+        await await_connected(page)
         await send(page, "typed")
         await expect(rows(page)).to_have_text(["typed"])
         await expect(page.locator("#status")).to_have_text("ready")
@@ -544,39 +557,37 @@ async def test_it_works_below_a_base_path(relay_with: StartRelay, channel: str) 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_is_readable_on_a_phone(
+async def test_the_console_fits_a_narrow_screen_in_light_and_dark_colours(
     relay: RelayProcess, channel: str, scheme: Literal["light", "dark"]
 ) -> None:
     async with console_of(relay) as page:
         await page.set_viewport_size({"width": 320, "height": 640})
         await page.emulate_media(color_scheme=scheme)
         await connect(page, channel)
-        await is_connected(page)
+        await await_connected(page)
         await send(page, "a word that is longer than the screen is wide: " + "x" * 200)
         await expect(rows(page)).to_have_count(1)
         await expect(tile(page, "Up for")).not_to_be_empty()
         assert await page.locator("html").evaluate("html => html.scrollWidth") == 320
         colours = "body => [getComputedStyle(body).color, getComputedStyle(body).backgroundColor]"
-        text, ground = (
+        text, background = (
             sum(map(int, re.findall(r"\d+", colour)))
             for colour in await page.locator("body").evaluate(colours)
         )
-        assert (text < ground) is (scheme == "light")
+        assert (text < background) is (scheme == "light")
 
 
-async def test_the_keyboard_goes_through_it_in_the_order_that_it_is_seen(
-    relay: RelayProcess, channel: str
-) -> None:
+async def test_the_tab_key_follows_the_visual_order(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as page:
-        await is_connected(page)
+        await await_connected(page)
         await page.get_by_label("Channel", exact=True).focus()
-        passed = ["name"]
-        while passed[-1] != "send":
+        focused = ["name"]
+        while focused[-1] != "send":
             await page.keyboard.press("Tab")
-            passed.append(await page.evaluate("document.activeElement.id"))
+            focused.append(await page.evaluate("document.activeElement.id"))
             width = "getComputedStyle(document.activeElement).outlineWidth"
-            assert await page.evaluate(width) == "2px", passed
-        assert passed == [
+            assert await page.evaluate(width) == "2px", focused
+        assert focused == [
             *("name", "history", "key", "toggle", "clear", "pause"),
             *("messages", "message", "attach", "send"),
         ]

@@ -1,4 +1,4 @@
-"""A browser's own EventSource, without relay.js, through whatever happens to a relay."""
+"""The EventSource of a browser, without relay.js: it resumes without a gap on another relay."""
 
 from signal import SIGKILL, SIGTERM
 
@@ -13,50 +13,53 @@ from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = browser.SHARED
 
-LISTEN = """url => {
+SUBSCRIBE = """url => {
     Object.assign(window, {
-        heard: [], welcomed: false, refused: false, source: new EventSource(url),
+        received: [], isWelcomed: false, isRefused: false, source: new EventSource(url),
     });
-    source.addEventListener("welcome", () => { welcomed = true; });
-    source.onmessage = ({data}) => heard.push(data);
-    source.onerror = () => { refused = source.readyState === EventSource.CLOSED; };
+    source.addEventListener("welcome", () => { isWelcomed = true; });
+    source.onmessage = ({data}) => received.push(data);
+    source.onerror = () => { isRefused = source.readyState === EventSource.CLOSED; };
 }"""
 
 
-async def until(page: Page, condition: str) -> None:
-    async def look() -> tuple[bool, object]:
-        return bool(await page.evaluate(condition)), await page.evaluate("heard.length")
+async def wait_until(page: Page, condition: str) -> None:
+    """Wait until an expression of JavaScript is true."""
 
-    await eventually(look, condition)
+    async def check() -> tuple[bool, object]:
+        return bool(await page.evaluate(condition)), await page.evaluate("received.length")
+
+    await eventually(check, condition)
 
 
-async def listen(page: Page, origin: str, channel: str) -> None:
-    await page.evaluate(LISTEN, f"{origin}{path_of(channel)}/events")
-    # The response head opens the source; the position to resume from comes with the first event.
-    await until(page, "welcomed")
+async def subscribe(page: Page, origin: str, channel: str) -> None:
+    """Open an EventSource on the page, and wait for the event `welcome`."""
+    await page.evaluate(SUBSCRIBE, f"{origin}{path_of(channel)}/events")
+    # The response head opens the source. Only the first event sets the position to resume from.
+    await wait_until(page, "isWelcomed")
 
 
 @pytest.mark.parametrize(
-    ("how", "after", "is_elsewhere"),
+    ("how", "after", "is_other_origin"),
     [("stopped", 50, True), ("killed", 50, False), ("cut off", 0, True)],
 )
-async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
+async def test_an_event_source_resumes_without_a_gap_and_without_a_duplicate(
     redis_replicas: tuple[RelayProcess, RelayProcess],
     channel: str,
     how: str,
     after: int,
-    is_elsewhere: bool,
+    is_other_origin: bool,
 ) -> None:
     one, two = redis_replicas
     async with (
         TcpProxy(one.port) as proxy,
-        serve_site() as elsewhere,
+        serve_site() as site,
         browser.open_page() as page,
         two.client(channel) as publisher,
     ):
         origin = proxy.url("").replace("ws:", "http:")
-        await page.goto(elsewhere.origin if is_elsewhere else f"{origin}/")
-        await listen(page, origin, channel)
+        await page.goto(site.origin if is_other_origin else f"{origin}/")
+        await subscribe(page, origin, channel)
         for number in number_texts(0, 150):
             if number == str(after):
                 proxy.target = two.port
@@ -66,17 +69,17 @@ async def test_it_comes_back_by_itself_without_a_gap_and_without_a_duplicate(
                     one.signal(SIGTERM if how == "stopped" else SIGKILL)
             await publisher.send(number)
             await receive(publisher)
-        await until(page, "heard.length >= 150")
-        assert await page.evaluate("heard") == number_texts(0, 150)
+        await wait_until(page, "received.length >= 150")
+        assert await page.evaluate("received") == number_texts(0, 150)
 
 
-async def test_only_pages_of_the_origins_that_are_allowed_hear(
+async def test_only_pages_of_allowed_origins_receive_events(
     relay_with: StartRelay, channel: str
 ) -> None:
     async with serve_site() as allowed, serve_site() as other, browser.open_page() as page:
         relay = relay_with(server={"allowed_origins": [allowed.origin]})
         await page.goto(allowed.origin)
-        await listen(page, relay.http_url(""), channel)
+        await subscribe(page, relay.http_url(""), channel)
         await page.goto(other.origin)
-        await page.evaluate(LISTEN, relay.http_url(f"{path_of(channel)}/events"))
-        await until(page, "refused")
+        await page.evaluate(SUBSCRIBE, relay.http_url(f"{path_of(channel)}/events"))
+        await wait_until(page, "isRefused")

@@ -31,7 +31,7 @@ from jwt.algorithms import get_default_algorithms
 from tests.support.raw_client import PATIENCE_S
 
 SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
-OTHER_SECRET = "another secret of sixty-four bytes, which nobody configured: xyz"
+OTHER_SECRET = "another secret of sixty-four bytes, which no relay knows: abcdef"
 ALL_CHANNELS = {"subscribe": ["*"], "publish": ["*"]}
 CURVES = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES512": ec.SECP521R1}
 ASYMMETRIC = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA")

@@ -1,4 +1,4 @@
-"""A site of another origin than the relay's: one page, and relay.js."""
+"""Serve a page with relay.js from another origin than the relay's."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,44 +8,53 @@ from tests.support.relay_process import PACKAGE
 
 RELAY_JS = PACKAGE / "browser" / "relay.js"
 
-
 PAGE = """<!doctype html><title>a page</title><script type="module">
 import {Relay, RelayError} from "MODULE";
-Object.assign(window, {Relay, heard: [], positions: [], told: [], sent: {}});
+Object.assign(window, {Relay, received: [], positions: [], events: [], outcomes: {}});
 window.start = (url, options) => {
   window.relay = new Relay(url, options);
   relay.addEventListener("message", ({data, position}) => {
-    heard.push(typeof data === "string" ? data : [...new Uint8Array(data)]);
+    received.push(typeof data === "string" ? data : [...new Uint8Array(data)]);
     positions.push(position);
   });
   for (const type of ["open", "close", "gap", "refused", "state"]) {
     relay.addEventListener(type, ({code, reason, state, retryInMs, status, transport}) =>
-      told.push({type, code, reason, state, retryInMs, status, transport}));
+      events.push({type, code, reason, state, retryInMs, status, transport}));
   }
 };
 window.send = text => relay.send(text).then(
-  position => { sent[text] = position; },
-  error => { sent[text] = error.why; });
-window.why = data => { try { relay.send(data); } catch (error) { return error.why; } };
+  position => { outcomes[text] = position; },
+  error => { outcomes[text] = error.why; });
+window.sendError = data => {
+  try { relay.send(data); } catch (error) { return error.why; }
+};
 window.isReady = true;
 </script>"""
+"""Records messages, their positions, other events, and the outcome of each sent text: its position
+or the reason of the error."""
 
 
 class Site:
-    """Serves one page, and relay.js to pages from anywhere."""
+    """An HTTP server of the page, and of relay.js for pages of any origin.
+
+    Attributes:
+        origin: of the page.
+        module: the URL from which the page imports relay.js.
+    """
 
     def __init__(self) -> None:
         self.origin = ""
         self.module = ""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request, and close the connection."""
         head = await reader.readline()
-        kind, body = "text/html", PAGE.replace("MODULE", self.module).encode()
+        content_type, body = "text/html", PAGE.replace("MODULE", self.module).encode()
         if head.startswith(b"GET /relay.js "):
-            kind, body = "text/javascript", RELAY_JS.read_bytes()
+            content_type, body = "text/javascript", RELAY_JS.read_bytes()
         lines = (
             "HTTP/1.1 200 OK",
-            f"Content-Type: {kind}; charset=utf-8",
+            f"Content-Type: {content_type}; charset=utf-8",
             f"Content-Length: {len(body)}",
             "Access-Control-Allow-Origin: *",
             "Connection: close",
@@ -57,8 +66,9 @@ class Site:
 
 @asynccontextmanager
 async def serve_site() -> AsyncIterator[Site]:
-    made = Site()
-    async with await asyncio.start_server(made.answer, "127.0.0.1", 0) as server:
-        made.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        made.module = f"{made.origin}/relay.js"
-        yield made
+    """Serve the page on a free port."""
+    site = Site()
+    async with await asyncio.start_server(site.answer, "127.0.0.1", 0) as server:
+        site.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        site.module = f"{site.origin}/relay.js"
+        yield site
