@@ -27,7 +27,7 @@ DEFAULT_BASE: str
 (DEFAULT_BASE,) = re.findall(r"^ARG BASE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 STAND_IN = "localhost/websocket-relay-stand-in:trixie"
 
-# For root without systemd and without permission to raise limits: for example in a container of a CI.
+# For root without systemd and without permission to raise limits, as in a container of a CI.
 PODMAN_CONF = """\
 [engine]
 runtime = "runc"
