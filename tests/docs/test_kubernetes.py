@@ -46,7 +46,7 @@ def commands(block: Block) -> list[list[str]]:
     return [words for words in found if words[0] in ("helm", "kubectl")]
 
 
-class Reader:
+class KubernetesReader:
     """Types a page's commands in a folder that looks like the project, without a cluster.
 
     Args:
@@ -131,7 +131,7 @@ class Reader:
 def test_the_commands_of_a_page_install_valid_objects(
     page: Path, name: str, tmp_path: Path
 ) -> None:
-    assert Reader(tmp_path, find_helm(name)).follow(page.read_text()) > 0
+    assert KubernetesReader(tmp_path, find_helm(name)).follow(page.read_text()) > 0
 
 
 def test_the_pages_about_kubernetes_are_among_them() -> None:

@@ -128,7 +128,7 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
 # Load
 
 
-class Subscriber:
+class RecordingSubscriber:
     """A client that resumes, and records its messages and its connections."""
 
     def __init__(self, deployment: Deployment) -> None:
@@ -191,9 +191,9 @@ class ShortConnections:
 
 
 @contextlib.asynccontextmanager
-async def subscribed(deployment: Deployment) -> AsyncIterator[Sequence[Subscriber]]:
+async def subscribed(deployment: Deployment) -> AsyncIterator[Sequence[RecordingSubscriber]]:
     """Connect subscribers, and wait at the end until they have the last message."""
-    subscribers = [Subscriber(deployment) for _ in range(SUBSCRIBERS)]
+    subscribers = [RecordingSubscriber(deployment) for _ in range(SUBSCRIBERS)]
     async with asyncio.TaskGroup() as group:
         for subscriber in subscribers:
             is_connected = asyncio.Event()
@@ -209,7 +209,7 @@ async def publish_last_message(deployment: Deployment) -> None:
 
 
 def lost_and_duplicates(
-    published: Sequence[str], subscribers: Sequence[Subscriber]
+    published: Sequence[str], subscribers: Sequence[RecordingSubscriber]
 ) -> tuple[int, int]:
     """Count missing and repeated messages over all subscribers."""
     lost = duplicates = 0

@@ -40,7 +40,7 @@ MIB = 1_048_576
 MAX_DELAY_S = 5.0  # of another client's message, on a busy machine
 
 
-class Watch:
+class ObservedEffects:
     """The observed effects on the relay.
 
     Attributes:
@@ -54,9 +54,9 @@ class Watch:
 
 
 @asynccontextmanager
-async def watched(relay: RelayProcess) -> AsyncIterator[Watch]:
+async def watched(relay: RelayProcess) -> AsyncIterator[ObservedEffects]:
     """Measure the relay's memory and the delay of messages in another channel, until the exit."""
-    watch = Watch()
+    watch = ObservedEffects()
     received = asyncio.Event()
 
     async def echo() -> None:

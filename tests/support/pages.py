@@ -198,7 +198,7 @@ def _accepts(port: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class RunningCommand:
+class BackgroundCommand:
     """A command that keeps running during the next blocks.
 
     Args:
@@ -271,7 +271,7 @@ class PageReader:
     def __init__(self, directory: Path, ports: Mapping[str, str]) -> None:
         self._directory = directory
         self._ports = ports
-        self._running: list[RunningCommand] = []
+        self._running: list[BackgroundCommand] = []
         self._windows = AsyncExitStack()
         self._open: list[BrowserWindow] = []
         self._console: tuple[BrowserWindow, CDPSession] | None = None
@@ -362,7 +362,7 @@ class PageReader:
         )
         await self._press_ctrl_c(running)
 
-    async def _press_ctrl_c(self, running: RunningCommand) -> None:
+    async def _press_ctrl_c(self, running: BackgroundCommand) -> None:
         await running.press_ctrl_c()
         self._running.remove(running)
 
@@ -409,7 +409,7 @@ class PageReader:
             if other.command == command or other.ports & ports:
                 await self._press_ctrl_c(other)
         argv = ["sh", "-c", await _with_the_programs_of_tests(command)]
-        running = RunningCommand(
+        running = BackgroundCommand(
             command, ports, Terminal(argv, self._directory, self._env, command)
         )
         self._running.append(running)

@@ -53,7 +53,7 @@ class StoredEntry:
 
 
 @dataclass
-class Log:
+class ModelLog:
     """A stream: its entries, the latest id that it has assigned, and its clock."""
 
     entries: list[StoredEntry] = field(default_factory=list)
@@ -76,7 +76,7 @@ class UnreadStream(Stream):
     """A stream that is never read by the backplane itself: the model passes entries to it."""
 
 
-class Reader:
+class ModelReplica:
     """A replica, as a producer and as a reader of the log."""
 
     def __init__(self, number: int, epoch: int) -> None:
@@ -109,7 +109,7 @@ class Reader:
         self.delivered.append(entry.position)
         self.history.add(entry)
 
-    def read(self, log: Log, count: int) -> int:
+    def read(self, log: ModelLog, count: int) -> int:
         """Read at most so many entries; return how many."""
         unread = [each for each in log.entries if each.entry_id > self.read_up_to][:count]
         for stored in unread:
@@ -125,8 +125,8 @@ class LogModel(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.log = Log()
-        self.readers = [Reader(number, 0) for number in range(3)]
+        self.log = ModelLog()
+        self.readers = [ModelReplica(number, 0) for number in range(3)]
         self.epochs = 1
         # All confirmed messages, and the count of reads before each.
         self.messages: dict[Position, int] = {}
@@ -142,7 +142,7 @@ class LogModel(RuleBasedStateMachine):
         self.first_floor = self.readers[0].history.floor
         self.has_lost_entries = False
 
-    def _append(self, reader: Reader, count: int, max_bytes: int = 1000) -> None:
+    def _append(self, reader: ModelReplica, count: int, max_bytes: int = 1000) -> None:
         producer, sequence = reader.producer, reader.next_sequence
         packet = Packet(producer, sequence, [CHANNEL] * count, b"\1" * count, [b""] * count)
         for part in split_into_parts(pack(packet), producer, sequence, max_bytes):
@@ -157,7 +157,7 @@ class LogModel(RuleBasedStateMachine):
         for index in range(count):
             self.messages[Position(*reader.latest_known, index)] = self.reads
 
-    def _read(self, reader: Reader, count: int) -> None:
+    def _read(self, reader: ModelReplica, count: int) -> None:
         self.reads += 1
         if reader.read(self.log, count):
             reader.last_read = self.reads
@@ -204,11 +204,11 @@ class LogModel(RuleBasedStateMachine):
 
     @rule(number=REPLICAS)
     def restart(self, number: int) -> None:
-        self.readers[number] = Reader(number, self.epochs)
+        self.readers[number] = ModelReplica(number, self.epochs)
         self.epochs += 1
         self._read(self.readers[number], 1000)
 
-    def _expected(self, reader: Reader, after: Position, up_to: Position) -> set[Position]:
+    def _expected(self, reader: ModelReplica, after: Position, up_to: Position) -> set[Position]:
         """Return the messages between two positions that a replica must have delivered."""
         return {
             position

@@ -89,7 +89,7 @@ def backplane_on(
 class OneMessageClient:
     """A client with one message. If that can't be relayed it leaves, as WebSocket clients do."""
 
-    def __init__(self, run: "Run", payload: bytes) -> None:
+    def __init__(self, run: "WaitingRun", payload: bytes) -> None:
         self.payload = payload
         self.results: list[Position | None] = []
         self.is_rejected = self.is_unconfirmed = False
@@ -100,7 +100,7 @@ class OneMessageClient:
         self._run.leave()
 
 
-class Run:
+class WaitingRun:
     """One replica, its clients, and the messages that it has delivered."""
 
     def __init__(self, *, relays_locally: bool) -> None:
@@ -201,8 +201,8 @@ FREQUENT = (Step.PUBLISH, Step.TURN, Step.READ)
 STEPS = st.sampled_from([*Step, *2 * FREQUENT])
 
 
-async def perform_all(steps: list[Step], *, relays_locally: bool) -> Run:
-    run = Run(relays_locally=relays_locally)
+async def perform_all(steps: list[Step], *, relays_locally: bool) -> WaitingRun:
+    run = WaitingRun(relays_locally=relays_locally)
     writing = asyncio.create_task(run.backplane._write())
     try:
         for step in steps:
