@@ -144,11 +144,6 @@ def merge_values(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return reduce(merged, trees, {})
 
 
-def render_objects(*trees: Mapping[str, Any]) -> list[KubernetesObject]:
-    """Return the objects that the newest Helm renders."""
-    return newest_helm().objects(values=merge_values(*trees))
-
-
 def find_object(
     objects: Sequence[KubernetesObject], kind: str, name: str = RELEASE
 ) -> KubernetesObject:
