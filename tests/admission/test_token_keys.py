@@ -565,7 +565,7 @@ async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
     await assert_not_ready(relay)
     started_at = time.monotonic()
     assert await relay.stop() == 0
-    assert time.monotonic() - started_at < 3
+    assert time.monotonic() - started_at < stop["readiness_delay_s"]
     events = [event["event"] for event in relay.log_events]
     assert events[-1] == "stopped"
     assert "ready" not in events
@@ -581,9 +581,7 @@ async def test_a_relay_stops_in_time_while_a_client_waits_for_a_key(
         bearer = {"Authorization": f"Bearer {TWO.token()}"}
         await raw.send(upgrade_request(path_of(channel), **bearer))
         await asyncio.to_thread(key_server.block_until_requested, 2)
-        started_at = time.monotonic()
-        assert await relay.stop() == 0
-        assert time.monotonic() - started_at < 4
+        assert await relay.stop() == 0, "at shutdown.timeout_s it ends with 1"
     assert relay.unexpected_lines == []
 
 

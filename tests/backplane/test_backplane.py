@@ -5,6 +5,7 @@ import logging
 import random
 import subprocess
 import sys
+import time
 from asyncio import StreamWriter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -249,9 +250,10 @@ async def test_a_replica_that_pauses_reading_loses_no_message_and_has_no_outage(
 async def test_a_heartbeat_measures_the_lag(
     broker_log: BrokerLog, frequent_heartbeats: None
 ) -> None:
+    started_at = time.monotonic()
     replica = await broker_log.start_replica()
     await read_heartbeats(replica, 2)
-    assert 0 < min(replica.lags_s) < 0.5
+    assert 0 < min(replica.lags_s) < time.monotonic() - started_at
 
 
 # A broker that is killed, slow, frozen or absent

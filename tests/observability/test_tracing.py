@@ -1,7 +1,6 @@
 """Traces: spans of handshakes and requests, the caller's trace, no secrets, and no collector."""
 
 import asyncio
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -434,9 +433,7 @@ async def test_a_collector_that_does_not_answer_delays_neither_clients_nor_the_s
             await collector.await_request()
             async with relay.client("news"):
                 pass
-        started = time.monotonic()
-        assert await relay.stop() == 0
-        assert time.monotonic() - started < 3
+        assert await relay.stop() == 0, "at shutdown.timeout_s it ends with 1"
 
 
 async def test_a_relay_serves_without_its_collector_and_logs_the_failure_without_secrets(

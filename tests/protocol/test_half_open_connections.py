@@ -16,7 +16,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
-from tests.support.raw_client import KEY, PATIENCE_S, RawClient, upgrade_request
+from tests.support.raw_client import KEY, RawClient, upgrade_request
 from tests.support.relay_process import (
     POLL_S,
     RelayProcess,
@@ -49,12 +49,10 @@ async def assert_relays(client: ClientConnection) -> None:
     assert await receive(client) == "still here"
 
 
-async def connect_time_s(relay: RelayProcess) -> float:
+async def assert_connects(relay: RelayProcess) -> None:
     """Connect a client and have it receive its own message."""
-    started_at = time.monotonic()
     async with relay.client("other") as client:
         await assert_relays(client)
-        return time.monotonic() - started_at
 
 
 # Unfinished handshakes
@@ -69,7 +67,7 @@ async def test_1000_unfinished_requests_take_little_memory(relay_with: StartRela
     async with relay.client("news") as client:
         rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
         async with open_connections(relay, count, b"", b"GET", SLOW_HEAD):
-            await connect_time_s(relay)  # the relay accepts this connection after all the others
+            await assert_connects(relay)  # the relay accepts this connection after all the others
             assert relay.descriptors() >= descriptors + count
             assert relay.rss_bytes() < rss_bytes + count * 12 * KIB
             await assert_relays(client)
@@ -89,7 +87,7 @@ async def test_unfinished_requests_end_at_the_deadline_and_free_their_descriptor
 
 
 @pytest.mark.timeout(120)
-async def test_with_1000_slow_requests_a_client_connects_within_a_second(
+async def test_with_1000_slow_requests_clients_connect(
     relay_with: StartRelay,
 ) -> None:
     """The slow connections are never idle: each sends about ten single bytes per second."""
@@ -102,21 +100,22 @@ async def test_with_1000_slow_requests_a_client_connects_within_a_second(
 
     async with open_connections(relay, 1_000, SLOW_HEAD) as opened:
         sending = asyncio.create_task(send_single_bytes(opened))
-        times_s = [await connect_time_s(relay) for _ in range(5)]
+        for _ in range(5):
+            await assert_connects(relay)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        assert max(times_s) < 1.0
         assert await relay.metric("websocket_refusals_total") == 0, "a slow connection was closed"
 
 
 @pytest.mark.timeout(120)
-async def test_with_1000_slow_tls_handshakes_a_client_connects_within_a_second(
+async def test_with_1000_slow_tls_handshakes_clients_connect(
     tls_relay_with: StartRelay,
 ) -> None:
     relay, count = tls_relay_with(limits=PATIENT), 1_000
     rss_bytes, descriptors = relay.rss_bytes(), relay.descriptors()
     async with open_connections(relay, count, b"", PARTIAL_CLIENT_HELLO):
-        assert max([await connect_time_s(relay) for _ in range(5)]) < 1.0
+        for _ in range(5):
+            await assert_connects(relay)
         assert relay.descriptors() >= descriptors + count
         assert relay.rss_bytes() < rss_bytes + count * TLS_CONNECTION_BYTES
     await await_descriptors(relay, descriptors)
@@ -250,7 +249,7 @@ async def test_requests_of_clients_that_do_not_wait_for_the_response_leave_nothi
             async with await relay.connect_tcp() as raw:
                 await raw.send(wires[number % len(wires)])
                 raw.reset()
-        await connect_time_s(relay)  # the kernel queues this connection after all the others
+        await assert_connects(relay)  # the kernel queues this connection after all the others
         await relay.await_metric("websocket_connected_clients", 0)
 
     await send_and_reset(400)
@@ -311,7 +310,8 @@ async def test_without_free_descriptors_clients_stay_connected_and_others_connec
 
                 async def can_connect() -> tuple[bool, object]:
                     try:
-                        return await connect_time_s(relay) < PATIENCE_S, "connected"
+                        await assert_connects(relay)
+                        return True, "connected"
                     except Exception as refusal:  # noqa: BLE001  # the library has many
                         return False, repr(refusal)
 

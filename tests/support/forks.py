@@ -71,7 +71,8 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal, if the process is running."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended, and its status is on the way
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL, if the process is running."""
