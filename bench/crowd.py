@@ -48,7 +48,7 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CrowdOutcome:
     """The outcome of an event. Times in seconds.
 
     Attributes:
@@ -80,7 +80,7 @@ class Outcome:
     away: tuple[int, ...]
 
 
-class Replica:
+class SimulatedReplica:
     """A core that does handshakes in the order of the requests."""
 
     __slots__ = ("asked", "clients", "free_at", "is_gone", "is_refusing", "rate", "second", "size")
@@ -114,7 +114,9 @@ class Crowd:
     def __init__(self, fleet: Fleet, seed: int = 1) -> None:
         self._fleet = fleet
         self._random = random.Random(seed)
-        self._replicas = [Replica(fleet.max_handshakes_per_s) for _ in range(fleet.replicas)]
+        self._replicas = [
+            SimulatedReplica(fleet.max_handshakes_per_s) for _ in range(fleet.replicas)
+        ]
         for client in range(fleet.clients):
             self._replicas[client % fleet.replicas].clients.append(client)
         for replica in self._replicas:
@@ -123,7 +125,7 @@ class Crowd:
         self._step = 0
         self._actions: dict[int, list[Callable[[], None]]] = {}
         self._attempts_at: dict[int, list[int]] = {}
-        self._finished_at: dict[int, list[tuple[int, Replica]]] = {}
+        self._finished_at: dict[int, list[tuple[int, SimulatedReplica]]] = {}
         self._failures = bytearray(fleet.clients)  # consecutive, as the page counts them
         self._lost_at = array("d", bytes(8 * fleet.clients))
         self._away_s = array("d")
@@ -133,7 +135,9 @@ class Crowd:
         self._refused = self._given_up = self._unreached = self._peak_of_one = 0
         self._longest_queue_s = 0.0
 
-    def update(self, *, at_once: int = 1, pace_s: float = 10.0, unaware_s: float = 0.0) -> Outcome:
+    def update(
+        self, *, at_once: int = 1, pace_s: float = 10.0, unaware_s: float = 0.0
+    ) -> CrowdOutcome:
         """Replace every replica: a new one first, then the old one drains.
 
         Args:
@@ -148,7 +152,7 @@ class Crowd:
             self._when(stop_s + unaware_s, partial(self._open.remove, old))
         return self._run()
 
-    def lose(self, *, gone: int, cut: int, unaware_s: float = 10.0) -> Outcome:
+    def lose(self, *, gone: int, cut: int, unaware_s: float = 10.0) -> CrowdOutcome:
         """Cut off the clients of some replicas all at once.
 
         Args:
@@ -169,7 +173,7 @@ class Crowd:
     def _when(self, due_s: float, action: Callable[[], None]) -> None:
         self._actions.setdefault(round(due_s * STEPS_PER_S), []).append(action)
 
-    def _run(self) -> Outcome:
+    def _run(self) -> CrowdOutcome:
         while self._actions or self._attempts_at or self._finished_at:
             now_s = self._step / STEPS_PER_S
             for action in self._actions.pop(self._step, ()):
@@ -181,9 +185,9 @@ class Crowd:
             self._step += 1
         return self._outcome()
 
-    def _replace(self, old: Replica) -> None:
+    def _replace(self, old: SimulatedReplica) -> None:
         """Drain a replica as service/websocket_relay/server/drain.py does."""
-        new = Replica(self._fleet.max_handshakes_per_s)
+        new = SimulatedReplica(self._fleet.max_handshakes_per_s)
         self._replicas[self._replicas.index(old)] = new
         self._open.append(new)
         old.is_refusing = True
@@ -207,13 +211,13 @@ class Crowd:
         most_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** self._failures[client])
         return most_s / 2 + self._random.random() * most_s / 2
 
-    def _fail(self, client: int, replica: Replica, now_s: float) -> None:
+    def _fail(self, client: int, replica: SimulatedReplica, now_s: float) -> None:
         replica.size -= 1
         wait_s = self._backoff_s(client)
         self._failures[client] = min(self._failures[client] + 1, 10)
         self._connect_at(client, now_s + wait_s)
 
-    def _pick(self) -> Replica:
+    def _pick(self) -> SimulatedReplica:
         if self._fleet.to_emptiest:
             return min(self._open, key=lambda replica: replica.size)
         return self._open[int(self._random.random() * len(self._open))]
@@ -245,10 +249,10 @@ class Crowd:
             step = max(round(done_s * STEPS_PER_S), self._step + 1)
             self._finished_at.setdefault(step, []).append((client, replica))
 
-    def _admits(self, replica: Replica, now_s: float) -> bool:
+    def _admits(self, replica: SimulatedReplica, now_s: float) -> bool:
         return replica.rate is None or replica.rate.take(now_s + RATE_EPOCH_S)
 
-    def _finish(self, client: int, replica: Replica, now_s: float) -> None:
+    def _finish(self, client: int, replica: SimulatedReplica, now_s: float) -> None:
         if replica.is_refusing:  # since the client queued
             self._refused += 1
             self._fail(client, replica, now_s)
@@ -258,14 +262,14 @@ class Crowd:
         self._away_s.append(now_s - self._lost_at[client])
         self._admitted[int(now_s)] += 1
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> CrowdOutcome:
         seconds = range(max(self._admitted) + 1)
         away, timeline = 0, []
         for second in seconds:
             away += self._lost[second] - self._admitted[second]
             timeline.append(away)
         away_s = sorted(self._away_s)
-        return Outcome(
+        return CrowdOutcome(
             returns=len(away_s),
             attempts=self._asked.total(),
             refused=self._refused,

@@ -36,7 +36,7 @@ LOG, STREAM = "ends", "bare"  # neither is the relays' own
 Values = dict[str, Any]
 
 
-class Latencies:
+class EndLatencies:
     """The times from the stamp in a message to its delivery."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Log:
 
     def __init__(self, url: str) -> None:
         history = Settings().history
-        self.latencies = Latencies()
+        self.latencies = EndLatencies()
         self._pending = HighWaterMark(IN_FLIGHT_BYTES)
         self._publisher = FloodPublisher()
         self._prefix = STAMP.pack(time.monotonic_ns())  # of its own messages in a flood
@@ -196,7 +196,9 @@ def _cpu_of(act: Callable[[], object]) -> float:
 class Bare:
     """A broker's own client, used as its documentation describes."""
 
-    def __init__(self, publish: Callable[[bytes], Awaitable[object]], latencies: Latencies) -> None:
+    def __init__(
+        self, publish: Callable[[bytes], Awaitable[object]], latencies: EndLatencies
+    ) -> None:
         self.publish = publish
         self.latencies = latencies
 
@@ -214,7 +216,7 @@ async def _log(url: str) -> AsyncIterator[Log]:
 
 @asynccontextmanager
 async def _redis(url: str) -> AsyncIterator[Bare]:
-    writer, reader, latencies = redis.Redis.from_url(url), redis.Redis.from_url(url), Latencies()
+    writer, reader, latencies = redis.Redis.from_url(url), redis.Redis.from_url(url), EndLatencies()
 
     async def read() -> None:
         last: Any = "$"
@@ -235,7 +237,7 @@ async def _redis(url: str) -> AsyncIterator[Bare]:
 @asynccontextmanager
 async def _nats(url: str) -> AsyncIterator[Bare]:
     writer, reader = await nats.connect(url, tls=None), await nats.connect(url, tls=None)
-    latencies = Latencies()
+    latencies = EndLatencies()
 
     async def on_message(message: Any) -> None:
         latencies.record(message.data)

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from bench.report import number, origin, table, targets_table
-from bench.targets import DISTURBED, Measurement, Verdict
+from bench.targets import DISTURBED, Measurement, TargetVerdict
 
 BROKERS = {"redis": "Redis Streams", "nats": "NATS JetStream"}
 MOST_LATENCY = 1.5  # of the bare client's
@@ -67,17 +67,17 @@ def of_memory(found: Sequence[Measurement], load: str, kind: str) -> list[float]
     return ratios(with_broker, per_round(found, load, "memory", PER_CPU_S))
 
 
-def _ratio(text: str, rounds: list[float], bound: float, at_least: bool) -> Verdict | None:
+def _ratio(text: str, rounds: list[float], bound: float, at_least: bool) -> TargetVerdict | None:
     if not rounds:
         return None
     found = median(rounds)
     met = found >= bound if at_least else found <= bound
-    return Verdict(
+    return TargetVerdict(
         f"{text} {'>=' if at_least else '<='} {bound:g} x", found, tuple(rounds), "x", met
     )
 
 
-def _of_broker(found: Sequence[Measurement], kind: str) -> list[Verdict | None]:
+def _of_broker(found: Sequence[Measurement], kind: str) -> list[TargetVerdict | None]:
     bare = per_round(found, "latency", f"{kind}: bare", P50)
     ways = {"log": "from replica to replica", "clients": "from client to client"}
     judged = [
@@ -96,7 +96,7 @@ def _of_broker(found: Sequence[Measurement], kind: str) -> list[Verdict | None]:
             f"throughput: {kind}, two replicas, messages through the broker >= {LEAST_PER_S:,} /s"
         )
         met = found_per_s >= LEAST_PER_S
-        judged.append(Verdict(text, found_per_s, tuple(flood.values()), "/s", met))
+        judged.append(TargetVerdict(text, found_per_s, tuple(flood.values()), "/s", met))
     judged.append(
         _ratio(
             f"fanout: {kind}, deliveries per relay-CPU-second against memory://",
@@ -108,13 +108,13 @@ def _of_broker(found: Sequence[Measurement], kind: str) -> list[Verdict | None]:
     return judged
 
 
-def verdicts(found: Sequence[Measurement]) -> list[Verdict]:
+def verdicts(found: Sequence[Measurement]) -> list[TargetVerdict]:
     """Judge the run by every target for which it has values."""
     judged = [each for kind in BROKERS for each in _of_broker(found, kind)]
     faults = float(sum(each.values.get(name, 0) for each in found for name in FAULTS))
     complete = all(each.error is None for each in found)
     text = "all messages: none lost, duplicated, damaged, one order on all relays: faults = 0"
-    judged.append(Verdict(text, faults, (), "", complete and not faults))
+    judged.append(TargetVerdict(text, faults, (), "", complete and not faults))
     return [each for each in judged if each is not None]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.loads import Figure, Load
 from bench.servers import Server
-from bench.targets import DISTURBED, FAULTS, Measurement, Verdict, calm
+from bench.targets import DISTURBED, FAULTS, Measurement, TargetVerdict, calm
 
 
 def draw(plot: str, path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
@@ -91,7 +91,7 @@ def table(rows: list[list[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def targets_table(verdicts: list[Verdict]) -> list[str]:
+def targets_table(verdicts: list[TargetVerdict]) -> list[str]:
     """Return the table of targets, and whether each is met."""
     rows = [["target", "measured", "rounds", ""]]
     for each in verdicts:
@@ -117,7 +117,7 @@ def origin(facts: dict[str, Any]) -> list[str]:
 def markdown(
     facts: dict[str, Any],
     measurements: list[Measurement],
-    verdicts: list[Verdict],
+    verdicts: list[TargetVerdict],
     loads: Iterable[Load],
     servers: Iterable[Server],
     absent: dict[str, str],
@@ -144,7 +144,7 @@ def markdown(
 def document(
     facts: dict[str, Any],
     measurements: list[Measurement],
-    verdicts: list[Verdict],
+    verdicts: list[TargetVerdict],
     absent: dict[str, str],
     options: dict[str, Any],
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import machine
 from bench.__main__ import RESULTS
-from bench.crowd import Crowd, Fleet, Outcome
+from bench.crowd import Crowd, CrowdOutcome, Fleet
 from bench.report import number, table
 from bench.targets import JSON_VALUES
 
@@ -55,7 +55,7 @@ class Case:
     table: str
     event: str
     fleet: Fleet
-    happen: Callable[[Crowd], Outcome]
+    happen: Callable[[Crowd], CrowdOutcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Result:
     """A case and its outcome."""
 
     case: Case
-    outcome: Outcome
+    outcome: CrowdOutcome
     seconds: float  # of the simulation
 
 
@@ -80,18 +80,18 @@ def measured() -> Rates:
     return Rates(handshakes("relay"), handshakes("relay_checks"), refusals)
 
 
-def updated(**how: Any) -> Callable[[Crowd], Outcome]:
+def updated(**how: Any) -> Callable[[Crowd], CrowdOutcome]:
     """Replace every replica."""
     return lambda crowd: crowd.update(**how)
 
 
-def zone_lost(fleet: Fleet) -> Callable[[Crowd], Outcome]:
+def zone_lost(fleet: Fleet) -> Callable[[Crowd], CrowdOutcome]:
     """Lose a third of the replicas, with their clients."""
     lost = fleet.replicas // ZONES
     return lambda crowd: crowd.lose(gone=lost, cut=lost)
 
 
-def all_cut(fleet: Fleet) -> Callable[[Crowd], Outcome]:
+def all_cut(fleet: Fleet) -> Callable[[Crowd], CrowdOutcome]:
     """Cut all connections, as the restart of a balancer does."""
     return lambda crowd: crowd.lose(gone=0, cut=fleet.replicas)
 

@@ -82,7 +82,7 @@ TARGETS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class TargetVerdict:
     """A target and the measured value: the median of the rounds, and every round."""
 
     text: str
@@ -119,7 +119,7 @@ def _ratios(
     return {number: ours[number] / theirs[number] for number in common}
 
 
-def _judge(target: Target, measurements: list[Measurement]) -> Verdict | None:
+def _judge(target: Target, measurements: list[Measurement]) -> TargetVerdict | None:
     load = load_named(target.load)
     sign = ">=" if target.at_least else "<="
     if target.rival:
@@ -135,10 +135,10 @@ def _judge(target: Target, measurements: list[Measurement]) -> Verdict | None:
     rounds = tuple(ours[n] for n in sorted(ours))
     who = "" if target.relay == RELAY else f" of {target.relay}"
     text = f"{load.name}: {load.main.title}{who} {sign} {against}"
-    return Verdict(text, measured, rounds, unit, met)
+    return TargetVerdict(text, measured, rounds, unit, met)
 
 
-def _faultless(measurements: list[Measurement]) -> Verdict | None:
+def _faultless(measurements: list[Measurement]) -> TargetVerdict | None:
     """Judge the messages of all rounds: none may be lost, also in a disturbed round."""
     loads = {load.name for load in LOADS if load.messages}
     ours = [each for each in measurements if each.server in RELAYS and each.load in loads]
@@ -147,10 +147,10 @@ def _faultless(measurements: list[Measurement]) -> Verdict | None:
     faults = float(sum(each.values.get(name, 0) for each in ours for name, _ in FAULTS))
     complete = all(each.error is None for each in ours)
     text = "all messages: none lost, duplicated, damaged, one order for all clients: faults = 0"
-    return Verdict(text, faults, (), "", complete and not faults)
+    return TargetVerdict(text, faults, (), "", complete and not faults)
 
 
-def verdicts(measurements: list[Measurement]) -> list[Verdict]:
+def verdicts(measurements: list[Measurement]) -> list[TargetVerdict]:
     """Judge the run by every target for which it has values."""
     judged = [_judge(target, measurements) for target in TARGETS]
     return [each for each in (*judged, _faultless(measurements)) if each is not None]

@@ -20,7 +20,7 @@ import uvloop
 
 from bench import machine, prepare
 from bench.chaos.faults import plan_of
-from bench.chaos.scenario import Outcome, Run
+from bench.chaos.scenario import Run, RunOutcome
 from bench.report import origin, table
 from bench.servers import FailedError
 
@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(seed: int, broker: str, options: argparse.Namespace) -> Outcome:
+def _run(seed: int, broker: str, options: argparse.Namespace) -> RunOutcome:
     plan = plan_of(seed, broker, options.seconds)
     kept = prepare.BUILD / "chaos"
     kept.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{broker}-{seed}-", dir=kept))
     show_event = print if options.verbose else None
 
-    async def run() -> Outcome:
+    async def run() -> RunOutcome:
         return await Run(plan, directory, options.tree, show_event).outcome()
 
     outcome = uvloop.run(run())
@@ -64,7 +64,7 @@ def _run(seed: int, broker: str, options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _line(outcome: Outcome) -> str:
+def _line(outcome: RunOutcome) -> str:
     plan, stats = outcome.plan, outcome.stats
     answers = ", ".join(f"{count} {status}" for status, count in sorted(stats["answers"].items()))
     how = f"{plan.broker} {plan.persistence}{' deletions' if plan.deletes else ''}"
@@ -76,7 +76,7 @@ def _line(outcome: Outcome) -> str:
     )
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: RunOutcome) -> None:
     print(_line(outcome), flush=True)
     shown: Counter[str] = Counter()
     for each in outcome.verdict.violations:
@@ -89,7 +89,7 @@ def _show(outcome: Outcome) -> None:
         print(f'  again: make chaos BENCH_ARGS="{again}"\n  logs: {outcome.directory}', flush=True)
 
 
-def _page(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
+def _page(facts: dict[str, Any], outcomes: Sequence[RunOutcome]) -> str:
     rows = [["seed", "broker", "faults", "published", "202", "503", "504", "broken off"]]
     rows[0] += ["resumed", "not recovered", "gaps", "false alarms", "grown, MiB", "violations"]
     for each in outcomes:
@@ -109,7 +109,7 @@ def _page(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, "", *table(rows), ""])
 
 
-def _document(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _document(facts: dict[str, Any], outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
     return {
         **facts,
         "runs": [

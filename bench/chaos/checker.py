@@ -16,13 +16,13 @@ from websocket_relay.backplane.interface import Position
 
 from bench.chaos.observations import (
     Answer,
-    Connected,
+    ConnectStep,
     Delivered,
     GapReported,
     Record,
     Rest,
     Step,
-    Stop,
+    StopRecord,
     Trace,
 )
 
@@ -102,7 +102,7 @@ class Truth:
 
 
 @dataclass(slots=True)
-class Verdict:
+class RunVerdict:
     """The result of checking a record.
 
     Attributes:
@@ -123,7 +123,7 @@ class Verdict:
         self.violations.append(Violation(kind, text, at_s))
 
 
-def judge(record: Record) -> Verdict:
+def judge(record: Record) -> RunVerdict:
     """Check everything that a run observed."""
     checker = Checker(record)
     checker.check()
@@ -134,7 +134,7 @@ class Checker:
     """Compare one record with the promises."""
 
     def __init__(self, record: Record) -> None:
-        self.verdict = Verdict()
+        self.verdict = RunVerdict()
         self._report = self.verdict.report
         self._record = record
         self._truths: dict[str, Truth] = defaultdict(Truth)
@@ -256,7 +256,7 @@ class Checker:
         last: Position | None = None
         relay = ""
         for step in trace.steps:
-            if isinstance(step, Connected):
+            if isinstance(step, ConnectStep):
                 relay, last = step.relay, None
             elif isinstance(step, Delivered) and step.message in truth.by_message:
                 position = truth.by_message[step.message]
@@ -278,7 +278,7 @@ class Checker:
 
     # Relays
 
-    def _check_stop(self, stop: Stop) -> None:
+    def _check_stop(self, stop: StopRecord) -> None:
         if stop.exit_status != 0 or stop.seconds > stop.limit_s + STOP_GRACE_S:
             ended = "did not end" if stop.exit_status is None else f"status {stop.exit_status}"
             text = f"{stop.relay}: {ended} after {stop.seconds:.1f} s of {stop.limit_s:g}"
@@ -312,7 +312,7 @@ class Follower:
         keeps_all: see `Record`.
     """
 
-    def __init__(self, verdict: Verdict, trace: Trace, truth: Truth, *, keeps_all: bool) -> None:
+    def __init__(self, verdict: RunVerdict, trace: Trace, truth: Truth, *, keeps_all: bool) -> None:
         self._verdict = verdict
         self._trace = trace
         self._truth = truth
@@ -324,7 +324,7 @@ class Follower:
     def follow(self) -> None:
         """Check all steps in their order."""
         for index, step in enumerate(self._trace.steps):
-            if isinstance(step, Connected):
+            if isinstance(step, ConnectStep):
                 self._connected(step)
             elif isinstance(step, GapReported):
                 self._alarmed(step.position, f"gap {step.position}", step.at_s)
@@ -334,7 +334,7 @@ class Follower:
     def _report(self, kind: Kind, text: str, at_s: float) -> None:
         self._verdict.report(kind, f"{self._trace.subscriber}: {text}", at_s)
 
-    def _connected(self, step: Connected) -> None:
+    def _connected(self, step: ConnectStep) -> None:
         position, since = step.position, step.since
         assert position is not None
         if since is None:
@@ -385,10 +385,10 @@ class Follower:
             self._report(Kind.LATE_GAP, late, step.at_s)
 
 
-def _alarms(steps: Iterable[Step], hole: Position) -> Iterator[GapReported | Connected]:
+def _alarms(steps: Iterable[Step], hole: Position) -> Iterator[GapReported | ConnectStep]:
     """Yield the reports that cover a hole."""
     for step in steps:
-        if not isinstance(step, GapReported | Connected):
+        if not isinstance(step, GapReported | ConnectStep):
             continue
         is_report = isinstance(step, GapReported) or not step.is_recovered
         if is_report and step.position is not None and step.position >= hole:
@@ -401,7 +401,7 @@ def _gaps_of_relays(traces: Iterable[Trace]) -> dict[str, Position]:
     for trace in traces:
         relay = ""
         for step in trace.steps:
-            if isinstance(step, Connected):
+            if isinstance(step, ConnectStep):
                 relay = step.relay
             elif isinstance(step, GapReported):
                 latest[relay] = max(latest.get(relay, step.position), step.position)

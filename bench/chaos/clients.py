@@ -16,9 +16,9 @@ from websockets.typing import Subprotocol
 
 from bench.chaos.observations import (
     Answer,
-    Connected,
+    ConnectStep,
     Delivered,
-    Disconnected,
+    DisconnectStep,
     GapReported,
     Record,
     Trace,
@@ -122,7 +122,7 @@ class Subscriber:
     @property
     def is_connected(self) -> bool:
         """Whether it is connected, as far as it knows."""
-        return bool(self.trace.steps) and not isinstance(self.trace.steps[-1], Disconnected)
+        return bool(self.trace.steps) and not isinstance(self.trace.steps[-1], DisconnectStep)
 
     def end(self) -> None:
         """Unsubscribe for good."""
@@ -132,7 +132,7 @@ class Subscriber:
         """Reconnect after each connection, until `end`."""
         while not self._is_ended.is_set():
             reason = await self._one_session()
-            self.trace.steps.append(Disconnected(reason, self._run.now_s()))
+            self.trace.steps.append(DisconnectStep(reason, self._run.now_s()))
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._chance.uniform(*RETURN_S)):
                     await self._is_ended.wait()
@@ -186,7 +186,7 @@ class Resuming(Subscriber):
 
     def _welcomed(self, relay: str, since: Position | None, welcome: dict[str, Any]) -> None:
         position = Position.parse(welcome["position"])
-        step = Connected(relay, since, welcome["recovered"], position, self._run.now_s())
+        step = ConnectStep(relay, since, welcome["recovered"], position, self._run.now_s())
         self.trace.steps.append(step)
         self._advance(position)
 
@@ -319,7 +319,7 @@ class PlainPublisher(Subscriber):
     async def _session(self, place: Place) -> str:
         url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}"
         async with connect(url, **websocket_options()) as connection:
-            self.trace.steps.append(Connected(place.name, at_s=self._run.now_s()))
+            self.trace.steps.append(ConnectStep(place.name, at_s=self._run.now_s()))
             publishing = asyncio.create_task(self._publish(connection))
             try:
                 async for data in connection:

@@ -24,7 +24,7 @@ from websocket_relay.backplane.codec import FormatError, unpack
 from bench.chaos.checker import LEFT_AT_REST, STOP_GRACE_S
 from bench.chaos.faults import Fault, FaultKind, Plan
 from bench.chaos.network import BreakableProxy, Direction
-from bench.chaos.observations import Record, Rest, Stop, name_of
+from bench.chaos.observations import Record, Rest, StopRecord, name_of
 from bench.servers import FailedError
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, find
@@ -182,7 +182,7 @@ class RelaySlot:
             await asyncio.sleep(POLL_S)
             status = self.process.process.poll()
         seconds = time.monotonic() - started
-        self.record.stops.append(Stop(self.name, status, seconds, limit_s, at_s))
+        self.record.stops.append(StopRecord(self.name, status, seconds, limit_s, at_s))
         await self.kill()
 
     async def rest(self) -> tuple[Rest, dict[str, float]]:

@@ -32,7 +32,7 @@ def name_of(payload: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Connected:
+class ConnectStep:
     """A subscription began.
 
     Attributes:
@@ -66,14 +66,14 @@ class GapReported:
 
 
 @dataclass(frozen=True, slots=True)
-class Disconnected:
+class DisconnectStep:
     """A connection ended, or was refused."""
 
     reason: str
     at_s: float = 0.0
 
 
-Step = Connected | Delivered | GapReported | Disconnected
+Step = ConnectStep | Delivered | GapReported | DisconnectStep
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopRecord:
     """A relay was sent SIGTERM.
 
     Attributes:
@@ -147,7 +147,7 @@ class Record:
     keeps_all: bool
     traces: list[Trace] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    stops: list[Stop] = field(default_factory=list)
+    stops: list[StopRecord] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
     relays_with_losses: set[str] = field(default_factory=set)
     complaints: list[str] = field(default_factory=list)

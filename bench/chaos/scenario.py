@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.chaos.checker import Verdict, judge
+from bench.chaos.checker import RunVerdict, judge
 from bench.chaos.clients import (
     EventSubscriber,
     Place,
@@ -25,7 +25,7 @@ from bench.chaos.clients import (
 )
 from bench.chaos.cluster import Cluster
 from bench.chaos.faults import Fault, FaultKind, Plan
-from bench.chaos.observations import Connected, Delivered, Disconnected, GapReported, Record
+from bench.chaos.observations import ConnectStep, Delivered, DisconnectStep, GapReported, Record
 
 CHANNELS = ("c0", "c1", "c2", "c3")
 JOIN_S = 15.0
@@ -40,12 +40,12 @@ FLOOD_BYTES = 400_000
 
 
 @dataclass(slots=True)
-class Outcome:
+class RunOutcome:
     """The outcome of a run."""
 
     plan: Plan
     record: Record
-    verdict: Verdict
+    verdict: RunVerdict
     stats: dict[str, Any] = field(default_factory=dict)
     directory: Path | None = None
 
@@ -98,7 +98,7 @@ class Run:
         if self._show_event is not None:
             self._show_event(line)
 
-    async def outcome(self) -> Outcome:
+    async def outcome(self) -> RunOutcome:
         """Run it, and judge what was observed."""
         try:
             async with asyncio.timeout(self._plan.seconds + LIMIT_S), self._cluster:
@@ -110,7 +110,7 @@ class Run:
         finally:
             self._events.close()
         verdict = judge(self.record)
-        outcome = Outcome(self._plan, self.record, verdict, self._stats())
+        outcome = RunOutcome(self._plan, self.record, verdict, self._stats())
         if not outcome.passed:
             self._keep(outcome)
         return outcome
@@ -221,7 +221,7 @@ class Run:
     def _stats(self) -> dict[str, Any]:
         record = self.record
         steps = [step for trace in record.traces for step in trace.steps]
-        welcomes = [each for each in steps if isinstance(each, Connected) and each.since]
+        welcomes = [each for each in steps if isinstance(each, ConnectStep) and each.since]
         plain = [each for each in self._subscribers if isinstance(each, PlainPublisher)]
         relays = self._cluster.backplane_counters.values()
         return {
@@ -229,7 +229,9 @@ class Run:
             + sum(len(each.messages) for each in record.answers),
             "delivered": sum(isinstance(each, Delivered) for each in steps),
             "answers": dict(Counter(str(each.status) for each in record.answers)),
-            "ends": dict(Counter(each.reason for each in steps if isinstance(each, Disconnected))),
+            "ends": dict(
+                Counter(each.reason for each in steps if isinstance(each, DisconnectStep))
+            ),
             "recovered": sum(each.is_recovered for each in welcomes),
             "not_recovered": sum(not each.is_recovered for each in welcomes),
             "gaps": sum(isinstance(each, GapReported) for each in steps),
@@ -245,7 +247,7 @@ class Run:
             "seconds": round(self.now_s(), 1),
         }
 
-    def _keep(self, outcome: Outcome) -> None:
+    def _keep(self, outcome: RunOutcome) -> None:
         """Write all observations beside the logs."""
         outcome.directory = self._directory
         violations = [

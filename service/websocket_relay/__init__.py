@@ -3,7 +3,7 @@
     from websocket_relay import Relay
 
     async with Relay("ws://localhost:8443/channels/news") as relay:
-        await relay.send("hello, everybody")
+        await relay.send("hello")
         async for message in relay:
             print(message.data)
 

@@ -11,20 +11,20 @@ from bench.chaos.checker import (
     LEFT_AT_REST,
     MEMORY_SLACK_BYTES,
     Kind,
-    Verdict,
+    RunVerdict,
     judge,
 )
 from bench.chaos.faults import DELETIONS, WEIGHTS, FaultKind, plan_of
 from bench.chaos.observations import (
     Answer,
-    Connected,
+    ConnectStep,
     Delivered,
-    Disconnected,
+    DisconnectStep,
     GapReported,
     Record,
     Rest,
     Step,
-    Stop,
+    StopRecord,
     Trace,
     name_of,
     named,
@@ -66,8 +66,8 @@ def plain(*numbers: int) -> list[Delivered]:
     return [Delivered(message_name(number)) for number in numbers]
 
 
-def welcome(position: int, since: int | None = None, *, recovered: bool = True) -> Connected:
-    return Connected("r0", None if since is None else at(since), recovered, at(position))
+def welcome(position: int, since: int | None = None, *, recovered: bool = True) -> ConnectStep:
+    return ConnectStep("r0", None if since is None else at(since), recovered, at(position))
 
 
 def gap(position: int) -> GapReported:
@@ -78,7 +78,9 @@ def resuming(*steps: Step) -> Trace:
     return Trace("resuming", "c", True, list(steps))
 
 
-WITNESS = Trace("witness", "c", True, [Connected("r1", None, True, at(0)), *messages(*range(1, 9))])
+WITNESS = Trace(
+    "witness", "c", True, [ConnectStep("r1", None, True, at(0)), *messages(*range(1, 9))]
+)
 
 
 def record_of(*traces: Trace, keeps_all: bool = True, **parts: object) -> Record:
@@ -89,7 +91,7 @@ def record_of(*traces: Trace, keeps_all: bool = True, **parts: object) -> Record
     return record
 
 
-def kinds(verdict: Verdict) -> set[Kind]:
+def kinds(verdict: RunVerdict) -> set[Kind]:
     return {violation.kind for violation in verdict.violations}
 
 
@@ -110,7 +112,9 @@ TOO_MANY_BYTES = READY_BYTES + MEMORY_SLACK_BYTES + HISTORY_FACTOR * 1000 + 1
 
 VALID: Mapping[str, Record] = {
     "resumed without a gap": record_of(
-        resuming(welcome(0), *messages(1, 2), Disconnected("left"), welcome(2, 2), *messages(3, 4))
+        resuming(
+            welcome(0), *messages(1, 2), DisconnectStep("left"), welcome(2, 2), *messages(3, 4)
+        )
     ),
     "a gap before the message after a hole": record_of(
         resuming(welcome(0), *messages(1, 2), gap(3), *messages(4, 5)), keeps_all=False
@@ -152,7 +156,7 @@ VALID: Mapping[str, Record] = {
         answers=[accepted(3, "1-9-0")],
         keeps_all=False,
     ),
-    "relays": record_of(stops=[Stop("r0", 0, 1.0, 5.0)], rests=[REST]),
+    "relays": record_of(stops=[StopRecord("r0", 0, 1.0, 5.0)], rests=[REST]),
 }
 
 VIOLATIONS: Sequence[tuple[Kind, Record]] = [
@@ -222,9 +226,9 @@ VIOLATIONS: Sequence[tuple[Kind, Record]] = [
             ]
         ),
     ),
-    (Kind.STOP, record_of(stops=[Stop("r0", None, 6.5, 5.0)])),
-    (Kind.STOP, record_of(stops=[Stop("r0", 143, 0.1, 5.0)])),
-    (Kind.STOP, record_of(stops=[Stop("r0", 0, 6.8, 5.0)])),
+    (Kind.STOP, record_of(stops=[StopRecord("r0", None, 6.5, 5.0)])),
+    (Kind.STOP, record_of(stops=[StopRecord("r0", 143, 0.1, 5.0)])),
+    (Kind.STOP, record_of(stops=[StopRecord("r0", 0, 6.8, 5.0)])),
     (Kind.LOG, record_of(complaints=["r0: KeyError"])),
     (Kind.RUN, record_of(failures=["r0 is not ready"])),
 ]

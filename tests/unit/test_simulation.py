@@ -15,8 +15,8 @@ from bench.crowd import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
     Crowd,
+    CrowdOutcome,
     Fleet,
-    Outcome,
 )
 from tests.support.relay_process import ROOT
 
@@ -27,16 +27,16 @@ FLEET = Fleet(clients=9_000, replicas=9, handshakes_per_s=HANDSHAKES_PER_S, refu
 SMALL = replace(FLEET, clients=3_000, replicas=3, handshakes_per_s=400, refusals_per_s=500)
 
 
-def lost_zone(fleet: Fleet, seed: int = 1) -> Outcome:
+def lost_zone(fleet: Fleet, seed: int = 1) -> CrowdOutcome:
     lost = fleet.replicas // 3
     return Crowd(fleet, seed).lose(gone=lost, cut=lost)
 
 
-def all_cut(fleet: Fleet) -> Outcome:
+def all_cut(fleet: Fleet) -> CrowdOutcome:
     return Crowd(fleet).lose(gone=0, cut=fleet.replicas)
 
 
-SCENARIOS: dict[str, Callable[[], Outcome]] = {
+SCENARIOS: dict[str, Callable[[], CrowdOutcome]] = {
     "rolling update": Crowd(FLEET).update,
     "late balancer": lambda: Crowd(FLEET).update(unaware_s=3),
     "three replicas at once": lambda: Crowd(FLEET).update(at_once=3, pace_s=2),
@@ -47,7 +47,7 @@ SCENARIOS: dict[str, Callable[[], Outcome]] = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_every_client_is_connected_in_the_end(scenario: Callable[[], Outcome]) -> None:
+def test_every_client_is_connected_in_the_end(scenario: Callable[[], CrowdOutcome]) -> None:
     outcome = scenario()
     assert sum(outcome.loads) in {FLEET.clients, SMALL.clients}
     assert outcome.away[-1] == 0

@@ -40,7 +40,7 @@ twice."""
 
 EXAMPLES = """\
 examples:
-  websocket-relay send ws://localhost:8443/channels/news "hello, everybody"
+  websocket-relay send ws://localhost:8443/channels/news "hello"
   tail -f log.txt | websocket-relay send ws://localhost:8443/channels/log
   websocket-relay send --binary picture.png ws://localhost:8443/channels/pictures
 

@@ -1,7 +1,7 @@
 """Receive a channel without gaps, send to it, and reconnect automatically.
 
     async with Relay("ws://localhost:8443/channels/news") as relay:
-        await relay.send("hello, everybody")
+        await relay.send("hello")
         async for message in relay:
             print(message.data)
 
