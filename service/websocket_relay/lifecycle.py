@@ -8,7 +8,7 @@ class Phase(StrEnum):
     """The phases of a relay, from start to shutdown."""
 
     STARTING = "starting"
-    WAITING_FOR_KEYS = "waiting for keys"  # for the first fetch of auth.jwt.jwks_url
+    WAITING_FOR_KEYS = "waiting for signing keys"  # for the first fetch of auth.jwt.jwks_url
     WAITING_FOR_BACKPLANE = "waiting for the backplane"  # and for the history in it
     READY = "ready"
     DRAINING = "draining"

@@ -56,18 +56,18 @@ class Close(Enum):
 
     CLIENT = (1000, "")  # the client closed; its own code is echoed
     DRAINING = (1001, "draining")  # the relay shuts down; the reason is followed by retry_ms
-    PROTOCOL = (1002, "protocol error")  # a frame violates RFC 6455
+    PROTOCOL_ERROR = (1002, "protocol error")  # a frame violates RFC 6455
     CONNECTION_LOST = (1006, "")  # the TCP connection ended without a close frame
-    NOT_UTF8 = (1007, "text is not UTF-8")
-    BAD_DEFLATE = (1007, "invalid compressed data")  # it does not inflate
+    INVALID_UTF8 = (1007, "text is not UTF-8")
+    INVALID_COMPRESSION = (1007, "invalid compressed data")  # it does not inflate
     RATE_LIMIT = (1008, "rate limit")  # limits.max_messages_per_s exceeded
-    NOT_ALLOWED = (1008, "not allowed to publish")  # the token does not permit it
-    TOO_BIG = (1009, "message too big")  # limits.max_message_bytes exceeded
-    INTERNAL = (1011, "internal error")  # a bug in the relay; the log has the traceback
+    PUBLISH_NOT_ALLOWED = (1008, "not allowed to publish")  # the token does not permit it
+    MESSAGE_TOO_BIG = (1009, "message too big")  # limits.max_message_bytes exceeded
+    INTERNAL_ERROR = (1011, "internal error")  # a bug in the relay; the log has the traceback
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
     SLOW_CONSUMER = (1013, "slow consumer")  # its send backlog, or the sum of all, is full
-    UNAVAILABLE = (1013, "backplane unavailable")  # publish or replay failed in an outage
-    UNFINISHED = (1013, "too many partial messages")  # the sum of all partial messages is too large
+    BACKPLANE_UNAVAILABLE = (1013, "backplane unavailable")  # publish or replay failed in an outage
+    PARTIAL_MESSAGES = (1013, "too many partial messages")  # the sum of all is too large
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
 
     def __init__(self, code: int, reason: str) -> None:
@@ -79,19 +79,19 @@ class Close(Enum):
 class Refusal(Enum):
     """Why a request was refused: HTTP status, reason, and the metric label, which is the name."""
 
-    BODY = (HTTPStatus.BAD_REQUEST, "bad message")  # the body does not match its Content-Type
-    TOO_LARGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
-    CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # such as gzip
+    INVALID_MESSAGE = (HTTPStatus.BAD_REQUEST, "invalid message")  # not of its Content-Type
+    MESSAGE_TOO_BIG = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
+    CONTENT_CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # gzip
     # The sum of all partial messages is too large: see wire/partial_messages.
-    UNFINISHED = (HTTPStatus.SERVICE_UNAVAILABLE, "too many partial messages")
-    HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
-    QUERY = (HTTPStatus.BAD_REQUEST, "bad query")  # followed by the problem
-    NO_TOKEN = (HTTPStatus.UNAUTHORIZED, "token required")
-    BAD_TOKEN = (HTTPStatus.UNAUTHORIZED, "invalid token")  # followed by the TokenProblem
-    ORIGIN = (HTTPStatus.FORBIDDEN, "origin not allowed")
+    PARTIAL_MESSAGES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many partial messages")
+    INVALID_HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
+    INVALID_QUERY = (HTTPStatus.BAD_REQUEST, "invalid query")  # followed by the problem
+    TOKEN_REQUIRED = (HTTPStatus.UNAUTHORIZED, "token required")
+    INVALID_TOKEN = (HTTPStatus.UNAUTHORIZED, "invalid token")  # followed by the TokenProblem
+    ORIGIN_NOT_ALLOWED = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
-    PATH = (HTTPStatus.NOT_FOUND, "no such channel")
+    NO_SUCH_CHANNEL = (HTTPStatus.NOT_FOUND, "no such channel")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     HTTP_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many HTTP connections")
     METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections on this port")
@@ -100,8 +100,8 @@ class Refusal(Enum):
     CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
-    KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "signing keys unavailable")  # auth.jwt.jwks_url
-    UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
+    SIGNING_KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "signing keys unavailable")  # auth.jwt.jwks_url
+    BACKPLANE_UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
     UNCONFIRMED = (HTTPStatus.GATEWAY_TIMEOUT, "publish unconfirmed")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
 

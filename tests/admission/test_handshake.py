@@ -131,11 +131,13 @@ async def test_another_origin_is_refused_with_403(
         "null",
         "*",
     ]
-    before = await relay.metric("websocket_refusals_total", reason="origin")
+    before = await relay.metric("websocket_refusals_total", reason="origin_not_allowed")
     for origin in others:
         answer = await refusal_answer(relay.client(channel, origin=Origin(origin)))
         assert answer.status_code == 403, origin
-    await relay.await_metric("websocket_refusals_total", before + len(others), reason="origin")
+    await relay.await_metric(
+        "websocket_refusals_total", before + len(others), reason="origin_not_allowed"
+    )
     assert await relay.metric("websocket_connected_clients") == 0
 
 
@@ -354,11 +356,11 @@ async def test_an_upgrade_that_is_pipelined_after_an_unanswered_request_is_refus
             await raw.send(upgrade_request())
             assert (await raw.read_response()).status == 400
             await raw.read_to_end()
-        await relay.await_metric("websocket_refusals_total", 1, reason="handshake")
+        await relay.await_metric("websocket_refusals_total", 1, reason="invalid_handshake")
 
 
 async def test_endless_trailers_close_the_connection(relay: RelayProcess) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
     async with await relay.connect_tcp() as raw:
         await raw.send(
             b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
@@ -368,4 +370,4 @@ async def test_endless_trailers_close_the_connection(relay: RelayProcess) -> Non
             await raw.send(b"a:b\r\n" * 100_000)
         # The request is answered. A second answer would be taken for that of the next request.
         assert b"431" not in await raw.read_to_end()
-    await relay.await_metric("websocket_refusals_total", before + 1, reason="handshake")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_handshake")

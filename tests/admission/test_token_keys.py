@@ -115,7 +115,7 @@ async def assert_not_ready(relay: RelayProcess) -> None:
     """Assert that both ports answer what the relay waits for, and that the relay is alive."""
     for get in (relay.get, relay.get_metrics):
         answer = await get("/readyz")
-        assert (answer.status_code, answer.json()) == (503, {"status": "waiting for keys"})
+        assert (answer.status_code, answer.json()) == (503, {"status": "waiting for signing keys"})
         assert (await get("/healthz")).status_code == 200
 
 
@@ -260,7 +260,7 @@ async def test_a_key_set_may_have_256_keys(caplog: pytest.LogCaptureFixture) -> 
     with KeyServer(key_set_of(256, TWO)) as server:
         async with verifier_with_keys_of(server) as verifier:
             await verifier.verify(TWO.token())
-    assert fields_of("keys fetched", caplog)["keys"] == 256
+    assert fields_of("signing keys fetched", caplog)["keys"] == 256
 
 
 async def test_invalid_keys_of_a_set_are_skipped() -> None:
@@ -313,7 +313,7 @@ async def test_short_rsa_keys_of_the_set_are_ignored_with_one_warning_per_fetch(
     short, long = short_signer("short"), make_signer("RS256", "long")
     with KeyServer(key_set(short, short_signer("short too"), long)) as server:
         async with verifier_with_keys_of(server, "RS256") as verifier:
-            assert fields_of("keys fetched", caplog)["keys"] == 1
+            assert fields_of("signing keys fetched", caplog)["keys"] == 1
             await verifier.verify(long.token())
             assert await refusal_of(verifier, short.token()) == UNKNOWN_KEY
         assert server.requests == 2
@@ -334,7 +334,7 @@ async def test_the_certificate_of_the_key_server_is_verified(
         trusting = relay_with(trust, auth=auth_by_url(server))
         await assert_admitted(connect_with_token(trusting, channel, ONE.token()))
         distrusting = launched(auth=auth_by_url(server))
-        error = (await distrusting.await_log("keys not fetched"))["error"]
+        error = (await distrusting.await_log("signing keys not fetched"))["error"]
         assert "certificate" in error.lower()
         assert_unavailable(
             await refusal_answer(connect_with_token(distrusting, channel, ONE.token()))
@@ -354,7 +354,7 @@ async def test_the_log_names_the_innermost_cause_of_a_failed_fetch(
         tls_url: "ssl",
     }.items():
         relay = launched(auth=auth_by_url(key_server, jwks_url=url))
-        assert cause in (await relay.await_log("keys not fetched"))["error"].lower()
+        assert cause in (await relay.await_log("signing keys not fetched"))["error"].lower()
 
 
 # Renewed keys
@@ -460,15 +460,15 @@ async def test_an_outage_of_the_issuer_refuses_only_tokens_with_unknown_keys(
     assert_unavailable(await refusal_answer(connect_with_token(relay, channel, TWO.token())))
     await assert_ready(relay)
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
-    await relay.await_log("keys not fetched")
+    await relay.await_log("signing keys not fetched")
     await relay.await_metric("websocket_jwks_fetches_total", 1, result="error")
-    await relay.await_metric("websocket_refusals_total", 1, reason="keys")
+    await relay.await_metric("websocket_refusals_total", 1, reason="signing_keys")
 
     key_server.body = key_set(ONE, TWO)
     key_server.start()
     await assert_admitted(connect_with_token(relay, channel, TWO.token()))
     await relay.await_metric("websocket_jwks_fetches_total", 2, result="ok")
-    fetched = await relay.await_log("keys fetched", count=2)
+    fetched = await relay.await_log("signing keys fetched", count=2)
     assert (fetched["level"], fetched["keys"]) == ("info", 2)
     await assert_ready(relay)
 
@@ -498,7 +498,7 @@ async def test_a_relay_is_not_ready_until_it_has_keys(
     await assert_ready(relay)
     assert await early == 101
     assert key_server.requests == 1
-    fetched = relay.block_until_logged("keys fetched")
+    fetched = relay.block_until_logged("signing keys fetched")
     assert (fetched["level"], fetched["keys"]) == ("info", 1)
     assert relay.unexpected_lines == []
 
@@ -508,7 +508,7 @@ async def test_a_relay_that_starts_during_an_outage_of_the_issuer_retries_by_its
 ) -> None:
     key_server.stop()
     relay = launched(auth=auth_by_url(key_server))
-    event = await relay.await_log("keys not fetched")
+    event = await relay.await_log("signing keys not fetched")
     assert (event["level"], event["error"]) == ("error", "Connection refused")
     await assert_not_ready(relay)
     assert_unavailable(await refusal_answer(connect_with_token(relay, channel, ONE.token())))
@@ -526,7 +526,7 @@ async def test_a_fetch_that_a_token_causes_ends_the_wait_for_the_first_keys(
     """The retry of the timer would be a second request."""
     key_server.stop()
     relay = launched(auth=auth_by_url(key_server))
-    await relay.await_log("keys not fetched")
+    await relay.await_log("signing keys not fetched")
     key_server.start()
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     await relay.await_log("ready")
@@ -543,7 +543,7 @@ async def test_a_fetch_fails_at_its_deadline(
             key_server.may_answer.clear()
             with pytest.raises(RefusedError, match=UNAVAILABLE):
                 await keys.find("ES256", "key-1")
-        assert fields_of("keys not fetched", caplog)["error"] == "timeout after 0.1 seconds"
+        assert fields_of("signing keys not fetched", caplog)["error"] == "timeout after 0.1 seconds"
         key_server.may_answer.set()
         assert await keys.find("ES256", "key-1") is not None
 
@@ -561,7 +561,7 @@ async def test_a_relay_stops_at_once_while_it_waits_for_its_first_keys(
     if answers:
         await asyncio.to_thread(key_server.block_until_requested, 1)
     else:
-        await relay.await_log("keys not fetched")
+        await relay.await_log("signing keys not fetched")
     await assert_not_ready(relay)
     started_at = time.monotonic()
     assert await relay.stop() == 0
@@ -642,7 +642,7 @@ async def test_an_answer_that_is_no_key_set_changes_nothing(
             key_server.body, key_server.headers, key_server.status = body, dict(headers), status
             caplog.clear()
             assert await refusal_of(verifier, TWO.token()) == UNAVAILABLE, reason
-            assert reason in fields_of("keys not fetched", caplog)["error"]
+            assert reason in fields_of("signing keys not fetched", caplog)["error"]
             await verifier.verify(ONE.token())
 
 
@@ -661,6 +661,6 @@ async def test_a_fetch_leaves_no_url_and_no_header_in_the_log(
     relay = relay_with(auth=auth_by_url(key_server), logging={"level": "debug"})
     await assert_admitted(connect_with_token(relay, channel, ONE.token()))
     assert [event["event"] for event in relay.log_events if "key" in event["event"]] == [
-        "keys fetched"
+        "signing keys fetched"
     ]
     assert key_server.url not in "\n".join(relay.log_lines)

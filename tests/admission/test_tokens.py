@@ -167,14 +167,14 @@ WITHOUT_TOKEN: dict[str, dict[str, Any]] = {
 
 
 async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: RelayProcess) -> None:
-    before = await jwt_relay.metric("websocket_refusals_total", reason="no_token")
+    before = await jwt_relay.metric("websocket_refusals_total", reason="token_required")
     for case, options in WITHOUT_TOKEN.items():
         answer = await refusal_answer(jwt_relay.client(**options))
         assert answer.status_code == 401, case
         assert bytes(answer.body or b"") == b"token required\n"
         assert answer.headers["WWW-Authenticate"] == "Bearer"
     expected = before + len(WITHOUT_TOKEN)
-    await jwt_relay.await_metric("websocket_refusals_total", expected, reason="no_token")
+    await jwt_relay.await_metric("websocket_refusals_total", expected, reason="token_required")
 
 
 # The selected subprotocol
@@ -401,7 +401,7 @@ INVALID: list[Any] = [
 async def test_an_invalid_token_is_refused_before_the_upgrade(
     jwt_relay: RelayProcess, channel: str, encode: Callable[[], str], problem: str
 ) -> None:
-    before = await jwt_relay.metric("websocket_refusals_total", reason="bad_token")
+    before = await jwt_relay.metric("websocket_refusals_total", reason="invalid_token")
     async with await jwt_relay.connect_tcp() as raw:
         await raw.send(upgrade_request(path_of(channel), Authorization=f"Bearer {encode()}"))
         answer = await raw.read_response()
@@ -409,7 +409,7 @@ async def test_an_invalid_token_is_refused_before_the_upgrade(
         assert answer.headers["www-authenticate"] == 'Bearer error="invalid_token"'
         body = await raw.read_exactly(int(answer.headers["content-length"]))
         assert body.decode() == f"invalid token: {problem}\n"
-    await jwt_relay.await_metric("websocket_refusals_total", before + 1, reason="bad_token")
+    await jwt_relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_token")
 
 
 # Audience, issuer, algorithms, times

@@ -533,7 +533,7 @@ async def test_a_relay_stops_within_its_timeout_although_its_broker_is_frozen(
         started = time.monotonic()
         assert await relay.stop() == 0
         assert time.monotonic() - started < 1 + 1
-    assert relay.block_until_logged("messages not relayed")["messages"] == 1
+    assert relay.block_until_logged("messages unconfirmed")["messages"] == 1
 
 
 @ONLY_REDIS

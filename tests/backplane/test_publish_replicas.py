@@ -159,7 +159,7 @@ async def test_a_post_in_flight_when_an_outage_starts_is_unconfirmed_and_pending
         for task in pending:
             assert_temporarily_refused(task.result(), "backplane unavailable")
         await relay.await_metric("websocket_refusals_total", 1, reason="unconfirmed")
-        await relay.await_metric("websocket_refusals_total", 3, reason="unavailable")
+        await relay.await_metric("websocket_refusals_total", 3, reason="backplane_unavailable")
         proxy.end_silence()
         await relay.await_metric("websocket_backplane_up", 1)
         assert (await publish_by_post(relay, "news", b"after", TEXT_TYPE)).status_code == 202

@@ -102,13 +102,17 @@ async def test_in_an_outage_publishers_are_closed_and_new_clients_and_posts_refu
                 pass
         assert refused.value.response.status_code == 503
         assert "Retry-After" in refused.value.response.headers
-        refused_before = await one.metric("websocket_refusals_total", reason="unavailable")
+        refused_before = await one.metric(
+            "websocket_refusals_total", reason="backplane_unavailable"
+        )
         for body, media_type in ((b"text", TEXT_TYPE), (b"1\n2", BATCH_TYPE)):
             response = await publish_by_post(one, "news", body, media_type)
             assert (response.status_code, response.text) == (503, "backplane unavailable\n")
             assert 1 <= int(response.headers["retry-after"]) <= 5
         refused_after = refused_before + 2
-        await one.await_metric("websocket_refusals_total", refused_after, reason="unavailable")
+        await one.await_metric(
+            "websocket_refusals_total", refused_after, reason="backplane_unavailable"
+        )
         broker.thaw()
         for relay in (one, two):
             await relay.await_metric("websocket_backplane_up", 1)

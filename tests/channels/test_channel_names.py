@@ -93,13 +93,13 @@ INVALID_PATHS = {
 
 
 async def test_any_other_path_is_refused_with_404_before_the_upgrade(relay: RelayProcess) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="path")
+    before = await relay.metric("websocket_refusals_total", reason="no_such_channel")
     for case, path in INVALID_PATHS.items():
         async with await relay.connect_tcp() as raw:
             await raw.send(upgrade_request(path))
             assert (await raw.read_response()).status == 404, case
     expected = before + len(INVALID_PATHS)
-    await relay.await_metric("websocket_refusals_total", expected, reason="path")
+    await relay.await_metric("websocket_refusals_total", expected, reason="no_such_channel")
 
 
 async def test_at_max_channels_a_new_channel_is_refused_and_existing_ones_accept_clients(

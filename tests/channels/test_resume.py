@@ -409,7 +409,7 @@ async def test_an_invalid_query_is_refused_with_400_before_the_upgrade(
             await raw.send(upgrade_request(f"{path_of(channel)}?{query}"))
             response = await raw.read_response()
             assert response.status == 400, query[:24]
-            assert (await raw.read_to_end()).startswith(b"bad query: "), query[:24]
+            assert (await raw.read_to_end()).startswith(b"invalid query: "), query[:24]
 
 
 # With compression and TLS

@@ -405,7 +405,7 @@ async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> 
         (
             "/",
             {"token": everything, "since": "yesterday"},
-            "HTTP 400, bad query: since must be one position",
+            "HTTP 400, invalid query: since must be one position",
         ),
     ]
     for path, options, text in cases:

@@ -132,7 +132,7 @@ async def test_an_invalid_query_is_refused(relay: RelayProcess, channel: str) ->
     for query in ("?since=yesterday", "?history=many"):
         async with request_events(relay, channel, query) as events:
             assert events.status == 400
-            assert (await events.read_body()).startswith("bad query: ")
+            assert (await events.read_body()).startswith("invalid query: ")
 
 
 async def test_event_streams_are_counted_like_websocket_clients(

@@ -39,10 +39,12 @@ async def only_response(relay: RelayProcess, wire: bytes) -> Response:
 
 async def assert_rejected(relay: RelayProcess, wires: Sequence[bytes], status: int = 400) -> None:
     """Assert that each request has this response and no second one, and is counted once."""
-    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
     statuses = {wire: (await only_response(relay, wire)).status for wire in wires}
     assert statuses == dict.fromkeys(wires, status)
-    await relay.await_metric("websocket_refusals_total", before + len(statuses), reason="handshake")
+    await relay.await_metric(
+        "websocket_refusals_total", before + len(statuses), reason="invalid_handshake"
+    )
 
 
 # Headers of every response
@@ -319,13 +321,15 @@ async def test_an_ambiguous_request_is_rejected_and_no_request_after_it_is_answe
         name: wire.replace(b"POST /healthz", b"POST /channels/news")
         for name, wire in AMBIGUOUS_REQUESTS[kind].items()
     }
-    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
     statuses = {
         name: (await only_response(relay, wire + SMUGGLED)).status
         for name, wire in requests.items()
     }
     assert statuses == dict.fromkeys(requests, 400)
-    await relay.await_metric("websocket_refusals_total", before + len(requests), reason="handshake")
+    await relay.await_metric(
+        "websocket_refusals_total", before + len(requests), reason="invalid_handshake"
+    )
 
 
 async def test_an_ambiguous_request_that_arrives_byte_by_byte_has_one_response_at_most(
@@ -487,12 +491,12 @@ async def test_a_body_that_arrives_too_slowly_ends_the_connection(
 async def test_chunk_extensions_chunk_sizes_and_trailers_are_bounded(
     relay: RelayProcess, endless: bytes
 ) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
     async with await relay.connect_tcp() as raw:
         with suppress(ConnectionError):
             await raw.send(post_request(CHUNKED, body=endless))
         assert (await raw.read_to_end()).count(b"HTTP/1.1 ") <= 1
-    await relay.await_metric("websocket_refusals_total", before + 1, reason="handshake")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_handshake")
 
 
 async def test_a_body_that_turns_out_malformed_after_its_response_has_no_second_one(
@@ -645,7 +649,9 @@ async def test_a_path_without_a_valid_channel_is_not_found(relay: RelayProcess) 
     after = await relay.metrics()
     for name in ("websocket_connections_total", "websocket_channels"):
         assert after.value(name) == before.value(name)
-    refused = [page.value("websocket_refusals_total", reason="path") for page in (before, after)]
+    refused = [
+        page.value("websocket_refusals_total", reason="no_such_channel") for page in (before, after)
+    ]
     assert refused[1] == refused[0] + len(PATHS_WITHOUT_A_CHANNEL)
 
 

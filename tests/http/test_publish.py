@@ -52,10 +52,10 @@ async def test_text_and_json_are_text_messages_and_other_media_types_binary(
 
 
 async def test_text_that_is_not_utf_8_is_refused(relay: RelayProcess, channel: str) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="body")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_message")
     response = await publish_by_post(relay, channel, b"\xff", TEXT_TYPE)
-    assert (response.status_code, response.text) == (400, "bad message: text is not UTF-8\n")
-    await relay.await_metric("websocket_refusals_total", before + 1, reason="body")
+    assert (response.status_code, response.text) == (400, "invalid message: text is not UTF-8\n")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_message")
 
 
 async def test_each_line_of_a_batch_is_one_message_in_order(
@@ -112,7 +112,7 @@ async def test_a_batch_with_one_invalid_line_is_refused_as_a_whole(
     async with relay.client(channel) as subscriber:
         for line in INVALID_LINES:
             response = await publish_by_post(relay, channel, b"1\n2\n" + line + b"\n4", BATCH_TYPE)
-            expected = (400, "bad message: line 3 is not JSON\n")
+            expected = (400, "invalid message: line 3 is not JSON\n")
             assert (response.status_code, response.text) == expected, line[:20]
         assert (await publish_by_post(relay, channel, b"after", TEXT_TYPE)).status_code == 202
         assert await receive(subscriber) == "after"
@@ -192,7 +192,7 @@ async def test_a_body_above_the_limit_is_refused_before_it_is_received(
         head = "POST /channels/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         await raw.send(head.encode() + b"7d0\r\n" + bytes(2000) + b"\r\n")
         assert (await raw.read_response()).status == 413
-    await relay.await_metric("websocket_refusals_total", 3, reason="too_large")
+    await relay.await_metric("websocket_refusals_total", 3, reason="message_too_big")
 
 
 async def test_concurrent_posts_are_relayed_in_the_order_of_their_positions(

@@ -35,7 +35,7 @@ async def test_stalled_bodies_are_bounded_in_total(relay_with: StartRelay) -> No
             await raw.send(post_request("a", bytes(900 * KIB), length=1_000 * KIB))
             stalled.append(raw)
         await relay.await_metric_at_least(
-            "websocket_refusals_total", 30 - 4 - 1, reason="unfinished"
+            "websocket_refusals_total", 30 - 4 - 1, reason="partial_messages"
         )
         assert relay.rss_bytes() < before + 20 * MIB
         assert await relay.metric("websocket_partial_message_bytes") <= 4 * MIB

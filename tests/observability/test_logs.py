@@ -169,7 +169,7 @@ async def test_the_lines_of_a_running_relay_are_documented_events(
     async with relay.client("news"):
         with pytest.raises(InvalidStatus):
             await relay.client("news")
-    await relay.await_log("client gone")
+    await relay.await_log("client disconnected")
     assert await relay.stop() == 0
     logged = {event["event"] for event in relay.log_events}
     assert {"ready", "refused", "clients refused", "draining", "stopped"} <= logged
@@ -217,7 +217,7 @@ async def test_the_log_contains_nothing_that_a_client_sent(relay_with: StartRela
             await relay.client(path=path, additional_headers={"Origin": word, "Cookie": word})
     assert await relay.stop() == 0
     log = "\n".join(relay.log_lines)
-    assert log.count('"client gone"') == 7
+    assert log.count('"client disconnected"') == 7
     for secret in (word, *valid.split("."), *invalid.split(".")):
         assert secret not in log
     assert_documented(relay.log_events)

@@ -65,8 +65,8 @@ async def test_unavailable_signing_keys_are_logged_once_and_not_for_each_client(
         jwt = {"jwks_url": server.url, "algorithms": ["ES256"]}
         relay = relay_with(auth={"mode": "jwt", "jwt": jwt}, shutdown=QUICK_STOP)
     presented = unknown.token()
-    await refuse_many(relay, "keys", Authorization=f"Bearer {presented}")
-    await assert_logged_once(relay, "keys", "auth.jwt.jwks_url")
+    await refuse_many(relay, "signing_keys", Authorization=f"Bearer {presented}")
+    await assert_logged_once(relay, "signing_keys", "auth.jwt.jwks_url")
     assert presented not in "".join(relay.log_lines)
 
 
@@ -104,8 +104,8 @@ async def test_further_refusals_are_logged_as_one_line_at_the_end_of_the_interva
         for _ in range(8):
             refusals.record_refusal(Refusal.HANDSHAKES)
         refusals.record_refusal(Refusal.CHANNELS)
-        refusals.record_refusal(Refusal.NO_TOKEN)
+        refusals.record_refusal(Refusal.TOKEN_REQUIRED)
         assert (logged_counts("handshakes"), logged_counts("channels")) == ([1], [1])
         await wait_for_counts("handshakes", [1, 7])
         assert logged_counts("channels") == [1], "logged again without another refusal"
-        assert logged_counts("no_token") == []
+        assert logged_counts("token_required") == []

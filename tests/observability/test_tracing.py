@@ -104,7 +104,7 @@ async def traced_relay(shared_traced_relay: RelayProcess) -> RelayProcess:
     await shared_traced_relay.await_metric("websocket_connected_clients", 0)
     metrics = await shared_traced_relay.metrics()
     for event, metric in (
-        ("client gone", "websocket_disconnections_total"),
+        ("client disconnected", "websocket_disconnections_total"),
         ("refused", "websocket_refusals_total"),
     ):
         if count := metrics.value(metric):
@@ -145,10 +145,10 @@ async def test_a_handshake_is_a_span_with_channel_and_status(
 
 
 REFUSED: list[tuple[str, dict[str, str], int, str, str]] = [
-    ("/", {"Origin": "https://bad.example"}, 403, "origin", "handshake /"),
-    ("/?since=x", {}, 400, "query", "handshake /"),
-    ("/channels/a%20b", {}, 404, "path", "handshake /channels/{channel}"),
-    ("/elsewhere", {}, 404, "path", "handshake"),
+    ("/", {"Origin": "https://bad.example"}, 403, "origin_not_allowed", "handshake /"),
+    ("/?since=x", {}, 400, "invalid_query", "handshake /"),
+    ("/channels/a%20b", {}, 404, "no_such_channel", "handshake /channels/{channel}"),
+    ("/elsewhere", {}, 404, "no_such_channel", "handshake"),
 ]
 
 
@@ -217,7 +217,7 @@ async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
     start = len(traced_relay.log_events)
     async with traced_relay.client("news", additional_headers=caller):
         (accepted,) = await spans.await_spans("handshake /channels/{channel}")
-    (disconnected,) = await log_events_from(traced_relay, start, "client gone")
+    (disconnected,) = await log_events_from(traced_relay, start, "client disconnected")
     assert "trace_id" not in disconnected
     await request(traced_relay, "POST", "/", content=b"hello", headers=caller)
     posted = (await spans.await_spans("POST /"))[-1]
@@ -227,7 +227,7 @@ async def test_a_span_continues_the_trace_of_the_caller_and_so_do_its_log_lines(
     found = (accepted, posted, refused)
     assert {(span.trace_id, span.parent_id) for span in found} == {(TRACE, PARENT)}
     assert len({span.span_id for span in found}) == 3
-    _, line = await log_events_from(traced_relay, start, "client gone", "refused")
+    _, line = await log_events_from(traced_relay, start, "client disconnected", "refused")
     assert (line["trace_id"], line["span_id"]) == (TRACE, refused.span_id)
 
 
@@ -271,7 +271,7 @@ async def test_an_invalid_trace_of_the_caller_is_ignored_and_not_logged(
     for number, headers in enumerate(invalid, 1):
         async with traced_relay.client("news", additional_headers=headers):
             pass
-        await log_events_from(traced_relay, start, *["client gone"] * number)
+        await log_events_from(traced_relay, start, *["client disconnected"] * number)
     async with traced_relay.client():
         found = (await spans.await_spans("handshake /"))[:-1]
     assert [span.attributes["http.response.status_code"] for span in found] == [101] * len(invalid)
@@ -369,7 +369,9 @@ async def test_the_environment_can_disable_traces(
         pass
     assert await relay.stop() == 0
     assert not collector.request_count
-    reasons = [event["reason"] for event in relay.log_events if event["event"] == "no traces"]
+    reasons = [
+        event["reason"] for event in relay.log_events if event["event"] == "tracing disabled"
+    ]
     is_grpc = "grpc" in variables.values()
     assert reasons == (["grpc is not spoken, http/protobuf is"] if is_grpc else [])
 
@@ -394,7 +396,7 @@ async def test_a_relay_that_cannot_trace_serves_and_logs_the_reason(
         (tmp_path / "sitecustomize.py").write_text(WITHOUT_EXTRA)
         given["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
     relay = relay_with(given)
-    assert reason in (await relay.await_log("no traces"))["reason"]
+    assert reason in (await relay.await_log("tracing disabled"))["reason"]
     async with relay.client("news") as client:
         await client.send("hello")
         assert await client.recv() == "hello"

@@ -30,7 +30,7 @@ async def test_clients_that_never_finish_a_message_are_closed_at_the_total_limit
         clients = [await start_message(relay, channel, stack) for _ in range(40)]
         answers = [asyncio.create_task(client.complete_close()) for client in clients]
         closed, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
-        await relay.await_metric("websocket_closes_total", 32, reason="unfinished")
+        await relay.await_metric("websocket_closes_total", 32, reason="partial_messages")
         assert await relay.metric("websocket_connected_clients") == 8
         assert await relay.metric("websocket_partial_message_bytes") <= TOTAL_BYTES
         assert relay.rss_bytes() < before_bytes + TOTAL_BYTES + 16 * MIB
@@ -59,7 +59,7 @@ async def test_the_largest_partial_message_is_dropped_first_and_a_small_one_comp
         assert [answer.result() for answer in closed] == [TOO_MANY]
         for answer in pending:
             answer.cancel()
-        await relay.await_metric("websocket_closes_total", 1, reason="unfinished")
+        await relay.await_metric("websocket_closes_total", 1, reason="partial_messages")
         await small.send(frame(CONTINUATION, b"two"))
         assert await receive(other) == "one two"
 
@@ -86,4 +86,4 @@ async def test_a_single_message_is_never_over_the_total_limit(
     async with relay.raw_client(channel) as client:
         await client.send(WHOLE)
         await relay.await_metric("websocket_messages_total", 1)
-        assert await relay.metric("websocket_closes_total", reason="unfinished") == 0
+        assert await relay.metric("websocket_closes_total", reason="partial_messages") == 0

@@ -107,7 +107,7 @@ async def test_a_failed_write_closes_its_client_and_no_other(
             context.write([first, failing, last], HELLO, messages=2)
         assert await one.read_message() == await three.read_message() == "hello"
         assert await two.read_to_end() == b""
-        await wait_for_closes(context, Close.INTERNAL, 1)
+        await wait_for_closes(context, Close.INTERNAL_ERROR, 1)
         assert len(context.clients) == 2
     assert context.counters.deliveries == 4
     assert context.counters.sent_bytes == 2 * len(HELLO)
@@ -122,7 +122,7 @@ async def test_a_client_receives_a_close_frame_after_a_failed_write(
     async with connected(context, 1) as [(client, raw)]:
         context.write([client], cast(bytes, "no bytes"), messages=1)
         assert await raw.complete_close() == (1011, "internal error")
-        await wait_for_closes(context, Close.INTERNAL, 1)
+        await wait_for_closes(context, Close.INTERNAL_ERROR, 1)
     assert context.counters.drops[Drop.DISCONNECTED] == 1
     assert [record.message for record in caplog.records] == ["write failed"]
 

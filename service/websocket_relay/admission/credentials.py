@@ -36,7 +36,7 @@ def find_token(
             one than the relay.
     """
     if len(authorization) > 1:
-        raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.MALFORMED)
+        raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.MALFORMED)
     scheme, _, token = "".join(authorization).partition(" ")
     if scheme.lower() == SCHEME and (token := token.strip()):
         return token

@@ -139,7 +139,7 @@ class Jwks:
         else:
             is_fresh = False
         if not found and not (is_fresh and self._is_reachable):
-            raise RefusedError(Refusal.KEYS)
+            raise RefusedError(Refusal.SIGNING_KEYS)
         return found[0] if len(found) == 1 or (found and kid is not None) else None
 
     def _cached(self, algorithm: str, kid: str | None) -> list[PublicKey]:
@@ -161,11 +161,11 @@ class Jwks:
         except FetchError as error:
             self._is_reachable = False
             self.fetches["error"] += 1
-            log.error("keys not fetched", extra={"url": self._url, "error": str(error)})
+            log.error("signing keys not fetched", extra={"url": self._url, "error": str(error)})
         else:
             # The first success, and the first after a failure, are worth a line.
             level = logging.DEBUG if self._is_reachable else logging.INFO
-            log.log(level, "keys fetched", extra={"keys": len(self._keys)})
+            log.log(level, "signing keys fetched", extra={"keys": len(self._keys)})
             self._is_reachable = True
             self._fetched_at = asyncio.get_running_loop().time()
             self.fetches["ok"] += 1

@@ -195,17 +195,17 @@ class AdmissionPolicy:
 
     def _check_path_and_origin(self, request: AdmissionRequest) -> None:
         if not CHANNEL_NAME.fullmatch(request.channel):
-            raise RefusedError(Refusal.PATH)
+            raise RefusedError(Refusal.NO_SUCH_CHANNEL)
         if self._origins is not None:
             origin = request.headers.get("origin")  # only browsers send one, and they always do
             if origin is not None and origin.lower() not in self._origins:
-                raise RefusedError(Refusal.ORIGIN)
+                raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
 
     def _check_availability(self) -> None:
         if self._health.refuses_upgrades:
             raise RefusedError(Refusal.DRAINING)
         if self._health.is_backplane_down:
-            raise RefusedError(Refusal.UNAVAILABLE)
+            raise RefusedError(Refusal.BACKPLANE_UNAVAILABLE)
 
     async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
         permissions = await self._authenticate(request)
@@ -217,7 +217,7 @@ class AdmissionPolicy:
         assert self._tokens is not None
         token = find_token(request.authorization, request.query, request.subprotocols)
         if token is None:
-            raise RefusedError(Refusal.NO_TOKEN)
+            raise RefusedError(Refusal.TOKEN_REQUIRED)
         return await self._tokens.verify(token)
 
     def _check_limits(self, channel: str, network: str) -> None:
@@ -242,5 +242,5 @@ def _remaining_s(permissions: Permissions) -> float | None:
         return None
     remaining_s = permissions.expires_at - time.time()
     if remaining_s <= 0:
-        raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.EXPIRED)
+        raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.EXPIRED)
     return remaining_s

@@ -18,8 +18,8 @@ SETTINGS = {
     Refusal.CONNECTIONS_PER_IP: "limits.max_connections_per_ip",
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",
     Refusal.CHANNELS: "channels.max_channels",
-    Refusal.KEYS: "auth.jwt.jwks_url",
-    Refusal.UNFINISHED: "limits.total_backlog_bytes",
+    Refusal.SIGNING_KEYS: "auth.jwt.jwks_url",
+    Refusal.PARTIAL_MESSAGES: "limits.total_backlog_bytes",
 }
 """The refusals that may need an operator, and the setting to change. All others are errors of the
 client."""

@@ -107,7 +107,7 @@ class TokenVerifier:
         assert self._keys is not None  # the settings require a key for every algorithm
         key = await self._keys.find(algorithm, kid)
         if key is None:
-            raise RefusedError(Refusal.BAD_TOKEN, TokenProblem.UNKNOWN_KEY)
+            raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.UNKNOWN_KEY)
         return key
 
     def _check_types(self, claims: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ class TokenVerifier:
         try:
             yield
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise RefusedError(Refusal.BAD_TOKEN, self._problem(error)) from None
+            raise RefusedError(Refusal.INVALID_TOKEN, self._problem(error)) from None
 
     def _problem(self, error: Exception) -> TokenProblem:
         match error:

@@ -172,7 +172,7 @@ class MessageBatch:
         try:
             await self._scope.__aexit__(*raised)
         except TimeoutError:
-            raise RefusedError(Refusal.UNFINISHED) from None
+            raise RefusedError(Refusal.PARTIAL_MESSAGES) from None
 
     def record_size(self, size: int) -> None:
         """Record the number of bytes received so far."""
@@ -192,7 +192,7 @@ def _media_type(request: Request) -> str:
 def _require_identity_coding(request: Request) -> None:
     codings = ",".join(request.headers.getlist("content-encoding"))
     if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
-        raise RefusedError(Refusal.CODING)
+        raise RefusedError(Refusal.CONTENT_CODING)
 
 
 def _require_connected(request: Request) -> None:
@@ -206,12 +206,12 @@ async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> b
     """Return the body of a request; refuse one that is too large as early as possible."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
-        raise RefusedError(Refusal.TOO_LARGE)
+        raise RefusedError(Refusal.MESSAGE_TOO_BIG)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise RefusedError(Refusal.TOO_LARGE)
+            raise RefusedError(Refusal.MESSAGE_TOO_BIG)
         parts.append(part)
         batch.record_size(size)
     return b"".join(parts)
@@ -228,7 +228,7 @@ async def _decode(media_type: str, body: bytes, slicer: TimeSlicer) -> list[Mess
     if media_type != JSON and not media_type.startswith(TEXTS):
         return [(BINARY, body)]
     if not _is_utf8(body):
-        raise RefusedError(Refusal.BODY, "text is not UTF-8")
+        raise RefusedError(Refusal.INVALID_MESSAGE, "text is not UTF-8")
     return [(TEXT, body)]
 
 
@@ -266,13 +266,13 @@ def _lines(body: bytes) -> Iterator[Message]:
     """Yield one text message for each line, unchanged; each must be one JSON value."""
     for number, line in enumerate(VALUE.finditer(body), 1):
         if number > MAX_BATCH:
-            raise RefusedError(Refusal.TOO_LARGE, f"a batch has up to {MAX_BATCH} lines")
+            raise RefusedError(Refusal.MESSAGE_TOO_BIG, f"a batch has up to {MAX_BATCH} lines")
         text = line[0].rstrip(b" \t\r")
         try:
             decode(text.decode())
         except (ValueError, RecursionError):
             line_number = body.count(b"\n", 0, line.start()) + 1
-            raise RefusedError(Refusal.BODY, f"line {line_number} is not JSON") from None
+            raise RefusedError(Refusal.INVALID_MESSAGE, f"line {line_number} is not JSON") from None
         yield TEXT, text
 
 

@@ -23,7 +23,7 @@ RESPONSE_HEADERS: Mapping[int, Mapping[str, Any]] = {
 }
 """The OpenAPI description of the headers of a refusal, by its status."""
 
-UNDOCUMENTED = (Refusal.HANDSHAKE, Refusal.METRICS_CONNECTIONS)
+UNDOCUMENTED = (Refusal.INVALID_HANDSHAKE, Refusal.METRICS_CONNECTIONS)
 """Reasons that no request in the OpenAPI document is refused for."""
 
 
@@ -84,8 +84,8 @@ def answer_to(error: RefusedError) -> Response:
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(random_retry_after_s())
     elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
-        is_invalid = error.why is Refusal.BAD_TOKEN
+        is_invalid = error.why is Refusal.INVALID_TOKEN
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
-    elif error.why is Refusal.CODING:  # RFC 9110 section 15.5.16
+    elif error.why is Refusal.CONTENT_CODING:  # RFC 9110 section 15.5.16
         headers["Accept-Encoding"] = "identity"
     return PlainTextResponse(f"{error}\n", status, headers)

@@ -72,7 +72,7 @@ def replay_request_of(
         since = _position(parameters["since"]) if "since" in parameters else None
         counts = parameters.get("history", ["0"])
         if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
-            raise RefusedError(Refusal.QUERY, "history must be one number of messages")
+            raise RefusedError(Refusal.INVALID_QUERY, "history must be one number of messages")
         last = int(counts[0])
     if last_event_id:
         since = _position([last_event_id])
@@ -86,7 +86,7 @@ def _parameters(query: bytes) -> dict[str, list[str]]:
         text = query.decode("latin-1")
         return parse_qs(text, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
     except ValueError:
-        raise RefusedError(Refusal.QUERY, "too many parameters") from None
+        raise RefusedError(Refusal.INVALID_QUERY, "too many parameters") from None
 
 
 def _position(texts: list[str]) -> Position:
@@ -94,4 +94,4 @@ def _position(texts: list[str]) -> Position:
         (text,) = texts
         return Position.parse(text)
     except ValueError:
-        raise RefusedError(Refusal.QUERY, "since must be one position") from None
+        raise RefusedError(Refusal.INVALID_QUERY, "since must be one position") from None

@@ -60,7 +60,7 @@ def add_websocket_routes(
         broadcaster.subscribe(channel_of(websocket), client, replay)
 
     async def no_such_path(websocket: WebSocket) -> None:
-        await refuse(websocket, RefusedError(Refusal.PATH))
+        await refuse(websocket, RefusedError(Refusal.NO_SUCH_CHANNEL))
 
     async def refuse(websocket: WebSocket, error: RefusedError) -> None:
         await websocket.send_denial_response(refusals.answer(error))
@@ -81,7 +81,7 @@ def upgrade_router(*, base_path: str) -> APIRouter:
 
     async def upgrade_required(request: Request) -> Response:
         if not CHANNEL_NAME.fullmatch(channel_of(request)):
-            return answer_to(RefusedError(Refusal.PATH))
+            return answer_to(RefusedError(Refusal.NO_SUCH_CHANNEL))
         return PlainTextResponse(
             "This is a WebSocket; connect with ws:// or wss://.\n",
             HTTPStatus.UPGRADE_REQUIRED,

@@ -77,7 +77,7 @@ class OneShotPublisher:
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Record that a message was not relayed, or that this is unknown."""
         if is_unconfirmed or self._failure is None:
-            self._failure = Refusal.UNCONFIRMED if is_unconfirmed else Refusal.UNAVAILABLE
+            self._failure = Refusal.UNCONFIRMED if is_unconfirmed else Refusal.BACKPLANE_UNAVAILABLE
 
     def _is_paused(self) -> bool:
         for mark in self._high_water_marks:

@@ -166,7 +166,7 @@ class Recovery:
         if self._host.backplane.state is BackplaneState.OUTAGE:
             # Any answer now could be wrong. Like a new client, which is refused in an outage, the
             # client has to try another replica.
-            self._client.close(Close.UNAVAILABLE)
+            self._client.close(Close.BACKPLANE_UNAVAILABLE)
         else:
             self._host.call_later(TAIL_POLL_S, self._schedule)
 

@@ -26,7 +26,7 @@ RETRY_MS = re.compile(r"retry_ms=(\d{1,9})")
 PERMANENT_CLOSE_CODES = frozenset({1002, 1003, 1007, 1009, 1010})
 """A retry would be closed with the same code: the data that was sent is the cause."""
 
-CLOSES_AFTER_ECHOES = frozenset({Close.UNAVAILABLE, Close.UNFINISHED})
+CLOSES_AFTER_ECHOES = frozenset({Close.BACKPLANE_UNAVAILABLE, Close.PARTIAL_MESSAGES})
 """The closes with code 1013 that the relay sends after the echoes of everything it relayed."""
 
 Data = str | bytes
@@ -199,7 +199,7 @@ def connection_end_of(closed: ConnectionClosed) -> ConnectionEnd:
         )
     if code == Close.TOKEN_EXPIRED.code:
         return ConnectionEnd(reason, has_all_echoes=True, token_expired=True)
-    if code in PERMANENT_CLOSE_CODES or (code, close_reason) == Close.NOT_ALLOWED.value:
+    if code in PERMANENT_CLOSE_CODES or (code, close_reason) == Close.PUBLISH_NOT_ALLOWED.value:
         return ConnectionEnd(reason, RejectedError(reason), has_all_echoes=True)
     is_after_echoes = (code, close_reason) in {each.value for each in CLOSES_AFTER_ECHOES}
     return ConnectionEnd(reason, has_all_echoes=is_after_echoes or code == Close.RATE_LIMIT.code)
@@ -209,7 +209,7 @@ def _end_without_close_frame(closed: ConnectionClosed) -> ConnectionEnd:
     sent = closed.sent
     if sent is not None and sent.code == 1011:
         return ConnectionEnd("connection lost: ping timeout")
-    if sent is not None and sent.code == Close.TOO_BIG.code:
+    if sent is not None and sent.code == Close.MESSAGE_TOO_BIG.code:
         reason = f"received a message over the client's size limit: {sent.reason}"
         return ConnectionEnd(reason, RejectedError(reason))  # resuming would replay the message
     if sent is not None and sent.code in PERMANENT_CLOSE_CODES:

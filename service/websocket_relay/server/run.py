@@ -126,17 +126,19 @@ def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
     protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol
     if protocol != "http/protobuf":
-        log.warning("no traces", extra={"reason": f"{protocol} is not spoken, http/protobuf is"})
+        log.warning(
+            "tracing disabled", extra={"reason": f"{protocol} is not spoken, http/protobuf is"}
+        )
         return None
     try:
         from websocket_relay.tracing import Tracing  # its library is an optional dependency
 
         tracing = Tracing()
     except ImportError:
-        log.warning("no traces", extra={"reason": "websocket-relay[otel] is not installed"})
+        log.warning("tracing disabled", extra={"reason": "websocket-relay[otel] is not installed"})
         return None
     except (OSError, ValueError) as error:
-        log.warning("no traces", extra={"reason": str(error)})
+        log.warning("tracing disabled", extra={"reason": str(error)})
         return None
     logs.add_facts(tracing.facts)
     return tracing
@@ -308,7 +310,7 @@ async def _drain(settings: Settings, relay: Replica, port: Listener, deadline: f
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
     except TimeoutError:
-        log.error("messages not relayed", extra={"messages": relay.backplane.unconfirmed_messages})
+        log.error("messages unconfirmed", extra={"messages": relay.backplane.unconfirmed_messages})
     relay.http_connections.evict_idle(Refusal.DRAINING)  # their next request may never arrive
     if unanswered := await port.wait_for_responses(until=until):
         log.warning("requests aborted", extra={"requests": unanswered})

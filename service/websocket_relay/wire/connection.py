@@ -348,10 +348,10 @@ class Connection(asyncio.Protocol):
     def close_after_write_error(self) -> None:
         """Close the connection: a write to it raised."""
         try:
-            self.close(Close.INTERNAL)
+            self.close(Close.INTERNAL_ERROR)
         except Exception:
             log.exception("write failed")
-            self.abort(Close.INTERNAL)
+            self.abort(Close.INTERNAL_ERROR)
 
     # Private
 
@@ -370,7 +370,7 @@ class Connection(asyncio.Protocol):
             assert self._close_reason is not None
             shared.counters.disconnections += 1
             shared.counters.closes[self._close_reason] += 1
-            log.debug("client gone", extra={"close": self._close_reason.label})
+            log.debug("client disconnected", extra={"close": self._close_reason.label})
         self._sink = None
 
     def _detach(self, why: Close) -> None:

@@ -119,10 +119,10 @@ class Inflater:
             try:
                 part = self._stream.decompress(data, max_length)
             except zlib.error:
-                raise ProtocolViolationError(Close.BAD_DEFLATE) from None
+                raise ProtocolViolationError(Close.INVALID_COMPRESSION) from None
             self._remaining_bytes -= len(part)
             if self._remaining_bytes < 0:
-                raise ProtocolViolationError(Close.TOO_BIG)
+                raise ProtocolViolationError(Close.MESSAGE_TOO_BIG)
             yield part
             if self._stream.eof:
                 # Further blocks may follow a block with the BFINAL bit (section 7.2.3.4).
@@ -143,4 +143,4 @@ class Inflater:
             return
         has_trailing_output = any(self.feed(MESSAGE_TAIL)) or any(self.feed(FINAL_BLOCK))
         if has_trailing_output or self._stream is not None:
-            raise ProtocolViolationError(Close.BAD_DEFLATE)
+            raise ProtocolViolationError(Close.INVALID_COMPRESSION)

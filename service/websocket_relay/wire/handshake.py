@@ -182,8 +182,8 @@ class Handshake:
                 method, http_version, headers, compresses=self._context.compresses
             )
         except HandshakeError as error:
-            self._context.counters.refusals[Refusal.HANDSHAKE] += 1
-            text = f"{Refusal.HANDSHAKE.reason}: {error}\n"
+            self._context.counters.refusals[Refusal.INVALID_HANDSHAKE] += 1
+            text = f"{Refusal.INVALID_HANDSHAKE.reason}: {error}\n"
             self._deny(error.status, [*error.headers.items(), TEXT_CONTENT_TYPE], text.encode())
         return self._result
 
@@ -202,7 +202,9 @@ class Handshake:
         if self._connection.in_handshake:
             self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [TEXT_CONTENT_TYPE], b"internal error\n")
         elif not self._connection.has_sink:
-            self._connection.close(Close.INTERNAL)  # accepted, but the application assigned no sink
+            self._connection.close(
+                Close.INTERNAL_ERROR
+            )  # accepted, but the application assigned no sink
 
     async def _receive(self) -> ASGIReceiveEvent:
         if not self._has_sent_connect:

@@ -204,7 +204,7 @@ class HttpProtocol(HttpToolsProtocol):
             return b""
         if self._head_bytes > MAX_HEAD_BYTES:
             status, text = TOO_LARGE
-            self._refuse(status, Refusal.HANDSHAKE, text)
+            self._refuse(status, Refusal.INVALID_HANDSHAKE, text)
             return b""
         return rest
 
@@ -543,13 +543,13 @@ class HttpProtocol(HttpToolsProtocol):
         # references that frame: the cycle would keep the request until garbage collection.
         cause = error.__context__
         if isinstance(cause, RequestError):
-            self._refuse(cause.status, Refusal.HANDSHAKE, cause.text)
+            self._refuse(cause.status, Refusal.INVALID_HANDSHAKE, cause.text)
         else:
             self._refuse_malformed()
 
     def _refuse_malformed(self) -> None:
         status, text = MALFORMED
-        self._refuse(status, Refusal.HANDSHAKE, text)
+        self._refuse(status, Refusal.INVALID_HANDSHAKE, text)
 
     def _refuse_temporarily(self, refusal: Refusal) -> None:
         self._http_connections.record_refusal(refusal)

@@ -172,25 +172,25 @@ class Parser:
         opcode, reserved = first & OPCODE, first & RESERVED
         is_compressed = reserved == RSV1 and self._inflates and opcode in (TEXT, BINARY)
         if not second & MASK_BIT:
-            raise ProtocolViolationError(Close.PROTOCOL, "unmasked frame")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "unmasked frame")
         if reserved and not is_compressed:
-            raise ProtocolViolationError(Close.PROTOCOL, "reserved bits")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "reserved bits")
         if opcode not in OPCODES:
-            raise ProtocolViolationError(Close.PROTOCOL, "reserved opcode")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "reserved opcode")
         if opcode & CONTROL:
             if not first & FIN:
-                raise ProtocolViolationError(Close.PROTOCOL, "fragmented control frame")
+                raise ProtocolViolationError(Close.PROTOCOL_ERROR, "fragmented control frame")
             if size > MAX_CONTROL_BYTES:
-                raise ProtocolViolationError(Close.PROTOCOL, "control frame too long")
+                raise ProtocolViolationError(Close.PROTOCOL_ERROR, "control frame too long")
             return
         if opcode == CONTINUATION and self._message_opcode == CONTINUATION:
-            raise ProtocolViolationError(Close.PROTOCOL, "unexpected continuation frame")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "unexpected continuation frame")
         if opcode != CONTINUATION and self._message_opcode != CONTINUATION:
-            raise ProtocolViolationError(Close.PROTOCOL, "expected continuation frame")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "expected continuation frame")
         may_inflate = is_compressed or self._inflater is not None
         max_bytes = _max_deflated_bytes(self._max_bytes) if may_inflate else self._max_bytes
         if self._wire_bytes + size > max_bytes:
-            raise ProtocolViolationError(Close.TOO_BIG)
+            raise ProtocolViolationError(Close.MESSAGE_TOO_BIG)
 
     def _start_data_frame(self, first: int, size: int, mask: bytes) -> None:
         """Start a data frame that is outside the common case of `feed`."""
@@ -275,12 +275,12 @@ class Parser:
             try:
                 self._decoder.decode(payload, final)
             except UnicodeDecodeError:
-                raise ProtocolViolationError(Close.NOT_UTF8) from None
+                raise ProtocolViolationError(Close.INVALID_UTF8) from None
             # Python's decoder rejects a surrogate only at its third octet. UTF-8 has no surrogates
             # (RFC 3629): reject it at the second one.
             undecoded, _ = self._decoder.getstate()
             if undecoded[:1] == b"\xed" and undecoded[1:] >= b"\xa0":
-                raise ProtocolViolationError(Close.NOT_UTF8)
+                raise ProtocolViolationError(Close.INVALID_UTF8)
         self._message += payload
         self.buffered_bytes = len(self._message)
         if self._inflater is not None:
@@ -311,9 +311,11 @@ def _extended_length(data: bytes, position: int, size: int) -> tuple[int, int]:
         return size, len(data) + 1
     size = int.from_bytes(length, "big")
     if size >> 63:
-        raise ProtocolViolationError(Close.PROTOCOL, "payload length: most significant bit set")
+        raise ProtocolViolationError(
+            Close.PROTOCOL_ERROR, "payload length: most significant bit set"
+        )
     if size < 126 or (length_bytes == 8 and size < 65_536):
-        raise ProtocolViolationError(Close.PROTOCOL, "payload length: not minimally encoded")
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "payload length: not minimally encoded")
     return size, position + 2 + length_bytes + MASK_BYTES
 
 
@@ -329,15 +331,15 @@ def _check_utf8(text: bytes) -> None:
     try:
         text.decode()
     except UnicodeDecodeError:
-        raise ProtocolViolationError(Close.NOT_UTF8) from None
+        raise ProtocolViolationError(Close.INVALID_UTF8) from None
 
 
 def _control_event(opcode: int, payload: bytes) -> ParserEvent:
     """Return the event of a control frame; validate a close frame's payload (section 5.5.1)."""
     if opcode == CLOSE and payload:
         if len(payload) == 1:
-            raise ProtocolViolationError(Close.PROTOCOL, "close frame too short")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "close frame too short")
         if int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise ProtocolViolationError(Close.PROTOCOL, "invalid close code")
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "invalid close code")
         _check_utf8(payload[2:])
     return opcode, payload

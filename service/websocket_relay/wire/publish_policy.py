@@ -23,7 +23,7 @@ class PublishPolicy:
     def violation(self) -> Close | None:
         """Return the close reason if the message that just arrived is not permitted, or None."""
         if not self._may_publish:
-            return Close.NOT_ALLOWED
+            return Close.PUBLISH_NOT_ALLOWED
         if self._token_bucket is not None and not self._token_bucket.take(monotonic()):
             return Close.RATE_LIMIT
         return None

@@ -173,7 +173,7 @@ class WebSocketConnection(Connection):
         except BaseException:  # as uvloop does if data_received raises
             self._release_unparsed()
             self._is_queued = False
-            self.abort(Close.INTERNAL)
+            self.abort(Close.INTERNAL_ERROR)
             raise
         self._is_queued = not is_done
         if is_done or not self._has_priority:
@@ -290,11 +290,11 @@ class WebSocketConnection(Connection):
 
     def drop_partial_message(self) -> None:
         """Close the connection, so that the memory of its incomplete message is freed."""
-        self._queue_close_for(Close.UNFINISHED)
+        self._queue_close_for(Close.PARTIAL_MESSAGES)
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Close the connection: its message could not be relayed."""
-        self._queue_close_for(Close.UNAVAILABLE)
+        self._queue_close_for(Close.BACKPLANE_UNAVAILABLE)
 
     def eof_received(self) -> bool:
         """Close after the client's EOF: an abnormal closure, if no close frame came before it.
