@@ -1,6 +1,7 @@
 """The distribution, its dependencies, the lock files, and make."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,14 @@ def test_the_wheel_contains_the_service_and_its_license_only(tmp_path: Path) -> 
     sources = {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py")}
     assert sources | {"websocket_relay/py.typed"} <= names
     assert f"{metadata}/licenses/LICENSE" in names
+
+
+@pytest.mark.fast
+def test_the_browser_package_has_the_version_of_the_project_and_names_its_files() -> None:
+    package = json.loads((PACKAGE / "browser" / "package.json").read_text())
+    assert package["version"] == PROJECT["project"]["version"]
+    for file in (package["main"], package["types"]):
+        assert (PACKAGE / "browser" / file).is_file()
 
 
 def test_make_without_a_target_lists_the_targets() -> None:
