@@ -52,8 +52,9 @@ imports: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# They compute and wait for nothing: more workers than cores would only import more.
 fast: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n auto -m "fast and not processes"
+	@$(BIN)/python -m pytest -n $(shell nproc 2>/dev/null || echo 2) -m "fast and not processes"
 
 # As root, with mmdebstrap.
 bare-test:  ## make run and make test on a Debian that has Python and make only
