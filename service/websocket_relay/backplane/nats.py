@@ -139,6 +139,11 @@ class QuietNatsClient(Client):
     error then, and nats-py does not call `closed_cb`.
     """
 
+    @property
+    def stream_writer(self) -> asyncio.StreamWriter | None:
+        """The writer of the TCP connection, if there is one: nats-py has no public access to it."""
+        return getattr(self._transport, "_io_writer", None)
+
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._pending = []
         self._pending_data_size = 0
@@ -153,8 +158,9 @@ class TlsNatsClient(QuietNatsClient):
     """
 
     def _connect_command(self) -> bytes:
-        # Called before the first write; nats-py has no public access to its transport.
-        if self._transport._io_writer.get_extra_info("ssl_object") is None:  # type: ignore[union-attr]
+        # Called before the first write.
+        writer = self.stream_writer
+        if writer is None or writer.get_extra_info("ssl_object") is None:
             raise NatsError("the server does not speak TLS")
         return super()._connect_command()
 
@@ -207,7 +213,7 @@ class NatsConnection:
             )
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
-        writer = self._writer()
+        writer = self._client.stream_writer
         assert writer is not None
         reset_on_close(writer)
         version = self._client.connected_server_version
@@ -259,15 +265,11 @@ class NatsConnection:
 
     async def abort(self) -> None:
         """Abort the connection at once, also one whose `open` was cancelled."""
-        if (writer := self._writer()) is not None:
+        if (writer := self._client.stream_writer) is not None:
             writer.transport.abort()
         with suppress(Exception):  # the connection is closed, whatever nats-py raises
             async with Deadline(CLOSE_TIMEOUT_S):
                 await self._client.close()
-
-    def _writer(self) -> asyncio.StreamWriter | None:
-        # nats-py has no public access to its transport.
-        return getattr(self._client._transport, "_io_writer", None)
 
     async def _on_error(self, error: Exception) -> None:
         # A missing permission, for example: the broker does not respond to the request then.

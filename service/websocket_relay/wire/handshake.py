@@ -202,9 +202,8 @@ class Handshake:
         if self._connection.in_handshake:
             self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [TEXT_CONTENT_TYPE], b"internal error\n")
         elif not self._connection.has_sink:
-            self._connection.close(
-                Close.INTERNAL_ERROR
-            )  # accepted, but the application assigned no sink
+            # Accepted, but the application assigned no sink.
+            self._connection.close(Close.INTERNAL_ERROR)
 
     async def _receive(self) -> ASGIReceiveEvent:
         if not self._has_sent_connect:
