@@ -18,6 +18,8 @@ from websocket_relay.backplane.interface import Position
 from websocket_relay.backplane.replicated import PRODUCER_EPOCHS, RESET
 
 from tests.support.broker_logs import (
+    ONLY_NATS,
+    ONLY_REDIS,
     BackplaneReplica,
     BrokerLog,
     CountingPublisher,
@@ -31,9 +33,6 @@ from tests.support.broker_logs import (
 from tests.support.brokers import Broker
 from tests.support.relay_process import RelayProcess, StartRelay, eventually, merged, receive
 from tests.support.tcp_proxy import BlockedReadsProxy, ProxiedConnection, TcpProxy
-
-ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
-ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
 class BrokerProxy(TcpProxy):

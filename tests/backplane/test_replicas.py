@@ -10,7 +10,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.support.broker_logs import BrokerLog
+from tests.support.broker_logs import ONLY_NATS, ONLY_REDIS, BrokerLog
 from tests.support.brokers import Broker
 from tests.support.followers import LAST_MESSAGE, make_followers, publish_until
 from tests.support.http_requests import BATCH_TYPE, TEXT_TYPE, publish_by_post
@@ -24,9 +24,6 @@ from tests.support.relay_process import (
     receive_many,
 )
 from tests.support.relay_v1 import Message, connect_relay_v1, number_texts
-
-ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
-ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 
 async def send_all(client: ClientConnection, messages: Sequence[Message]) -> None:

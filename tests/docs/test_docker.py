@@ -1,7 +1,5 @@
 """The files of docs/how-to/docker.md: compose and the relay accept them."""
 
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -10,8 +8,7 @@ from dotenv import dotenv_values
 
 from tests.support.certificates import make_pair
 from tests.support.pages import fenced_blocks
-from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, environment, run_command
+from tests.support.relay_process import ROOT, run_command, run_python
 
 FILES = {
     block.title: block.text
@@ -24,16 +21,9 @@ CA_FILE = "/etc/websocket-relay/ca.pem"
 def test_compose_understands_the_override(tmp_path: Path) -> None:
     file = tmp_path / "compose.override.yaml"
     file.write_text(FILES[file.name])
-    done = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
-         str(file)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    done = run_python("-m", "check_jsonschema", *schema, str(file))
+    assert done.exit_code == 0, done.stdout
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     override = yaml.safe_load(file.read_text())["services"]
     assert set(override) == {name for name in services if name.startswith("relay")}

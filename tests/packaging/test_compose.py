@@ -5,7 +5,6 @@ import ipaddress
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -27,10 +26,10 @@ from tests.support.relay_process import (
     ROOT,
     RelayProcess,
     await_close,
-    environment,
     eventually,
     receive,
     run_command,
+    run_python,
 )
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
@@ -116,16 +115,9 @@ async def deployment(tmp_path: Path) -> AsyncIterator[LocalDeployment]:
 
 
 def test_the_file_is_valid_by_the_schema_of_compose() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
-         str(ROOT / "compose.yaml")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    done = run_python("-m", "check_jsonschema", *schema, str(ROOT / "compose.yaml"))
+    assert done.exit_code == 0, done.stdout
 
 
 def test_the_variables_of_the_relays_are_valid_settings(tmp_path: Path) -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import nats
+import pytest
 import redis.asyncio as redis
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState, LogEntry, Position
 
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, REDIS_6, REDIS_7, needed
+
+ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
+ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 WAIT_TIMEOUT_S = 15.0
 
