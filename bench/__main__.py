@@ -68,7 +68,7 @@ def _prepare(servers: list[Server]) -> dict[str, str]:
     return absent
 
 
-def _print_result(load: Load, server: Server, found: Measurement) -> None:
+def print_result(load: Load, server: Server, found: Measurement) -> None:
     value = f"{report.number(load.main.value(found.values))} {load.main.unit}"
     text = f"failed: {found.error}" if found.error else f"{load.main.title}: {value}"
     note = f"  (disturbed: {found.disturbed:.0%})" if found.disturbed > DISTURBED else ""
@@ -82,7 +82,7 @@ def _write(folder: Path, document: dict[str, Any], page: str) -> None:
     print(f"written: {folder}/latest.json, {folder}/latest.md")
 
 
-def _allow_files() -> None:
+def allow_files() -> None:
     """Raise the limit of open files, which the servers inherit: the default is too low."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < OPEN_FILES:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench: two different cores are needed, see --help", file=sys.stderr)
         return 2
     os.sched_setaffinity(0, {options.client_core})
-    _allow_files()
+    allow_files()
     started_at = time.monotonic()
     loads = [load for load in LOADS if not options.loads or load.name in options.loads]
     servers = [each for each in SERVERS if not options.servers or each.name in options.servers]
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = _prepare(servers)
     present = [server for server in servers if server.name not in absent]
     facts = machine.facts()
-    measurements = Rounds(generator, options.rounds, _print_result).all(loads, present)
+    measurements = Rounds(generator, options.rounds, print_result).all(loads, present)
     judged = verdicts(measurements)
     page = report.markdown(facts, measurements, judged, loads, servers, absent)
     print(f"\n{page}")

@@ -158,6 +158,11 @@ SERVERS = (
 )
 
 
+def named_server(name: str) -> Server:
+    """Return the server of a name."""
+    return next(server for server in SERVERS if server.name == name)
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A running server: its process and its ports."""
