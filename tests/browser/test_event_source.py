@@ -6,9 +6,9 @@ import pytest
 from playwright.async_api import Page
 
 from tests.support import browser
+from tests.support.relay_js_page import serve_relay_js_page
 from tests.support.relay_process import RelayProcess, StartRelay, eventually, path_of, receive
 from tests.support.relay_v1 import number_texts
-from tests.support.site import serve_site
 from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = browser.SHARED
@@ -53,7 +53,7 @@ async def test_an_event_source_resumes_without_a_gap_and_without_a_duplicate(
     one, two = redis_replicas
     async with (
         TcpProxy(one.port) as proxy,
-        serve_site() as site,
+        serve_relay_js_page() as site,
         browser.open_page() as page,
         two.client(channel) as publisher,
     ):
@@ -76,7 +76,11 @@ async def test_an_event_source_resumes_without_a_gap_and_without_a_duplicate(
 async def test_only_pages_of_allowed_origins_receive_events(
     relay_with: StartRelay, channel: str
 ) -> None:
-    async with serve_site() as allowed, serve_site() as other, browser.open_page() as page:
+    async with (
+        serve_relay_js_page() as allowed,
+        serve_relay_js_page() as other,
+        browser.open_page() as page,
+    ):
         relay = relay_with(server={"allowed_origins": [allowed.origin]})
         await page.goto(allowed.origin)
         await subscribe(page, relay.http_url(""), channel)

@@ -18,9 +18,9 @@ from tests.support import browser
 from tests.support.issuer import channel_token
 from tests.support.programs import TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
+from tests.support.relay_js_page import RELAY_JS, serve_relay_js_page
 from tests.support.relay_process import RelayProcess, StartRelay, path_of, receive, receive_many
 from tests.support.relay_v1 import RELAY_V1, number_texts, publish_all
-from tests.support.site import RELAY_JS, serve_site
 from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 pytestmark = browser.SHARED
@@ -63,7 +63,7 @@ class UpgradeProxy(TcpProxy):
 
 @dataclass
 class RelayTab:
-    """A page with relay.js, which records messages, events and outcomes (site.py)."""
+    """A page with relay.js, which records messages, events and outcomes (relay_js_page.py)."""
 
     page: Page
 
@@ -114,7 +114,11 @@ async def load(page: Page, origin: str) -> RelayTab:
 @asynccontextmanager
 async def open_tab() -> AsyncIterator[RelayTab]:
     """Open a page that imports relay.js from another origin."""
-    async with serve_site() as module_site, serve_site() as site, browser.open_page() as page:
+    async with (
+        serve_relay_js_page() as module_site,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+    ):
         site.module = module_site.module
         yield await load(page, site.origin)
 
@@ -157,7 +161,7 @@ async def test_send_resolves_to_the_position_of_the_message(
 
 
 async def test_two_tabs_exchange_messages(relay: RelayProcess, channel: str) -> None:
-    async with serve_site() as site, browser.open_page() as page:
+    async with serve_relay_js_page() as site, browser.open_page() as page:
         one = await load(page, site.origin)
         async with page.expect_popup() as opening:
             await page.evaluate("origin => void open(origin)", site.origin)
@@ -406,7 +410,11 @@ async def test_positions_of_64_bits_are_compared_exactly(tab: RelayTab) -> None:
 async def test_a_dead_connection_is_replaced_after_a_sleep(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with UpgradeProxy(relay.port) as proxy, serve_site() as site, browser.open_page() as page:
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+    ):
         await page.clock.install()
         tab = await load(page, site.origin)
         await tab.open(proxy.url(path_of(channel)))
@@ -423,7 +431,11 @@ async def test_a_dead_connection_is_replaced_after_a_sleep(
 
 
 async def test_a_live_connection_is_kept_after_a_sleep(relay: RelayProcess, channel: str) -> None:
-    async with UpgradeProxy(relay.port) as proxy, serve_site() as site, browser.open_page() as page:
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+    ):
         await page.clock.install()
         tab = await load(page, site.origin)
         await tab.open(proxy.url(path_of(channel)))
@@ -637,7 +649,11 @@ async def test_the_end_of_a_relay_causes_no_gap_and_no_duplicate_on_a_stream(
 async def test_a_stream_is_replaced_by_a_websocket_when_upgrades_succeed(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with UpgradeProxy(relay.port) as proxy, serve_site() as site, browser.open_page() as page:
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+    ):
         await page.clock.install()
         tab = await load(page, site.origin)
         proxy.blocks_upgrades = True

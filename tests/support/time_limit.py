@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.support import leftovers
+from tests.support import leftover_processes
 
 EXIT_S = 30.0
 """The timeout of the end of the interpreter after the last test; it joins threads."""
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     watchdog = Watchdog(limit_s, float(config.getini("timeout_grace_s")), stderr)
     watchdog.start()
     config.pluginmanager.register(watchdog)
-    leftovers.kill_when_this_process_ends(config)
+    leftover_processes.kill_when_this_process_ends(config)
 
 
 @dataclass(eq=False, slots=True)

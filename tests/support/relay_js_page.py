@@ -65,7 +65,7 @@ class Site:
 
 
 @asynccontextmanager
-async def serve_site() -> AsyncIterator[Site]:
+async def serve_relay_js_page() -> AsyncIterator[Site]:
     """Serve the page on a free port."""
     site = Site()
     async with await asyncio.start_server(site.answer, "127.0.0.1", 0) as server:
