@@ -120,7 +120,7 @@ def _page(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def _measure(
-    name: str, variants: Sequence[str], rounds: int, scale: float, folders: dict[str, Path]
+    folders: dict[str, Path], name: str, variants: Sequence[str], rounds: int, scale: float
 ) -> tuple[list[dict[str, Any]], list[Measurement]]:
     """Measure a load with all versions of all variants in turns."""
     servers = []
@@ -150,7 +150,7 @@ def main() -> int:
         folders = {commit: _unpack(commit, Path(folder)) for commit in options.commits}
         for load in COMPARED:
             if not options.loads or load[0] in options.loads.split(","):
-                compared, found = _measure(*load, folders)
+                compared, found = _measure(folders, *load)
                 results += compared
                 measurements += found
     page = _page(facts, results)
