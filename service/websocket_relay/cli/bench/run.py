@@ -259,6 +259,8 @@ class BenchRun:
     async def measure(self) -> None:
         """Apply the load for the warm-up and the measurement."""
         load = self._load
+        if not load.warmup_s:
+            self._start_measurement()  # before the first message: each is counted
         self.show("warming up")
         tasks = [asyncio.create_task(self._measure_timer_lag())]
         if load.rate_per_s:
@@ -266,14 +268,18 @@ class BenchRun:
         for client in self._publishers:
             self._send_next(client, load.window)
         try:
-            await asyncio.sleep(load.warmup_s)
-            self._tally.start(perf_counter_ns())
-            self._cpu_s = process_time()
+            if load.warmup_s:
+                await asyncio.sleep(load.warmup_s)
+                self._start_measurement()
             await self._measure_slices()
         finally:
             self._is_finished = True
             await cancel_until_done(*tasks)
             self._update_cpu_share()
+
+    def _start_measurement(self) -> None:
+        self._tally.start(perf_counter_ns())
+        self._cpu_s = process_time()
 
     @property
     def is_measured(self) -> bool:
