@@ -109,8 +109,9 @@ async def test_a_token_in_the_query_is_accepted(jwt_relay: RelayProcess, channel
 async def test_a_token_among_the_subprotocols_is_accepted(
     jwt_relay: RelayProcess, channel: str
 ) -> None:
-    offer = [Subprotocol("bearer"), Subprotocol(sign_token())]
-    await assert_admitted(jwt_relay.client(channel, subprotocols=offer))
+    for scheme in ("bearer", "Bearer"):
+        offer = [Subprotocol(scheme), Subprotocol(sign_token())]
+        await assert_admitted(jwt_relay.client(channel, subprotocols=offer))
 
 
 async def test_the_header_precedes_the_query_and_the_query_precedes_the_subprotocols(
@@ -181,6 +182,8 @@ async def test_a_client_without_a_token_is_refused_with_401(jwt_relay: RelayProc
 
 TOKEN_AFTER_BEARER = [
     (["bearer", "{}"], "bearer"),
+    (["Bearer", "{}"], "Bearer"),  # a browser compares the answer with its offer
+    (["BEARER", "{}", "chat"], "chat"),
     (["bearer", "{}", "chat"], "chat"),
     (["chat", "bearer", "{}"], "chat"),
     (["bearer", "{}", "chat.v2", "chat.v1"], "chat.v2"),

@@ -29,7 +29,7 @@ def find_token(
     Args:
         authorization: the values of the Authorization header lines.
         query: the part of the URL after the question mark.
-        subprotocols: the offered subprotocols: `bearer`, followed by the token.
+        subprotocols: the offered subprotocols: `bearer` in any case, followed by the token.
 
     Raises:
         RefusedError: there is more than one Authorization line. A proxy might have checked another
@@ -38,7 +38,7 @@ def find_token(
     if len(authorization) > 1:
         raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.MALFORMED)
     scheme, _, token = "".join(authorization).partition(" ")
-    if scheme.lower() == SCHEME and (token := token.strip()):
+    if _is_scheme(scheme) and (token := token.strip()):
         return token
     if PARAMETER in query:
         for part in query.split(b"&"):
@@ -58,12 +58,18 @@ def select_subprotocol(subprotocols: Sequence[str]) -> str | None:
         return None
     if POSITIONS_SUBPROTOCOL in subprotocols:
         return POSITIONS_SUBPROTOCOL
-    hidden = {SCHEME, *_after_bearer(subprotocols)}
+    tokens = _after_bearer(subprotocols)
     for offer in subprotocols:
-        if offer and offer not in hidden and not TOKEN_LIKE.fullmatch(offer):
+        hidden = _is_scheme(offer) or offer in tokens or TOKEN_LIKE.fullmatch(offer)
+        if offer and not hidden:
             return offer
-    return SCHEME if SCHEME in subprotocols else None
+    # As it was offered: a browser compares the two with their case.
+    return next(filter(_is_scheme, subprotocols), None)
 
 
 def _after_bearer(subprotocols: Sequence[str]) -> list[str]:
-    return [following for offer, following in pairwise(subprotocols) if offer == SCHEME]
+    return [following for offer, following in pairwise(subprotocols) if _is_scheme(offer)]
+
+
+def _is_scheme(offer: str) -> bool:
+    return offer.lower() == SCHEME  # schemes are case-insensitive (RFC 9110 section 11.1)
