@@ -33,6 +33,7 @@ from tests.support.certificates import make_pair
 from tests.support.issuer import (
     ALL_CHANNELS,
     ASYMMETRIC,
+    CURVES,
     SECRET,
     KeyServer,
     Signer,
@@ -146,7 +147,7 @@ def assert_unavailable(answer: Response) -> None:
 async def test_a_public_key_file_verifies_tokens_of_its_algorithm_only(tmp_path: Path) -> None:
     pairs = [
         (make_signer(algorithm), make_signer(algorithm, number=1))
-        for algorithm in ("RS256", "ES256", "ES384", "ES512", "EdDSA")
+        for algorithm in ("RS256", "PS256", *CURVES, "EdDSA", "Ed25519", "Ed448")
     ]
     pairs.append((Signer("EdDSA", ed448.Ed448PrivateKey.generate()), make_signer("EdDSA")))
     for own, other in pairs:
@@ -238,6 +239,24 @@ async def test_a_key_verifies_tokens_of_its_own_algorithm_and_use_only() -> None
             header = {"alg": "HS256", "kid": "oct"}
             by_listed_secret = signed_as_is(header, {"relay": ALL_CHANNELS}, "x" * 32)
             assert await refusal_of(verifier, by_listed_secret) == BAD_SIGNATURE
+
+
+async def test_a_key_of_an_edwards_curve_verifies_both_names_of_its_algorithm_and_no_other() -> (
+    None
+):
+    """RFC 9864 replaces EdDSA by the names of the curves. Issuers publish either."""
+    old, new = make_signer("EdDSA", "old"), make_signer("Ed25519", "new")
+    goldilocks = make_signer("Ed448", "448")
+    listed = [old.jwk(alg="EdDSA"), new.jwk(alg="Ed25519"), goldilocks.jwk(alg="Ed448")]
+    with KeyServer(json.dumps({"keys": listed}).encode()) as server:
+        async with verifier_with_keys_of(server, "EdDSA", "Ed25519", "Ed448") as verifier:
+            for own in (old, new, goldilocks):
+                for name in ("EdDSA", "Ed448" if own is goldilocks else "Ed25519"):
+                    await verifier.verify(Signer(name, own.key, own.kid).token())
+            other_curve = Signer("Ed25519", goldilocks.key, "448")
+            assert await refusal_of(verifier, other_curve.token()) == UNKNOWN_KEY
+        async with verifier_with_keys_of(server, "EdDSA") as verifier:
+            assert await refusal_of(verifier, new.token()) == "invalid token: algorithm"
 
 
 async def test_a_key_or_key_address_in_the_token_itself_is_ignored(key_server: KeyServer) -> None:

@@ -26,15 +26,22 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from jwt.algorithms import get_default_algorithms
+from jwt.algorithms import OKPAlgorithm, get_default_algorithms
 
 from tests.support.raw_client import PATIENCE_S
 
 SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
 OTHER_SECRET = "another secret of sixty-four bytes, which no relay knows: abcdef"
 ALL_CHANNELS = {"subscribe": ["*"], "publish": ["*"]}
-CURVES = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES512": ec.SECP521R1}
-ASYMMETRIC = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA")
+CURVES = {
+    "ES256": ec.SECP256R1,
+    "ES256K": ec.SECP256K1,
+    "ES384": ec.SECP384R1,
+    "ES512": ec.SECP521R1,
+}
+RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+ASYMMETRIC = (*RSA, *CURVES, "EdDSA", "Ed25519", "Ed448")
+ALGORITHMS = get_default_algorithms() | dict.fromkeys(("Ed25519", "Ed448"), OKPAlgorithm())
 
 PrivateKey = (
     rsa.RSAPrivateKey
@@ -66,8 +73,9 @@ class Signer:
 
     def jwk(self, **further: Any) -> dict[str, Any]:
         """Return the public key in the form of a key set, with further members."""
-        algorithm = get_default_algorithms()[self.algorithm]
-        members: dict[str, Any] = algorithm.to_jwk(self.key.public_key(), as_dict=True)
+        members: dict[str, Any] = ALGORITHMS[self.algorithm].to_jwk(
+            self.key.public_key(), as_dict=True
+        )
         return members | self._key_id() | further
 
     def _key_id(self) -> dict[str, str]:
@@ -85,14 +93,17 @@ class Signer:
 
 def make_signer(algorithm: str, kid: str | None = None, number: int = 0) -> Signer:
     """Return a signer. Another number has another key pair."""
-    return Signer(algorithm, _private_key(CURVES.get(algorithm, algorithm[:2]), number), kid)
+    kind = "RSA" if algorithm in RSA else CURVES.get(algorithm, algorithm)
+    return Signer(algorithm, _private_key(kind, number), kid)
 
 
 @cache
 def _private_key(kind: Any, number: int) -> PrivateKey:
-    if kind == "RS":
+    if kind == "RSA":
         return rsa.generate_private_key(public_exponent=65_537, key_size=2048)
-    if kind == "Ed":
+    if kind == "Ed448":
+        return ed448.Ed448PrivateKey.generate()
+    if kind in ("EdDSA", "Ed25519"):
         return ed25519.Ed25519PrivateKey.generate()
     return ec.generate_private_key(kind())
 

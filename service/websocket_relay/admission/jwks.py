@@ -255,7 +255,9 @@ def _parse_key(jwk: object) -> NamedKey | None:
     except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, AttributeError, KeyError):
         return None
     algorithms = algorithms_of(key)
-    if "alg" in jwk:
+    # Two names of one algorithm: a key that states one verifies tokens with the other, too.
+    is_edwards = "EdDSA" in algorithms and str(jwk.get("alg")) in algorithms
+    if "alg" in jwk and not is_edwards:
         algorithms &= {str(jwk["alg"])}
     kid = jwk.get("kid")
     if not algorithms or not isinstance(key, PublicKey):

@@ -20,9 +20,16 @@ from websocket_relay.outcomes import UnusableSettingError
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
 
-RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512"})
-CURVE_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
-EDWARDS_ALGORITHMS = frozenset({"EdDSA"})
+RSA_ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
+CURVE_ALGORITHMS = {
+    "secp256r1": "ES256",
+    "secp256k1": "ES256K",
+    "secp384r1": "ES384",
+    "secp521r1": "ES512",
+}
+ED25519_ALGORITHMS = frozenset({"EdDSA", "Ed25519"})
+ED448_ALGORITHMS = frozenset({"EdDSA", "Ed448"})
+"""Two names of one algorithm: RFC 9864 deprecates EdDSA, which does not name the curve."""
 
 MIN_RSA_BITS = 2048
 """RFC 7518 section 3.3. Shorter keys have been factored, or soon will be."""
@@ -50,8 +57,10 @@ def algorithms_of(key: object) -> frozenset[str]:
             return RSA_ALGORITHMS
         case EllipticCurvePublicKey() if key.curve.name in CURVE_ALGORITHMS:
             return frozenset({CURVE_ALGORITHMS[key.curve.name]})
-        case Ed25519PublicKey() | Ed448PublicKey():
-            return EDWARDS_ALGORITHMS
+        case Ed25519PublicKey():
+            return ED25519_ALGORITHMS
+        case Ed448PublicKey():
+            return ED448_ALGORITHMS
     return frozenset()
 
 

@@ -8,12 +8,12 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jwt
-from jwt.algorithms import HMACAlgorithm
+from jwt.algorithms import HMACAlgorithm, OKPAlgorithm
 from jwt.warnings import InsecureKeyLengthWarning
 
 from websocket_relay.admission.permissions import Permissions
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 16_384
 """Maximum length of a token. Other servers allow less for a whole request head."""
 
+for _name in ("Ed25519", "Ed448"):  # RFC 9864
+    with suppress(ValueError):  # this version of PyJWT knows it
+        jwt.register_algorithm(_name, OKPAlgorithm())
+
 NOT_BEFORE_LEEWAY_S = 5
-"""Clocks differ: a token that was just issued must be accepted though the issuer's clock is ahead.
-`exp` has no leeway: the admitted client would be closed at once."""
+"""Minimum leeway of `nbf`. Clocks differ: a token that was just issued must be accepted though the
+issuer's clock is ahead."""
 
 CHECKS: "Options" = {
-    "verify_exp": False,  # checked in _expiry, because the leeway must not apply to it
+    "verify_exp": False,  # checked in _expiry, because its leeway differs from that of nbf
     "verify_iat": False,  # the issuer's clock may be ahead
 }
 
@@ -49,7 +53,7 @@ class TokenVerifier:
     """The checks that a token has to pass.
 
     Args:
-        settings: keys, algorithms, audience and issuer.
+        settings: keys, algorithms, audience, issuer and leeway.
 
     Raises:
         UnusableSettingError: the keys can't be used.
@@ -59,6 +63,7 @@ class TokenVerifier:
         self._algorithms = frozenset[str](settings.algorithms)
         self._audience = settings.audience or None
         self._issuer = settings.issuer or None
+        self._leeway_s = settings.leeway_s
         self._secret = settings.secret.get_secret_value().encode()
         if self._algorithms & SECRET_BYTES.keys():
             _check_secret(self._secret)
@@ -87,10 +92,10 @@ class TokenVerifier:
                 audience=self._audience,
                 issuer=self._issuer,
                 options=CHECKS,
-                leeway=NOT_BEFORE_LEEWAY_S,
+                leeway=max(self._leeway_s, NOT_BEFORE_LEEWAY_S),
             )
             self._check_types(claims)
-            return Permissions.of(claims, _expiry(claims))
+            return Permissions.of(claims, _expiry(claims, self._leeway_s))
 
     def _header(self, token: str) -> tuple[str, str | None]:
         if len(token) > MAX_CHARACTERS:
@@ -179,8 +184,10 @@ def _is_time(value: object) -> bool:
     return -math.inf < value < math.inf
 
 
-def _expiry(claims: dict[str, Any]) -> float | None:
+def _expiry(claims: dict[str, Any], leeway_s: float) -> float | None:
     """Return when a token expires, in seconds since 1970; None: never.
+
+    The leeway is a part of it: a client that was just admitted is not closed at once.
 
     Raises:
         jwt.PyJWTError: it has expired.
@@ -190,6 +197,7 @@ def _expiry(claims: dict[str, Any]) -> float | None:
     expiry: float = claims["exp"]
     if expiry >= FAR_FUTURE:
         return None
-    if int(expiry) <= time.time():
+    expires_at = int(expiry) + leeway_s
+    if expires_at <= time.time():
         raise jwt.ExpiredSignatureError
-    return int(expiry)
+    return expires_at

@@ -283,10 +283,16 @@ Algorithm = Literal[
     "RS256",
     "RS384",
     "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
     "ES256",
+    "ES256K",
     "ES384",
     "ES512",
     "EdDSA",
+    "Ed25519",
+    "Ed448",
 ]
 
 
@@ -313,6 +319,9 @@ class JwtSettings(Section):
         "", description="required in a token's aud; empty: tokens with an aud are rejected"
     )
     issuer: str = Field("", description="required iss of a token; empty: any")
+    leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(
+        0, description="how far the issuer's clock may differ: a token is valid so much longer"
+    )
 
     @field_validator("secret")
     @classmethod
