@@ -449,6 +449,31 @@ async def test_the_required_audience_and_issuer_are_verified() -> None:
         await verifier.verify(sign_token(**required | {"aud": right_audience}))
 
 
+@pytest.mark.fast
+async def test_one_of_several_audiences_and_issuers_is_enough() -> None:
+    verifier = verifier_with(audience=["one", "two"], issuer=["https://a", "https://b"])
+    for audience, issuer in (("one", "https://b"), (["other", "two"], "https://a")):
+        await verifier.verify(sign_token(aud=audience, iss=issuer))
+    await assert_invalid(verifier, sign_token(aud="other", iss="https://a"), "wrong audience")
+    for wrong in (None, "https://c", "https://a,https://b"):
+        await assert_invalid(verifier, sign_token(aud="one", iss=wrong), "wrong issuer")
+
+
+@pytest.mark.fast
+async def test_each_of_several_secrets_verifies_tokens() -> None:
+    third = "a third secret of sixty-four bytes, which one setting alone has: 3"
+    for settings in (
+        {"secrets": [OTHER_SECRET]},
+        {"secret": "", "secrets": [SECRET, OTHER_SECRET]},
+    ):
+        verifier = verifier_with(**settings)
+        for secret in (SECRET, OTHER_SECRET):
+            await verifier.verify(sign_token(secret))
+            await assert_invalid(verifier, sign_token(secret, exp=1), "expired")
+        for wrong in (third, ""):
+            await assert_invalid(verifier, signed_as_is(HS256, {"relay": {}}, wrong), "signature")
+
+
 async def test_a_relay_with_an_audience_admits_tokens_for_it_only(
     relay_with: StartRelay, channel: str
 ) -> None:

@@ -183,7 +183,7 @@ def test_a_string_reaches_the_settings_of_the_relay_unchanged(
     file = tmp_path / "config.yaml"
     file.write_text(find_object(objects, "ConfigMap")["data"]["config.yaml"])
     loaded = load(file, {}).auth.jwt
-    assert (loaded.audience, loaded.issuer) == (audience, issuer)
+    assert (loaded.audience, loaded.issuer) == ((audience,), (issuer,))
 
 
 def test_other_settings_make_another_pod_template() -> None:

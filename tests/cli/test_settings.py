@@ -59,8 +59,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
             "public_key_file": "",
             "jwks_url": "",
             "algorithms": ["HS256"],
-            "audience": "",
-            "issuer": "",
+            "secrets": [],
+            "audience": [],
+            "issuer": [],
             "leeway_s": 0,
         },
     },
@@ -113,8 +114,13 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("auth.jwt.public_key_file", "other/jwt.pem", "other/jwt.pem"),
     ("auth.jwt.jwks_url", "https://issuer.example/keys", "https://issuer.example/keys"),
     ("auth.jwt.algorithms", ["HS512", "RS256"], "HS512,RS256"),
-    ("auth.jwt.audience", "the relay", "the relay"),
-    ("auth.jwt.issuer", "https://issuer.example", "https://issuer.example"),
+    ("auth.jwt.secrets", [MASKED, MASKED], json.dumps([SECRET, f"{SECRET}, too"])),
+    ("auth.jwt.audience", ["the relay"], "the relay"),
+    (
+        "auth.jwt.issuer",
+        ["https://a.example", "https://b.example"],
+        "https://a.example,https://b.example",
+    ),
     ("auth.jwt.leeway_s", 2.5, "2.5"),
     ("console.enabled", False, "false"),
     ("shutdown.readiness_delay_s", 1, "1"),
@@ -241,7 +247,8 @@ def test_every_setting_is_read_from_the_file_and_from_the_environment(
     url = "auth.jwt.jwks_url"
     for keys in ([key for key in expected if key != url], [url]):  # a key file excludes a URL
         if source == "file":
-            values = {key: SECRET if key == "auth.jwt.secret" else expected[key] for key in keys}
+            secrets = {"auth.jwt.secret": SECRET, "auth.jwt.secrets": [SECRET, SECRET]}
+            values = {key: secrets.get(key, expected[key]) for key in keys}
             settings = effective(check(yaml.safe_dump(nested_settings(values))))
         else:
             settings = effective(check(**{variable_of(key): written[key] for key in keys}))
@@ -738,6 +745,17 @@ def test_a_secret_with_white_space_at_an_end_is_rejected(check: Check, secret: s
     assert SECRET not in done.stderr
 
 
+def test_one_of_several_secrets_is_checked_like_the_only_one(check: Check) -> None:
+    for second in (f"{SECRET}\n", make_signer("RS256").public_pem.decode(), "", 5, [SECRET]):
+        done = check(jwt_settings(secrets=[SECRET, second]))
+        assert_rejected(done, "config.yaml: auth.jwt.secrets: ")
+        assert SECRET not in done.stderr
+    done = check(jwt_settings(), RELAY__AUTH__JWT__SECRETS=f"{SECRET},{SECRET}")
+    assert_rejected(done, "RELAY__AUTH__JWT__SECRETS: auth.jwt.secrets", "a JSON list")
+    done = check(jwt_settings(secret=SECRET, secrets=["short"]))
+    assert "auth.jwt.secret is short" in done.stderr
+
+
 def test_a_secret_with_white_space_inside_is_valid(check: Check) -> None:
     assert check(jwt_settings(secret=SECRET)).stderr == ""
 
@@ -888,7 +906,7 @@ def test_no_error_line_shows_a_secret_of_the_file(problems_of: ProblemsOf) -> No
     [
         pytest.param(
             [
-                "RELAY__AUTH__JWT__SECRETS",
+                "RELAY__AUTH__JWT__SECRETZ",
                 "RELAY__AUTH__JWT__SECRET__VALUE",
                 "RELAY__AUTH__SECRET",
                 "RELAY__AUHT__JWT__SECRET",

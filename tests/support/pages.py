@@ -77,7 +77,8 @@ PROGRAMS = {
 """Programs that a machine may lack. The first one on the PATH may be another version."""
 
 RELAY = re.compile(
-    r"^(\w+=(\"[^\"]*\"|[^\s\"])*\s+)*(make run\b|websocket-relay( serve)?( --config-file \S+)?$)"
+    r"^(\w+=(\"(\\.|[^\"\\])*\"|[^\s\"])*\s+)*"
+    r"(make run\b|websocket-relay( serve)?( --config-file \S+)?$)"
 )
 RELAY_PORT = re.compile(r"\bRELAY__SERVER__PORT=(\d+)")
 CLIENT = re.compile(r"\bwebsocket-relay (listen|send) ")

@@ -7,7 +7,7 @@ fixed text and no part of the token.
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,12 +61,13 @@ class TokenVerifier:
 
     def __init__(self, settings: JwtSettings) -> None:
         self._algorithms = frozenset[str](settings.algorithms)
-        self._audience = settings.audience or None
-        self._issuer = settings.issuer or None
+        self._audiences = settings.audience or None
+        self._issuers = settings.issuer or None
         self._leeway_s = settings.leeway_s
-        self._secret = settings.secret.get_secret_value().encode()
+        self._secrets = [secret for _, secret in settings.all_secrets]
         if self._algorithms & SECRET_BYTES.keys():
-            _check_secret(self._secret)
+            for name, secret in settings.all_secrets:
+                _check_secret(f"auth.jwt.{name}", secret)
         public = self._algorithms - SECRET_BYTES.keys()
         self.jwks = _jwks(settings.jwks_url) if public and settings.jwks_url else None
         self._keys: KeySource | None = self.jwks
@@ -83,17 +84,9 @@ class TokenVerifier:
         """
         with self._refusing():
             algorithm, kid = self._header(token)
-        key = await self._key(algorithm, kid)
+        keys = await self._candidates(algorithm, kid)
         with self._refusing():
-            claims = jwt.decode(
-                token,
-                key,
-                algorithms=[algorithm],
-                audience=self._audience,
-                issuer=self._issuer,
-                options=CHECKS,
-                leeway=max(self._leeway_s, NOT_BEFORE_LEEWAY_S),
-            )
+            claims = self._decode(token, algorithm, keys)
             self._check_types(claims)
             return Permissions.of(claims, _expiry(claims, self._leeway_s))
 
@@ -106,14 +99,36 @@ class TokenVerifier:
             raise jwt.InvalidAlgorithmError
         return algorithm, header.get("kid")
 
-    async def _key(self, algorithm: str, kid: str | None) -> PublicKey | bytes:
+    async def _candidates(self, algorithm: str, kid: str | None) -> Sequence[PublicKey | bytes]:
+        """Return the keys of which one may have signed the token; at least one."""
         if algorithm in SECRET_BYTES:
-            return self._secret
+            return self._secrets
         assert self._keys is not None  # the settings require a key for every algorithm
         key = await self._keys.find(algorithm, kid)
         if key is None:
             raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.UNKNOWN_KEY)
-        return key
+        return [key]
+
+    def _decode(
+        self, token: str, algorithm: str, keys: Sequence[PublicKey | bytes]
+    ) -> dict[str, Any]:
+        """Return the claims of a token that one of the keys has signed.
+
+        Raises:
+            jwt.PyJWTError: none has, or a claim is wrong.
+        """
+        for key in keys[:-1]:
+            with suppress(jwt.InvalidSignatureError):
+                return self._decode(token, algorithm, [key])
+        return jwt.decode(
+            token,
+            keys[-1],
+            algorithms=[algorithm],
+            audience=self._audiences,
+            issuer=self._issuers,
+            options=CHECKS,
+            leeway=max(self._leeway_s, NOT_BEFORE_LEEWAY_S),
+        )
 
     def _check_types(self, claims: dict[str, Any]) -> None:
         """Check the types of registered claims that PyJWT does not always check.
@@ -128,7 +143,7 @@ class TokenVerifier:
             raise jwt.DecodeError
         if not isinstance(claims.get("aud", ""), str | list):
             raise jwt.DecodeError
-        if "aud" in claims and self._audience is None:  # PyJWT accepts empty ones
+        if "aud" in claims and self._audiences is None:  # PyJWT accepts empty ones
             raise jwt.InvalidAudienceError
 
     @contextmanager
@@ -145,7 +160,7 @@ class TokenVerifier:
                 return TokenProblem.EXPIRED
             case jwt.ImmatureSignatureError():
                 return TokenProblem.NOT_YET_VALID
-            case jwt.InvalidAudienceError() if self._audience is None:
+            case jwt.InvalidAudienceError() if self._audiences is None:
                 # RFC 7519 section 4.1.3: the token is meant for another recipient.
                 return TokenProblem.UNEXPECTED_AUDIENCE
             case jwt.InvalidAudienceError() | jwt.MissingRequiredClaimError(claim="aud"):
@@ -165,16 +180,16 @@ def _jwks(url: str) -> "Jwks":
     return Jwks(url)
 
 
-def _check_secret(secret: bytes) -> None:
+def _check_secret(setting: str, secret: bytes) -> None:
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
         problem = "a key in PEM, DER, SSH or JWK format, not a secret"
-        raise UnusableSettingError("auth.jwt.secret", problem) from None
+        raise UnusableSettingError(setting, problem) from None
     if secret != secret.strip():
         # The issuer's secret lacks the white space, so that every token would be refused.
         problem = "white space at an end, such as the newline of the file that it came from"
-        raise UnusableSettingError("auth.jwt.secret", problem)
+        raise UnusableSettingError(setting, problem)
 
 
 def _is_time(value: object) -> bool:

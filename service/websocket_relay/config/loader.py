@@ -85,8 +85,9 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(schema["enum"])
     if schema["type"] == "boolean":
         return "true or false"
-    if schema["type"] == "array":
-        return f"a list of {schema[ITEMS]}"
+    if "items" in schema:
+        one = "a string or " if "string" in schema["type"] else ""
+        return f"{one}a list of {schema[ITEMS]}"
     if schema["type"] == "string":
         return "a string" if not schema.get("minLength") else "a non-empty string"
     number = "an integer" if schema["type"] == "integer" else "a number"

@@ -56,7 +56,30 @@ def _listed(value: object) -> object:
     return [part.strip() for part in value.split(",")] if value.strip() else []
 
 
+def _one_or_more(value: object) -> object:
+    # A single string is taken as it is, with white space at its ends.
+    is_list = isinstance(value, str) and (value.lstrip().startswith("[") or "," in value)
+    return [value] if isinstance(value, str) and value and not is_list else _listed(value)
+
+
+def _listed_secrets(value: object) -> object:
+    # No commas: a secret that has one would become two that can be guessed.
+    if isinstance(value, str) and value and not value.lstrip().startswith("["):
+        raise ValueError("a list of strings; in an environment variable, a JSON list")
+    return _listed(value)
+
+
+Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+OneOrMore = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_one_or_more)]
+Secrets = Annotated[
+    tuple[Annotated[SecretStr, Field(min_length=1)], ...],
+    NoDecode,
+    BeforeValidator(_listed_secrets),
+]
+
+ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty strings"}
+"""Additions to the JSON schema of a field of the type OneOrMore."""
 
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
@@ -304,6 +327,11 @@ class JwtSettings(Section):
     """Token verification: HS algorithms need the secret, all others the key file or the URL."""
 
     secret: SecretStr = Field(SecretStr(""), description="shared secret of HS256, HS384 and HS512")
+    secrets: Secrets = Field(
+        (),
+        description="further secrets that verify tokens, while the issuer changes its secret",
+        json_schema_extra={ITEMS: "non-empty strings"},
+    )
     public_key_file: str = Field(
         "", description="file with one public key, PEM, for the other algorithms"
     )
@@ -315,19 +343,27 @@ class JwtSettings(Section):
         description="accepted signature algorithms",
         json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
     )
-    audience: str = Field(
-        "", description="required in a token's aud; empty: tokens with an aud are rejected"
+    audience: OneOrMore = Field(
+        (),
+        description="required in a token's aud, or one of several; empty: tokens with an aud are"
+        " rejected",
+        json_schema_extra=ONE_OR_MORE,
     )
-    issuer: str = Field("", description="required iss of a token; empty: any")
+    issuer: OneOrMore = Field(
+        (),
+        description="required iss of a token, or one of several; empty: any",
+        json_schema_extra=ONE_OR_MORE,
+    )
     leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(
         0, description="how far the issuer's clock may differ: a token is valid so much longer"
     )
 
-    @field_validator("secret")
+    @field_validator("secret", "secrets")
     @classmethod
-    def _utf_8(cls, value: SecretStr) -> SecretStr:
+    def _utf_8(cls, value: SecretStr | tuple[SecretStr, ...]) -> SecretStr | tuple[SecretStr, ...]:
         try:
-            value.get_secret_value().encode()
+            for secret in value if isinstance(value, tuple) else [value]:
+                secret.get_secret_value().encode()
         except UnicodeEncodeError:  # an environment variable may contain any bytes
             raise ValueError("a string in UTF-8") from None
         return value
@@ -355,13 +391,19 @@ class JwtSettings(Section):
         return value
 
     @property
+    def all_secrets(self) -> list[tuple[str, bytes]]:
+        """Every shared secret, after the name of its setting."""
+        named = [("secret", self.secret), *(("secrets", each) for each in self.secrets)]
+        return [(name, each.get_secret_value().encode()) for name, each in named if each]
+
+    @property
     def public_key_settings(self) -> list[str]:
         """The names of the settings that provide public keys and are not empty."""
         return [name for name in ("public_key_file", "jwks_url") if getattr(self, name)]
 
     def algorithms_needing_longer_secret(self) -> Iterator[tuple[str, int]]:
-        """Yield each algorithm for which the secret is too short, and the minimum in bytes."""
-        length = len(self.secret.get_secret_value().encode())
+        """Yield each algorithm for which a secret is too short, and the minimum in bytes."""
+        length = min((len(secret) for _, secret in self.all_secrets), default=0)
         for algorithm in sorted(set(self.algorithms)):
             if length < SECRET_BYTES.get(algorithm, 0):
                 yield algorithm, SECRET_BYTES[algorithm]
@@ -388,7 +430,7 @@ class AuthSettings(Section):
                 " to the algorithms of the tokens: RS256 for most RSA keys, ES256 or EdDSA"
                 " for others"
             )
-        if with_secret and not self.jwt.secret.get_secret_value():
+        if with_secret and not self.jwt.all_secrets:
             raise ValueError(f"{', '.join(with_secret)} needs auth.jwt.secret")
         if self.jwt.public_key_file and self.jwt.jwks_url:
             raise ValueError("auth.jwt.public_key_file and auth.jwt.jwks_url are both set")
@@ -451,7 +493,7 @@ class Settings(BaseSettings):
         """Yield warnings, which `check` prints and the relay logs at startup."""
         jwt = self.auth.jwt
         if self.auth.mode == "none":
-            named = [*(["secret"] if jwt.secret else []), *jwt.public_key_settings]
+            named = [*dict(jwt.all_secrets), *jwt.public_key_settings]
             if named:
                 unused = ", ".join(f"auth.jwt.{name}" for name in named)
                 yield SettingsWarning(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from websocket_relay.config.model import Settings
@@ -51,6 +51,5 @@ def _title(section: BaseModel) -> str:
 def _scalar(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, SecretStr):
-        value = str(value)  # asterisks
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    # The text form of a secret is asterisks.
+    return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)
