@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websocket_relay.admission import verifier as verifier_module
 from websocket_relay.admission.permissions import Permissions
 from websocket_relay.admission.verifier import TokenVerifier
 from websocket_relay.config.model import JwtSettings
@@ -564,6 +565,62 @@ def test_a_malformed_claim_permits_nothing() -> None:
         assert not permissions.may_subscribe("news"), claim
         assert not permissions.may_publish("news"), claim
     assert not Permissions.of({"relay": {"publish": ["*"]}}, None).may_subscribe("news")
+
+
+NEWS: dict[str, Any] = {"subscribe": ["news"], "publish": ["chat.*"], "stats": True}
+URL_CLAIM = "https://example.com/relay"
+SCOPES = "openid relay:subscribe:news relay:publish:chat.* relay:stats"
+PLACES: list[tuple[str, dict[str, Any]]] = [
+    ("relay", {"relay": json.dumps(NEWS)}),
+    ("relay", {"relay": f" {json.dumps(NEWS)}"}),
+    (URL_CLAIM, {URL_CLAIM: NEWS, "relay": {}}),
+    (f"{URL_CLAIM}.v1", {URL_CLAIM: {"v1": NEWS}}),
+    ("app_metadata.relay", {"app_metadata": {"relay": NEWS}}),
+    ("app_metadata.relay", {"app_metadata.relay": NEWS, "app_metadata": {"relay": {}}}),
+    ("a.b.c.d", {"a.b": {"c.d": json.dumps(NEWS)}, "a": {"b": {"c": {"d": {}}}}}),
+    ("scope", {"scope": SCOPES}),
+    ("permissions", {"permissions": [*SCOPES.split(), 5, None]}),
+]
+"""Settings of auth.jwt.claim, and claims that permit the same."""
+
+
+@pytest.mark.parametrize(("path", "claims"), PLACES)
+@pytest.mark.fast
+def test_permissions_may_be_in_any_claim_as_an_object_as_text_or_as_scopes(
+    path: str, claims: dict[str, Any]
+) -> None:
+    expected = Permissions(("news",), ("chat.*",), None, stats=True)
+    assert Permissions.of(claims, None, path) == expected
+
+
+@pytest.mark.fast
+def test_a_claim_in_another_place_or_form_permits_nothing() -> None:
+    for path, claims in (
+        ("relay", {"app_metadata": {"relay": NEWS}}),
+        ("app_metadata.relay", {"relay": NEWS, "app_metadata": json.dumps({"relay": NEWS})}),
+        (".relay", {"relay": NEWS}),
+        ("relay.", {"relay": NEWS}),
+        ("relay", {"relay": "{" + "[" * 100_000}),
+        ("relay", {"relay": json.dumps([NEWS])}),
+        ("scope", {"scope": "relay:subscribe relay:Subscribe:news subscribe:news relay:admin"}),
+        ("scope", {"scope": "xrelay:subscribe:news"}),
+    ):
+        assert Permissions.of(claims, None, path).is_empty, claims
+
+
+@pytest.mark.fast
+async def test_the_log_has_why_a_token_permits_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", verifier_module.__name__)
+    for claim, problem in (
+        ("relay", "it names no permission"),
+        ("x.y", "the token has no such claim"),
+    ):
+        caplog.clear()
+        await verifier_with(claim=claim).verify(sign_token(relay={"Subscribe": ["secret-name"]}))
+        (record,) = caplog.records
+        assert record.getMessage() == "token permits nothing"
+        assert (vars(record)["claim"], vars(record)["problem"]) == (claim, problem)
+        assert "secret-name" not in str(vars(record))
 
 
 async def test_a_client_is_admitted_only_to_channels_that_its_token_permits(

@@ -1,9 +1,15 @@
-"""Read the permissions in a token's claims. Knows no signature."""
+"""Read the permissions in a token's claims. Knows no signature.
 
+They are an object, `{"subscribe": [...], "publish": [...]}`, the same as JSON text, or scopes such
+as `relay:subscribe:news`: identity providers differ in the types that a claim may have.
+"""
+
+import json
 from dataclasses import dataclass
 from typing import Any
 
 CLAIM = "relay"
+SCOPE_PREFIX = "relay:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +30,24 @@ class Permissions:
     stats: bool = False
 
     @classmethod
-    def of(cls, claims: dict[str, Any], expires_at: float | None) -> "Permissions":
-        """Return the permissions in the claim `relay`; none if the claim is malformed."""
-        claim = claims.get(CLAIM)
+    def of(
+        cls, claims: dict[str, Any], expires_at: float | None, path: str = CLAIM
+    ) -> "Permissions":
+        """Return the permissions in a claim; none if it is absent or malformed.
+
+        Args:
+            path: as for `find_claim`.
+        """
+        claim = _parsed(find_claim(claims, path))
         if not isinstance(claim, dict):
             return cls((), (), expires_at)
         subscribe, publish = _patterns(claim.get("subscribe")), _patterns(claim.get("publish"))
         return cls(subscribe, publish, expires_at, stats=claim.get("stats") is True)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether they permit nothing."""
+        return not (self.subscribe or self.publish or self.stats)
 
     def may_subscribe(self, channel: str) -> bool:
         """Return whether the holder may subscribe to the channel."""
@@ -39,6 +56,49 @@ class Permissions:
     def may_publish(self, channel: str) -> bool:
         """Return whether the holder may publish to the channel."""
         return any(_matches(pattern, channel) for pattern in self.publish)
+
+
+def find_claim(claims: object, path: str) -> object:
+    """Return a claim, or None if there is none.
+
+    Args:
+        path: the name of the claim or, if there is none of this name, names joined by dots. A name
+            may itself contain dots, as a URL does: the longest name that exists is taken.
+    """
+    if not isinstance(claims, dict):
+        return None
+    if path in claims:
+        return claims[path]
+    name, _, rest = path.rpartition(".")
+    while name and name not in claims:
+        name, _, part = name.rpartition(".")
+        rest = f"{part}.{rest}"
+    return find_claim(claims[name], rest) if name else None
+
+
+def _parsed(claim: object) -> object:
+    """Return a claim as an object, if it is JSON text or scopes."""
+    if isinstance(claim, str) and claim.lstrip().startswith("{"):
+        try:
+            return json.loads(claim)
+        except (ValueError, RecursionError):
+            return None
+    scopes = claim.split() if isinstance(claim, str) else claim
+    return _of_scopes(scopes) if isinstance(scopes, list) else claim
+
+
+def _of_scopes(scopes: list[Any]) -> dict[str, Any]:
+    words = [scope for scope in scopes if isinstance(scope, str)]
+
+    def channels(action: str) -> list[str]:
+        prefix = f"{SCOPE_PREFIX}{action}:"
+        return [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+
+    return {
+        "subscribe": channels("subscribe"),
+        "publish": channels("publish"),
+        "stats": f"{SCOPE_PREFIX}stats" in words,
+    }
 
 
 def _patterns(claim: object) -> tuple[str, ...]:

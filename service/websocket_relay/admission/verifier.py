@@ -4,6 +4,7 @@ Only the permissions of a token leave this module. A refusal names the check tha
 fixed text and no part of the token.
 """
 
+import logging
 import math
 import time
 import warnings
@@ -16,7 +17,7 @@ import jwt
 from jwt.algorithms import HMACAlgorithm, OKPAlgorithm
 from jwt.warnings import InsecureKeyLengthWarning
 
-from websocket_relay.admission.permissions import Permissions
+from websocket_relay.admission.permissions import Permissions, find_claim
 from websocket_relay.admission.public_keys import KeySource, PublicKey, PublicKeyFile
 from websocket_relay.config.model import SECRET_BYTES, JwtSettings
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem, UnusableSettingError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from jwt.types import Options
 
     from websocket_relay.admission.jwks import Jwks
+
+log = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 16_384
 """Maximum length of a token. Other servers allow less for a whole request head."""
@@ -64,6 +67,7 @@ class TokenVerifier:
         self._audiences = settings.audience or None
         self._issuers = settings.issuer or None
         self._leeway_s = settings.leeway_s
+        self._claim = settings.claim
         self._secrets = [secret for _, secret in settings.all_secrets]
         if self._algorithms & SECRET_BYTES.keys():
             for name, secret in settings.all_secrets:
@@ -88,7 +92,12 @@ class TokenVerifier:
         with self._refusing():
             claims = self._decode(token, algorithm, keys)
             self._check_types(claims)
-            return Permissions.of(claims, _expiry(claims, self._leeway_s))
+            permissions = Permissions.of(claims, _expiry(claims, self._leeway_s), self._claim)
+        if permissions.is_empty:
+            is_present = find_claim(claims, self._claim) is not None
+            problem = "it names no permission" if is_present else "the token has no such claim"
+            log.debug("token permits nothing", extra={"claim": self._claim, "problem": problem})
+        return permissions
 
     def _header(self, token: str) -> tuple[str, str | None]:
         if len(token) > MAX_CHARACTERS:

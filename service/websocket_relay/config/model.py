@@ -354,6 +354,11 @@ class JwtSettings(Section):
         description="required iss of a token, or one of several; empty: any",
         json_schema_extra=ONE_OR_MORE,
     )
+    claim: str = Field(
+        "relay",
+        min_length=1,
+        description="the claim with the permissions: its name, or a path like app_metadata.relay",
+    )
     leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(
         0, description="how far the issuer's clock may differ: a token is valid so much longer"
     )
