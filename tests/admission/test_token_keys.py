@@ -376,6 +376,66 @@ async def test_the_log_names_the_innermost_cause_of_a_failed_fetch(
         assert cause in (await relay.await_log("signing keys not fetched"))["error"].lower()
 
 
+async def test_a_proxy_of_the_environment_is_used_and_named_when_it_fails(
+    key_server: KeyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("http_proxy", key_server.url.removesuffix("/keys.json"))
+    async with jwks.Jwks("http://issuer.invalid/keys.json") as keys:
+        assert await keys.find("ES256", "key-1") is not None
+        key_server.stop()
+        with pytest.raises(RefusedError, match=UNAVAILABLE):
+            await keys.find("ES256", "key-2")
+    error = fields_of("signing keys not fetched", caplog)["error"]
+    assert error.endswith(" (through the proxy in http_proxy)")
+
+
+async def test_a_key_set_that_is_always_compressed_is_read(key_server: KeyServer) -> None:
+    key_server.body = gzip.compress(key_server.body)
+    key_server.headers = {"Content-Encoding": "gzip"}
+    async with verifier_with_keys_of(key_server) as verifier:
+        await verifier.verify(ONE.token())
+
+
+def discovery(jwks_uri: object) -> bytes:
+    """Return an OpenID Connect document, which names the key set."""
+    return json.dumps({"issuer": "https://issuer.example", "jwks_uri": jwks_uri}).encode()
+
+
+async def test_a_key_set_is_discovered_from_the_issuers_openid_configuration(
+    key_server: KeyServer,
+) -> None:
+    with KeyServer(discovery(key_server.url)) as issuer:
+        async with verifier_with_keys_of(issuer) as verifier:
+            await verifier.verify(ONE.token())
+            assert (issuer.requests, key_server.requests) == (1, 1)
+
+
+async def test_a_discovered_url_that_is_no_key_set_or_less_safe_is_refused(
+    key_server: KeyServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_pair().write_to(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    with KeyServer(context=context) as issuer, KeyServer(discovery(key_server.url)) as another:
+        for url, named, reason in (
+            (issuer.url, key_server.url, "its jwks_uri is not https"),
+            (issuer.url, "file:///etc/passwd", "its jwks_uri is not a URL"),
+            (issuer.url, 5, "its jwks_uri is not a URL"),
+            (another.url, another.url, "not a JWK set"),
+        ):
+            caplog.clear()
+            issuer.body = another.body = discovery(named)
+            async with jwks.Jwks(url) as keys:
+                with pytest.raises(RefusedError, match=UNAVAILABLE):
+                    await keys.find("ES256", "key-1")
+            assert fields_of("signing keys not fetched", caplog)["error"] == reason
+    assert key_server.requests == 0
+
+
 # Renewed keys
 
 
@@ -644,7 +704,11 @@ async def test_an_answer_that_is_no_key_set_changes_nothing(
         (b"", {}, 200, "not JSON"),
         (b"\xff\xfe\xff", {}, 200, "not JSON"),
         (b'{"keys":' * 100_000, {}, 200, "not JSON"),
-        (bomb, gzipped, 200, "not JSON"),
+        (bomb, gzipped, 200, "more than 1048576 bytes"),
+        (gzip.compress(bomb), {"Content-Encoding": "gzip, gzip"}, 200, "'gzip, gzip' is not"),
+        (bomb[:-9], gzipped, 200, "bytes"),
+        (b"not gzip", gzipped, 200, "incorrect header"),
+        (b"brotli", {"Content-Encoding": "br"}, 200, "Content-Encoding 'br' is not supported"),
         (b"[]", {}, 200, "not a JWK set"),
         (b'{"keys": 5}', {}, 200, "not a JWK set"),
         (b'{"keys": []}', {}, 200, "no usable key"),

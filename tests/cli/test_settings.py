@@ -724,6 +724,41 @@ def test_a_jwks_url_is_an_http_or_https_url(problems_of: ProblemsOf) -> None:
         assert problems_of(jwt_settings(algorithms=["RS256"], jwks_url=url)) == ()
 
 
+NO_AUTHORITIES = {"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}
+UNUSABLE_ENVIRONMENTS: list[tuple[dict[str, str], list[str]]] = [
+    ({"ALL_PROXY": "socks5://user:S3CR3T@127.0.0.1:1080"}, ["ALL_PROXY", "SOCKS", "https_proxy"]),
+    ({"all_proxy": "socks://127.0.0.1:1080"}, ["all_proxy", "no_proxy to issuer.example"]),
+    ({"HTTPS_PROXY": "http://[::1"}, ["HTTPS_PROXY is no HTTP proxy"]),
+    ({"https_proxy": "proxy.example:S3CR3T"}, ["https_proxy is no HTTP proxy"]),
+    ({"SSL_CERT_FILE": "missing.pem"}, ["SSL_CERT_FILE=missing.pem: No such file"]),
+    ({"SSL_CERT_FILE": "config.yaml"}, ["SSL_CERT_FILE=config.yaml: no certificates"]),
+    (NO_AUTHORITIES | {"SSL_CERT_DIR": "missing"}, ["SSL_CERT_DIR=missing: No such file"]),
+]
+
+
+@pytest.mark.parametrize(("variables", "words"), UNUSABLE_ENVIRONMENTS)
+def test_an_unusable_proxy_or_authority_on_the_way_to_the_issuer_is_named(
+    check: Check, variables: dict[str, str], words: list[str]
+) -> None:
+    file = jwt_settings(algorithms=["RS256"], jwks_url="https://issuer.example/keys")
+    done = check(file, **variables)
+    assert_rejected(done, "config.yaml: auth.jwt.jwks_url: ", *words)
+    assert "S3CR3T" not in done.stderr
+
+
+def test_a_proxy_that_the_issuer_does_not_need_is_ignored(check: Check) -> None:
+    """A desktop sets ALL_PROXY beside the others, for programs that speak SOCKS."""
+    file = jwt_settings(algorithms=["RS256"], jwks_url="https://issuer.example/keys")
+    socks = {"ALL_PROXY": "socks5://127.0.0.1:1080"}
+    for variables in (
+        socks | {"https_proxy": "127.0.0.1:3128"},
+        socks | {"no_proxy": "localhost,issuer.example"},
+        {"http_proxy": "socks5://127.0.0.1:1080"},
+    ):
+        assert check(file, **variables).faults == []
+    assert check(jwt_settings(secret=SECRET), SSL_CERT_FILE="missing.pem", **socks).faults == []
+
+
 @pytest.mark.parametrize(
     "secret",
     [

@@ -1,18 +1,24 @@
 """Fetch and cache an issuer's public keys (a JWK set, RFC 7517). The only module that uses httpx2.
 
 Cached keys stay in use while the issuer's server is down. An outage affects only tokens that name
-an unknown key. Knows no token and no claim.
+an unknown key. A proxy and the trusted authorities come from the environment. Knows no token and no
+claim.
 """
 
 import asyncio
 import json
 import logging
+import os
 import random
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -21,7 +27,8 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from websocket_relay.admission.public_keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
 from websocket_relay.cancellation import Deadline, cancel_until_done
-from websocket_relay.outcomes import Refusal, RefusedError, RelayError
+from websocket_relay.config.model import is_web_address
+from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
 from websocket_relay.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
@@ -30,6 +37,7 @@ FETCH_S = 5.0
 """Deadline of one fetch, from name resolution to the last byte."""
 
 MAX_BYTES = 1_048_576
+"""Of one response, after inflating it."""
 
 MAX_KEYS = 256
 """Keys in one set, unusable ones included. Parsing a key takes up to 0.1 ms, and every token causes
@@ -47,6 +55,10 @@ INITIAL_BACKOFF_S = 1.0
 """Delay before the second attempt to fetch the first keys. It doubles up to FETCH_INTERVAL_S. Each
 delay is multiplied by a random factor from 0.5 to 1, so that replicas do not query the issuer at
 the same moment."""
+
+SETTING = "auth.jwt.jwks_url"
+CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""OpenSSL's own; the first has precedence, as in httpx2."""
 
 PARSERS: dict[str, Callable[[Any], object]] = {
     "RSA": RSAAlgorithm.from_jwk,
@@ -72,11 +84,14 @@ class NamedKey:
 class Jwks:
     """The cached keys of one URL.
 
-    Use it as a context manager, which cancels the fetch in flight and closes the HTTP client. It
-    fetches on demand; `fetch_until_available` makes the first fetch.
+    Use it as a context manager, which cancels the fetch in flight. It fetches on demand;
+    `fetch_until_available` makes the first fetch.
 
     Args:
-        url: the URL of the key set.
+        url: the URL of the key set, or of the OpenID Connect document that names it.
+
+    Raises:
+        UnusableSettingError: the environment names a proxy or authorities that can't be used.
     """
 
     def __init__(self, url: str) -> None:
@@ -88,11 +103,13 @@ class Jwks:
         self._is_reachable = False  # whether the last fetch succeeded
         self._fetch_rate = TokenBucket(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
-        self._http: httpx2.AsyncClient
+        self._tls = _trusted_authorities()
+        try:
+            _transport(url, self._tls)
+        except FetchError as error:
+            raise UnusableSettingError(SETTING, str(error)) from None
 
     async def __aenter__(self) -> Self:
-        # Every fetch has its own deadline for the whole; httpx2's timeouts apply to each step.
-        self._http = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=1))
         return self
 
     async def __aexit__(
@@ -103,7 +120,6 @@ class Jwks:
     ) -> None:
         if self._fetching is not None:
             await cancel_until_done(self._fetching)
-        await self._http.aclose()
 
     async def fetch_until_available(self) -> None:
         """Retry the fetch until it succeeds once."""
@@ -156,12 +172,21 @@ class Jwks:
         return self._fetching
 
     async def _fetch(self) -> None:
+        url = self._url
         try:
-            self._keys = await key_set(await self._download())
-        except FetchError as error:
+            async with Deadline(FETCH_S):
+                document = await self._document(url)
+                if "keys" not in document and "jwks_uri" in document:
+                    url = _discovered_url(document, url)
+                    document = await self._document(url)
+            self._keys = await key_set(document)
+        except (FetchError, TimeoutError) as error:
+            reason = str(error) or f"timeout after {FETCH_S:g} seconds"
+            if (proxy := _proxy_of(url)) is not None:
+                reason += f" (through the proxy in {proxy.variable})"
             self._is_reachable = False
             self.fetches["error"] += 1
-            log.error("signing keys not fetched", extra={"url": self._url, "error": str(error)})
+            log.error("signing keys not fetched", extra={"url": url, "error": reason})
         else:
             # The first success, and the first after a failure, are worth a line.
             level = logging.DEBUG if self._is_reachable else logging.INFO
@@ -173,26 +198,108 @@ class Jwks:
         finally:
             self._fetching = None
 
-    async def _download(self) -> bytes:
-        # Uncompressed: the size of an inflated body is known only after inflating it.
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    async def _document(self, url: str) -> dict[str, Any]:
+        """Download a JSON object."""
         body = bytearray()
+        # Not kept: between two fetches it would idle for minutes. FETCH_S applies to the whole,
+        # httpx2's timeouts to each step.
+        transport = _transport(url, self._tls)
         try:
             async with (
-                Deadline(FETCH_S),
-                self._http.stream("GET", self._url, headers=headers) as response,
+                httpx2.AsyncClient(transport=transport, timeout=None) as http,
+                http.stream("GET", url, headers={"Accept": "application/json"}) as response,
             ):
-                if response.status_code != httpx2.codes.OK:
-                    raise FetchError(f"status {response.status_code}")
-                async for chunk in response.aiter_raw():
+                _check_head(response)
+                async for chunk in response.aiter_bytes():  # inflated, 1 MiB at most
                     body += chunk
                     if len(body) > MAX_BYTES:
                         raise FetchError(f"more than {MAX_BYTES} bytes")
-        except TimeoutError:
-            raise FetchError(f"timeout after {FETCH_S:g} seconds") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise FetchError(_root_cause(error)) from None
-        return bytes(body)
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            raise FetchError("not JSON") from None
+        if not isinstance(document, dict):
+            raise FetchError("not a JWK set")
+        return document
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy, and the environment variable that names it."""
+
+    variable: str
+    url: str
+
+
+def _proxy_of(url: str) -> Proxy | None:
+    """Return the proxy for a URL by http_proxy, https_proxy, all_proxy and no_proxy."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    scheme = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
+    if scheme is None:
+        return None
+    # Lower case first, as in getproxies.
+    names = (name for name in sorted(os.environ, reverse=True) if name.lower() == f"{scheme}_proxy")
+    address = proxies[scheme]
+    address = address if "://" in address else f"http://{address}"
+    return Proxy(next(names, "the settings of this system"), address)
+
+
+def _trusted_authorities() -> ssl.SSLContext:
+    """Return the authorities of the system, or those that a variable of OpenSSL names.
+
+    Raises:
+        UnusableSettingError: the variable names no file or directory with certificates.
+    """
+    variable = next((name for name in CA_VARIABLES if os.environ.get(name)), None)
+    try:
+        if variable is not None:
+            Path(os.environ[variable]).stat()  # OpenSSL ignores a missing directory
+        return httpx2.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        source = f"{variable}={os.environ[variable]}" if variable else "this system's authorities"
+        reason = "no certificates in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        raise UnusableSettingError(SETTING, f"{source}: {reason}") from None
+
+
+def _transport(url: str, tls: ssl.SSLContext) -> httpx2.AsyncHTTPTransport:
+    """Return the way to a URL, directly or through its proxy.
+
+    Raises:
+        FetchError: the proxy can't be used. Its URL may contain a password, so it is not shown.
+    """
+    proxy = _proxy_of(url)
+    try:
+        return httpx2.AsyncHTTPTransport(verify=tls, proxy=proxy.url if proxy else None)
+    except (ImportError, ValueError, httpx2.InvalidURL):
+        assert proxy is not None
+        parts = urlsplit(url)
+        raise FetchError(
+            f"{proxy.variable} is no HTTP proxy like http://proxy.example:3128, and SOCKS is not"
+            f" supported; set {parts.scheme}_proxy to one, or no_proxy to {parts.hostname}"
+        ) from None
+
+
+def _check_head(response: httpx2.Response) -> None:
+    if response.status_code != httpx2.codes.OK:
+        raise FetchError(f"status {response.status_code}")
+    coding = response.headers.get("Content-Encoding", "identity").lower()
+    if coding not in (*response.request.headers["Accept-Encoding"].split(", "), "identity"):
+        raise FetchError(f"Content-Encoding {coding[:20]!r} is not supported")
+
+
+def _discovered_url(document: dict[str, Any], url: str) -> str:
+    """Return the URL of the key set that an OpenID Connect document names (Discovery 1.0)."""
+    found = document["jwks_uri"]
+    if not isinstance(found, str) or not is_web_address(found):
+        raise FetchError("its jwks_uri is not a URL")
+    if (urlsplit(url).scheme, urlsplit(found).scheme) == ("https", "http"):
+        raise FetchError("its jwks_uri is not https")
+    return found
 
 
 def _root_cause(error: BaseException) -> str:
@@ -208,14 +315,19 @@ def _root_cause(error: BaseException) -> str:
     return message
 
 
-async def key_set(body: bytes) -> tuple[NamedKey, ...]:
+async def key_set(document: dict[str, Any]) -> tuple[NamedKey, ...]:
     """Return the keys of a JWK set that can verify tokens; skip all others.
 
     Raises:
         FetchError: no key is usable, or there are too many.
     """
+    listed = document.get("keys")
+    if not isinstance(listed, list):
+        raise FetchError("not a JWK set")
+    if len(listed) > MAX_KEYS:
+        raise FetchError(f"{len(listed)} keys, more than {MAX_KEYS}")
     usable = []
-    for jwk in _parse_set(body):
+    for jwk in listed:
         if (key := _parse_key(jwk)) is not None:
             usable.append(key)
         await asyncio.sleep(0)  # messages are relayed between one key and the next
@@ -226,19 +338,6 @@ async def key_set(body: bytes) -> tuple[NamedKey, ...]:
     if not keys:
         raise FetchError("no usable key in the set")
     return keys
-
-
-def _parse_set(body: bytes) -> list[object]:
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise FetchError("not JSON") from None
-    jwks = content.get("keys") if isinstance(content, dict) else None
-    if not isinstance(jwks, list):
-        raise FetchError("not a JWK set")
-    if len(jwks) > MAX_KEYS:
-        raise FetchError(f"{len(jwks)} keys, more than {MAX_KEYS}")
-    return jwks
 
 
 def _parse_key(jwk: object) -> NamedKey | None:

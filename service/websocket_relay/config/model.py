@@ -119,7 +119,8 @@ class Section(BaseModel):
         return value
 
 
-def _is_web_address(url: str) -> bool:
+def is_web_address(url: str) -> bool:
+    """Return whether a URL is http or https, has a host, and has no credentials."""
     try:
         parts = urlsplit(url)
         # Reading the property `port` validates it.
@@ -336,7 +337,8 @@ class JwtSettings(Section):
         "", description="file with one public key, PEM, for the other algorithms"
     )
     jwks_url: str = Field(
-        "", description="or the URL of the issuer's key set (RFC 7517), which is refreshed"
+        "",
+        description="or the URL of the issuer's key set or openid-configuration; refreshed",
     )
     algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
         ("HS256",),
@@ -391,7 +393,7 @@ class JwtSettings(Section):
     @field_validator("jwks_url")
     @classmethod
     def _url(cls, value: str) -> str:
-        if value and not _is_web_address(value):
+        if value and not is_web_address(value):
             raise ValueError("a URL like https://issuer.example/jwks.json, without a password")
         return value
 
