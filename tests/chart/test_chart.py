@@ -336,6 +336,10 @@ MISFITS: list[list[Misfit]] = [
             ["config.auth.jwt.secret", "secrets.jwtSecret.name"],
         ),
         (
+            nested_values("config.auth.jwt.secrets", ["pa55word"]),
+            ["config.auth.jwt.secrets", "secrets.jwtSecret.name"],
+        ),
+        (
             nested_values("config.server.tls.enabled", True),
             ["config.server.tls.enabled", "tls.secretName", "config.server.tls.cert_file"],
         ),

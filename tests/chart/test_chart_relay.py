@@ -41,7 +41,16 @@ SECRETS: Secrets = {
 TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
 NO_METRICS = nested_values("config.metrics.enabled", False)
 SECRET_TOKENS = {
-    "config": {"auth": {"mode": "jwt", "jwt": {"audience": "relay", "issuer": "https://issuer"}}},
+    "config": {
+        "auth": {
+            "mode": "jwt",
+            "jwt": {
+                "audience": ["relay", "another"],
+                "issuer": "https://issuer",
+                "claim": "https://issuer/relay",
+            },
+        }
+    },
     "secrets": {"jwtSecret": {"name": "relay-jwt"}},
 }
 KEY_TOKENS = {

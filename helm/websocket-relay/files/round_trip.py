@@ -40,7 +40,7 @@ def token() -> str:
         return os.environ.get("RELAY_TEST_TOKEN", "").strip()
     claims = {
         "exp": int(time.time()) + TIMEOUT_S,
-        "relay": {"subscribe": [CHANNEL], "publish": [CHANNEL]},
+        os.environ["RELAY_TEST_CLAIM"]: {"subscribe": [CHANNEL], "publish": [CHANNEL]},
     }
     for claim in ("aud", "iss"):
         if value := os.environ.get(f"RELAY_TEST_{claim.upper()}"):

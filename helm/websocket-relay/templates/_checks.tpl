@@ -81,8 +81,10 @@ config.backplane.url contains a user or a password, which would be readable in a
 {{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
 config.backplane.url and secrets.backplaneUrl.name both set the broker's address; leave one of them out
 {{- end }}
-{{- if or .Values.config.auth.jwt.secret .Values.config.auth.jwt.secrets }}
-config.auth.jwt.{{ ternary "secret" "secrets" (not (not .Values.config.auth.jwt.secret)) }} is set, and would be readable in a ConfigMap; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
+{{- range $name := list "secret" "secrets" }}
+{{- if get $.Values.config.auth.jwt $name }}
+config.auth.jwt.{{ $name }} is set, and would be readable in a ConfigMap; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
+{{- end }}
 {{- end }}
 {{- end -}}
 
