@@ -1,13 +1,16 @@
 """The manifests in k8s/, built by kubectl: an installation without Helm."""
 
+import asyncio
 import re
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.brokers import RedisBroker
 from tests.support.helm import (
     KUBERNETES,
     RELEASE,
@@ -19,6 +22,7 @@ from tests.support.helm import (
     run_tool,
     validate_object,
 )
+from tests.support.programs import ANY_REDIS, needed, skip_test
 from tests.support.relay_process import ROOT
 
 K8S = ROOT / "k8s"
@@ -76,6 +80,31 @@ def test_the_overlay_has_three_relays_and_a_redis_that_only_they_reach() -> None
     (peer,) = rule["from"]
     relays = find_object(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert peer["podSelector"]["matchLabels"] == relays
+
+
+class OverlayRedis(RedisBroker):
+    """The Redis of the overlay, as Debian and others package it, on a free port."""
+
+    def _arguments(self) -> list[str]:
+        objects = built(K8S / "overlays" / "redis")
+        store = find_object(objects, "StatefulSet", "websocket-relay-redis")
+        (container,) = store["spec"]["template"]["spec"]["containers"]
+        program, *arguments = container["args"]
+        assert program == "redis-server"
+        return [*arguments, "--port", str(self.port)]
+
+
+async def test_the_redis_of_the_overlay_answers_other_hosts(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        address = probe.getsockname()[0]
+    if address.startswith("127."):
+        skip_test("needs an address besides loopback")
+    async with OverlayRedis(needed(*ANY_REDIS), tmp_path) as redis:
+        reader, writer = await asyncio.open_connection(address, redis.port)
+        writer.write(b"PING\r\n")
+        assert await reader.readline() == b"+PONG\r\n"
+        writer.close()
 
 
 def test_the_overlay_of_the_readme_replaces_the_image_the_settings_and_the_namespace(
