@@ -210,7 +210,7 @@ def schema_errors(values: Mapping[str, Any]) -> str:
         ("config.auth.mode", "basic", "mode"),
         ("config.metrics.enabled", None, "enabled"),
         ("config.auth.jwt.algorithms", ["none"], "algorithms"),
-        ("config.backplane.stream", "a stream", "stream"),
+        ("config.backplane.stream", "a stream ", "stream"),
         ("config.server.base_path", "/relay/", "base_path"),
         ("image.digest", "sha256:short", "digest"),
         ("secrets.jwtSecret.value", "s3cret", "value"),

@@ -822,13 +822,22 @@ def test_an_unknown_mode_is_rejected_and_shown(check: Check) -> None:
 # The backplane
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a.b", "a*", "grüße", "x" * 65])
-def test_a_stream_name_that_a_broker_does_not_accept_is_rejected(
-    problems_of: ProblemsOf, name: str
+@pytest.mark.parametrize(
+    ("url", "name", "is_accepted"),
+    [
+        *(("redis://host", each, True) for each in ("app1:relay", "{relay}", "team1.relay", "a b")),
+        *(("redis+cluster://host", each, True) for each in ("{relay}:log", "*", "x" * 255)),
+        *(("redis://host", each, False) for each in ("", " a", "a ", "gr\u00fc\u00dfe", "x" * 256)),
+        *(("nats://host", each, True) for each in ("app1:relay", "{relay}", "x" * 255)),
+        *(("tls://host", each, False) for each in ("team1.relay", "a b", "a*", ">", "a/b", "a\\b")),
+    ],
+)
+def test_the_name_of_a_stream_is_what_its_broker_accepts(
+    problems_of: ProblemsOf, url: str, name: str, is_accepted: bool
 ) -> None:
-    (problem,) = problems_of(f"backplane: {{stream: '{name}'}}")
-    assert "backplane.stream" in problem
-    assert "1 to 64" in problem
+    problems = problems_of(yaml.safe_dump({"backplane": {"url": url, "stream": name}}))
+    assert [problem for problem in problems if "backplane.stream" not in problem] == []
+    assert len(problems) == (not is_accepted)
 
 
 # Secrets

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -83,7 +84,8 @@ ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty st
 
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
-STREAM_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+STREAM_NAME = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
+NATS_STREAM_NAME = re.compile(r"[^ .*>/\\]{1,255}")
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
@@ -294,9 +296,12 @@ class BackplaneSettings(Section):
 
     @field_validator("stream")
     @classmethod
-    def _name(cls, value: str) -> str:
+    def _name(cls, value: str, info: ValidationInfo) -> str:
         if not STREAM_NAME.fullmatch(value):
-            raise ValueError("1 to 64 characters of A-Z a-z 0-9 _ -")
+            raise ValueError("1 to 255 printable ASCII characters, without spaces at the ends")
+        url = info.data.get("url", BrokerUrl("")).get_secret_value().lower()
+        if url.startswith(("nats://", "tls://")) and not NATS_STREAM_NAME.fullmatch(value):
+            raise ValueError("in NATS, 1 to 255 ASCII characters except space . * > / \\")
         return value
 
 
