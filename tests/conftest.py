@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LIKE_THE_RELAY = {
     "tests.backplane.test_backplane",
     "tests.backplane.test_outages",
+    "tests.backplane.test_redis_failover",
     "tests.shutdown.test_cancellation",
     "tests.unit.test_writes",
 }

@@ -11,7 +11,7 @@ HIDDEN = "***"
 CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
 """Up to the last @, because a password may contain one."""
 
-SCHEME = re.compile(r"[A-Za-z]+://")
+SCHEME = re.compile(r"[A-Za-z+]+://")
 AMBIGUOUS = re.compile(r"[/?#].*@", re.DOTALL)
 """The @ may end a password that was not percent-encoded. Then everything before it is secret."""
 

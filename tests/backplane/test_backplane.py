@@ -16,6 +16,7 @@ import pytest
 from websocket_relay.backplane import nats, replicated
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Position
+from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.outcomes import UnusableSettingError
 
 from tests.support.broker_logs import (
@@ -213,7 +214,10 @@ async def test_messages_around_the_size_of_a_packet_are_delivered_in_order(
 
 
 async def test_streams_of_one_broker_are_separate(broker_log: BrokerLog) -> None:
-    one, other = await broker_log.start_replica(), await broker_log.start_replica(stream="other")
+    one, other = (
+        await broker_log.start_replica(),
+        await broker_log.start_replica(stream="{other}:1"),
+    )
     one.publish(*numbered("one", 50))
     other.publish(*numbered("other", 50))
     await one.await_payloads(*numbered("one", 50))
@@ -766,8 +770,7 @@ async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled(
             connection = nats.NatsConnection(address)
             opening = asyncio.create_task(connection.open(address.servers[0]))
             await accepted.wait()
-            opening.cancel()
-            await asyncio.wait([opening])
+            await cancel_until_done(opening)
             await connection.abort()
             await closed.wait()
     finally:

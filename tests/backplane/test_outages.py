@@ -178,7 +178,7 @@ async def test_a_redirection_by_a_redis_cluster_is_logged_as_the_cause(
 ) -> None:
     await broker_log.start_replica(url=proxy.broker_url())
     proxy.rewrite = lambda _: b"-MOVED 1234 10.0.0.1:6379\r\n"
-    error = "in this Redis Cluster the key is elsewhere: 1234 10.0.0.1:6379"
+    error = "in this Redis Cluster the key is elsewhere: 1234 10.0.0.1:6379; use redis+cluster://"
     await wait_until(lambda: error in {record.__dict__.get("error") for record in caplog.records})
 
 

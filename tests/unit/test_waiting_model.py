@@ -57,7 +57,7 @@ class ListBroker:
         self.late_entries: list[bytes] = []
         self.mode = Step.CONFIRM
 
-    async def append(self, packed: bytes) -> None:
+    async def append(self, packed: bytes, timeout_s: float) -> None:
         await asyncio.sleep(0)
         if self.mode in {Step.CONFIRM, Step.LOSE_CONFIRMATION}:
             self.entries.append(packed)

@@ -9,6 +9,7 @@ from typing import Any
 
 from websocket_relay.backplane.interface import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
+from websocket_relay.backplane.redis_url import SCHEMES
 from websocket_relay.backplane.replicated import PendingBytes, ReplicatedBackplane
 from websocket_relay.redaction import is_ambiguous, redacted, unusable_url
 
@@ -17,9 +18,7 @@ MIN_RETENTION_AGE_S = 60.0
 """What a broker retains at least: replicas that lose it for a while resume without a gap."""
 
 STREAMS = {
-    "redis": ("redis", "RedisStream"),
-    "rediss": ("redis", "RedisStream"),
-    "unix": ("redis", "RedisStream"),
+    **dict.fromkeys(SCHEMES, ("redis", "RedisStream")),
     "nats": ("nats", "NatsStream"),
     "tls": ("nats", "NatsStream"),
 }
@@ -59,10 +58,8 @@ def open_backplane(
     if scheme == "memory":
         return MemoryBackplane(describe)
     if scheme not in STREAMS:
-        raise unusable_url(
-            url,
-            "unsupported scheme; allowed: memory://, redis://, rediss://, unix://, nats://, tls://",
-        )
+        allowed = ", ".join(f"{each}://" for each in ("memory", *STREAMS))
+        raise unusable_url(url, f"unsupported scheme; allowed: {allowed}")
     module, class_name = STREAMS[scheme]
     try:
         stream_class: Any = getattr(

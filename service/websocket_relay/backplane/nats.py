@@ -23,6 +23,11 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from websocket_relay.backplane.codec import FILLER_ENTRY
+from websocket_relay.backplane.connecting import (
+    CONNECT_TIMEOUT_S,
+    RESOLVE_TIMEOUT_S,
+    connect_in_time,
+)
 from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
@@ -206,7 +211,8 @@ class NatsConnection:
                 allow_reconnect=False,
                 max_reconnect_attempts=1,
                 reconnect_time_wait=0,
-                connect_timeout=RESPONSE_TIMEOUT_S,  # type: ignore[arg-type]
+                # More than `connect_in_time` allows.
+                connect_timeout=2 * RESOLVE_TIMEOUT_S + CONNECT_TIMEOUT_S,  # type: ignore[arg-type]
                 pending_size=0,  # publish never waits for a flush; the relay awaits responses
                 tls=self._address.tls,
                 **self._address.credentials,  # type: ignore[arg-type]
@@ -501,8 +507,12 @@ class NatsStream:
         self._last_read_time = ""  # when the broker stored the entry that was read last
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
 
-    async def append(self, data: bytes) -> None:
+    async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry.
+
+        Args:
+            data: bytes of the entry.
+            timeout_s: time limit of the response; connecting has its own.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
@@ -514,7 +524,9 @@ class NatsStream:
             if len(data) > self.max_entry_bytes:
                 raise BrokerError("the broker's message size limit was reduced")
             writer = self._writer
-            self._record_id((writer.epoch, await writer.append(data)))
+            async with Deadline(timeout_s):
+                sequence = await writer.append(data)
+            self._record_id((writer.epoch, sequence))
         except BaseException as error:
             await self._abort_writer()
             if not isinstance(error, Exception):
@@ -528,17 +540,17 @@ class NatsStream:
             BrokerError: the stream can't be read now.
         """
         try:
+            if self._is_reader_suspect:
+                self._is_reader_suspect = False
+                await self._abort_reader()
+            if self._reader is None:
+                self._reader = await self._open_reader(after)
+                return StreamRead((), is_last=False)
             async with Deadline(PULL_EXPIRES_S + RESPONSE_TIMEOUT_S):
-                if self._is_reader_suspect:
-                    self._is_reader_suspect = False
-                    await self._abort_reader()
-                if self._reader is None:
-                    self._reader = await self._open_reader(after)
-                    return StreamRead((), is_last=False)
                 read = await self._reader.read()
-                self._record_id((self._reader.epoch, self._reader.after))
-                self._last_read_time = self._reader.time
-                return read
+            self._record_id((self._reader.epoch, self._reader.after))
+            self._last_read_time = self._reader.time
+            return read
         except BaseException as error:
             await self._abort_reader()
             if not isinstance(error, Exception):
@@ -560,8 +572,12 @@ class NatsStream:
         """Open a connection to one of the servers; after a failure the next call tries the next."""
         connection = NatsConnection(self._address)
         servers = self._address.servers
+        server = servers[self._server_index % len(servers)]
+        parts = urlsplit(server)
         try:
-            await connection.open(servers[self._server_index % len(servers)])
+            await connect_in_time(
+                parts.hostname or "", parts.port or 0, lambda: connection.open(server)
+            )
         except BaseException:
             self._server_index += 1
             await connection.abort()
@@ -572,8 +588,10 @@ class NatsStream:
     async def _open_writer(self) -> NatsAppender:
         connection = await self._connect()
         try:
-            writer = NatsAppender(connection, self._name, await self._prepare_stream(connection))
-            await writer.open()
+            async with Deadline(RESPONSE_TIMEOUT_S):
+                epoch = await self._prepare_stream(connection)
+                writer = NatsAppender(connection, self._name, epoch)
+                await writer.open()
         except BaseException:
             await connection.abort()
             raise
@@ -582,10 +600,11 @@ class NatsStream:
     async def _open_reader(self, after: Id) -> NatsConsumer:
         connection = await self._connect()
         try:
-            epoch = await self._prepare_stream(connection)
-            sequence = after[1] if epoch == after[0] else 0
-            reader = NatsConsumer(connection, self._name, epoch, sequence, self._last_read_time)
-            await reader.open()
+            async with Deadline(RESPONSE_TIMEOUT_S):
+                epoch = await self._prepare_stream(connection)
+                sequence = after[1] if epoch == after[0] else 0
+                reader = NatsConsumer(connection, self._name, epoch, sequence, self._last_read_time)
+                await reader.open()
         except BaseException:
             await connection.abort()
             raise

@@ -1,22 +1,26 @@
 """Keep the log in a Redis stream (Redis 6.2 and newer, Valkey). The only module that imports redis.
 
-Two connections: one blocks in XREAD for the next entries, one appends. Knows no client and no
-message format.
+Two connections: one blocks in XREAD for the next entries, one appends. Both are opened to the
+server that holds the stream: the one in the URL, the primary that a Sentinel names, or the node to
+which a Redis Cluster redirects. Knows no client and no message format.
 
 Stream ids are not consecutive, so a deleted entry leaves no trace. Therefore each entry carries the
 id of the entry before it. A reader that finds another id there detects that entries are missing.
 """
 
 import asyncio
+import random
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from redis.asyncio import Connection, ConnectionPool
-from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
+from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
+from websocket_relay.backplane.connecting import connect_in_time
+from websocket_relay.backplane.redis_url import RedisAddress, Server, parse_redis_url
 from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
@@ -26,7 +30,7 @@ from websocket_relay.backplane.replicated import (
     reset_on_close,
 )
 from websocket_relay.cancellation import Deadline
-from websocket_relay.redaction import secrets_of, unusable_url
+from websocket_relay.redaction import secrets_of
 
 READ_BLOCK_S = 1.0
 """How long XREAD blocks for entries: an idle broker responds at this interval."""
@@ -107,11 +111,14 @@ TRIM_STEP_BYTES = 1_048_576
 TRIM_STEPS = 8
 """Granularity of trimming: 1 MiB, or an eighth of a limit where that is reached first."""
 
+MAX_REDIRECTIONS = 5
+"""Redirections of a Redis Cluster that are followed for one command: more are a loop."""
+
 MIN_VERSION = (6, 2)
 VERSION = re.compile(rb"redis_version:(\d+)\.(\d+)")
 
 CONNECTION_OPTIONS: dict[str, Any] = {
-    "socket_connect_timeout": RESPONSE_TIMEOUT_S,
+    "socket_connect_timeout": None,  # `connect_in_time` sets the deadline
     "socket_timeout": None,  # the caller sets deadlines; redis-py starts a task for each timeout
     "retry": None,  # the backplane retries, and knows what has changed meanwhile
     "retry_on_error": [],
@@ -158,10 +165,11 @@ class RetentionLimits:
 
 
 class RedisConnection:
-    """A connection that is opened on demand."""
+    """A connection to one server at a time."""
 
-    def __init__(self, pool: ConnectionPool) -> None:
-        self._connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self.server = Server("", 0)
+        self._connection: Connection | UnixDomainSocketConnection | None = None
         self._stream: asyncio.StreamWriter | None = None
 
     @property
@@ -170,21 +178,36 @@ class RedisConnection:
         stream = self._stream
         # redis-py does not check the transport, and uvloop raises on a write to a closed one.
         is_closed = stream is None or stream.transport.is_closing()
-        return bool(self._connection.is_connected) and not is_closed
+        return not is_closed and self._connection is not None and self._connection.is_connected
 
-    async def open(self) -> None:
-        """Connect unless connected, and check the version of Redis."""
-        if self.is_open:
-            return
+    async def open(self, server: Server, options: Mapping[str, Any], *, uses_tls: bool) -> None:
+        """Connect to a server, and check its version.
+
+        Args:
+            server: the server.
+            options: arguments of redis-py.
+            uses_tls: whether the server is reached by TLS.
+        """
         await self.abort()
-        await self._connection.connect()  # type: ignore[no-untyped-call]
-        writer = self._stream = self._connection._writer
+        self.server = server
+        if not server.host:
+            self._connection = UnixDomainSocketConnection(**options, **CONNECTION_OPTIONS)
+        else:
+            kind = SSLConnection if uses_tls else Connection
+            self._connection = kind(**server._asdict(), **options, **CONNECTION_OPTIONS)
+        await connect_in_time(*server, self._connect)
+
+    async def _connect(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        await connection.connect()  # type: ignore[no-untyped-call]
+        writer = self._stream = connection._writer
         assert writer is not None
         reset_on_close(writer)
         try:
             (info,) = await self.execute(("INFO", "server"))
-        except NoPermissionError:
-            return  # a broker with ACLs as strict as this is unlikely to be an old one
+        except ResponseError:
+            return  # renamed, or not permitted: a broker as strict as this is unlikely an old one
         version = VERSION.search(info)
         if version and tuple(map(int, version.groups())) < MIN_VERSION:
             await self.abort()
@@ -198,6 +221,7 @@ class RedisConnection:
             ResponseError: the first response that is an error; all of them have been read.
         """
         connection = self._connection
+        assert connection is not None
         packed = [part for command in commands for part in connection.pack_command(*command)]
         await connection.send_packed_command(packed)
         responses: list[Any] = []
@@ -216,15 +240,84 @@ class RedisConnection:
         if self._stream is not None:
             self._stream.transport.abort()
             self._stream = None
-        with suppress(Exception):  # the connection is closed, whatever redis-py raises
-            await self._connection.disconnect(nowait=True)
+        if self._connection is not None:
+            with suppress(Exception):  # the connection is closed, whatever redis-py raises
+                await self._connection.disconnect(nowait=True)
+
+
+class RedisServers:
+    """Find the server that holds the stream.
+
+    redis-py has classes for Sentinel and Cluster, which keep pools of connections and retry by
+    themselves. For a stream, which is one key, asking again at each connect is enough.
+
+    Args:
+        address: the servers of the URL.
+    """
+
+    def __init__(self, address: RedisAddress) -> None:
+        self._address = address
+        self._redirected_to: Server | None = None
+        self.is_asking = False  # the slot of the key is migrating to the server
+
+    async def open(self, connection: RedisConnection) -> None:
+        """Connect to the server that holds the stream, as far as is known.
+
+        Raises:
+            BrokerError: no server can be reached, or none is known.
+        """
+        address = self._address
+        if address.kind == "sentinel":
+            server = await self._ask_sentinels()
+        else:
+            server = self._redirected_to or random.choice(address.servers)
+        await connection.open(server, address.options, uses_tls=address.uses_tls)
+
+    def redirect(self, error: AskError, origin: Server) -> None:
+        """Follow a redirection.
+
+        Raises:
+            BrokerError: the address is not that of a Redis Cluster.
+        """
+        if self._address.kind != "cluster":
+            raise BrokerError(
+                f"in this Redis Cluster the key is elsewhere: {error}; use redis+cluster://"
+            )
+        # Without a host: the node has another port of the same host.
+        self._redirected_to = Server(error.host or origin.host, error.port)
+        self.is_asking = not isinstance(error, MovedError)
+
+    def forget_redirection(self) -> None:
+        """Connect to a server of the URL next: the node may be down."""
+        self._redirected_to, self.is_asking = None, False
+
+    async def _ask_sentinels(self) -> Server:
+        address, failures = self._address, []
+        # In random order: one that is cut off from the others may name a former primary.
+        for sentinel in random.sample(address.servers, len(address.servers)):
+            connection = RedisConnection()
+            try:
+                await connection.open(sentinel, address.sentinel_options, uses_tls=address.uses_tls)
+                async with Deadline(RESPONSE_TIMEOUT_S):
+                    (primary,) = await connection.execute(
+                        ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
+                    )
+                if primary is not None:
+                    return Server(primary[0].decode(), int(primary[1]))
+                failure = f"no service {address.service}"
+            except (BrokerError, RedisError, OSError) as error:  # TimeoutError, too
+                failure = str(error) or "not answered in time"
+            finally:
+                await connection.abort()
+            failures.append(f"{sentinel.host}:{sentinel.port}: {failure}")
+        raise BrokerError(f"no Sentinel names the primary: {'; '.join(sorted(failures))}")
 
 
 class RedisStream:
     """A stream under one key of a Redis.
 
     Args:
-        url: redis://, rediss:// or unix://, as parsed by redis-py.
+        url: see `parse_redis_url`.
         name: the key.
         max_bytes, max_age_s: approximate limits of retention; entries beyond them are trimmed.
 
@@ -238,18 +331,17 @@ class RedisStream:
         self._name = name
         self._secrets = secrets_of(url)
         self._retention = RetentionLimits(max_bytes, max_age_s)
-        try:
-            pool = ConnectionPool.from_url(url)
-            pool.connection_kwargs.update(CONNECTION_OPTIONS)
-            self._writer, self._reader = RedisConnection(pool), RedisConnection(pool)
-        except (ValueError, TypeError, RedisError):
-            # The text of the error may quote a part of the URL.
-            raise unusable_url(url, "not a valid redis-py URL") from None
+        self._servers = RedisServers(parse_redis_url(url))
+        self._writer, self._reader = RedisConnection(), RedisConnection()
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
         self._is_reader_suspect = False  # the reader may be connected to a former primary
 
-    async def append(self, data: bytes) -> None:
+    async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry, and trim the stream.
+
+        Args:
+            data: bytes of the entry.
+            timeout_s: time limit of the response; connecting has its own.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
@@ -257,14 +349,10 @@ class RedisStream:
         ms, sequence = self._latest_id
         bounds = [(ms, sequence), (ms, sequence + 1), self._retention.oldest_id]
         try:
-            await self._writer.open()
             command = ("EVAL", APPEND, 1, self._name, *map(_format_id, bounds), data)
-            (added,) = await self._writer.execute(command)
-            self._record_id(_parse_id(added))
+            self._record_id(_parse_id(await self._execute(self._writer, command, timeout_s)))
         except BaseException as error:
-            # After a cancellation the response would be read as that of the next command. After an
-            # error response, too: the server may be a replica that was the primary before.
-            await self._writer.abort()
+            await self._abandon(self._writer)
             if not isinstance(error, Exception):
                 raise
             raise self._broker_error(error) from None
@@ -276,10 +364,9 @@ class RedisStream:
             BrokerError: the stream can't be read now.
         """
         try:
-            async with Deadline(READ_BLOCK_S + RESPONSE_TIMEOUT_S):
-                return await self._read(after)
+            return await self._read(after)
         except BaseException as error:
-            await self._reader.abort()
+            await self._abandon(self._reader)
             if not isinstance(error, Exception):
                 raise
             raise self._broker_error(error) from None
@@ -292,19 +379,12 @@ class RedisStream:
         if self._is_reader_suspect:
             self._is_reader_suspect = False
             await self._reader.abort()
-        await self._reader.open()
         block_ms = round(READ_BLOCK_S * 1000)
-        (found,) = await self._reader.execute(
-            (
-                "XREAD",
-                "COUNT",
-                READ_ENTRIES,
-                "BLOCK",
-                block_ms,
-                "STREAMS",
-                self._name,
-                _format_id(after),
-            )
+        stream = ("STREAMS", self._name, _format_id(after))
+        found = await self._execute(
+            self._reader,
+            ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", block_ms, *stream),
+            READ_BLOCK_S + RESPONSE_TIMEOUT_S,
         )
         entries = []
         for entry_id, data, previous_id in _parse_entries(found):
@@ -326,9 +406,33 @@ class RedisStream:
         finally:
             await self._reader.abort()
 
+    async def _execute(
+        self, connection: RedisConnection, command: tuple[Any, ...], timeout_s: float
+    ) -> Any:
+        """Run a command on the server that holds the stream; return its response."""
+        servers = self._servers
+        for _ in range(MAX_REDIRECTIONS):
+            if not connection.is_open:
+                await servers.open(connection)
+            commands = (("ASKING",), command) if servers.is_asking else (command,)
+            try:
+                async with Deadline(timeout_s):
+                    return (await connection.execute(*commands))[-1]
+            except AskError as error:  # base class of MovedError
+                servers.redirect(error, connection.server)
+                await connection.abort()
+        raise BrokerError("the Redis Cluster redirects in a loop")
+
+    async def _abandon(self, connection: RedisConnection) -> None:
+        """Abort a connection after a failure.
+
+        After a cancellation the response would be read as that of the next command. After an error
+        response, the server may be a replica that was the primary before.
+        """
+        await connection.abort()
+        self._servers.forget_redirection()
+
     def _broker_error(self, error: Exception) -> BrokerError:
-        if isinstance(error, AskError):  # base class of MovedError
-            error = BrokerError(f"in this Redis Cluster the key is elsewhere: {error}")
         if isinstance(error, ResponseError):
             error = BrokerError(SCRIPT_CONTEXT.sub("", str(error)))
         is_expected = isinstance(error, BrokerError | RedisError | OSError)  # TimeoutError, too

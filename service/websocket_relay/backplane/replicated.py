@@ -44,7 +44,7 @@ from websocket_relay.backplane.interface import (
     Position,
     Rejectable,
 )
-from websocket_relay.cancellation import Deadline, run_cancellable
+from websocket_relay.cancellation import run_cancellable
 from websocket_relay.counters import BackplaneCounters
 from websocket_relay.outcomes import RelayError
 from websocket_relay.redaction import redact
@@ -160,8 +160,12 @@ class Stream(Protocol):
     def max_entry_bytes(self) -> int:
         """The size limit of an entry, as far as is known."""
 
-    async def append(self, data: bytes) -> None:
+    async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry.
+
+        Args:
+            data: bytes of the entry.
+            timeout_s: time limit of the broker's response; connecting has its own.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
@@ -501,8 +505,7 @@ class ReplicatedBackplane:
                 for part in split_into_parts(
                     data, producer, sequence, self._stream.max_entry_bytes
                 ):
-                    async with Deadline(APPEND_TIMEOUT_S):
-                        await self._stream.append(part)
+                    await self._stream.append(part, APPEND_TIMEOUT_S)
             except (BrokerError, TimeoutError) as error:
                 self._record_failure("append", error)
                 pause_s = await _pause(pause_s)

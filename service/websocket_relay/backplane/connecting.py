@@ -1,0 +1,47 @@
+"""Connect to a server of a broker in time. Knows no broker's protocol."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from websocket_relay.backplane.replicated import BrokerError
+from websocket_relay.cancellation import Deadline
+
+RESOLVE_TIMEOUT_S = 10.0
+"""Time limit to resolve a name. The C library waits for each answer for 5 s, and tries twice."""
+
+CONNECT_TIMEOUT_S = 2.0
+"""Time limit to connect and to authenticate, once the name is resolved."""
+
+
+async def connect_in_time(
+    host: str, port: int, connect: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Resolve a name, then connect to it.
+
+    A library resolves the name again; most resolvers then know it. Where they do not, it takes
+    about as long once more, so the second deadline includes that time.
+
+    Args:
+        host, port: of the server; an empty host: there is no name to resolve.
+        connect: opens the connection, by the name.
+
+    Raises:
+        BrokerError: a deadline has passed, or the name does not exist.
+    """
+    loop = asyncio.get_running_loop()
+    started_at = loop.time()
+    if host:
+        try:
+            async with Deadline(RESOLVE_TIMEOUT_S):
+                await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except TimeoutError:
+            raise BrokerError(f"{host}: the name was not resolved in time") from None
+        except OSError as error:
+            raise BrokerError(f"{host}: {error.strerror}") from None
+    try:
+        async with Deadline(loop.time() - started_at + CONNECT_TIMEOUT_S):
+            await connect()
+    except TimeoutError:
+        raise BrokerError(f"{host}:{port}: not connected in time") from None

@@ -1,0 +1,67 @@
+"""Connect to a broker: names that resolve slowly, and a Redis that permits little."""
+
+import socket
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websocket_relay.backplane import connecting
+
+from tests.support.broker_logs import BackplaneLog, BrokerLog, RedisLog, wait_until
+from tests.support.programs import ANY_REDIS, needed
+from tests.support.redis_groups import GroupedRedis
+
+SLOW_NAME = "slow.example"
+
+
+@pytest.fixture
+def resolving_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The time in which `SLOW_NAME` is resolved: more than the deadline to connect."""
+    monkeypatch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.3)
+    resolving_s = 0.5
+    resolve = socket.getaddrinfo
+
+    def resolve_slowly(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == SLOW_NAME:
+            time.sleep(resolving_s)
+            host = "localhost"
+        return resolve(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_slowly)
+    return resolving_s
+
+
+async def test_a_replica_is_up_although_the_name_of_its_broker_is_resolved_slowly(
+    broker_log: BrokerLog, resolving_s: float
+) -> None:
+    replica = await broker_log.start_replica(url=broker_log.url.replace("localhost", SLOW_NAME))
+    assert replica.backplane.counters.outages == 0
+
+
+async def test_a_name_that_is_not_resolved_in_time_is_logged_as_the_cause(
+    broker_log: BrokerLog,
+    resolving_s: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(connecting, "RESOLVE_TIMEOUT_S", resolving_s / 2)
+    url = broker_log.url.replace("localhost", SLOW_NAME)
+    await broker_log.start_replica(url=url, await_up=False)
+    error = f"{SLOW_NAME}: the name was not resolved in time"
+    await wait_until(lambda: error in {each.__dict__.get("error") for each in caplog.records})
+
+
+async def test_a_redis_without_info_is_used(stack: AsyncExitStack, tmp_path: Path) -> None:
+    lines = ['rename-command INFO ""']
+    broker = GroupedRedis(needed(*ANY_REDIS), tmp_path, lines=lines)
+    await stack.enter_async_context(broker)
+    replica = await RedisLog(stack, broker).start_replica()
+    replica.publish(b"message")
+    await replica.await_count(1)
+
+
+@pytest.mark.parametrize("kind", ["redis"])
+async def test_valkey_is_a_name_for_redis(broker_log: BackplaneLog) -> None:
+    await broker_log.start_replica(url=broker_log.url.replace("redis://", "valkey://"))
