@@ -366,6 +366,7 @@ def egress_ports(objects: Sequence[KubernetesObject]) -> set[int]:
         ("memory://", "https://issuer.example.com/jwks.json", {443}),
         ("redis://redis:6379/0", "http://issuer/jwks.json", {6379, 80}),
         ("rediss://redis.example.com/0", "", {6379}),
+        ("redis+sentinel://one,two:26380/log", "", {6379, 26379, 26380}),
         ("rediss://redis.example.com:6380/0?ssl_ca_certs=/run/ca.crt", "", {6380}),
         ("redis://[fd00::7]:6390", "https://issuer.example.com:8444/jwks.json", {6390, 8444}),
         ("nats://one,two:4223,three:4224?replicas=3", "", {4222, 4223, 4224}),

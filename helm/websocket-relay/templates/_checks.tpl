@@ -68,8 +68,8 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 {{- define "websocket-relay.checks.secrets" -}}
 {{- $url := .Values.config.backplane.url -}}
 {{- /* Neither address is printed: it may contain a password. */ -}}
-{{- if not (regexMatch "^(memory|rediss?|unix|nats|tls)://" $url) }}
-config.backplane.url is not the address of a supported broker; set it to one that begins with memory://, redis://, rediss://, unix://, nats:// or tls://
+{{- if not (regexMatch "^(memory|(rediss?|valkeys?)([+](sentinel|cluster))?|unix|nats|tls)://" $url) }}
+config.backplane.url is not the address of a supported broker; set it to one that begins with memory://, redis://, rediss://, valkey://, valkeys://, unix://, nats:// or tls://; for a Redis also redis+sentinel:// or redis+cluster://
 {{- end }}
 {{- $keys := .Values.config.auth.jwt.jwks_url -}}
 {{- if and $keys (not (regexMatch "^https?://[^/?#@[:space:]]+([/?#][^[:space:]]*)?$" $keys)) }}

@@ -91,7 +91,7 @@ httpGet:
 {{- end -}}
 {{- end -}}
 
-{{- /* memory, redis, rediss, nats or tls; empty if the address is in a Secret. */ -}}
+{{- /* memory, redis, rediss, valkey, valkeys, nats or tls; empty if the address is in a Secret. */ -}}
 {{- define "websocket-relay.backplane" -}}
 {{- if not .Values.secrets.backplaneUrl.name -}}
 {{ regexFind "^[a-z]+" .Values.config.backplane.url }}
@@ -100,16 +100,22 @@ httpGet:
 
 {{- /* The ports in config.backplane.url, which may list several servers, as a JSON list. */ -}}
 {{- define "websocket-relay.brokerPorts" -}}
-{{- $usual := dict "redis" 6379 "rediss" 6379 "nats" 4222 "tls" 4222 -}}
+{{- $usual := dict "redis" 6379 "rediss" 6379 "valkey" 6379 "valkeys" 6379 "nats" 4222 "tls" 4222 -}}
 {{- $scheme := include "websocket-relay.backplane" . -}}
 {{- $ports := list -}}
 {{- range .Values.networkPolicy.broker.ports -}}
 {{- $ports = append $ports (int .) -}}
 {{- end -}}
 {{- if and (not $ports) (hasKey $usual $scheme) -}}
-{{- $servers := regexReplaceAll "^[a-z]+://|[/?].*$" .Values.config.backplane.url "" -}}
+{{- $usualPort := get $usual $scheme -}}
+{{- /* The address names the Sentinels; they name the Redis. */ -}}
+{{- if regexMatch "^[a-z]+[+]sentinel:" .Values.config.backplane.url -}}
+{{- $ports = append $ports $usualPort -}}
+{{- $usualPort = 26379 -}}
+{{- end -}}
+{{- $servers := regexReplaceAll "^[a-z+]+://|[/?].*$" .Values.config.backplane.url "" -}}
 {{- range splitList "," $servers -}}
-{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default (get $usual $scheme) | int) -}}
+{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default $usualPort | int) -}}
 {{- end -}}
 {{- end -}}
 {{- uniq $ports | toJson -}}
