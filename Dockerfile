@@ -42,7 +42,7 @@ EXPOSE 8443 9090
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15s CMD ["websocket-relay", "healthcheck"]
 # The relay is process 1, and has no children. The kernel discards a signal that process 1 has no handler
 # for, but keeps one that is blocked: the relay takes it as soon as its interpreter runs.
-ENTRYPOINT ["env", "--block-signal=TERM", "--block-signal=INT", "websocket-relay"]
+ENTRYPOINT ["env", "--block-signal=TERM,INT,QUIT,HUP,USR1,USR2", "websocket-relay"]
 LABEL org.opencontainers.image.title="websocket-relay" \
       org.opencontainers.image.description="What one client sends, every client of its channel receives" \
       org.opencontainers.image.licenses="Apache-2.0"

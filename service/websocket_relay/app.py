@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
-from websocket_relay import __version__
+from websocket_relay import __version__, logs
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.api.console import console_router
+from websocket_relay.api.cors import Cors
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
@@ -75,6 +75,7 @@ class Replica:
         metrics: the metrics of the replica.
         certificates: the served certificate; None: no TLS.
         tokens: verifies tokens; None: no token is required.
+        configure: applies the settings of `config.changes.RELOADABLE`, with a new verifier.
     """
 
     app: ASGIApp
@@ -88,6 +89,7 @@ class Replica:
     metrics: Metrics
     certificates: Certificates | None
     tokens: "TokenVerifier | None"
+    configure: Callable[[Settings, "TokenVerifier | None"], None]
 
 
 def build(
@@ -131,10 +133,7 @@ def build(
     )
     lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
     backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
-    # A single message of the maximum size must fit.
-    partial_messages = PartialMessages(
-        max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
-    )
+    partial_messages = PartialMessages(_partial_message_bytes(settings))
     shared = ConnectionContext(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
@@ -183,11 +182,7 @@ def build(
         has_descriptors=descriptors.can_accept_request,
     )
     admission = AdmissionPolicy(
-        allowed_origins=settings.server.allowed_origins,
-        max_connections=limits.max_connections,
-        max_connections_per_ip=limits.max_connections_per_ip,
-        max_handshakes_per_s=limits.max_handshakes_per_s,
-        max_messages_per_s=limits.max_messages_per_s,
+        **_admission_settings(settings),
         tokens=tokens,
         connections=lambda: len(shared.clients),
         has_descriptor=descriptors.can_accept_client,
@@ -197,14 +192,14 @@ def build(
     metrics.register(
         counters,
         Gauges(
-            max_connections=limits.max_connections,
+            max_connections=lambda: admission.max_connections,
             free_descriptors=lambda: descriptors.free,
             http_connections=lambda: {
                 "relay": len(http_connections),
                 "metrics": len(metrics_http_connections),
             },
             http_evictions=lambda: http_connections.evictions + metrics_http_connections.evictions,
-            total_backlog_bytes=limits.total_backlog_bytes,
+            total_backlog_bytes=lambda: backlogs.total_limit_bytes,
             ready=lambda: lifecycle.ready,
             channels=lambda: len(broadcaster),
             slow_clients=lambda: len(backlogs),
@@ -220,6 +215,7 @@ def build(
             certificate_expiry=lambda: certificates.expiry if certificates else None,
             certificate_reloads=lambda: certificates.reloads if certificates else {},
             key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
+            dropped_log_lines=logs.dropped_lines,
         ),
     )
     started_at = time.monotonic()
@@ -242,18 +238,33 @@ def build(
     app.include_router(probes_router(lifecycle))
     for router in _routers(settings, admission, broadcaster, refusals, stats):
         app.include_router(router)
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=[origin.lower() for origin in settings.server.allowed_origins],
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
-        expose_headers=["Retry-After"],
+    cors = Cors(
+        {
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["Authorization", "Content-Type", "Last-Event-ID"],
+            "expose_headers": ["Retry-After"],
+        },
+        _cors_origins(settings),
     )
+    app.add_middleware(cors.wrap)
     Instrumentator(registry=metrics.registry).instrument(app)
     metrics_app = _fastapi()
     metrics_app.include_router(probes_router(lifecycle))
     metrics_app.include_router(metrics_router(metrics))
     app_with_headers = SecurityHeaders(app)
+
+    def configure(new: Settings, verifier: "TokenVerifier | None") -> None:
+        total_bytes = new.limits.total_backlog_bytes
+        admission.configure(**_admission_settings(new), tokens=verifier)
+        cors.allow(_cors_origins(new))
+        http_connections.max_connections = new.limits.max_http_connections
+        backlogs.set_limits(new.limits.send_backlog_bytes, total_bytes)
+        broadcaster.pending_limit_bytes = new.limits.send_backlog_bytes  # of further channels
+        partial_messages.limit_bytes = _partial_message_bytes(new)
+        appends.limit_bytes = total_bytes // APPENDS_PART
+        shared.unparsed.limit_bytes = total_bytes // UNPROCESSED_PART
+        shared.pending_fan_out.limit_bytes = total_bytes // PENDING_PART
+
     return Replica(
         tracing.traced(app_with_headers) if tracing else app_with_headers,
         SecurityHeaders(metrics_app),
@@ -266,7 +277,29 @@ def build(
         metrics,
         certificates,
         tokens,
+        configure,
     )
+
+
+def _admission_settings(settings: Settings) -> dict[str, Any]:
+    limits = settings.limits
+    return {
+        "allowed_origins": settings.server.allowed_origins,
+        "max_connections": limits.max_connections,
+        "max_connections_per_ip": limits.max_connections_per_ip,
+        "max_handshakes_per_s": limits.max_handshakes_per_s,
+        "max_messages_per_s": limits.max_messages_per_s,
+    }
+
+
+def _cors_origins(settings: Settings) -> dict[str, Any]:
+    return {"allow_origins": [origin.lower() for origin in settings.server.allowed_origins]}
+
+
+def _partial_message_bytes(settings: Settings) -> int:
+    """Return the bound on partial messages: a single message of the maximum size must fit."""
+    limits = settings.limits
+    return max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
 
 
 def _routers(

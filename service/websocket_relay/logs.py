@@ -1,12 +1,16 @@
 """Configure logging: one event a line, constant text, facts as fields; no payload and no token.
 
-Knows no event.
+Lines are written in a thread: a reader that stalls blocks nothing. Knows no event.
 """
 
 import logging
+import os
 import re
+import select
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from types import TracebackType
 
 import structlog
@@ -37,6 +41,85 @@ OWN_LOGGERS = "websocket_relay."
 URL_SECRETS = re.compile(r"(?<=://)[^/\s@]+@|\?[^\s'\")]+")
 """User, password and query: libraries log the full URL of a collector."""
 
+MAX_PENDING_BYTES = 1_048_576
+"""Lines that wait for the reader of standard error; further ones are dropped."""
+
+FLUSH_S = 0.2
+"""At its end the process waits so long for the reader of standard error."""
+
+
+class LineWriter(logging.Handler):
+    """Write lines in a thread of its own, in their order.
+
+    Args:
+        descriptor: the file, pipe, socket or terminal to write to.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._pending: SimpleQueue[bytes | threading.Event] = SimpleQueue()
+        # Each number is written by one thread: these under the handler's lock, the others by the
+        # thread that writes.
+        self._queued_bytes = self._rejected = 0
+        self._written_bytes = self._failed = 0
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    @property
+    def dropped(self) -> int:
+        """The number of lines that could not be written, or did not fit into the queue."""
+        return self._rejected + self._failed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, or drop it; never block."""
+        try:
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:  # noqa: BLE001 - a line that can't be formatted must not fail its caller
+            self._rejected += 1
+            return
+        if self._queued_bytes - self._written_bytes + len(line) > MAX_PENDING_BYTES:
+            self._rejected += 1
+            return
+        self._queued_bytes += len(line)
+        self._pending.put(line)
+
+    def flush(self) -> None:
+        """Wait until all lines so far are written, FLUSH_S at most."""
+        written = threading.Event()
+        self._pending.put(written)
+        written.wait(FLUSH_S)
+
+    def _write_lines(self) -> None:
+        reported = 0
+        while True:
+            # All that wait at once: to get the interpreter's lock takes longer than to write.
+            items = [self._pending.get()]
+            while not self._pending.empty():
+                items.append(self._pending.get())
+            lines = [item for item in items if isinstance(item, bytes)]
+            is_written = self._write(b"".join(lines))
+            if not is_written:
+                self._failed += len(lines)
+            self._written_bytes += sum(map(len, lines))
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+            if is_written and lines and (dropped := self.dropped) > reported:
+                log.warning("log lines dropped", extra={"count": dropped - reported})
+                reported = dropped
+
+    def _write(self, data: bytes) -> bool:
+        """Write all bytes; return whether that was possible."""
+        unsent = memoryview(data)
+        while unsent:
+            try:
+                unsent = unsent[os.write(self._descriptor, unsent) :]
+            except BlockingIOError:  # another process has made the shared pipe non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError:  # the reader has ended, or the disk is full
+                return False
+        return True
+
 
 def configure(settings: LoggingSettings) -> None:
     """Send all logs to standard error, with the format and minimum level of the settings."""
@@ -62,17 +145,29 @@ def configure(settings: LoggingSettings) -> None:
     if settings.format == "json":
         final.append(structlog.processors.format_exc_info)
     final.append(renderer)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineWriter(sys.stderr.fileno())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final)
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(settings.level.upper())
-    for name, level in QUIET.items():
-        logging.getLogger(name).setLevel(max(level, root.level))
+    set_level(settings.level)
     logging.captureWarnings(True)
     sys.excepthook = _log_crash
+
+
+def set_level(level: str) -> None:
+    """Log from this level on, and libraries from their own where it is higher."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    for name, quiet in QUIET.items():
+        logging.getLogger(name).setLevel(max(quiet, root.level))
+
+
+def dropped_lines() -> int:
+    """Return how many lines were dropped since the start."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.dropped for handler in handlers if isinstance(handler, LineWriter))
 
 
 def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:

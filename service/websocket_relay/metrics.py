@@ -41,11 +41,11 @@ DRAFT = "version=0.0.1"  # of OpenMetrics; old Prometheus prefers it to the text
 class Gauges:
     """Callbacks that read the current state of the components when the page is scraped."""
 
-    max_connections: int
+    max_connections: Callable[[], int]
     free_descriptors: Callable[[], int]
     http_connections: Callable[[], dict[str, int]]
     http_evictions: Callable[[], int]
-    total_backlog_bytes: int
+    total_backlog_bytes: Callable[[], int]
     ready: Callable[[], bool]
     channels: Callable[[], int]
     slow_clients: Callable[[], int]
@@ -61,6 +61,7 @@ class Gauges:
     certificate_expiry: Callable[[], float | None]
     certificate_reloads: Callable[[], dict[str, int]]
     key_fetches: Callable[[], dict[str, int]]
+    dropped_log_lines: Callable[[], int]
 
 
 class Metrics:
@@ -173,7 +174,7 @@ class _RelayCollector(Collector):
         counters, now = self._counters, self._gauges
         connected = counters.connections - counters.disconnections
         yield _gauge("connected_clients", "Clients connected now", connected)
-        yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections)
+        yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections())
         free = now.free_descriptors()
         yield _gauge("free_descriptors", "File descriptors that may still be opened", free)
         open_now = GaugeMetricFamily(
@@ -205,7 +206,7 @@ class _RelayCollector(Collector):
         yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
         yield _gauge("backlog_bytes", "Memory used by send backlogs", now.backlog_bytes())
         text = "limits.total_backlog_bytes"
-        yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes)
+        yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes())
         partial = now.partial_message_bytes()
         yield _gauge("partial_message_bytes", "Memory used by partial messages", partial)
         yield _gauge("slow_clients", "Clients with a send backlog", now.slow_clients())
@@ -221,6 +222,8 @@ class _RelayCollector(Collector):
         replays = {("recovered",): counters.recovered, ("not_recovered",): counters.not_recovered}
         text = "Replays requested by clients"
         yield _labelled("history_replays", text, ["result"], replays)
+        dropped = now.dropped_log_lines()
+        yield _counter("log_lines_dropped", "Log lines that were not read in time", dropped)
         yield _gauge("ready", "1 while the relay accepts clients", int(now.ready()))
         draining = now.draining()
         yield _gauge("draining", "1 while the relay shuts down", int(draining))

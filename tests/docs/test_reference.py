@@ -16,7 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from websocket_relay.cli import common
 from websocket_relay.cli.main import CLIENT_COMMANDS, main
 from websocket_relay.client import events
+from websocket_relay.config.changes import RELOADABLE
 from websocket_relay.config.loader import load
+from websocket_relay.config.model import JwtSettings
 from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, TokenProblem
 
@@ -54,6 +56,17 @@ def first_table(page: str, heading: str) -> list[list[str]]:
 def test_the_tables_of_settings_are_generated_from_the_code() -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "settings_page.py"))
     assert generator["with_tables"](SETTINGS) == SETTINGS, "run make config"
+
+
+@pytest.mark.fast
+def test_the_table_of_settings_that_change_at_run_time_is_complete() -> None:
+    rows = first_table(SETTINGS, "Change settings at run time")
+    names = [span for settings, _ in rows for span in code_spans(settings.partition(";")[0])]
+    except_for = {"auth.jwt.*", "auth.jwt.jwks_url"}
+    listed = {*names} - except_for
+    listed |= {f"auth.jwt.{name}" for name in JwtSettings.model_fields if name != "jwks_url"}
+    assert except_for < {*names}
+    assert listed == {".".join(path) for path in RELOADABLE}
 
 
 @pytest.mark.fast

@@ -218,7 +218,7 @@ print(json.dumps({d.metadata["Name"].lower(): d.version for d in metadata.distri
 def test_the_image_has_labels_a_user_ports_and_an_entrypoint(engine: Engine, image: str) -> None:
     config = engine.inspect(image)["Config"]
     assert config["User"] == "10001:10001"
-    env = ["env", "--block-signal=TERM", "--block-signal=INT"]
+    env = ["env", "--block-signal=TERM,INT,QUIT,HUP,USR1,USR2"]
     assert config["Entrypoint"] == [*env, "websocket-relay"]
     assert sorted(config["ExposedPorts"]) == ["8443/tcp", "9090/tcp"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()

@@ -1,6 +1,7 @@
 """Signals at any moment: the relay ends with status 0, after one signal or twenty, and in time."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from signal import SIGINT, SIGTERM, Signals
+from signal import SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, Signals
 from typing import Any
 
 import pytest
 import yaml
 from websocket_relay.__main__ import OTHER_COMMANDS
+from websocket_relay.server.signals import SIGNALS
 
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
@@ -39,7 +41,9 @@ FIELDS = ("Name", "SigBlk")
 """Of /proc/[pid]/status, see proc(5)."""
 
 
-async def test_a_signal_at_any_moment_of_the_start_ends_the_relay_with_0(tmp_path: Path) -> None:
+async def test_at_any_moment_of_the_start_sigterm_ends_the_relay_with_0_and_others_do_not(
+    tmp_path: Path,
+) -> None:
     async def status_after(offset_ms: int) -> tuple[int, int, list[str]]:
         directory = tmp_path / str(offset_ms)
         directory.mkdir()
@@ -47,6 +51,8 @@ async def test_a_signal_at_any_moment_of_the_start_ends_the_relay_with_0(tmp_pat
         try:
             with blocked_signals():  # as the image does; before that, the kernel ends the process
                 relay.launch()
+            for number in (SIGHUP, SIGUSR1, SIGUSR2):
+                relay.signal(number)
             await asyncio.sleep(offset_ms / 1000)
             return offset_ms, await relay.stop(), relay.unexpected_lines
         finally:
@@ -56,7 +62,7 @@ async def test_a_signal_at_any_moment_of_the_start_ends_the_relay_with_0(tmp_pat
     assert ends == [(offset_ms, 0, []) for offset_ms in OFFSETS_MS]
 
 
-@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGQUIT])
 async def test_signals_during_the_whole_stop_end_the_relay_with_0(
     relay_with: StartRelay, number: Signals
 ) -> None:
@@ -67,6 +73,30 @@ async def test_signals_during_the_whole_stop_end_the_relay_with_0(
     assert await relay.exit_code() == 0
 
 
+async def test_a_closed_terminal_ends_the_relay(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP then, which reloads the settings otherwise."""
+    master, slave = os.openpty()
+    # The first terminal that the leader of a session opens becomes the session's terminal.
+    process = relay_process(
+        tmp_path,
+        prefix=["/bin/sh", "-c", f'exec "$@" < {os.ttyname(slave)}', "sh"],
+        env=environment({"RELAY__SHUTDOWN__SPREAD_S": "0"}),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    os.close(slave)
+    try:
+        await asyncio.to_thread(read_until, process.stderr.fileno(), b'"ready"')
+        os.close(master)
+        assert await asyncio.to_thread(process.wait, PATIENCE_S) == 0
+        assert b'"draining"' in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
 async def test_twenty_signals_at_once_act_as_one(relay_with: StartRelay) -> None:
     relay = relay_with(shutdown={"spread_s": 0, "timeout_s": 5})
     for _ in range(BURST):
@@ -75,33 +105,53 @@ async def test_twenty_signals_at_once_act_as_one(relay_with: StartRelay) -> None
     assert relay.log_events[-1]["event"] == "stopped"
 
 
+HANGING = """
+import sys, time
+from websocket_relay.__main__ import main
+from websocket_relay.server import run
+
+def hang(*arguments, **options):
+    time.sleep(3600)
+
+run.close_all = hang
+sys.exit(main())
+"""
+
+
 async def test_a_stop_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
-    """The main thread is blocked in a write: standard error is a full pipe."""
     timeout_s = 1.0
-    reading, writing = os.pipe()
-    stop = {"RELAY__SHUTDOWN__TIMEOUT_S": str(timeout_s)}
-    process = relay_process(tmp_path, stderr=writing, env=environment(stop))
+    process = relay_process(
+        tmp_path,
+        program=["-c", HANGING],
+        env=environment({"RELAY__SHUTDOWN__TIMEOUT_S": str(timeout_s)}),
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
     try:
-        await asyncio.to_thread(read_until, reading, b"ready")
-        fill(writing)
+        await asyncio.to_thread(read_until, process.stderr.fileno(), b"ready")
         started = time.monotonic()
         process.send_signal(SIGTERM)
         assert await asyncio.to_thread(process.wait, PATIENCE_S) == 1
         assert timeout_s <= time.monotonic() - started < timeout_s + 1
+        last_line = process.stderr.read().splitlines()[-1]
+        assert b"shutdown timeout" in last_line
+        assert b"hang" in last_line
     finally:
         process.kill()
         process.wait()
-        os.close(reading)
-        os.close(writing)
+        process.stderr.close()
 
 
 def relay_process(
-    directory: Path, prefix: Sequence[str] = (), **options: Any
+    directory: Path,
+    prefix: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "websocket_relay"),
+    **options: Any,
 ) -> "subprocess.Popen[bytes]":
     """Start a relay, with a command that starts it as a prefix."""
     file = directory / "relay.yaml"
     file.write_text(yaml.safe_dump(QUIET_SETTINGS))
-    command = [*prefix, sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
+    command = [*prefix, sys.executable, *program, "--config-file", str(file)]
     return subprocess.Popen(command, cwd=directory, **options)
 
 
@@ -112,18 +162,6 @@ def read_until(pipe: int, words: bytes) -> None:
         piece = os.read(pipe, 65_536)
         assert piece, seen
         seen += piece
-
-
-def fill(pipe: int) -> None:
-    """Write to a pipe until it is full."""
-    os.set_blocking(pipe, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(pipe, bytes(4096))
-    with suppress(BlockingIOError):
-        while True:
-            os.write(pipe, b"\0")
-    os.set_blocking(pipe, True)
 
 
 async def test_a_pending_name_resolution_does_not_delay_the_stop(tmp_path: Path) -> None:
@@ -195,7 +233,7 @@ def entrypoint() -> list[str]:
     """Return the entry point of the image without the relay's own command."""
     line = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert line
-    words: list[str] = [word.strip().strip('"') for word in line[1].strip("[]").split(",")]
+    words: list[str] = json.loads(line[1])
     assert words.pop() == "websocket-relay"
     return words
 
@@ -218,6 +256,12 @@ def pid_of_process_1(parent: int) -> int:
                 return int(child)
         time.sleep(0.001)
     raise AssertionError("no process 1 blocks SIGTERM")
+
+
+@pytest.mark.fast
+def test_the_entry_point_of_the_image_blocks_every_signal_that_the_relay_receives() -> None:
+    names = ",".join(each.name.removeprefix("SIG") for each in SIGNALS)
+    assert entrypoint() == ["env", f"--block-signal={names}"]
 
 
 async def test_a_signal_at_any_moment_ends_process_1_with_0(tmp_path: Path) -> None:

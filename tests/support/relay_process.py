@@ -218,6 +218,11 @@ class RelayProcess:
         )
         self._start_log_reader()
 
+    def change_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the settings file; the relay reads it at SIGHUP."""
+        self.settings = merged(QUIET_SETTINGS, settings)
+        self._write_settings()
+
     def _write_settings(self) -> Path:
         file = self._directory / "relay.yaml"
         file.write_text(yaml.safe_dump(self.settings))

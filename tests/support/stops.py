@@ -49,7 +49,14 @@ START_SPAN_S = 1.5
 RUN_SPAN_S = 2.5
 """Signals are sent within these times, after the start or after the relay listens."""
 
-BLOCKED = {signal.SIGTERM, signal.SIGINT}
+BLOCKED = {
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+}
 
 
 @dataclass(frozen=True, slots=True)

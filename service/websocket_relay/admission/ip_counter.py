@@ -19,7 +19,7 @@ class IpCounter:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._clients: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -28,7 +28,7 @@ class IpCounter:
 
     def is_below_limit(self, network: str) -> bool:
         """Return whether the address is below the limit."""
-        return self._clients.get(network, 0) < self._limit
+        return self._clients.get(network, 0) < self.limit
 
     def add_client(self, network: str) -> None:
         """Add a client."""

@@ -109,10 +109,44 @@ class AdmissionPolicy:
         has_capacity: Callable[[str], bool],
         health: Lifecycle,
     ) -> None:
+        self._addresses: IpCounter | None = None
+        self._connections = connections
+        self._has_descriptor = has_descriptor
+        self._has_capacity = has_capacity
+        self._health = health
+        self.configure(
+            allowed_origins=allowed_origins,
+            max_connections=max_connections,
+            max_connections_per_ip=max_connections_per_ip,
+            max_handshakes_per_s=max_handshakes_per_s,
+            max_messages_per_s=max_messages_per_s,
+            tokens=tokens,
+        )
+
+    def configure(
+        self,
+        *,
+        allowed_origins: Sequence[str],
+        max_connections: int,
+        max_connections_per_ip: int,
+        max_handshakes_per_s: int,
+        max_messages_per_s: int,
+        tokens: "TokenVerifier | None",
+    ) -> None:
+        """Replace the settings. Admitted clients keep their grants; the arguments are as above.
+
+        Addresses are counted while they are limited: clients that were admitted before the first
+        limit do not count.
+        """
         lowered = {origin.lower() for origin in allowed_origins}
         self._origins = None if "*" in lowered else lowered
-        self._max_connections = max_connections
-        self._addresses = IpCounter(max_connections_per_ip) if max_connections_per_ip else None
+        self.max_connections = max_connections
+        if not max_connections_per_ip:
+            self._addresses = None
+        elif self._addresses is None:
+            self._addresses = IpCounter(max_connections_per_ip)
+        else:
+            self._addresses.limit = max_connections_per_ip
         self._handshakes = (
             TokenBucket(max_handshakes_per_s, max_handshakes_per_s)
             if max_handshakes_per_s
@@ -120,10 +154,6 @@ class AdmissionPolicy:
         )
         self._max_messages_per_s = max_messages_per_s
         self._tokens = tokens
-        self._connections = connections
-        self._has_descriptor = has_descriptor
-        self._has_capacity = has_capacity
-        self._health = health
 
     async def admit(self, request: AdmissionRequest) -> Grant:
         """Admit a subscriber.
@@ -222,7 +252,7 @@ class AdmissionPolicy:
 
     def _check_limits(self, channel: str, network: str) -> None:
         self._check_availability()  # again: it may have changed while the token was verified
-        if self._max_connections and self._connections() >= self._max_connections:
+        if self.max_connections and self._connections() >= self.max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():
             raise RefusedError(Refusal.DESCRIPTORS)

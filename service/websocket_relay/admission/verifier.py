@@ -57,12 +57,13 @@ class TokenVerifier:
 
     Args:
         settings: keys, algorithms, audience, issuer and leeway.
+        jwks: the fetched keys of settings.jwks_url, after a reload; None: fetch them.
 
     Raises:
         UnusableSettingError: the keys can't be used.
     """
 
-    def __init__(self, settings: JwtSettings) -> None:
+    def __init__(self, settings: JwtSettings, jwks: "Jwks | None" = None) -> None:
         self._algorithms = frozenset[str](settings.algorithms)
         self._audiences = settings.audience or None
         self._issuers = settings.issuer or None
@@ -73,7 +74,9 @@ class TokenVerifier:
             for name, secret in settings.all_secrets:
                 _check_secret(f"auth.jwt.{name}", secret)
         public = self._algorithms - SECRET_BYTES.keys()
-        self.jwks = _jwks(settings.jwks_url) if public and settings.jwks_url else None
+        self.jwks = jwks
+        if jwks is None and public and settings.jwks_url:
+            self.jwks = _jwks(settings.jwks_url)
         self._keys: KeySource | None = self.jwks
         if public and self.jwks is None:
             self._keys = PublicKeyFile(Path(settings.public_key_file), public)

@@ -49,7 +49,7 @@ class Broadcaster:
         self.shared = shared
         self.observe_delivery = written
         self._max_channels = max_channels
-        self._pending_limit_bytes = pending_limit_bytes
+        self.pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
         self._time_slicer = TimeSlicer(backplane.loop_iterations)
@@ -79,8 +79,8 @@ class Broadcaster:
             channel = self._channels[name] = Channel(
                 name,
                 self,
-                pending_limit_bytes=self._pending_limit_bytes,
-                batch_limit_bytes=self._pending_limit_bytes // BATCHES_PER_BACKLOG,
+                pending_limit_bytes=self.pending_limit_bytes,
+                batch_limit_bytes=self.pending_limit_bytes // BATCHES_PER_BACKLOG,
                 deflate_from_bytes=self._deflate_from_bytes,
             )
         if replay_request is None:

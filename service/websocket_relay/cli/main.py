@@ -13,10 +13,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from websocket_relay.outcomes import SettingsError, StartError, UnhealthyError, UnusableSettingError
-from websocket_relay.server.signals import Stop, leave
+from websocket_relay.server.signals import Stop, flush_log, leave
+
+if TYPE_CHECKING:
+    from websocket_relay.config.model import Settings
 
 CLIENT_COMMANDS = frozenset({"listen", "send", "bench"})
 """Commands that need the client's dependencies only."""
@@ -98,13 +101,18 @@ def _serve(config_file: Path | None, stop: Stop) -> None:
     from websocket_relay.config import loader
     from websocket_relay.server import run
 
-    loaded = loader.load(config_file, os.environ)
+    def load() -> "Settings":
+        return loader.load(config_file, os.environ)
+
+    loaded = load()
     logs.configure(loaded.logging)
     failure: BaseException | None = None
     try:
-        run.run(loaded, stop)
+        run.run(loaded, stop, load)
     except* StartError as group:
         failure = group.exceptions[0]  # Python before 3.11.4 wraps what is raised here in a group
+    finally:
+        flush_log()  # before an error is printed
     if failure is not None:
         raise failure
 

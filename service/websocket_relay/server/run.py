@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
@@ -25,12 +26,14 @@ from websocket_relay.outcomes import Refusal
 from websocket_relay.server.drain import close_all, wait_until_closed
 from websocket_relay.server.greeting import greet
 from websocket_relay.server.listener import Listener
+from websocket_relay.server.reload import reload_when_requested
 from websocket_relay.server.signals import Stop
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.websocket import WebSocketConnection
 
 if TYPE_CHECKING:
+    from websocket_relay.admission.jwks import Jwks
     from websocket_relay.admission.verifier import TokenVerifier
     from websocket_relay.tracing import Tracing
 
@@ -43,8 +46,8 @@ it is slack for a busy machine: at the deadline the process is killed as it is, 
 LAST_TRACES_S = 1.0
 """Maximum time to export the last spans, within shutdown.timeout_s."""
 
-EXIT_S = 0.1
-"""The part of shutdown.timeout_s reserved for the exit of the process itself."""
+EXIT_S = 0.1 + logs.FLUSH_S
+"""The part of shutdown.timeout_s reserved for the last log lines and the exit of the process."""
 
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -53,11 +56,16 @@ GC_THRESHOLDS = (50_000, 20, 50)
 burst of connects makes the garbage collector traverse all of them repeatedly."""
 
 
-def run(settings: Settings, stop: Stop) -> None:
+def run(settings: Settings, stop: Stop, load: Callable[[], Settings]) -> None:
     """Run the relay until a signal stops it.
 
     The event loop is not closed: closing it would wait for pending name resolutions. The process
     has to exit without that (`signals.leave`).
+
+    Args:
+        settings: of the relay.
+        stop: receives signals.
+        load: reads the settings again, for a reload.
 
     Raises:
         SettingsError: the certificate can't be loaded.
@@ -72,7 +80,7 @@ def run(settings: Settings, stop: Stop) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     tracing = load_tracing(os.environ)
     loop = uvloop.new_event_loop()
-    until = loop.run_until_complete(_serve(settings, certificates, tokens, tracing, stop))
+    until = loop.run_until_complete(_serve(settings, certificates, tokens, tracing, stop, load))
     if tracing is not None:
         tracing.close(max(0.0, min(LAST_TRACES_S, until - EXIT_S - time.monotonic())))
     log.info("stopped")
@@ -97,8 +105,12 @@ def load_certificates(settings: Settings) -> Certificates | None:
     return Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
 
 
-def load_tokens(settings: Settings) -> "TokenVerifier | None":
+def load_tokens(settings: Settings, jwks: "Jwks | None" = None) -> "TokenVerifier | None":
     """Return the token verifier, or None if no token is required.
+
+    Args:
+        settings: of the relay.
+        jwks: keys that were fetched already, for a reload.
 
     Raises:
         UnusableSettingError: the keys can't be used.
@@ -108,7 +120,7 @@ def load_tokens(settings: Settings) -> "TokenVerifier | None":
     # Importing it takes 0.2 s, which most relays do not need.
     from websocket_relay.admission.verifier import TokenVerifier
 
-    return TokenVerifier(settings.auth.jwt)
+    return TokenVerifier(settings.auth.jwt, jwks)
 
 
 def load_tracing(environ: Mapping[str, str]) -> "Tracing | None":
@@ -150,9 +162,10 @@ async def _serve(
     tokens: "TokenVerifier | None",
     tracing: "Tracing | None",
     stop: Stop,
+    load: Callable[[], Settings],
 ) -> float:
     """Serve until a signal, then shut down; return the deadline, by `time.monotonic`."""
-    stopping = asyncio.Event()
+    stopping, reloading = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     timeout_s = settings.shutdown.timeout_s
     relay = build(settings, certificates, tokens, tracing)
@@ -165,9 +178,24 @@ async def _serve(
         ports = [port for port in (metrics_port, relay_port) if port is not None]
         # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
         request_stop = functools.partial(loop.call_soon_threadsafe, stopping.set)
-        stop.attach(request_stop, timeout_s, functools.partial(_running_tasks, loop))
+        request_reload = functools.partial(loop.call_soon_threadsafe, reloading.set)
+        stop.attach(
+            request_stop, timeout_s, functools.partial(_running_tasks, loop), request_reload
+        )
         _log_ports(relay, relay_port, metrics_port)
-        coroutines = [*(port.serve for port in ports), *_background(settings, relay)]
+        reload = functools.partial(
+            reload_when_requested,
+            requested=reloading,
+            running=settings,
+            load=load,
+            load_tokens=functools.partial(load_tokens, jwks=tokens.jwks if tokens else None),
+            relay=relay,
+        )
+        coroutines: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            *(port.serve for port in ports),
+            *_background(settings, relay),
+            reload,
+        ]
         background = [group.create_task(run_cancellable(coroutine)) for coroutine in coroutines]
         gc.freeze()  # all objects so far are permanent: exempt them from garbage collection
         on_ready = functools.partial(_greet, settings, relay_port, metrics_port)
@@ -228,7 +256,9 @@ def _log_ports(relay: Replica, relay_port: Listener, metrics_port: Listener | No
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
     metrics_number = metrics_port.address[1] if metrics_port is not None else None
-    greet(settings, relay_port.address[1], metrics_number)
+    arguments = (settings, relay_port.address[1], metrics_number)
+    # In a thread: standard output may be a full pipe.
+    threading.Thread(target=greet, args=arguments, daemon=True).start()
 
 
 def _running_tasks(loop: asyncio.AbstractEventLoop) -> str:

@@ -57,7 +57,7 @@ class HttpConnections:
         self.record_refusal = record_refusal
         self.pending_handshakes = 0  # handshakes that are neither accepted nor refused yet
         self.evictions = 0  # of connections without an unanswered request
-        self._max_connections = max_connections
+        self.max_connections = max_connections
         self._limit_refusal = limit_refusal
         self._has_descriptors = has_descriptors
         self._members: set[HttpConnection] = set()
@@ -79,7 +79,7 @@ class HttpConnections:
             The reason to refuse the connection if no other one can be evicted.
         """
         refusal = None
-        if len(self._members) >= self._max_connections:
+        if len(self._members) >= self.max_connections:
             refusal = self._limit_refusal
         elif not self._has_descriptors():
             refusal = Refusal.DESCRIPTORS

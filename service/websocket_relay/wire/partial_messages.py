@@ -22,7 +22,7 @@ class PartialMessages:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._bytes_by_sender: dict[PartialSender, int] = {}
         self.total_bytes = 0
 
@@ -31,5 +31,5 @@ class PartialMessages:
         self.total_bytes += buffered_bytes - self._bytes_by_sender.pop(sender, 0)
         if buffered_bytes:
             self._bytes_by_sender[sender] = buffered_bytes
-        while self.total_bytes > self._limit_bytes:
+        while self.total_bytes > self.limit_bytes:
             max(self._bytes_by_sender, key=self._bytes_by_sender.__getitem__).drop_partial_message()

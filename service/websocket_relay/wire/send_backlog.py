@@ -161,12 +161,16 @@ class SendBacklogs:
     """
 
     def __init__(self, limit_bytes: int, total_limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._total_limit_bytes = total_limit_bytes
         self._slow_consumers: dict[SlowConsumer, None] = {}
         # Never below the exact sum. That sum iterates over all lagging connections, so it is
         # computed only when it could pass the bound, then again after growth of 1 % of the bound.
         self._estimate_bytes = 0
+        self.set_limits(limit_bytes, total_limit_bytes)
+
+    def set_limits(self, limit_bytes: int, total_limit_bytes: int) -> None:
+        """Set both bounds; a backlog that grows beyond one from now on closes its connection."""
+        self.limit_bytes = limit_bytes
+        self.total_limit_bytes = total_limit_bytes
         self._recompute_above_bytes = total_limit_bytes
 
     def __len__(self) -> int:
@@ -197,14 +201,14 @@ class SendBacklogs:
 
     def _enforce_total_limit(self) -> None:
         total = self.total_bytes
-        if total > self._total_limit_bytes:
+        if total > self.total_limit_bytes:
             for consumer in sorted(
                 self._slow_consumers, key=lambda each: each.memory_bytes, reverse=True
             ):
                 total -= consumer.memory_bytes
                 consumer.abort_slow_consumer()
-                if total <= self._total_limit_bytes:
+                if total <= self.total_limit_bytes:
                     break
         self._estimate_bytes = total
-        step_bytes = self._total_limit_bytes // 100
-        self._recompute_above_bytes = max(self._total_limit_bytes, total + step_bytes)
+        step_bytes = self.total_limit_bytes // 100
+        self._recompute_above_bytes = max(self.total_limit_bytes, total + step_bytes)

@@ -1,0 +1,40 @@
+"""Answer CORS preflights, and mark responses for the allowed origins, which may change.
+
+Knows no setting.
+"""
+
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Cors:
+    """Starlette's CORSMiddleware, whose origins can be replaced while it serves.
+
+    Args:
+        fixed: the options of CORSMiddleware that do not change.
+        origins: those that do.
+    """
+
+    def __init__(self, fixed: dict[str, Any], origins: dict[str, Any]) -> None:
+        self._fixed = fixed
+        self._origins = origins
+        self._app: ASGIApp | None = None
+        self._middleware: ASGIApp
+
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        """Return the middleware around an application."""
+        self._app = app
+        self.allow(self._origins)
+        return self
+
+    def allow(self, origins: dict[str, Any]) -> None:
+        """Replace the origins, from the next request on."""
+        self._origins = origins
+        if self._app is not None:  # FastAPI builds its middlewares at the first request
+            self._middleware = CORSMiddleware(self._app, **self._fixed, **origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        await self._middleware(scope, receive, send)

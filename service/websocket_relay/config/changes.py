@@ -1,0 +1,75 @@
+"""Compare the settings of a running relay with newly loaded ones.
+
+Owns the list of the settings that can change while the relay runs. Knows no component that uses
+them.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from websocket_relay.config.loader import LEAVES
+from websocket_relay.config.model import JwtSettings, Settings
+
+Path = tuple[str, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+KEYS = ("auth",)
+
+RELOADABLE: frozenset[Path] = frozenset(
+    {
+        ("server", "allowed_origins"),
+        ("limits", "max_connections"),
+        ("limits", "max_connections_per_ip"),
+        ("limits", "max_handshakes_per_s"),
+        ("limits", "max_http_connections"),
+        ("limits", "max_messages_per_s"),
+        ("limits", "send_backlog_bytes"),
+        ("limits", "total_backlog_bytes"),
+        ("logging", "level"),
+        *(("auth", "jwt", name) for name in JwtSettings.model_fields if name != "jwks_url"),
+    }
+)
+"""The settings that take effect at SIGHUP; all others at the next start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What differs between the running settings and those that were loaded.
+
+    Attributes:
+        settings: the running ones with every change that can take effect now.
+        applied: the paths of these changes, such as `logging.level`.
+        needs_restart: the paths of the other changes.
+    """
+
+    settings: Settings
+    applied: list[str]
+    needs_restart: list[str]
+
+
+def compare(running: Settings, loaded: Settings) -> Changes:
+    """Return what a reload changes."""
+    differing = [path for path in LEAVES if _value(running, path) != _value(loaded, path)]
+    # The settings of tokens are valid together only: all of them change now, or none.
+    keeps_keys = any(path[:1] == KEYS and path not in RELOADABLE for path in differing)
+    settings, applied, needs_restart = running, [], []
+    for path in differing:
+        if path in RELOADABLE and not (path[:1] == KEYS and keeps_keys):
+            settings = _replaced(settings, path, _value(loaded, path))
+            applied.append(".".join(path))
+        else:
+            needs_restart.append(".".join(path))
+    return Changes(settings, applied, needs_restart)
+
+
+def _value(settings: Settings, path: Path) -> Any:
+    return reduce(getattr, path, settings)
+
+
+def _replaced(model: Model, path: Path, value: object) -> Model:
+    name, *rest = path
+    inner = _replaced(getattr(model, name), tuple(rest), value) if rest else value
+    return model.model_copy(update={name: inner})
