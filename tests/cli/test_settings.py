@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from websocket_relay.cli.main import main
-from websocket_relay.config.loader import load
+from websocket_relay.config.loader import SECRETS, load
 from websocket_relay.outcomes import SettingsError
 
 from tests.support.admission import refusal_answer
@@ -841,6 +841,68 @@ def test_the_name_of_a_stream_is_what_its_broker_accepts(
 
 
 # Secrets
+
+
+SECRET_SETTINGS = [
+    (".".join(path), "memory://" if path[-1] == "url" else "s3cret " * 9 + "s3cret")
+    for path in sorted(SECRETS)
+    if path != ("backplane", "password")  # backplane.password_file is a setting of its own
+]
+
+
+@pytest.mark.parametrize(("key", "secret"), SECRET_SETTINGS)
+def test_every_secret_can_come_from_a_file_that_a_variable_names(
+    tmp_path: Path, key: str, secret: str
+) -> None:
+    (tmp_path / "secret").write_text(f"{secret}\n")
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(nested_settings({key: "of the file", "server.port": 1111}))
+    )
+    variables = {f"{variable_of(key)}_FILE": str(tmp_path / "secret")}
+    settings = load(tmp_path / "config.yaml", variables)
+    assert settings.server.port == 1111
+    found = leaf(settings.model_dump(), key)
+    (loaded,) = found if isinstance(found, tuple) else [found]
+    assert loaded.get_secret_value() == secret
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (b"\n", "empty"),
+        (b"\xff\xfe", "not a text in UTF-8"),
+        (b"s" * 65_537, "longer than 64 KiB"),
+    ],
+)
+def test_a_file_without_a_usable_secret_is_rejected_with_the_variable_that_names_it(
+    check: Check, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    done = check(RELAY__AUTH__MODE="jwt", RELAY__AUTH__JWT__SECRET_FILE=str(file))
+    assert_rejected(done, f"RELAY__AUTH__JWT__SECRET_FILE: {file}: {words}")
+
+
+def test_a_secret_of_a_file_is_reported_with_its_variable_and_not_shown(
+    check: Check, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f" {SECRET}\n")
+    done = check(RELAY__AUTH__MODE="jwt", RELAY__AUTH__JWT__SECRET_FILE=str(file))
+    assert_rejected(done, "RELAY__AUTH__JWT__SECRET_FILE: auth.jwt.secret: white space at an end")
+    done = check(RELAY__BACKPLANE__URL_FILE=str(file))
+    assert_rejected(done, "RELAY__BACKPLANE__URL_FILE: backplane.url: ")
+    assert SECRET not in done.stderr
+
+
+def test_a_secret_and_its_file_are_not_both_set(check: Check, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(SECRET)
+    done = check(RELAY__AUTH__JWT__SECRET=SECRET, RELAY__AUTH__JWT__SECRET_FILE=str(file))
+    assert_rejected(done, "RELAY__AUTH__JWT__SECRET", "RELAY__AUTH__JWT__SECRET_FILE", "both set")
+    assert_rejected(check(RELAY__AUTH__JWT__SECRET_FILE=f"{SECRET}\n"), "not the path of a file")
 
 
 @pytest.mark.parametrize("mode", ["jwt", "none"])

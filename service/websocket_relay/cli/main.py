@@ -58,7 +58,7 @@ def _require_server() -> None:
     Raises:
         StartError: they are not.
     """
-    if find_spec("pydantic_settings") is None:  # without importing it: `dev-cert` does not need it
+    if find_spec("pydantic") is None:  # without importing it: `dev-cert` does not need it
         raise StartError(
             "this command needs the extra `server`: pip install 'websocket-relay[server]'"
         )

@@ -5,7 +5,7 @@ Knows no component that uses the settings.
 
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from websocket_relay.config.model import ENV_PREFIX, ITEMS, Settings
 from websocket_relay.outcomes import SettingsError
+from websocket_relay.secret_files import SecretFileError, read_secret
 
 DEFAULT_FILE = Path("config.yaml")
+
+FILE_SUFFIX = "_file"
+"""At the end of a variable for a secret: its value is the path of the file with the secret."""
 
 QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
 """A part of the file quoted in a message of PyYAML."""
@@ -32,8 +36,8 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
     Args:
         file: the value of --config-file; None: config.yaml, if it exists.
-        environ: the environment of the process. pydantic-settings reads it by itself; this
-            function checks it for misspelt names, and names the variable of an invalid value.
+        environ: the environment of the process. A variable with _FILE at its end names the file
+            that contains a secret.
 
     Raises:
         SettingsError: one message for every problem found.
@@ -43,16 +47,11 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     variables = _variables(environ)
     unknown = {path: name for path, name in variables.items() if path not in LEAVES}
     problems = [f"{name}: unknown variable; {_suggestion(path)}" for path, name in unknown.items()]
-    if any(path in _SECTIONS for path in unknown):
-        raise SettingsError(problems)  # pydantic-settings would parse them as JSON
+    _override(values, variables, environ)
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        problems += [
-            _problem(entry, source, variables)
-            for entry in error.errors()
-            if not _is_reported(tuple(map(str, entry["loc"])), unknown)
-        ]
+        problems += [_problem(entry, source, variables) for entry in error.errors()]
         raise SettingsError(list(dict.fromkeys(problems))) from None
     if problems:
         raise SettingsError(problems)
@@ -69,14 +68,15 @@ def where(key: str, file: Path | None, environ: Mapping[str, str]) -> str:
     return _variables(environ).get(tuple(key.split(".")), str(file or DEFAULT_FILE))
 
 
-def _leaves(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _leaves(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path of each setting, and its JSON schema."""
     schema = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from _leaves(annotation, (*path, name))
         else:
-            yield (*path, name), _allowed(schema[name])
+            yield (*path, name), schema[name]
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
@@ -96,8 +96,17 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     return f"{number} {start} to {schema['maximum']:.15g}"
 
 
-LEAVES: dict[tuple[str, ...], str] = dict(_leaves(Settings, ()))
+_SCHEMAS: dict[tuple[str, ...], Any] = dict(_leaves(Settings, ()))
+
+LEAVES = {path: _allowed(schema) for path, schema in _SCHEMAS.items()}
 """The allowed values of every setting, in words, by its path."""
+
+SECRETS = {
+    path
+    for path, schema in _SCHEMAS.items()
+    if schema.get("writeOnly") or schema.get("items", {}).get("writeOnly")
+}
+"""The paths of the settings that are secrets, or lists of secrets."""
 
 _SECTIONS = {path[:length] for path in LEAVES for length in range(1, len(path))}
 
@@ -181,21 +190,60 @@ def _redact_quoted(quoted: re.Match[str]) -> str:
     return text if len(text) <= 3 or text in ("'<stream end>'", "'<block end>'") else "…"
 
 
+def _override(
+    values: dict[str, Any], variables: Mapping[tuple[str, ...], str], environ: Mapping[str, str]
+) -> None:
+    """Replace values of the file by those of the environment.
+
+    Raises:
+        SettingsError: a variable names a file that contains no secret.
+    """
+    problems = []
+    for path, name in variables.items():
+        if path not in LEAVES:
+            continue
+        section = values
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+        try:
+            is_file = _names_file(_full_path(name))
+            section[path[-1]] = read_secret(environ[name]) if is_file else environ[name]
+        except SecretFileError as error:
+            problems.append(f"{name}: {error}")
+    if problems:  # without the secret, further settings would be reported as invalid
+        raise SettingsError(problems)
+
+
 def _variables(environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
-    """Return the names of the relay's variables, by the paths of their settings."""
-    return {path: name for name in environ if (path := _path_of(name)) is not None}
+    """Return the names of the relay's variables, by the paths of their settings.
+
+    Raises:
+        SettingsError: a secret and its file are both set.
+    """
+    variables: dict[tuple[str, ...], str] = {}
+    for name in environ:
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        path = _full_path(name)
+        if _names_file(path):
+            path = _without_suffix(path)
+        if path in variables and path in SECRETS:
+            raise SettingsError([f"{variables[path]} and {name} are both set; remove one of them"])
+        variables[path] = name
+    return variables
 
 
-def _path_of(variable: str) -> tuple[str, ...] | None:
-    """Return the path of a variable's setting, or None if it is not one of the relay's."""
-    if not variable.upper().startswith(ENV_PREFIX):
-        return None
+def _full_path(variable: str) -> tuple[str, ...]:
     return tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
 
 
-def _is_reported(loc: tuple[str, ...], unknown: Iterable[tuple[str, ...]]) -> bool:
-    """Return whether an error is about a variable that was already reported as unknown."""
-    return any(loc and loc == path[: len(loc)] for path in unknown)
+def _names_file(path: tuple[str, ...]) -> bool:
+    """Return whether the variable of a path names the file of a secret, and is no setting."""
+    return path not in LEAVES and _without_suffix(path) in SECRETS
+
+
+def _without_suffix(path: tuple[str, ...]) -> tuple[str, ...]:
+    return (*path[:-1], path[-1].removesuffix(FILE_SUFFIX))
 
 
 def _suggestion(path: tuple[str, ...]) -> str:
@@ -245,7 +293,9 @@ def _shown(value: object, path: tuple[str, ...] = ()) -> str:
         value: any value.
         path: the path of its setting, which decides whether it may be a secret.
     """
-    may_be_secret = path in SECRET_PATHS or path[:2] == ("auth", "jwt")
+    # A key or a password may be in the place of the file that contains it.
+    is_file = path != () and path[-1].endswith(FILE_SUFFIX)
+    may_be_secret = path in SECRET_PATHS or is_file or path[:2] == ("auth", "jwt")
     if may_be_secret and not (path[2:3] == ("algorithms",) and _is_algorithm_like(value)):
         return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
@@ -256,7 +306,8 @@ def _is_algorithm_like(value: object) -> bool:
     return all(isinstance(part, str) and ALGORITHM_LIKE.fullmatch(part) for part in parts)
 
 
-SECRET_PATHS = (("auth",), ("backplane",), ("backplane", "url"))
+SECRET_PATHS = {path[:length] for path in SECRETS for length in range(1, len(path) + 1)}
+"""The paths of the secrets, and of the sections that contain them."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

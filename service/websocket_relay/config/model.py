@@ -21,12 +21,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 
 from websocket_relay.redaction import redacted
 
@@ -71,11 +65,10 @@ def _listed_secrets(value: object) -> object:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
-OneOrMore = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_one_or_more)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+OneOrMore = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more)]
 Secrets = Annotated[
     tuple[Annotated[SecretStr, Field(min_length=1)], ...],
-    NoDecode,
     BeforeValidator(_listed_secrets),
 ]
 
@@ -345,7 +338,7 @@ class JwtSettings(Section):
         "",
         description="or the URL of the issuer's key set or openid-configuration; refreshed",
     )
-    algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
+    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_listed)] = Field(
         ("HS256",),
         description="accepted signature algorithms",
         json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
@@ -481,12 +474,8 @@ class LoggingSettings(Section):
     format: Literal["text", "json"] = Field("text", description="text or json")
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """The whole tree. Build it with `load`, which reports problems in the terms of the settings."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
-    )
 
     server: ServerSettings = ServerSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -515,17 +504,6 @@ class Settings(BaseSettings):
         for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():
             facts = {"algorithm": algorithm, "min_bytes": min_bytes}
             yield SettingsWarning("auth.jwt.secret is short", facts)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings  # the file's values are passed as init values
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":
