@@ -44,6 +44,19 @@ class StartError(RelayError):
     """The relay can't start on this machine, for example because a port is in use."""
 
 
+class ListenError(StartError):
+    """The relay can't listen on an address.
+
+    Args:
+        setting: the path of the setting to change, such as `server.port`.
+        reason: contains the address.
+    """
+
+    def __init__(self, setting: str, reason: str) -> None:
+        super().__init__(f"{setting}: {reason}")
+        self.setting = setting
+
+
 class UnhealthyError(RelayError):
     """The relay on this machine fails its health check."""
 

@@ -44,22 +44,56 @@ def test_wrong_usage_ends_with_2_and_an_error_line(tmp_path: Path, arguments: li
 # Ports
 
 
-@pytest.mark.parametrize("section", ["server", "metrics"])
-def test_a_port_in_use_ends_with_1_and_one_line_of_text(tmp_path: Path, section: str) -> None:
+@pytest.mark.parametrize("source", ["config.yaml", "RELAY__SERVER__PORT", "--port"])
+def test_a_port_in_use_ends_with_1_and_one_line_that_names_the_setting_and_its_source(
+    tmp_path: Path, source: str
+) -> None:
     with socket.create_server((HOST, 0)) as listening:
-        port = listening.getsockname()[1]
-        settings = {
-            "server": {"host": HOST, "port": 0},
-            "metrics": {"host": HOST, "port": 0},
-        }
-        settings[section]["port"] = port
+        port = str(listening.getsockname()[1])
+        server = {"host": HOST, "port": port if source == "config.yaml" else "0"}
+        settings = {"server": server, "metrics": {"host": HOST, "port": 0}}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-        done = run_command(directory=tmp_path)
+        options = [source, port] if source == "--port" else []
+        env = {"RELAY__SERVER__PORT": port} if source == "RELAY__SERVER__PORT" else None
+        done = run_command(*options, directory=tmp_path, env=env)
     assert done.exit_code == 1
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.error_lines if "in use" in line)
-    assert str(port) in line
+    problem = f"server.port: can't listen on {HOST} port {port}: Address already in use"
+    assert line == f"websocket-relay: {source}: {problem}"
     assert not any(line.startswith("{") for line in done.error_lines)
+
+
+# Options for settings
+
+
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+def test_options_before_and_after_the_command_take_precedence_over_environment_and_file(
+    tmp_path: Path, is_before: bool
+) -> None:
+    (tmp_path / "config.yaml").write_text("server: {host: file.example, port: 1}")
+    options = ("--host", "option.example", "--port", "2", "--log-level", "debug")
+    env = {"RELAY__SERVER__PORT": "3", "RELAY__LOGGING__LEVEL": "error"}
+    arguments = (*options, "check") if is_before else ("check", *options)
+    done = run_command(*arguments, directory=tmp_path, env=env)
+    effective = yaml.safe_load(done.stdout)
+    assert (effective["server"]["host"], effective["server"]["port"]) == ("option.example", 2)
+    assert effective["logging"]["level"] == "debug"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--port", "70000"], "--port: server.port: '70000' is not allowed"),
+        (["serve", "--host", ""], "--host: server.host: '' is not allowed"),
+        (["check", "--log-level", "loud"], "--log-level: logging.level: 'loud' is not allowed"),
+    ],
+)
+def test_an_invalid_option_is_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
+    done = run_command(*arguments, directory=tmp_path)
+    assert done.exit_code == 2
+    (line,) = done.error_lines
+    assert line.startswith(f"websocket-relay: {problem}; allowed: ")
 
 
 def test_an_address_of_another_machine_ends_with_1_and_one_line(tmp_path: Path) -> None:
@@ -68,7 +102,8 @@ def test_an_address_of_another_machine_ends_with_1_and_one_line(tmp_path: Path) 
     done = run_command(directory=tmp_path)
     assert done.exit_code == 1
     assert "Traceback" not in done.stderr
-    (_,) = (line for line in done.error_lines if "192.0.2.77" in line)
+    (line,) = (line for line in done.error_lines if "192.0.2.77" in line)
+    assert line.startswith("websocket-relay: config.yaml: server.host: can't listen on 192.0.2.77 ")
 
 
 async def test_a_relay_listens_on_ipv6(relay_with: StartRelay) -> None:

@@ -1,4 +1,4 @@
-"""`websocket-relay healthcheck`: whether the relay with these settings answers /healthz."""
+"""`websocket-relay healthcheck`: whether the relay with these settings is alive, or ready."""
 
 import signal
 from collections.abc import Mapping
@@ -23,19 +23,21 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def check_health(relay: RelayProcess, directory: Path) -> CommandResult:
+def check_health(relay: RelayProcess, directory: Path, *options: str) -> CommandResult:
     """Run the command with the settings of a relay; the ports come from the environment."""
     (directory / "checked.yaml").write_text(yaml.safe_dump(relay.settings))
     ports = {"RELAY__SERVER__PORT": str(relay.port)}
     if relay.settings["metrics"].get("enabled", True):
         ports["RELAY__METRICS__PORT"] = str(relay.metrics_port)
-    arguments = ("healthcheck", "--config-file", "checked.yaml")
+    arguments = ("healthcheck", "--config-file", "checked.yaml", *options)
     return run_command(*arguments, directory=directory, env=ports)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_relay_that_serves_is_healthy(relay_with: StartRelay, tmp_path: Path, name: str) -> None:
-    assert check_health(relay_with(**SETTINGS[name]), tmp_path) == CommandResult(0, "", "")
+    relay = relay_with(**SETTINGS[name])
+    assert check_health(relay, tmp_path) == CommandResult(0, "", "")
+    assert check_health(relay, tmp_path, "--ready") == CommandResult(0, "", "")
 
 
 @pytest.mark.parametrize("metrics", [True, False], ids=["metrics", "no metrics"])
@@ -46,12 +48,15 @@ def test_a_relay_with_tls_is_healthy(
     assert check_health(relay, tmp_path) == CommandResult(0, "", "")
 
 
-def test_a_relay_that_waits_for_its_broker_is_healthy(tmp_path: Path) -> None:
+def test_a_relay_that_waits_for_its_broker_is_healthy_and_not_ready(tmp_path: Path) -> None:
     relay = RelayProcess(tmp_path, {"backplane": {"url": "redis://127.0.0.1:1/0"}})
     try:
         relay.start()
         relay.block_until_logged("relay listening")
         assert check_health(relay, tmp_path) == CommandResult(0, "", "")
+        reason = "/readyz answers 503: waiting for the backplane"
+        line = f"websocket-relay: 127.0.0.1:{relay.metrics_port}{reason}\n"
+        assert check_health(relay, tmp_path, "--ready") == CommandResult(1, "", line)
     finally:
         relay.end()
 

@@ -10,12 +10,18 @@ Ctrl-C during an import ends the process without a traceback.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from websocket_relay.outcomes import SettingsError, StartError, UnhealthyError, UnusableSettingError
+from websocket_relay.outcomes import (
+    ListenError,
+    SettingsError,
+    StartError,
+    UnhealthyError,
+    UnusableSettingError,
+)
 from websocket_relay.server.signals import Stop, flush_log, leave
 
 if TYPE_CHECKING:
@@ -23,6 +29,13 @@ if TYPE_CHECKING:
 
 CLIENT_COMMANDS = frozenset({"listen", "send", "bench"})
 """Commands that need the client's dependencies only."""
+
+OPTIONS = {
+    "--host": ("server.host", "H"),
+    "--port": ("server.port", "P"),
+    "--log-level": ("logging.level", "L"),
+}
+"""Options that replace a setting, and the names of their values in the help."""
 
 CONFIG_HELP = "YAML file with settings (default: config.yaml if it exists)"
 
@@ -72,37 +85,46 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
         _require_server()
         match options.command:
             case "check":
-                _check(options.config_file)
+                _check(_loader(options))
             case "healthcheck":
-                _healthcheck(options.config_file)
+                _healthcheck(_loader(options), "/readyz" if options.ready else "/healthz")
             case "dev-cert":
                 _dev_cert(options.directory)
             case _:
                 assert stop is not None
-                _serve(options.config_file, stop)
+                _serve(_loader(options), stop)
     except SettingsError as error:
         for problem in error.problems:
             print(f"websocket-relay: {problem}", file=sys.stderr)
         return 2
-    except UnusableSettingError as error:
+    except (UnusableSettingError, ListenError) as error:
         from websocket_relay.config import loader
 
-        source = loader.where(error.setting, options.config_file, os.environ)
+        source = loader.where(error.setting, options.config_file, os.environ, _given(options))
         print(f"websocket-relay: {source}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UnusableSettingError) else 1
     except (StartError, UnhealthyError) as error:
         print(f"websocket-relay: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _serve(config_file: Path | None, stop: Stop) -> None:
-    from websocket_relay import logs
-    from websocket_relay.config import loader
-    from websocket_relay.server import run
+def _given(options: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Return the options that replace settings, for `config.loader`."""
+    values = ((name, getattr(options, name[2:].replace("-", "_"))) for name in OPTIONS)
+    return {OPTIONS[name][0]: (name, value) for name, value in values if value is not None}
 
-    def load() -> "Settings":
-        return loader.load(config_file, os.environ)
+
+def _loader(options: argparse.Namespace) -> "Callable[[], Settings]":
+    """Return the function that loads the settings, also again."""
+    from websocket_relay.config import loader
+
+    return lambda: loader.load(options.config_file, os.environ, _given(options))
+
+
+def _serve(load: "Callable[[], Settings]", stop: Stop) -> None:
+    from websocket_relay import logs
+    from websocket_relay.server import run
 
     loaded = load()
     logs.configure(loaded.logging)
@@ -117,23 +139,22 @@ def _serve(config_file: Path | None, stop: Stop) -> None:
         raise failure
 
 
-def _check(config_file: Path | None) -> None:
+def _check(load: "Callable[[], Settings]") -> None:
     from websocket_relay import app
-    from websocket_relay.config import loader, render
+    from websocket_relay.config import render
     from websocket_relay.server import run
 
-    loaded = loader.load(config_file, os.environ)
+    loaded = load()
     app.build(loaded, run.load_certificates(loaded), run.load_tokens(loaded))
     for warning in run.startup_warnings(loaded):
         print(f"websocket-relay: warning: {warning}", file=sys.stderr)
     print(render.render(loaded), end="")
 
 
-def _healthcheck(config_file: Path | None) -> None:
+def _healthcheck(load: "Callable[[], Settings]", path: str) -> None:
     from websocket_relay.cli import healthcheck
-    from websocket_relay.config import loader
 
-    healthcheck.check_health(loader.load(config_file, os.environ))
+    healthcheck.check_health(load(), path=path)
 
 
 def _dev_cert(directory: Path) -> None:
@@ -155,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         " RELAY__SERVER__PORT.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--config-file", type=Path, metavar="F", help=CONFIG_HELP)
+    _add_settings_options(parser, default=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in (
         ("serve", "run the relay (the default)"),
@@ -163,9 +184,12 @@ def _parser() -> argparse.ArgumentParser:
         ("healthcheck", "check that the relay with these settings is alive"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        command.add_argument(
-            "--config-file", type=Path, metavar="F", default=argparse.SUPPRESS, help=CONFIG_HELP
-        )
+        # Before the command, the same options belong to the program: they must not be overwritten.
+        _add_settings_options(command, default=argparse.SUPPRESS)
+        if name == "healthcheck":
+            command.add_argument(
+                "--ready", action="store_true", help="check that it accepts clients, too"
+            )
     dev_cert = commands.add_parser(
         "dev-cert",
         help="write a self-signed cert.pem and key.pem for localhost",
@@ -181,3 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     for module in (listen, send, bench):
         module.add_to(commands)
     return parser
+
+
+def _add_settings_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:
+    parser.add_argument("--config-file", type=Path, metavar="F", default=default, help=CONFIG_HELP)
+    for name, (setting, value) in OPTIONS.items():
+        parser.add_argument(name, metavar=value, default=default, help=f"instead of {setting}")

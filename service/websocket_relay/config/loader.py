@@ -1,4 +1,4 @@
-"""Load settings: environment over file over defaults, with one line per problem.
+"""Load settings: command line over environment over file over defaults; one line per problem.
 
 Knows no component that uses the settings.
 """
@@ -31,23 +31,32 @@ ALGORITHM_LIKE = re.compile(r"[A-Za-z]{2,5}-?[0-9]{0,5}K?")
 """A misspelt name of an algorithm. Any other value in its place may be a secret."""
 
 
-def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
+DEFAULT = "default"
+"""The source of a setting that no source contains."""
+
+Options = Mapping[str, tuple[str, str]]
+"""Options on the command line: the key of a setting, such as server.port, with the option's name
+and value."""
+
+
+def load(file: Path | None, environ: Mapping[str, str], options: Options | None = None) -> Settings:
     """Load and validate the settings.
 
     Args:
         file: the value of --config-file; None: config.yaml, if it exists.
         environ: the environment of the process. A variable with _FILE at its end names the file
             that contains a secret.
+        options: of the command line.
 
     Raises:
         SettingsError: one message for every problem found.
     """
     source = file or DEFAULT_FILE
     values = _read(source, must_exist=file is not None)
-    variables = _variables(environ)
+    variables, given = _given(environ, options or {})
     unknown = {path: name for path, name in variables.items() if path not in LEAVES}
     problems = [f"{name}: unknown variable; {_suggestion(path)}" for path, name in unknown.items()]
-    _override(values, variables, environ)
+    _override(values, variables, given)
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -58,14 +67,37 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     return settings
 
 
-def where(key: str, file: Path | None, environ: Mapping[str, str]) -> str:
-    """Return the variable, or else the file, that a setting comes from.
+def where(
+    key: str, file: Path | None, environ: Mapping[str, str], options: Options | None = None
+) -> str:
+    """Return the source of a setting: an option, a variable, the file or DEFAULT.
 
     Args:
         key: like server.port.
-        file, environ: as for `load`.
+        file, environ, options: as for `load`.
     """
-    return _variables(environ).get(tuple(key.split(".")), str(file or DEFAULT_FILE))
+    path = tuple(key.split("."))
+    variables, _ = _given(environ, options or {})
+    if path in variables:
+        return variables[path]
+    source = file or DEFAULT_FILE
+    section: Any = _read(source, must_exist=False)
+    for part in path:
+        if not isinstance(section, dict) or part not in section:
+            return DEFAULT
+        section = section[part]
+    return str(source)
+
+
+def _given(
+    environ: Mapping[str, str], options: Options
+) -> tuple[dict[tuple[str, ...], str], dict[str, str]]:
+    """Return the names of variables and options by the paths of their settings, and the values."""
+    variables, values = _variables(environ), dict(environ)
+    for key, (option, value) in options.items():
+        variables[tuple(key.split("."))] = option
+        values[option] = value
+    return variables, values
 
 
 def _leaves(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -193,7 +225,7 @@ def _redact_quoted(quoted: re.Match[str]) -> str:
 def _override(
     values: dict[str, Any], variables: Mapping[tuple[str, ...], str], environ: Mapping[str, str]
 ) -> None:
-    """Replace values of the file by those of the environment.
+    """Replace values of the file by those of the environment and the command line.
 
     Raises:
         SettingsError: a variable names a file that contains no secret.

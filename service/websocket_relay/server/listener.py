@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from websocket_relay.outcomes import StartError
+from websocket_relay.outcomes import ListenError
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
@@ -27,6 +28,9 @@ of a third of that."""
 FINISH_S = 0.1
 """Time for responses to plain requests to be sent when the ports close."""
 
+OF_THE_PORT = {errno.EADDRINUSE, errno.EACCES, errno.EPERM}
+"""Errors that another port avoids; all others need another host."""
+
 MAPPED_BITS = 96
 """Bits of prefix before the IPv4 address in an IPv4-mapped IPv6 address."""
 
@@ -40,6 +44,7 @@ class Listener(uvicorn.Server):
     Args:
         app: the application.
         host, port: the address; port 0 selects a free one.
+        section: the section of the settings with the address, for errors.
         http_connections: the plain HTTP connections of the port.
         context: for TLS; None: no TLS.
         handshake_timeout_s: deadline of a TLS handshake.
@@ -53,6 +58,7 @@ class Listener(uvicorn.Server):
         host: str,
         port: int,
         *,
+        section: str,
         http_connections: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
@@ -72,6 +78,7 @@ class Listener(uvicorn.Server):
             **protocols,
         )
         super().__init__(config)
+        self._section = section
         self._http_connections = http_connections
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
@@ -86,7 +93,7 @@ class Listener(uvicorn.Server):
         """Bind the port and start to accept connections.
 
         Raises:
-            StartError: the address can't be bound.
+            ListenError: the address can't be bound.
         """
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
@@ -100,8 +107,10 @@ class Listener(uvicorn.Server):
         except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
             code = getattr(error, "errno", None)
             reason = os.strerror(code) if code and code > 0 else str(error)
-            raise StartError(
-                f"can't listen on {self.config.host} port {self.config.port}: {reason}"
+            name = "port" if code in OF_THE_PORT else "host"
+            raise ListenError(
+                f"{self._section}.{name}",
+                f"can't listen on {self.config.host} port {self.config.port}: {reason}",
             ) from None
         for listening in cast(list[socket.socket], server.sockets):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
