@@ -78,7 +78,7 @@ def test_each_override_of_a_panel_names_one_of_its_legends() -> None:
 
 
 def test_every_expression_uses_the_variables_of_the_dashboard() -> None:
-    assert list(VARIABLES) == ["datasource", "namespace", "job", "pod"]
+    assert list(VARIABLES) == ["datasource", "namespace", "job", "pod", "instance"]
     queries = [target["expr"] for panel in GRAPHS for target in panel["targets"]]
     annotations = [each["expr"] for each in DASHBOARD["annotations"]["list"] if "expr" in each]
     for expression in (*queries, *annotations):
@@ -86,13 +86,17 @@ def test_every_expression_uses_the_variables_of_the_dashboard() -> None:
         assert used - GRAFANA_VARIABLES <= VARIABLES.keys(), expression
         assert "$namespace" in expression
         assert "$job" in expression
-        assert "$pod" in expression or "ALERTS" in expression
+        has_replica = "$pod" in expression and "$instance" in expression
+        assert has_replica or "ALERTS" in expression
 
 
 def test_a_relay_outside_of_kubernetes_is_selected() -> None:
-    """It has no labels namespace and pod; .* matches an absent label too."""
+    """It has no labels namespace and pod: .* matches an absent label, and `instance` is there."""
     for name in ("namespace", "pod"):
         assert VARIABLES[name]["allValue"] == ".*"
+    queries = [target["expr"] for panel in GRAPHS for target in panel["targets"]]
+    for grouping in re.findall(r"by \(([^)]*)\)", "".join(queries)):
+        assert ("pod" in grouping) == ("instance" in grouping), grouping
 
 
 def test_the_alerts_that_panels_name_exist() -> None:

@@ -13,7 +13,14 @@ from tests.support.certificates import CertificatePair, make_pair
 from tests.support.helm import CHART
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.programs import ANY_REDIS, needed
-from tests.support.prometheus import JOB, NAMESPACE, Prometheus, missing_series, shorten_waits
+from tests.support.prometheus import (
+    JOB,
+    NAMESPACE,
+    OUTSIDE_JOB,
+    Prometheus,
+    missing_series,
+    shorten_waits,
+)
 from tests.support.relay_process import MetricsPage, RelayProcess, StartRelay, eventually, receive
 
 ALERTS = CHART / "files" / "alerts.yaml"
@@ -30,10 +37,14 @@ def expressions() -> Iterator[str]:
     yield from (each["expr"] for each in DASHBOARD["annotations"]["list"] if "expr" in each)
 
 
-def substituted(expression: str, pod: str = ".*") -> str:
+ALL = {"namespace": ".*", "pod": ".*", "instance": ".*", "__rate_interval": "5m", "__range": "5m"}
+IN_KUBERNETES = ALL | {"namespace": NAMESPACE, "job": JOB}
+OUTSIDE = ALL | {"job": OUTSIDE_JOB}
+
+
+def substituted(expression: str, chosen: Mapping[str, str] = IN_KUBERNETES) -> str:
     """Return an expression as Grafana sends it, with the values of its variables."""
-    chosen = {"namespace": NAMESPACE, "job": JOB, "pod": pod, "__rate_interval": "5m"}
-    for name, value in (chosen | {"__range": "5m"}).items():
+    for name, value in chosen.items():
         expression = expression.replace(f"${name}", value)
     return expression
 
@@ -73,7 +84,7 @@ async def assert_all_queries_have_answers(
     prometheus: Prometheus, relays: Mapping[str, RelayProcess]
 ) -> None:
     # A rate needs a sample from before the events.
-    await prometheus.await_result("count(websocket_ready) == 2")
+    await prometheus.await_result("count(websocket_ready) == 4")  # each is scraped by two jobs
     await cause_events(relays["relay-0"], relays["relay-1"])
     pages = [await relay.metrics() for relay in relays.values()]
     page = MetricsPage(
@@ -83,9 +94,16 @@ async def assert_all_queries_have_answers(
     assert missing_series(list(expressions()), page) == set()
     for query in dict.fromkeys(map(substituted, expressions())):
         await prometheus.await_result(query)
-    clients = 'sum by (pod) (websocket_connected_clients{pod=~"$pod"})'
-    (selected,) = await prometheus.await_result(substituted(clients, "relay-1"))
+    clients = 'sum by (pod) (websocket_connected_clients{job=~"$job", pod=~"$pod"})'
+    chosen = IN_KUBERNETES | {"pod": "relay-1"}
+    (selected,) = await prometheus.await_result(substituted(clients, chosen))
     assert selected["metric"] == {"pod": "relay-1"}
+    for query in dict.fromkeys(each for each in expressions() if "by (pod" in each):
+        rows = await prometheus.await_result(substituted(query, OUTSIDE))
+        instances = [row["metric"]["instance"] for row in rows]
+        assert len(instances) == len(set(instances)), query
+    rows = await prometheus.await_result(substituted(clients.replace("pod)", "instance)"), OUTSIDE))
+    assert len(rows) == len(relays)
 
 
 async def assert_an_outage_fires_an_alert(prometheus: Prometheus, broker: RedisBroker) -> None:
@@ -94,7 +112,7 @@ async def assert_an_outage_fires_an_alert(prometheus: Prometheus, broker: RedisB
         return {
             name: alert
             for name, alert in firing.items()
-            if alert["labels"]["severity"] == "critical"
+            if alert["labels"]["severity"] == "critical" and alert["labels"]["job"] == JOB
         }
 
     async def is_calm() -> tuple[bool, object]:

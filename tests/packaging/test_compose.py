@@ -181,12 +181,23 @@ def test_nginx_accepts_its_file(tmp_path: Path) -> None:
 # The processes
 
 
+def assert_healthy(name: str, relay: RelayProcess, directory: Path) -> None:
+    """Run the health check of a service, with the port that its relay has here."""
+    words = SERVICES[name]["healthcheck"]["test"]
+    assert words[:2] == ["CMD", "websocket-relay"]
+    env = environment_of(name) | {"RELAY__METRICS__PORT": str(relay.metrics_port)}
+    done = run_command(*words[2:], directory=directory, env=env)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
 async def test_both_relays_deliver_each_message_and_a_stop_closes_clients_with_1001(
-    deployment: LocalDeployment,
+    deployment: LocalDeployment, tmp_path: Path
 ) -> None:
     nginx = (await deployment.up(shutdown={"spread_s": 0.2})).nginx
     async with nginx.client("news") as one, nginx.client("news") as two:
         assert await deployment.client_counts() == [1, 1]
+        for name, relay in deployment.relays.items():
+            await asyncio.to_thread(assert_healthy, name, relay, tmp_path)
         for client in (one, two):
             await client.send("hello")
             assert await receive(one) == await receive(two) == "hello"

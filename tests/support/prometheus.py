@@ -22,6 +22,9 @@ from tests.support.relay_process import HOST, NO_CA, MetricsPage, RelayProcess, 
 
 NAMESPACE = "test"
 JOB = "websocket-relay"
+OUTSIDE_JOB = "outside"
+"""Scrapes the same relays as a Prometheus outside of Kubernetes: without namespace and pod."""
+
 TARGET_LABELS = {"namespace", "job", "pod", "instance"}
 """Labels that Prometheus itself adds to the samples that it scrapes."""
 
@@ -135,7 +138,13 @@ class Prometheus:
                 "evaluation_interval": "1s",
             },
             "rule_files": [str(rules)],
-            "scrape_configs": [{"job_name": JOB, "static_configs": targets}],
+            "scrape_configs": [
+                {"job_name": JOB, "static_configs": targets},
+                {
+                    "job_name": OUTSIDE_JOB,
+                    "static_configs": [{"targets": each["targets"]} for each in targets],
+                },
+            ],
         }
         self._config = directory / "prometheus.yml"
         self._config.write_text(json.dumps(config))
