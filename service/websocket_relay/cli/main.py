@@ -22,7 +22,7 @@ from websocket_relay.outcomes import (
     UnhealthyError,
     UnusableSettingError,
 )
-from websocket_relay.server.signals import Stop, flush_log, leave
+from websocket_relay.server.signals import CAN_BLOCK, Stop, flush_log, leave
 
 if TYPE_CHECKING:
     from websocket_relay.config.model import Settings
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, stop: Stop | None = None) ->
     """
     try:
         options = _parser().parse_args(arguments)
-        if options.command in (None, "serve"):
+        if options.command in (None, "serve") and CAN_BLOCK:
             _serve_and_exit(options, stop or Stop())
         return _run(options)
     except KeyboardInterrupt:  # outside of a command, for example during an import
@@ -84,6 +84,8 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
             return client_status
         _require_server()
         match options.command:
+            case None | "serve" | "check" if not CAN_BLOCK:
+                raise StartError("the relay runs on Linux and macOS, its client also on Windows")
             case "check":
                 _check(_loader(options))
             case "healthcheck":
