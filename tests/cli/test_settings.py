@@ -854,7 +854,8 @@ SECRET_SETTINGS = [
 def test_every_secret_can_come_from_a_file_that_a_variable_names(
     tmp_path: Path, key: str, secret: str
 ) -> None:
-    (tmp_path / "secret").write_text(f"{secret}\n")
+    text = json.dumps([secret]) if key.endswith("secrets") else secret
+    (tmp_path / "secret").write_text(f"{text}\n")
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(nested_settings({key: "of the file", "server.port": 1111}))
     )
