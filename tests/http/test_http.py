@@ -298,14 +298,20 @@ AMBIGUOUS_REQUESTS: Mapping[str, Mapping[str, bytes]] = {
         "a DEL within a value": PROBE[:-2] + b"X: a\x7fb\r\n\r\n",
     },
     "upgrade": {
-        "a body with an upgrade offer": post_request(
-            *UPGRADE_OFFER, b"Content-Length: 5", body=b"hello"
-        ),
-        "chunks with an upgrade offer": post_request(*UPGRADE_OFFER, CHUNKED, body=ONE_CHUNK),
+        "a body on an upgrade to one of several": upgrade_request(
+            Upgrade="h2c, websocket", **{"Content-Length": "5"}
+        )
+        + b"hello",
         "a body on an upgrade": upgrade_request(**{"Content-Length": "5"}) + b"hello",
         "chunks on an upgrade": upgrade_request(**{"Transfer-Encoding": "chunked"}) + ONE_CHUNK,
         "an upgrade offer with length and chunks": post_request(
             *UPGRADE_OFFER, CHUNKED, b"Content-Length: 5", body=ONE_CHUNK
+        ),
+        "an upgrade offer with two lengths": post_request(
+            *UPGRADE_OFFER, b"Content-Length: 5", b"Content-Length: 0", body=b"hello"
+        ),
+        "an upgrade offer with a malformed chunk": post_request(
+            *UPGRADE_OFFER, CHUNKED, body=b"3\r\nabcd\r\n0\r\n\r\n"
         ),
     },
 }
@@ -353,6 +359,35 @@ async def test_a_request_after_an_ignored_upgrade_offer_is_answered(relay: Relay
         async with await RawClient.connect(HOST, port) as raw:
             await raw.send(offer * 3 + SMUGGLED)
             assert [await read_status(raw) for _ in range(4)] == [200, 200, 200, 404]
+    last = offer.replace(b"Connection: upgrade", b"Connection: close, upgrade")
+    assert (await only_response(relay, last)).status == 200
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        pytest.param(
+            (
+                b"Connection: Upgrade, HTTP2-Settings",
+                b"HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAABgAGAAA",
+                b"Upgrade: h2c",
+            ),
+            id="the JDK",
+        ),
+        pytest.param((b"Upgrade: TLS/1.2", b"Connection: Upgrade"), id="Apache HttpClient"),
+        pytest.param((b"Upgrade: websocket",), id="a WebSocket without a connection option"),
+    ],
+)
+async def test_an_upgrade_offer_that_is_ignored_changes_nothing_of_a_publish(
+    relay: RelayProcess, channel: str, offer: Sequence[bytes]
+) -> None:
+    bodies = (((b"Content-Length: 3",), b"abc"), ((CHUNKED,), ONE_CHUNK))
+    async with relay.client(channel) as subscriber, await relay.connect_tcp() as raw:
+        for framing, body in bodies:
+            wire = post_request(b"Content-Type: text/plain", *framing, *offer, body=body)
+            await raw.send(wire.replace(b"/healthz", path_of(channel).encode()) + SMUGGLED)
+            assert [await read_status(raw) for _ in range(2)] == [202, 404]
+            assert await receive(subscriber) == "abc"
 
 
 async def test_the_metrics_port_ignores_an_upgrade(relay: RelayProcess) -> None:
@@ -374,6 +409,7 @@ async def test_deviations_that_the_parser_accepts_end_where_the_request_ends(
         post_request(b"Expect: nonsense", b"Content-Length: 5", body=b"hello"),
         b"\r\n\r\n" + post_request(b"Content-Length: 0"),
         post_request(b"X: \xff\xfe", b"Content-Length: 0"),
+        post_request(*UPGRADE_OFFER, b"X: \xff\t\xfe \t", b"Y:", b"Content-Length: 0"),
     )
     async with await relay.connect_tcp() as raw:
         for wire in accepted:
@@ -401,6 +437,10 @@ REQUESTS = (
     post_request(CHUNKED, body=b"%x;a=b\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (len(INNER), INNER)),
     post_request(CHUNKED, body=b"1\r\nx\r\n2\r\n\r\n\r\n000\r\n\r\n"),
     PROBE[:-2] + b"Upgrade: h2c\r\nConnection: upgrade\r\n\r\n",
+    post_request(*UPGRADE_OFFER, b"Content-Length: %d" % len(INNER), body=INNER),
+    post_request(
+        *UPGRADE_OFFER, CHUNKED, body=b"%x\r\n%b\r\n0\r\nA: b\r\n\r\n" % (len(INNER), INNER)
+    ),
 )
 MALFORMED_LINE = PROBE.replace(b"GET ", b"GET  ")
 
@@ -415,7 +455,7 @@ async def test_pipelined_requests_are_separated_however_the_stream_is_segmented(
             await raw.send(wire[start : start + read_bytes])
             await asyncio.sleep(0)
         statuses = [await read_status(raw) for _ in range(2 * len(REQUESTS))]
-        assert statuses == [200, 405, 405, 405, 405, 200] * 2
+        assert statuses == [200, 405, 405, 405, 405, 200, 405, 405] * 2
         await raw.send(MALFORMED_LINE)
         assert (await raw.read_response()).status == 400
 

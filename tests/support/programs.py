@@ -46,6 +46,7 @@ CHROMIUM = Program(
 )
 CURL = Program("curl", ("curl",), "curl")
 HAPROXY = Program("HAProxy", ("haproxy",), "haproxy")
+JDK = Program("a JDK", ("javac",), "default-jdk-headless")
 MMDEBSTRAP = Program("mmdebstrap", ("mmdebstrap",), "mmdebstrap")
 NGINX = Program("nginx", ("nginx",), "nginx")
 NPM = Program("npm", ("npm",), "npm")

@@ -130,6 +130,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._field_bytes = 0
         self._uses_safe_methods = True  # whether all pending requests use safe methods
         self._is_websocket_request = False  # whether the current request is a WebSocket upgrade
+        self._ignores_offer = False  # whether the parser has stopped at an offer that is ignored
         self._receiving_cycle: RequestResponseCycle | None = None
         self._responding_cycle: RequestResponseCycle | None = None
         self._refusal: Refusal | None = None  # the response to the first request
@@ -221,9 +222,21 @@ class HttpProtocol(HttpToolsProtocol):
                 if self._is_websocket_request:
                     self._upgrade(data[end:])
                     return b""
-                # The upgrade to another protocol is ignored: HTTP continues (RFC 9110 section 7.8).
+            if self._ignores_offer:
+                self._parse_without_offer()
             start = end
         return b""
+
+    def _parse_without_offer(self) -> None:
+        """Parse the head of the current request again, without its offer of an upgrade.
+
+        A server may ignore an offer (RFC 9110 section 7.8). httptools can't: it treats the request
+        as one without a body, and with `Connection: close` as the last one.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        fields = (b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade")
+        self.parser.feed_data(b"%b%b\r\n" % (self._framing.line, b"".join(fields)))
 
     # A client that does not read its responses. uvicorn would wait for it without a limit.
 
@@ -300,7 +313,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         self._check_head()
-        self._is_websocket_request = self._requests_websocket()
+        self._is_websocket_request = (
+            self._offers_websocket() and self.config.ws_protocol_class is not None
+        )
+        self._ignores_offer = self.parser.should_upgrade() and not self._is_websocket_request
+        if self._ignores_offer:
+            return  # see `_parse_without_offer`
         super().on_headers_complete()
         if not self._is_websocket_request:
             self._receiving_cycle = self.cycle
@@ -328,9 +346,8 @@ class HttpProtocol(HttpToolsProtocol):
         # Clients must not send fragments.
         if method == b"CONNECT" or self.url == b"*" or b"#" in self.url:
             raise RequestError(*MALFORMED)
-        # httptools treats a request with an upgrade offer as one without a body. It would parse the
-        # body as further requests, which no proxy in front of the relay has checked.
-        if self._set_body_framing(version) and self.parser.should_upgrade():
+        # After an upgrade the bytes are frames, where a proxy in front of the relay sees a body.
+        if self._set_body_framing(version) and self._offers_websocket():
             raise RequestError(*MALFORMED)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many pipelined requests.")
@@ -358,11 +375,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._framing.expect_content(length)
         return bool(codings or length)
 
-    def _requests_websocket(self) -> bool:
+    def _offers_websocket(self) -> bool:
         # uvicorn uses only the last line of each field. Both are lists and may have several lines.
         return (
             self.parser.should_upgrade()
-            and self.config.ws_protocol_class is not None
             and b"upgrade" in self._tokens(b"connection")
             and b"websocket" in self._tokens(b"upgrade")
         )
@@ -385,6 +401,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._head_bytes = 0
+        if self._ignores_offer:
+            return
         self._receiving_cycle = None
         self._framing.expect_request()
         super().on_message_complete()
