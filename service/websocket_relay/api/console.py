@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
+from websocket_relay.api.routes import add_get_route
 from websocket_relay.api.static_files import static_file
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.page_cache import PageCache
@@ -76,11 +77,11 @@ def console_router(
         router.add_route(
             f"{base_path}/{name}", static_file(FILES, name, media_type, {}), methods=["GET"]
         )
-    router.add_api_route(
+    add_get_route(
+        router,
         f"{base_path}/stats",
         serve_stats,
         name="stats",
-        methods=["GET"],
         summary="Read the relay's stats",
         response_model=None,
         responses={200: STATS_RESPONSE, **refusal_responses(401, 403, 503)},

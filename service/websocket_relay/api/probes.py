@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from websocket_relay.api.routes import add_get_route
 from websocket_relay.lifecycle import Lifecycle
 
 
@@ -16,13 +17,19 @@ def probes_router(lifecycle: Lifecycle) -> APIRouter:
         HTTPStatus.SERVICE_UNAVAILABLE: {"description": "Not ready; the status has the reason."}
     }
 
-    @router.get("/healthz", summary="Check that the event loop runs")
     async def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @router.get("/readyz", summary="Check that clients are accepted", responses=not_ready)
     async def readyz() -> JSONResponse:
         status = HTTPStatus.OK if lifecycle.ready else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse({"status": lifecycle.status}, status)
 
+    add_get_route(router, "/healthz", healthz, summary="Check that the event loop runs")
+    add_get_route(
+        router,
+        "/readyz",
+        readyz,
+        summary="Check that clients are accepted",
+        responses=not_ready,
+    )
     return router

@@ -19,6 +19,7 @@ from websocket_relay.api.requests import (
     channel_of,
     replay_request_of,
 )
+from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
@@ -62,6 +63,8 @@ PARAMETERS = [
 class EventsResponse(Response):
     """A response that consists of a head and an event stream, and ends with the connection.
 
+    The response to HEAD is the head alone.
+
     Args:
         start_stream: takes the connection over after the head was sent.
     """
@@ -84,7 +87,10 @@ class EventsResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        self._start_stream(connection)
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body"})
+        else:
+            self._start_stream(connection)
 
 
 def events_router(
@@ -131,10 +137,10 @@ def events_router(
 
     router = APIRouter()
     for path, parameters in (("", []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
-        router.add_api_route(
+        add_get_route(
+            router,
             f"{base_path}{path}/events",
             listen,
-            methods=["GET"],
             summary="Subscribe to a channel by server-sent events",
             response_model=None,
             responses={200: STREAM, **refusal_responses(400, 401, 403, 404, 503)},
