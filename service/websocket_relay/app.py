@@ -240,8 +240,9 @@ def build(
         app.include_router(router)
     cors = Cors(
         {
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["Authorization", "Content-Type", "Last-Event-ID"],
+            "allow_methods": ["GET", "HEAD", "POST"],
+            # Tracing and HTTP libraries add headers of their own. The relay reads none of them.
+            "allow_headers": ["*"],
             "expose_headers": ["Retry-After"],
         },
         _cors_origins(settings),

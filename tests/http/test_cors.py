@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import httpx2
 import pytest
 
+from tests.support.browser import SHARED, open_page
 from tests.support.events_client import request_events
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.issuer import SECRET
-from tests.support.relay_process import NO_CA, RelayProcess, StartRelay
+from tests.support.relay_js_page import serve_relay_js_page
+from tests.support.relay_process import NO_CA, RelayProcess, StartRelay, path_of, receive
 
 ALLOWED, OTHER = "https://allowed.example", "https://other.example"
 ALLOW_ORIGIN = "access-control-allow-origin"
@@ -77,6 +79,31 @@ async def test_an_allowed_page_may_read_events_and_resume(restricted_relay: Rela
         assert ALLOW_ORIGIN not in events.headers
     response = await preflight(restricted_relay, ALLOWED, "GET", "last-event-id", "authorization")
     assert response.status_code == 200
+
+
+HEADERS_OF_LIBRARIES = (
+    "traceparent",
+    "sentry-trace",
+    "baggage",
+    "x-requested-with",
+    "cache-control",
+    "idempotency-key",
+)
+
+
+@SHARED
+async def test_a_page_may_send_the_headers_that_tracing_and_http_libraries_add(
+    relay: RelayProcess, channel: str
+) -> None:
+    headers = dict.fromkeys(HEADERS_OF_LIBRARIES, "a")
+    fetch = "([url, request]) => fetch(url, request).then(({status}) => status)"
+    async with serve_relay_js_page() as site, open_page() as page, relay.client(channel) as client:
+        await page.goto(site.origin)
+        post = {"method": "POST", "headers": headers, "body": "hello"}
+        assert await page.evaluate(fetch, [relay.http_url(path_of(channel)), post]) == 202
+        assert await receive(client) == "hello"
+        head = {"method": "HEAD", "headers": headers}
+        assert await page.evaluate(fetch, [relay.http_url("/readyz"), head]) == 200
 
 
 async def test_responses_declare_that_they_vary_with_the_origin(
