@@ -26,6 +26,7 @@ LIKE_THE_RELAY = {
     "tests.backplane.test_backplane",
     "tests.backplane.test_outages",
     "tests.backplane.test_redis_failover",
+    "tests.http.test_keep_alive",
     "tests.shutdown.test_cancellation",
     "tests.unit.test_writes",
 }

@@ -153,6 +153,11 @@ class ServerSettings(Section):
         description="addresses or networks whose X-Forwarded-For and -Proto are trusted",
         json_schema_extra={ITEMS: "addresses like 10.0.0.7 or networks like 10.0.0.0/8"},
     )
+    keepalive_timeout_s: PositiveSeconds = Field(
+        130,
+        description="an HTTP connection without a request for this long is closed; has to be longer"
+        " than clients and proxies keep theirs",
+    )
     base_path: str = Field(
         "", description="a path prefix like /relay, for an Ingress that does not rewrite paths"
     )

@@ -49,7 +49,7 @@ class Listener(uvicorn.Server):
         context: for TLS; None: no TLS.
         handshake_timeout_s: deadline of a TLS handshake.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
-        protocols: uvicorn's `http` and `ws` settings.
+        protocols: uvicorn's `http`, `ws` and `timeout_keep_alive` settings.
     """
 
     def __init__(

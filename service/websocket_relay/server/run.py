@@ -298,6 +298,7 @@ def _relay_listener(settings: Settings, relay: Replica) -> Listener:
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         trusted_proxies=server.trusted_proxies,
+        timeout_keep_alive=server.keepalive_timeout_s,
         http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),
         ws=functools.partial(WebSocketConnection, shared=relay.shared),
     )
@@ -316,6 +317,7 @@ def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
         metrics.port,
         section="metrics",
         http_connections=relay.metrics_http_connections,
+        timeout_keep_alive=settings.server.keepalive_timeout_s,
         http=http,
         ws="none",
     )

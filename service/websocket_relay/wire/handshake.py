@@ -276,6 +276,10 @@ class RefusedConnection:
         else:
             self.evict(refusal)
 
+    def is_request_arriving(self) -> bool:
+        """Return False: the connection closes after its response."""
+        return False
+
     def evict(self, refusal: Refusal) -> None:
         """Abort the connection. Its response is already written."""
         self._connection.abort(Close.CONNECTION_LOST)

@@ -7,6 +7,7 @@ response.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 from websocket_relay.outcomes import Refusal
@@ -19,8 +20,15 @@ MAX_REFUSED = 256
 """Refused connections that stay open until their request arrives and can be answered."""
 
 
+MAX_ARRIVING = 16
+"""Idle connections that are skipped for one eviction, because a request is arriving on them."""
+
+
 class HttpConnection(Protocol):
     """A connection that can be evicted."""
+
+    def is_request_arriving(self) -> bool:
+        """Return whether the connection is idle and its next request waits to be read."""
 
     def evict(self, refusal: Refusal) -> None:
         """End the connection in favour of another one."""
@@ -33,7 +41,8 @@ class HttpConnections:
     counts until the client disconnects. At the limit, a new connection evicts an existing one:
 
     1. the idle connection that has waited longest for its peer: for the rest of a request, for the
-       next request, or for the peer to read a response;
+       next request, or for the peer to read a response. A connection is skipped if its next
+       request has arrived meanwhile;
     2. without idle connections, the busy one whose request has waited longest for the relay. A
        connection whose requests may have changed something is never evicted while busy.
 
@@ -99,7 +108,7 @@ class HttpConnections:
             return False
         self._refused[connection] = None
         if len(self._refused) > MAX_REFUSED:
-            self._evict_oldest(self._refused, refusal)
+            self._evict(next(iter(self._refused)), refusal)
         return True
 
     def mark_idle(self, connection: HttpConnection) -> None:
@@ -132,21 +141,18 @@ class HttpConnections:
         """Evict all connections that wait for their peers; refuse their partial requests."""
         for waiting in (self._idle, self._refused):
             while waiting:
-                self._evict_oldest(waiting, refusal)
+                self._evict(next(iter(waiting)), refusal)
 
     def _evict_one(self, refusal: Refusal) -> bool:
         """Evict the first candidate; return whether there is one."""
-        candidates = self._idle or self._busy
-        if not candidates:
-            return False
-        self._evict_oldest(candidates, refusal)
-        return True
+        for connection in (*islice(self._idle, MAX_ARRIVING), *islice(self._busy, 1)):
+            if not connection.is_request_arriving():
+                self._evict(connection, refusal)
+                return True
+        return False
 
-    def _evict_oldest(
-        self, candidates: OrderedDict[HttpConnection, None], refusal: Refusal
-    ) -> None:
-        connection, _ = candidates.popitem(last=False)
-        self._members.discard(connection)
+    def _evict(self, connection: HttpConnection, refusal: Refusal) -> None:
+        self.unregister(connection)
         connection.evict(refusal)
 
     def start_request(self, request: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ once. Knows no WebSocket frame and no channel.
 
 import asyncio
 import re
+import select
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -251,8 +252,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._update_idle_state()
 
     def timeout_keep_alive_handler(self) -> None:
+        if self.is_request_arriving():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+            return
         super().timeout_keep_alive_handler()
         self._start_drain_timer()
+
+    def is_request_arriving(self) -> bool:
+        """Return whether the socket of an idle connection has bytes that the loop has not read.
+
+        libuv runs timers before it reads: in a busy loop, a request may have arrived long before.
+        """
+        if self.transport.is_closing() or not self._is_idle():
+            return False
+        readable = select.poll()
+        readable.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(readable.poll(0))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

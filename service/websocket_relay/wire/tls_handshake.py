@@ -68,6 +68,10 @@ class TlsHandshake(asyncio.Protocol):
         """Remove the connection from the count."""
         self._http_connections.unregister(self)
 
+    def is_request_arriving(self) -> bool:
+        """Return False: there is no request before the handshake is complete."""
+        return False
+
     def evict(self, refusal: Refusal) -> None:
         """Abort the connection. Without TLS no response can be sent."""
         self._http_connections.record_refusal(refusal)
