@@ -31,17 +31,23 @@ async def test_a_posted_message_is_relayed_and_its_position_returned(
 
 IS_TEXT_BY_MEDIA_TYPE = {
     "text/plain": True,
+    "application/cloudevents+json": True,
+    "application/xml": True,
+    "image/svg+xml; a=b": True,
+    "application/vnd.example; Charset=utf-8": True,
+    "application/vnd.example": False,
     "text/html; charset=utf-8": True,
     "application/json": True,
     "Application/JSON; charset=UTF-8": True,
     "application/octet-stream": False,
     "application/json-seq": False,
-    "application/x-www-form-urlencoded": False,
+    "application/octet-stream; charset=ISO-8859-1": False,
+    "application/x-www-form-urlencoded": True,
     "": False,
 }
 
 
-async def test_text_and_json_are_text_messages_and_other_media_types_binary(
+async def test_a_body_of_a_textual_media_type_is_a_text_message_and_any_other_binary(
     relay: RelayProcess, channel: str
 ) -> None:
     async with relay.client(channel) as subscriber:
@@ -58,6 +64,21 @@ async def test_text_that_is_not_utf_8_is_refused(relay: RelayProcess, channel: s
     await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_message")
 
 
+async def test_text_in_latin_1_is_relayed_as_utf_8_and_other_charsets_are_refused(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(limits={"max_message_bytes": 10})
+    latin_1 = f'{TEXT_TYPE}; charset="ISO-8859-1"'
+    async with relay.client("a") as subscriber:
+        assert (await publish_by_post(relay, "a", b"gr\xfc\xdfe", latin_1)).status_code == 202
+        assert await receive(subscriber) == "grüße"
+        response = await publish_by_post(relay, "a", b"\xfc" * 6, latin_1)
+        assert (response.status_code, response.text) == (413, "message too big\n")
+        response = await publish_by_post(relay, "a", b"a\0", f"{TEXT_TYPE};charset=utf-16")
+        expected = (400, "invalid message: charset not supported; send UTF-8\n")
+        assert (response.status_code, response.text) == expected
+
+
 async def test_each_line_of_a_batch_is_one_message_in_order(
     relay: RelayProcess, channel: str
 ) -> None:
@@ -72,7 +93,12 @@ async def test_each_line_of_a_batch_is_one_message_in_order(
 async def test_the_response_to_a_batch_contains_the_count_of_messages(
     relay: RelayProcess, channel: str
 ) -> None:
-    for media_type in (BATCH_TYPE, "Application/X-NDJSON; charset=utf-8"):
+    for media_type in (
+        BATCH_TYPE,
+        "Application/X-NDJSON; charset=utf-8",
+        "application/ndjson",
+        "application/jsonl",
+    ):
         assert (await publish_by_post(relay, channel, b"1\n2", media_type)).json()["messages"] == 2
     assert (
         "messages"

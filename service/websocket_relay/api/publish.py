@@ -16,6 +16,8 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.api import media_types
+from websocket_relay.api.media_types import MediaType
 from websocket_relay.api.refusals import Refusals, refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
@@ -31,10 +33,6 @@ from websocket_relay.wire.frames import BINARY, TEXT
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.time_slicer import TimeSlicer
-
-BATCH = "application/x-ndjson"
-JSON = "application/json"
-TEXTS = "text/"
 
 MAX_BATCH = 10_000
 """Messages in one request. They are appended in one turn of the event loop, and so are
@@ -70,13 +68,14 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 ANY = {"schema": {"type": "string", "format": "binary"}}
 BODY = {
     "required": True,
-    "description": "text/* and application/json are relayed as text, application/x-ndjson as one"
-    f" text message for each line, {MAX_BATCH} at most, any other type as binary.",
+    "description": "text/*, JSON, XML, forms and application types with a charset are relayed as"
+    f" text, {media_types.BATCH} as one text message for each line, {MAX_BATCH} at most, any other"
+    " type as binary.",
     "content": {
         "text/plain": {"schema": {"type": "string"}, "example": "hello, world"},
-        "application/json": {"schema": {}},
-        BATCH: {"schema": {"type": "string"}, "example": '{"n":1}\n{"n":2}\n'},
-        "application/octet-stream": ANY,
+        media_types.JSON: {"schema": {}},
+        media_types.BATCH: {"schema": {"type": "string"}, "example": '{"n":1}\n{"n":2}\n'},
+        media_types.OCTET_STREAM: ANY,
         "*/*": ANY,
     },
 }
@@ -105,13 +104,14 @@ def publish_router(
     shared = broadcaster.shared
 
     async def publish(request: Request) -> Response:
-        channel, media_type = channel_of(request), _media_type(request)
+        channel = channel_of(request)
+        media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
             await admission.admit_publisher(admission_request_of(request))
             _require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
-                messages = await _decode(media_type, body, shared.parse_slicer)
+                messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
                 publisher = broadcaster.create_one_shot_publisher(channel)
                 await publisher.wait_for_capacity()
             _require_connected(request)
@@ -121,7 +121,7 @@ def publish_router(
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
         content: dict[str, object] = {"position": str(position)}
-        if media_type == BATCH:
+        if media_type.is_batch:
             content["messages"] = len(messages)
         return JSONResponse(content, HTTPStatus.ACCEPTED)
 
@@ -184,11 +184,6 @@ class MessageBatch:
         self._scope.reschedule(asyncio.get_running_loop().time())
 
 
-def _media_type(request: Request) -> str:
-    """Return the Content-Type without its parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
 def _require_identity_coding(request: Request) -> None:
     codings = ",".join(request.headers.getlist("content-encoding"))
     if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
@@ -217,19 +212,24 @@ async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> b
     return b"".join(parts)
 
 
-async def _decode(media_type: str, body: bytes, slicer: TimeSlicer) -> list[Message]:
+async def _decode(
+    media_type: MediaType, body: bytes, max_bytes: int, slicer: TimeSlicer
+) -> list[Message]:
     """Return the messages in a body.
 
     Raises:
         RefusedError: the body does not match its media type.
     """
-    if media_type == BATCH:
-        return await _collect(_lines(body), slicer)
-    if media_type != JSON and not media_type.startswith(TEXTS):
+    if not media_type.is_batch and not media_type.is_text:
         return [(BINARY, body)]
-    if not _is_utf8(body):
+    text = media_type.to_utf_8(body)
+    if len(text) > max_bytes:
+        raise RefusedError(Refusal.MESSAGE_TOO_BIG)
+    if media_type.is_batch:
+        return await _collect(_lines(text), slicer)
+    if not _is_utf8(text):
         raise RefusedError(Refusal.INVALID_MESSAGE, "text is not UTF-8")
-    return [(TEXT, body)]
+    return [(TEXT, text)]
 
 
 async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Message]:
