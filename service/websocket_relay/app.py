@@ -8,9 +8,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
@@ -22,7 +23,7 @@ from websocket_relay.api.cors import Cors
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
-from websocket_relay.api.refusals import Refusals
+from websocket_relay.api.refusals import Refusals, answer_to, no_such_path
 from websocket_relay.api.security_headers import SecurityHeaders
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
@@ -234,6 +235,11 @@ def build(
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
+
+    async def refuse_path(request: Request, error: Exception) -> Response:
+        return answer_to(no_such_path(base_path))
+
+    app.add_exception_handler(HTTPStatus.NOT_FOUND, refuse_path)
     add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
     app.include_router(probes_router(lifecycle))
     for router in _routers(settings, admission, broadcaster, refusals, stats):

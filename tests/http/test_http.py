@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.http_requests import get_request
 from tests.support.raw_client import TEXT, RawClient, Response, frame, upgrade_request
-from tests.support.relay_process import HOST, RelayProcess, path_of, receive
+from tests.support.relay_process import HOST, RelayProcess, StartRelay, path_of, receive
 
 PROBE = get_request("/healthz")
 SMUGGLED = get_request("/nowhere")
@@ -693,6 +693,23 @@ async def test_a_path_without_a_valid_channel_is_not_found(relay: RelayProcess) 
         page.value("websocket_refusals_total", reason="no_such_channel") for page in (before, after)
     ]
     assert refused[1] == refused[0] + len(PATHS_WITHOUT_A_CHANNEL)
+
+
+async def test_the_refusal_of_a_path_names_the_right_ones(relay_with: StartRelay) -> None:
+    relay = relay_with(server={"base_path": "/live"})
+    right = "/live/channels/NAME, without a slash at the end, and /live/\n"
+    for path in ("/live", "//live/channels/news", "/live/channels/news/", "/channels/news"):
+        for wire in (
+            get_request(path),
+            upgrade_request(path),
+            post_request(b"Content-Length: 1", body=b"x").replace(b"/healthz", path.encode()),
+        ):
+            async with await relay.connect_tcp() as raw:
+                await raw.send(wire)
+                response = await raw.read_response()
+                text = await raw.read_exactly(int(response.headers["content-length"]))
+            assert response.status == 404, wire
+            assert text.decode() == f"no such channel: the paths are {right}", wire
 
 
 async def test_a_request_target_that_is_no_path_is_malformed(relay: RelayProcess) -> None:

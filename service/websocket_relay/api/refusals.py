@@ -77,6 +77,12 @@ class Refusals:
         return answer_to(error)
 
 
+def no_such_path(base_path: str) -> RefusedError:
+    """Return the refusal of a path that is no channel's. It names the right ones."""
+    paths = f"{base_path}/channels/NAME, without a slash at the end, and {base_path}/"
+    return RefusedError(Refusal.NO_SUCH_CHANNEL, f"the paths are {paths}")
+
+
 def answer_to(error: RefusedError) -> Response:
     """Return the response to a refusal, with the headers that its status requires."""
     status = error.why.status

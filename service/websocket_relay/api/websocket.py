@@ -8,7 +8,7 @@ from fastapi.responses import PlainTextResponse
 
 from websocket_relay.admission.credentials import POSITIONS_SUBPROTOCOL, select_subprotocol
 from websocket_relay.admission.policy import CHANNEL_NAME, AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, answer_to
+from websocket_relay.api.refusals import Refusals, answer_to, no_such_path
 from websocket_relay.api.requests import (
     CHANNEL_PATH,
     DEFAULT_PATH,
@@ -59,8 +59,8 @@ def add_websocket_routes(
         admission.enforce_grant(client, grant)
         broadcaster.subscribe(channel_of(websocket), client, replay)
 
-    async def no_such_path(websocket: WebSocket) -> None:
-        await refuse(websocket, RefusedError(Refusal.NO_SUCH_CHANNEL))
+    async def refuse_path(websocket: WebSocket) -> None:
+        await refuse(websocket, no_such_path(base_path))
 
     async def refuse(websocket: WebSocket, error: RefusedError) -> None:
         await websocket.send_denial_response(refusals.answer(error))
@@ -69,7 +69,7 @@ def add_websocket_routes(
     # a third of the handshake's cost.
     for path in (DEFAULT_PATH, CHANNEL_PATH):
         router.add_websocket_route(base_path + path, subscribe)
-    router.add_websocket_route("/{path:path}", no_such_path)
+    router.add_websocket_route("/{path:path}", refuse_path)
 
 
 def upgrade_router(*, base_path: str) -> APIRouter:
