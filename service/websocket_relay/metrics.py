@@ -5,6 +5,7 @@ observed in histograms, once per batch or less often. Knows no connection and no
 """
 
 import asyncio
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,14 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
+from websocket_relay import __version__
 from websocket_relay.counters import BackplaneCounters, Counters
 from websocket_relay.page_cache import PageCache
 
@@ -35,6 +38,14 @@ PREFIX = "websocket_"
 
 OPENMETRICS = "application/openmetrics-text"
 DRAFT = "version=0.0.1"  # of OpenMetrics; old Prometheus prefers it to the text format
+
+
+BUILD = GaugeMetricFamily(
+    "websocket_relay_build_info",
+    "Version of the relay and of its Python, with the value 1.",
+    labels=["python", "version"],
+)
+BUILD.add_metric([platform.python_version(), __version__], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,8 @@ class Metrics:
     """The metrics of one replica, in their own registry."""
 
     def __init__(self) -> None:
+        # Prometheus reads them as series of their own, with the name and text of another metric.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no type for it
         self.registry = CollectorRegistry()
         self._pages = PageCache()
         ProcessCollector(registry=self.registry)
@@ -75,26 +88,26 @@ class Metrics:
         GCCollector(registry=self.registry)
         delivery = Histogram(
             "websocket_delivery_seconds",
-            "From receiving a batch's first message to its last write",
+            "Time from receiving the first message of a batch to its last write to a client.",
             buckets=DELIVERY_BUCKETS_S,
             registry=self.registry,
         )
         lag = Histogram(
             "websocket_event_loop_lag_seconds",
-            "Delay of the event loop in waking a task",
+            "Time by which the event loop wakes a task too late.",
             buckets=LAG_BUCKETS_S,
             registry=self.registry,
         )
         self.observe_delivery: Callable[[float], None] = delivery.observe
         append = Histogram(
             "websocket_backplane_append_seconds",
-            "From sending a packet to the broker to its acknowledgement",
+            "Time from sending messages to the broker to its confirmation.",
             buckets=BACKPLANE_BUCKETS_S,
             registry=self.registry,
         )
         backplane_lag = Histogram(
             "websocket_backplane_lag_seconds",
-            "From appending a heartbeat to reading it",
+            "Time from appending a heartbeat to the log to reading it back.",
             buckets=BACKPLANE_BUCKETS_S,
             registry=self.registry,
         )
@@ -149,7 +162,7 @@ def _is_openmetrics(accept: str) -> bool:
 
 def _plain(family: Metric) -> Any:
     """Return the value of a metric: a number, numbers by label value, or a histogram's parts."""
-    samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+    samples = family.samples
     if family.type == "histogram":
         buckets = [sample for sample in samples if sample.name.endswith("_bucket")]
         return {
@@ -172,97 +185,179 @@ class _RelayCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counters, now = self._counters, self._gauges
+        yield BUILD
         connected = counters.connections - counters.disconnections
-        yield _gauge("connected_clients", "Clients connected now", connected)
-        yield _gauge("connections_limit", "limits.max_connections; 0: none", now.max_connections())
+        yield _gauge("connected_clients", "Number of clients that are connected.", connected)
+        yield _gauge(
+            "connections_limit",
+            "Setting limits.max_connections, where 0 means no limit.",
+            now.max_connections(),
+        )
         free = now.free_descriptors()
-        yield _gauge("free_descriptors", "File descriptors that may still be opened", free)
+        yield _gauge(
+            "free_descriptors", "Number of file descriptors that the process may still open.", free
+        )
         open_now = GaugeMetricFamily(
-            "websocket_http_connections", "Plain HTTP connections, by port", labels=["port"]
+            "websocket_http_connections",
+            "Number of connections that are neither WebSockets nor event streams, by port.",
+            labels=["port"],
         )
         for port, count in now.http_connections().items():
             open_now.add_metric([port], count)
         yield open_now
-        text = "Idle HTTP connections closed to accept others"
+        text = "Number of idle HTTP connections that were closed to accept others."
         yield _counter("http_evictions", text, now.http_evictions())
-        yield _counter("connections", "Connections established", counters.connections)
-        yield _counter("disconnections", "Connections ended", counters.disconnections)
-        yield _counter("messages", "Messages received from clients and relayed", counters.messages)
+        yield _counter(
+            "connections", "Number of clients that have connected.", counters.connections
+        )
+        yield _counter(
+            "disconnections", "Number of clients that have disconnected.", counters.disconnections
+        )
+        yield _counter(
+            "messages",
+            "Number of messages that were received from publishers to be relayed.",
+            counters.messages,
+        )
         yield _counter(
             "expected_deliveries",
-            "Expected deliveries: subscribers at publish time",
+            "Number of deliveries that messages require, one for each subscriber at publish time.",
             counters.expected_deliveries,
         )
-        yield _counter("deliveries", "Messages written to clients' sockets", counters.deliveries)
-        drops = {(why.value,): count for why, count in counters.drops.items()}
-        yield _labelled("drops", "Expected deliveries that were not made", ["reason"], drops)
         yield _counter(
-            "received_bytes", "Payload bytes received from clients", counters.received_bytes
+            "deliveries",
+            "Number of messages that were written to the sockets of clients.",
+            counters.deliveries,
         )
-        yield _counter("sent_bytes", "Bytes of frames written to sockets", counters.sent_bytes)
+        drops = {(why.value,): count for why, count in counters.drops.items()}
+        yield _labelled(
+            "drops",
+            "Number of expected deliveries that were not made, by reason.",
+            ["reason"],
+            drops,
+        )
+        yield _counter(
+            "received_bytes",
+            "Number of payload bytes in messages from publishers.",
+            counters.received_bytes,
+        )
+        yield _counter(
+            "sent_bytes",
+            "Number of bytes in frames and events that were written to clients.",
+            counters.sent_bytes,
+        )
         closes = {(str(why.code), why.label): count for why, count in counters.closes.items()}
-        yield _labelled("closes", "Connections ended, by reason", ["code", "reason"], closes)
+        yield _labelled(
+            "closes",
+            "Number of closed client connections, by close code and reason.",
+            ["code", "reason"],
+            closes,
+        )
         refusals = {(why.label,): count for why, count in counters.refusals.items()}
-        yield _labelled("refusals", "Requests refused before the upgrade", ["reason"], refusals)
-        yield _gauge("backlog_bytes", "Memory used by send backlogs", now.backlog_bytes())
-        text = "limits.total_backlog_bytes"
+        yield _labelled(
+            "refusals",
+            "Number of upgrades and requests that were refused, by reason.",
+            ["reason"],
+            refusals,
+        )
+        yield _gauge(
+            "backlog_bytes", "Bytes of memory that the send backlogs use.", now.backlog_bytes()
+        )
+        text = "Setting limits.total_backlog_bytes."
         yield _gauge("backlog_limit_bytes", text, now.total_backlog_bytes())
         partial = now.partial_message_bytes()
-        yield _gauge("partial_message_bytes", "Memory used by partial messages", partial)
-        yield _gauge("slow_clients", "Clients with a send backlog", now.slow_clients())
-        yield _gauge("channels", "Channels with subscribers", now.channels())
         yield _gauge(
-            "paused_publishers", "Publishers paused by flow control", now.paused_publishers()
+            "partial_message_bytes",
+            "Bytes of memory that incomplete messages and bodies use.",
+            partial,
+        )
+        yield _gauge(
+            "slow_clients", "Number of clients that have a send backlog.", now.slow_clients()
+        )
+        yield _gauge("channels", "Number of channels that have subscribers.", now.channels())
+        yield _gauge(
+            "paused_publishers",
+            "Number of publishers that flow control pauses now.",
+            now.paused_publishers(),
         )
         pauses = counters.publisher_pauses
-        yield _counter("publisher_pauses", "Times a publisher was paused", pauses)
+        yield _counter(
+            "publisher_pauses", "Number of times that flow control paused a publisher.", pauses
+        )
         yield from self._backplane()
-        yield _gauge("history_messages", "Messages retained for replay", now.history_messages())
-        yield _gauge("history_bytes", "Memory used by retained messages", now.history_bytes())
+        yield _gauge(
+            "history_messages", "Number of messages in the history.", now.history_messages()
+        )
+        yield _gauge("history_bytes", "Bytes of memory that the history uses.", now.history_bytes())
         replays = {("recovered",): counters.recovered, ("not_recovered",): counters.not_recovered}
-        text = "Replays requested by clients"
+        text = "Number of clients that resumed after a position, by result."
         yield _labelled("history_replays", text, ["result"], replays)
-        dropped = now.dropped_log_lines()
-        yield _counter("log_lines_dropped", "Log lines that were not read in time", dropped)
-        yield _gauge("ready", "1 while the relay accepts clients", int(now.ready()))
+        text = "Number of log lines that were dropped because their reader was too slow."
+        yield _counter("log_lines_dropped", text, now.dropped_log_lines())
+        yield _gauge("ready", "Whether the relay accepts clients (1) or not (0).", int(now.ready()))
         draining = now.draining()
-        yield _gauge("draining", "1 while the relay shuts down", int(draining))
+        yield _gauge("draining", "Whether the relay shuts down (1) or not (0).", int(draining))
         remaining = connected if draining else 0
-        yield _gauge("draining_clients", "Clients not yet closed in a shutdown", remaining)
+        yield _gauge(
+            "draining_clients", "Number of clients that a shutdown has not closed yet.", remaining
+        )
         yield from self._certificate()
         fetches = {(result,): count for result, count in now.key_fetches().items()}
         if fetches:
-            text = "Fetches of the signing keys"
+            text = "Number of fetches of the signing keys, by result."
             yield _labelled("jwks_fetches", text, ["result"], fetches)
 
     def _backplane(self) -> Iterator[Metric]:
         counters, pending = self._gauges.backplane_counters, self._gauges.appends_bytes()
         up = int(self._gauges.backplane_up())
-        yield _gauge("backplane_up", "1 while the backplane is up", up)
-        yield _gauge("backplane_pending_bytes", "Bytes not yet appended to the log", pending)
-        yield _counter("backplane_outages", "Outages of the backplane", counters.outages)
-        yield _counter("backplane_lost", "Messages lost by the log", counters.lost)
-        yield _counter("backplane_gaps", "Gaps found in the log", counters.gaps)
+        yield _gauge("backplane_up", "Whether the backplane is up (1) or in an outage (0).", up)
+        yield _gauge(
+            "backplane_pending_bytes",
+            "Bytes of messages that are not appended to the log yet.",
+            pending,
+        )
+        yield _counter("backplane_outages", "Number of outages of the backplane.", counters.outages)
         yield _counter(
-            "backplane_duplicates", "Packets skipped: repeated or expired", counters.duplicates
+            "backplane_lost",
+            "Number of messages that the log lost before this replica read them.",
+            counters.lost,
         )
         yield _counter(
-            "backplane_unreadable", "Entries that are not valid packets", counters.unreadable
+            "backplane_gaps",
+            "Number of places in the log where messages may be missing.",
+            counters.gaps,
+        )
+        yield _counter(
+            "backplane_duplicates",
+            "Number of packets that were skipped because they were repeated or expired.",
+            counters.duplicates,
+        )
+        yield _counter(
+            "backplane_unreadable",
+            "Number of entries in the log that were skipped because they are not valid packets.",
+            counters.unreadable,
         )
         unavailable = counters.unavailable
-        yield _counter("backplane_unavailable", "Messages not relayed in an outage", unavailable)
         yield _counter(
-            "backplane_local", "Messages relayed on this replica only, in an outage", counters.local
+            "backplane_unavailable",
+            "Number of messages that were not relayed because of an outage.",
+            unavailable,
+        )
+        yield _counter(
+            "backplane_local",
+            "Number of messages that were relayed on this replica only because of an outage.",
+            counters.local,
         )
 
     def _certificate(self) -> Iterator[Metric]:
         expiry = self._gauges.certificate_expiry()
         if expiry is None:
             return
-        text = "Expiry of the served certificate"
+        text = "Time at which the served certificate expires, in seconds since 1970."
         yield _gauge("tls_certificate_expiry_timestamp_seconds", text, expiry)
         reloads = {(result,): count for result, count in self._gauges.certificate_reloads().items()}
-        yield _labelled("tls_reloads", "Reloads of the certificate", ["result"], reloads)
+        yield _labelled(
+            "tls_reloads", "Number of reloads of the certificate, by result.", ["result"], reloads
+        )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

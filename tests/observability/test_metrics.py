@@ -1,6 +1,8 @@
 """The metrics: exact counters, bounded labels, and valid formats."""
 
 import asyncio
+import platform
+import re
 import subprocess
 from contextlib import AsyncExitStack
 
@@ -8,6 +10,7 @@ import httpx2
 import pytest
 import websocket_relay.metrics
 from prometheus_client.parser import text_string_to_metric_families
+from websocket_relay import __version__
 
 from tests.support.accounting import assert_counters_add_up
 from tests.support.programs import PROMTOOL, needed
@@ -219,10 +222,17 @@ async def test_the_page_is_prometheus_text_with_unique_documented_families(
     answer = await relay.get_metrics()
     assert answer.headers["Content-Type"].startswith("text/plain")
     families = list(text_string_to_metric_families(answer.text))
-    assert all(family.documentation for family in families)
+    texts = [each.documentation for each in families if each.name.startswith("websocket_")]
+    assert all(re.fullmatch(r"[A-Z][^\n]+[^.\n]\.", text) for text in texts), texts
+    assert len(texts) == len(set(texts))
     assert all(family.type != "unknown" for family in families)
     names = [family.name for family in families]
     assert len(names) == len(set(names))
+
+
+async def test_a_metric_names_the_version_of_the_relay_and_of_python(relay: RelayProcess) -> None:
+    labels = {"version": __version__, "python": platform.python_version()}
+    assert await relay.metric("websocket_relay_build_info", **labels) == 1
 
 
 async def test_promtool_accepts_the_page(relay: RelayProcess) -> None:
