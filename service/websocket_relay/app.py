@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,12 @@ from websocket_relay.api.security_headers import SecurityHeaders
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
+from websocket_relay.backplane.access import BrokerAccess
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
-from websocket_relay.config.model import Settings
+from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
 from websocket_relay.lifecycle import Lifecycle, Phase
@@ -120,6 +121,7 @@ def build(
     backplane = open_backplane(
         settings.backplane.url.get_secret_value(),
         settings.backplane.stream,
+        _broker_access(settings.backplane),
         relays_locally=relays_locally,
         max_message_bytes=limits.max_message_bytes,
         history_bytes=settings.history.max_bytes,
@@ -337,6 +339,11 @@ def _routers(
     )
     # Last, because the console's page has the same path.
     yield upgrade_router(base_path=base_path)
+
+
+def _broker_access(settings: BackplaneSettings) -> BrokerAccess:
+    values = settings.model_dump(include={each.name for each in fields(BrokerAccess)})
+    return BrokerAccess(**values | {"password": settings.password.get_secret_value()})
 
 
 def _parse_description(text: bytes) -> Any:

@@ -33,9 +33,9 @@ def is_ambiguous(url: str) -> bool:
     return bool(AMBIGUOUS.search(SCHEME.sub("", url)))
 
 
-def secrets_of(url: str) -> Sequence[str]:
-    """Return the secrets in a URL, encoded and decoded, the longest first."""
-    found: set[str] = set()
+def secrets_of(url: str, *others: str) -> Sequence[str]:
+    """Return the secrets in a URL, encoded and decoded, and others; the longest first."""
+    found: set[str] = set(others)
     for credentials in CREDENTIALS.findall(url):
         for server in credentials[:-1].split(","):
             found.update(part.partition(":")[2] or part for part in server.split("@"))

@@ -767,7 +767,7 @@ async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled(
     try:
         async with asyncio.timeout(PATIENCE_S):
             address = nats.parse_nats_url(f"nats://{HOST}:{server.sockets[0].getsockname()[1]}")
-            connection = nats.NatsConnection(address)
+            connection = nats.NatsConnection(address, nats.SignIn({}))
             opening = asyncio.create_task(connection.open(address.servers[0]))
             await accepted.wait()
             await cancel_until_done(opening)

@@ -17,6 +17,7 @@ from websocket_relay.outcomes import SettingsError
 from tests.support.admission import refusal_answer
 from tests.support.certificates import make_pair
 from tests.support.issuer import Signer, make_signer
+from tests.support.nats_accounts import USER, NatsAccounts, Nkey
 from tests.support.relay_process import (
     CommandResult,
     RelayProcess,
@@ -109,7 +110,17 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("history.max_messages", 100, "100"),
     ("history.max_bytes", 65_536, "65536"),
     ("history.max_age_s", 60, "60"),
-    ("backplane.url", "redis://broker:6379/3", "redis://broker:6379/3"),
+    ("backplane.url", "tls://broker:4222", "tls://broker:4222"),
+    ("backplane.username", "user", "user"),
+    ("backplane.password", MASKED, SECRET),
+    ("backplane.password_file", "other/nkey", "other/nkey"),
+    ("backplane.ca_file", "other/cert.pem", "other/cert.pem"),
+    ("backplane.cert_file", "other/cert.pem", "other/cert.pem"),
+    ("backplane.key_file", "other/key.pem", "other/key.pem"),
+    ("backplane.creds_file", "other/creds", "other/creds"),
+    ("backplane.nkey_file", "other/nkey", "other/nkey"),
+    ("backplane.domain", "hub", "hub"),
+    ("backplane.inbox_prefix", "_INBOX.relay", "_INBOX.relay"),
     ("backplane.stream", "chat_2", "chat_2"),
     ("backplane.on_outage", "local", "local"),
     ("auth.mode", "jwt", "jwt"),
@@ -133,6 +144,14 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("logging.level", "debug", "debug"),
     ("logging.format", "json", "json"),
 ]
+
+ALTERNATIVES = {
+    "auth.jwt.jwks_url": [],
+    "backplane.password_file": ["backplane.url"],
+    "backplane.creds_file": ["backplane.url"],
+    "backplane.nkey_file": ["backplane.url"],
+}
+"""Settings that exclude others of the table; which of the others they need."""
 
 Check = Callable[..., CommandResult]
 
@@ -238,6 +257,8 @@ def files_of_settings(tmp_path: Path) -> None:
     other.mkdir()
     make_pair().write_to(other)
     (other / "jwt.pem").write_bytes(make_signer("RS256").public_pem)
+    (other / "nkey").write_text(Nkey(USER).seed)
+    (other / "creds").write_text(NatsAccounts(subscribe=[]).credentials)
 
 
 @pytest.mark.parametrize("source", ["file", "environment"])
@@ -248,18 +269,21 @@ def test_every_setting_is_read_from_the_file_and_from_the_environment(
     """The table has every setting, or the effective settings would have more."""
     expected = {key: value for key, value, _ in LEAVES}
     written = {key: value for key, _, value in LEAVES}
-    url = "auth.jwt.jwks_url"
-    for keys in ([key for key in expected if key != url], [url]):  # a key file excludes a URL
+    together = [key for key in expected if key not in ALTERNATIVES]
+    for keys in (together, *([key, *needed] for key, needed in ALTERNATIVES.items())):
         if source == "file":
-            secrets = {"auth.jwt.secret": SECRET, "auth.jwt.secrets": [SECRET, SECRET]}
+            secrets = {key: SECRET for key in keys if expected[key] == MASKED}
+            secrets["auth.jwt.secrets"] = [SECRET, SECRET]
             values = {key: secrets.get(key, expected[key]) for key in keys}
             settings = effective(check(yaml.safe_dump(nested_settings(values))))
         else:
             settings = effective(check(**{variable_of(key): written[key] for key in keys}))
-        if url in keys:
-            assert leaf(settings, url) == expected[url]
+        if keys is together:
+            assert settings == nested_settings(expected | dict.fromkeys(ALTERNATIVES, ""))
         else:
-            assert settings == nested_settings(expected | {url: ""})
+            assert {key: leaf(settings, key) for key in keys} == {
+                key: expected[key] for key in keys
+            }
 
 
 def test_the_environment_overrides_the_file_and_the_file_the_defaults(check: Check) -> None:
@@ -842,6 +866,50 @@ def test_the_name_of_a_stream_is_what_its_broker_accepts(
     assert len(problems) == (not is_accepted)
 
 
+@pytest.mark.parametrize(
+    ("url", "of_backplane", "setting", "words"),
+    [
+        ("memory://", {"password": SECRET}, "password", "memory:// is not a broker"),
+        ("redis://b", {"creds_file": "x"}, "creds_file", "only NATS has it"),
+        ("rediss://b", {"domain": "hub"}, "domain", "only NATS has it"),
+        ("redis://b", {"ca_file": "x"}, "ca_file", "needs TLS: begin backplane.url with rediss://"),
+        ("nats://b", {"ca_file": "x"}, "ca_file", "needs TLS: begin backplane.url with tls://"),
+        ("rediss://b?ssl_ca_certs=x", {"ca_file": "x"}, "ca_file", "ssl_ca_certs from backplane"),
+        ("tls://b", {"key_file": "x"}, "key_file", "needs backplane.cert_file"),
+        ("tls://b", {"ca_file": "missing.pem"}, "ca_file", "missing.pem: No such file"),
+        ("tls://b", {"ca_file": "config.yaml"}, "ca_file", "config.yaml: no certificate"),
+        ("rediss://b", {"ca_file": "missing.pem"}, "ca_file", "missing.pem: No such file"),
+        ("tls://b?ssl_ca_certs=missing.pem", {}, "url", "missing.pem: No such file"),
+        ("redis://user@b", {"password": SECRET}, "password", "remove user, password and token"),
+        ("redis://b", {"username": "u"}, "username", "needs backplane.password"),
+        (
+            "nats://b",
+            {"password": SECRET, "nkey_file": "x"},
+            "password",
+            "remove it, or backplane.nkey_file",
+        ),
+        ("redis://b", {"password_file": "missing"}, "password_file", "missing: no such file"),
+        ("nats://b", {"nkey_file": "config.yaml"}, "nkey_file", "no seed of a user"),
+        ("nats://b", {"nkey_file": "typo"}, "nkey_file", "its checksum is wrong"),
+        ("nats://b", {"creds_file": "nkey"}, "creds_file", "no JWT of a user"),
+        ("nats://b?domain=hub", {}, "url", "set backplane.domain instead"),
+        ("nats://b?handshake_first=true", {}, "url", "handshake_first needs TLS"),
+        ("nats://b", {"domain": "a.b"}, "domain", "one word of"),
+        ("nats://b", {"inbox_prefix": "_INBOX.>"}, "inbox_prefix", "words of"),
+        ("nats://b", {"nkey_file": "a\nb"}, "nkey_file", "the path of a file"),
+    ],
+)
+def test_access_that_does_not_fit_the_broker_is_rejected_with_one_line(
+    check: Check, tmp_path: Path, url: str, of_backplane: dict[str, str], setting: str, words: str
+) -> None:
+    seed = Nkey(USER).seed
+    (tmp_path / "nkey").write_text(seed)
+    (tmp_path / "typo").write_text(f"{seed[:20]}{'A' if seed[20] != 'A' else 'B'}{seed[21:]}")
+    done = check(yaml.safe_dump({"backplane": {"url": url, **of_backplane}}))
+    assert_rejected(done, f"config.yaml: backplane.{setting}: ", words)
+    assert SECRET not in done.stderr
+
+
 # Secrets
 
 
@@ -966,6 +1034,9 @@ def test_a_password_that_is_not_percent_encoded_is_rejected_and_not_shown(
 FILES_WITH_A_SECRET = (
     "auth: {jwt: {secrets: S3CR3T}}",
     "auth: {jwt: {secret: [S3CR3T]}}",
+    "backplane: {password: [S3CR3T]}",
+    "backplane: {password: 532370}",
+    'backplane: {nkey_file: "S3CR3T\\nS3CR3T"}',
     "auth: {jwt: {secret: {S3CR3T-: 1}}}",
     "auth: {jwt: {secret: 532370}}",
     "auth: {jwt: {secret: 2020-01-02}}",

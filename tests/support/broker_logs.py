@@ -12,6 +12,7 @@ from typing import Any, Self
 import nats
 import pytest
 import redis.asyncio as redis
+from websocket_relay.backplane.access import ANONYMOUS, BrokerAccess
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState, LogEntry, Position
 
@@ -70,7 +71,14 @@ class BackplaneReplica:
         lags_s: the time from each append of a heartbeat to reading it.
     """
 
-    def __init__(self, url: str, stream: str, on_outage: str, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        stream: str,
+        on_outage: str,
+        max_message_bytes: int,
+        access: BrokerAccess = ANONYMOUS,
+    ) -> None:
         self.entries: list[LogEntry] = []
         self.gap_positions: list[Position] = []
         self.counts_at_gaps: list[int] = []
@@ -80,6 +88,7 @@ class BackplaneReplica:
         self.backplane: Backplane = open_backplane(
             url,
             stream,
+            access,
             relays_locally=on_outage == "local",
             max_message_bytes=max_message_bytes,
             history_bytes=0,
@@ -170,6 +179,7 @@ class BackplaneLog:
         *,
         url: str = "",
         stream: str = "",
+        access: BrokerAccess = ANONYMOUS,
         on_outage: str = "reject",
         max_message_bytes: int = 4 << 20,
         await_up: bool = True,
@@ -178,11 +188,12 @@ class BackplaneLog:
 
         Args:
             url, stream: others than those of the log.
+            access: the settings for the access to the broker.
             on_outage, max_message_bytes: settings of the replica.
             await_up: whether to wait until its backplane is up.
         """
         replica = BackplaneReplica(
-            url or self.url, stream or self.stream, on_outage, max_message_bytes
+            url or self.url, stream or self.stream, on_outage, max_message_bytes, access
         )
         await self._stack.enter_async_context(replica)
         if await_up:

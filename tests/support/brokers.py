@@ -42,6 +42,7 @@ class Broker:
         program: of the broker.
         directory: for its settings, data and log.
         pair: the certificate for TLS; None: no TLS.
+        client_pair: the certificate that clients need; None: they need none.
         password: that clients need; empty: none.
         user: the name that belongs to the password.
     """
@@ -54,6 +55,7 @@ class Broker:
         directory: Path,
         *,
         pair: CertificatePair | None = None,
+        client_pair: CertificatePair | None = None,
         password: str = "",
         user: str = "",
     ) -> None:
@@ -61,13 +63,14 @@ class Broker:
         self.directory = directory
         self.port = free_port()
         self.pair = pair
+        self.client_pair = client_pair
+        self.client_directory = directory / "client"
         self.password = password
         self.user = user
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self._log = directory / "broker.log"
-        if pair is not None:
-            pair.write_to(directory)
+        self.write_certificates()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -85,6 +88,14 @@ class Broker:
     def credentials(self) -> str:
         """The part of the URL before the @; empty: none."""
         raise NotImplementedError
+
+    def write_certificates(self) -> None:
+        """Write the certificates, also after they were replaced."""
+        if self.pair is not None:
+            self.pair.write_to(self.directory)
+        if self.client_pair is not None:
+            self.client_directory.mkdir(exist_ok=True)
+            self.client_pair.write_to(self.client_directory)
 
     @property
     def pid(self) -> int:
@@ -168,6 +179,9 @@ class Broker:
         context = None
         if uses_tls:
             context = ssl.create_default_context(cafile=self.directory / "cert.pem")
+            if self.client_pair is not None:
+                files = (self.client_directory / "cert.pem", self.client_directory / "key.pem")
+                context.load_cert_chain(*files)
         try:
             reader, writer = await asyncio.open_connection("localhost", self.port, ssl=context)
         except OSError:
@@ -213,7 +227,11 @@ class RedisBroker(Broker):
                 f"tls-port {self.port}",
                 "tls-cert-file cert.pem",
                 "tls-key-file key.pem",
-                "tls-auth-clients no",
+                *(
+                    ["tls-auth-clients yes", "tls-ca-cert-file client/cert.pem"]
+                    if self.client_pair
+                    else ["tls-auth-clients no"]
+                ),
             ]
         if self.password:
             lines += [f"requirepass {self.password}"]
@@ -234,6 +252,8 @@ class NatsBroker(Broker):
         jetstream: whether JetStream is enabled.
         token: that clients need; empty: none.
         permissions: of the user, in the form of NATS's settings; empty: all.
+        handshake_first: whether TLS begins before the first message of the server.
+        settings: further settings.
     """
 
     schemes = ("nats", "tls")
@@ -245,6 +265,8 @@ class NatsBroker(Broker):
         jetstream: bool = True,
         token: str = "",
         permissions: Mapping[str, object] | None = None,
+        handshake_first: bool = False,
+        settings: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
@@ -252,6 +274,8 @@ class NatsBroker(Broker):
         self._jetstream = jetstream
         self._token = token
         self._permissions = permissions or {}
+        self._handshake_first = handshake_first
+        self._settings = settings or {}
 
     @property
     def credentials(self) -> str:
@@ -262,15 +286,21 @@ class NatsBroker(Broker):
         if self._jetstream:
             lines += [f'jetstream {{ store_dir: "{self.directory}/streams" }}']
         if self.pair:
-            lines += ["tls { cert_file: cert.pem, key_file: key.pem }"]
+            tls: dict[str, object] = {"cert_file": "cert.pem", "key_file": "key.pem"}
+            tls |= {"handshake_first": self._handshake_first}
+            if self.client_pair:
+                tls |= {"verify": True, "ca_file": "client/cert.pem"}
+            lines += [f"tls {json.dumps(tls)}"]
         if self._token:
             lines += [f'authorization {{ token: "{self._token}" }}']
         elif self.password:
             user = {"user": self.user, "password": self.password, "permissions": self._permissions}
             lines += [f"authorization {json.dumps({'users': [user]})}"]
+        lines += [f"{name}: {json.dumps(value)}" for name, value in self._settings.items()]
         file = self.directory / "nats.conf"
         file.write_text("\n".join(lines))
         return ["--config", str(file)]
 
     async def _answers(self) -> bool:
-        return (await self._first_line(b"", uses_tls=False)).startswith(b"INFO")
+        answer = await self._first_line(b"", uses_tls=self._handshake_first)
+        return answer.startswith(b"INFO")

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from websocket_relay.backplane.access import ANONYMOUS, BrokerAccess, check_access
 from websocket_relay.backplane.interface import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
 from websocket_relay.backplane.redis_url import SCHEMES
@@ -28,6 +29,7 @@ STREAMS = {
 def open_backplane(
     url: str,
     stream: str,
+    access: BrokerAccess = ANONYMOUS,
     *,
     relays_locally: bool,
     max_message_bytes: int,
@@ -43,6 +45,7 @@ def open_backplane(
     Args:
         url: memory://, or the URL of a broker.
         stream: name of the log on the broker.
+        access: the settings for the access to the broker.
         relays_locally: whether messages are relayed on this replica alone during an outage.
         max_message_bytes: message limit of the clients of any replica.
         history_bytes, history_age_s: what replicas that start need to read.
@@ -50,16 +53,17 @@ def open_backplane(
         describe, observe_append, observe_lag: see `ReplicatedBackplane`.
 
     Raises:
-        UnusableSettingError: the URL names no usable broker.
+        UnusableSettingError: the URL names no usable broker, or the access does not fit it.
     """
     if is_ambiguous(url):
         raise unusable_url(url, "in the password, write %40 for @, %2F for /, %3F for ?, %23 for #")
     scheme = url.partition("://")[0].lower()
-    if scheme == "memory":
-        return MemoryBackplane(describe)
-    if scheme not in STREAMS:
+    if scheme not in {"memory", *STREAMS}:
         allowed = ", ".join(f"{each}://" for each in ("memory", *STREAMS))
         raise unusable_url(url, f"unsupported scheme; allowed: {allowed}")
+    check_access(url, access)
+    if scheme == "memory":
+        return MemoryBackplane(describe)
     module, class_name = STREAMS[scheme]
     try:
         stream_class: Any = getattr(
@@ -71,6 +75,7 @@ def open_backplane(
         stream_class(
             url,
             stream,
+            access,
             max_bytes=max(history_bytes, MIN_RETENTION_BYTES),
             max_age_s=max(history_age_s, MIN_RETENTION_AGE_S),
         ),

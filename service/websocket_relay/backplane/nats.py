@@ -9,10 +9,10 @@ of entries and requests more as it processes them, so the receive buffer has a b
 import asyncio
 import json
 import random
-import ssl
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -22,12 +22,14 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
+from websocket_relay.backplane.access import TLS_PARAMETERS, BrokerAccess, certificate_error
 from websocket_relay.backplane.codec import FILLER_ENTRY
 from websocket_relay.backplane.connecting import (
     CONNECT_TIMEOUT_S,
     RESOLVE_TIMEOUT_S,
     connect_in_time,
 )
+from websocket_relay.backplane.nkeys import UserKey, user_jwt
 from websocket_relay.backplane.replicated import (
     BrokerError,
     Id,
@@ -37,6 +39,7 @@ from websocket_relay.backplane.replicated import (
     reset_on_close,
 )
 from websocket_relay.cancellation import Deadline
+from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of, unusable_url
 
 PULL_EXPIRES_S = 1.0
@@ -67,18 +70,27 @@ two minutes, which a broker may lose in a power failure."""
 
 DUPLICATE_WINDOW_S = 120.0  # default of the broker, unless the stream's max_age is shorter
 
-PARAMETERS = {"replicas", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
+PARAMETERS = {"replicas", "handshake_first", *TLS_PARAMETERS.values()}
 
 STREAM_NOT_FOUND = 10059  # err_code of JetStream
 JETSTREAM_NOT_ENABLED = {10039, 10076}  # err_codes: for the account; for the server
 
 
 class NatsAddress(NamedTuple):
-    """The servers of the broker, and how to connect to them."""
+    """The servers of the broker, and the access to them, as their URL has it.
+
+    Attributes:
+        servers: URL of each.
+        access: user and password, or a token as a password without a user, and certificates.
+        uses_tls: whether the servers have to speak TLS.
+        handshake_first: whether TLS begins before the server's first message.
+        replicas: of a stream that is created.
+    """
 
     servers: Sequence[str]
-    credentials: Mapping[str, str]
-    tls: ssl.SSLContext | None
+    access: BrokerAccess
+    uses_tls: bool
+    handshake_first: bool
     replicas: int
 
 
@@ -92,12 +104,8 @@ def parse_nats_url(url: str) -> NatsAddress:
     server_list, _, query = rest.partition("?")
     parameters = dict(parse_qsl(query))
     if unknown := parameters.keys() - PARAMETERS:
-        raise unusable_url(
-            url,
-            f"unknown parameters: {', '.join(sorted(unknown))};"
-            f" allowed: {', '.join(sorted(PARAMETERS))}",
-        )
-    servers, credentials = [], {}
+        raise unusable_url(url, _unknown_parameters(unknown))
+    servers, username, password = [], "", ""
     for server in server_list.rstrip("/").split(","):
         try:
             parts = urlsplit(f"{scheme}://{server.rpartition('://')[2]}")
@@ -105,14 +113,30 @@ def parse_nats_url(url: str) -> NatsAddress:
         except ValueError:
             raise unusable_url(url, "invalid servers; example: nats://one:4222,two:4222") from None
         if parts.password is not None:
-            user = unquote(parts.username or "")
-            credentials = {"user": user, "password": unquote(parts.password)}
+            username, password = unquote(parts.username or ""), unquote(parts.password)
         elif parts.username:
-            credentials = {"token": unquote(parts.username)}
+            username, password = "", unquote(parts.username)
     replicas = parameters.get("replicas", "1")
     if replicas not in {"1", "3", "5"}:
         raise unusable_url(url, "invalid replicas; allowed: 1, 3, 5")
-    return NatsAddress(servers, credentials, _tls(url, scheme, parameters), int(replicas))
+    handshake_first = parameters.get("handshake_first", "false")
+    if handshake_first not in {"true", "false"}:
+        raise unusable_url(url, "invalid handshake_first; allowed: true, false")
+    uses_tls = scheme.lower() == "tls"
+    if handshake_first == "true" and not uses_tls:
+        raise unusable_url(url, "handshake_first needs TLS: tls://")
+    files = {name: parameters.get(each, "") for name, each in TLS_PARAMETERS.items()}
+    access = BrokerAccess(username=username, password=password, **files)
+    return NatsAddress(servers, access, uses_tls, handshake_first == "true", int(replicas))
+
+
+def _unknown_parameters(names: Set[str]) -> str:
+    settings = names & {each.name for each in fields(BrokerAccess)}
+    if settings:
+        return f"set {' and '.join(f'backplane.{each}' for each in sorted(settings))} instead"
+    return (
+        f"unknown parameters: {', '.join(sorted(names))}; allowed: {', '.join(sorted(PARAMETERS))}"
+    )
 
 
 def _do_nothing() -> None:
@@ -125,16 +149,48 @@ def _bracketed(host: str | None) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _tls(url: str, scheme: str, parameters: Mapping[str, str]) -> ssl.SSLContext | None:
-    if scheme != "tls":
-        return None
-    try:
-        context = ssl.create_default_context(cafile=parameters.get("ssl_ca_certs"))
-        if certificate := parameters.get("ssl_certfile"):
-            context.load_cert_chain(certificate, parameters.get("ssl_keyfile"))
-    except OSError as error:  # base class of SSLError
-        raise unusable_url(url, f"invalid certificates: {error.strerror or error}") from None
-    return context
+@dataclass(frozen=True, slots=True)
+class SignIn:
+    """What a connection needs to sign in, as read from the files.
+
+    Attributes:
+        options: for nats-py.
+        public_key: of the user's nkey, unless a JWT names it; empty: none.
+        password: a secret that a text of the broker may contain; empty: none.
+    """
+
+    options: Mapping[str, Any]
+    public_key: str = ""
+    password: str = ""
+
+
+def read_sign_in(access: BrokerAccess, *, uses_tls: bool) -> SignIn:
+    """Read the credentials and certificates. It takes up to 0.1 s: call it in a thread.
+
+    Raises:
+        UnusableSettingError: a file can't be used.
+        OSError: a certificate can't be used.
+    """
+    options: dict[str, Any] = {"tls": access.tls_context()} if uses_tls else {}
+    setting = "creds_file" if access.creds_file else "nkey_file" if access.nkey_file else ""
+    if setting:
+        text = access.read(setting)
+        try:
+            key = UserKey(text)
+            options["signature_cb"] = key.sign
+            if setting == "nkey_file":
+                return SignIn(options, key.public)
+            jwt = user_jwt(text).encode()
+        except ValueError as error:
+            file = getattr(access, setting)
+            raise UnusableSettingError(f"backplane.{setting}", f"{file}: {error}") from None
+        return SignIn({**options, "user_jwt_cb": lambda: jwt})
+    password = access.read_password()
+    if access.username:
+        options |= {"user": access.username, "password": password}
+    elif password:
+        options["token"] = password
+    return SignIn(options, password=password)
 
 
 class QuietNatsClient(Client):
@@ -142,12 +198,21 @@ class QuietNatsClient(Client):
 
     On close nats-py writes its buffer to a connection that may be closed already. uvloop raises an
     error then, and nats-py does not call `closed_cb`.
+
+    Attributes:
+        has_greeting: whether a server with TLS has sent its first message.
     """
+
+    has_greeting = False
 
     @property
     def stream_writer(self) -> asyncio.StreamWriter | None:
         """The writer of the TCP connection, if there is one: nats-py has no public access to it."""
         return getattr(self._transport, "_io_writer", None)
+
+    def sign_in_as(self, public_key: str) -> None:
+        """Name the user's nkey when connecting: nats-py does it only with the package nkeys."""
+        self._public_nkey = public_key
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         self._pending = []
@@ -164,6 +229,7 @@ class TlsNatsClient(QuietNatsClient):
 
     def _connect_command(self) -> bytes:
         # Called before the first write.
+        self.has_greeting = True
         writer = self.stream_writer
         if writer is None or writer.get_extra_info("ssl_object") is None:
             raise NatsError("the server does not speak TLS")
@@ -174,11 +240,20 @@ class NatsConnection:
     """A connection that is opened once, and not again after a failure.
 
     nats-py would reconnect by itself and send its buffer: late, and possibly twice.
+
+    Args:
+        address: the servers, and how they are accessed.
+        sign_in: the credentials and certificates.
     """
 
-    def __init__(self, address: NatsAddress) -> None:
+    def __init__(self, address: NatsAddress, sign_in: SignIn) -> None:
         self._address = address
-        self._client = TlsNatsClient() if address.tls is not None else QuietNatsClient()
+        self._sign_in = sign_in
+        self._client = TlsNatsClient() if address.uses_tls else QuietNatsClient()
+        if sign_in.public_key:
+            self._client.sign_in_as(sign_in.public_key)
+        domain = address.access.domain
+        self.api = f"$JS.{domain}.API" if domain else "$JS.API"
         self._failure = ""
         self.on_failure: Callable[[], None] = _do_nothing
 
@@ -197,12 +272,28 @@ class NatsConnection:
         """The latest error of the connection."""
         return self._failure or "connection closed"
 
+    @property
+    def hint(self) -> str:
+        """The likely reason for which the server did not answer in time; empty: none."""
+        if (
+            not self._address.uses_tls
+            or self._address.handshake_first
+            or self._client.has_greeting
+            or self._client.stream_writer is None
+            or self._failure
+        ):
+            return ""
+        return "; a NATS with handshake_first needs ?handshake_first=true in backplane.url"
+
     async def open(self, server: str) -> None:
         """Connect, and check the version and the limits of the server.
 
         Raises:
             BrokerError: the server can't be reached, or is not supported.
         """
+        options = dict(self._sign_in.options)
+        if prefix := self._address.access.inbox_prefix:
+            options["inbox_prefix"] = prefix
         try:
             await self._client.connect(
                 [server],
@@ -214,8 +305,8 @@ class NatsConnection:
                 # More than `connect_in_time` allows.
                 connect_timeout=2 * RESOLVE_TIMEOUT_S + CONNECT_TIMEOUT_S,  # type: ignore[arg-type]
                 pending_size=0,  # publish never waits for a flush; the relay awaits responses
-                tls=self._address.tls,
-                **self._address.credentials,  # type: ignore[arg-type]
+                tls_handshake_first=self._address.handshake_first,
+                **options,
             )
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
@@ -258,10 +349,12 @@ class NatsConnection:
         data = json.dumps(content).encode() if content is not None else b""
         try:
             message = await self._client.request(
-                f"$JS.API.{command}", data, timeout=RESPONSE_TIMEOUT_S
+                f"{self.api}.{command}", data, timeout=RESPONSE_TIMEOUT_S
             )
         except NoRespondersError:
-            raise BrokerError("JetStream is not enabled, or not for this account") from None
+            domain = self._address.access.domain
+            other = f", or there is no domain {domain}" if domain else ""
+            raise BrokerError(f"JetStream is not enabled, or not for this account{other}") from None
         except (NatsError, OSError, TimeoutError) as error:
             raise BrokerError(self._failure or str(error) or "not answered in time") from None
         response = json.loads(message.data)
@@ -419,7 +512,8 @@ class NatsConsumer:
         }
         content = {"stream_name": self._name, "config": config}
         response = await self.connection.request(f"CONSUMER.CREATE.{self._name}", content)
-        self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{response['name']}"
+        api = self.connection.api
+        self._pull_subject = f"{api}.CONSUMER.MSG.NEXT.{self._name}.{response['name']}"
 
     async def read(self) -> StreamRead:
         """Return the received entries; wait for at most a second if there are none."""
@@ -487,16 +581,22 @@ class NatsStream:
     Args:
         url: see `parse_nats_url`.
         name: name of the stream.
+        access: the settings for the access to NATS.
         max_bytes, max_age_s: limits of retention, if the stream is created here.
 
     Raises:
-        UnusableSettingError: the URL is invalid.
+        UnusableSettingError: the URL is invalid, or a file can't be used.
     """
 
-    def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
+    def __init__(
+        self, url: str, name: str, access: BrokerAccess, *, max_bytes: int, max_age_s: float
+    ) -> None:
         self.max_entry_bytes = MAX_ENTRY_BYTES
-        self._address = parse_nats_url(url)
+        address = parse_nats_url(url)
+        self._address = address._replace(access=replace(access, **address.access.given))
+        self._url = url
         self._secrets = secrets_of(url)
+        self._read_sign_in()
         self._name = name
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
@@ -570,7 +670,9 @@ class NatsStream:
 
     async def _connect(self) -> NatsConnection:
         """Open a connection to one of the servers; after a failure the next call tries the next."""
-        connection = NatsConnection(self._address)
+        async with Deadline(RESPONSE_TIMEOUT_S):
+            sign_in = await asyncio.to_thread(self._read_sign_in)
+        connection = NatsConnection(self._address, sign_in)
         servers = self._address.servers
         server = servers[self._server_index % len(servers)]
         parts = urlsplit(server)
@@ -578,12 +680,24 @@ class NatsStream:
             await connect_in_time(
                 parts.hostname or "", parts.port or 0, lambda: connection.open(server)
             )
-        except BaseException:
+        except BaseException as error:
             self._server_index += 1
+            hint = connection.hint
             await connection.abort()
+            if hint and isinstance(error, BrokerError):
+                raise BrokerError(f"{error}{hint}") from None
             raise
         self.max_entry_bytes = min(MAX_ENTRY_BYTES, connection.max_payload)
         return connection
+
+    def _read_sign_in(self) -> SignIn:
+        access = self._address.access
+        try:
+            sign_in = read_sign_in(access, uses_tls=self._address.uses_tls)
+        except OSError as error:
+            raise certificate_error(self._url, access, error) from None
+        self._secrets = secrets_of(self._url, sign_in.password)
+        return sign_in
 
     async def _open_writer(self) -> NatsAppender:
         connection = await self._connect()
@@ -689,7 +803,7 @@ class NatsStream:
             await reader.connection.abort()
 
     def _broker_error(self, error: Exception) -> BrokerError:
-        is_expected = isinstance(error, BrokerError | TimeoutError)
+        is_expected = isinstance(error, BrokerError | UnusableSettingError | TimeoutError)
         return broker_error(error, self._secrets, is_expected=is_expected)
 
 

@@ -12,13 +12,15 @@ import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.credentials import CredentialProvider
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
+from websocket_relay.backplane.access import TLS_PARAMETERS, BrokerAccess, certificate_error
 from websocket_relay.backplane.connecting import connect_in_time
 from websocket_relay.backplane.redis_url import RedisAddress, Server, parse_redis_url
 from websocket_relay.backplane.replicated import (
@@ -30,6 +32,7 @@ from websocket_relay.backplane.replicated import (
     reset_on_close,
 )
 from websocket_relay.cancellation import Deadline
+from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of
 
 READ_BLOCK_S = 1.0
@@ -128,6 +131,71 @@ CONNECTION_OPTIONS: dict[str, Any] = {
 }
 
 
+class RedisAccess(CredentialProvider):
+    """The access to a Redis: the password is read anew for each connection.
+
+    Args:
+        url: of the Redis, which may contain credentials and certificates, too.
+        access: the settings for the access to Redis.
+
+    Raises:
+        UnusableSettingError: the password's file can't be used.
+    """
+
+    def __init__(self, url: str, access: BrokerAccess) -> None:
+        self._url = url
+        self._access = access
+        self._password = access.read_password()
+
+    def add_to(self, address: RedisAddress) -> RedisAddress:
+        """Return an address with the credentials, and the certificates for Sentinels, too.
+
+        Raises:
+            UnusableSettingError: a certificate can't be used.
+        """
+        given = self._access.given
+        tls = {option: given[name] for name, option in TLS_PARAMETERS.items() if name in given}
+        options = {**address.options, **tls}
+        if self._password:
+            options["credential_provider"] = self
+        if address.uses_tls:
+            load_certificates(SSLConnection(**options), self._url)
+        sentinel_options = {**address.sentinel_options, **tls}
+        return address._replace(options=options, sentinel_options=sentinel_options)
+
+    @property
+    def secrets(self) -> Sequence[str]:
+        """What a text of the broker may contain and a log line may not."""
+        return secrets_of(self._url, self._password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """Return the arguments of AUTH."""
+        self._password = await asyncio.to_thread(self._access.read_password)
+        username = self._access.username
+        return (username, self._password) if username else (self._password,)
+
+
+def load_certificates(connection: SSLConnection, url: str = "") -> None:
+    """Load the certificates for a new connection. It takes up to 0.1 s: call it in a thread.
+
+    redis-py would load them in the event loop, and not name the file that can't be used.
+
+    Args:
+        connection: not connected yet.
+        url: of the broker, if that may name the files.
+
+    Raises:
+        UnusableSettingError: a file can't be used.
+    """
+    tls = connection.ssl_context
+    try:
+        tls.get()
+    except OSError as error:
+        names = (tls.ca_certs, tls.certfile, tls.keyfile)
+        files = dict(zip(TLS_PARAMETERS, (name or "" for name in names), strict=True))
+        raise certificate_error(url, BrokerAccess(**files), error) from None
+
+
 class RetentionLimits:
     """Choose the id at which a stream may be trimmed, from the entries read so far.
 
@@ -200,6 +268,8 @@ class RedisConnection:
     async def _connect(self) -> None:
         connection = self._connection
         assert connection is not None
+        if isinstance(connection, SSLConnection):
+            await asyncio.to_thread(load_certificates, connection)
         await connection.connect()  # type: ignore[no-untyped-call]
         writer = self._stream = connection._writer
         assert writer is not None
@@ -319,19 +389,22 @@ class RedisStream:
     Args:
         url: see `parse_redis_url`.
         name: the key.
+        access: the settings for the access to Redis.
         max_bytes, max_age_s: approximate limits of retention; entries beyond them are trimmed.
 
     Raises:
-        UnusableSettingError: the URL is invalid.
+        UnusableSettingError: the URL is invalid, or a file can't be used.
     """
 
     max_entry_bytes = MAX_ENTRY_BYTES
 
-    def __init__(self, url: str, name: str, *, max_bytes: int, max_age_s: float) -> None:
+    def __init__(
+        self, url: str, name: str, access: BrokerAccess, *, max_bytes: int, max_age_s: float
+    ) -> None:
         self._name = name
-        self._secrets = secrets_of(url)
+        self._access = RedisAccess(url, access)
         self._retention = RetentionLimits(max_bytes, max_age_s)
-        self._servers = RedisServers(parse_redis_url(url))
+        self._servers = RedisServers(self._access.add_to(parse_redis_url(url)))
         self._writer, self._reader = RedisConnection(), RedisConnection()
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
         self._is_reader_suspect = False  # the reader may be connected to a former primary
@@ -435,8 +508,9 @@ class RedisStream:
     def _broker_error(self, error: Exception) -> BrokerError:
         if isinstance(error, ResponseError):
             error = BrokerError(SCRIPT_CONTEXT.sub("", str(error)))
-        is_expected = isinstance(error, BrokerError | RedisError | OSError)  # TimeoutError, too
-        return broker_error(error, self._secrets, is_expected=is_expected)
+        expected = BrokerError | UnusableSettingError | RedisError | OSError  # TimeoutError, too
+        is_expected = isinstance(error, expected)
+        return broker_error(error, self._access.secrets, is_expected=is_expected)
 
 
 def _parse_entries(found: Any) -> Iterator[tuple[Id, bytes, bytes]]:

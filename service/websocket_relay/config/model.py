@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -64,7 +65,14 @@ def _listed_secrets(value: object) -> object:
     return _listed(value)
 
 
+def _path_of_a_file(value: str) -> str:
+    if not value.isprintable():  # for example the content of the file
+        raise ValueError("the path of a file")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[str, AfterValidator(_path_of_a_file)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 OneOrMore = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more)]
 Secrets = Annotated[
@@ -79,6 +87,7 @@ ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty st
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 STREAM_NAME = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 NATS_STREAM_NAME = re.compile(r"[^ .*>/\\]{1,255}")
+SUBJECT = re.compile(r"[A-Za-z0-9_$-]+(\.[A-Za-z0-9_$-]+)*", re.ASCII)
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
@@ -286,11 +295,54 @@ class BackplaneSettings(Section):
         BrokerUrl("memory://"),
         description="memory:// for one replica; redis://, rediss://, nats:// or tls:// for several",
     )
+    username: str = Field("", description="user at the broker, if the URL contains none")
+    password: SecretStr = Field(
+        SecretStr(""), description="the user's password; without a user a token of NATS"
+    )
+    password_file: FilePath = Field(
+        "", description="or a file with the password, which is read anew for each connection"
+    )
+    ca_file: FilePath = Field(
+        "", description="file with the broker's CA, PEM; empty: the system's; read anew as well"
+    )
+    cert_file: FilePath = Field(
+        "", description="file with the relay's own certificate for the broker, PEM; read anew"
+    )
+    key_file: FilePath = Field(
+        "", description="its private key, PEM, unless cert_file contains it; read anew"
+    )
+    creds_file: FilePath = Field(
+        "", description="NATS: .creds file with the user's JWT and seed; read anew"
+    )
+    nkey_file: FilePath = Field("", description="NATS: file with the user's seed; read anew")
+    domain: str = Field("", description="NATS: JetStream domain of the stream; empty: the server's")
+    inbox_prefix: str = Field(
+        "", description="NATS: subject before the relay's inboxes; empty: _INBOX"
+    )
     stream: str = Field("relay", description="name of the stream on the broker")
     on_outage: Literal["reject", "local"] = Field(
         "reject",
         description="reject: publishers are closed (1013); local: messages reach this replica only",
     )
+
+    @field_validator("username", "password")
+    @classmethod
+    def _utf_8(cls, value: str | SecretStr) -> str | SecretStr:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # an environment variable may contain any bytes
+            raise ValueError("a string in UTF-8") from None
+        return value
+
+    @field_validator("domain", "inbox_prefix")
+    @classmethod
+    def _subject(cls, value: str, info: ValidationInfo) -> str:
+        if value and not SUBJECT.fullmatch(value):
+            raise ValueError("words of A-Z a-z 0-9 _ - $, separated by dots")
+        if info.field_name == "domain" and "." in value:
+            raise ValueError("one word of A-Z a-z 0-9 _ -")
+        return value
 
     @field_validator("stream")
     @classmethod

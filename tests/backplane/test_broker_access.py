@@ -1,0 +1,136 @@
+"""Access to brokers: passwords, certificates and keys from files, which are renewed meanwhile."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websocket_relay.backplane import connecting
+from websocket_relay.backplane.access import BrokerAccess
+
+from tests.support.broker_logs import (
+    BackplaneLog,
+    BackplaneReplica,
+    make_broker,
+    wait_until,
+)
+from tests.support.brokers import NatsBroker, free_port
+from tests.support.certificates import make_pair, replace_file
+from tests.support.nats_accounts import USER, NatsAccounts, Nkey
+
+INBOX = "_INBOX_relay"
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level(logging.DEBUG)
+    yield
+    assert "s3cret" not in logged(caplog)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(str(record.__dict__) for record in caplog.records)
+
+
+async def start_nats(stack: AsyncExitStack, directory: Path, **options: Any) -> NatsBroker:
+    broker = make_broker("nats", directory, **options)
+    assert isinstance(broker, NatsBroker)
+    return await stack.enter_async_context(broker)
+
+
+async def assert_relays(replica: BackplaneReplica) -> None:
+    before = len(replica.entries)
+    replica.publish(b"message")
+    await replica.await_count(before + 1)
+
+
+async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
+    stack: AsyncExitStack, kind: str, tmp_path: Path, short_outage_timeout: None
+) -> None:
+    options = {"user": "relay"} if kind == "nats" else {}
+    password_file = tmp_path / "password"
+    password_file.write_text("first-s3cret\n")
+    broker = await stack.enter_async_context(
+        make_broker(
+            kind,
+            tmp_path / "broker",
+            pair=make_pair(),
+            client_pair=make_pair(),
+            password="first-s3cret",
+            **options,
+        )
+    )
+    access = BrokerAccess(
+        username=broker.user,
+        password_file=str(password_file),
+        cert_file=str(broker.client_directory / "cert.pem"),
+        key_file=str(broker.client_directory / "key.pem"),
+    )
+    log = BackplaneLog(stack, None, broker.url_with(""))
+    replica = await log.start_replica(access=access)
+    await assert_relays(replica)
+    replace_file(password_file, b"second-s3cret\n")
+    broker.password, broker.pair, broker.client_pair = "second-s3cret", make_pair(), make_pair()
+    broker.write_certificates()
+    await broker.restart()
+    await replica.await_up()
+    await assert_relays(replica)
+    assert replica.backplane.counters.lost == 0
+
+
+# NATS
+
+
+@pytest.mark.parametrize("way", ["creds_file", "nkey_file"])
+async def test_a_user_with_a_key_and_private_inboxes_is_admitted_by_nats(
+    stack: AsyncExitStack, tmp_path: Path, way: str
+) -> None:
+    file = tmp_path / "key"
+    if way == "creds_file":
+        accounts = NatsAccounts(subscribe=[f"{INBOX}.>"])
+        settings = accounts.settings
+        file.write_text(accounts.credentials)
+    else:
+        key = Nkey(USER)
+        permissions = {"subscribe": [f"{INBOX}.>"]}
+        settings = {"authorization": {"users": [{"nkey": key.public, "permissions": permissions}]}}
+        file.write_text(f"{key.seed}\n")
+    broker = await start_nats(stack, tmp_path / "broker", settings=settings)
+    log = BackplaneLog(stack, broker, broker.url)
+    access = replace(BrokerAccess(inbox_prefix=INBOX), **{way: str(file)})
+    await assert_relays(await log.start_replica(access=access))
+
+
+async def test_a_stream_in_the_domain_of_another_nats_is_used(
+    stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    hub = {"jetstream": {"domain": "hub"}, "leafnodes": {"listen": f"localhost:{port}"}}
+    remote = {"remotes": [{"url": f"nats://localhost:{port}"}], "reconnect": "100ms"}
+    await start_nats(stack, tmp_path / "hub", settings=hub, jetstream=False)
+    leaf = await start_nats(
+        stack, tmp_path / "leaf", settings={"leafnodes": remote}, jetstream=False
+    )
+    log = BackplaneLog(stack, leaf, leaf.url)
+    await assert_relays(await log.start_replica(access=BrokerAccess(domain="hub")))
+    await log.start_replica(access=BrokerAccess(domain="other"), await_up=False)
+    await wait_until(lambda: "or there is no domain other" in logged(caplog))
+
+
+async def test_a_nats_that_expects_the_tls_handshake_first_gets_it(
+    stack: AsyncExitStack,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = await start_nats(stack, tmp_path, pair=make_pair(), handshake_first=True)
+    log = BackplaneLog(stack, broker, broker.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.2)
+        replica = await log.start_replica(await_up=False)
+        await wait_until(lambda: "handshake_first=true" in logged(caplog))
+        await replica.stop()
+    await assert_relays(await log.start_replica(url=f"{broker.url}&handshake_first=true"))
