@@ -29,7 +29,7 @@ from tests.support.admission import (
     connect_with_token,
     refusal_answer,
 )
-from tests.support.certificates import make_pair
+from tests.support.certificates import make_home_made_ca, make_pair
 from tests.support.issuer import (
     ALL_CHANNELS,
     ASYMMETRIC,
@@ -344,12 +344,13 @@ async def test_short_rsa_keys_of_the_set_are_ignored_with_one_warning_per_fetch(
 async def test_the_certificate_of_the_key_server_is_verified(
     relay_with: StartRelay, launched: Callable[..., RelayProcess], tmp_path: Path, channel: str
 ) -> None:
-    pair = make_pair()
-    pair.write_to(tmp_path)
+    ca = make_home_made_ca()
+    (tmp_path / "ca.pem").write_bytes(ca.certificate_pem)
+    make_pair(issuer=ca).write_to(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     with KeyServer(key_set(ONE), context) as server:
-        trust = {"SSL_CERT_FILE": str(tmp_path / "cert.pem")}
+        trust = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
         trusting = relay_with(trust, auth=auth_by_url(server))
         await assert_admitted(connect_with_token(trusting, channel, ONE.token()))
         distrusting = launched(auth=auth_by_url(server))

@@ -18,7 +18,7 @@ from tests.support.broker_logs import (
     wait_until,
 )
 from tests.support.brokers import NatsBroker, free_port
-from tests.support.certificates import make_pair, replace_file
+from tests.support.certificates import make_home_made_ca, make_pair, replace_file
 from tests.support.nats_accounts import USER, NatsAccounts, Nkey
 
 INBOX = "_INBOX_relay"
@@ -51,13 +51,14 @@ async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
     stack: AsyncExitStack, kind: str, tmp_path: Path, short_outage_timeout: None
 ) -> None:
     options = {"user": "relay"} if kind == "nats" else {}
-    password_file = tmp_path / "password"
+    password_file, ca_file, ca = tmp_path / "password", tmp_path / "ca.pem", make_home_made_ca()
     password_file.write_text("first-s3cret\n")
+    ca_file.write_bytes(ca.certificate_pem)
     broker = await stack.enter_async_context(
         make_broker(
             kind,
             tmp_path / "broker",
-            pair=make_pair(),
+            pair=make_pair(issuer=ca),
             client_pair=make_pair(),
             password="first-s3cret",
             **options,
@@ -66,14 +67,18 @@ async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
     access = BrokerAccess(
         username=broker.user,
         password_file=str(password_file),
+        ca_file=str(ca_file),
         cert_file=str(broker.client_directory / "cert.pem"),
         key_file=str(broker.client_directory / "key.pem"),
     )
-    log = BackplaneLog(stack, None, broker.url_with(""))
+    log = BackplaneLog(stack, None, broker.url_with("").partition("?")[0])
     replica = await log.start_replica(access=access)
     await assert_relays(replica)
+    new_ca = make_home_made_ca()
+    replace_file(ca_file, new_ca.certificate_pem)
     replace_file(password_file, b"second-s3cret\n")
-    broker.password, broker.pair, broker.client_pair = "second-s3cret", make_pair(), make_pair()
+    broker.password, broker.pair = "second-s3cret", make_pair(issuer=new_ca)
+    broker.client_pair = make_pair()
     broker.write_certificates()
     await broker.restart()
     await replica.await_up()

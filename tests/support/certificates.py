@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 @dataclass(frozen=True, slots=True)
 class CertificatePair:
-    """A self-signed certificate and its key."""
+    """A certificate and its key."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
@@ -51,8 +51,8 @@ class CertificatePair:
         return context
 
 
-def make_pair(*, valid_days: int = 30) -> CertificatePair:
-    """Create a self-signed certificate for localhost, 127.0.0.1 and ::1."""
+def make_pair(*, valid_days: int = 30, issuer: CertificatePair | None = None) -> CertificatePair:
+    """Create a certificate for localhost, 127.0.0.1 and ::1; without an issuer self-signed."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -66,12 +66,31 @@ def make_pair(*, valid_days: int = 30) -> CertificatePair:
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
-        .issuer_name(name)
+        .issuer_name(issuer.certificate.subject if issuer else name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=valid_days))
         .add_extension(names, critical=False)
+        .sign(issuer.key if issuer else key, hashes.SHA256())
+    )
+    return CertificatePair(certificate, key)
+
+
+def make_home_made_ca() -> CertificatePair:
+    """Create a CA as short recipes do: without keyUsage and key identifiers."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "home-made CA")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=False)
         .sign(key, hashes.SHA256())
     )
     return CertificatePair(certificate, key)

@@ -30,6 +30,7 @@ from websocket_relay.cancellation import Deadline, cancel_until_done
 from websocket_relay.config.model import is_web_address
 from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
 from websocket_relay.token_bucket import TokenBucket
+from websocket_relay.trust import accept_home_made_cas
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ def _trusted_authorities() -> ssl.SSLContext:
     try:
         if variable is not None:
             Path(os.environ[variable]).stat()  # OpenSSL ignores a missing directory
-        return httpx2.create_ssl_context()
+        return accept_home_made_cas(httpx2.create_ssl_context())
     except OSError as error:  # ssl.SSLError is one
         source = f"{variable}={os.environ[variable]}" if variable else "this system's authorities"
         reason = "no certificates in PEM" if isinstance(error, ssl.SSLError) else error.strerror

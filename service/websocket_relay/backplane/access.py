@@ -13,6 +13,7 @@ from pathlib import Path
 from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import unusable_url
 from websocket_relay.secret_files import SecretFileError, read_secret
+from websocket_relay.trust import verifying_context
 
 TLS_PARAMETERS = {
     "ca_file": "ssl_ca_certs",
@@ -76,7 +77,7 @@ class BrokerAccess:
         Raises:
             OSError: a file can't be used; `certificate_error` finds out which.
         """
-        context = ssl.create_default_context(cafile=self.ca_file or None)
+        context = verifying_context(self.ca_file or None)
         if self.cert_file:
             # Without a function, OpenSSL asks for a passphrase on the terminal.
             context.load_cert_chain(self.cert_file, self.key_file or None, lambda: b"")

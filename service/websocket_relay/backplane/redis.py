@@ -34,6 +34,7 @@ from websocket_relay.backplane.replicated import (
 from websocket_relay.cancellation import Deadline
 from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of
+from websocket_relay.trust import accept_home_made_cas
 
 READ_BLOCK_S = 1.0
 """How long XREAD blocks for entries: an idle broker responds at this interval."""
@@ -189,7 +190,7 @@ def load_certificates(connection: SSLConnection, url: str = "") -> None:
     """
     tls = connection.ssl_context
     try:
-        tls.get()
+        accept_home_made_cas(tls.get())
     except OSError as error:
         names = (tls.ca_certs, tls.certfile, tls.keyfile)
         files = dict(zip(TLS_PARAMETERS, (name or "" for name in names), strict=True))

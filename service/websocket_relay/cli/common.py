@@ -23,6 +23,7 @@ from websocket_relay.client import (
 )
 from websocket_relay.client.url import EXAMPLE_URL, ChannelUrl
 from websocket_relay.outcomes import RelayError
+from websocket_relay.trust import verifying_context
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 TOKEN_VARIABLE = "RELAY_TOKEN"
@@ -130,7 +131,7 @@ def tls_context(options: Namespace) -> ssl.SSLContext | None:
     if not ChannelUrl.parse(options.url).is_secure:
         raise UsageError("--ca requires a wss:// URL")
     try:
-        return ssl.create_default_context(cafile=file)
+        return verifying_context(file)
     except OSError as error:  # ssl.SSLError is a subclass
         is_tls_error = isinstance(error, ssl.SSLError)
         reason = "contains no certificate" if is_tls_error else error.strerror

@@ -39,6 +39,7 @@ from websocket_relay.client.errors import RejectedError, UnavailableError, Uncon
 from websocket_relay.client.events import Connected, Disconnected, Event, Message, Unconfirmed
 from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
 from websocket_relay.client.url import ChannelUrl, authorization
+from websocket_relay.trust import verifying_context
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Backoff: the first upper bound of the delay, which doubles with each attempt, and its maximum.
@@ -99,7 +100,7 @@ class Relay:
     ) -> None:
         self._url = ChannelUrl.parse(url)
         self._token = token
-        self._ssl = ssl if self._url.is_secure else None
+        self._ssl = (ssl or verifying_context()) if self._url.is_secure else None
         self._position = since or self._url.since
         self._history = history or self._url.history
         self._listens = listens
