@@ -36,12 +36,12 @@ which may be some ten thousand (docs/explanation/scaling.md)."""
 
 PATTERNS = {
     ("server", "base_path"): model.BASE_PATH,
-    ("server", "allowed_origins"): model.ORIGIN,
+    ("server", "allowed_origins"): re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]*"),
     ("server", "trusted_proxies"): re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?"),
     ("backplane", "stream"): model.STREAM_NAME,
 }
 """Patterns that the settings check and pydantic's schema lacks; for a list, of its items. The
-pattern for networks is only approximate."""
+patterns for origins and networks are only approximate."""
 
 SCHEMA_KEYS = {"type", "enum", "items", "minimum", "maximum", "exclusiveMinimum", "minLength"}
 

@@ -38,6 +38,7 @@ from websocket_relay.counters import Counters
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
 from websocket_relay.lifecycle import Lifecycle, Phase
 from websocket_relay.metrics import Gauges, Metrics
+from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.context import ConnectionContext
@@ -293,7 +294,7 @@ def build(
 def _admission_settings(settings: Settings) -> dict[str, Any]:
     limits = settings.limits
     return {
-        "allowed_origins": settings.server.allowed_origins,
+        "allowed_origins": AllowedOrigins(settings.server.allowed_origins),
         "max_connections": limits.max_connections,
         "max_connections_per_ip": limits.max_connections_per_ip,
         "max_handshakes_per_s": limits.max_handshakes_per_s,
@@ -302,7 +303,8 @@ def _admission_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _cors_origins(settings: Settings) -> dict[str, Any]:
-    return {"allow_origins": [origin.lower() for origin in settings.server.allowed_origins]}
+    expression = AllowedOrigins(settings.server.allowed_origins).expression
+    return {"allow_origins": ["*"] if expression is None else [], "allow_origin_regex": expression}
 
 
 def _partial_message_bytes(settings: Settings) -> int:

@@ -1,6 +1,7 @@
 """Admission before the upgrade: every refusal is an HTTP answer, and is counted."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
@@ -13,7 +14,7 @@ from tests.support.admission import refusal_answer
 from tests.support.http_requests import get_request, post_request
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.raw_client import TEXT, RawClient, frame, upgrade_request
-from tests.support.relay_process import RelayProcess, StartRelay, receive
+from tests.support.relay_process import HOST, RelayProcess, StartRelay, receive
 
 HEALTHZ = get_request("/healthz")
 
@@ -89,12 +90,21 @@ async def test_an_offer_of_compression_is_declined_by_default(
 # Origins
 
 ALLOWED_ORIGINS = ["https://app.example", "http://localhost:3000"]
+PATTERNS = [
+    "https://*.tenants.example",
+    "http://127.0.0.1:*",
+    "https://PORT.example:443",
+    "https://münchen.example",
+    "file://",
+]
+PROXY, CLIENT = "127.0.0.2", "127.0.0.3"
 
 
 @pytest.fixture(scope="module")
 def origin_checking_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """A relay that accepts the origins of two sites."""
-    settings = {"server": {"allowed_origins": ALLOWED_ORIGINS}}
+    """A relay that accepts the origins of some sites, and trusts the proxy at `PROXY`."""
+    origins = [*ALLOWED_ORIGINS, *PATTERNS]
+    settings = {"server": {"allowed_origins": origins, "trusted_proxies": [PROXY]}}
     with RelayProcess(tmp_path_factory.mktemp("origins"), settings) as relay:
         yield relay
 
@@ -139,6 +149,80 @@ async def test_another_origin_is_refused_with_403(
         "websocket_refusals_total", before + len(others), reason="origin_not_allowed"
     )
     assert await relay.metric("websocket_connected_clients") == 0
+    logged = await relay.await_log("clients refused")
+    expected = {"level": "info", "count": 1, "setting": "server.allowed_origins"}
+    assert logged.items() >= expected.items()
+
+
+SAME_ORIGIN: list[tuple[str, str, str, dict[str, str], int]] = [
+    ("plain", CLIENT, "http://relay.example:8080", {"Host": "relay.example:8080"}, 101),
+    ("explicit port", CLIENT, "http://relay.example:80", {"Host": "relay.example"}, 101),
+    ("scheme of the socket", CLIENT, "ws://RELAY.example", {"Host": "relay.example"}, 101),
+    ("IPv6", CLIENT, "http://[::1]:8080", {"Host": "[::1]:8080"}, 101),
+    ("other port", CLIENT, "http://relay.example", {"Host": "relay.example:8080"}, 403),
+    ("other host", CLIENT, "http://relay.example.evil", {"Host": "relay.example"}, 403),
+    ("other scheme", CLIENT, "https://relay.example", {"Host": "relay.example"}, 403),
+    (
+        "TLS at the proxy",
+        PROXY,
+        "https://relay.example",
+        {"Host": "relay.example", "X_Forwarded_Proto": "https"},
+        101,
+    ),
+    (
+        "no proxy",
+        CLIENT,
+        "https://relay.example",
+        {"Host": "relay.example", "X_Forwarded_Proto": "https"},
+        403,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("peer", "origin", "headers", "status"),
+    [row[1:] for row in SAME_ORIGIN],
+    ids=[row[0] for row in SAME_ORIGIN],
+)
+async def test_the_relay_s_own_origin_as_the_client_addresses_it_is_accepted(
+    origin_checking_relay: RelayProcess,
+    peer: str,
+    origin: str,
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    """React Native, and the console, send the origin of the relay itself."""
+    connected = socket.create_connection((HOST, origin_checking_relay.port), 5, (peer, 0))
+    connected.setblocking(False)
+    async with RawClient(connected) as raw:
+        await raw.send(upgrade_request("/channels/same", Origin=origin, **headers))
+        assert (await raw.read_response()).status == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://a.tenants.example", 101),
+        ("https://a.b.tenants.example", 101),
+        ("https://tenants.example", 403),
+        ("https://a.tenants.example:8443", 403),
+        ("https://a.tenants.example.evil.example", 403),
+        ("https://eviltenants.example", 403),
+        ("http://127.0.0.1:5173", 101),
+        ("http://127.0.0.1", 101),
+        ("https://127.0.0.1", 403),
+        ("http://127.0.0.1:x.example", 403),
+        ("https://port.example", 101),
+        ("https://xn--mnchen-3ya.example", 101),
+        ("file://", 101),
+    ],
+)
+async def test_a_pattern_accepts_the_origins_that_browsers_send_for_it(
+    origin_checking_relay: RelayProcess, origin: str, status: int
+) -> None:
+    async with await origin_checking_relay.connect_tcp() as raw:
+        await raw.send(upgrade_request("/channels/patterns", Origin=origin))
+        assert (await raw.read_response()).status == status
 
 
 # Limits

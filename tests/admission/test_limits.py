@@ -10,6 +10,7 @@ import pytest
 from websocket_relay.admission.ip_counter import IpCounter, network_key
 from websocket_relay.admission.policy import AdmissionPolicy, AdmissionRequest
 from websocket_relay.lifecycle import Lifecycle
+from websocket_relay.origins import AllowedOrigins
 from websocket_relay.token_bucket import MAX_CREDIT_S, TokenBucket
 from websocket_relay.wire.publish_policy import PublishPolicy
 from websockets.asyncio.client import connect
@@ -532,7 +533,7 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         "max_messages_per_s": 0,
     }
     admission = AdmissionPolicy(
-        allowed_origins=["*"],
+        allowed_origins=AllowedOrigins(["*"]),
         **(off | limits),
         tokens=None,
         connections=lambda: 0,

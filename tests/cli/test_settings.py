@@ -535,6 +535,58 @@ def test_a_trusted_proxy_that_is_no_address_and_no_network_is_rejected(
     assert "10.0.0.0/8" in problem
 
 
+@pytest.mark.parametrize(
+    ("origin", "sent"),
+    [
+        ("HTTPS://App.Example", "https://app.example"),
+        ("https://example.com:443", "https://example.com"),
+        ("http://example.com:080", "http://example.com"),
+        ("http://example.com:443", "http://example.com:443"),
+        ("https://münchen.example", "https://xn--mnchen-3ya.example"),
+        ("https://*.BÜCHER.example:*", "https://*.xn--bcher-kva.example:*"),
+        ("http://[0:0::1]:3000", "http://[::1]:3000"),
+        ("http://a_b.example", "http://a_b.example"),
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("moz-extension://*", "moz-extension://*"),
+        ("file://", "file://"),
+        ("null", "null"),
+    ],
+)
+def test_an_origin_is_brought_into_the_form_that_browsers_send(
+    check: Check, origin: str, sent: str
+) -> None:
+    settings = yaml.safe_dump({"server": {"allowed_origins": [origin]}})
+    assert effective(check(settings))["server"]["allowed_origins"] == [sent]
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ("example.com", "scheme://host[:port]"),
+        ("https://example.com/", "without a path"),
+        ("https://user@example.com", "scheme://host[:port]"),
+        ("https://a.*.example", "scheme://host[:port]"),
+        ("wss://example.com", "https://, not wss"),
+        ("file:///index.html", "scheme://host[:port]"),
+        ("file://host", "file:// or null"),
+        ("https://example.com:0", "1 to 65535"),
+        ("https://example.com:99999", "1 to 65535"),
+        ("http://127.1", "127.1 is not a host name or an IP address"),
+        ("http://[::x]", "[::x] is not a host name or an IP address"),
+        ("http://*.127.0.0.1", "no subdomains"),
+        ("https://exa\u2028mple.com", "scheme://host[:port]"),
+        ("https://a..example", "not a host name"),
+        ("", "scheme://host[:port]"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_rejected(
+    problems_of: ProblemsOf, origin: str, words: str
+) -> None:
+    (problem,) = problems_of(yaml.safe_dump({"server": {"allowed_origins": [origin]}}))
+    assert "server.allowed_origins" in problem
+    assert words in problem
+
+
 # Tokens
 
 

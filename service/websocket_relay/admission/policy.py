@@ -14,6 +14,7 @@ from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.ip_counter import IpCounter, network_key
 from websocket_relay.admission.permissions import Permissions
 from websocket_relay.lifecycle import Lifecycle
+from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
 from websocket_relay.token_bucket import TokenBucket
 from websocket_relay.wire.publish_policy import PublishPolicy
@@ -40,6 +41,7 @@ class AdmissionRequest:
         query: the part of the URL after the question mark.
         subprotocols: the offered subprotocols.
         host: the client's address; a trusted proxy may have forwarded it.
+        scheme: of the URL that the client used: http, https, ws or wss; likewise.
         authorization: the values of all Authorization header lines.
     """
 
@@ -48,6 +50,7 @@ class AdmissionRequest:
     query: bytes
     subprotocols: Sequence[str]
     host: str | None
+    scheme: str = ""
     authorization: Sequence[str] = ()
 
 
@@ -83,7 +86,7 @@ class AdmissionPolicy:
     """The checks before an upgrade; the first one that fails determines the refusal.
 
     Args:
-        allowed_origins: accepted values of the Origin header; `*` accepts all.
+        allowed_origins: the accepted origins.
         max_connections: concurrent clients; 0: no limit.
         max_connections_per_ip: concurrent clients from one address; 0: no limit.
         max_handshakes_per_s: upgrade requests per second; 0: no limit.
@@ -98,7 +101,7 @@ class AdmissionPolicy:
     def __init__(
         self,
         *,
-        allowed_origins: Sequence[str],
+        allowed_origins: AllowedOrigins,
         max_connections: int,
         max_connections_per_ip: int,
         max_handshakes_per_s: int,
@@ -126,7 +129,7 @@ class AdmissionPolicy:
     def configure(
         self,
         *,
-        allowed_origins: Sequence[str],
+        allowed_origins: AllowedOrigins,
         max_connections: int,
         max_connections_per_ip: int,
         max_handshakes_per_s: int,
@@ -138,8 +141,7 @@ class AdmissionPolicy:
         Addresses are counted while they are limited: clients that were admitted before the first
         limit do not count.
         """
-        lowered = {origin.lower() for origin in allowed_origins}
-        self._origins = None if "*" in lowered else lowered
+        self._origins = allowed_origins
         self.max_connections = max_connections
         if not max_connections_per_ip:
             self._addresses = None
@@ -226,10 +228,11 @@ class AdmissionPolicy:
     def _check_path_and_origin(self, request: AdmissionRequest) -> None:
         if not CHANNEL_NAME.fullmatch(request.channel):
             raise RefusedError(Refusal.NO_SUCH_CHANNEL)
-        if self._origins is not None:
-            origin = request.headers.get("origin")  # only browsers send one, and they always do
-            if origin is not None and origin.lower() not in self._origins:
-                raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
+        origin = request.headers.get("origin")  # browsers always send one
+        if origin is not None and not self._origins.admit(
+            origin, request.scheme, request.headers.get("host", "")
+        ):
+            raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
 
     def _check_availability(self) -> None:
         if self._health.refuses_upgrades:

@@ -18,6 +18,7 @@ SETTINGS = {
     Refusal.CONNECTIONS_PER_IP: "limits.max_connections_per_ip",
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",
     Refusal.CHANNELS: "channels.max_channels",
+    Refusal.ORIGIN_NOT_ALLOWED: "server.allowed_origins",
     Refusal.SIGNING_KEYS: "auth.jwt.jwks_url",
     Refusal.PARTIAL_MESSAGES: "limits.total_backlog_bytes",
 }
@@ -40,7 +41,9 @@ class RefusalLog:
 
     def _log(self, why: Refusal, count: int) -> None:
         facts = {"reason": why.label, "count": count, "setting": SETTINGS[why]}
-        log.warning("clients refused", extra=facts)
+        # Any page may cause refusals of its origin: those are no reason for an alarm.
+        level = logging.INFO if why is Refusal.ORIGIN_NOT_ALLOWED else logging.WARNING
+        log.log(level, "clients refused", extra=facts)
         self._unlogged[why] = 0
         asyncio.get_running_loop().call_later(INTERVAL_S, self._log_rest, why)
 

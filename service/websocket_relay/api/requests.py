@@ -48,6 +48,7 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
         scope["query_string"],
         scope.get("subprotocols", ()),
         client[0] if client is not None else None,
+        scope["scheme"],
         connection.headers.getlist("authorization"),
     )
 

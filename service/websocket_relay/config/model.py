@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from websocket_relay.origins import normalize_pattern
 from websocket_relay.redaction import redacted
 
 ENV_PREFIX = "RELAY__"
@@ -84,7 +85,6 @@ ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty st
 """Additions to the JSON schema of a field of the type OneOrMore."""
 
 
-ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 STREAM_NAME = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 NATS_STREAM_NAME = re.compile(r"[^ .*>/\\]{1,255}")
 SUBJECT = re.compile(r"[A-Za-z0-9_$-]+(\.[A-Za-z0-9_$-]+)*", re.ASCII)
@@ -154,7 +154,8 @@ class ServerSettings(Section):
     tls: TlsSettings = TlsSettings()
     allowed_origins: Texts = Field(
         ("*",),
-        description="accepted Origin headers of browsers, like https://example.com; *: all",
+        description="accepted Origin headers of browsers besides the relay's own, like"
+        " https://example.com, https://*.example.com or http://localhost:*; *: all",
         json_schema_extra={ITEMS: "origins, each scheme://host[:port] or *"},
     )
     trusted_proxies: Texts = Field(
@@ -174,10 +175,7 @@ class ServerSettings(Section):
     @field_validator("allowed_origins")
     @classmethod
     def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if not ORIGIN.fullmatch(origin.lower()):
-                raise ValueError("an origin is scheme://host[:port] without a path, or *")
-        return value
+        return tuple(map(normalize_pattern, value))
 
     @field_validator("trusted_proxies")
     @classmethod
