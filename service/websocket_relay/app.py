@@ -76,6 +76,7 @@ class Replica:
         history: messages retained for replay.
         lifecycle: the phase of the relay.
         metrics: the metrics of the replica.
+        refusals: counts and logs refusals.
         certificates: the served certificate; None: no TLS.
         tokens: verifies tokens; None: no token is required.
         configure: applies the settings of `config.changes.RELOADABLE`, with a new verifier.
@@ -90,6 +91,7 @@ class Replica:
     history: History
     lifecycle: Lifecycle
     metrics: Metrics
+    refusals: Refusals
     certificates: Certificates | None
     tokens: "TokenVerifier | None"
     configure: Callable[[Settings, "TokenVerifier | None"], None]
@@ -285,6 +287,7 @@ def build(
         history,
         lifecycle,
         metrics,
+        refusals,
         certificates,
         tokens,
         configure,

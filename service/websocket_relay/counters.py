@@ -8,7 +8,7 @@ Invariant, once nothing is in flight: expected_deliveries == deliveries + the su
 
 from dataclasses import dataclass, field
 
-from websocket_relay.outcomes import Close, Drop, Refusal
+from websocket_relay.outcomes import Close, Drop, Refusal, TlsFailure
 
 
 @dataclass(slots=True)
@@ -30,6 +30,9 @@ class Counters:
     drops: dict[Drop, int] = field(default_factory=lambda: dict.fromkeys(Drop, 0))
     closes: dict[Close, int] = field(default_factory=lambda: dict.fromkeys(Close, 0))
     refusals: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
+    tls_failures: dict[TlsFailure, int] = field(
+        default_factory=lambda: dict.fromkeys(TlsFailure, 0)
+    )
 
 
 @dataclass(slots=True)

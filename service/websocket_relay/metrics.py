@@ -358,6 +358,9 @@ class _RelayCollector(Collector):
         yield _labelled(
             "tls_reloads", "Number of reloads of the certificate, by result.", ["result"], reloads
         )
+        failures = {(why.value,): count for why, count in self._counters.tls_failures.items()}
+        text = "Number of TLS handshakes that failed, by reason."
+        yield _labelled("tls_handshake_failures", text, ["reason"], failures)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

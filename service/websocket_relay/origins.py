@@ -61,7 +61,7 @@ def normalize_pattern(text: str) -> str:
     `*.` at the start of the host stands for one or more labels, `*` for any host or any port.
 
     Raises:
-        ValueError: it can match no origin; the text says what is allowed.
+        ValueError: it can match no origin; the text states the allowed form.
     """
     lowered = text.lower()
     if lowered in LITERALS:

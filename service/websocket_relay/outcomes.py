@@ -161,6 +161,17 @@ class RefusedError(RelayError):
         self.detail = detail
 
 
+class TlsFailure(Enum):
+    """Why a TLS handshake failed; the value is the metric label."""
+
+    CERTIFICATE_REJECTED = "certificate_rejected"  # an alert of the client, which does not trust it
+    DISCONNECTED = "disconnected"  # without an alert; clients in Python reject certificates so
+    NOT_TLS = "not_tls"  # other bytes, for example an HTTP request
+    TIMEOUT = "timeout"  # not complete at the deadline
+    UNSUPPORTED = "unsupported"  # no common version or cipher
+    OTHER = "other"  # another alert or violation of the protocol
+
+
 class Drop(Enum):
     """Why an expected delivery to a client was not made."""
 

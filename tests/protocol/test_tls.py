@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,6 +26,10 @@ from tests.support.relay_process import (
     run_command,
 )
 
+CLIENT_HELLO = bytes.fromhex("1603010200010001fc0303") + bytes(32)
+"""The start of a TLS handshake."""
+
+FAILURES = "websocket_tls_handshake_failures_total"
 EXPIRY = "websocket_tls_certificate_expiry_timestamp_seconds"
 MIB = 1_048_576
 
@@ -83,6 +88,54 @@ async def test_plain_bytes_on_a_tls_port_affect_no_other_client(
         await plain.read_to_end()
         await other.send("still here")
         assert await receive(other) == "still here"
+
+
+def handshake(port: int, context: ssl.SSLContext) -> None:
+    """Perform a handshake that the client or the relay rejects."""
+    with (
+        socket.create_connection((HOST, port), PATIENCE_S) as connected,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        context.wrap_socket(connected, server_hostname="localhost")
+
+
+async def test_handshakes_that_fail_are_counted_and_logged_by_reason(
+    tls_relay_with: StartRelay,
+) -> None:
+    """A client that does not trust the certificate sends an alert, or only disconnects."""
+    relay = tls_relay_with(limits={"handshake_timeout_s": 1})
+    outdated = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    outdated.maximum_version = ssl.TLSVersion.TLSv1_2
+    outdated.set_ciphers("AES128-SHA")
+    other_ca = make_pair().client_context()
+    async with await relay.connect_tcp() as silent, await relay.connect_tcp() as partial:
+        await partial.send(CLIENT_HELLO[:20])
+        for context in (other_ca, other_ca, outdated):
+            await asyncio.to_thread(handshake, relay.port, context)
+        async with await relay.connect_tcp() as leaving:
+            await leaving.send(CLIENT_HELLO[:20])
+        async with await relay.connect_tcp() as plain:
+            await plain.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await plain.read_to_end()
+        async with await relay.connect_tcp():
+            pass  # a health check by TCP
+        await silent.read_to_end()
+        await partial.read_to_end()
+    expected = {
+        "certificate_rejected": 2,
+        "unsupported": 1,
+        "disconnected": 1,
+        "not_tls": 1,
+        "timeout": 2,
+        "other": 0,
+    }
+    for reason, count in expected.items():
+        await relay.await_metric(FAILURES, count, reason=reason)
+    events = [each for each in relay.log_events if each["event"] == "failed TLS handshakes"]
+    assert {each["reason"]: each["count"] for each in events} == {
+        reason: 1 for reason, count in expected.items() if count
+    }, "one line each, the rest at the end of the minute"
+    assert len(events) == 5
 
 
 async def test_a_tls_client_that_resets_its_connection_is_counted_as_disconnected(

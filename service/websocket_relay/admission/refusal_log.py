@@ -1,9 +1,9 @@
-"""Log that a limit refuses clients, at a bounded rate. Knows no client."""
+"""Log that a limit refuses clients or that handshakes fail, at a bounded rate. Knows no client."""
 
 import asyncio
 import logging
 
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, TlsFailure
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +27,37 @@ client."""
 
 
 class RefusalLog:
-    """The limits hit in the last minute, with the number of refusals not yet logged."""
+    """The reasons of the last minute, with the number of refusals not yet logged."""
 
     def __init__(self) -> None:
-        self._unlogged: dict[Refusal, int] = {}
+        self._unlogged: dict[Refusal | TlsFailure, int] = {}
 
     def record_refusal(self, why: Refusal) -> None:
         """Record a refusal: log the first at once, and the following ones as one line a minute."""
+        if why in SETTINGS:
+            self._record(why)
+
+    def record_tls_failure(self, why: TlsFailure) -> None:
+        """Record a TLS handshake that failed, likewise."""
+        self._record(why)
+
+    def _record(self, why: Refusal | TlsFailure) -> None:
         if why in self._unlogged:
             self._unlogged[why] += 1
-        elif why in SETTINGS:
+        else:
             self._log(why, 1)
 
-    def _log(self, why: Refusal, count: int) -> None:
+    def _log(self, why: Refusal | TlsFailure, count: int) -> None:
+        self._unlogged[why] = 0
+        asyncio.get_running_loop().call_later(INTERVAL_S, self._log_rest, why)
+        if isinstance(why, TlsFailure):
+            log.info("failed TLS handshakes", extra={"reason": why.value, "count": count})
+            return
         facts = {"reason": why.label, "count": count, "setting": SETTINGS[why]}
         # Any page may cause refusals of its origin: those are no reason for an alarm.
         level = logging.INFO if why is Refusal.ORIGIN_NOT_ALLOWED else logging.WARNING
         log.log(level, "clients refused", extra=facts)
-        self._unlogged[why] = 0
-        asyncio.get_running_loop().call_later(INTERVAL_S, self._log_rest, why)
 
-    def _log_rest(self, why: Refusal) -> None:
+    def _log_rest(self, why: Refusal | TlsFailure) -> None:
         if count := self._unlogged.pop(why):
             self._log(why, count)

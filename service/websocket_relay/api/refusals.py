@@ -1,4 +1,4 @@
-"""Answer and count refused requests, for all routes. Knows no admission rule."""
+"""Answer and count refused requests and connections. Knows no admission rule."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 
 from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.counters import Counters
-from websocket_relay.outcomes import Refusal, RefusedError, random_retry_after_s
+from websocket_relay.outcomes import Refusal, RefusedError, TlsFailure, random_retry_after_s
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ class Refusals:
         """Count a refusal that is answered elsewhere or not at all."""
         self._counters.refusals[why] += 1
         self._refusal_log.record_refusal(why)
+
+    def count_tls_failure(self, why: TlsFailure) -> None:
+        """Count a TLS handshake that failed."""
+        self._counters.tls_failures[why] += 1
+        self._refusal_log.record_tls_failure(why)
 
     def answer(self, error: RefusedError) -> Response:
         """Count a refusal and return the response to it."""

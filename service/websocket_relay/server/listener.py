@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from websocket_relay.outcomes import ListenError
+from websocket_relay.outcomes import ListenError, TlsFailure
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
@@ -48,6 +48,7 @@ class Listener(uvicorn.Server):
         http_connections: the plain HTTP connections of the port.
         context: for TLS; None: no TLS.
         handshake_timeout_s: deadline of a TLS handshake.
+        record_tls_failure: counts and logs a TLS handshake that failed.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
         protocols: uvicorn's `http`, `ws` and `timeout_keep_alive` settings.
     """
@@ -62,6 +63,7 @@ class Listener(uvicorn.Server):
         http_connections: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
+        record_tls_failure: Callable[[TlsFailure], None] = lambda _: None,
         trusted_proxies: Sequence[str] = (),
         **protocols: Any,
     ) -> None:
@@ -82,6 +84,7 @@ class Listener(uvicorn.Server):
         self._http_connections = http_connections
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
+        self._record_tls_failure = record_tls_failure
 
     @property
     def address(self) -> tuple[str, int]:
@@ -123,7 +126,11 @@ class Listener(uvicorn.Server):
         if self._context is None:
             return protocol
         return TlsHandshake(
-            protocol, self._http_connections, self._context, self._handshake_timeout_s
+            protocol,
+            self._http_connections,
+            self._context,
+            asyncio.get_running_loop().time() + self._handshake_timeout_s,
+            self._record_tls_failure,
         )
 
     async def startup(self, sockets: object = None) -> None:

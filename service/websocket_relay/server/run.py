@@ -297,6 +297,7 @@ def _relay_listener(settings: Settings, relay: Replica) -> Listener:
         http_connections=relay.http_connections,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
+        record_tls_failure=relay.refusals.count_tls_failure,
         trusted_proxies=server.trusted_proxies,
         timeout_keep_alive=server.keepalive_timeout_s,
         http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),

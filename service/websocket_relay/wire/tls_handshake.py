@@ -5,20 +5,44 @@ uvloop's own server offers no way to abort a TLS handshake early. Knows no HTTP.
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, TlsFailure
 from websocket_relay.wire.http_connections import HttpConnections
+
+MIN_TIMEOUT_S = 0.001
+"""start_tls rejects a timeout of 0."""
+
+FAILURES = {
+    "HTTP_REQUEST": TlsFailure.NOT_TLS,
+    "HTTPS_PROXY_REQUEST": TlsFailure.NOT_TLS,
+    "WRONG_VERSION_NUMBER": TlsFailure.NOT_TLS,
+    "NO_SHARED_CIPHER": TlsFailure.UNSUPPORTED,
+    "UNSUPPORTED_PROTOCOL": TlsFailure.UNSUPPORTED,
+    "TLSV1_ALERT_PROTOCOL_VERSION": TlsFailure.UNSUPPORTED,
+    "TLSV1_ALERT_UNKNOWN_CA": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_BAD_CERTIFICATE": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": TlsFailure.CERTIFICATE_REJECTED,
+}
+"""The failures by OpenSSL's names of errors. An alert is one that the client has sent."""
 
 
 class TlsHandshake(asyncio.Protocol):
     """A TCP connection until the TLS handshake is complete; then `protocol` takes it over.
 
+    The handshake starts with the first byte: a connection that ends without one, as a health check
+    by TCP does, is no failed handshake.
+
     Args:
         protocol: the protocol that runs over TLS.
         http_connections: counts the connection during the handshake.
         ssl_context: certificate and key.
-        timeout_s: the handshake is aborted after this time.
+        deadline_at: the handshake is aborted at this time, by the event loop's clock.
+        record_failure: counts and logs a handshake that failed.
     """
 
     def __init__(
@@ -26,31 +50,52 @@ class TlsHandshake(asyncio.Protocol):
         protocol: asyncio.Protocol,
         http_connections: HttpConnections,
         ssl_context: ssl.SSLContext,
-        timeout_s: float,
+        deadline_at: float,
+        record_failure: Callable[[TlsFailure], None],
     ) -> None:
         self._protocol = protocol
         self._http_connections = http_connections
         self._ssl_context = ssl_context
-        self._timeout_s = timeout_s
+        self._deadline_at = deadline_at
+        self._record_failure = record_failure
         self._buffered: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None  # until the first byte
         self._task: asyncio.Task[None] | None = None
+        self._is_evicted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the handshake."""
+        """Wait for the first byte."""
         self._transport = cast(asyncio.Transport, transport)
         if (refusal := self._http_connections.register(self)) is not None:
             self._http_connections.record_refusal(refusal)
             self._transport.abort()
             return
         loop = asyncio.get_running_loop()
-        self._task = loop.create_task(self._run_handshake())
-        # The loop reads before the task starts. Two loop iterations later, start_tls has installed
-        # the TLS protocol, in the same iteration, and nothing more was read.
-        loop.call_soon(loop.call_soon, self._forward_buffered)
+        self._timer = loop.call_at(self._deadline_at, self._abort_silent)
 
     def data_received(self, data: bytes) -> None:
-        """Buffer bytes that arrive before start_tls, or before `protocol` has the connection."""
+        """Start the handshake.
+
+        Buffer bytes that arrive before start_tls, or before `protocol` has the connection.
+        """
         self._buffered.append(data)
+        if self._timer is not None:
+            self._cancel_timer()
+            loop = asyncio.get_running_loop()
+            self._task = loop.create_task(self._run_handshake())
+            # The loop reads before the task starts. Two loop iterations later, start_tls has
+            # installed the TLS protocol, in the same iteration, and nothing more was read.
+            loop.call_soon(loop.call_soon, self._forward_buffered)
+
+    def _abort_silent(self) -> None:
+        self._timer = None
+        self._record_failure(TlsFailure.TIMEOUT)
+        self._transport.abort()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _forward_buffered(self) -> None:
         records, self._buffered = b"".join(self._buffered), []
@@ -66,6 +111,7 @@ class TlsHandshake(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Remove the connection from the count."""
+        self._cancel_timer()
         self._http_connections.unregister(self)
 
     def is_request_arriving(self) -> bool:
@@ -74,6 +120,7 @@ class TlsHandshake(asyncio.Protocol):
 
     def evict(self, refusal: Refusal) -> None:
         """Abort the connection. Without TLS no response can be sent."""
+        self._is_evicted = True
         self._http_connections.record_refusal(refusal)
         self._transport.abort()
 
@@ -87,9 +134,11 @@ class TlsHandshake(asyncio.Protocol):
                 self,
                 self._ssl_context,
                 server_side=True,
-                ssl_handshake_timeout=self._timeout_s,
+                ssl_handshake_timeout=max(MIN_TIMEOUT_S, self._deadline_at - loop.time()),
             )
-        except OSError:  # not TLS, certificate rejected by the client, timeout, disconnect
+        except OSError as error:
+            if not self._is_evicted:
+                self._record_failure(_failure_of(error))
             self._transport.abort()
             return
         finally:
@@ -101,3 +150,10 @@ class TlsHandshake(asyncio.Protocol):
         self._protocol.connection_made(tls_transport)
         for data in self._buffered:
             self._protocol.data_received(data)
+
+
+def _failure_of(error: OSError) -> TlsFailure:
+    if isinstance(error, ssl.SSLError):
+        return FAILURES.get(error.reason or "", TlsFailure.OTHER)
+    is_timeout = isinstance(error, ConnectionAbortedError)  # start_tls raises it at the deadline
+    return TlsFailure.TIMEOUT if is_timeout else TlsFailure.DISCONNECTED
