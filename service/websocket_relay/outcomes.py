@@ -97,6 +97,7 @@ class Refusal(Enum):
     CONTENT_CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # gzip
     # The sum of all partial messages is too large: see wire/partial_messages.
     PARTIAL_MESSAGES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many partial messages")
+    INVALID_PROXY_HEADER = (HTTPStatus.BAD_REQUEST, "invalid PROXY header")  # without a response
     INVALID_HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
     INVALID_QUERY = (HTTPStatus.BAD_REQUEST, "invalid query")  # followed by the problem
     TOKEN_REQUIRED = (HTTPStatus.UNAUTHORIZED, "token required")

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from websocket_relay.config.model import Settings
 from websocket_relay.server.greeting import greeting
+from websocket_relay.server.sockets import ListeningAddress
 
 from tests.support.certificates import make_pair
 from tests.support.programs import PYTHON_DIRECTORY
@@ -25,7 +26,8 @@ PATHS = {"PATH": os.pathsep.join((PYTHON_DIRECTORY, os.environ["PATH"]))}
 
 def greeting_lines(metrics_port: int | None = 9090, **settings: Any) -> dict[str, str]:
     """Return the lines of a greeting by their first words."""
-    text = greeting(Settings(**settings), 8443, metrics_port, argv0="/x/websocket-relay")
+    address = ListeningAddress("0.0.0.0", 8443)
+    text = greeting(Settings(**settings), address, metrics_port, argv0="/x/websocket-relay")
     _, *lines = text.splitlines()
     return {word: rest.strip() for word, _, rest in (line.strip().partition(" ") for line in lines)}
 
@@ -43,10 +45,12 @@ def test_addresses_are_those_of_a_client_on_the_same_machine() -> None:
 @pytest.mark.parametrize(
     ("host", "shown"),
     [
+        ("*", "localhost"),
         ("0.0.0.0", "localhost"),
         ("::", "localhost"),
         ("127.0.0.1", "127.0.0.1"),
         ("::1", "[::1]"),
+        ("10.0.0.7, fd00::7", "10.0.0.7"),
         ("relay.example.com", "relay.example.com"),
     ],
 )

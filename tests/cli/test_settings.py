@@ -30,15 +30,17 @@ pytestmark = pytest.mark.fast
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "server": {
-        "host": "0.0.0.0",
+        "host": "*",
         "port": 8443,
+        "socket": "",
         "tls": {"enabled": False, "cert_file": "cert.pem", "key_file": "key.pem"},
         "allowed_origins": ["*"],
         "trusted_proxies": [],
         "keepalive_timeout_s": 130,
+        "proxy_protocol": False,
         "base_path": "",
     },
-    "metrics": {"enabled": True, "host": "0.0.0.0", "port": 9090},
+    "metrics": {"enabled": True, "host": "*", "port": 9090},
     "channels": {"max_channels": 10_000},
     "limits": {
         "max_message_bytes": 1_048_576,
@@ -79,6 +81,7 @@ MASKED = "**********"
 LEAVES: list[tuple[str, Any, str]] = [
     ("server.host", "127.0.0.2", "127.0.0.2"),
     ("server.port", 8000, "8000"),
+    ("server.socket", "relay.sock", "relay.sock"),
     ("server.tls.enabled", True, "true"),
     ("server.tls.cert_file", "other/cert.pem", "other/cert.pem"),
     ("server.tls.key_file", "other/key.pem", "other/key.pem"),
@@ -89,6 +92,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ),
     ("server.trusted_proxies", ["10.0.0.7", "fd00::/8"], "10.0.0.7, fd00::/8"),
     ("server.keepalive_timeout_s", 90.5, "90.5"),
+    ("server.proxy_protocol", True, "true"),
     ("server.base_path", "/live", "/live"),
     ("metrics.enabled", False, "false"),
     ("metrics.host", "127.0.0.1", "127.0.0.1"),
@@ -585,6 +589,26 @@ def test_an_origin_that_no_browser_sends_is_rejected(
     (problem,) = problems_of(yaml.safe_dump({"server": {"allowed_origins": [origin]}}))
     assert "server.allowed_origins" in problem
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ({"socket": "fd:2"}, ["server.socket", "fd:3"]),
+        ({"socket": "fd:x"}, ["server.socket", "fd:3"]),
+        ({"socket": "unix:/run/relay.sock"}, ["server.socket", "a path like"]),
+        ({"socket": "/run/" + "x" * 200}, ["server.socket", "107 bytes"]),
+        ({"host": ""}, ["server.host", "separated by commas"]),
+        ({"host": "127.0.0.1,"}, ["server.host", "separated by commas"]),
+        ({"host": [1]}, ["server.host"]),
+        ({"proxy_protocol": True}, ["server.proxy_protocol needs server.trusted_proxies"]),
+    ],
+)
+def test_an_address_to_listen_on_that_can_not_work_is_rejected(
+    problems_of: ProblemsOf, server: dict[str, Any], words: list[str]
+) -> None:
+    (problem,) = problems_of(yaml.safe_dump({"server": server}))
+    assert [word for word in words if word not in problem] == [], problem
 
 
 # Tokens

@@ -54,6 +54,10 @@ OPENSSL = Program("OpenSSL", ("openssl",), "openssl")
 PROMETHEUS = Program("Prometheus", ("prometheus",), "prometheus")
 PROMTOOL = Program("promtool", ("promtool",), "prometheus")
 REDIS_7 = Program("Redis 7", ("redis-server",), "redis-server", "/usr/bin:/usr/local/bin")
+SYSTEMD_ANALYZE = Program("systemd-analyze", ("systemd-analyze",), "systemd")
+SYSTEMD_SOCKET_ACTIVATE = Program(
+    "systemd-socket-activate", ("systemd-socket-activate",), "systemd"
+)
 TYPESCRIPT = Program("TypeScript", ("tsc",), "node-typescript")
 
 HELM = Program("Helm", ("helm",))

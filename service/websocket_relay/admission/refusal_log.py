@@ -11,6 +11,7 @@ INTERVAL_S = 60.0
 """Minimum time between two log lines about the same limit."""
 
 SETTINGS = {
+    Refusal.INVALID_PROXY_HEADER: "server.proxy_protocol",
     Refusal.HTTP_CONNECTIONS: "limits.max_http_connections",
     Refusal.METRICS_CONNECTIONS: "metrics.host",
     Refusal.DESCRIPTORS: "ulimit -n",

@@ -23,7 +23,11 @@ RESPONSE_HEADERS: Mapping[int, Mapping[str, Any]] = {
 }
 """The OpenAPI description of the headers of a refusal, by its status."""
 
-UNDOCUMENTED = (Refusal.INVALID_HANDSHAKE, Refusal.METRICS_CONNECTIONS)
+UNDOCUMENTED = (
+    Refusal.INVALID_HANDSHAKE,
+    Refusal.INVALID_PROXY_HEADER,
+    Refusal.METRICS_CONNECTIONS,
+)
 """Reasons that no request in the OpenAPI document is refused for."""
 
 

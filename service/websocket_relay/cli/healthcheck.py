@@ -3,11 +3,14 @@
 Knows the settings that make a relay listen; no server code.
 """
 
+import contextlib
 import http.client
 import json
+import socket
 import ssl
+from collections.abc import Sequence
 
-from websocket_relay.config.model import Settings
+from websocket_relay.config.model import Settings, listens_on_all_addresses
 from websocket_relay.outcomes import UnhealthyError
 
 TIMEOUT_S = 4.0
@@ -17,7 +20,7 @@ start of this process."""
 MAX_BYTES = 1024
 """Read of an answer; those of the probes are shorter."""
 
-LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def check_health(settings: Settings, *, path: str = "/healthz") -> None:
@@ -30,9 +33,15 @@ def check_health(settings: Settings, *, path: str = "/healthz") -> None:
     Raises:
         UnhealthyError: there is no answer, or its status is not 200.
     """
-    connection = _connection(settings)
-    address = f"{connection.host}:{connection.port}"
+    is_on_metrics_port = settings.metrics.enabled
+    section = settings.metrics if is_on_metrics_port else settings.server
+    unix = "" if is_on_metrics_port else settings.server.socket
+    address = unix or f"{_hosts(section.host)[0]}:{section.port}"
+    connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT_S)
     try:
+        connection.sock = _connect_unix(unix) if unix else _connect(section.host, section.port)
+        if not is_on_metrics_port and settings.server.tls.enabled:
+            connection.sock = _tls_context().wrap_socket(connection.sock)
         connection.request("GET", path)
         answer = connection.getresponse()
         body = answer.read(MAX_BYTES)
@@ -52,14 +61,42 @@ def _status_in(body: bytes) -> str:
         return ""
 
 
-def _connection(settings: Settings) -> http.client.HTTPConnection:
-    section = settings.metrics if settings.metrics.enabled else settings.server
-    host = LOOPBACK_FOR.get(section.host, section.host)
-    if settings.metrics.enabled or not settings.server.tls.enabled:
-        return http.client.HTTPConnection(host, section.port, timeout=TIMEOUT_S)
+def _hosts(hosts: str) -> Sequence[str]:
+    """Return the addresses by which this machine reaches a listening one."""
+    host = hosts.partition(",")[0]
+    if not listens_on_all_addresses(host):
+        return [host]
+    return LOOPBACK if host != "0.0.0.0" else LOOPBACK[:1]
+
+
+def _connect(hosts: str, port: int) -> socket.socket:
+    *others, last = _hosts(hosts)
+    for host in others:
+        with contextlib.suppress(OSError):  # the machine may have one family only
+            return socket.create_connection((host, port), TIMEOUT_S)
+    return socket.create_connection((last, port), TIMEOUT_S)
+
+
+def _connect_unix(path: str) -> socket.socket:
+    if path.startswith("fd:"):
+        raise UnhealthyError(
+            f"server.socket is {path}, which only the relay itself has; the check needs"
+            " metrics.enabled: true"
+        )
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(TIMEOUT_S)
+    try:
+        connected.connect(path)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+def _tls_context() -> ssl.SSLContext:
     # The certificate is for the public host name, not for this address. The request has no secret,
     # so the certificate is not verified.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    return http.client.HTTPSConnection(host, section.port, timeout=TIMEOUT_S, context=context)
+    return context

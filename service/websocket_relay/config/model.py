@@ -5,6 +5,7 @@ config.yaml and the chart's values are rendered from it. Knows no component that
 
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,24 @@ def _path_of_a_file(value: str) -> str:
     return value
 
 
+def _joined(value: object) -> object:
+    """Return a list of hosts as one string, in the form that the sockets are opened with."""
+    if isinstance(value, list | tuple) and all(isinstance(host, str) for host in value):
+        value = ",".join(value)
+    if not isinstance(value, str):
+        return value
+    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in value.split(",")]
+    if not all(hosts):
+        raise ValueError("one host or several, separated by commas")
+    return ", ".join(hosts)
+
+
+def listens_on_all_addresses(host: str) -> bool:
+    """Return whether one of the hosts stands for all addresses of the machine."""
+    return host in ("*", "::", "0.0.0.0")
+
+
+Hosts = Annotated[str, BeforeValidator(_joined), Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path_of_a_file)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -84,6 +103,14 @@ Secrets = Annotated[
 ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty strings"}
 """Additions to the JSON schema of a field of the type OneOrMore."""
 
+
+HOST_DESCRIPTION = (
+    "addresses to listen on, separated by commas; * or ::: all of IPv6 and IPv4; 0.0.0.0: of IPv4"
+)
+DESCRIPTOR = re.compile(r"fd:([0-9]{1,4})")
+FIRST_INHERITED = 3
+MAX_SOCKET_BYTES = 107
+"""Maximum length of the path of a Unix socket (unix(7), without the final zero)."""
 
 STREAM_NAME = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 NATS_STREAM_NAME = re.compile(r"[^ .*>/\\]{1,255}")
@@ -149,8 +176,13 @@ class TlsSettings(Section):
 class ServerSettings(Section):
     """The relay's port, its origins and its proxies."""
 
-    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    host: Hosts = Field("*", description=HOST_DESCRIPTION)
     port: Port = Field(8443, description="port to listen on; 0: any free one")
+    socket: str = Field(
+        "",
+        description="instead of host and port: the path of a Unix socket, or fd:3, a socket that"
+        " systemd passes on",
+    )
     tls: TlsSettings = TlsSettings()
     allowed_origins: Texts = Field(
         ("*",),
@@ -167,6 +199,11 @@ class ServerSettings(Section):
         130,
         description="an HTTP connection without a request for this long is closed; has to be longer"
         " than clients and proxies keep theirs",
+    )
+    proxy_protocol: bool = Field(
+        False,
+        description="true: trusted_proxies send the PROXY protocol (version 1 or 2) before TLS and"
+        " HTTP",
     )
     base_path: str = Field(
         "", description="a path prefix like /relay, for an Ingress that does not rewrite paths"
@@ -189,6 +226,31 @@ class ServerSettings(Section):
                 ) from None
         return value
 
+    @field_validator("socket")
+    @classmethod
+    def _path_or_descriptor(cls, value: str) -> str:
+        if ":" in value:
+            match = DESCRIPTOR.fullmatch(value)
+            if match is None or int(match[1]) < FIRST_INHERITED:
+                raise ValueError("a path like /run/websocket-relay/relay.sock, or fd:3")
+        elif len(os.fsencode(value)) > MAX_SOCKET_BYTES or not value.isprintable():
+            raise ValueError(f"a path of {MAX_SOCKET_BYTES} bytes at most, or fd:3")
+        return value
+
+    @property
+    def inherited_descriptor(self) -> int | None:
+        """The file descriptor of an inherited socket; None: the relay opens its own."""
+        match = DESCRIPTOR.fullmatch(self.socket)
+        return int(match[1]) if match else None
+
+    @model_validator(mode="after")
+    def _proxies_that_send_the_header(self) -> "ServerSettings":
+        if self.proxy_protocol and not (self.trusted_proxies or self.socket):
+            raise ValueError(
+                "server.proxy_protocol needs server.trusted_proxies, the addresses of the proxies"
+            )
+        return self
+
     @field_validator("base_path")
     @classmethod
     def _prefix(cls, value: str) -> str:
@@ -201,7 +263,7 @@ class MetricsSettings(Section):
     """The port that Prometheus scrapes."""
 
     enabled: bool = Field(True, description="false: the port is closed")
-    host: str = Field("0.0.0.0", min_length=1, description="address to listen on")
+    host: Hosts = Field("*", description=HOST_DESCRIPTION)
     port: Port = Field(9090, description="port of /metrics, /healthz and /readyz; 0: any free one")
 
 
@@ -562,6 +624,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":
-        if self.metrics.enabled and self.server.port and self.server.port == self.metrics.port:
+        is_open = self.metrics.enabled and self.server.port and not self.server.socket
+        if is_open and self.server.port == self.metrics.port:
             raise ValueError("server.port and metrics.port are the same")
         return self

@@ -9,45 +9,58 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from websocket_relay.config.model import ServerSettings, Settings
+from websocket_relay.config.model import ServerSettings, Settings, listens_on_all_addresses
+from websocket_relay.server.sockets import ListeningAddress
 
 NAME = "websocket-relay"
 
-ANY_ADDRESS = ("0.0.0.0", "::")
 
-
-def greet(settings: Settings, port: int, metrics_port: int | None) -> None:
+def greet(settings: Settings, address: ListeningAddress, metrics_port: int | None) -> None:
     """Print the greeting on standard output; the log goes to standard error."""
     if settings.logging.format == "text":
         with suppress(OSError, ValueError):  # stdout is closed, or the certificate was removed
-            print(greeting(settings, port, metrics_port), end="", flush=True)
+            print(greeting(settings, address, metrics_port), end="", flush=True)
 
 
 def greeting(
-    settings: Settings, port: int, metrics_port: int | None, *, argv0: str = sys.argv[0]
+    settings: Settings,
+    address: ListeningAddress,
+    metrics_port: int | None,
+    *,
+    argv0: str = sys.argv[0],
 ) -> str:
     """Return the addresses of a ready relay, and example commands.
 
     Args:
         settings: the relay's settings.
-        port: the relay's bound port.
+        address: where the relay listens.
         metrics_port: the bound metrics port; None: metrics are disabled.
         argv0: the command by which the relay was started.
     """
-    return "".join(f"{line}\n" for line in _lines(settings, port, metrics_port, argv0))
+    return "".join(f"{line}\n" for line in _lines(settings, address, metrics_port, argv0))
 
 
-def _lines(settings: Settings, port: int, metrics_port: int | None, argv0: str) -> Iterator[str]:
+def _lines(
+    settings: Settings, address: ListeningAddress, metrics_port: int | None, argv0: str
+) -> Iterator[str]:
     server = settings.server
     s = "s" if server.tls.enabled else ""
-    address = f"{_host(server.host)}:{port}{server.base_path}"
-    websocket = f"ws{s}://{address}/"
+    host = address.host if server.socket else server.host
+    authority = "localhost" if address.port is None else f"{_host(host)}:{address.port}"
+    websocket = f"ws{s}://{authority}{server.base_path}/"
     yield "The relay is ready; Ctrl-C stops it."
-    yield f"  clients    {websocket} and {websocket}channels/NAME"
-    if settings.console.enabled:
-        yield f"  console    http{s}://{address}/"
+    if address.port is None:
+        yield f"  socket     {address.host}, for a proxy on this machine"
+    else:
+        yield f"  clients    {websocket} and {websocket}channels/NAME"
+        if settings.console.enabled:
+            yield f"  console    http{s}://{authority}{server.base_path}/"
     if metrics_port is not None:
         yield f"  metrics    http://{_host(settings.metrics.host)}:{metrics_port}/metrics"
+    if address.port is None:
+        k = " --insecure" if s else ""
+        yield f"  check      curl{k} --unix-socket {address.host} http{s}://{authority}/readyz"
+        return
     program = _program(argv0)
     options = f" --ca {server.tls.cert_file}" if _is_self_signed(server) else ""
     if settings.auth.mode != "none":
@@ -56,9 +69,10 @@ def _lines(settings: Settings, port: int, metrics_port: int | None, argv0: str) 
     yield f"  send       {program} send{options} {websocket} hello"
 
 
-def _host(host: str) -> str:
-    """Return a listening address as clients on this machine write it in a URL."""
-    if host in ANY_ADDRESS:
+def _host(hosts: str) -> str:
+    """Return the first listening address as clients on this machine write it in a URL."""
+    host = hosts.partition(",")[0]
+    if listens_on_all_addresses(host):
         return "localhost"
     return f"[{host}]" if ":" in host else host
 

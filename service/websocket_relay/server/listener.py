@@ -1,10 +1,8 @@
-"""Accept connections on one port, with uvicorn. Knows no settings and no signal."""
+"""Accept connections on the sockets of one port, with uvicorn. Knows no settings and no signal."""
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
-import os
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,12 +10,12 @@ from typing import Any, cast
 
 import uvicorn
 
-from websocket_relay.outcomes import ListenError, TlsFailure
+from websocket_relay.outcomes import TlsFailure
+from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
 from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.http_protocol import HttpProtocol
+from websocket_relay.wire.proxy_header import ProxyHeader
 from websocket_relay.wire.tls_handshake import TlsHandshake
-
-LISTEN_BACKLOG = 4096
-"""Length of the kernel's accept queue; the kernel caps it at net.core.somaxconn."""
 
 UNSENT_BYTES = 131_072
 """Bytes that the kernel buffers for a client beyond what TCP can send now (TCP_NOTSENT_LOWAT;
@@ -28,110 +26,116 @@ of a third of that."""
 FINISH_S = 0.1
 """Time for responses to plain requests to be sent when the ports close."""
 
-OF_THE_PORT = {errno.EADDRINUSE, errno.EACCES, errno.EPERM}
-"""Errors that another port avoids; all others need another host."""
+UNIX_PEER = "unix"
+"""The address of peers on a Unix socket, which have none. They are trusted as proxies: the
+permissions of the socket decide who may connect."""
 
 MAPPED_BITS = 96
 """Bits of prefix before the IPv4 address in an IPv4-mapped IPv6 address."""
 
 
 class Listener(uvicorn.Server):
-    """A uvicorn server on one port, with the relay's own startup, TLS and signals.
+    """A uvicorn server on the sockets of one port, with the relay's own startup, TLS and signals.
 
     uvicorn's own startup sets no deadline for TLS handshakes and exits the process if the port is
     in use. Its signal handlers would replace the relay's.
 
     Args:
         app: the application.
-        host, port: the address; port 0 selects a free one.
-        section: the section of the settings with the address, for errors.
+        sockets: the bound sockets.
         http_connections: the plain HTTP connections of the port.
         context: for TLS; None: no TLS.
         handshake_timeout_s: deadline of a TLS handshake.
         record_tls_failure: counts and logs a TLS handshake that failed.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
+        proxy_protocol: whether these peers send a PROXY protocol header first.
         protocols: uvicorn's `http`, `ws` and `timeout_keep_alive` settings.
     """
 
     def __init__(
         self,
         app: Callable[..., Any],
-        host: str,
-        port: int,
+        sockets: Sequence[socket.socket],
         *,
-        section: str,
         http_connections: HttpConnections,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10,
         record_tls_failure: Callable[[TlsFailure], None] = lambda _: None,
         trusted_proxies: Sequence[str] = (),
+        proxy_protocol: bool = False,
         **protocols: Any,
     ) -> None:
+        self._trusted = [*trusted_proxies, *_mapped(trusted_proxies)]
+        self._is_unix = sockets[0].family == socket.AF_UNIX
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=bool(trusted_proxies),
-            forwarded_allow_ips=[*trusted_proxies, *_mapped(trusted_proxies)],
+            proxy_headers=bool(trusted_proxies) or self._is_unix,
+            forwarded_allow_ips=[*self._trusted, *([UNIX_PEER] if self._is_unix else [])],
             **protocols,
         )
         super().__init__(config)
-        self._section = section
+        self._sockets = sockets
         self._http_connections = http_connections
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
         self._record_tls_failure = record_tls_failure
+        self._proxy_networks = (
+            [ipaddress.ip_network(proxy) for proxy in self._trusted] if proxy_protocol else None
+        )
 
     @property
-    def address(self) -> tuple[str, int]:
-        """The bound host and port."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return host, port
+    def address(self) -> ListeningAddress:
+        """Where clients on this machine, or a proxy, connect."""
+        if self._is_unix:
+            return ListeningAddress(self._sockets[0].getsockname(), None)
+        names = [listening.getsockname() for listening in self._sockets]
+        return ListeningAddress(", ".join(name[0] for name in names), names[0][1])
 
     async def listen(self) -> None:
-        """Bind the port and start to accept connections.
-
-        Raises:
-            ListenError: the address can't be bound.
-        """
+        """Start to accept connections."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
-        try:
-            server = await asyncio.get_running_loop().create_server(
-                self._protocol,
-                self.config.host,
-                self.config.port,
-                backlog=LISTEN_BACKLOG,
+        self.servers = []
+        loop = asyncio.get_running_loop()
+        for listening in self._sockets:
+            create: Callable[..., Any] = loop.create_unix_server
+            if not self._is_unix:
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+                create = loop.create_server
+            self.servers.append(
+                await create(self._protocol, sock=listening, backlog=LISTEN_BACKLOG)
             )
-        except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
-            code = getattr(error, "errno", None)
-            reason = os.strerror(code) if code and code > 0 else str(error)
-            name = "port" if code in OF_THE_PORT else "host"
-            raise ListenError(
-                f"{self._section}.{name}",
-                f"can't listen on {self.config.host} port {self.config.port}: {reason}",
-            ) from None
-        for listening in cast(list[socket.socket], server.sockets):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        self.servers = [cast(Any, server)]
         self.started = True
 
     def _protocol(self) -> asyncio.Protocol:
-        make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
-        protocol = make(config=self.config, server_state=self.server_state, app_state={})
-        if self._context is None:
-            return protocol
-        return TlsHandshake(
-            protocol,
-            self._http_connections,
-            self._context,
-            asyncio.get_running_loop().time() + self._handshake_timeout_s,
-            self._record_tls_failure,
+        make = cast(Callable[..., HttpProtocol], self.config.http_protocol_class)
+        http = make(config=self.config, server_state=self.server_state, app_state={})
+        if self._is_unix:
+            http.peer = (UNIX_PEER, 0)
+        if self._context is None and self._proxy_networks is None:
+            return http
+        deadline_at = asyncio.get_running_loop().time() + self._handshake_timeout_s
+        following: asyncio.Protocol = http
+        if self._context is not None:
+            following = TlsHandshake(
+                http, self._http_connections, self._context, deadline_at, self._record_tls_failure
+            )
+        if self._proxy_networks is None:
+            return following
+        return ProxyHeader(
+            http, following, self._http_connections, deadline_at, self._sends_proxy_header
         )
+
+    def _sends_proxy_header(self, transport: asyncio.BaseTransport) -> bool:
+        assert self._proxy_networks is not None
+        if self._is_unix:
+            return True
+        address = ipaddress.ip_address(transport.get_extra_info("peername")[0])
+        return any(address in network for network in self._proxy_networks)
 
     async def startup(self, sockets: object = None) -> None:
         """Do nothing: `listen` has bound the port."""

@@ -7,9 +7,10 @@ import gc
 import logging
 import os
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from websocket_relay import logs
 from websocket_relay.app import Replica, build
 from websocket_relay.cancellation import run_cancellable
 from websocket_relay.channels.keepalive import keep_alive
-from websocket_relay.config.model import Settings, SettingsWarning
+from websocket_relay.config.model import ServerSettings, Settings, SettingsWarning
 from websocket_relay.file_descriptors import AT_START, RESERVED, highest_limit, raise_limit
 from websocket_relay.lifecycle import Phase
 from websocket_relay.outcomes import Refusal
@@ -28,6 +29,7 @@ from websocket_relay.server.greeting import greet
 from websocket_relay.server.listener import Listener
 from websocket_relay.server.reload import reload_when_requested
 from websocket_relay.server.signals import Stop
+from websocket_relay.server.sockets import inherited_socket, tcp_sockets, unix_socket
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.websocket import WebSocketConnection
@@ -174,7 +176,7 @@ async def _serve(
             await owned.enter_async_context(tokens.jwks)  # the ports open before it has keys
         # Before the broker's name is resolved: uvloop resolves two names at a time, and treats
         # "127.0.0.1" as one, too.
-        relay_port, metrics_port = await _open_ports(settings, relay)
+        relay_port, metrics_port = await _open_ports(settings, relay, owned)
         ports = [port for port in (metrics_port, relay_port) if port is not None]
         # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
         request_stop = functools.partial(loop.call_soon_threadsafe, stopping.set)
@@ -182,7 +184,7 @@ async def _serve(
         stop.attach(
             request_stop, timeout_s, functools.partial(_running_tasks, loop), request_reload
         )
-        _log_ports(relay, relay_port, metrics_port)
+        _log_ports(settings, relay_port, metrics_port)
         reload = functools.partial(
             reload_when_requested,
             requested=reloading,
@@ -229,8 +231,14 @@ def _background(
         yield relay.certificates.watch
 
 
-async def _open_ports(settings: Settings, relay: Replica) -> tuple[Listener, Listener | None]:
+async def _open_ports(
+    settings: Settings, relay: Replica, owned: contextlib.AsyncExitStack
+) -> tuple[Listener, Listener | None]:
     """Open the metrics port, if enabled, then the relay's port; return the relay's port first.
+
+    Args:
+        settings, relay: of the replica.
+        owned: removes the file of a Unix socket at the end.
 
     Raises:
         StartError: an address can't be bound.
@@ -238,25 +246,26 @@ async def _open_ports(settings: Settings, relay: Replica) -> tuple[Listener, Lis
     metrics_port = _metrics_listener(settings, relay)
     if metrics_port is not None:
         await metrics_port.listen()
-    relay_port = _relay_listener(settings, relay)
+    relay_port = _relay_listener(settings, relay, owned)
     await relay_port.listen()
     return relay_port, metrics_port
 
 
-def _log_ports(relay: Replica, relay_port: Listener, metrics_port: Listener | None) -> None:
+def _log_ports(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
     if metrics_port is not None:
-        host, port = metrics_port.address
-        log.info("metrics listening", extra={"host": host, "port": port})
-    host, port = relay_port.address
-    log.info(
-        "relay listening",
-        extra={"host": host, "port": port, "tls": relay.certificates is not None},
-    )
+        address = metrics_port.address
+        log.info("metrics listening", extra={"host": address.host, "port": address.port})
+    address, tls = relay_port.address, settings.server.tls.enabled
+    if address.port is None:
+        log.info("relay listening", extra={"socket": address.host, "tls": tls})
+    else:
+        facts = {"host": address.host, "port": address.port, "tls": tls}
+        log.info("relay listening", extra=facts)
 
 
 def _greet(settings: Settings, relay_port: Listener, metrics_port: Listener | None) -> None:
-    metrics_number = metrics_port.address[1] if metrics_port is not None else None
-    arguments = (settings, relay_port.address[1], metrics_number)
+    metrics_number = metrics_port.address.port if metrics_port is not None else None
+    arguments = (settings, relay_port.address, metrics_number)
     # In a thread: standard output may be a full pipe.
     threading.Thread(target=greet, args=arguments, daemon=True).start()
 
@@ -286,20 +295,31 @@ async def _become_ready(relay: Replica, on_ready: Callable[[], None]) -> None:
     on_ready()
 
 
-def _relay_listener(settings: Settings, relay: Replica) -> Listener:
+def _relay_sockets(
+    server: ServerSettings, owned: contextlib.AsyncExitStack
+) -> Sequence[socket.socket]:
+    if server.inherited_descriptor is not None:
+        return [inherited_socket(server.inherited_descriptor)]
+    if server.socket:
+        return [owned.enter_context(unix_socket(Path(server.socket)))]
+    return tcp_sockets("server", server.host, server.port)
+
+
+def _relay_listener(
+    settings: Settings, relay: Replica, owned: contextlib.AsyncExitStack
+) -> Listener:
     server = settings.server
     certificates = relay.certificates
     return Listener(
         relay.app,
-        server.host,
-        server.port,
-        section="server",
+        _relay_sockets(server, owned),
         http_connections=relay.http_connections,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
         record_tls_failure=relay.refusals.count_tls_failure,
         trusted_proxies=server.trusted_proxies,
         timeout_keep_alive=server.keepalive_timeout_s,
+        proxy_protocol=server.proxy_protocol,
         http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),
         ws=functools.partial(WebSocketConnection, shared=relay.shared),
     )
@@ -314,9 +334,7 @@ def _metrics_listener(settings: Settings, relay: Replica) -> Listener | None:
     )
     return Listener(
         relay.metrics_app,
-        metrics.host,
-        metrics.port,
-        section="metrics",
+        tcp_sockets("metrics", metrics.host, metrics.port),
         http_connections=relay.metrics_http_connections,
         timeout_keep_alive=settings.server.keepalive_timeout_s,
         http=http,

@@ -119,6 +119,7 @@ class HttpProtocol(HttpToolsProtocol):
         # each other: initialized here, each failed handshake of a flood would leave a reference
         # cycle to the garbage collector.
         self._base_arguments = (config, server_state, app_state, _loop)
+        self.peer: tuple[str, int] | None = None  # in place of the address of the connection
         self._context = shared
         self._http_connections = plain
         # The deadline includes the TLS handshake.
@@ -140,6 +141,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().__init__(*self._base_arguments)
         super().connection_made(transport)
+        if self.peer is not None:
+            self.client = self.peer
         self._reading = PausableReader(transport)
         self.flow = FlowControl(cast(asyncio.Transport, self._reading))
         self._deadline_timer = self.loop.call_at(self._deadline_at, self._on_deadline)

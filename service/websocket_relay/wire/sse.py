@@ -97,9 +97,9 @@ class SseConnection(Connection):
         self.connection_made(transport)
         # A client does not answer events. TCP detects a dead one (RFC 5482), as each keepalive
         # comment needs an acknowledgement. Systems other than Linux use their own timeout.
-        if sys.platform == "linux":
+        connection = transport.get_extra_info("socket")
+        if sys.platform == "linux" and connection.family != socket.AF_UNIX:
             silence_ms = round(self._silence_s * 1000)
-            connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
         self.open(b"retry: %d\n\n" % random.randint(*RECONNECT_DELAY_MS), SSE)
 
