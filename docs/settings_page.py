@@ -59,7 +59,7 @@ def _rows(model: Any, path: str, defaults: dict[str, Any]) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Return a text with its URLs as code, and with nothing that Markdown would interpret."""
-    return URL.sub(lambda url: f"`{url[0]}`", text.replace("*", r"\*"))
+    return URL.sub(lambda url: f"`{url[0]}`".replace("\\*", "*"), text.replace("*", r"\*"))
 
 
 if __name__ == "__main__":

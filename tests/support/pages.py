@@ -54,8 +54,9 @@ application, Redis, NATS."""
 
 RUN_ELSEWHERE = frozenset(
     {
-        *("cosign", "docker", "haproxy", "helm", "kubectl"),
-        *("nginx", "npm", "pip", "python3", "systemctl"),
+        *("cosign", "docker", "haproxy", "helm", "journalctl", "kubectl"),
+        *("nginx", "npm", "pip", "python3", "systemctl", "useradd"),
+        *("/opt/websocket-relay/bin/python", "/opt/websocket-relay/bin/websocket-relay"),
     }
 )
 """Commands that are not run: they need a daemon, a cluster, root, or a released package."""

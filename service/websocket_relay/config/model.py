@@ -105,7 +105,7 @@ ONE_OR_MORE: dict[str, Any] = {"type": ["string", "array"], ITEMS: "non-empty st
 
 
 HOST_DESCRIPTION = (
-    "addresses to listen on, separated by commas; * or ::: all of IPv6 and IPv4; 0.0.0.0: of IPv4"
+    "addresses to listen on, separated by commas; all of IPv6 and IPv4: * or ::, of IPv4: 0.0.0.0"
 )
 DESCRIPTOR = re.compile(r"fd:([0-9]{1,4})")
 FIRST_INHERITED = 3
