@@ -51,6 +51,9 @@ TABLE = re.compile(r"(?<=<!-- values -->\n).*(?=<!-- /values -->)", re.DOTALL)
 
 HEADER = "# Rendered from helm/websocket-relay by make chart. Change things in an overlay.\n"
 
+CONFIG_ANNOTATION = "websocket-relay/config.yaml"
+"""The annotation of the chart's pods that contains the settings."""
+
 RELEASE_LABELS = ("app.kubernetes.io/version", "app.kubernetes.io/managed-by", "helm.sh/chart")
 """Labels that change with each version, or that belong to Helm."""
 
@@ -135,15 +138,12 @@ def manifests(rendered: str) -> Iterator[tuple[Path, str]]:
     """Yield the files of k8s/base, from the chart as rendered by Helm."""
     names = []
     for document in filter(None, yaml.safe_load_all(rendered)):
-        if document["kind"] == "ConfigMap":
-            # kustomize adds a hash to the ConfigMap's name: changed settings replace the pods.
-            config = yaml.safe_load(document["data"]["config.yaml"])
-            yield BASE / "config.yaml", HEADER + _dumped(config)
-            continue
+        if document["kind"] == "Deployment":
+            yield BASE / "config.yaml", HEADER + _dumped(_taken_config(document))
         name = f"{document['kind'].lower()}.yaml"
         names.append(name)
         yield BASE / name, HEADER + _dumped(_plain(document))
-    # Of the ConfigMap, only the name is needed here.
+    # kustomize adds a hash to the ConfigMap's name, and `kubectl apply` keeps the old ones.
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -201,12 +201,27 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
             closed = {"type": "object", "additionalProperties": False, "required": [*inner]}
             return kept | closed | {"properties": inner}
         kept |= {key: value for key, value in node.items() if key in SCHEMA_KEYS}
+        if kept.get("type") == "number":
+            kept |= {"type": ["number", "string"], "pattern": _decimal_text(kept)}
         if path in PATTERNS:
             pattern = {"pattern": f"^({PATTERNS[path].pattern})$"}
             kept |= {"items": kept["items"] | pattern} if "items" in kept else pattern
         return kept
 
     return whole(root, ()) | {"description": "config.yaml of the relay, key for key"}
+
+
+def _decimal_text(bounds: Mapping[str, Any]) -> str:
+    """Return a pattern for a number with decimals that `helm --set` passes, which is a string.
+
+    It matches numbers within the bounds, less those with as many digits as the maximum.
+    """
+    more_digits = len(str(int(bounds["maximum"]))) - 2
+    large = rf"[1-9][0-9]{{0,{more_digits}}}[.][0-9]+"
+    if bounds.get("minimum", 0) >= 1:
+        return f"^{large}$"
+    zero = "|0[.]0+" if "minimum" in bounds else ""
+    return f"^({large}|0[.]0*[1-9][0-9]*{zero})$"
 
 
 def _require(node: dict[str, Any], defaults: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
@@ -241,13 +256,20 @@ def _schema_of(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | 
 
 
 def _plain(document: dict[str, Any]) -> dict[str, Any]:
-    """Remove Helm's labels from an object, and the annotation that kustomize makes unnecessary."""
+    """Remove Helm's labels from an object."""
     for label in RELEASE_LABELS:
         document["metadata"]["labels"].pop(label)
-    template = document.get("spec", {}).get("template", {}).get("metadata", {})
-    if template.get("annotations", {}).pop("checksum/config", None) and not template["annotations"]:
-        del template["annotations"]
     return document
+
+
+def _taken_config(deployment: dict[str, Any]) -> Any:
+    """Return the settings in the pods' template, which then takes them from the ConfigMap."""
+    template = deployment["spec"]["template"]
+    (volume,) = (each for each in template["spec"]["volumes"] if each["name"] == "config")
+    del volume["downwardAPI"]
+    volume["configMap"] = {"name": "websocket-relay"}
+    annotations = template["metadata"].pop("annotations")
+    return yaml.safe_load(annotations[CONFIG_ANNOTATION])
 
 
 class _Dumper(yaml.SafeDumper):

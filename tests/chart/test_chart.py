@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from websocket_relay.cli.main import main
 from websocket_relay.config.loader import LEAVES
 from websocket_relay.config.model import Settings
 
@@ -41,6 +42,7 @@ VALUES = yaml.safe_load(VALUES_TEXT)
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 K8S = ROOT / "k8s"
 
+REDIS_3 = {"replicaCount": 3, "config": {"backplane": {"url": "redis://redis:6379/0"}}}
 REDIS = {"config": {"backplane": {"url": "redis://redis:6379/0"}}}
 JWT = {"config": {"auth": {"mode": "jwt"}}, "secrets": {"jwtSecret": {"name": "relay-jwt"}}}
 
@@ -218,6 +220,9 @@ def schema_errors(values: Mapping[str, Any]) -> str:
         ("serviceMonitor.interval", "often", "interval"),
         ("httpRoute.timeouts.request", "1 hour", "request"),
         ("podDisruptionBudget.maxUnavailable", "one", "maxUnavailable"),
+        ("config.shutdown.timeout_s", "0.5", "timeout_s"),
+        ("config.keepalive.ping_interval_s", "0.0", "ping_interval_s"),
+        ("config.history.max_age_s", "99999.5", "max_age_s"),
         ("config.server.allowed_origins", ["example.com"], "allowed_origins"),
         ("config.server.trusted_proxies", ["ingress-nginx"], "trusted_proxies"),
         ("extraEnv", [{"name": "WORKERS", "value": 2}], "value"),
@@ -279,6 +284,7 @@ def test_a_null_removes_a_value_that_is_optional(name: str) -> None:
         "resources",
         "securityContext",
         "ingress.annotations",
+        "commonLabels",
         "httpRoute.timeouts",
         "extraEnv",
     )
@@ -300,6 +306,18 @@ MISFITS: list[list[Misfit]] = [
         (
             nested_values("config.backplane.url", "http://redis:6379"),
             ["config.backplane.url", "redis://"],
+        ),
+        (
+            nested_values("commonLabels", {"app.kubernetes.io/instance": "chat"}),
+            ["commonLabels", "app.kubernetes.io/instance"],
+        ),
+        (
+            nested_values("resources.limits.memory", "200Mi"),
+            ["resources.limits.memory", "config.limits.total_backlog_bytes"],
+        ),
+        (
+            nested_values("service.ipFamilyPolicy", "RequireDualStack"),
+            ["service.ipFamilyPolicy", "config.server.host"],
         ),
         (
             {
@@ -396,11 +414,14 @@ MISFITS: list[list[Misfit]] = [
             ["tls.secretName", "config.server.tls.enabled"],
         ),
         (
-            merge_values(
-                {"ingress": {"enabled": True, "hosts": ["relay.example.com"]}},
-                nested_values("config.keepalive.ping_interval_s", 3600),
+            nested_values(
+                "serviceMonitor", {"enabled": True, "interval": "1m", "scrapeTimeout": "90s"}
             ),
-            ["proxy-read-timeout", "config.keepalive.ping_interval_s"],
+            ["serviceMonitor.scrapeTimeout", "serviceMonitor.interval"],
+        ),
+        (
+            nested_values("resources.limits.memory", 200_000_000),
+            ["resources.limits.memory", "config.limits.total_backlog_bytes"],
         ),
         (
             {"httpRoute": {"enabled": True, "hostnames": ["relay.example.com"]}},
@@ -429,6 +450,10 @@ MISFITS: list[list[Misfit]] = [
             {"extraEnv": [{"name": "RELAY__AUTH__JWT__SECRET", "value": "pa55word"}]},
             ["extraEnv", "secrets.jwtSecret"],
         ),
+        (
+            nested_values("podDisruptionBudget.maxUnavailable", "0%"),
+            ["podDisruptionBudget.maxUnavailable is 0%", "set it to 1"],
+        ),
     ],
     [
         (
@@ -450,6 +475,10 @@ MISFITS: list[list[Misfit]] = [
             nested_values("config.auth.mode", "jwt"),
             ["config.auth.jwt.algorithms", "secrets.jwtSecret.name"],
         ),
+        (
+            {"podDisruptionBudget": {"maxUnavailable": "", "minAvailable": "70%"}},
+            ["podDisruptionBudget.minAvailable is 70%", "podDisruptionBudget.maxUnavailable to 1"],
+        ),
     ],
     [
         (
@@ -465,7 +494,7 @@ MISFITS: list[list[Misfit]] = [
                 nested_values("autoscaling.targetCPUUtilizationPercentage", 0),
                 nested_values("autoscaling.targetConnectedClients", 0),
             ),
-            ["autoscaling.targetCPUUtilizationPercentage", "autoscaling.targetConnectedClients"],
+            ["autoscaling.targetConnectedClients", "autoscaling.metrics"],
         ),
         (
             merge_values(REDIS, nested_values("secrets.backplaneUrl.name", "relay-broker")),
@@ -572,13 +601,62 @@ def test_the_chart_can_be_a_dependency_of_another_chart(name: str, tmp_path: Pat
     (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(parent | {"dependencies": [dependency]}))
     shutil.copytree(CHART, tmp_path / "charts" / CHART.name)
     budget = {"maxUnavailable": "", "minAvailable": "60%"}
-    values = {CHART.name: {"enabled": True, "podDisruptionBudget": budget}}
+    values = {CHART.name: {"enabled": True, "podDisruptionBudget": budget} | REDIS_3}
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
     objects = parse_objects(find_helm(name).run("template", "bank", str(tmp_path)))
     spec = find_object(objects, "PodDisruptionBudget", f"bank-{CHART.name}")["spec"]
     assert (spec["minAvailable"], spec.get("maxUnavailable")) == ("60%", None)
     disabled = ["--set", f"{CHART.name}.enabled=false"]
     assert not parse_objects(find_helm(name).run("template", "bank", str(tmp_path), *disabled))
+
+
+BROKER_URLS = (
+    "redis://redis",
+    "rediss://redis:6380/1?ssl_cert_reqs=none",
+    "redis://[fd00::7]:6379/0?client_name=relay",
+    "unix:///run/redis.sock",
+    "nats://one,two:4223?replicas=3",
+    "tls://nats:4222",
+)
+REFUSED_URLS = (
+    "redis://redis:6379/cache",
+    "redis://redis:99999/0",
+    "redis://redis:port/0",
+    "redis://one,two",
+    "redis://redis/0?ssl_cert_reqs=none",
+    "rediss://redis/0?nonsense=1",
+    "redis+sentinel://one,two",
+    "nats://one,",
+    "nats://one?replicas=2",
+    "nats://",
+)
+
+
+@pytest.mark.parametrize("url", BROKER_URLS)
+def test_the_relay_accepts_the_addresses_of_brokers_that_the_chart_accepts(
+    url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(rendered_settings(values=nested_values("config.backplane.url", url)))
+    assert main(["check", "--config-file", str(file)]) == 0
+
+
+@pytest.mark.parametrize("url", REFUSED_URLS)
+def test_the_chart_refuses_an_address_that_is_not_a_brokers(url: str) -> None:
+    with pytest.raises(HelmError, match=r"config\.backplane\.url is not the address"):
+        newest_helm().template(values=nested_values("config.backplane.url", url))
+
+
+def rendered_settings(*options: str, values: Mapping[str, Any] | None = None) -> str:
+    deployment = find_object(newest_helm().objects(*options, values=values), "Deployment")
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    return str(annotations["websocket-relay/config.yaml"])
+
+
+def test_a_number_with_decimals_on_the_command_line_is_a_number() -> None:
+    options = ("--set", "config.shutdown.timeout_s=40.5", "--set", "config.shutdown.spread_s=20.5")
+    settings = yaml.safe_load(rendered_settings(*options))
+    assert Settings(**settings).shutdown.timeout_s == 40.5
 
 
 # The README of the chart

@@ -12,18 +12,21 @@ from websocket_relay.config.loader import load
 
 from tests.support.helm import (
     CHART,
+    HELMS,
     RELEASE,
     KubernetesObject,
+    find_helm,
     find_object,
     merge_values,
     nested_values,
     newest_helm,
     parse_objects,
 )
+from tests.support.kubernetes_api import cluster_with
 
 FULL = CHART / "ci" / "full-values.yaml"
-NGINX = "nginx.ingress.kubernetes.io"
 REDIS = nested_values("config.backplane.url", "redis://redis:6379/0")
+THREE = merge_values(REDIS, {"replicaCount": 3})
 TLS = {"config": {"server": {"tls": {"enabled": True}}}, "tls": {"secretName": "relay-tls"}}
 INGRESS = {"ingress": {"enabled": True, "hosts": ["relay.example.com"]}}
 ROUTE = {
@@ -55,8 +58,14 @@ def pod_of(objects: Sequence[KubernetesObject], name: str = RELEASE) -> Any:
 
 
 def container_of(objects: Sequence[KubernetesObject], name: str = RELEASE) -> Any:
-    (container,) = pod_of(objects, name)["spec"]["containers"]
-    return container
+    return pod_of(objects, name)["spec"]["containers"][0]
+
+
+def settings_of(objects: Sequence[KubernetesObject], name: str = RELEASE) -> str:
+    """Return the text of the relay's settings, which is a part of the pods' template."""
+    text = pod_of(objects, name)["metadata"]["annotations"]["websocket-relay/config.yaml"]
+    assert isinstance(text, str)
+    return text
 
 
 def kinds(objects: Sequence[KubernetesObject]) -> set[str]:
@@ -81,9 +90,9 @@ def test_pods_have_no_permissions_beyond_what_they_need(
         assert spec["automountServiceAccountToken"] is False
         assert spec["enableServiceLinks"] is False
         pod = spec["securityContext"]
-        assert (pod["runAsNonRoot"], pod["runAsUser"]) == (True, 10001)
-        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
-        (container,) = spec["containers"]
+        # No user and no group: they are those of the image, or those that OpenShift assigns.
+        assert pod == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        container = spec["containers"][0]
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -92,7 +101,6 @@ def test_pods_have_no_permissions_beyond_what_they_need(
         assert container["resources"]["limits"]["memory"]
         # No shell is needed.
         assert container.get("command", ["python"])[0] == "python"
-        assert "lifecycle" not in container
     account = next(each for each in objects if each["kind"] == "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
 
@@ -108,6 +116,32 @@ def test_a_rolling_update_adds_a_pod_before_it_removes_one() -> None:
 def test_an_update_replaces_all_pods_at_once_with_the_strategy_recreate() -> None:
     spec = find_object(rendered(nested_values("strategy.type", "Recreate")), "Deployment")["spec"]
     assert spec["strategy"] == {"type": "Recreate"}
+
+
+@pytest.mark.parametrize(
+    ("values", "ready_s", "minimum_ready_s"),
+    [
+        ({}, 0, 15),  # an only replica is missed, and its update adds another one first
+        (THREE, 15, 0),
+        (merge_values(REDIS, nested_values("autoscaling.enabled", True)), 15, 0),
+        (merge_values(THREE, nested_values("config.shutdown.spread_s", "10.5")), 16, 0),
+        (merge_values(THREE, nested_values("probes.readiness.initialDelaySeconds", 5)), 5, 10),
+    ],
+)
+def test_the_replacement_of_an_evicted_pod_is_ready_when_that_pod_is_drained(
+    values: Mapping[str, Any], ready_s: int, minimum_ready_s: int
+) -> None:
+    objects = rendered(values)
+    # The budget allows the next eviction when the replacement is ready, and an update
+    # goes on when it is available. Both are after shutdown.readiness_delay_s and spread_s.
+    probe = container_of(objects)["readinessProbe"]
+    assert probe["initialDelaySeconds"] == ready_s
+    assert find_object(objects, "Deployment")["spec"]["minReadySeconds"] == minimum_ready_s
+
+
+def test_the_first_probe_comes_when_the_relay_listens() -> None:
+    # A refused connection would be a warning in the events of every pod that starts.
+    assert container_of(default_objects())["startupProbe"]["initialDelaySeconds"] >= 5
 
 
 def test_the_deadline_of_an_update_is_longer_than_the_time_a_pod_must_be_ready() -> None:
@@ -181,17 +215,19 @@ def test_a_string_reaches_the_settings_of_the_relay_unchanged(
     jwt = {"audience": audience, "issuer": issuer}
     objects = rendered(nested_values("config.auth.jwt", jwt))
     file = tmp_path / "config.yaml"
-    file.write_text(find_object(objects, "ConfigMap")["data"]["config.yaml"])
+    file.write_text(settings_of(objects))
     loaded = load(file, {}).auth.jwt
     assert (loaded.audience, loaded.issuer) == ((audience,), (issuer,))
 
 
-def test_other_settings_make_another_pod_template() -> None:
-    checksums = {
-        pod_of(rendered(values))["metadata"]["annotations"]["checksum/config"]
-        for values in ({}, {}, nested_values("config.limits.max_connections", 5))
-    }
-    assert len(checksums) == 2
+def test_the_settings_are_in_the_pods_template_so_that_an_update_changes_no_pod_that_runs() -> None:
+    changed = rendered(nested_values("config.limits.max_connections", 5))
+    assert settings_of(changed) != settings_of(default_objects())
+    (volume,) = pod_of(changed)["spec"]["volumes"]
+    (item,) = volume["downwardAPI"]["items"]
+    assert item["fieldRef"]["fieldPath"] == "metadata.annotations['websocket-relay/config.yaml']"
+    # A restarting pod reads no object that the update has changed in place.
+    assert not {"ConfigMap", "Secret"} & kinds(changed)
 
 
 def test_the_image_is_that_of_the_version_unless_values_name_another() -> None:
@@ -204,8 +240,11 @@ def test_the_image_is_that_of_the_version_unless_values_name_another() -> None:
             "registry.example.com/relay:edge",
         ),
         ({"tag": "edge", "digest": digest}, f"websocket-relay@{digest}"),
+        ({"registry": "registry.example.com"}, f"registry.example.com/websocket-relay:{version}"),
     ):
         assert container_of(rendered({"image": image}))["image"] == expected
+    image = container_of(full_objects(), "relay")["image"]
+    assert image.startswith("registry.example.com/websocket-relay@")  # global.imageRegistry
 
 
 def test_secrets_are_references_and_not_values() -> None:
@@ -216,10 +255,46 @@ def test_secrets_are_references_and_not_values() -> None:
         ("RELAY__AUTH__JWT__SECRET", "relay-jwt", "secret"),
     ):
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": key}}
-    config = yaml.safe_load(find_object(objects, "ConfigMap", "relay")["data"]["config.yaml"])
+    config = yaml.safe_load(settings_of(objects, "relay"))
     assert config["backplane"]["url"] == "memory://"
     assert config["auth"]["jwt"]["secret"] == ""
     assert "Secret" not in kinds(objects)
+
+
+def test_every_object_and_pod_has_the_common_labels_and_none_twice() -> None:
+    labels = {"example.com/team": "messaging", "release": "prometheus"}
+    values = {"commonLabels": labels, "serviceMonitor": {"labels": {"release": "other"}}}
+    objects = newest_helm().objects("--values", str(FULL), values=values)
+    for each in (*objects, pod_of(objects, "relay")):
+        found = each["metadata"].get("labels", {})
+        release = "other" if each.get("kind") == "ServiceMonitor" else "prometheus"
+        if not each["metadata"].get("name", "").endswith(("tracing", "text")):  # extraObjects
+            assert (found["example.com/team"], found["release"]) == ("messaging", release)
+
+
+def test_the_pod_of_helm_test_is_gone_after_it_and_has_a_name_of_its_own() -> None:
+    metadata = find_object(default_objects(), "Pod", f"{RELEASE}-test")["metadata"]
+    policies = metadata["annotations"]["helm.sh/hook-delete-policy"].split(",")
+    # Helm does not delete the objects of hooks when it uninstalls a release.
+    assert {"hook-succeeded", "hook-failed"} <= {*policies}
+    # The runbooks select pods by this label.
+    assert metadata["labels"]["app.kubernetes.io/name"] == f"{RELEASE}-test"
+
+
+def test_the_pods_have_the_parts_that_the_values_add() -> None:
+    objects = full_objects()
+    spec = pod_of(objects, "relay")["spec"]
+    assert [each["name"] for each in spec["containers"]] == ["relay", "agent"]
+    assert [each["name"] for each in spec["initContainers"]] == ["wait"]
+    assert spec["containers"][0]["envFrom"] == [{"configMapRef": {"name": "tracing"}}]
+    assert "postStart" in spec["containers"][0]["lifecycle"]
+    assert spec["hostAliases"][0]["ip"] == "10.20.0.7"
+    assert spec["dnsConfig"]["options"] == [{"name": "ndots", "value": "1"}]
+    metadata = find_object(objects, "Deployment", "relay")["metadata"]
+    assert metadata["annotations"] == {"reloader.stakater.com/auto": "true"}
+    # Extra objects are templates, as values and as text.
+    assert find_object(objects, "ConfigMap", f"{RELEASE}-tracing")
+    assert find_object(objects, "ConfigMap", "relay-text")
 
 
 def test_selectors_match_the_relays_and_not_the_pod_of_helm_test() -> None:
@@ -250,7 +325,10 @@ def test_the_service_has_both_ports_of_the_relay() -> None:
         "websocket": 80,
         "metrics": 9090,
     }
-    assert targets["websocket"]["appProtocol"] == "kubernetes.io/ws"
+    # All meshes and Gateways know it. Linkerd takes names that it does not know for raw TCP.
+    assert targets["websocket"]["appProtocol"] == "http"
+    tls = find_object(rendered(TLS), "Service")["spec"]["ports"][0]
+    assert tls["appProtocol"] == "https"
     names = {port["name"]: port["containerPort"] for port in container_of(objects)["ports"]}
     assert {name: names[port["targetPort"]] for name, port in targets.items()} == {
         "websocket": 8443,
@@ -272,40 +350,45 @@ def test_an_external_service_does_not_expose_the_metrics(kind: str) -> None:
     assert selects(selector, inside["metadata"]["labels"])
 
 
-def test_an_ingress_has_timeouts_for_websockets_and_the_size_limit_of_a_message() -> None:
-    values = (INGRESS, TLS, nested_values("config.limits.max_message_bytes", 8 << 20))
-    annotations = find_object(rendered(*values), "Ingress")["metadata"]["annotations"]
-    assert annotations == {
-        f"{NGINX}/proxy-read-timeout": "60",
-        f"{NGINX}/proxy-send-timeout": "60",
-        f"{NGINX}/proxy-connect-timeout": "2",
-        f"{NGINX}/proxy-next-upstream": "error timeout http_503",
-        f"{NGINX}/proxy-body-size": "8388608",
-        f"{NGINX}/backend-protocol": "HTTPS",
-    }
+@pytest.mark.parametrize(
+    ("host", "policy", "expected"),
+    [
+        ("::", "PreferDualStack", "PreferDualStack"),
+        ("0.0.0.0", "PreferDualStack", None),
+        ("::", "SingleStack", "SingleStack"),
+        ("::", "", None),
+    ],
+)
+def test_the_services_have_both_families_where_cluster_and_relay_have_both(
+    host: str, policy: str, expected: str | None
+) -> None:
+    objects = rendered(
+        nested_values("config.server.host", host),
+        {"service": {"type": "LoadBalancer", "ipFamilyPolicy": policy}},
+    )
+    for name in (RELEASE, f"{RELEASE}-metrics"):
+        spec = find_object(objects, "Service", name)["spec"]
+        assert spec.get("ipFamilyPolicy") == expected
 
 
-def test_values_replace_and_remove_annotations_of_an_ingress() -> None:
-    changes = {
-        f"{NGINX}/proxy-body-size": "1g",
-        f"{NGINX}/proxy-send-timeout": None,
-        "example.com/team": "messaging",
-    }
-    values = (INGRESS, {"ingress": {"annotations": changes}})
-    annotations = find_object(rendered(*values), "Ingress")["metadata"]["annotations"]
-    assert annotations[f"{NGINX}/proxy-body-size"] == "1g"
-    assert annotations["example.com/team"] == "messaging"
-    assert f"{NGINX}/proxy-send-timeout" not in annotations
-    assert f"{NGINX}/backend-protocol" not in annotations
+def test_the_metrics_are_scraped_by_service_or_by_pod() -> None:
+    pod_monitor = {"serviceMonitor": {"enabled": True, "kind": "PodMonitor"}}
+    spec = find_object(rendered(pod_monitor), "PodMonitor")["spec"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    labels = pod_of(rendered(pod_monitor))["metadata"]["labels"]
+    assert selects(spec["selector"]["matchLabels"], labels)
+    assert labels[spec["jobLabel"]] == RELEASE
 
 
-def test_a_gateway_route_has_no_time_limit_by_default_and_the_field_can_be_removed() -> None:
-    (rule,) = find_object(rendered(ROUTE), "HTTPRoute")["spec"]["rules"]
-    assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
-    assert rule["backendRefs"] == [{"name": RELEASE, "port": 8443}]
-    none = {"httpRoute": {"timeouts": {"request": None, "backendRequest": None}}}
-    (rule,) = find_object(rendered(ROUTE, none), "HTTPRoute")["spec"]["rules"]
+def test_an_ingress_and_a_route_have_only_the_annotations_and_timeouts_of_the_values() -> None:
+    objects = rendered(INGRESS, ROUTE)
+    assert "annotations" not in find_object(objects, "Ingress")["metadata"]
+    (rule,) = find_object(objects, "HTTPRoute")["spec"]["rules"]
     assert "timeouts" not in rule
+    assert rule["backendRefs"] == [{"name": RELEASE, "port": 8443}]
+    (rule,) = find_object(full_objects(), "HTTPRoute", "relay")["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +415,8 @@ def test_the_ingress_and_the_route_have_the_base_path_of_the_relay(
 def test_the_autoscaler_targets_cpu_and_clients_and_scales_down_slowly() -> None:
     objects = rendered(REDIS, nested_values("autoscaling.enabled", True))
     spec = find_object(objects, "HorizontalPodAutoscaler")["spec"]
-    cpu, clients = spec["metrics"]
+    cpu, clients, *more = spec["metrics"]
+    assert more == []
     assert cpu["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
     assert clients["pods"]["metric"] == {"name": "websocket_connected_clients"}
     assert clients["pods"]["target"] == {"type": "AverageValue", "averageValue": "10000"}
@@ -342,11 +426,38 @@ def test_the_autoscaler_targets_cpu_and_clients_and_scales_down_slowly() -> None
     assert "replicas" not in find_object(objects, "Deployment")["spec"]
 
 
+def test_the_autoscaler_has_more_metrics_or_is_another_object() -> None:
+    spec = find_object(full_objects(), "HorizontalPodAutoscaler", "relay")["spec"]
+    assert spec["metrics"][-1]["external"]["metric"] == {"name": "handshakes_per_second"}
+    objects = rendered(REDIS, {"autoscaling": {"enabled": True, "create": False}})
+    assert "HorizontalPodAutoscaler" not in kinds(objects)
+    assert "replicas" not in find_object(objects, "Deployment")["spec"]
+
+
+@pytest.mark.parametrize("name", HELMS)
+def test_the_number_of_replicas_stays_when_autoscaling_is_enabled_for_a_running_release(
+    name: str,
+) -> None:
+    values = merge_values(REDIS, nested_values("autoscaling.enabled", True))
+    objects = rendered(values)
+    running = find_object(objects, "Deployment")
+    owner = {"meta.helm.sh/release-name": RELEASE, "meta.helm.sh/release-namespace": "chat"}
+    running["metadata"] |= {"namespace": "chat", "annotations": owner}
+    running["spec"]["replicas"] = 7  # the number that `kubectl scale` or the autoscaler has set
+    with cluster_with([running], known=objects) as server:
+        text = find_helm(name).run(
+            *("template", RELEASE, str(CHART), "--namespace", "chat"),
+            *("--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", server),
+            values=values,
+        )
+    assert find_object(parse_objects(text), "Deployment")["spec"]["replicas"] == 7
+
+
 def test_the_disruption_budget_allows_one_pod_at_a_time_by_default() -> None:
     spec = find_object(default_objects(), "PodDisruptionBudget")["spec"]
     assert spec["maxUnavailable"] == 1
-    least = {"podDisruptionBudget": {"maxUnavailable": None, "minAvailable": "50%"}}
-    spec = find_object(rendered(least), "PodDisruptionBudget")["spec"]
+    least = {"podDisruptionBudget": {"maxUnavailable": "", "minAvailable": "50%"}}
+    spec = find_object(rendered(THREE, least), "PodDisruptionBudget")["spec"]
     assert spec["minAvailable"] == "50%"
     assert "maxUnavailable" not in spec
 
@@ -370,6 +481,8 @@ def egress_ports(objects: Sequence[KubernetesObject]) -> set[int]:
         ("rediss://redis.example.com:6380/0?ssl_ca_certs=/run/ca.crt", "", {6380}),
         ("redis://[fd00::7]:6390", "https://issuer.example.com:8444/jwks.json", {6390, 8444}),
         ("nats://one,two:4223,three:4224?replicas=3", "", {4222, 4223, 4224}),
+        ("redis+cluster://one,two:6380", "", {6379, 6380}),
+        ("rediss+sentinel://one:26380,two/mymaster", "", {26380, 26379, 6379}),
         ("tls://nats", "", {4222}),
     ],
 )
@@ -416,7 +529,7 @@ def test_the_notes_have_the_urls_of_clients_and_the_command_of_helm_test() -> No
         "wss://relay.example.com/",
         "wss://websocket-relay.chat:8443/",
     ]
-    assert "helm test websocket-relay --namespace chat --logs" in text
+    assert "helm test websocket-relay --namespace chat\n" in text
     assert "https://localhost:8443/" in text
 
 

@@ -72,9 +72,9 @@ class LocalRelease:
     def __init__(self, objects: list[KubernetesObject], directory: Path) -> None:
         (self.deployment,) = (each for each in objects if each["kind"] == "Deployment")
         (test,) = (each for each in objects if each["kind"] == "Pod")
-        spec = self.deployment["spec"]["template"]["spec"]
-        self.relay_pod = Pod(objects, spec, SECRETS, directory / "relay")
-        self.test_pod = Pod(objects, test["spec"], SECRETS, directory / "test")
+        template = self.deployment["spec"]["template"]
+        self.relay_pod = Pod(template, SECRETS, directory / "relay")
+        self.test_pod = Pod(test, SECRETS, directory / "test")
         self._directory = directory
 
     @property
@@ -129,7 +129,8 @@ def test_the_rendered_settings_are_valid_and_a_pod_has_more_time_than_a_stop_tak
     spec = release.deployment["spec"]
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > stop["timeout_s"]
     # An update replaces the next pod when the clients of this one have reconnected elsewhere.
-    assert spec["minReadySeconds"] >= stop["readiness_delay_s"]
+    probe = release.relay_pod.container["readinessProbe"]
+    assert probe["initialDelaySeconds"] + spec["minReadySeconds"] >= stop["readiness_delay_s"]
 
 
 @pytest.mark.parametrize(

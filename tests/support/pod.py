@@ -3,38 +3,29 @@
 Volumes are directories, and the test provides the content of Secrets.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from tests.support.helm import KubernetesObject, find_object
 
 Secrets = Mapping[str, Mapping[str, bytes]]
 """Values of Secrets, by the names of the Secrets and their keys."""
 
 
 class Pod:
-    """A pod with one container.
+    """A pod. Its first container runs here.
 
     Args:
-        objects: all rendered objects; ConfigMaps are looked up there.
-        spec: of the pod.
+        template: metadata and spec of the pod.
         secrets: to which the pod may refer.
         root: the directory of its mounts. Paths in variables point there, too.
     """
 
-    def __init__(
-        self,
-        objects: Sequence[KubernetesObject],
-        spec: Mapping[str, Any],
-        secrets: Secrets,
-        root: Path,
-    ) -> None:
-        self._objects = objects
-        self._spec = spec
+    def __init__(self, template: Mapping[str, Any], secrets: Secrets, root: Path) -> None:
+        self._template = template
+        self._spec = spec = template["spec"]
         self._secrets = secrets
         self._root = root
-        (self.container,) = spec["containers"]
+        self.container = spec["containers"][0]
         for mount in self.container.get("volumeMounts", ()):
             self._write(mount)
 
@@ -76,9 +67,11 @@ class Pod:
         return volume
 
     def _files(self, volume: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-        if "configMap" in volume:
-            texts = find_object(self._objects, "ConfigMap", volume["configMap"]["name"])["data"]
-            yield from ((name, text.encode()) for name, text in texts.items())
+        if "downwardAPI" in volume:
+            annotations = self._template["metadata"]["annotations"]
+            for item in volume["downwardAPI"]["items"]:
+                _, name, _ = item["fieldRef"]["fieldPath"].split("'")
+                yield item["path"], annotations[name].encode()
         elif "secret" in volume:
             values = self._secrets[volume["secret"]["secretName"]]
             items = volume["secret"].get("items") or [{"key": key, "path": key} for key in values]

@@ -4,7 +4,7 @@ the values and what to do. The range of a single value is in values.schema.json.
 */ -}}
 {{- define "websocket-relay.checks" -}}
 {{- $problems := list -}}
-{{- range list "names" "replicas" "stop" "secrets" "tls" "tokens" "ways" "budgets" "network" "environment" -}}
+{{- range list "names" "replicas" "stop" "secrets" "tls" "tokens" "ways" "resources" "scraping" "budgets" "network" "environment" -}}
 {{- range splitList "\n" (include (printf "websocket-relay.checks.%s" .) $) -}}
 {{- if trim . -}}
 {{- $problems = append $problems (printf "- %s" (trim .)) -}}
@@ -21,29 +21,32 @@ the values and what to do. The range of a single value is in values.schema.json.
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname) }}
 the release's name and nameOverride result in objects named {{ $fullname }}, and a Service's name begins with a letter and contains only a-z, 0-9 and -; set fullnameOverride to such a name
 {{- end }}
-{{- range $label, $_ := include "websocket-relay.selectorLabels" . | fromYaml }}
-{{- if hasKey (default dict $.Values.podLabels) $label }}
-podLabels has {{ $label }}, by which the Service and other objects select the pods; leave it out, or set nameOverride
+{{- range $labels := list "podLabels" "commonLabels" }}
+{{- range $label, $_ := include "websocket-relay.selectorLabels" $ | fromYaml }}
+{{- if hasKey (default dict (get $.Values $labels)) $label }}
+{{ $labels }} has {{ $label }}, by which the Service and other objects select the pods; leave it out, or set nameOverride
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "websocket-relay.checks.replicas" -}}
 {{- $alone := eq (include "websocket-relay.backplane" .) "memory" -}}
+{{- $scaler := and .Values.autoscaling.enabled .Values.autoscaling.create }}
 {{- with .Values.autoscaling }}
 {{- if and .enabled $alone (gt (int .maxReplicas) 1) }}
 autoscaling.maxReplicas is {{ int .maxReplicas }} and config.backplane.url is memory://, so the replicas would not exchange messages; set config.backplane.url to a Redis or NATS, or secrets.backplaneUrl.name to a Secret with its address
 {{- end }}
-{{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) }}
+{{- if and $scaler (gt (int .minReplicas) (int .maxReplicas)) }}
 autoscaling.minReplicas is {{ int .minReplicas }} and autoscaling.maxReplicas {{ int .maxReplicas }}; set the first to less or the second to more
 {{- end }}
-{{- if and .enabled (not .targetCPUUtilizationPercentage) (not .targetConnectedClients) }}
-autoscaling.enabled is true and neither autoscaling.targetCPUUtilizationPercentage nor autoscaling.targetConnectedClients is set; set one of them
+{{- if and $scaler (not .targetCPUUtilizationPercentage) (not .targetConnectedClients) (not .metrics) }}
+autoscaling.enabled is true and none of autoscaling.targetCPUUtilizationPercentage, autoscaling.targetConnectedClients and autoscaling.metrics is set; set one of them
 {{- end }}
-{{- if and .enabled .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" (default dict $.Values.resources))) }}
+{{- if and $scaler .targetCPUUtilizationPercentage (not (dig "requests" "cpu" "" (default dict $.Values.resources))) }}
 autoscaling.targetCPUUtilizationPercentage is a percentage of resources.requests.cpu, which is not set; set it, or the first to 0
 {{- end }}
-{{- if and .enabled .targetConnectedClients (not $.Values.config.metrics.enabled) }}
+{{- if and $scaler .targetConnectedClients (not $.Values.config.metrics.enabled) }}
 autoscaling.targetConnectedClients is read from the metrics and config.metrics.enabled is false; set that to true, or the first to 0
 {{- end }}
 {{- end }}
@@ -67,23 +70,44 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 
 {{- define "websocket-relay.checks.secrets" -}}
 {{- $url := .Values.config.backplane.url -}}
-{{- /* Neither address is printed: it may contain a password. */ -}}
-{{- if not (regexMatch "^(memory|(rediss?|valkeys?)([+](sentinel|cluster))?|unix|nats|tls)://" $url) }}
-config.backplane.url is not the address of a supported broker; set it to one that begins with memory://, redis://, rediss://, valkey://, valkeys://, unix://, nats:// or tls://; for a Redis also redis+sentinel:// or redis+cluster://
+{{- /* Neither address is printed: it may contain a password. The relay checks its address in the same way. */ -}}
+{{- $server := `([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?` -}}
+{{- $servers := printf "%s(,%s)*" $server $server -}}
+{{- $redis := `[?&](client_name|db)=[^&]*` -}}
+{{- $rediss := `[?&](client_name|db|ssl_(ca_certs|ca_path|cert_reqs|certfile|keyfile|check_hostname))=[^&]*` -}}
+{{- $nats := `[?&](replicas=[135]|domain=[^&]*|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
+{{- $forms := list
+  `memory://`
+  `unix:///[^?]+`
+  (printf `(redis|valkey)://%s(/[0-9]{0,9})?(%s)*` $server $redis)
+  (printf `(rediss|valkeys)://%s(/[0-9]{0,9})?(%s)*` $server $rediss)
+  (printf `(redis|valkey)[+]cluster://%s(/0?)?(%s)*` $servers $redis)
+  (printf `(rediss|valkeys)[+]cluster://%s(/0?)?(%s)*` $servers $rediss)
+  (printf `(redis|valkey)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $redis)
+  (printf `(rediss|valkeys)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $rediss)
+  (printf `(nats|tls)://%s/?(%s)*` $servers $nats)
+-}}
+{{- $port := 0 -}}
+{{- range include "websocket-relay.brokerPorts" . | fromJsonArray -}}
+{{- $port = max $port (int .) -}}
+{{- end -}}
+{{- $isSecret := or (contains "@" $url) (regexMatch "[?&][^=&]*pass[^=&]*=" $url) -}}
+{{- if and (not $isSecret) (or (gt (int $port) 65535) (not (regexMatch (printf "^(%s)$" (join "|" $forms)) $url))) }}
+config.backplane.url is not the address of a broker that the relay supports; set it to one like redis://redis:6379/0, rediss+sentinel://one:26379,two:26379/mymaster/0, redis+cluster://one:6379,two:6379 or nats://one:4222,two:4222?replicas=3
 {{- end }}
 {{- $keys := .Values.config.auth.jwt.jwks_url -}}
 {{- if and $keys (not (regexMatch "^https?://[^/?#@[:space:]]+([/?#][^[:space:]]*)?$" $keys)) }}
 config.auth.jwt.jwks_url is not a valid address; set it to one like https://issuer.example.com/jwks.json, without a user or a password
 {{- end }}
-{{- if or (regexMatch "://.*@" $url) (regexMatch "[?&][^=&]*pass[^=&]*=" $url) }}
-config.backplane.url contains a user or a password, which would be readable in a ConfigMap; put the address into a Secret, set secrets.backplaneUrl.name to it and leave config.backplane.url at its default
+{{- if $isSecret }}
+config.backplane.url contains a user or a password, which would be readable in the pod; put the address into a Secret, set secrets.backplaneUrl.name to it and leave config.backplane.url at its default
 {{- end }}
 {{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
 config.backplane.url and secrets.backplaneUrl.name both set the broker's address; leave one of them out
 {{- end }}
 {{- range $name := list "secret" "secrets" }}
 {{- if get $.Values.config.auth.jwt $name }}
-config.auth.jwt.{{ $name }} is set, and would be readable in a ConfigMap; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
+config.auth.jwt.{{ $name }} is set, and would be readable in the pod; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -144,16 +168,14 @@ secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_
 {{- if and .ingress.enabled (not .ingress.hosts) }}
 ingress.enabled is true and ingress.hosts is empty; set it to the host names of the relay, like [relay.example.com]
 {{- end }}
-{{- $annotation := "nginx.ingress.kubernetes.io/proxy-read-timeout" }}
-{{- $timeout := get (default dict .ingress.annotations) $annotation }}
-{{- if and .ingress.enabled $timeout (le (float64 $timeout) (float64 .config.keepalive.ping_interval_s)) }}
-ingress.annotations.{{ $annotation }} is {{ $timeout }} and config.keepalive.ping_interval_s {{ .config.keepalive.ping_interval_s }}, so nginx would disconnect idle clients before they are pinged; set the first to more
-{{- end }}
 {{- if and .httpRoute.enabled (not .httpRoute.hostnames) }}
 httpRoute.enabled is true and httpRoute.hostnames is empty; set it to the host names of the relay, like [relay.example.com]
 {{- end }}
 {{- if and .httpRoute.enabled (not .httpRoute.parentRefs) }}
 httpRoute.enabled is true and httpRoute.parentRefs is empty; set it to the Gateway of the route, like [{name: public}]
+{{- end }}
+{{- if and (eq .service.ipFamilyPolicy "RequireDualStack") (regexMatch `^[0-9.]+$` (toString .config.server.host)) }}
+service.ipFamilyPolicy is RequireDualStack and config.server.host is {{ .config.server.host }}, an IPv4 address; set config.server.host to ::, or service.ipFamilyPolicy to SingleStack
 {{- end }}
 {{- if and .service.externalTrafficPolicy (eq .service.type "ClusterIP") }}
 service.externalTrafficPolicy is {{ .service.externalTrafficPolicy }} and service.type is ClusterIP, which is not reachable from outside; leave the first empty, or set service.type to NodePort or LoadBalancer
@@ -168,7 +190,7 @@ serviceMonitor.enabled is true and config.metrics.enabled is false, so there is 
 prometheusRule.enabled is true and config.metrics.enabled is false, so there are no metrics; set both or neither
 {{- end }}
 {{- range $section := list "server" "metrics" }}
-{{- $host := get $.Values.config $section | dig "host" "" }}
+{{- $host := get $.Values.config $section | dig "host" "" | toString }}
 {{- if or (hasPrefix "127." $host) (has $host (list "localhost" "::1")) }}
 config.{{ $section }}.host is {{ $host }}, which neither probes nor service.port reach; set config.{{ $section }}.host to 0.0.0.0, or to :: for IPv6
 {{- end }}
@@ -188,7 +210,42 @@ service.port and service.metricsPort are both {{ int .service.port }}; set one o
 {{- end }}
 {{- end -}}
 
+{{- define "websocket-relay.checks.resources" -}}
+{{- $backlog := .Values.config.limits.total_backlog_bytes -}}
+{{- with include "websocket-relay.memoryLimit" . }}
+{{- if le (float64 .) (float64 $backlog) }}
+resources.limits.memory is {{ $.Values.resources.limits.memory }} and config.limits.total_backlog_bytes {{ int64 $backlog }}, so slow clients could use all of the memory and the relay would be killed; set the first to three times the second and more, or the second to less
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* A duration of Prometheus in seconds. */ -}}
+{{- define "websocket-relay.seconds" -}}
+{{- $units := dict "ms" 0.001 "s" 1 "m" 60 "h" 3600 "d" 86400 "w" 604800 "y" 31536000 -}}
+{{- $total := 0.0 -}}
+{{- range regexFindAll "[0-9]+[a-z]+" . -1 -}}
+{{- $total = addf $total (mulf (regexFind "[0-9]+" .) (get $units (regexFind "[a-z]+" .))) -}}
+{{- end -}}
+{{- $total -}}
+{{- end -}}
+
+{{- define "websocket-relay.checks.scraping" -}}
+{{- with .Values.serviceMonitor }}
+{{- if and .enabled (gt (include "websocket-relay.seconds" .scrapeTimeout | float64) (include "websocket-relay.seconds" .interval | float64)) }}
+serviceMonitor.scrapeTimeout is {{ .scrapeTimeout }} and serviceMonitor.interval {{ .interval }}, which Prometheus refuses; set the first to less or the second to more
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* How many of the replicas a number or a percentage is, rounded up as by Kubernetes. */ -}}
+{{- define "websocket-relay.partOfReplicas" -}}
+{{- $text := toString .value -}}
+{{- $number := trimSuffix "%" $text | float64 -}}
+{{- ternary (divf (mulf $number .replicas) 100 | ceil) $number (hasSuffix "%" $text) -}}
+{{- end -}}
+
 {{- define "websocket-relay.checks.budgets" -}}
+{{- $replicas := ternary .Values.autoscaling.minReplicas .Values.replicaCount .Values.autoscaling.enabled | int }}
 {{- with .Values.podDisruptionBudget }}
 {{- /* Not only null: Helm 4 ignores a null in the values of a parent chart. */}}
 {{- $most := not (has (toString .maxUnavailable) (list "" "<nil>")) }}
@@ -198,6 +255,12 @@ podDisruptionBudget.maxUnavailable and podDisruptionBudget.minAvailable are both
 {{- end }}
 {{- if and .enabled (not $most) (not $least) }}
 podDisruptionBudget.enabled is true and neither podDisruptionBudget.maxUnavailable nor podDisruptionBudget.minAvailable is set; set one of them
+{{- end }}
+{{- if and .enabled $most (eq (include "websocket-relay.partOfReplicas" (dict "value" .maxUnavailable "replicas" 100) | float64) 0.0) }}
+podDisruptionBudget.maxUnavailable is {{ .maxUnavailable }}, so no node with a relay could be drained; set it to 1 or more
+{{- end }}
+{{- if and .enabled $least (not $most) $replicas (ge (include "websocket-relay.partOfReplicas" (dict "value" .minAvailable "replicas" $replicas) | float64) (float64 $replicas)) }}
+podDisruptionBudget.minAvailable is {{ .minAvailable }} and the number of replicas {{ $replicas }}, so no node with a relay could be drained; set podDisruptionBudget.minAvailable to "" and podDisruptionBudget.maxUnavailable to 1, or add replicas
 {{- end }}
 {{- end }}
 {{- end -}}

@@ -16,28 +16,23 @@
 
 {{- define "websocket-relay.image" -}}
 {{- with .Values.image -}}
-{{- if .digest -}}
-{{ .repository }}@{{ .digest }}
-{{- else -}}
-{{ .repository }}:{{ default $.Chart.AppVersion .tag }}
-{{- end -}}
+{{- $registry := default .registry (default dict $.Values.global).imageRegistry -}}
+{{- with $registry }}{{ . }}/{{ end -}}
+{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ default $.Chart.AppVersion .tag }}{{ end }}
 {{- end -}}
 {{- end -}}
 
-{{- /* The labels of all objects, whatever their component. */ -}}
-{{- define "websocket-relay.instanceLabels" -}}
+{{- /* Select the relays' pods. Never changed: a Deployment's selector is immutable. */ -}}
+{{- define "websocket-relay.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "websocket-relay.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
-{{- end -}}
-
-{{- /* Select the relays' pods, not the pod of `helm test`. Never changed: a Deployment's selector is immutable. */ -}}
-{{- define "websocket-relay.selectorLabels" -}}
-{{ include "websocket-relay.instanceLabels" . }}
 app.kubernetes.io/component: relay
 {{- end -}}
 
+{{- /* Select the pod of `helm test`. A selector by name alone, as in a runbook, does not match it. */ -}}
 {{- define "websocket-relay.testLabels" -}}
-{{ include "websocket-relay.instanceLabels" . }}
+app.kubernetes.io/name: {{ include "websocket-relay.name" . | trunc 58 | trimSuffix "-" | printf "%s-test" | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: test
 {{- end -}}
 
@@ -48,9 +43,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{- /* The labels of an object, from a list: the root context, then labels of which the first ones have precedence. */ -}}
+{{- define "websocket-relay.mergedLabels" -}}
+{{- $labels := dict -}}
+{{- range rest . -}}
+{{- $labels = merge $labels (default dict .) -}}
+{{- end -}}
+{{- merge $labels (default dict (first .).Values.commonLabels) | toYaml -}}
+{{- end -}}
+
+{{- /* The same with those that all objects have. */ -}}
 {{- define "websocket-relay.labels" -}}
-{{ include "websocket-relay.selectorLabels" . }}
-{{ include "websocket-relay.releaseLabels" . }}
+{{- $root := first . -}}
+{{- $own := list (include "websocket-relay.selectorLabels" $root | fromYaml) (include "websocket-relay.releaseLabels" $root | fromYaml) -}}
+{{- include "websocket-relay.mergedLabels" (concat (list $root) $own (rest .)) -}}
 {{- end -}}
 
 {{- define "websocket-relay.path" -}}
@@ -82,41 +88,70 @@ httpGet:
 {{- end -}}
 {{- end -}}
 
+{{- /* How long a pod that stops has clients. */ -}}
+{{- define "websocket-relay.drainSeconds" -}}
+{{- with .Values.config.shutdown -}}
+{{ addf .readiness_delay_s .spread_s | ceil }}
+{{- end -}}
+{{- end -}}
+
+{{- /* A budget counts the pods that are ready, and so not those that stop: the replacement of an evicted pod is
+       ready when that pod has no clients any more. A single replica is missed at once. */ -}}
+{{- define "websocket-relay.readinessDelay" -}}
+{{- if hasKey .Values.probes.readiness "initialDelaySeconds" -}}
+{{ .Values.probes.readiness.initialDelaySeconds | int }}
+{{- else -}}
+{{ ternary (include "websocket-relay.drainSeconds" .) "0" (or .Values.autoscaling.enabled (gt (int .Values.replicaCount) 1)) }}
+{{- end -}}
+{{- end -}}
+
 {{- define "websocket-relay.minReadySeconds" -}}
-{{- $shutdown := .Values.config.shutdown -}}
 {{- if kindIs "invalid" .Values.minReadySeconds -}}
-{{ addf $shutdown.readiness_delay_s $shutdown.spread_s | ceil }}
+{{ sub (include "websocket-relay.drainSeconds" . | int) (include "websocket-relay.readinessDelay" . | int) | max 0 }}
 {{- else -}}
 {{ .Values.minReadySeconds | int }}
 {{- end -}}
 {{- end -}}
 
-{{- /* memory, redis, rediss, valkey, valkeys, nats or tls; empty if the address is in a Secret. */ -}}
+{{- /* A quantity of Kubernetes in bytes; empty if it is empty or has a unit that no memory has. */ -}}
+{{- define "websocket-relay.bytes" -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- if or (kindIs "float64" .) (kindIs "int64" .) -}}
+{{ int64 . }}
+{{- else if regexMatch "^[0-9.]+([kMGT]|[KMGT]i)?$" (toString .) -}}
+{{ mulf (regexFind "^[0-9.]+" .) (get $units (regexFind "[A-Za-z]*$" .)) | int64 }}
+{{- end -}}
+{{- end -}}
+
+{{- /* Of the container; empty without a limit. */ -}}
+{{- define "websocket-relay.memoryLimit" -}}
+{{- include "websocket-relay.bytes" (dig "limits" "memory" "" (default dict .Values.resources)) -}}
+{{- end -}}
+
+{{- /* The scheme of the broker's address; empty if that is in a Secret. */ -}}
 {{- define "websocket-relay.backplane" -}}
 {{- if not .Values.secrets.backplaneUrl.name -}}
-{{ regexFind "^[a-z]+" .Values.config.backplane.url }}
+{{ regexFind "^[a-z]+([+][a-z]+)?" .Values.config.backplane.url }}
 {{- end -}}
 {{- end -}}
 
 {{- /* The ports in config.backplane.url, which may list several servers, as a JSON list. */ -}}
 {{- define "websocket-relay.brokerPorts" -}}
-{{- $usual := dict "redis" 6379 "rediss" 6379 "valkey" 6379 "valkeys" 6379 "nats" 4222 "tls" 4222 -}}
 {{- $scheme := include "websocket-relay.backplane" . -}}
+{{- $usual := dict "redis" 6379 "valkey" 6379 "nats" 4222 "tls" 4222 -}}
+{{- $port := get $usual (regexFind "^(redis|valkey|nats|tls)" $scheme) -}}
+{{- $sentinels := hasSuffix "+sentinel" $scheme -}}
 {{- $ports := list -}}
 {{- range .Values.networkPolicy.broker.ports -}}
 {{- $ports = append $ports (int .) -}}
 {{- end -}}
-{{- if and (not $ports) (hasKey $usual $scheme) -}}
-{{- $usualPort := get $usual $scheme -}}
-{{- /* The address names the Sentinels; they name the Redis. */ -}}
-{{- if regexMatch "^[a-z]+[+]sentinel:" .Values.config.backplane.url -}}
-{{- $ports = append $ports $usualPort -}}
-{{- $usualPort = 26379 -}}
-{{- end -}}
+{{- if and (not $ports) $port -}}
 {{- $servers := regexReplaceAll "^[a-z+]+://|[/?].*$" .Values.config.backplane.url "" -}}
 {{- range splitList "," $servers -}}
-{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default $usualPort | int) -}}
+{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" .) | default (ternary 26379 $port $sentinels) | int) -}}
 {{- end -}}
+{{- /* The Sentinels name a Redis, whose port is probably the usual one. */ -}}
+{{- $ports = ternary (append $ports $port) $ports $sentinels -}}
 {{- end -}}
 {{- uniq $ports | toJson -}}
 {{- end -}}
