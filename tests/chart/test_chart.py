@@ -462,6 +462,10 @@ MISFITS: list[list[Misfit]] = [
         ),
         (nested_values("tls.caSecretName", "ca"), ["tls.caSecretName", "config.backplane.url"]),
         (
+            nested_values("secrets.backplanePassword.name", "relay-redis"),
+            ["secrets.backplanePassword.name", "config.backplane.url"],
+        ),
+        (
             nested_values("secrets.jwtPublicKey.name", "k"),
             ["secrets.jwtPublicKey.name", "config.auth.mode"],
         ),
@@ -563,11 +567,12 @@ MISFITS: list[list[Misfit]] = [
     ],
     [
         (
-            merge_values(
-                nested_values("config.backplane.url", "rediss://redis"),
-                nested_values("tls.caSecretName", "ca"),
-            ),
-            ["tls.caSecretName", "config.backplane.url", "ssl_ca_certs"],
+            merge_values(REDIS, nested_values("secrets.backplaneCreds.name", "relay-nats")),
+            ["secrets.backplaneCreds.name", "config.backplane.url"],
+        ),
+        (
+            {"extraEnv": [{"name": "RELAY__BACKPLANE__PASSWORD_FILE", "value": "/run/password"}]},
+            ["extraEnv", "secrets.backplanePassword instead"],
         ),
     ],
 ]

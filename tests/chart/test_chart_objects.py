@@ -249,12 +249,23 @@ def test_the_image_is_that_of_the_version_unless_values_name_another() -> None:
 
 def test_secrets_are_references_and_not_values() -> None:
     objects = full_objects()
-    variables = {entry["name"]: entry for entry in container_of(objects, "relay")["env"]}
+    variables = {entry["name"]: entry["value"] for entry in container_of(objects, "relay")["env"]}
+    volumes = {each["name"]: each for each in pod_of(objects, "relay")["spec"]["volumes"]}
+    sources = [each["secret"] for each in volumes["secrets"]["projected"]["sources"]]
+    files = {
+        item["path"]: (each["name"], item["key"]) for each in sources for item in each["items"]
+    }
+    # A file follows its Secret; a variable would keep its value until the pod ends.
     for name, secret, key in (
-        ("RELAY__BACKPLANE__URL", "relay-broker", "address"),
-        ("RELAY__AUTH__JWT__SECRET", "relay-jwt", "secret"),
+        ("RELAY__BACKPLANE__URL_FILE", "relay-broker", "address"),
+        ("RELAY__BACKPLANE__CA_FILE", "relay-broker-ca", "ca.crt"),
+        ("RELAY__BACKPLANE__CERT_FILE", "relay-broker-client", "tls.crt"),
+        ("RELAY__BACKPLANE__KEY_FILE", "relay-broker-client", "tls.key"),
+        ("RELAY__AUTH__JWT__SECRET_FILE", "relay-jwt", "secret"),
+        ("RELAY__AUTH__JWT__PUBLIC_KEY_FILE", "relay-jwt-key", "public.pem"),
     ):
-        assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": key}}
+        directory, _, file = variables[name].rpartition("/")
+        assert (directory, files[file]) == ("/run/websocket-relay/secrets", (secret, key))
     config = yaml.safe_load(settings_of(objects, "relay"))
     assert config["backplane"]["url"] == "memory://"
     assert config["auth"]["jwt"]["secret"] == ""

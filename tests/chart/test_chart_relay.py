@@ -29,9 +29,10 @@ SIGNER = make_signer("ES256")
 SECRETS: Secrets = {
     "relay-tls": {"tls.crt": PAIR.certificate_pem, "tls.key": PAIR.key_pem},
     "relay-broker": {
-        "url": b"tls://user:pa55word@nats:4222?ssl_ca_certs=/run/websocket-relay/broker/ca.crt",
+        "password": b"pa55word\n",
         "address": b"rediss://:pa55word@redis:6380/0",
     },
+    "relay-broker-client": {"tls.crt": PAIR.certificate_pem, "tls.key": PAIR.key_pem},
     "relay-broker-ca": {"ca.crt": PAIR.certificate_pem},
     "relay-jwt": {"secret": SECRET.encode()},
     "relay-jwt-key": {"public.pem": SIGNER.public_pem},

@@ -73,6 +73,11 @@ class Pod:
                 _, name, _ = item["fieldRef"]["fieldPath"].split("'")
                 yield item["path"], annotations[name].encode()
         elif "secret" in volume:
-            values = self._secrets[volume["secret"]["secretName"]]
-            items = volume["secret"].get("items") or [{"key": key, "path": key} for key in values]
-            yield from ((item["path"], values[item["key"]]) for item in items)
+            yield from self._secret_files(volume["secret"]["secretName"], volume["secret"])
+        for source in volume.get("projected", {}).get("sources", ()):
+            yield from self._secret_files(source["secret"]["name"], source["secret"])
+
+    def _secret_files(self, name: str, source: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        values = self._secrets[name]
+        items = source.get("items") or [{"key": key, "path": key} for key in values]
+        yield from ((item["path"], values[item["key"]]) for item in items)

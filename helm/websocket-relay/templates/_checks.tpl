@@ -105,6 +105,23 @@ config.backplane.url contains a user or a password, which would be readable in t
 {{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
 config.backplane.url and secrets.backplaneUrl.name both set the broker's address; leave one of them out
 {{- end }}
+{{- range $value := list "backplanePassword" "backplaneCreds" "backplaneNkey" }}
+{{- if get $.Values.secrets $value | dig "name" "" }}
+{{- if eq (include "websocket-relay.backplane" $) "memory" }}
+secrets.{{ $value }}.name is set and config.backplane.url is memory://, so there is no broker; set the address of one, or leave secrets.{{ $value }}.name empty
+{{- else if and (ne $value "backplanePassword") (not (regexMatch "^(nats|tls)?$" (include "websocket-relay.backplane" $))) }}
+secrets.{{ $value }}.name is set, which only NATS has, and config.backplane.url is another broker; leave secrets.{{ $value }}.name empty, or set secrets.backplanePassword.name
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $value := list "caSecretName" "clientSecretName" }}
+{{- if and (get $.Values.tls $value) (eq (include "websocket-relay.backplane" $) "memory") }}
+tls.{{ $value }} is {{ get $.Values.tls $value }} and config.backplane.url is memory://, so there is no broker; set the address of one, or leave tls.{{ $value }} empty
+{{- end }}
+{{- end }}
+{{- if dig "password" "" .Values.config.backplane }}
+config.backplane.password is set, and would be readable in the pod; put it into a Secret, set secrets.backplanePassword.name to that and leave config.backplane.password empty
+{{- end }}
 {{- range $name := list "secret" "secrets" }}
 {{- if get $.Values.config.auth.jwt $name }}
 config.auth.jwt.{{ $name }} is set, and would be readable in the pod; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
@@ -120,12 +137,6 @@ config.server.tls.enabled is true and tls.secretName is empty; set it to a Secre
 {{- end }}
 {{- if and .tls.secretName (not $served.enabled) }}
 tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, so it would not be used; set config.server.tls.enabled to true, or leave tls.secretName empty
-{{- end }}
-{{- if and .tls.caSecretName (eq (include "websocket-relay.backplane" $) "memory") }}
-tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url is memory://, so there is no broker; set the address of one, or leave tls.caSecretName empty
-{{- end }}
-{{- if and .tls.caSecretName (not .secrets.backplaneUrl.name) (ne .config.backplane.url "memory://") (not (contains "ssl_ca_certs=" .config.backplane.url)) }}
-tls.caSecretName is {{ .tls.caSecretName }} and config.backplane.url does not use it; add ?ssl_ca_certs=/run/websocket-relay/broker/ca.crt to config.backplane.url
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -274,9 +285,15 @@ networkPolicy.enabled is true and the broker's port is in the Secret secrets.bac
 {{- end -}}
 
 {{- define "websocket-relay.checks.environment" -}}
+{{- $values := dict -}}
+{{- range $value, $variable := include "websocket-relay.secretVariables" . | fromYaml -}}
+{{- $_ := set $values (trimSuffix "_FILE" $variable) (printf "secrets.%s" $value) -}}
+{{- end -}}
 {{- range .Values.extraEnv }}
-{{- if hasPrefix "RELAY__" (upper .name) }}
-extraEnv has {{ .name }}, which would override config without being checked; set {{ ternary "secrets.backplaneUrl" (ternary "secrets.jwtSecret" (printf "config.%s" (trimPrefix "relay__" (lower .name) | replace "__" ".")) (eq (upper .name) "RELAY__AUTH__JWT__SECRET")) (eq (upper .name) "RELAY__BACKPLANE__URL") }} instead
+{{- $variable := upper .name }}
+{{- if hasPrefix "RELAY__" $variable }}
+{{- $setting := trimPrefix "relay__" (lower .name) | replace "__" "." | printf "config.%s" }}
+extraEnv has {{ .name }}, which would override config without being checked; set {{ default $setting (get $values (trimSuffix "_FILE" $variable)) }} instead
 {{- end }}
 {{- end }}
 {{- end -}}

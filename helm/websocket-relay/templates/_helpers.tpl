@@ -63,6 +63,36 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.config.server.base_path | default "/" -}}
 {{- end -}}
 
+{{- /* The values of `secrets` and the relay's variables with the paths of their files. */ -}}
+{{- define "websocket-relay.secretVariables" -}}
+backplaneUrl: RELAY__BACKPLANE__URL_FILE
+backplanePassword: RELAY__BACKPLANE__PASSWORD_FILE
+backplaneCreds: RELAY__BACKPLANE__CREDS_FILE
+backplaneNkey: RELAY__BACKPLANE__NKEY_FILE
+jwtSecret: RELAY__AUTH__JWT__SECRET_FILE
+jwtPublicKey: RELAY__AUTH__JWT__PUBLIC_KEY_FILE
+{{- end -}}
+
+{{- /* The keys of Secrets that are files of the relay, as a JSON list. Files of a volume follow their Secret, and
+       variables do not. */ -}}
+{{- define "websocket-relay.secretFiles" -}}
+{{- $files := list -}}
+{{- range $value, $variable := include "websocket-relay.secretVariables" . | fromYaml -}}
+{{- $secret := get $.Values.secrets $value -}}
+{{- if $secret.name -}}
+{{- $files = append $files (dict "secret" $secret.name "key" $secret.key "file" (kebabcase $value) "variable" $variable) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.tls.caSecretName -}}
+{{- $files = append $files (dict "secret" . "key" "ca.crt" "file" "broker-ca.crt" "variable" "RELAY__BACKPLANE__CA_FILE") -}}
+{{- end -}}
+{{- with .Values.tls.clientSecretName -}}
+{{- $files = append $files (dict "secret" . "key" "tls.crt" "file" "broker-client.crt" "variable" "RELAY__BACKPLANE__CERT_FILE") -}}
+{{- $files = append $files (dict "secret" . "key" "tls.key" "file" "broker-client.key" "variable" "RELAY__BACKPLANE__KEY_FILE") -}}
+{{- end -}}
+{{- toJson $files -}}
+{{- end -}}
+
 {{- /* Probes use the metrics port, which has no TLS, or the relay's port if there is no metrics port. */ -}}
 {{- define "websocket-relay.probe" -}}
 httpGet:
