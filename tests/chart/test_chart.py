@@ -177,6 +177,15 @@ def test_the_version_of_the_chart_is_that_of_the_relay() -> None:
     assert (CHART_YAML["version"], CHART_YAML["appVersion"]) == (version, version)
 
 
+@pytest.mark.fast
+def test_the_chart_has_what_collections_of_charts_show() -> None:
+    assert {"home", "icon", "sources", "maintainers", "keywords", "description"} <= {*CHART_YAML}
+    assert CHART_YAML["annotations"]["artifacthub.io/license"] == PROJECT["project"]["license"]
+    assert yaml.safe_load(CHART_YAML["annotations"]["artifacthub.io/links"])
+    path = CHART_YAML["icon"].partition("/main/")[2]
+    assert (ROOT / path).is_file()
+
+
 def test_a_package_of_the_chart_has_its_schema_readme_and_files_and_no_ci_values(
     tmp_path: Path,
 ) -> None:

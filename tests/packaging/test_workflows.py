@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.helm import CHART, newest_helm
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, CommandResult
 from tests.support.tools import npm_command, python_tool
@@ -279,3 +280,25 @@ def test_a_release_requires_equal_versions_in_tag_package_and_chart(
         "charts=registry.test/example/charts\n"
     )
     assert written == ("" if wrong else expected)
+
+
+def test_a_release_of_the_chart_names_its_repository_and_its_image(tmp_path: Path) -> None:
+    chart = shutil.copytree(CHART, tmp_path / CHART.name)
+    name = "Have it name this repository, and run the image of this release and no other"
+    script = script_of("release.yml", name)
+    done = run(
+        "bash", "-eo", "pipefail", "-c", script,
+        directory=tmp_path,
+        env={
+            "CHART": str(chart),
+            "DIGEST": "sha256:" + "0" * 64,
+            "GITHUB_REPOSITORY": "Example/Relay",
+            "IMAGE": "registry.test/example/relay",
+            "PATH": f"{newest_helm().program.parent}:{os.environ['PATH']}",
+        },
+    )  # fmt: skip
+    assert_accepted(done)
+    metadata = (chart / "Chart.yaml").read_text()
+    assert "OWNER/" not in metadata
+    assert yaml.safe_load(metadata)["home"] == "https://github.com/Example/Relay"
+    assert "githubusercontent.com/Example/Relay/main/" in metadata
