@@ -73,9 +73,10 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 {{- /* Neither address is printed: it may contain a password. The relay checks its address in the same way. */ -}}
 {{- $server := `([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?` -}}
 {{- $servers := printf "%s(,%s)*" $server $server -}}
-{{- $redis := `[?&](client_name|db)=[^&]*` -}}
-{{- $rediss := `[?&](client_name|db|ssl_(ca_certs|ca_path|cert_reqs|certfile|keyfile|check_hostname))=[^&]*` -}}
-{{- $nats := `[?&](replicas=[135]|domain=[^&]*|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
+{{- $redis := `[?&](client_name|db|(sentinel_)?username)=[^&]*` -}}
+{{- $rediss := `[?&](client_name|db|(sentinel_)?username|ssl_(ca_certs|ca_path|cert_reqs|certfile|keyfile|check_hostname))=[^&]*` -}}
+{{- $nats := `[?&](replicas=[135]|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
+{{- $tls := `[?&](replicas=[135]|handshake_first=(true|false)|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
 {{- $forms := list
   `memory://`
   `unix:///[^?]+`
@@ -85,7 +86,8 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
   (printf `(rediss|valkeys)[+]cluster://%s(/0?)?(%s)*` $servers $rediss)
   (printf `(redis|valkey)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $redis)
   (printf `(rediss|valkeys)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $rediss)
-  (printf `(nats|tls)://%s/?(%s)*` $servers $nats)
+  (printf `nats://%s/?(%s)*` $servers $nats)
+  (printf `tls://%s/?(%s)*` $servers $tls)
 -}}
 {{- $port := 0 -}}
 {{- range include "websocket-relay.brokerPorts" . | fromJsonArray -}}
