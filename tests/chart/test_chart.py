@@ -630,7 +630,10 @@ BROKER_URLS = (
     "redis://[fd00::7]:6379/0?client_name=relay",
     "unix:///run/redis.sock",
     "nats://one,two:4223?replicas=3",
-    "tls://nats:4222",
+    "tls://nats:4222?handshake_first=true",
+    "valkeys://valkey:6380/1",
+    "redis+cluster://one:6379,two",
+    "rediss+sentinel://one,two:26380/mymaster/0",
 )
 REFUSED_URLS = (
     "redis://redis:6379/cache",
