@@ -248,7 +248,7 @@ async def test_listen_prints_the_close_of_a_draining_relay_and_connects_to_the_n
         assert await old.stop() == 0
         assert "closed by the relay: draining; retry_ms=" in await command.next_notice()
         proxy.target = new.port
-        assert "missed" in await command.notice_with("connected to")  # memory:// keeps no messages
+        assert "missing" in await command.notice_with("connected to")  # memory:// keeps no messages
         async with new.client(channel) as publisher:
             await publisher.send("on the new one")
         assert await command.next_line() == "on the new one\n"
@@ -404,6 +404,22 @@ async def test_send_reports_the_number_of_unconfirmed_messages(
     shown = proxy.url(path_of(channel))
     why = "1 message unconfirmed: connection lost"
     assert done.error_lines[-1] == f"websocket-relay: {shown}: {why}"
+
+
+@pytest.mark.parametrize("input_lines", [None, b"two\nsmall\n"], ids=["argument", "lines"])
+async def test_send_reports_a_message_that_the_relay_refuses_as_not_relayed(
+    relay_with: StartRelay, channel: str, input_lines: bytes | None
+) -> None:
+    relay = relay_with(limits={"max_message_bytes": 1_000})
+    url = url_of(relay, channel)
+    if input_lines is None:
+        done = await run_client("send", "-q", url, "x" * 1_001)
+    else:
+        done = await run_with_stdin(b"x" * 1_001 + b"\n" + input_lines, "send", "-q", url)
+    reason = "closed by the relay: message too big (1009)"
+    messages = "1 message" if input_lines is None else "3 messages"
+    assert done.exit_code == 1
+    assert done.stderr == f"websocket-relay: {url}: {reason}; {messages} not relayed\n"
 
 
 async def test_send_ends_when_the_relay_is_unavailable_though_its_input_is_open(
@@ -673,6 +689,22 @@ def with_url(command: Sequence[str], url: str, *further: str) -> list[str]:
 async def test_an_unavailable_relay_is_one_line_and_1(command: Sequence[str]) -> None:
     done = await run_client(*with_url(command, UNAVAILABLE_URL))
     assert done == CommandResult(1, "", f"websocket-relay: {UNAVAILABLE_URL}: connection refused\n")
+
+
+@each_client_command
+async def test_a_command_names_the_proxy_that_fails_and_no_proxy_connects_directly(
+    relay: RelayProcess, channel: str, command: Sequence[str]
+) -> None:
+    url, proxy = url_of(relay, channel), {"no_proxy": "", "https_proxy": "http://127.0.0.1:1"}
+    if command[0] != "bench":  # it always connects directly
+        done = await run_client(*with_url(command, url), env=proxy)
+        line = "connection refused (via proxy http://127.0.0.1:1); --no-proxy connects directly"
+        assert done == CommandResult(1, "", f"websocket-relay: {url}: {line}\n")
+    count = ("--history", "1", "--count", "1") if command[0] == "listen" else ()
+    if count:
+        assert (await run_client("send", url, "hello")).exit_code == 0
+    done = await run_client(*with_url(command, url, "--no-proxy", *count), env=proxy)
+    assert done.exit_code == 0, done.stderr
 
 
 @each_client_command

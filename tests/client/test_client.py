@@ -23,6 +23,7 @@ from websocket_relay.client import (
 )
 from websocket_relay.client import Relay as Client
 from websocket_relay.client.outbox import Outbox, size_of
+from websocket_relay.client.proxy import proxy_for
 from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
@@ -34,7 +35,7 @@ from tests.support.issuer import SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import RelayProcess, StartRelay, path_of, receive
-from tests.support.tcp_proxy import TcpProxy
+from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
 RELAY_V1 = Subprotocol("relay.v1")
@@ -364,6 +365,20 @@ async def test_invalid_data_is_refused_by_send(relay: RelayProcess, channel: str
         assert await next_payloads(client, 1) == ["valid"]
 
 
+async def test_a_message_outside_the_block_of_the_client_is_an_error(
+    relay: RelayProcess, channel: str
+) -> None:
+    client = Client(relay.ws_url(path_of(channel)))
+    for use in (client.send("lost"), anext(client)):
+        with pytest.raises(RuntimeError, match="use it in `async with`"):
+            await use
+    async with client:
+        pass
+    with pytest.raises(RuntimeError, match="the client was closed"):
+        await client.send("lost")
+    assert client.unconfirmed == 0
+
+
 @pytest.mark.fast
 def test_an_outbox_accepts_an_echo_of_its_oldest_message_only() -> None:
     outbox = Outbox(1_000)
@@ -417,11 +432,11 @@ async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> 
         assert time.monotonic() - started_at < PATIENCE_S / 2
 
 
-async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
+async def test_a_client_waits_for_a_relay_that_is_started_later_than_itself(
     relay: RelayProcess, channel: str
 ) -> None:
     with pytest.raises(UnavailableError, match="connection refused"):
-        async with Client("ws://127.0.0.1:1/"):
+        async with Client("ws://127.0.0.1:1/", start_patience_s=0):
             pass
     async with TcpProxy(None) as proxy:
         log = EventLog()
@@ -432,7 +447,7 @@ async def test_an_unreachable_relay_is_an_error_unless_the_client_has_patience(
 
         reachable = asyncio.create_task(make_reachable())
         url = proxy.url(path_of(channel))
-        async with Client(url, start_patience_s=PATIENCE_S, on_event=log.append) as client:
+        async with Client(url, on_event=log.append) as client:
             await client.send("connected")
             assert await next_payloads(client, 1) == ["connected"]
         await reachable
@@ -580,7 +595,7 @@ async def test_flush_raises_that_a_message_is_too_big_for_the_relay(
         await client.send("x" * 1_001)
         with pytest.raises(RejectedError, match="message too big"):
             await client.flush()
-        assert client.unconfirmed == 1
+        assert (client.unconfirmed, client.unsent) == (1, 1)
 
 
 async def test_a_client_neither_sends_nor_accepts_a_message_above_its_own_limit(
@@ -631,7 +646,7 @@ async def test_a_server_that_is_not_a_relay_is_rejected(relay: RelayProcess) -> 
         async with Client(relay.metrics_url("/").replace("http", "ws")):
             pass
     with pytest.raises(UnavailableError, match="server does not speak TLS; try ws://"):
-        async with Client(relay.ws_url().replace("ws:", "wss:")):
+        async with Client(relay.ws_url().replace("ws:", "wss:"), start_patience_s=0):
             pass
 
 
@@ -661,7 +676,7 @@ async def test_an_invalid_answer_to_the_upgrade_is_an_error() -> None:
     for answer, kind, text in answers:
         async with server_that_answers(answer) as url:
             with pytest.raises(kind, match=text):
-                async with Client(url):
+                async with Client(url, start_patience_s=0):
                     pass
 
 
@@ -678,6 +693,81 @@ async def test_an_invalid_welcome_is_rejected() -> None:
 
 
 # URLs, proxies, tokens
+
+
+class ConnectProxy(TcpProxy):
+    """An HTTP proxy that connects every client to one server.
+
+    Attributes:
+        tunnels: the number of connections that it made.
+    """
+
+    tunnels = 0
+
+    def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes:
+        if not data.startswith(b"CONNECT "):
+            return data
+        self.tunnels += 1
+        connection.client.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "uses_proxy", "tunnels"),
+    [
+        ("localhost,10.0.0.0/8", True, 1),
+        ("10.0.0.0/8, 127.0.0.0/8", True, 0),
+        ("", False, 0),
+    ],
+)
+async def test_a_client_connects_through_the_proxy_unless_no_proxy_has_the_relay(
+    relay: RelayProcess,
+    channel: str,
+    monkeypatch: pytest.MonkeyPatch,
+    no_proxy: str,
+    uses_proxy: bool,
+    tunnels: int,
+) -> None:
+    async with ConnectProxy(relay.port) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("no_proxy", no_proxy)
+        async with Client(relay.ws_url(path_of(channel)), uses_proxy=uses_proxy) as client:
+            await client.send("hello")
+            assert await next_payloads(client, 1) == ["hello"]
+        assert proxy.tunnels == tunnels
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "is_direct"),
+    [
+        ("localhost", "127.0.0.0/8", True),
+        ("[::1]", "[::1]", True),
+        ("[fd00::1]", "fd00::/8", True),
+        ("10.1.2.3", "10.1.2.3/16", True),
+        ("relay.example", ".example,10.0.0.0/8", True),
+        ("relay.example", "10.0.0.0/8", False),
+        ("11.1.2.3", "10.0.0.0/8", False),
+    ],
+)
+@pytest.mark.fast
+def test_no_proxy_has_names_addresses_and_networks(
+    monkeypatch: pytest.MonkeyPatch, host: str, no_proxy: str, is_direct: bool
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    expected = None if is_direct else "http://proxy.example:3128"
+    assert proxy_for(f"wss://{host}:8443/") == expected
+
+
+async def test_the_error_of_a_connection_through_a_proxy_names_it_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("https_proxy", "http://me:secret@127.0.0.1:1")
+    with pytest.raises(UnavailableError) as raised:
+        async with Client("ws://relay.example/", start_patience_s=0):
+            pass
+    assert str(raised.value) == "connection refused (via proxy http://127.0.0.1:1)"
 
 
 async def test_an_unusable_proxy_is_rejected_without_its_password(

@@ -68,6 +68,11 @@ def add_command(
     group.add_argument(
         "--ca", type=Path, metavar="FILE", help="PEM file with the authorities to trust for wss://"
     )
+    group.add_argument(
+        "--no-proxy",
+        action="store_true",
+        help="connect directly, without the proxy of https_proxy or http_proxy",
+    )
     return parser
 
 
@@ -154,7 +159,7 @@ def event_printer(
             case Connected(is_recovered=True):
                 print_notice(f"connected to {url}")
             case Connected():
-                print_notice(f"connected to {url}; some messages were missed")
+                print_notice(f"connected to {url}; messages may be missing")
             case Disconnected():
                 print_notice(f"{event.reason}; retrying in {event.retry_s:.1f} s")
             case Unconfirmed():
@@ -209,6 +214,8 @@ async def _interruptible(command: Coroutine[Any, Any, int]) -> int:
 
 
 def _advice(error: RelayError, options: Namespace) -> str:
+    if "(via proxy " in str(error):
+        return "; --no-proxy connects directly"
     is_untrusted = isinstance(error, RejectedError) and str(error).startswith(UNTRUSTED)
     return "; trust its authority with --ca FILE" if is_untrusted and not options.ca else ""
 

@@ -78,6 +78,7 @@ async def listen(options: Namespace) -> int:
         options.url,
         token=token_source(options),
         ssl=tls_context(options),
+        uses_proxy=not options.no_proxy,
         since=options.since,
         history=options.history,
         start_patience_s=options.patience or 0.0,

@@ -84,6 +84,7 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
         options.url,
         token=token_source(options),
         ssl=tls_context(options),
+        uses_proxy=not options.no_proxy,
         listens=False,
         repeats=options.repeat,
         start_patience_s=patience_s or 0.0,
@@ -99,9 +100,12 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
             print_notice(str(UnconfirmedError(relay.unconfirmed, "interrupted")))
         raise
     except (UnavailableError, RejectedError) as error:
-        if not relay.unconfirmed:
-            raise
-        raise UnconfirmedError(relay.unconfirmed, str(error)) from None
+        if relay.unconfirmed > relay.unsent:
+            raise UnconfirmedError(relay.unconfirmed, str(error)) from None
+        if relay.unsent:
+            messages = "1 message" if relay.unsent == 1 else f"{relay.unsent:,} messages"
+            raise type(error)(f"{error}; {messages} not relayed") from None
+        raise
     return 0
 
 

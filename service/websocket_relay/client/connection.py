@@ -15,6 +15,7 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from websocket_relay.client.errors import RejectedError, UnavailableError, error_for
+from websocket_relay.client.proxy import proxy_for
 from websocket_relay.outcomes import Close
 
 SUBPROTOCOL = Subprotocol("relay.v1")
@@ -138,7 +139,12 @@ class RelayConnection:
 
 
 async def connect_to_relay(
-    url: str, headers: dict[str, str], context: ssl.SSLContext | None, max_message_bytes: int
+    url: str,
+    headers: dict[str, str],
+    context: ssl.SSLContext | None,
+    max_message_bytes: int,
+    *,
+    uses_proxy: bool,
 ) -> RelayConnection:
     """Connect, and receive the welcome.
 
@@ -147,17 +153,20 @@ async def connect_to_relay(
         headers: additional headers of the request.
         context: verifies the relay's certificate; None: the library's default.
         max_message_bytes: a larger message closes the connection.
+        uses_proxy: whether a proxy of the environment is used.
 
     Raises:
         RejectedError: a retry would not help.
         UnavailableError: a retry may help.
     """
     options: dict[str, Any] = {"ssl": context} if context is not None else {}
+    proxy = proxy_for(url) if uses_proxy else None
     try:
         connection = await connect(
             url,
             subprotocols=[SUBPROTOCOL],
             additional_headers=headers,
+            proxy=proxy,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
             max_size=max_message_bytes + MAX_POSITION_BYTES,
@@ -166,7 +175,7 @@ async def connect_to_relay(
     except (
         OSError, InvalidHandshake, InvalidProxy, ProtocolError, ValueError, ImportError
     ) as error:  # fmt: skip
-        raise error_for(error, is_secure=urlsplit(url).scheme == "wss") from None
+        raise error_for(error, is_secure=urlsplit(url).scheme == "wss", proxy=proxy) from None
     if connection.subprotocol != SUBPROTOCOL:
         connection.transport.abort()
         raise RejectedError(f"not a relay: subprotocol {SUBPROTOCOL} not accepted")

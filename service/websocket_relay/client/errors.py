@@ -11,6 +11,7 @@ import ssl
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, ProxyError
 from websockets.http11 import Response
 
+from websocket_relay.client.proxy import redacted
 from websocket_relay.outcomes import RelayError
 
 ERRNO = re.compile(r"\[Errno (-?\d+)\]")
@@ -57,18 +58,29 @@ class UnconfirmedError(RelayError):
         self.count = count
 
 
-def error_for(error: Exception, *, is_secure: bool) -> RelayError:
+def error_for(error: Exception, *, is_secure: bool, proxy: str | None = None) -> RelayError:
     """Return the client's error for an error of the network or of the opening handshake.
 
     Args:
         error: raised by the network or by a library.
         is_secure: whether the connection uses TLS.
+        proxy: the URL of the proxy, which may have a password; None: none was used.
     """
     # When a redirect can't be followed, websockets raises an error whose text has the whole URL;
     # its context is the InvalidStatus with the response.
     cause = error if isinstance(error, InvalidStatus) else error.__context__
     if isinstance(cause, InvalidStatus):
         return _error_for_response(cause.response)
+    if isinstance(error, InvalidProxy):  # its text has the proxy's URL, which may have a password
+        return RejectedError("invalid proxy URL in the environment")
+    found = _error_for_network(error, is_secure=is_secure)
+    if proxy is not None:
+        # Every step before the relay's response may have failed at the proxy.
+        return type(found)(f"{found} (via proxy {redacted(proxy)})")
+    return found
+
+
+def _error_for_network(error: Exception, *, is_secure: bool) -> RelayError:
     if isinstance(error, ssl.SSLCertVerificationError):
         is_name_mismatch = error.verify_code in NAME_MISMATCH_CODES
         problem = "is for another host name" if is_name_mismatch else "not trusted"
@@ -77,8 +89,6 @@ def error_for(error: Exception, *, is_secure: bool) -> RelayError:
         return UnavailableError("timed out")
     if isinstance(error, OSError):
         return UnavailableError(_os_text(error))
-    if isinstance(error, InvalidProxy):  # its text has the proxy's URL, which may have a password
-        return RejectedError("invalid proxy URL in the environment")
     if isinstance(error, ImportError):
         return RejectedError(str(error))  # a SOCKS proxy needs another library
     if isinstance(error, ProxyError):

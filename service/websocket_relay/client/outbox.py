@@ -40,6 +40,11 @@ class Outbox:
         return len(self._unsent) + len(self._unconfirmed)
 
     @property
+    def unsent_count(self) -> int:
+        """The number of messages that wait to be sent."""
+        return len(self._unsent)
+
+    @property
     def has_unsent(self) -> bool:
         """Whether a message waits to be sent."""
         return bool(self._unsent)

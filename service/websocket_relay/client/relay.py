@@ -57,6 +57,8 @@ MAX_PENDING_BYTES = 1_048_576
 MAX_WAITING_BYTES = 4_194_304
 MAX_MESSAGE_BYTES = 67_108_864
 CLOSE_TIMEOUT_S = 10.0
+START_PATIENCE_S = 30.0
+"""A program and its relay are often started together."""
 
 Token = str | Callable[[], str | Awaitable[str]]
 
@@ -68,6 +70,7 @@ class Relay:
         url: the channel's URL; `since` or `history` in its query apply.
         token: a bearer token, or a function that returns one and is called before each connection.
         ssl: verifies the certificate of a wss:// relay; None: the system's authorities.
+        uses_proxy: connect through the proxy that the environment names; False: directly.
         since: the position after which to start; empty: with new messages.
         history: number of past messages to start with, where `since` is empty.
         listens: False discards received messages: for a client that only publishes.
@@ -87,11 +90,12 @@ class Relay:
         *,
         token: Token = "",
         ssl: ssl.SSLContext | None = None,
+        uses_proxy: bool = True,
         since: str = "",
         history: int = 0,
         listens: bool = True,
         repeats: bool = False,
-        start_patience_s: float = 0.0,
+        start_patience_s: float = START_PATIENCE_S,
         patience_s: float = math.inf,
         max_pending_bytes: int = MAX_PENDING_BYTES,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
@@ -101,6 +105,7 @@ class Relay:
         self._url = ChannelUrl.parse(url)
         self._token = token
         self._ssl = (ssl or verifying_context()) if self._url.is_secure else None
+        self._uses_proxy = uses_proxy
         self._position = since or self._url.since
         self._history = history or self._url.history
         self._listens = listens
@@ -168,6 +173,7 @@ class Relay:
         Raises:
             TypeError, UnicodeEncodeError: the data is not a valid message.
             ValueError: the message is larger than `max_message_bytes`.
+            RuntimeError: the client is not connected yet, or was closed.
             RelayError: the relay rejects the client, or was unavailable for `patience_s`.
         """
         if not isinstance(data, str | bytes):
@@ -175,6 +181,8 @@ class Relay:
         size = size_of(data)
         if size - MESSAGE_BYTES > self._max_message_bytes:
             raise ValueError(f"a message has at most {self._max_message_bytes:,} bytes")
+        if self._is_closing:
+            raise RuntimeError("the client was closed")
         self._raise_fault()
         await self._wait_for_echoes_until(lambda: self._outbox.has_capacity_for(size))
         self._outbox.append(data)
@@ -218,6 +226,11 @@ class Relay:
         return len(self._outbox)
 
     @property
+    def unsent(self) -> int:
+        """The number of unconfirmed messages that are certainly not relayed."""
+        return self._outbox.unsent_count
+
+    @property
     def waiting(self) -> int:
         """The number of received messages that are not read yet."""
         return len(self._unread)
@@ -250,6 +263,8 @@ class Relay:
             self._changed = asyncio.Event()
 
     def _raise_fault(self) -> None:
+        if self._task is None:
+            raise RuntimeError("the client is not connected: use it in `async with`")
         if self._fault is not None:
             self._was_fault_raised = True
             raise self._fault
@@ -313,10 +328,13 @@ class Relay:
                 return
             if self._unresolved_end is None and self._outbox.has_unconfirmed:
                 self._unresolved_end = end
-            if end.rejection is not None:
-                raise end.rejection
+            rejection = end.rejection
             if end.token_expired and not callable(self._token):
-                raise RejectedError(end.reason)
+                rejection = RejectedError(end.reason)
+            if rejection is not None:
+                if self._unresolved_end is end and end.has_all_echoes:
+                    self._outbox.send_again()  # `unsent` counts them: they are not relayed
+                raise rejection
             attempt = 0 if clock() - connected_at > BACKOFF_RESET_S else attempt
             await self._wait_before_retry(end.reason, delay_s(attempt, end.retry_after_s))
             attempt += 1
@@ -342,7 +360,9 @@ class Relay:
         token = self._token() if callable(self._token) else self._token
         headers = authorization(await token if isawaitable(token) else token)
         url = self._url.url_with_start(since=self._position, history=self._history)
-        return await connect_to_relay(url, headers, self._ssl, self._max_message_bytes)
+        return await connect_to_relay(
+            url, headers, self._ssl, self._max_message_bytes, uses_proxy=self._uses_proxy
+        )
 
     async def _wait_before_retry(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
