@@ -144,6 +144,7 @@ def build(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
+        ping_interval_s=settings.keepalive.ping_interval_s,
         counters=counters,
         backlogs=backlogs,
         partial_messages=partial_messages,

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ class UpgradeProxy(TcpProxy):
     """A proxy between a page and a relay that counts upgrades and can refuse them.
 
     Attributes:
+        post_status: the status with which POSTs are answered; empty: the relay answers.
         blocks_upgrades: whether upgrades are refused, as by a proxy without WebSockets.
         upgrades: the number of requests for an upgrade.
     """
@@ -40,10 +41,14 @@ class UpgradeProxy(TcpProxy):
     def __init__(self, target: int | None) -> None:
         super().__init__(target)
         self.blocks_upgrades = False
+        self.post_status = b""
         self.upgrades = 0
         self._upgrade_requested = asyncio.Event()
 
     def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
+        if self.post_status and data.startswith(b"POST "):
+            connection.client.write(NO_UPGRADES.replace(b"403 Forbidden", self.post_status))
+            return None
         if b"upgrade: websocket" not in data.lower():
             return data
         self.upgrades += 1
@@ -404,7 +409,121 @@ async def test_positions_of_64_bits_are_compared_exactly(tab: RelayTab) -> None:
         await tab.page.evaluate("relay.close()")
 
 
-# Sleep and wake
+TIME_TO_REFUSAL = """text => new Promise(resolve => {
+    const start = performance.now();
+    relay.send(text).catch(error => resolve([error.why, error.message, performance.now() - start]));
+    send("one"); send("two");
+})"""
+
+
+async def test_a_message_that_the_relay_refuses_is_rejected_at_once_and_the_next_ones_are_relayed(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(limits={"max_message_bytes": 1000})
+    await tab.open(relay.ws_url(path_of(channel)))
+    why, message, ms = await tab.page.evaluate(TIME_TO_REFUSAL, "x" * 1001)
+    assert (why, message) == ("refused", "not relayed: 1009 message too big")
+    assert ms < 1000
+    await tab.await_messages(["one", "two"])
+
+
+async def test_messages_without_the_permission_to_publish_are_rejected_at_once(
+    tab: RelayTab, jwt_relay: RelayProcess, secret: str, channel: str
+) -> None:
+    token = channel_token(secret, channel, may_publish=False)
+    await tab.open(jwt_relay.ws_url(path_of(channel)), token=token)
+    why, message, ms = await tab.page.evaluate(TIME_TO_REFUSAL, "zero")
+    assert (why, message) == ("refused", "not relayed: 1008 not allowed to publish")
+    assert ms < 1000
+    assert await tab.outcomes() == {"one": "refused", "two": "refused"}
+
+
+async def test_messages_over_the_rate_limit_are_sent_again_and_relayed_once(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(limits={"max_messages_per_s": 5})
+    async with relay.client(channel) as other:
+        await tab.open(relay.ws_url(path_of(channel)))
+        await tab.send(*number_texts(0, 15))
+        assert await receive_many(other, 15) == number_texts(0, 15)
+    assert {each["reason"] for each in await tab.events("close")} == {"rate limit"}
+    await tab.wait_until("Object.keys(outcomes).length === 15")
+    assert list((await tab.outcomes()).values()) == await tab.page.evaluate("positions")
+
+
+async def test_messages_in_flight_to_a_draining_relay_are_uncertain_after_a_loss_of_the_log(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    """The relay may have relayed them: without its log a client can't find out."""
+    relay, successor = relay_with(shutdown={"spread_s": 0}), relay_with()
+    async with UpgradeProxy(relay.port) as proxy, relay.client(channel) as subscriber:
+        await tab.open(proxy.url(path_of(channel)))
+        proxy.lose_server_bytes()
+        await tab.send("relayed")
+        assert await receive(subscriber) == "relayed"
+        proxy.target = successor.port
+        relay.signal(SIGTERM)
+        await tab.wait_until("outcomes.relayed")
+    assert await tab.outcomes() == {"relayed": "uncertain"}
+    assert await tab.received() == []
+
+
+async def test_relay_js_needs_no_event_target_and_no_text_decoder(
+    relay: RelayProcess, channel: str
+) -> None:
+    """As in React Native."""
+    async with serve_relay_js_page() as site, browser.open_page() as page:
+        names = ("EventTarget", "Event", "MessageEvent", "TextDecoder")
+        await page.add_init_script("".join(f"delete window.{name};" for name in names))
+        tab = await load(page, site.origin)
+        assert await page.evaluate("window.EventTarget") is None
+        await tab.open(relay.ws_url(path_of(channel)))
+        await tab.send("typed \U0001f600")
+        async with relay.client(channel) as other:
+            await other.send(b"\x00\xff")
+            await tab.await_messages(["typed \U0001f600", [0, 255]])
+        await tab.wait_until("outcomes['typed \U0001f600'] === positions[0]")
+        assert len(await tab.events("open")) == 1
+
+
+# Silent connections, sleep and wake
+
+
+async def test_the_connection_to_a_frozen_relay_is_closed_within_25_s(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with()
+    async with serve_relay_js_page() as site, browser.open_page() as page:
+        await page.clock.install()
+        tab = await load(page, site.origin)
+        await tab.open(relay.ws_url())
+        relay.signal(SIGSTOP)
+        try:
+            await page.clock.run_for(19_000)
+            assert await page.evaluate("relay.state") == "open"
+            await page.clock.run_for(6_000)
+            assert await page.evaluate("relay.state") != "open"
+        finally:
+            relay.signal(SIGCONT)
+        (close,) = await tab.events("close")
+        assert (close["code"], close["reason"]) == (1006, "connection unresponsive")
+        await page.clock.resume()
+        await tab.wait_until("relay.state === 'open'")
+
+
+async def test_heartbeats_keep_an_idle_websocket_and_an_idle_stream(
+    tab: RelayTab, relay_with: StartRelay
+) -> None:
+    relay = relay_with(keepalive={"ping_interval_s": 0.3})
+    async with UpgradeProxy(relay.port) as open_proxy, UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        await tab.open(proxy.url())
+        await tab.open(open_proxy.url())
+        upgrades = proxy.upgrades
+        # Without heartbeats each would be replaced 4 s after the first one was due.
+        await asyncio.sleep(5)
+        assert (proxy.upgrades, open_proxy.upgrades) == (upgrades, 1)
+        assert await tab.events("close") == []
 
 
 async def test_a_dead_connection_is_replaced_after_a_sleep(
@@ -424,7 +543,7 @@ async def test_a_dead_connection_is_replaced_after_a_sleep(
                 await other.send(number)
             await receive_many(other, 5)
             await page.clock.fast_forward("10:00")
-            await page.clock.run_for(5000)
+            await page.clock.run_for(4200)  # longer than it waits for a message
             await tab.await_messages(number_texts(0, 5))
         assert len(await tab.events("open")) == 1, "the reconnection is invisible to the page"
         assert len(await tab.events("close")) == 0
@@ -662,11 +781,24 @@ async def test_a_stream_is_replaced_by_a_websocket_when_upgrades_succeed(
             await other.send("0")
             await tab.await_messages(["0"])
             proxy.blocks_upgrades = False
-            await page.clock.run_for(61_000)
+            await page.clock.fast_forward(61_000)
             await tab.wait_until("relay.transport === 'websocket'")
             await other.send("1")
             await tab.await_messages(["0", "1"])
             assert len(await tab.events("close")) == 0
+
+
+async def test_a_message_on_a_stream_without_a_definite_answer_is_uncertain(
+    tab: RelayTab, relay: RelayProcess
+) -> None:
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        await tab.open(proxy.url())
+        proxy.post_status = b"504 Gateway Timeout"
+        await tab.send("0")
+        await tab.wait_until("outcomes[0]")
+        assert await tab.outcomes() == {"0": "uncertain"}
+        assert await tab.page.evaluate("relay.state") == "open"
 
 
 async def test_a_refused_message_on_a_stream_is_rejected(

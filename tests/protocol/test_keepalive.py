@@ -15,6 +15,7 @@ from tests.support.raw_client import (
     frame,
 )
 from tests.support.relay_process import RelayProcess, StartRelay, receive
+from tests.support.relay_v1 import connect_relay_v1
 from tests.support.rfc_cases import await_descriptors
 
 MESSAGE_BYTES = 65_536
@@ -26,6 +27,14 @@ def pinging_relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayPro
     settings = {"keepalive": {"ping_interval_s": 0.2, "ping_timeout_s": 2}}
     with RelayProcess(tmp_path_factory.mktemp("pinging"), settings) as relay:
         yield relay
+
+
+async def test_a_client_of_relay_v1_receives_a_heartbeat_with_each_ping(
+    pinging_relay: RelayProcess, channel: str
+) -> None:
+    async with connect_relay_v1(pinging_relay, channel) as client:
+        assert client.heartbeat_ms == 200
+        assert await client.next_with_position() == ("", '{"type":"heartbeat"}')
 
 
 async def answer_pings(raw: RawClient, duration_s: float) -> None:

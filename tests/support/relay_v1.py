@@ -22,13 +22,15 @@ class RelayV1Client:
 
     Args:
         connection: of the client.
-        welcome: the first notice.
+        welcome: the first notice, without the interval of heartbeats.
+        heartbeat_ms: that interval.
         position: of the last message, before that of the welcome.
         notices: all later notices.
     """
 
     connection: ClientConnection
     welcome: dict[str, Any] = field(default_factory=dict)
+    heartbeat_ms: int = 0
     position: str = ""
     notices: list[dict[str, Any]] = field(default_factory=list)
 
@@ -90,6 +92,7 @@ async def connect_relay_v1(
         assert position == "", "the first message is no notice"
         client.welcome = json.loads(welcome)
         assert client.welcome["type"] == "welcome"
+        client.heartbeat_ms = client.welcome.pop("heartbeat_ms")
         client.position = client.welcome["position"]
         yield client
 

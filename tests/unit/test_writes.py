@@ -48,6 +48,7 @@ def context() -> ConnectionContext:
         max_message_bytes=MIB,
         compresses=False,
         deadline_s=5,
+        ping_interval_s=20,
         counters=Counters(),
         backlogs=SendBacklogs(MIB, 8 * MIB),
         partial_messages=PartialMessages(MIB),

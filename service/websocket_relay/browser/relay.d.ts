@@ -39,7 +39,7 @@ export interface RelayCloseEvent extends Event {
   readonly reason: string;
 }
 
-/** Messages between these positions are missing: expired, or lost by the relay's log. */
+/** Messages between these positions may be missing: expired, or lost by the relay's log. */
 export interface RelayGapEvent extends Event {
   /** The position of the last message received. */
   readonly since: string | null;
@@ -80,7 +80,8 @@ export class RelayError extends Error {
    * - `full`: the send buffer is full
    * - `closed`: the page closed the connection
    * - `refused`: the relay rejected the message or the connection
-   * - `uncertain`: the connection was lost, and the message was not echoed over the next one
+   * - `uncertain`: the connection was lost, and the message was not echoed over the next one; or a
+   *   POST had no definite answer
    */
   why: "full" | "closed" | "refused" | "uncertain";
 }
@@ -107,7 +108,10 @@ export class Relay extends EventTarget {
   /** The number of messages queued until there is a connection. */
   get offline(): number;
 
-  /** Reconnect after `close()` or "refused", and resume after the last position. */
+  /**
+   * Reconnect after `close()` or "refused", and resume after the last position. While "waiting":
+   * reconnect now.
+   */
   open(): void;
   /** Close the connection. Queued messages are discarded, and their promises rejected. */
   close(): void;

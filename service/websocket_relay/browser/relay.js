@@ -11,7 +11,7 @@
  * The transport is WebSocket with the subprotocol relay.v1, in which each message has a position; a
  * new connection resumes after the last received one. Where WebSockets are blocked, the client
  * reads server-sent events and publishes by POST. One file without dependencies; its types are in
- * relay.d.ts. Runs in browsers released since the end of 2021, and in their workers.
+ * relay.d.ts. Runs in browsers released since the end of 2021, in their workers, and in React Native.
  *
  * Knows no page: no DOM beyond the lifecycle events of `document`, and no storage.
  */
@@ -37,18 +37,70 @@ const SLEEP_GAP_MS = 15_000; // a longer clock jump means that the machine slept
 const SLEEP_GAP_HIDDEN_MS = 75_000; // browsers run timers of hidden pages once a minute
 const WAKE_PROBE_MS = 2_000; // after a sleep, until a silent connection is replaced
 
+// The relay sends a heartbeat every `heartbeat_ms` of its welcome, 20 s by default.
+const LATE_HEARTBEAT_MS = 500; // after that, a silent connection is verified as after a sleep,
+const SILENCE_MS = 4_500; // and closed this much later, 25 s after the last heartbeat
+
 const MAX_QUEUED_MESSAGES = 1_000;
 const MAX_PENDING_BYTES = 8 * 1024 * 1024;
 const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
 
 const CLOSE_GOING_AWAY = 1001;
 const CLOSE_TOKEN_EXPIRED = 3000;
+
+// The relay sends these closes after the echoes of all that it relayed.
+const CLOSE_REFUSES_ALL = /^1008 not allowed to publish/;
+const CLOSE_REFUSES_FIRST = /^(1002|1003|1007|1009|1010) /; // the first message without an echo
+const CLOSE_REFUSES_NONE = /^(1008 |3000 |1013 (backplane unavailable|too many partial messages))/;
+
 const FINAL_STATUSES = [401, 403];
 const FINAL_BEFORE_OPEN = [400, 404, 405, 426]; // later, a reloading proxy may send them
 
 const encoder = new TextEncoder();
-const latin1 = new TextDecoder("latin1");
-const utf8 = new TextDecoder("utf-8", {ignoreBOM: true});
+
+/** The part of an EventTarget that React Native needs, which has none. */
+class SmallEventTarget {
+  /** @type {Map<string, Map<any, boolean>>} by type: listeners, and whether each is called once */
+  #listeners = new Map();
+
+  /** @param {string} type @param {any} listener @param {{once?: boolean}} [options] */
+  addEventListener(type, listener, options) {
+    const listeners = this.#listeners.get(type) ?? new Map();
+    this.#listeners.set(type, listeners.set(listener, options?.once ?? false));
+  }
+
+  /** @param {string} type @param {any} listener */
+  removeEventListener(type, listener) {
+    this.#listeners.get(type)?.delete(listener);
+  }
+
+  /** @param {Event} event */
+  dispatchEvent(event) {
+    for (const [listener, isOnce] of [...(this.#listeners.get(event.type) ?? [])]) {
+      if (isOnce) this.removeEventListener(event.type, listener);
+      try {
+        if (typeof listener === "function") listener.call(this, event);
+        else listener.handleEvent(event);
+      } catch (error) {
+        setTimeout(() => { throw error; }); // as in a browser: it ends no other listener
+      }
+    }
+    return true;
+  }
+}
+
+const hasEvents = Boolean(globalThis.EventTarget && globalThis.Event && globalThis.MessageEvent);
+const Target = /** @type {typeof EventTarget} */ (hasEvents ? EventTarget : SmallEventTarget);
+
+/**
+ * @param {string} type
+ * @param {object} fields
+ * @param {MessageEventInit} [message]
+ */
+function eventOf(type, fields, message) {
+  if (!hasEvents) return /** @type {Event} */ (Object.assign({type}, message, fields));
+  return Object.assign(message ? new MessageEvent(type, message) : new Event(type), fields);
+}
 
 /** A message was not sent, or its delivery is unknown. `why` is machine-readable. */
 export class RelayError extends Error {
@@ -64,7 +116,7 @@ export class RelayError extends Error {
 }
 
 /** A connection to a channel that reconnects until it is closed or refused. */
-export class Relay extends EventTarget {
+export class Relay extends Target {
   #channelUrl;
   #history;
   #maxQueued;
@@ -80,9 +132,8 @@ export class Relay extends EventTarget {
   #isConnecting = false;
   #wasOpen = false;
   #isFrozen = false;
-  #isUnresponsive = false; // the connection has received nothing since a sleep
+  #suspectedAt = 0; // when the connection had received nothing for too long; 0: never
   #openedAt = 0;
-  #receivedCount = 0; // messages, over all connections
 
   #failureCount = 0; // consecutive
   #unauthorizedCount = 0; // consecutive
@@ -108,6 +159,8 @@ export class Relay extends EventTarget {
   #upgradeTimer;
   /** @type {Timer} */
   #wakeTimer;
+  /** @type {Timer} */
+  #silenceTimer;
   /** @type {Timer} */
   #clockTimer;
   #clockCheckedAt = 0;
@@ -152,8 +205,12 @@ export class Relay extends EventTarget {
     return this.#queue.length;
   }
 
-  /** Reconnect after `close()` or "refused", and resume after the last position. */
+  /**
+   * Reconnect after `close()` or "refused", and resume after the last position. While "waiting":
+   * reconnect now.
+   */
   open() {
+    if (this.#state === "waiting" && !this.#isFrozen) this.#connect();
     if (this.#state !== "closed") return;
     this.#failureCount = this.#unauthorizedCount = this.#blockedCount = 0;
     this.#wasOpen = this.#isFrozen = false;
@@ -256,8 +313,9 @@ export class Relay extends EventTarget {
       this.#prefersStream = true;
     }
     this.#activate(link);
-    // The page may have closed the link in an event.
-    if (link === this.#link) this.#applyWelcome(since, welcome);
+    if (link !== this.#link) return; // the page has closed it in an event
+    if (welcome.heartbeat_ms) this.#watchHeartbeats(link, welcome.heartbeat_ms);
+    this.#applyWelcome(since, welcome);
   }
 
   /** @param {Link} link */
@@ -290,7 +348,7 @@ export class Relay extends EventTarget {
     }
     const echoTimeoutMs = isNewLog ? 0 : ECHO_TIMEOUT_MS; // a new log has no echoes
     if (this.#unconfirmed.length) {
-      this.#echoTimer = setTimeout(() => this.#settleUnconfirmed(), echoTimeoutMs);
+      this.#echoTimer = setTimeout(() => this.#settleUnconfirmed(recovered), echoTimeoutMs);
     }
     this.#flush();
   }
@@ -332,7 +390,8 @@ export class Relay extends EventTarget {
   #onAttemptFailed(end) {
     this.#isConnecting = false;
     if (end.status && this.#isFinal(end.status)) return this.#onRefused(end.status, end.reason);
-    if (this.#link && !this.#isUnresponsive) return; // the active connection is unaffected
+    const isUnresponsive = this.#link && this.#link.receivedAt <= this.#suspectedAt;
+    if (this.#link && !isUnresponsive) return; // the active connection is unaffected
     if (this.#dropLink()) {
       this.#emit("close", {code: 1006, reason: "connection unresponsive"});
       if (this.#state === "closed") return;
@@ -350,10 +409,7 @@ export class Relay extends EventTarget {
   /** @param {End} end */
   #onLost(end) {
     const reason = end.reason ?? "";
-    // A draining relay closes after the echo of all that it relayed: resend the rest.
-    if (end.code === CLOSE_GOING_AWAY && reason.startsWith("draining")) {
-      for (const message of this.#link?.inFlight ?? []) message.shouldResend = true;
-    }
+    if (this.#link?.kind === "websocket") this.#settleByClose(this.#link, `${end.code} ${reason}`);
     this.#dropLink();
     if (Date.now() - this.#openedAt >= STABLE_AFTER_MS) this.#failureCount = 0;
     this.#emit("close", {code: end.code ?? 1006, reason});
@@ -362,6 +418,24 @@ export class Relay extends EventTarget {
     if (status && this.#isFinal(status)) return this.#onRefused(status, reason);
     if (this.#isConnecting) this.#setState("connecting", {reason});
     else this.#scheduleRetry(end);
+  }
+
+  /**
+   * Settle the messages in flight, as far as the reason of the close allows.
+   *
+   * @param {Link} link
+   * @param {string} close its code and reason
+   */
+  #settleByClose({inFlight}, close) {
+    // A draining relay relays what it receives until the closing handshake, but a browser drops what
+    // it has not sent by then. Only a complete replay shows which messages were not relayed.
+    for (const message of inFlight) message.isDrained = close.startsWith("1001 draining");
+    const refusesFirst = CLOSE_REFUSES_FIRST.test(close);
+    const refusedCount = CLOSE_REFUSES_ALL.test(close) ? inFlight.length : Number(refusesFirst);
+    for (const message of inFlight.splice(0, refusedCount)) {
+      message.reject(new RelayError("refused", `not relayed: ${close}`));
+    }
+    if (refusesFirst || CLOSE_REFUSES_NONE.test(close)) this.#queue.unshift(...inFlight.splice(0));
   }
 
   /** @param {End} end */
@@ -410,6 +484,7 @@ export class Relay extends EventTarget {
     clearTimeout(this.#echoTimer);
     clearTimeout(this.#upgradeTimer);
     clearTimeout(this.#wakeTimer);
+    clearTimeout(this.#silenceTimer);
     for (const message of [...this.#unconfirmed.splice(0), ...this.#queue.splice(0)]) {
       message.reject(error);
     }
@@ -426,9 +501,10 @@ export class Relay extends EventTarget {
     const link = this.#link;
     if (!link) return null;
     this.#link = null;
-    this.#isUnresponsive = false;
+    this.#suspectedAt = 0;
     clearTimeout(this.#upgradeTimer);
     clearTimeout(this.#echoTimer);
+    clearTimeout(this.#silenceTimer);
     link.close();
     this.#unconfirmed.push(...link.inFlight);
     return link;
@@ -441,14 +517,10 @@ export class Relay extends EventTarget {
    * @param {string | ArrayBuffer} data
    */
   #onMessage(position, data) {
-    this.#receivedCount += 1;
-    this.#isUnresponsive = false;
     if (this.#position !== null && !isAfter(position, this.#position)) return; // duplicate
     this.#position = position;
     this.#matchEcho(data)?.resolve(position);
-    this.dispatchEvent(
-      Object.assign(new MessageEvent("message", {data, lastEventId: position}), {position}),
-    );
+    this.dispatchEvent(eventOf("message", {position}, {data, lastEventId: position}));
   }
 
   /**
@@ -467,12 +539,17 @@ export class Relay extends EventTarget {
     return inFlight?.[0]?.matches(data) ? inFlight.shift() : undefined;
   }
 
-  /** Resend or reject the messages whose echo did not arrive after the reconnect. */
-  #settleUnconfirmed() {
+  /**
+   * Resend or reject the messages whose echo did not arrive after the reconnect.
+   *
+   * @param {boolean} isComplete whether all messages since the last connection were replayed
+   */
+  #settleUnconfirmed(isComplete) {
     const unconfirmed = this.#unconfirmed.splice(0);
+    for (const message of unconfirmed) message.shouldResend ||= isComplete && message.isDrained;
     this.#queue.unshift(...unconfirmed.filter((message) => message.shouldResend));
     for (const message of unconfirmed) {
-      if (message.shouldResend) message.shouldResend = false;
+      if (message.shouldResend) message.shouldResend = message.isDrained = false;
       else message.reject(new RelayError("uncertain", "connection lost: delivery unknown"));
     }
     this.#flush();
@@ -481,7 +558,8 @@ export class Relay extends EventTarget {
   /** Unconfirmed messages that may be resent are settled first, which keeps the order. */
   #canSend() {
     /** @param {Outgoing} message */
-    const blocksQueue = (message) => message.shouldResend || message.isPostPending;
+    const blocksQueue = ({shouldResend, isDrained, isPostPending}) =>
+      shouldResend || isDrained || isPostPending;
     return this.#link !== null && !this.#unconfirmed.some(blocksQueue);
   }
 
@@ -533,13 +611,34 @@ export class Relay extends EventTarget {
    */
   #verifyLink() {
     clearTimeout(this.#wakeTimer);
-    if (!this.#link) return;
-    const receivedCount = this.#receivedCount;
+    const [link, since] = [this.#link, Date.now()];
     this.#wakeTimer = setTimeout(() => {
-      if (!this.#link || this.#receivedCount !== receivedCount) return;
-      this.#isUnresponsive = true;
+      if (!link || link !== this.#link || link.receivedAt > since) return;
+      this.#suspectedAt = Date.now();
       this.#connect();
     }, WAKE_PROBE_MS + jittered(WAKE_PROBE_MS));
+  }
+
+  /**
+   * Verify a connection whose heartbeat is late, and close it if the silence lasts: its relay is
+   * frozen, or the network has lost the connection.
+   *
+   * @param {Link} link
+   * @param {number} heartbeatMs
+   */
+  #watchHeartbeats(link, heartbeatMs) {
+    const lateInMs = link.receivedAt + heartbeatMs + LATE_HEARTBEAT_MS - Date.now();
+    clearTimeout(this.#silenceTimer);
+    if (lateInMs > 0) {
+      this.#silenceTimer = setTimeout(() => this.#watchHeartbeats(link, heartbeatMs), lateInMs);
+      return;
+    }
+    const {receivedAt} = link;
+    this.#verifyLink();
+    this.#silenceTimer = setTimeout(() => {
+      if (link.receivedAt > receivedAt) return this.#watchHeartbeats(link, heartbeatMs);
+      this.#onLost({reason: "connection unresponsive"});
+    }, SILENCE_MS);
   }
 
   /** Close the connection of a frozen page: it runs no code, and its messages would pile up. */
@@ -574,7 +673,7 @@ export class Relay extends EventTarget {
    * @param {object} fields
    */
   #emit(type, fields) {
-    this.dispatchEvent(Object.assign(new Event(type), fields));
+    this.dispatchEvent(eventOf(type, fields));
   }
 }
 
@@ -595,10 +694,12 @@ class Outgoing {
     this.#onSettled = onSettled;
     const bytes = bytesOf(data);
     /** A well-formed copy, equal to the echo. */
-    this.data = typeof data === "string" ? utf8.decode(bytes) : bytes;
+    this.data = typeof data === "string" ? data.replace(/[\ud800-\udfff]/gu, "\ufffd") : bytes;
     this.size = bytes.byteLength + MESSAGE_OVERHEAD_BYTES;
     /** The message is known not to be relayed. */
     this.shouldResend = false;
+    /** The relay was draining when the connection ended. */
+    this.isDrained = false;
     /** A POST of the message is in flight. */
     this.isPostPending = false;
     this.relayed = new Promise((resolve, reject) => {
@@ -637,6 +738,7 @@ class Outgoing {
 /** A WebSocket link. The relay echoes what it relays; `inFlight` has what is not echoed yet. */
 class Socket {
   kind = /** @type {const} */ ("websocket");
+  receivedAt = 0;
   /** @type {Outgoing[]} */
   inFlight = [];
   /** @type {WebSocket | null} */
@@ -659,7 +761,7 @@ class Socket {
     const offers = this.token ? [SUBPROTOCOL, "bearer", this.token] : [SUBPROTOCOL];
     this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
     try {
-      this.#socket = new WebSocket(this.channelUrl, offers);
+      this.#socket = new WebSocket(this.channelUrl.href, offers);
     } catch {
       // For example: a page loaded by https:// can't open a ws:// URL.
       return this.#end({reason: "WebSocket URL rejected by the browser"});
@@ -688,6 +790,7 @@ class Socket {
 
   /** @param {string | ArrayBuffer} data */
   #onFrame(data) {
+    this.receivedAt = Date.now();
     const [position, payload] = typeof data === "string" ? splitText(data) : splitBytes(data);
     if (position) return this.listener.message(position, payload);
     const event = JSON.parse(String(payload));
@@ -711,6 +814,7 @@ class Socket {
  */
 class Stream {
   kind = /** @type {const} */ ("stream");
+  receivedAt = 0;
   /** @type {Outgoing[]} */
   inFlight = [];
   #fetchAbort = new AbortController();
@@ -770,7 +874,8 @@ class Stream {
     for (;;) {
       const {done, value} = await reader.read();
       if (done) return;
-      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
+      this.receivedAt = Date.now();
+        for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
     }
   }
 
@@ -829,7 +934,11 @@ class Stream {
       if (this.#fetchAbort.signal.aborted) return;
       this.#postTimer = setTimeout(() => this.#post(message), end.retryMs ?? INITIAL_BACKOFF_MS);
     } else {
-      message.reject(new RelayError("refused", `not relayed: ${end.status} ${end.reason}`));
+      // A 504 of the relay, or an error of a proxy after it has passed the message on.
+      const answer = `${end.status} ${end.reason}`;
+      const isUncertain = Number(end.status) >= 500;
+      if (isUncertain) message.reject(new RelayError("uncertain", `delivery unknown: ${answer}`));
+      else message.reject(new RelayError("refused", `not relayed: ${answer}`));
       this.#finishPost(message);
     }
   }
@@ -849,7 +958,7 @@ class Stream {
   #fetch(channelUrl, init) {
     const headers = new Headers(init.headers);
     if (this.token) headers.set("Authorization", `Bearer ${this.token}`);
-    return fetch(channelUrl, {...init, headers, cache: "no-store"});
+    return fetch(channelUrl.href, {...init, headers, cache: "no-store"});
   }
 
   /** @param {End} end */
@@ -937,7 +1046,7 @@ function splitText(text) {
  */
 function splitBytes(buffer) {
   const end = new Uint8Array(buffer).indexOf(10);
-  return [latin1.decode(new Uint8Array(buffer, 0, end)), buffer.slice(end + 1)];
+  return [String.fromCharCode(...new Uint8Array(buffer, 0, end)), buffer.slice(end + 1)];
 }
 
 /** @param {string} text */
@@ -976,7 +1085,7 @@ function jittered(maxMs) {
 /**
  * @typedef {ReturnType<typeof setTimeout> | undefined} Timer
  * @typedef {Socket | Stream} Link
- * @typedef {{recovered: boolean, position: string}} Welcome
+ * @typedef {{recovered: boolean, position: string, heartbeat_ms?: number}} Welcome
  * @typedef {{id: string, type: string, data: string}} ServerEvent
  * @typedef {{code?: number, status?: number, reason?: string, retryMs?: number}} End why a
  *   connection ended or failed to open

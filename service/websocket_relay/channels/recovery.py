@@ -187,8 +187,14 @@ class Recovery:
         return max(latest[0].position.before(), history.complete_after(name))  # not across a gap
 
     def _send_welcome(self, position: Position) -> None:
+        self._client.sends_heartbeats = True
         self._send_notice(
-            {"type": "welcome", "recovered": self._is_recovered, "position": str(position)}
+            {
+                "type": "welcome",
+                "recovered": self._is_recovered,
+                "position": str(position),
+                "heartbeat_ms": round(self._host.shared.ping_interval_s * 1000),
+            }
         )
 
     def _send_notice(self, notice: Mapping[str, object]) -> None:

@@ -109,6 +109,7 @@ class Connection(asyncio.Protocol):
             has left its sink.
         encoding: the encoding of its deliveries, see `deflate` and `sse.SSE`.
         sends_positions: whether each of its messages begins with its position in the log.
+        sends_heartbeats: whether its client was sent a welcome, and is sent heartbeats.
     """
 
     __slots__ = (
@@ -126,6 +127,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_write_now",
         "encoding",
+        "sends_heartbeats",
         "sends_positions",
         "write",
     )
@@ -153,6 +155,7 @@ class Connection(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.encoding = PLAIN
         self.sends_positions = False
+        self.sends_heartbeats = False
         self.write = shared.drop_disconnected
 
     # Lifetime

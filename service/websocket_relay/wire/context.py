@@ -28,6 +28,7 @@ class ConnectionContext:
         max_message_bytes: a larger message closes its sender.
         compresses: whether clients that offer permessage-deflate get it.
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
+        ping_interval_s: from one ping to the next.
         counters: the replica's counters.
         backlogs: the lagging connections, and the bounds on their backlogs.
         partial_messages: the incomplete incoming messages, and the bound on them.
@@ -42,6 +43,7 @@ class ConnectionContext:
         max_message_bytes: int,
         compresses: bool,
         deadline_s: float,
+        ping_interval_s: float,
         counters: Counters,
         backlogs: SendBacklogs,
         partial_messages: PartialMessages,
@@ -52,6 +54,7 @@ class ConnectionContext:
         self.max_message_bytes = max_message_bytes
         self.compresses = compresses
         self.deadline_s = deadline_s
+        self.ping_interval_s = ping_interval_s
         self.counters = counters
         self.backlogs = backlogs
         self.partial_messages = partial_messages

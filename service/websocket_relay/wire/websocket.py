@@ -28,15 +28,21 @@ from websocket_relay.wire.frames import (
     CONTROL,
     PING,
     PONG,
+    TEXT,
     ProtocolViolationError,
     control,
     count_complete_messages,
+    header,
 )
 from websocket_relay.wire.frames import close as close_frame
 from websocket_relay.wire.parser import PAUSE, PAUSE_INFLATING, Parser, ParserEvent
 from websocket_relay.wire.publish_policy import PublishPolicy
 
 log = logging.getLogger(__name__)
+
+HEARTBEAT = b'\n{"type":"heartbeat"}'
+HEARTBEAT_FRAME = header(TEXT, len(HEARTBEAT)) + HEARTBEAT
+"""Follows each ping to a client of relay.v1: a script in a browser does not see pings."""
 
 
 class WebSocketConnection(Connection):
@@ -366,7 +372,7 @@ class WebSocketConnection(Connection):
     def ping(self, frame: bytes, now: float) -> None:
         """Send the keepalive's ping; silence is timed from the first unanswered one."""
         if self._state is ConnectionState.OPEN:
-            self._write_control(frame)
+            self._write_control(frame + HEARTBEAT_FRAME if self.sends_heartbeats else frame)
             if not self._ping_unanswered_since:
                 self._ping_unanswered_since = now
                 self._drained_bytes_at_ping = self.drained_bytes
