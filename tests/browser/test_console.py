@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.support.brokers import RedisBroker
 from tests.support.issuer import ALL_CHANNELS, SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import RelayProcess, StartRelay, receive, receive_many
+from tests.support.relay_v1 import connect_relay_v1
+from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = browser.SHARED
 
@@ -339,6 +342,48 @@ async def test_the_console_resumes_without_a_gap_after_a_restart_of_the_relay(
             received = page.locator("#messages li:not(.note):not(.mine) .text")
             assert await received.all_text_contents() == expected
             await expect(page.locator("#status")).to_have_text("ready")
+
+
+async def test_a_click_reconnects_before_the_next_attempt_is_due(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with TcpProxy(relay.port) as proxy, browser.open_page() as page:
+        await page.clock.install()
+        await page.goto(f"http://127.0.0.1:{proxy.port}/?channel={channel}")
+        await await_connected(page)
+        reconnect = page.get_by_role("button", name="Reconnect now")
+        await expect(reconnect).to_be_hidden()
+        proxy.target = None
+        proxy.cut()
+        await expect(page.locator("#state")).to_have_text("reconnecting")
+        await page.clock.pause_at(await page.evaluate("Date.now()") + 100)
+        await expect(reconnect).to_be_visible()
+        proxy.target = relay.port
+        await reconnect.click()
+        await await_connected(page)
+        await expect(reconnect).to_be_hidden()
+
+
+async def test_a_replayed_message_has_its_time_of_publication_or_an_upper_bound(
+    relay: RelayProcess, relay_with: StartRelay, tmp_path: Path, channel: str
+) -> None:
+    """Positions of Redis have the time, those of a relay without a broker have not."""
+    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
+        for each in (relay_with(backplane={"url": broker.url}), relay):
+            async with connect_relay_v1(each, channel) as publisher, browser.open_page() as page:
+                await publisher.connection.send("earlier")
+                await publisher.next_message()
+                published_ms = int(publisher.position.partition("-")[0])
+                await page.clock.install(time=time.time() + 3_600)
+                await page.goto(each.http_url(f"/?channel={channel}"))
+                row = page.locator("#messages li", has_text="earlier").locator("time")
+                published = time.strftime("%H:%M:%S", time.localtime(published_ms / 1000))
+                expected = re.compile("^≤") if each is relay else published
+                await expect(row).to_have_text(expected)
+                await page.clock.run_for(1_000)
+                await publisher.connection.send("now")
+                row = page.locator("#messages li", has_text="now").locator("time")
+                await expect(row).to_have_text(re.compile(r"^\d\d:\d\d:\d\d$"))
 
 
 async def test_a_token_is_requested_and_is_stored_and_shown_nowhere(

@@ -31,6 +31,7 @@ const SLOW_RENDER_MS = 8; // after a slower render of the list,
 const RENDER_PAUSE_FACTOR = 4; // the next one waits this multiple of its duration
 const COUNT_INTERVAL_MS = 500; // interval between updates of the counts
 const ANNOUNCE_INTERVAL_MS = 3_000; // minimum between screen reader announcements
+const REPLAY_MS = 1_000; // after a connect: time for a replay, whose messages are not new
 
 const encoder = new TextEncoder();
 const secret = {value: ""}; // the token
@@ -89,6 +90,7 @@ class MessageList {
   #renderAfter = 0;
   #scrollTop = 0; // at the last scroll event or render
   #messageCount = 0;
+  #hasTimes = false; // whether the rows show times of positions
   #pausedCount = 0; // messages received since the pause
   #reported = {messages: 0, at: 0, announced: 0, announcedAt: 0};
 
@@ -111,19 +113,20 @@ class MessageList {
     this.#updatePauseButton();
   }
 
-  /** @param {string} position @param {string | ArrayBuffer} data */
-  addMessage(position, data) {
+  /** @param {string} position @param {string | ArrayBuffer} data @param {boolean} isReplay */
+  addMessage(position, data, isReplay) {
     const size = typeof data === "string" ? data.length : data.byteLength;
     const ms = this.#ownLatencies.get(position);
     this.#ownLatencies.delete(position);
     this.#messageCount += 1;
-    this.#append({at: new Date(), position, data, size, ms, noteKind: ""});
+    this.#append({at: new Date(), position, data, size, ms, noteKind: "", isReplay});
   }
 
   /** Append a note to the list. @param {string} content @param {string} [kind] */
   addNote(content, kind = "note") {
     const [at, size] = [new Date(), content.length];
-    this.#append({at, position: "", data: content, size, ms: undefined, noteKind: kind});
+    const rest = {position: "", ms: undefined, isReplay: false};
+    this.#append({at, data: content, size, noteKind: kind, ...rest});
     if (kind !== "note") setText(byId("announcement"), content);
   }
 
@@ -294,7 +297,13 @@ class MessageList {
     Object.assign(this.#reported, {messages: this.#messageCount, at: now});
     setText(byId("count"), this.#countText(perSecond));
     this.#updatePauseButton();
+    if (this.#hasTimes !== statsPanel.positionsHaveTime) this.#updateTimes();
     if (now - this.#reported.announcedAt >= ANNOUNCE_INTERVAL_MS) this.#announce(now);
+  }
+
+  #updateTimes() {
+    this.#hasTimes = statsPanel.positionsHaveTime;
+    for (const {row, ...entry} of this.#visible.entries) if (row) fillRow(row, entry);
   }
 
   #updatePauseButton() {
@@ -330,12 +339,24 @@ function fillRow(row, entry) {
   const isOwn = entry.ms !== undefined;
   row.className = entry.noteKind || (isOwn ? "mine" : "");
   const time = query(row, "time");
-  setText(time, clockTime(entry.at));
+  setText(time, timeOf(entry));
+  time.title = time.textContent?.startsWith("≤") ? "replayed: published at this time or before" : "";
   setText(query(row, ".kind"), entry.noteKind ? "" : kindOf(entry.data));
   setText(query(row, ".text"), entry.noteKind ? String(entry.data) : preview(entry.data));
   if (entry.noteKind) return query(row, ".line").removeAttribute("aria-expanded");
   const latency = isOwn ? `${formatDuration((entry.ms ?? 0) / 1000)} · ` : "";
   setText(query(row, ".facts"), `${latency}${formatBytes(sizeOf(entry.data))}`);
+}
+
+/**
+ * Return the time of publication, if the position has it. Otherwise the time of arrival, which of a
+ * replayed message is only an upper bound.
+ *
+ * @param {Entry} entry
+ */
+function timeOf({at, position, ms, isReplay}) {
+  if (position && statsPanel.positionsHaveTime) return clockTime(new Date(parseInt(position, 10)));
+  return `${isReplay && ms === undefined ? "≤" : ""}${clockTime(at)}`;
 }
 
 /** @param {Date} date */
@@ -454,12 +475,13 @@ function connect() {
   /** @param {(event: any) => void} act */
   const ifCurrent = (act) => (/** @type {Event} */ event) => created === relay && act(event);
   let wasConnected = false;
+  let replayUntil = 0;
   created.addEventListener("message", ifCurrent(({position, data}) => {
-    list.addMessage(position, data);
+    list.addMessage(position, data, performance.now() < replayUntil);
   }));
   created.addEventListener("state", ifCurrent(showState));
   created.addEventListener("gap", ifCurrent(() => {
-    list.addNote("gap: messages are missing and no longer in the relay's history", "note bad");
+    list.addNote("gap: messages may be missing, the relay's history does not reach back", "note bad");
   }));
   created.addEventListener("refused", ifCurrent(onRefused));
   created.addEventListener("close", ifCurrent(({code, reason}) => {
@@ -468,6 +490,8 @@ function connect() {
   created.addEventListener("open", ifCurrent(({transport}) => {
     const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
     list.addNote(`connected ${wasConnected ? "again" : `to ${channel}`}${how}`);
+    const isReplay = wasConnected || since !== undefined || historyField.value !== "0";
+    replayUntil = isReplay ? performance.now() + REPLAY_MS : 0;
     wasConnected = true;
   }));
   showState({state: created.state});
@@ -509,6 +533,7 @@ function showState({state, reason = "", retryInMs = 0}) {
   byId("state").dataset.kind = kind;
   const retryIn = `${reason}; retry in ${formatDuration(retryInMs / 1000)}`;
   byId("state").title = state === "waiting" ? retryIn : "";
+  byId("reconnect").hidden = state !== "waiting";
   const isClosed = state === "closed";
   for (const id of ["message", "attach", "send"]) input(id).disabled = isClosed;
   updateToggle();
@@ -535,6 +560,7 @@ connectForm.addEventListener("submit", (event) => {
   if (matchMedia("(pointer: fine)").matches) messageField.focus(); // a phone opens its keyboard
 });
 connectForm.addEventListener("input", updateToggle);
+byId("reconnect").addEventListener("click", () => relay?.open());
 
 // The token
 
@@ -649,6 +675,7 @@ function input(id) {
  * @property {string | ArrayBuffer} data
  * @property {number} size approximate, in bytes
  * @property {number | undefined} ms latency of an own message, from send to echo
+ * @property {boolean} isReplay the message may have been published before it arrived
  * @property {string} noteKind "" for a message; otherwise the CSS classes of the note
  * @property {HTMLElement} [row]
  */

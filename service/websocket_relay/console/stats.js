@@ -107,6 +107,11 @@ export class StatsPanel {
     return this.#maxMessageBytes;
   }
 
+  /** Whether positions begin with the time of publication: those of Redis do. */
+  get positionsHaveTime() {
+    return /^(redis|valkey)/.test(this.#last?.backplane ?? "");
+  }
+
   /** Poll again after a refusal, with a new token. */
   retry() {
     this.#isRefused = false;
