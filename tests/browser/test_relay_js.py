@@ -26,13 +26,17 @@ from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 pytestmark = browser.SHARED
 
 
-NO_UPGRADES = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+ANSWER = (
+    b"HTTP/1.1 %b\r\nContent-Length: 0\r\nConnection: close\r\n"
+    b"Access-Control-Allow-Origin: *\r\n\r\n"
+)
 
 
 class UpgradeProxy(TcpProxy):
     """A proxy between a page and a relay that counts upgrades and can refuse them.
 
     Attributes:
+        lost_echo: what the relay sends with these bytes is lost; empty: nothing.
         post_status: the status with which POSTs are answered; empty: the relay answers.
         blocks_upgrades: whether upgrades are refused, as by a proxy without WebSockets.
         upgrades: the number of requests for an upgrade.
@@ -41,13 +45,14 @@ class UpgradeProxy(TcpProxy):
     def __init__(self, target: int | None) -> None:
         super().__init__(target)
         self.blocks_upgrades = False
+        self.lost_echo = b""
         self.post_status = b""
         self.upgrades = 0
         self._upgrade_requested = asyncio.Event()
 
     def on_request(self, data: bytes, connection: ProxiedConnection) -> bytes | None:
         if self.post_status and data.startswith(b"POST "):
-            connection.client.write(NO_UPGRADES.replace(b"403 Forbidden", self.post_status))
+            connection.client.write(ANSWER % self.post_status)
             return None
         if b"upgrade: websocket" not in data.lower():
             return data
@@ -55,8 +60,11 @@ class UpgradeProxy(TcpProxy):
         self._upgrade_requested.set()
         if not self.blocks_upgrades:
             return data
-        connection.client.write(NO_UPGRADES)
+        connection.client.write(ANSWER % b"403 Forbidden")
         return None
+
+    def on_response(self, data: bytes, connection: ProxiedConnection) -> bytes:
+        return b"" if self.lost_echo and self.lost_echo in data else data
 
     async def await_upgrades(self, count: int) -> None:
         """Wait until so many upgrades were requested."""
@@ -458,7 +466,7 @@ async def test_messages_in_flight_to_a_draining_relay_are_uncertain_after_a_loss
     relay, successor = relay_with(shutdown={"spread_s": 0}), relay_with()
     async with UpgradeProxy(relay.port) as proxy, relay.client(channel) as subscriber:
         await tab.open(proxy.url(path_of(channel)))
-        proxy.lose_server_bytes()
+        proxy.lost_echo = b"relayed"
         await tab.send("relayed")
         assert await receive(subscriber) == "relayed"
         proxy.target = successor.port
