@@ -276,7 +276,7 @@ def test_every_setting_is_read_from_the_file_and_from_the_environment(
     together = [key for key in expected if key not in ALTERNATIVES]
     for keys in (together, *([key, *needed] for key, needed in ALTERNATIVES.items())):
         if source == "file":
-            secrets = {key: SECRET for key in keys if expected[key] == MASKED}
+            secrets: dict[str, Any] = {key: SECRET for key in keys if expected[key] == MASKED}
             secrets["auth.jwt.secrets"] = [SECRET, SECRET]
             values = {key: secrets.get(key, expected[key]) for key in keys}
             settings = effective(check(yaml.safe_dump(nested_settings(values))))

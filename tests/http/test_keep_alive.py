@@ -13,6 +13,7 @@ from websocket_relay.app import build
 from websocket_relay.config.model import Settings
 from websocket_relay.outcomes import Refusal
 from websocket_relay.server.listener import Listener
+from websocket_relay.server.sockets import tcp_sockets
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.http_protocol import HttpProtocol
 
@@ -46,8 +47,7 @@ async def idle_connections(
     shared = build(Settings(), None, None).shared
     listener = Listener(
         answer,
-        HOST,
-        0,
+        tcp_sockets("server", HOST, 0),
         http_connections=connections,
         http=partial(HttpProtocol, shared=shared, plain=connections),
         ws="none",
@@ -58,7 +58,8 @@ async def idle_connections(
         stack.push_async_callback(listener.shutdown)
         clients = []
         for _ in range(count):
-            client = await RawClient.connect(*listener.address)
+            assert listener.address.port is not None
+            client = await RawClient.connect(HOST, listener.address.port)
             clients.append(await stack.enter_async_context(client))
             await client.send(REQUEST)
             assert (await client.read_response()).status == 204

@@ -56,9 +56,10 @@ def load(file: Path | None, environ: Mapping[str, str], options: Options | None 
     variables, given = _given(environ, options or {})
     unknown = {path: name for path, name in variables.items() if path not in LEAVES}
     problems = [f"{name}: unknown variable; {_suggestion(path)}" for path, name in unknown.items()]
-    _override(values, variables, given)
+    known = {path: name for path, name in variables.items() if path in LEAVES}
+    given_values = _values(known, given)
     try:
-        settings = Settings(**values)
+        settings = Settings(given_values, **values)
     except ValidationError as error:
         problems += [_problem(entry, source, variables) for entry in error.errors()]
         raise SettingsError(list(dict.fromkeys(problems))) from None
@@ -222,28 +223,22 @@ def _redact_quoted(quoted: re.Match[str]) -> str:
     return text if len(text) <= 3 or text in ("'<stream end>'", "'<block end>'") else "…"
 
 
-def _override(
-    values: dict[str, Any], variables: Mapping[tuple[str, ...], str], environ: Mapping[str, str]
-) -> None:
-    """Replace values of the file by those of the environment and the command line.
+def _values(variables: Mapping[tuple[str, ...], str], given: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of the settings that are not from the file, by the settings' variables.
 
     Raises:
         SettingsError: a variable names a file that contains no secret.
     """
-    problems = []
+    values, problems = {}, []
     for path, name in variables.items():
-        if path not in LEAVES:
-            continue
-        section = values
-        for part in path[:-1]:
-            section = section.setdefault(part, {})
         try:
             is_file = _names_file(_full_path(name))
-            section[path[-1]] = read_secret(environ[name]) if is_file else environ[name]
+            values[_variable(path)] = read_secret(given[name]) if is_file else given[name]
         except SecretFileError as error:
             problems.append(f"{name}: {error}")
     if problems:  # without the secret, further settings would be reported as invalid
         raise SettingsError(problems)
+    return values
 
 
 def _variables(environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:

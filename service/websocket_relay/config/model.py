@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -22,6 +23,13 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
 )
 
 from websocket_relay.origins import normalize_pattern
@@ -93,10 +101,11 @@ def listens_on_all_addresses(host: str) -> bool:
 Hosts = Annotated[str, BeforeValidator(_joined), Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[str, AfterValidator(_path_of_a_file)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-OneOrMore = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+OneOrMore = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_one_or_more)]
 Secrets = Annotated[
     tuple[Annotated[SecretStr, Field(min_length=1)], ...],
+    NoDecode,
     BeforeValidator(_listed_secrets),
 ]
 
@@ -455,7 +464,7 @@ class JwtSettings(Section):
         "",
         description="or the URL of the issuer's key set or openid-configuration; refreshed",
     )
-    algorithms: Annotated[tuple[Algorithm, ...], BeforeValidator(_listed)] = Field(
+    algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_listed)] = Field(
         ("HS256",),
         description="accepted signature algorithms",
         json_schema_extra={ITEMS: ", ".join(get_args(Algorithm))},
@@ -591,8 +600,20 @@ class LoggingSettings(Section):
     format: Literal["text", "json"] = Field("text", description="text or json")
 
 
-class Settings(Section):
-    """The whole tree. Build it with `load`, which reports problems in the terms of the settings."""
+_environ: ContextVar[Mapping[str, str]] = ContextVar("environ")
+
+
+class Settings(BaseSettings):
+    """The whole tree. Build it with `load`, which reports problems in the terms of the settings.
+
+    Args:
+        environ: variables with values, which take precedence.
+        values: of the file, by section.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
 
     server: ServerSettings = ServerSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -606,6 +627,27 @@ class Settings(Section):
     console: ConsoleSettings = ConsoleSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     logging: LoggingSettings = LoggingSettings()
+
+    def __init__(self, environ: Mapping[str, str] | None = None, /, **values: Any) -> None:
+        token = _environ.set(environ or {})
+        try:
+            super().__init__(**values)
+        finally:
+            _environ.reset(token)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the given variables, not those of the process: a secret may be in a file."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {name.lower(): value for name, value in _environ.get().items()}
+        return env_settings, init_settings
 
     def warnings(self) -> Iterator[SettingsWarning]:
         """Yield warnings, which `check` prints and the relay logs at startup."""
