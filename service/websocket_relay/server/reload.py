@@ -37,12 +37,15 @@ async def reload_when_requested(
         await requested.wait()
         requested.clear()
         try:
-            # In a thread, because reading files may block.
+            # In threads, because reading files may block.
             changed = changes.compare(running, await asyncio.to_thread(load))
             tokens = await asyncio.to_thread(load_tokens, changed.settings)
         except (SettingsError, UnusableSettingError) as error:
             problems = error.problems if isinstance(error, SettingsError) else [str(error)]
             log.error("settings not reloaded", extra={"problems": list(problems)})
+            continue
+        except Exception:  # for example, no thread can be started
+            log.exception("settings not reloaded")
             continue
         running = changed.settings
         relay.configure(running, tokens)  # no await: all of it between two messages
