@@ -550,7 +550,7 @@ async def test_a_dead_connection_is_replaced_after_a_sleep(
             for number in number_texts(0, 5):
                 await other.send(number)
             await receive_many(other, 5)
-            await page.clock.fast_forward("10:00")
+            await page.clock.pause_at(await page.evaluate("Date.now()") + 600_000)
             await page.clock.run_for(4200)  # longer than it waits for a message
             await tab.await_messages(number_texts(0, 5))
         assert len(await tab.events("open")) == 1, "the reconnection is invisible to the page"
@@ -789,7 +789,7 @@ async def test_a_stream_is_replaced_by_a_websocket_when_upgrades_succeed(
             await other.send("0")
             await tab.await_messages(["0"])
             proxy.blocks_upgrades = False
-            await page.clock.fast_forward(61_000)
+            await page.clock.pause_at(await page.evaluate("Date.now()") + 61_000)
             await tab.wait_until("relay.transport === 'websocket'")
             await other.send("1")
             await tab.await_messages(["0", "1"])

@@ -390,7 +390,7 @@ export class Relay extends Target {
   #onAttemptFailed(end) {
     this.#isConnecting = false;
     if (end.status && this.#isFinal(end.status)) return this.#onRefused(end.status, end.reason);
-    const isUnresponsive = this.#link && this.#link.receivedAt <= this.#suspectedAt;
+    const isUnresponsive = this.#link && this.#link.receivedAt < this.#suspectedAt;
     if (this.#link && !isUnresponsive) return; // the active connection is unaffected
     if (this.#dropLink()) {
       this.#emit("close", {code: 1006, reason: "connection unresponsive"});
@@ -613,7 +613,7 @@ export class Relay extends Target {
     clearTimeout(this.#wakeTimer);
     const [link, since] = [this.#link, Date.now()];
     this.#wakeTimer = setTimeout(() => {
-      if (!link || link !== this.#link || link.receivedAt > since) return;
+      if (!link || link !== this.#link || link.receivedAt >= since) return;
       this.#suspectedAt = Date.now();
       this.#connect();
     }, WAKE_PROBE_MS + jittered(WAKE_PROBE_MS));
