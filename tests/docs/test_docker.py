@@ -39,4 +39,4 @@ def test_the_relay_accepts_the_address_of_the_broker(tmp_path: Path) -> None:
     assert CA_FILE in address
     done = run_command("check", directory=tmp_path, env=here)
     assert (done.exit_code, done.faults) == (0, [])
-    assert "password" not in done.stdout
+    assert ":password@" not in done.stdout

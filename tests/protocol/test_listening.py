@@ -169,7 +169,7 @@ async def test_the_file_of_a_killed_relay_is_replaced_and_that_of_a_running_one_
         busy = run_command("serve", directory=tmp_path)
         assert (busy.exit_code, busy.faults[-1]) == (
             1,
-            f"websocket-relay: server.socket: {path}: another process listens on it",
+            f"websocket-relay: config.yaml: server.socket: {path}: another process listens on it",
         )
         first.signal(signal.SIGKILL)
         await first.exit_code()

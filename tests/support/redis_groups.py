@@ -7,7 +7,7 @@ from typing import Any
 
 import redis.asyncio as redis
 
-from tests.support.brokers import Broker, RedisBroker
+from tests.support.brokers import Broker, RedisBroker, free_port, is_free
 from tests.support.relay_process import eventually
 
 SERVICE = "relay-log"
@@ -104,13 +104,22 @@ class SentinelGroup:
         await self.primary.execute("CLIENT", "KILL", "TYPE", "replica")
 
 
+class ClusterNode(GroupedRedis):
+    """A Redis whose port for the other nodes, 10,000 above its own, is free, too."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        while not is_free(self.port + 10_000):
+            self.port = free_port()
+
+
 class RedisCluster:
     """Three nodes with a third of the slots each, and a replica of the one that has a key."""
 
     def __init__(self, program: Path, directory: Path, key: str) -> None:
         lines = ("cluster-enabled yes", "cluster-node-timeout 500", "repl-diskless-sync-delay 0")
         self.nodes = [
-            GroupedRedis(program, directory / str(number), lines=lines) for number in range(4)
+            ClusterNode(program, directory / str(number), lines=lines) for number in range(4)
         ]
         self._key = key
 
