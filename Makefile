@@ -25,6 +25,9 @@ PYTEST_ARGS ?= -n auto --dist loadgroup
 LOCK_ARGS ?=
 UV_VERSION := 0.13.9
 
+# The tests start hundreds of Python processes: modules are compiled once, not in each of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help run test check fast lint types imports pytest coverage bare-test repeat audit bench replicas stops chaos simulation config chart docs format lock clean venv
 
 help:  ## this list
