@@ -3,7 +3,6 @@
 Knows no port and no connection.
 """
 
-import asyncio
 import contextlib
 import datetime
 import errno
@@ -20,13 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from websocket_relay.outcomes import SettingsError, StartError
+from websocket_relay.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
-
-POLL_INTERVAL_S = 1.0
-"""Interval between two polls of the files, of two stat calls each. File system events would not
-report that Kubernetes replaces a mounted Secret, because it swaps a link in the parent
-directory."""
 
 DEV_NAME = "websocket-relay dev"
 DEV_DAYS = 365
@@ -51,7 +46,7 @@ class Certificates:
 
     def __init__(self, cert_file: Path, key_file: Path) -> None:
         self._files = (cert_file, key_file)
-        self._loaded_state = self._file_state()
+        self._watched = WatchedFiles(lambda: self._files)  # before the files are read
         self.reloads = {"ok": 0, "error": 0}
         try:
             self._current, self.expiry = self._load()
@@ -61,16 +56,14 @@ class Certificates:
         self.context.sni_callback = self._select_context
 
     async def watch(self) -> None:
-        """Poll the files and reload a renewed pair, until cancelled."""
+        """Reload each renewed pair, until cancelled."""
         while True:
-            await asyncio.sleep(POLL_INTERVAL_S)
-            if (state := self._file_state()) != self._loaded_state:
-                self._loaded_state = state
-                try:
-                    self._reload()
-                except Exception:  # the task's edge: an error here would end the relay
-                    self.reloads["error"] += 1
-                    log.exception("certificate not renewed")
+            await self._watched.wait_for_change()
+            try:
+                self._reload()
+            except Exception:  # the task's edge: an error here would end the relay
+                self.reloads["error"] += 1
+                log.exception("certificate not renewed")
 
     def _reload(self) -> None:
         try:
@@ -103,16 +96,6 @@ class Certificates:
         self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext
     ) -> None:
         connection.context = self._current
-
-    def _file_state(self) -> list[tuple[int, int, int] | None]:
-        states: list[tuple[int, int, int] | None] = []
-        for file in self._files:
-            try:
-                stat = file.stat()
-                states.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
-            except (OSError, ValueError):  # a NUL byte in a name raises ValueError
-                states.append(None)
-        return states
 
     def _problem(self, error: Exception) -> str:
         cert_file, key_file = self._files

@@ -18,6 +18,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "the defaults": {},
     "metrics off": {"metrics": DISABLED},
     "metrics off, and a base path": {"metrics": DISABLED, "server": {"base_path": "/relay"}},
+    "the PROXY protocol from this machine, too": {
+        "metrics": DISABLED,
+        "server": {"trusted_proxies": ["127.0.0.0/8"], "proxy_protocol": True},
+    },
     "all IPv4 addresses": {"metrics": {"host": "0.0.0.0"}},
     "all IPv6 addresses": {"metrics": DISABLED, "server": {"host": "::"}},
 }

@@ -8,7 +8,8 @@ from typing import Any
 import httpx2
 import pytest
 from websocket_relay.config.changes import compare
-from websocket_relay.config.model import AuthSettings, Settings
+from websocket_relay.config.model import AuthSettings, LimitsSettings, Settings
+from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import (
     assert_admitted,
@@ -18,7 +19,14 @@ from tests.support.admission import (
     refusal_answer,
 )
 from tests.support.issuer import ALL_CHANNELS, OTHER_SECRET, SECRET, make_signer, sign_token
-from tests.support.relay_process import NO_CA, RelayProcess, StartRelay, merged, receive
+from tests.support.relay_process import (
+    NO_CA,
+    RelayProcess,
+    StartRelay,
+    eventually,
+    merged,
+    receive,
+)
 
 ORIGIN = {"Origin": "https://other.example"}
 ALLOW_ORIGIN = "access-control-allow-origin"
@@ -69,35 +77,47 @@ async def test_limits_origins_and_the_log_level_change_and_clients_stay(
         await assert_admitted(relay.client("news", additional_headers=ORIGIN))
 
 
-async def test_keys_are_read_again_and_clients_stay(relay_with: StartRelay, tmp_path: Path) -> None:
+async def test_keys_are_read_again_when_their_files_change_and_clients_stay(
+    tmp_path: Path,
+) -> None:
     file, signers = tmp_path / "public.pem", [make_signer("ES256", number=n) for n in range(2)]
-    secrets = [SECRET, OTHER_SECRET]
+    secret_file, secrets = tmp_path / "secret", [SECRET, OTHER_SECRET]
+    jwt = {"public_key_file": str(file), "algorithms": ["HS256", "ES256"]}
+    env = {"RELAY__AUTH__JWT__SECRET_FILE": str(secret_file)}
 
-    def settings(number: int) -> dict[str, Any]:
-        file.write_bytes(signers[number].public_pem)
-        algorithms = ["HS256", "ES256"]
-        keys = {"secret": secrets[number], "public_key_file": str(file), "algorithms": algorithms}
-        return {"auth": {"mode": "jwt", "jwt": keys}}
+    def write_keys(number: int) -> None:
+        contents = {file: signers[number].public_pem, secret_file: secrets[number].encode()}
+        for path, content in contents.items():  # at once, as Kubernetes replaces them
+            (tmp_path / "new").write_bytes(content)
+            (tmp_path / "new").replace(path)
 
     def tokens(number: int) -> tuple[str, str]:
         by_secret = sign_token(secrets[number], relay=ALL_CHANNELS)
         return by_secret, signers[number].token(relay=ALL_CHANNELS)
 
-    relay = relay_with(**settings(0))
-    async with connect_with_token(relay, "news", tokens(0)[0]) as client:
-        event = await reload(relay, **settings(1))
-        assert (event["changed"], event["needs_restart"]) == (["auth.jwt.secret"], [])
-        for old, new in zip(tokens(0), tokens(1), strict=True):
-            await assert_admitted(connect_with_token(relay, "other", new))
-            answer = await refusal_answer(connect_with_token(relay, "other", old))
-            assert_invalid_token(answer, "signature")
-        await client.send("hello")
-        assert await receive(client) == "hello"
-    file.unlink()
-    relay.signal(SIGHUP)
-    event = await relay.await_log("settings not reloaded")
-    assert event["problems"] == [f"auth.jwt.public_key_file: {file}: no such file"]
-    await assert_admitted(connect_with_token(relay, "other", tokens(1)[1]))
+    write_keys(0)
+    settings = {"auth": {"mode": "jwt", "jwt": jwt}}
+    with RelayProcess(tmp_path, settings, env=env) as relay:
+        async with connect_with_token(relay, "news", tokens(0)[0]) as client:
+            write_keys(1)
+            for old, new in zip(tokens(0), tokens(1), strict=True):
+
+                async def is_replaced(new: str = new) -> tuple[bool, object]:
+                    try:
+                        await assert_admitted(connect_with_token(relay, "other", new))
+                    except InvalidStatus as refusal:
+                        return False, refusal.response.status_code
+                    return True, None
+
+                await eventually(is_replaced, "the new key is in use")
+                answer = await refusal_answer(connect_with_token(relay, "other", old))
+                assert_invalid_token(answer, "signature")
+            await client.send("hello")
+            assert await receive(client) == "hello"
+        file.unlink()
+        event = await relay.await_log("settings not reloaded")
+        assert event["problems"] == [f"auth.jwt.public_key_file: {file}: no such file"]
+        await assert_admitted(connect_with_token(relay, "other", tokens(1)[1]))
 
 
 async def test_invalid_settings_change_nothing_and_are_one_line(relay_with: StartRelay) -> None:
@@ -127,3 +147,24 @@ def test_the_settings_of_tokens_change_together() -> None:
     assert changes.applied == []
     assert changes.needs_restart == ["auth.jwt.secret", "auth.jwt.jwks_url", "auth.jwt.algorithms"]
     assert changes.settings == running
+    assert changes.keeps_keys, "the key file of the running settings may be gone"
+
+
+@pytest.mark.fast
+def test_a_file_that_is_replaced_changes_only_keys() -> None:
+    running = Settings(auth=AuthSettings.model_validate(jwt_settings()))
+    replaced = AuthSettings.model_validate(jwt_settings(secret=OTHER_SECRET))
+    loaded = Settings(auth=replaced, limits=LimitsSettings(max_connections=1))
+    changes = compare(running, loaded, only_keys=True)
+    assert (changes.applied, changes.needs_restart) == (["auth.jwt.secret"], [])
+    assert changes.settings.limits == running.limits
+
+
+async def test_a_file_that_is_empty_or_gone_changes_nothing(relay_with: StartRelay) -> None:
+    relay = relay_with()
+    relay.settings_file.write_text("")
+    for count, reason in enumerate(("empty", "no such file"), 1):
+        relay.signal(SIGHUP)
+        event = await relay.await_log("settings not reloaded", count=count)
+        assert event["problems"] == [f"{relay.settings_file}: {reason}"]
+        relay.settings_file.unlink(missing_ok=True)

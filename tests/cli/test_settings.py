@@ -916,6 +916,19 @@ def test_a_secret_that_is_not_utf_8_is_rejected(check: Check) -> None:
     assert_rejected(done, "RELAY__AUTH__JWT__SECRET", "UTF-8")
 
 
+def test_an_error_between_settings_names_where_they_are_from(check: Check) -> None:
+    same = "server.port and metrics.port are the same"
+    assert_rejected(check(RELAY__SERVER__PORT="9090"), f"RELAY__SERVER__PORT: {same}")
+    assert_rejected(check("server: {port: 9090}"), f"config.yaml: {same}")
+    done = check("server: {proxy_protocol: true}", RELAY__SERVER__PORT="1234")
+    assert_rejected(done, "config.yaml: server: server.proxy_protocol needs")
+
+
+def test_a_key_that_pydantic_settings_would_understand_is_unknown(check: Check) -> None:
+    for key in ("_env_prefix", "_cli_parse_args", "_env_file"):
+        assert_rejected(check(f"{key}: true"), f"config.yaml: {key}: unknown key")
+
+
 def test_an_unknown_mode_is_rejected_and_shown(check: Check) -> None:
     assert_rejected(check("auth: {mode: jwts}"), "auth.mode", "'jwts'", "none, jwt")
     assert_rejected(check(RELAY__AUTH__MODE="off"), "RELAY__AUTH__MODE", "'off'", "none, jwt")
@@ -964,7 +977,7 @@ def test_the_name_of_a_stream_is_what_its_broker_accepts(
             "password",
             "remove it, or backplane.nkey_file",
         ),
-        ("redis://b", {"password_file": "missing"}, "password_file", "missing: no such file"),
+        ("redis://b", {"password_file": "missing"}, "password_file", "no such file"),
         ("nats://b", {"nkey_file": "config.yaml"}, "nkey_file", "no seed of a user"),
         ("nats://b", {"nkey_file": "typo"}, "nkey_file", "its checksum is wrong"),
         ("nats://b", {"creds_file": "nkey"}, "creds_file", "no JWT of a user"),
@@ -1032,6 +1045,13 @@ def test_a_file_without_a_usable_secret_is_rejected_with_the_variable_that_names
     assert_rejected(done, f"RELAY__AUTH__JWT__SECRET_FILE: {file}: {words}")
 
 
+def test_a_secret_in_the_place_of_its_file_is_not_shown(check: Check) -> None:
+    for value in (SECRET, SECRET * 9, f"/{SECRET}/{SECRET}", f"{SECRET}\n"):
+        done = check(RELAY__AUTH__MODE="jwt", RELAY__AUTH__JWT__SECRET_FILE=value)
+        assert_rejected(done, "RELAY__AUTH__JWT__SECRET_FILE: the value (not shown): ")
+        assert SECRET not in done.stderr
+
+
 def test_a_secret_of_a_file_is_reported_with_its_variable_and_not_shown(
     check: Check, tmp_path: Path
 ) -> None:
@@ -1049,7 +1069,6 @@ def test_a_secret_and_its_file_are_not_both_set(check: Check, tmp_path: Path) ->
     file.write_text(SECRET)
     done = check(RELAY__AUTH__JWT__SECRET=SECRET, RELAY__AUTH__JWT__SECRET_FILE=str(file))
     assert_rejected(done, "RELAY__AUTH__JWT__SECRET", "RELAY__AUTH__JWT__SECRET_FILE", "both set")
-    assert_rejected(check(RELAY__AUTH__JWT__SECRET_FILE=f"{SECRET}\n"), "not the path of a file")
 
 
 @pytest.mark.parametrize("mode", ["jwt", "none"])

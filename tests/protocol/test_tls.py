@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from websocket_relay import tls
+from websocket_relay import watched_files
 from websocket_relay.tls import Certificates
+from websocket_relay.watched_files import States, WatchedFiles
 
 from tests.support.certificates import CertificatePair, make_pair, replace_file
 from tests.support.raw_client import PATIENCE_S
@@ -251,19 +252,19 @@ class Watched:
 async def watched(cert_file: Path, key_file: Path) -> AsyncIterator[Watched]:
     """Poll the files of a pair often, and serve with it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tls, "POLL_INTERVAL_S", 0.001)
+        patch.setattr(watched_files, "POLL_INTERVAL_S", 0.001)
         certificates = Certificates(cert_file, key_file)
         server = await asyncio.start_server(
             lambda _, writer: writer.close(), HOST, 0, ssl=certificates.context
         )
         found = Watched(certificates, server.sockets[0].getsockname()[1])
-        file_state = certificates._file_state
+        states: Callable[[WatchedFiles], States] = WatchedFiles._states
 
-        def counted_file_state() -> list[tuple[int, int, int] | None]:
+        def counted_states(files: WatchedFiles) -> States:
             found.polls += 1
-            return file_state()
+            return states(files)
 
-        patch.setattr(certificates, "_file_state", counted_file_state)
+        patch.setattr(WatchedFiles, "_states", counted_states)
         watching = asyncio.create_task(certificates.watch())
         try:
             async with server:

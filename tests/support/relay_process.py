@@ -223,10 +223,14 @@ class RelayProcess:
         self.settings = merged(QUIET_SETTINGS, settings)
         self._write_settings()
 
+    @property
+    def settings_file(self) -> Path:
+        """The file that the relay reads."""
+        return self._directory / "relay.yaml"
+
     def _write_settings(self) -> Path:
-        file = self._directory / "relay.yaml"
-        file.write_text(yaml.safe_dump(self.settings))
-        return file
+        self.settings_file.write_text(yaml.safe_dump(self.settings))
+        return self.settings_file
 
     def _start_log_reader(self) -> None:
         self._log_reader = threading.Thread(target=self._read_log, daemon=True)

@@ -187,7 +187,9 @@ class Jwks:
                 reason += f" (through the proxy in {proxy.variable})"
             self._is_reachable = False
             self.fetches["error"] += 1
-            log.error("signing keys not fetched", extra={"url": url, "error": reason})
+            log.error(
+                "signing keys not fetched", extra={"url": url.partition("?")[0], "error": reason}
+            )
         else:
             # The first success, and the first after a failure, are worth a line.
             level = logging.DEBUG if self._is_reachable else logging.INFO

@@ -5,6 +5,7 @@ Knows the settings that make a relay listen; no server code.
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import socket
 import ssl
@@ -40,6 +41,8 @@ def check_health(settings: Settings, *, path: str = "/healthz") -> None:
     connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT_S)
     try:
         connection.sock = _connect_unix(unix) if unix else _connect(section.host, section.port)
+        if not is_on_metrics_port and _expects_proxy_header(settings, connection.sock):
+            connection.sock.sendall(b"PROXY UNKNOWN\r\n")
         if not is_on_metrics_port and settings.server.tls.enabled:
             connection.sock = _tls_context().wrap_socket(connection.sock)
         connection.request("GET", path)
@@ -91,6 +94,16 @@ def _connect_unix(path: str) -> socket.socket:
         connected.close()
         raise
     return connected
+
+
+def _expects_proxy_header(settings: Settings, connected: socket.socket) -> bool:
+    """Return whether the relay takes this process for a proxy, which begins with a header."""
+    if not settings.server.proxy_protocol:
+        return False
+    if connected.family == socket.AF_UNIX:
+        return True
+    address = ipaddress.ip_address(connected.getsockname()[0])
+    return any(address in ipaddress.ip_network(each) for each in settings.server.trusted_proxies)
 
 
 def _tls_context() -> ssl.SSLContext:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -96,19 +97,25 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
                 assert stop is not None
                 _serve(_loader(options), stop)
     except SettingsError as error:
-        for problem in error.problems:
-            print(f"websocket-relay: {problem}", file=sys.stderr)
+        _print_errors(*error.problems)
         return 2
     except (UnusableSettingError, ListenError) as error:
         from websocket_relay.config import loader
 
         source = loader.where(error.setting, options.config_file, os.environ, _given(options))
-        print(f"websocket-relay: {source}: {error}", file=sys.stderr)
+        _print_errors(f"{source}: {error}")
         return 2 if isinstance(error, UnusableSettingError) else 1
     except (StartError, UnhealthyError) as error:
-        print(f"websocket-relay: {error}", file=sys.stderr)
+        _print_errors(str(error))
         return 1
     return 0
+
+
+def _print_errors(*errors: str) -> None:
+    """Print lines after those of the log."""
+    flush_log()
+    for error in errors:
+        print(f"websocket-relay: {error}", file=sys.stderr)
 
 
 def _given(options: argparse.Namespace) -> dict[str, tuple[str, str]]:
@@ -117,14 +124,16 @@ def _given(options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     return {OPTIONS[name][0]: (name, value) for name, value in values if value is not None}
 
 
-def _loader(options: argparse.Namespace) -> "Callable[[], Settings]":
-    """Return the function that loads the settings, also again."""
+def _loader(options: argparse.Namespace) -> "Callable[..., Settings]":
+    """Return `config.loader.load` for these options; its argument `again` is left."""
     from websocket_relay.config import loader
 
-    return lambda: loader.load(options.config_file, os.environ, _given(options))
+    # A default file that is found now may not be missing at a reload.
+    file = options.config_file or (loader.DEFAULT_FILE if loader.DEFAULT_FILE.exists() else None)
+    return partial(loader.load, file, os.environ, _given(options))
 
 
-def _serve(load: "Callable[[], Settings]", stop: Stop) -> None:
+def _serve(load: "Callable[..., Settings]", stop: Stop) -> None:
     from websocket_relay import logs
     from websocket_relay.server import run
 
@@ -132,11 +141,9 @@ def _serve(load: "Callable[[], Settings]", stop: Stop) -> None:
     logs.configure(loaded.logging)
     failure: BaseException | None = None
     try:
-        run.run(loaded, stop, load)
+        run.run(loaded, stop, partial(load, again=True))
     except* StartError as group:
         failure = group.exceptions[0]  # Python before 3.11.4 wraps what is raised here in a group
-    finally:
-        flush_log()  # before an error is printed
     if failure is not None:
         raise failure
 

@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from websocket_relay.config.loader import LEAVES
 from websocket_relay.config.model import JwtSettings, Settings
 
-Path = tuple[str, ...]
+SettingPath = tuple[str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
 KEYS = ("auth",)
 
-RELOADABLE: frozenset[Path] = frozenset(
+RELOADABLE: frozenset[SettingPath] = frozenset(
     {
         ("server", "allowed_origins"),
         ("limits", "max_connections"),
@@ -43,16 +43,26 @@ class Changes:
         settings: the running ones with every change that can take effect now.
         applied: the paths of these changes, such as `logging.level`.
         needs_restart: the paths of the other changes.
+        keeps_keys: whether the keys of tokens stay as they are, because their settings need a
+            restart.
     """
 
     settings: Settings
     applied: list[str]
     needs_restart: list[str]
+    keeps_keys: bool
 
 
-def compare(running: Settings, loaded: Settings) -> Changes:
-    """Return what a reload changes."""
-    differing = [path for path in LEAVES if _value(running, path) != _value(loaded, path)]
+def compare(running: Settings, loaded: Settings, *, only_keys: bool = False) -> Changes:
+    """Return what a reload changes.
+
+    Args:
+        running: the settings of the relay.
+        loaded: the new ones.
+        only_keys: whether only the settings of tokens may change.
+    """
+    considered = (path for path in LEAVES if path[:1] == KEYS or not only_keys)
+    differing = [path for path in considered if _value(running, path) != _value(loaded, path)]
     # The settings of tokens are valid together only: all of them change now, or none.
     keeps_keys = any(path[:1] == KEYS and path not in RELOADABLE for path in differing)
     settings, applied, needs_restart = running, [], []
@@ -62,14 +72,14 @@ def compare(running: Settings, loaded: Settings) -> Changes:
             applied.append(".".join(path))
         else:
             needs_restart.append(".".join(path))
-    return Changes(settings, applied, needs_restart)
+    return Changes(settings, applied, needs_restart, keeps_keys)
 
 
-def _value(settings: Settings, path: Path) -> Any:
+def _value(settings: Settings, path: SettingPath) -> Any:
     return reduce(getattr, path, settings)
 
 
-def _replaced(model: Model, path: Path, value: object) -> Model:
+def _replaced(model: Model, path: SettingPath, value: object) -> Model:
     name, *rest = path
     inner = _replaced(getattr(model, name), tuple(rest), value) if rest else value
     return model.model_copy(update={name: inner})

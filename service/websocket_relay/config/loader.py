@@ -39,7 +39,13 @@ Options = Mapping[str, tuple[str, str]]
 and value."""
 
 
-def load(file: Path | None, environ: Mapping[str, str], options: Options | None = None) -> Settings:
+def load(
+    file: Path | None,
+    environ: Mapping[str, str],
+    options: Options | None = None,
+    *,
+    again: bool = False,
+) -> Settings:
     """Load and validate the settings.
 
     Args:
@@ -47,25 +53,45 @@ def load(file: Path | None, environ: Mapping[str, str], options: Options | None 
         environ: the environment of the process. A variable with _FILE at its end names the file
             that contains a secret.
         options: of the command line.
+        again: whether a relay runs with settings from there. An empty file is an error then: it is
+            about to be written, or a pipe that was read before.
 
     Raises:
         SettingsError: one message for every problem found.
     """
     source = file or DEFAULT_FILE
     values = _read(source, must_exist=file is not None)
+    if again and not values and file is not None and not file.is_char_device():
+        raise SettingsError([f"{file}: empty"])
     variables, given = _given(environ, options or {})
     unknown = {path: name for path, name in variables.items() if path not in LEAVES}
     problems = [f"{name}: unknown variable; {_suggestion(path)}" for path, name in unknown.items()]
+    # pydantic-settings has parameters of its own, which begin with an underscore.
+    hidden = [name for name in values if name.startswith("_")]
+    problems += [f"{source}: {_key(name)}: unknown key" for name in hidden]
+    for name in hidden:
+        del values[name]
     known = {path: name for path, name in variables.items() if path in LEAVES}
     given_values = _values(known, given)
     try:
         settings = Settings(given_values, **values)
     except ValidationError as error:
-        problems += [_problem(entry, source, variables) for entry in error.errors()]
+        problems += [_problem(entry, source, values, variables) for entry in error.errors()]
         raise SettingsError(list(dict.fromkeys(problems))) from None
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def secret_files(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Yield the files that variables name for secrets.
+
+    Args:
+        environ: as for `load`.
+    """
+    for name in _variables(environ).values():
+        if _names_file(_full_path(name)):
+            yield Path(environ[name])
 
 
 def where(
@@ -82,12 +108,7 @@ def where(
     if path in variables:
         return variables[path]
     source = file or DEFAULT_FILE
-    section: Any = _read(source, must_exist=False)
-    for part in path:
-        if not isinstance(section, dict) or part not in section:
-            return DEFAULT
-        section = section[part]
-    return str(source)
+    return str(source) if _is_set(_read(source, must_exist=False), path) else DEFAULT
 
 
 def _given(
@@ -232,7 +253,7 @@ def _values(variables: Mapping[tuple[str, ...], str], given: Mapping[str, str]) 
     values, problems = {}, []
     for path, name in variables.items():
         try:
-            is_file = _names_file(_full_path(name))
+            is_file = not name.startswith("-") and _names_file(_full_path(name))
             values[_variable(path)] = read_secret(given[name]) if is_file else given[name]
         except SecretFileError as error:
             problems.append(f"{name}: {error}")
@@ -284,11 +305,23 @@ def _variable(path: tuple[str, ...]) -> str:
     return ENV_PREFIX + "__".join(path).upper()
 
 
-def _problem(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) -> str:
-    """Convert one of pydantic's errors into a message in the terms of the settings."""
+def _problem(
+    entry: Any,
+    file: Path,
+    values: Mapping[str, Any],
+    variables: Mapping[tuple[str, ...], str],
+) -> str:
+    """Convert one of pydantic's errors into a message in the terms of the settings.
+
+    Args:
+        entry: the error.
+        file, values: of the settings.
+        variables: the variables and options that are set, by the paths of their settings.
+    """
     loc = tuple(str(part) for part in entry["loc"])
     if not loc:
-        return f"{file}: {entry['msg'].removeprefix('Value error, ')}"
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{_source_of(message, loc, file, values, variables)}: {message}"
     path = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in LEAVES), loc)
     source = variables.get(path, str(file))
     key = _key(".".join(path))
@@ -300,13 +333,44 @@ def _problem(entry: Any, file: Path, variables: Mapping[tuple[str, ...], str]) -
         # The value is not shown: it may be a secret.
         return f"{source}: {key}: unknown key; {hint}"
     if entry["type"] == "value_error" and path in _SECTIONS:
-        names = [name for variable, name in variables.items() if variable[: len(path)] == path]
-        source = names[0] if names else str(file)
-        return f"{source}: {key}: {entry['msg'].removeprefix('Value error, ')}"
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{_source_of(message, path, file, values, variables)}: {key}: {message}"
     allowed = LEAVES.get(path, SECTION)
     if entry["type"] == "value_error" and not isinstance(entry["input"], bool):
         allowed = entry["msg"].removeprefix("Value error, ")
     return f"{source}: {key}: {_shown(entry['input'], loc)} is not allowed; allowed: {allowed}"
+
+
+def _source_of(
+    message: str,
+    section: tuple[str, ...],
+    file: Path,
+    values: Mapping[str, Any],
+    variables: Mapping[tuple[str, ...], str],
+) -> str:
+    """Return a variable, an option or the file: where settings are from that do not fit together.
+
+    Args:
+        message: names some of them.
+        section: that contains them.
+        file, values, variables: as for `_problem`.
+    """
+    named = [path for path in LEAVES if ".".join(path) in message]
+    for path in named:
+        if path in variables:
+            return variables[path]
+    if any(_is_set(values, path) for path in named):
+        return str(file)
+    inside = [name for path, name in variables.items() if path[: len(section)] == section]
+    return inside[0] if section and inside else str(file)
+
+
+def _is_set(values: Any, path: tuple[str, ...]) -> bool:
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _key(name: str) -> str:

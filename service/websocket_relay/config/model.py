@@ -81,6 +81,16 @@ def _path_of_a_file(value: str) -> str:
     return value
 
 
+def _in_utf_8(value: Any) -> Any:
+    """Validate a text, a secret or several secrets."""
+    try:
+        for each in value if isinstance(value, tuple) else [value]:
+            (each.get_secret_value() if isinstance(each, SecretStr) else each).encode()
+    except UnicodeEncodeError:  # an environment variable may contain any bytes
+        raise ValueError("a string in UTF-8") from None
+    return value
+
+
 def _joined(value: object) -> object:
     """Return a list of hosts as one string, in the form that the sockets are opened with."""
     if isinstance(value, list | tuple) and all(isinstance(host, str) for host in value):
@@ -242,7 +252,7 @@ class ServerSettings(Section):
             match = DESCRIPTOR.fullmatch(value)
             if match is None or int(match[1]) < FIRST_INHERITED:
                 raise ValueError("a path like /run/websocket-relay/relay.sock, or fd:3")
-        elif len(os.fsencode(value)) > MAX_SOCKET_BYTES or not value.isprintable():
+        elif not value.isprintable() or len(os.fsencode(value)) > MAX_SOCKET_BYTES:
             raise ValueError(f"a path of {MAX_SOCKET_BYTES} bytes at most, or fd:3")
         return value
 
@@ -394,15 +404,7 @@ class BackplaneSettings(Section):
         description="reject: publishers are closed (1013); local: messages reach this replica only",
     )
 
-    @field_validator("username", "password")
-    @classmethod
-    def _utf_8(cls, value: str | SecretStr) -> str | SecretStr:
-        text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # an environment variable may contain any bytes
-            raise ValueError("a string in UTF-8") from None
-        return value
+    _utf_8 = field_validator("username", "password")(_in_utf_8)
 
     @field_validator("domain", "inbox_prefix")
     @classmethod
@@ -457,7 +459,7 @@ class JwtSettings(Section):
         description="further secrets that verify tokens, while the issuer changes its secret",
         json_schema_extra={ITEMS: "non-empty strings"},
     )
-    public_key_file: str = Field(
+    public_key_file: FilePath = Field(
         "", description="file with one public key, PEM, for the other algorithms"
     )
     jwks_url: str = Field(
@@ -486,18 +488,11 @@ class JwtSettings(Section):
         description="the claim with the permissions: its name, or a path like app_metadata.relay",
     )
     leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(
-        0, description="how far the issuer's clock may differ: a token is valid so much longer"
+        0,
+        description="how far the issuer's clock may differ: exp and nbf are tolerated for so long",
     )
 
-    @field_validator("secret", "secrets")
-    @classmethod
-    def _utf_8(cls, value: SecretStr | tuple[SecretStr, ...]) -> SecretStr | tuple[SecretStr, ...]:
-        try:
-            for secret in value if isinstance(value, tuple) else [value]:
-                secret.get_secret_value().encode()
-        except UnicodeEncodeError:  # an environment variable may contain any bytes
-            raise ValueError("a string in UTF-8") from None
-        return value
+    _utf_8 = field_validator("secret", "secrets")(_in_utf_8)
 
     @field_validator("algorithms")
     @classmethod
@@ -505,13 +500,6 @@ class JwtSettings(Section):
         # As a bound of the field this would be a second error if the only item is invalid.
         if not value:
             raise ValueError(f"one or more of {', '.join(get_args(Algorithm))}")
-        return value
-
-    @field_validator("public_key_file")
-    @classmethod
-    def _path(cls, value: str) -> str:
-        if not value.isprintable():  # for example the key itself
-            raise ValueError("the path of a file")
         return value
 
     @field_validator("jwks_url")

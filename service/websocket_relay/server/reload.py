@@ -1,15 +1,17 @@
-"""Reload the settings of a running relay on request. Knows no signal and no socket."""
+"""Reload the settings of a running relay. Knows no signal and no socket."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from websocket_relay import logs
 from websocket_relay.app import Replica
 from websocket_relay.config import changes
-from websocket_relay.config.model import Settings
+from websocket_relay.config.model import Settings, SettingsWarning
 from websocket_relay.outcomes import SettingsError, UnusableSettingError
+from websocket_relay.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
     from websocket_relay.admission.verifier import TokenVerifier
@@ -17,39 +19,88 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-async def reload_when_requested(
-    requested: asyncio.Event,
-    running: Settings,
-    load: Callable[[], Settings],
-    load_tokens: "Callable[[Settings], TokenVerifier | None]",
-    relay: Replica,
-) -> None:
-    """Reload whenever the event is set, until cancelled. Invalid settings change nothing.
+class Reload:
+    """The reload of the settings, which a signal or a changed file requests.
+
+    A signal reloads all that can change. The replacement of a file of keys reloads only these:
+    the other settings may be incomplete at that moment.
 
     Args:
-        requested: set by the signal; several signals may cause one reload.
         running: the settings of the relay.
+        tokens: its verifier of tokens.
         load: reads the settings again, from where they were read at the start.
         load_tokens: reads the keys of tokens again.
+        secret_files: the files that the variables of the environment name.
+        warnings: returns the warnings about settings.
         relay: takes the new settings.
     """
-    while True:
-        await requested.wait()
-        requested.clear()
-        try:
-            # In threads, because reading files may block.
-            changed = changes.compare(running, await asyncio.to_thread(load))
-            tokens = await asyncio.to_thread(load_tokens, changed.settings)
-        except (SettingsError, UnusableSettingError) as error:
-            problems = error.problems if isinstance(error, SettingsError) else [str(error)]
-            log.error("settings not reloaded", extra={"problems": list(problems)})
-            continue
-        except Exception:  # for example, no thread can be started
-            log.exception("settings not reloaded")
-            continue
-        running = changed.settings
-        relay.configure(running, tokens)  # no await: all of it between two messages
-        logs.set_level(running.logging.level)
+
+    def __init__(
+        self,
+        *,
+        running: Settings,
+        tokens: "TokenVerifier | None",
+        load: Callable[[], Settings],
+        load_tokens: "Callable[[Settings], TokenVerifier | None]",
+        secret_files: Sequence[Path],
+        warnings: Callable[[Settings], Iterable[SettingsWarning]],
+        relay: Replica,
+    ) -> None:
+        self._requested = asyncio.Event()
+        self._only_keys = True
+        self._running = running
+        self._tokens = tokens
+        self._load = load
+        self._load_tokens = load_tokens
+        self._secret_files = secret_files
+        self._warnings = warnings
+        self._relay = relay
+        self._watched = WatchedFiles(self._files)
+
+    def request(self) -> None:
+        """Request a reload of all settings; several requests may cause one reload."""
+        self._only_keys = False
+        self._requested.set()
+
+    async def watch_files(self) -> None:
+        """Request a reload of the keys whenever one is replaced in its file, until cancelled."""
+        while True:
+            await self._watched.wait_for_change()
+            self._requested.set()
+
+    async def run(self) -> None:
+        """Reload whenever it is requested, until cancelled. Invalid settings change nothing."""
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            only_keys, self._only_keys = self._only_keys, True
+            try:
+                # In threads, because reading files may block.
+                loaded = await asyncio.to_thread(self._load)
+                changed = changes.compare(self._running, loaded, only_keys=only_keys)
+                tokens = self._tokens
+                if not changed.keeps_keys:
+                    tokens = await asyncio.to_thread(self._load_tokens, changed.settings)
+            except (SettingsError, UnusableSettingError) as error:
+                problems = error.problems if isinstance(error, SettingsError) else [str(error)]
+                log.error("settings not reloaded", extra={"problems": list(problems)})
+                continue
+            except Exception:  # for example, no thread can be started
+                log.exception("settings not reloaded")
+                continue
+            self._apply(changed, tokens)
+
+    def _apply(self, changed: changes.Changes, tokens: "TokenVerifier | None") -> None:
+        self._running, self._tokens = changed.settings, tokens
+        self._relay.configure(self._running, tokens)  # all of it between two messages
+        logs.set_level(self._running.logging.level)
         facts = {"changed": changed.applied, "needs_restart": changed.needs_restart}
         level = logging.WARNING if changed.needs_restart else logging.INFO
         log.log(level, "settings reloaded", extra=facts)
+        for warning in self._warnings(self._running) if changed.applied else ():
+            log.warning(warning.text, extra=warning.facts)
+
+    def _files(self) -> Iterator[Path]:
+        yield from self._secret_files
+        if self._running.auth.jwt.public_key_file:
+            yield Path(self._running.auth.jwt.public_key_file)

@@ -20,6 +20,7 @@ from websocket_relay import logs
 from websocket_relay.app import Replica, build
 from websocket_relay.cancellation import run_cancellable
 from websocket_relay.channels.keepalive import keep_alive
+from websocket_relay.config.loader import secret_files
 from websocket_relay.config.model import ServerSettings, Settings, SettingsWarning
 from websocket_relay.file_descriptors import AT_START, RESERVED, highest_limit, raise_limit
 from websocket_relay.lifecycle import Phase
@@ -27,7 +28,7 @@ from websocket_relay.outcomes import Refusal
 from websocket_relay.server.drain import close_all, wait_until_closed
 from websocket_relay.server.greeting import greet
 from websocket_relay.server.listener import Listener
-from websocket_relay.server.reload import reload_when_requested
+from websocket_relay.server.reload import Reload
 from websocket_relay.server.signals import Stop
 from websocket_relay.server.sockets import inherited_socket, tcp_sockets, unix_socket
 from websocket_relay.tls import Certificates
@@ -167,7 +168,7 @@ async def _serve(
     load: Callable[[], Settings],
 ) -> float:
     """Serve until a signal, then shut down; return the deadline, by `time.monotonic`."""
-    stopping, reloading = asyncio.Event(), asyncio.Event()
+    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     timeout_s = settings.shutdown.timeout_s
     relay = build(settings, certificates, tokens, tracing)
@@ -180,23 +181,25 @@ async def _serve(
         ports = [port for port in (metrics_port, relay_port) if port is not None]
         # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
         request_stop = functools.partial(loop.call_soon_threadsafe, stopping.set)
-        request_reload = functools.partial(loop.call_soon_threadsafe, reloading.set)
+        reload = Reload(
+            running=settings,
+            tokens=tokens,
+            load=load,
+            load_tokens=functools.partial(load_tokens, jwks=tokens.jwks if tokens else None),
+            secret_files=list(secret_files(os.environ)),
+            warnings=startup_warnings,
+            relay=relay,
+        )
+        request_reload = functools.partial(loop.call_soon_threadsafe, reload.request)
         stop.attach(
             request_stop, timeout_s, functools.partial(_running_tasks, loop), request_reload
         )
         _log_ports(settings, relay_port, metrics_port)
-        reload = functools.partial(
-            reload_when_requested,
-            requested=reloading,
-            running=settings,
-            load=load,
-            load_tokens=functools.partial(load_tokens, jwks=tokens.jwks if tokens else None),
-            relay=relay,
-        )
         coroutines: list[Callable[[], Coroutine[Any, Any, None]]] = [
             *(port.serve for port in ports),
             *_background(settings, relay),
-            reload,
+            reload.run,
+            reload.watch_files,
         ]
         background = [group.create_task(run_cancellable(coroutine)) for coroutine in coroutines]
         gc.freeze()  # all objects so far are permanent: exempt them from garbage collection

@@ -67,7 +67,7 @@ class Stop:
     def __init__(self) -> None:
         self.signalled_at: float | None = None
         self._signalled = threading.Event()
-        self._has_terminal = os.isatty(0)
+        self._terminal = next((each for each in (0, 1, 2) if os.isatty(each)), None)
         self._is_reload_requested = False
         self._reload: Callable[[], object] | None = None
         self._start_shutdown: Callable[[], object] | None = None
@@ -123,7 +123,7 @@ class Stop:
 
     def _has_lost_terminal(self) -> bool:
         """Return whether the terminal that the relay was started from was closed."""
-        return self._has_terminal and not os.isatty(0)
+        return self._terminal is not None and not os.isatty(self._terminal)
 
     def _enforce(self) -> None:
         self._signalled.wait()
