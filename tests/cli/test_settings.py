@@ -14,10 +14,12 @@ from websocket_relay.cli.main import main
 from websocket_relay.config.loader import SECRETS, load
 from websocket_relay.outcomes import SettingsError
 
+from tests.support import refused_settings
 from tests.support.admission import refusal_answer
 from tests.support.certificates import make_pair
 from tests.support.issuer import Signer, make_signer
 from tests.support.nats_accounts import USER, NatsAccounts, Nkey
+from tests.support.refused_settings import SECRET
 from tests.support.relay_process import (
     CommandResult,
     RelayProcess,
@@ -74,7 +76,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "logging": {"level": "info", "format": "text"},
 }
 
-SECRET = "a secret that must never be printed"
 MASKED = "**********"
 
 # Each setting, a value other than its default, and that value as an environment variable.
@@ -530,7 +531,7 @@ async def test_a_trusted_proxy_is_an_ipv4_address_or_network_in_either_notation(
         assert answer.status_code == 503
 
 
-@pytest.mark.parametrize("proxy", ["10.0.0.0/99", "10.0.0.7/8", "proxy.example", "*", ""])
+@pytest.mark.parametrize("proxy", refused_settings.PROXIES)
 def test_a_trusted_proxy_that_is_no_address_and_no_network_is_rejected(
     problems_of: ProblemsOf, proxy: str
 ) -> None:
@@ -563,26 +564,7 @@ def test_an_origin_is_brought_into_the_form_that_browsers_send(
     assert effective(check(settings))["server"]["allowed_origins"] == [sent]
 
 
-@pytest.mark.parametrize(
-    ("origin", "words"),
-    [
-        ("example.com", "scheme://host[:port]"),
-        ("https://example.com/", "without a path"),
-        ("https://user@example.com", "scheme://host[:port]"),
-        ("https://a.*.example", "scheme://host[:port]"),
-        ("wss://example.com", "https://, not wss"),
-        ("file:///index.html", "scheme://host[:port]"),
-        ("file://host", "file:// or null"),
-        ("https://example.com:0", "1 to 65535"),
-        ("https://example.com:99999", "1 to 65535"),
-        ("http://127.1", "127.1 is not a host name or an IP address"),
-        ("http://[::x]", "[::x] is not a host name or an IP address"),
-        ("http://*.127.0.0.1", "no subdomains"),
-        ("https://exa\u2028mple.com", "scheme://host[:port]"),
-        ("https://a..example", "not a host name"),
-        ("", "scheme://host[:port]"),
-    ],
-)
+@pytest.mark.parametrize(("origin", "words"), refused_settings.ORIGINS)
 def test_an_origin_that_no_browser_sends_is_rejected(
     problems_of: ProblemsOf, origin: str, words: str
 ) -> None:
@@ -591,19 +573,7 @@ def test_an_origin_that_no_browser_sends_is_rejected(
     assert words in problem
 
 
-@pytest.mark.parametrize(
-    ("server", "words"),
-    [
-        ({"socket": "fd:2"}, ["server.socket", "fd:3"]),
-        ({"socket": "fd:x"}, ["server.socket", "fd:3"]),
-        ({"socket": "unix:/run/relay.sock"}, ["server.socket", "a path like"]),
-        ({"socket": "/run/" + "x" * 200}, ["server.socket", "107 bytes"]),
-        ({"host": ""}, ["server.host", "separated by commas"]),
-        ({"host": "127.0.0.1,"}, ["server.host", "separated by commas"]),
-        ({"host": [1]}, ["server.host"]),
-        ({"proxy_protocol": True}, ["server.proxy_protocol needs server.trusted_proxies"]),
-    ],
-)
+@pytest.mark.parametrize(("server", "words"), refused_settings.SERVERS)
 def test_an_address_to_listen_on_that_can_not_work_is_rejected(
     problems_of: ProblemsOf, server: dict[str, Any], words: list[str]
 ) -> None:
@@ -619,41 +589,7 @@ def jwt_settings(**of_jwt: Any) -> str:
     return yaml.safe_dump({"auth": {"mode": "jwt", "jwt": of_jwt}})
 
 
-@pytest.mark.parametrize(
-    ("of_jwt", "words"),
-    [
-        pytest.param({}, ["HS256", "auth.jwt.secret"], id="nothing"),
-        pytest.param(
-            {"algorithms": ["RS256"], "secret": SECRET},
-            ["RS256", "auth.jwt.public_key_file", "auth.jwt.jwks_url"],
-            id="a secret for an asymmetric algorithm",
-        ),
-        pytest.param(
-            {"algorithms": ["HS256", "ES256"], "jwks_url": "https://issuer.example/"},
-            ["HS256", "auth.jwt.secret"],
-            id="no secret beside a URL",
-        ),
-        pytest.param(
-            {
-                "algorithms": ["ES256"],
-                "jwks_url": "https://issuer.example/",
-                "public_key_file": "x",
-            },
-            ["auth.jwt.public_key_file", "auth.jwt.jwks_url", "both"],
-            id="a file and a URL",
-        ),
-        pytest.param(
-            {"jwks_url": "https://issuer.example/"},
-            ["auth.jwt.jwks_url is set", "auth.jwt.algorithms (HS256)", "RS256", "ES256", "EdDSA"],
-            id="a URL and the default algorithm",
-        ),
-        pytest.param(
-            {"public_key_file": "jwt.pem", "secret": SECRET, "algorithms": ["HS256", "HS512"]},
-            ["auth.jwt.public_key_file is set", "(HS256, HS512)", "RS256"],
-            id="a key file that no algorithm uses",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("of_jwt", "words"), refused_settings.TOKENS)
 def test_an_algorithm_without_a_key_and_a_key_without_an_algorithm_are_rejected(
     check: Check, of_jwt: dict[str, Any], words: list[str]
 ) -> None:
@@ -797,23 +733,7 @@ def test_an_unusable_key_is_reported_with_the_variable_that_names_it(check: Chec
     assert_rejected(done, "RELAY__AUTH__JWT__SECRET: auth.jwt.secret: white space")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "issuer.example/keys",
-        "ftp://issuer.example/keys",
-        "file:///etc/passwd",
-        "https://",
-        "https:///keys",
-        "https://user:password@issuer.example/keys",
-        "https://token@issuer.example/keys",
-        "https://issuer.example:99999/keys",
-        "https://issuer.example:x/keys",
-        "https://[::1/keys",
-        "https://issuer.example/a b",
-        "https://issuer.example/a\nb",
-    ],
-)
+@pytest.mark.parametrize("url", refused_settings.JWKS_URLS)
 def test_a_jwks_url_that_is_no_http_url_is_rejected(problems_of: ProblemsOf, url: str) -> None:
     (problem,) = problems_of(jwt_settings(algorithms=["RS256"], jwks_url=url))
     assert "auth.jwt.jwks_url" in problem
@@ -937,16 +857,7 @@ def test_an_unknown_mode_is_rejected_and_shown(check: Check) -> None:
 # The backplane
 
 
-@pytest.mark.parametrize(
-    ("url", "name", "is_accepted"),
-    [
-        *(("redis://host", each, True) for each in ("app1:relay", "{relay}", "team1.relay", "a b")),
-        *(("redis+cluster://host", each, True) for each in ("{relay}:log", "*", "x" * 255)),
-        *(("redis://host", each, False) for each in ("", " a", "a ", "gr\u00fc\u00dfe", "x" * 256)),
-        *(("nats://host", each, True) for each in ("app1:relay", "{relay}", "x" * 255)),
-        *(("tls://host", each, False) for each in ("team1.relay", "a b", "a*", ">", "a/b", "a\\b")),
-    ],
-)
+@pytest.mark.parametrize(("url", "name", "is_accepted"), refused_settings.STREAMS)
 def test_the_name_of_a_stream_is_what_its_broker_accepts(
     problems_of: ProblemsOf, url: str, name: str, is_accepted: bool
 ) -> None:
@@ -958,34 +869,15 @@ def test_the_name_of_a_stream_is_what_its_broker_accepts(
 @pytest.mark.parametrize(
     ("url", "of_backplane", "setting", "words"),
     [
-        ("memory://", {"password": SECRET}, "password", "memory:// is not a broker"),
-        ("redis://b", {"creds_file": "x"}, "creds_file", "only NATS has it"),
-        ("rediss://b", {"domain": "hub"}, "domain", "only NATS has it"),
-        ("redis://b", {"ca_file": "x"}, "ca_file", "needs TLS: begin backplane.url with rediss://"),
-        ("nats://b", {"ca_file": "x"}, "ca_file", "needs TLS: begin backplane.url with tls://"),
-        ("rediss://b?ssl_ca_certs=x", {"ca_file": "x"}, "ca_file", "ssl_ca_certs from backplane"),
-        ("tls://b", {"key_file": "x"}, "key_file", "needs backplane.cert_file"),
+        *refused_settings.ACCESS,
         ("tls://b", {"ca_file": "missing.pem"}, "ca_file", "missing.pem: No such file"),
         ("tls://b", {"ca_file": "config.yaml"}, "ca_file", "config.yaml: no certificate"),
         ("rediss://b", {"ca_file": "missing.pem"}, "ca_file", "missing.pem: No such file"),
         ("tls://b?ssl_ca_certs=missing.pem", {}, "url", "missing.pem: No such file"),
-        ("redis://user@b", {"password": SECRET}, "password", "remove user, password and token"),
-        ("redis://b", {"username": "u"}, "username", "needs backplane.password"),
-        (
-            "nats://b",
-            {"password": SECRET, "nkey_file": "x"},
-            "password",
-            "remove it, or backplane.nkey_file",
-        ),
         ("redis://b", {"password_file": "missing"}, "password_file", "no such file"),
         ("nats://b", {"nkey_file": "config.yaml"}, "nkey_file", "no seed of a user"),
         ("nats://b", {"nkey_file": "typo"}, "nkey_file", "its checksum is wrong"),
         ("nats://b", {"creds_file": "nkey"}, "creds_file", "no JWT of a user"),
-        ("nats://b?domain=hub", {}, "url", "set backplane.domain instead"),
-        ("nats://b?handshake_first=true", {}, "url", "handshake_first needs TLS"),
-        ("nats://b", {"domain": "a.b"}, "domain", "one word of"),
-        ("nats://b", {"inbox_prefix": "_INBOX.>"}, "inbox_prefix", "words of"),
-        ("nats://b", {"nkey_file": "a\nb"}, "nkey_file", "the path of a file"),
     ],
 )
 def test_access_that_does_not_fit_the_broker_is_rejected_with_one_line(
