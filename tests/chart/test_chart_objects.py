@@ -262,6 +262,7 @@ def test_secrets_are_references_and_not_values() -> None:
         ("RELAY__BACKPLANE__CERT_FILE", "relay-broker-client", "tls.crt"),
         ("RELAY__BACKPLANE__KEY_FILE", "relay-broker-client", "tls.key"),
         ("RELAY__AUTH__JWT__SECRET_FILE", "relay-jwt", "secret"),
+        ("RELAY__AUTH__JWT__SECRETS_FILE", "relay-jwt", "secrets.json"),
         ("RELAY__AUTH__JWT__PUBLIC_KEY_FILE", "relay-jwt-key", "public.pem"),
     ):
         directory, _, file = variables[name].rpartition("/")
