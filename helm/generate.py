@@ -34,14 +34,31 @@ SHUTDOWN = model.ShutdownSettings(readiness_delay_s=5, spread_s=10, timeout_s=20
 """5 s until every node and Ingress has noticed that a pod terminates; 10 s to close its clients,
 which may be some ten thousand (docs/explanation/scaling.md)."""
 
-PATTERNS = {
+HOST = r" *\[?[A-Za-z0-9*:._%-]+\]? *"
+FILE = re.compile(r"[ -~]*")
+ONE_OR_MORE = re.compile(r"(\s*[^\s,\[][^,]*(,\s*[^\s,][^,]*)*)?")
+"""A string as in a variable: commas separate, and a JSON list would begin with [."""
+
+PATTERNS: dict[tuple[str, ...], re.Pattern[str]] = {
+    ("server", "host"): re.compile(f"{HOST}(,{HOST})*"),
     ("server", "base_path"): model.BASE_PATH,
     ("server", "allowed_origins"): re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]*"),
     ("server", "trusted_proxies"): re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?"),
+    ("metrics", "host"): re.compile(f"{HOST}(,{HOST})*"),
+    **{
+        ("backplane", name): FILE
+        for name in model.BackplaneSettings.model_fields
+        if name.endswith("_file")
+    },
+    ("backplane", "domain"): re.compile(r"[A-Za-z0-9_$-]*"),
+    ("backplane", "inbox_prefix"): re.compile(f"({model.SUBJECT.pattern})?"),
     ("backplane", "stream"): model.STREAM_NAME,
+    ("auth", "jwt", "public_key_file"): FILE,
+    ("auth", "jwt", "audience"): ONE_OR_MORE,
+    ("auth", "jwt", "issuer"): ONE_OR_MORE,
 }
 """Patterns that the settings check and pydantic's schema lacks; for a list, of its items. The
-patterns for origins and networks are only approximate."""
+patterns for origins and networks are only approximate: _checks.tpl has the rest."""
 
 SCHEMA_KEYS = {"type", "enum", "items", "minimum", "maximum", "exclusiveMinimum", "minLength"}
 
@@ -205,7 +222,8 @@ def _settings_schema(root: Mapping[str, Any]) -> dict[str, Any]:
             kept |= {"type": ["number", "string"], "pattern": _decimal_text(kept)}
         if path in PATTERNS:
             pattern = {"pattern": f"^({PATTERNS[path].pattern})$"}
-            kept |= {"items": kept["items"] | pattern} if "items" in kept else pattern
+            is_list = kept["type"] == "array"
+            kept |= {"items": kept["items"] | pattern} if is_list else pattern
         return kept
 
     return whole(root, ()) | {"description": "config.yaml of the relay, key for key"}

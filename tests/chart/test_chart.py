@@ -17,6 +17,7 @@ from websocket_relay.config.loader import LEAVES
 from websocket_relay.config.model import Settings
 
 from helm.generate import files, rows
+from tests.support import refused_settings
 from tests.support.helm import (
     CHART,
     CHART_YAML,
@@ -26,6 +27,7 @@ from tests.support.helm import (
     HelmError,
     find_helm,
     find_object,
+    find_problems,
     merge_values,
     nested_values,
     newest_helm,
@@ -364,7 +366,7 @@ MISFITS: list[list[Misfit]] = [
         ),
         (
             nested_values("config.auth.jwt.secrets", ["pa55word"]),
-            ["config.auth.jwt.secrets", "secrets.jwtSecret.name"],
+            ["config.auth.jwt.secrets", "secrets.jwtSecrets.name"],
         ),
         (
             nested_values("config.server.tls.enabled", True),
@@ -392,6 +394,18 @@ MISFITS: list[list[Misfit]] = [
         (nested_values("config.server.host", "127.0.0.1"), ["config.server.host", "service.port"]),
         (nested_values("config.metrics.host", "localhost"), ["config.metrics.host", "probes"]),
         (nested_values("config.server.port", 0), ["config.server.port", "service.port"]),
+        (
+            nested_values("config.server.socket", "/run/relay.sock"),
+            ["config.server.socket", "Service", "config.server.port"],
+        ),
+        (
+            nested_values("config.server.trusted_proxies", ["1.2.3", "10.0.0.7"]),
+            ['config.server.trusted_proxies has "1.2.3"', "10.0.0.0/8"],
+        ),
+        (
+            nested_values("config.server.allowed_origins", ["wss://a.example", "null"]),
+            ['config.server.allowed_origins has "wss://a.example"', "https://example.com"],
+        ),
         (
             nested_values("podDisruptionBudget.minAvailable", 1),
             ["podDisruptionBudget.maxUnavailable", "podDisruptionBudget.minAvailable"],
@@ -436,6 +450,10 @@ MISFITS: list[list[Misfit]] = [
             {"httpRoute": {"enabled": True, "hostnames": ["relay.example.com"]}},
             ["httpRoute.enabled", "httpRoute.parentRefs"],
         ),
+        (
+            nested_values("config.server.proxy_protocol", True),
+            ["config.server.proxy_protocol", "config.server.trusted_proxies"],
+        ),
         (nested_values("config.metrics.port", 0), ["config.metrics.port", "service.metricsPort"]),
         (nested_values("service.metricsPort", 8443), ["service.port", "service.metricsPort"]),
         (
@@ -470,6 +488,10 @@ MISFITS: list[list[Misfit]] = [
             ["replicaCount", "config.backplane.url", "secrets.backplaneUrl.name"],
         ),
         (nested_values("tls.caSecretName", "ca"), ["tls.caSecretName", "config.backplane.url"]),
+        (
+            nested_values("config.backplane.domain", "hub"),
+            ["config.backplane.domain", "config.backplane.url is memory://"],
+        ),
         (
             nested_values("secrets.backplanePassword.name", "relay-redis"),
             ["secrets.backplanePassword.name", "config.backplane.url"],
@@ -546,6 +568,18 @@ MISFITS: list[list[Misfit]] = [
             merge_values(JWT, nested_values("secrets.jwtPublicKey.name", "k")),
             ["secrets.jwtPublicKey.name", "config.auth.jwt.algorithms has HS256"],
         ),
+        (
+            merge_values(REDIS, nested_values("tls.clientSecretName", "relay-redis-client")),
+            ["tls.clientSecretName", "needs TLS", "config.backplane.url", "rediss://"],
+        ),
+        (
+            merge_values(REDIS, nested_values("config.backplane.username", "relay")),
+            ["config.backplane.username is relay", "secrets.backplanePassword.name"],
+        ),
+        (
+            merge_values(REDIS, nested_values("config.backplane.inbox_prefix", "_INBOX_relay")),
+            ["config.backplane.inbox_prefix", "only NATS", "config.backplane.url"],
+        ),
     ],
     [
         (
@@ -572,6 +606,40 @@ MISFITS: list[list[Misfit]] = [
         (
             nested_values("config.backplane.url", "redis://redis:6379/0?password=pa55word"),
             ["config.backplane.url", "secrets.backplaneUrl.name"],
+        ),
+        (
+            nested_values("secrets.jwtSecrets.name", "s"),
+            ["secrets.jwtSecrets.name", "config.auth.mode"],
+        ),
+    ],
+    [
+        (
+            {
+                "config": {"backplane": {"url": "nats://nats:4222"}},
+                "secrets": {"backplanePassword": {"name": "p"}, "backplaneCreds": {"name": "c"}},
+            },
+            ["secrets.backplaneCreds.name and secrets.backplanePassword.name", "one of them"],
+        ),
+        (
+            nested_values("config.backplane.stream", "team1.relay"),
+            ["config.backplane.stream is team1.relay", "NATS"],
+        ),
+        (
+            nested_values("tls.caSecretName", "relay-nats-ca"),
+            ["tls.caSecretName", "needs TLS", "config.backplane.url", "tls://"],
+        ),
+    ],
+    [
+        (
+            {
+                "config": {"backplane": {"url": "rediss://redis?username=u&ssl_ca_certs=ca"}},
+                "secrets": {"backplanePassword": {"name": "p"}},
+            },
+            ["config.backplane.url has a user", "secrets.backplanePassword.name"],
+        ),
+        (
+            nested_values("tls.caSecretName", "relay-redis-ca"),
+            ["tls.caSecretName", "ssl_ca_certs"],
         ),
     ],
     [
@@ -642,6 +710,10 @@ REFUSED_URLS = (
     "redis://one,two",
     "redis://redis/0?ssl_cert_reqs=none",
     "rediss://redis/0?nonsense=1",
+    "rediss://redis/0?ssl_cert_reqs=never",
+    "redis://redis/0?sentinel_username=relay",
+    "redis+cluster://one?db=1",
+    "redis://[1]",
     "redis+sentinel://one,two",
     "nats://one,",
     "nats://one?replicas=2",
@@ -658,10 +730,89 @@ def test_the_relay_accepts_the_addresses_of_brokers_that_the_chart_accepts(
     assert main(["check", "--config-file", str(file)]) == 0
 
 
-@pytest.mark.parametrize("url", REFUSED_URLS)
-def test_the_chart_refuses_an_address_that_is_not_a_brokers(url: str) -> None:
-    with pytest.raises(HelmError, match=r"config\.backplane\.url is not the address"):
-        newest_helm().template(values=nested_values("config.backplane.url", url))
+def test_the_chart_refuses_an_address_that_is_not_a_brokers() -> None:
+    found = find_problems([with_config({"backplane": {"url": url}}) for url in REFUSED_URLS])
+    for url, problems in zip(REFUSED_URLS, found, strict=True):
+        assert "config.backplane.url is not the address" in "\n".join(problems), url
+
+
+def with_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return merge_values(VALUES, {"config": config})
+
+
+def test_the_chart_refuses_the_settings_that_the_relay_refuses() -> None:
+    """Each alone, by the schema or by the checks, which all run in one Helm."""
+    configs: list[dict[str, Any]] = [
+        *({"server": {"allowed_origins": [origin]}} for origin, _ in refused_settings.ORIGINS),
+        *({"server": {"trusted_proxies": [proxy]}} for proxy in refused_settings.PROXIES),
+        *({"server": server} for server, _ in refused_settings.SERVERS),
+        *({"auth": {"mode": "jwt", "jwt": of_jwt}} for of_jwt, _ in refused_settings.TOKENS),
+        *(
+            {"auth": {"mode": "jwt", "jwt": {"algorithms": ["RS256"], "jwks_url": url}}}
+            for url in refused_settings.JWKS_URLS
+        ),
+        *(
+            {"backplane": {"url": url, "stream": name}}
+            for url, name, is_accepted in refused_settings.STREAMS
+            if not is_accepted
+        ),
+        *({"backplane": {"url": url} | rest} for url, rest, *_ in refused_settings.ACCESS),
+        {"auth": {"jwt": {"audience": "relay,"}}},
+        {"metrics": {"port": 8443}},
+    ]
+    trees = [with_config(config) for config in configs]
+    checked = [tree for tree in trees if not schema_errors(tree)]
+    found = zip(checked, find_problems(checked), strict=True)
+    assert [tree["config"] for tree, problems in found if not problems] == []
+
+
+ACCEPTED_CONFIGS: list[dict[str, Any]] = [
+    {
+        "server": {
+            "host": "10.0.0.7, [::1]",
+            "proxy_protocol": True,
+            "allowed_origins": [
+                "*",
+                "null",
+                "file://",
+                "https://App.Example:*",
+                "https://*",
+                "https://*.b\u00fccher.example:443",
+                "http://[0:0::1]:3000",
+                "http://10.0.0.7",
+                "http://a_b.example.",
+                "moz-extension://*",
+                "capacitor://localhost",
+            ],
+            "trusted_proxies": [
+                "10.0.0.7",
+                "10.0.0.0/8",
+                "10.240.0.0/12",
+                "0.0.0.0/0",
+                "10.0.0.7/32",
+                "fd00::/8",
+                "fd12:3450::/28",
+                "::/0",
+                "::1",
+                "fd00::7/128",
+                "::ffff:127.0.0.1",
+            ],
+        }
+    },
+    {"backplane": {"url": "redis://r?username=u", "stream": "team1.relay"}},
+    {"backplane": {"url": "nats://n", "domain": "hub", "inbox_prefix": "_INBOX.relay"}},
+    {"auth": {"jwt": {"audience": "relay, other", "issuer": ["https://a.example"]}}},
+]
+
+
+def test_the_relay_accepts_the_settings_that_the_chart_accepts(tmp_path: Path) -> None:
+    trees = [with_config(config) for config in ACCEPTED_CONFIGS]
+    assert list(map(schema_errors, trees)) == [""] * len(trees)
+    assert find_problems(trees) == [[]] * len(trees)
+    file = tmp_path / "config.yaml"
+    for tree in trees:
+        file.write_text(yaml.safe_dump(tree["config"]))
+        assert main(["check", "--config-file", str(file)]) == 0
 
 
 def rendered_settings(*options: str, values: Mapping[str, Any] | None = None) -> str:

@@ -5,6 +5,7 @@ On other platforms the `helm` and `kubectl` on the PATH are used.
 """
 
 import io
+import json
 import os
 import platform
 import subprocess
@@ -142,6 +143,26 @@ def nested_values(path: str, value: object) -> dict[str, Any]:
 def merge_values(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Return one tree of values; later trees override earlier ones."""
     return reduce(merged, trees, {})
+
+
+CHECKED = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: problems}
+data:
+{{- range $index, $values := .Values.global.trees }}
+  {{- $root := merge (dict "Values" $values) $ }}
+  {{ $index | quote }}: {{ include "websocket-relay.problems" $root | quote }}
+{{- end }}
+"""
+"""An object of the chart with what it finds in other values."""
+
+
+def find_problems(trees: Sequence[Values]) -> list[list[str]]:
+    """Return what the chart's checks find in each tree of values, by one run of Helm."""
+    values = {"extraObjects": [CHECKED], "global": {"trees": list(trees)}}
+    found = find_object(newest_helm().objects(values=values), "ConfigMap", "problems")["data"]
+    return [json.loads(found[str(index)]) for index in range(len(trees))]
 
 
 def find_object(

@@ -3,17 +3,22 @@ Values that are valid each, and contradict each other. All problems are reported
 the values and what to do. The range of a single value is in values.schema.json.
 */ -}}
 {{- define "websocket-relay.checks" -}}
+{{- with include "websocket-relay.problems" . | fromJsonArray -}}
+{{- printf "\nThese values do not fit together:\n- %s\n" (join "\n- " .) | fail -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* One sentence for each, as a JSON list. */ -}}
+{{- define "websocket-relay.problems" -}}
 {{- $problems := list -}}
-{{- range list "names" "replicas" "stop" "secrets" "tls" "tokens" "ways" "resources" "scraping" "budgets" "network" "environment" -}}
+{{- range list "names" "replicas" "stop" "secrets" "access" "tls" "addresses" "tokens" "ways" "resources" "scraping" "budgets" "network" "environment" -}}
 {{- range splitList "\n" (include (printf "websocket-relay.checks.%s" .) $) -}}
 {{- if trim . -}}
-{{- $problems = append $problems (printf "- %s" (trim .)) -}}
+{{- $problems = append $problems (trim .) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- if $problems -}}
-{{- printf "\nThese values do not fit together:\n%s\n" (join "\n" $problems) | fail -}}
-{{- end -}}
+{{- toJson $problems -}}
 {{- end -}}
 
 {{- define "websocket-relay.checks.names" -}}
@@ -71,10 +76,16 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 {{- define "websocket-relay.checks.secrets" -}}
 {{- $url := .Values.config.backplane.url -}}
 {{- /* Neither address is printed: it may contain a password. The relay checks its address in the same way. */ -}}
-{{- $server := `([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?` -}}
+{{- $server := printf `([A-Za-z0-9._-]+|\[%s\])(:[0-9]+)?` (include "websocket-relay.ipv6" .) -}}
 {{- $servers := printf "%s(,%s)*" $server $server -}}
-{{- $redis := `[?&](client_name|db|(sentinel_)?username)=[^&]*` -}}
-{{- $rediss := `[?&](client_name|db|(sentinel_)?username|ssl_(ca_certs|ca_path|cert_reqs|certfile|keyfile|check_hostname))=[^&]*` -}}
+{{- $user := `client_name=[^&]*|username=[^&]*` -}}
+{{- $ssl := `|ssl_(ca_certs|ca_path|certfile|keyfile)=[^&]*|ssl_cert_reqs=(none|optional|required)|ssl_check_hostname=(true|false)` -}}
+{{- $redis := printf `[?&](%s|db=[0-9]{1,9})` $user -}}
+{{- $rediss := printf `[?&](%s|db=[0-9]{1,9}%s)` $user $ssl -}}
+{{- $cluster := printf `[?&](%s|db=0)` $user -}}
+{{- $clusters := printf `[?&](%s|db=0%s)` $user $ssl -}}
+{{- $sentinel := printf `[?&](%s|sentinel_username=[^&]*|db=[0-9]{1,9})` $user -}}
+{{- $sentinels := printf `[?&](%s|sentinel_username=[^&]*|db=[0-9]{1,9}%s)` $user $ssl -}}
 {{- $nats := `[?&](replicas=[135]|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
 {{- $tls := `[?&](replicas=[135]|handshake_first=(true|false)|ssl_(ca_certs|certfile|keyfile)=[^&]*)` -}}
 {{- $forms := list
@@ -82,10 +93,10 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
   `unix:///[^?]+`
   (printf `(redis|valkey)://%s(/[0-9]{0,9})?(%s)*` $server $redis)
   (printf `(rediss|valkeys)://%s(/[0-9]{0,9})?(%s)*` $server $rediss)
-  (printf `(redis|valkey)[+]cluster://%s(/0?)?(%s)*` $servers $redis)
-  (printf `(rediss|valkeys)[+]cluster://%s(/0?)?(%s)*` $servers $rediss)
-  (printf `(redis|valkey)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $redis)
-  (printf `(rediss|valkeys)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $rediss)
+  (printf `(redis|valkey)[+]cluster://%s(/0?)?(%s)*` $servers $cluster)
+  (printf `(rediss|valkeys)[+]cluster://%s(/0?)?(%s)*` $servers $clusters)
+  (printf `(redis|valkey)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $sentinel)
+  (printf `(rediss|valkeys)[+]sentinel://%s/[^/?]+(/[0-9]{0,9})?(%s)*` $servers $sentinels)
   (printf `nats://%s/?(%s)*` $servers $nats)
   (printf `tls://%s/?(%s)*` $servers $tls)
 -}}
@@ -98,7 +109,7 @@ config.shutdown.timeout_s is {{ $shutdown.timeout_s }}, which is too short for c
 config.backplane.url is not the address of a broker that the relay supports; set it to one like redis://redis:6379/0, rediss+sentinel://one:26379,two:26379/mymaster/0, redis+cluster://one:6379,two:6379 or nats://one:4222,two:4222?replicas=3
 {{- end }}
 {{- $keys := .Values.config.auth.jwt.jwks_url -}}
-{{- if and $keys (not (regexMatch "^https?://[^/?#@[:space:]]+([/?#][^[:space:]]*)?$" $keys)) }}
+{{- if and $keys (not (regexMatch (printf `^https?://([A-Za-z0-9._~-]+|\[%s\])(:%s)?([/?#][!-~]*)?$` (include "websocket-relay.ipv6" .) (include "websocket-relay.portNumber" .)) $keys)) }}
 config.auth.jwt.jwks_url is not a valid address; set it to one like https://issuer.example.com/jwks.json, without a user or a password
 {{- end }}
 {{- if $isSecret }}
@@ -107,26 +118,151 @@ config.backplane.url contains a user or a password, which would be readable in t
 {{- if and .Values.secrets.backplaneUrl.name (ne $url "memory://") }}
 config.backplane.url and secrets.backplaneUrl.name both set the broker's address; leave one of them out
 {{- end }}
-{{- range $value := list "backplanePassword" "backplaneCreds" "backplaneNkey" }}
-{{- if get $.Values.secrets $value | dig "name" "" }}
-{{- if eq (include "websocket-relay.backplane" $) "memory" }}
-secrets.{{ $value }}.name is set and config.backplane.url is memory://, so there is no broker; set the address of one, or leave secrets.{{ $value }}.name empty
-{{- else if and (ne $value "backplanePassword") (not (regexMatch "^(nats|tls)?$" (include "websocket-relay.backplane" $))) }}
-secrets.{{ $value }}.name is set, which only NATS has, and config.backplane.url is another broker; leave secrets.{{ $value }}.name empty, or set secrets.backplanePassword.name
-{{- end }}
-{{- end }}
-{{- end }}
-{{- range $value := list "caSecretName" "clientSecretName" }}
-{{- if and (get $.Values.tls $value) (eq (include "websocket-relay.backplane" $) "memory") }}
-tls.{{ $value }} is {{ get $.Values.tls $value }} and config.backplane.url is memory://, so there is no broker; set the address of one, or leave tls.{{ $value }} empty
-{{- end }}
-{{- end }}
 {{- if dig "password" "" .Values.config.backplane }}
 config.backplane.password is set, and would be readable in the pod; put it into a Secret, set secrets.backplanePassword.name to that and leave config.backplane.password empty
 {{- end }}
-{{- range $name := list "secret" "secrets" }}
-{{- if get $.Values.config.auth.jwt $name }}
-config.auth.jwt.{{ $name }} is set, and would be readable in the pod; put it into a Secret, set secrets.jwtSecret.name to that and leave this empty
+{{- range $setting, $value := dict "secret" "jwtSecret" "secrets" "jwtSecrets" }}
+{{- if get $.Values.config.auth.jwt $setting }}
+config.auth.jwt.{{ $setting }} is set, and would be readable in the pod; put it into a Secret, set secrets.{{ $value }}.name to that and leave this empty
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* What check_access of the relay refuses. If the broker's address is in a Secret, its scheme is unknown. */ -}}
+{{- define "websocket-relay.checks.access" -}}
+{{- $config := .Values.config.backplane -}}
+{{- $scheme := include "websocket-relay.backplane" . -}}
+{{- $isNats := has $scheme (list "nats" "tls") -}}
+{{- $ways := dict "backplanePassword" "password_file" "backplaneCreds" "creds_file" "backplaneNkey" "nkey_file" -}}
+{{- $parameters := dict "ca_file" "ssl_ca_certs" "cert_file" "ssl_certfile" "key_file" "ssl_keyfile" -}}
+{{- $given := dict -}}
+{{- range concat (list "username" "domain" "inbox_prefix") (values $ways) (keys $parameters) -}}
+{{- if get $config . -}}
+{{- $_ := set $given . (printf "config.backplane.%s" .) -}}
+{{- end -}}
+{{- end -}}
+{{- range $value, $setting := $ways -}}
+{{- if get $.Values.secrets $value | dig "name" "" -}}
+{{- $_ := set $given $setting (printf "secrets.%s.name" $value) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.tls.caSecretName -}}
+{{- $_ := set $given "ca_file" "tls.caSecretName" -}}
+{{- end -}}
+{{- if .Values.tls.clientSecretName -}}
+{{- $given = set (omit $given "key_file") "cert_file" "tls.clientSecretName" -}}
+{{- end -}}
+{{- range $setting, $name := $given }}
+{{- $parameter := get $parameters $setting }}
+{{- if eq $scheme "memory" }}
+{{ $name }} is set and config.backplane.url is memory://, so there is no broker; set the address of one, or leave {{ $name }} empty
+{{- else if and $scheme (not $isNats) (has $setting (list "creds_file" "nkey_file" "domain" "inbox_prefix")) }}
+{{ $name }} is set, which only NATS has, and config.backplane.url is another broker; leave {{ $name }} empty
+{{- else if and $scheme $parameter (not (regexMatch "^(tls$|rediss|valkeys)" $scheme)) }}
+{{ $name }} is set, which needs TLS, and config.backplane.url begins with {{ $scheme }}://; set it to an address that begins with {{ ternary "tls" "rediss" $isNats }}://, or leave {{ $name }} empty
+{{- else if and $parameter (contains (printf "%s=" $parameter) $config.url) }}
+{{ $name }} is set and config.backplane.url has {{ $parameter }}; leave one of them out
+{{- end }}
+{{- end }}
+{{- $credentials := list }}
+{{- range values $ways | sortAlpha }}
+{{- with get $given . }}
+{{- $credentials = append $credentials . }}
+{{- end }}
+{{- end }}
+{{- if and (ne $scheme "memory") (gt (len $credentials) 1) }}
+{{ join " and " $credentials }} are set, and a broker takes one of them; leave the others empty
+{{- end }}
+{{- if and (ne $scheme "memory") $given.username (not $given.password_file) }}
+config.backplane.username is {{ $config.username }} and there is no password; set secrets.backplanePassword.name to a Secret with it, or leave the user empty
+{{- end }}
+{{- if and (regexMatch "[?&]username=" $config.url) (or $given.username $credentials) }}
+config.backplane.url has a user and {{ $given.username | default (first $credentials) }} is set; set config.backplane.username to the user and leave it out of the address
+{{- end }}
+{{- if and (ne $scheme "memory") $given.key_file (not $given.cert_file) }}
+config.backplane.key_file is set and config.backplane.cert_file is empty; set both or neither
+{{- end }}
+{{- if and $isNats (not (regexMatch `^[^ .*>/\\]{1,255}$` $config.stream)) }}
+config.backplane.stream is {{ $config.stream }} and config.backplane.url is a NATS, whose streams have no space . * > / or \ in their names; set config.backplane.stream to another name
+{{- end }}
+{{- end -}}
+
+{{- define "websocket-relay.ipv4" -}}
+{{- $byte := `(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])` -}}
+{{- printf `%s([.]%s){3}` $byte $byte -}}
+{{- end -}}
+
+{{- define "websocket-relay.ipv6" -}}
+{{- $group := `[0-9A-Fa-f]{1,4}` -}}
+{{- $forms := list (printf `(%s:){7}%s` $group $group) (printf `(%s:){1,7}:` $group) (printf `:(:%s){1,7}` $group) `::` -}}
+{{- range untilStep 1 7 1 -}}
+{{- $forms = append $forms (printf `(%s:){1,%d}(:%s){1,%d}` $group (sub 7 .) $group .) -}}
+{{- end -}}
+{{- printf `(%s|::([Ff]{4}:)?%s)` (join "|" $forms) (include "websocket-relay.ipv4" .) -}}
+{{- end -}}
+
+{{- define "websocket-relay.portNumber" -}}
+(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})
+{{- end -}}
+
+{{- /* Not empty: an address, or a network of which only the first bits are set. */ -}}
+{{- define "websocket-relay.isNetwork" -}}
+{{- $address := regexFind "^[^/]*" . -}}
+{{- $isV4 := regexMatch (printf "^%s$" (include "websocket-relay.ipv4" .)) $address -}}
+{{- $width := ternary 8 16 $isV4 -}}
+{{- $length := regexFind "[^/]+$" . | int -}}
+{{- if not (contains "/" .) -}}
+{{- $length = ternary 32 128 $isV4 -}}
+{{- end -}}
+{{- $isValid := and (or $isV4 (regexMatch (printf "^%s$" (include "websocket-relay.ipv6" .)) $address)) (regexMatch "^[^/]+(/[0-9]{1,3})?$" .) (le $length (ternary 32 128 $isV4)) -}}
+{{- if and $isValid (lt $length (ternary 32 128 $isV4)) -}}
+{{- /* The groups before ::, after which there are zeros only. */ -}}
+{{- $isValid = or $isV4 (hasSuffix "::" $address) (not (contains "::" $address)) -}}
+{{- range $index, $group := splitList (ternary "." ":" $isV4) (trimSuffix "::" $address) -}}
+{{- $number := printf "value: 0x0%s" $group | fromYaml | dig "value" 0 | int -}}
+{{- if $isV4 -}}
+{{- $number = int $group -}}
+{{- end -}}
+{{- $free := sub (mul (add1 $index) $width) $length | max 0 | min $width -}}
+{{- range until (int $free) -}}
+{{- $isValid = and $isValid (eq (mod $number 2) 0) -}}
+{{- $number = div $number 2 -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if $isValid }}true{{ end -}}
+{{- end -}}
+
+{{- /* Not empty: an origin that a browser sends, in any case and with a wildcard. */ -}}
+{{- define "websocket-relay.isOrigin" -}}
+{{- $origin := lower . -}}
+{{- $label := `[\pL\pM\pN_-]+` -}}
+{{- $ipv4 := include "websocket-relay.ipv4" . -}}
+{{- $number := regexMatch `^https?://[^:/\[]*[.][0-9]+[.]?(:|$)|^https?://[0-9]+[.]?(:|$)` $origin -}}
+{{- $name := ternary $ipv4 (printf `([*][.])?%s([.]%s)*[.]?` $label $label) $number -}}
+{{- $web := printf `https?://([*]|%s|\[%s\])` $name (include "websocket-relay.ipv6" .) -}}
+{{- $app := `[a-z][a-z0-9+.-]*://([*][.])?([*]|\[[^\]]*\]|[^\s\pZ\pC/?#@:*%\\\[\]]+)` -}}
+{{- $form := ternary $web $app (regexMatch "^https?:" $origin) -}}
+{{- if or (has $origin (list "*" "null" "file://")) (and (regexMatch (printf `^%s(:([*]|%s))?$` $form (include "websocket-relay.portNumber" .)) $origin) (not (regexMatch "^(wss?|file):" $origin))) }}true{{ end -}}
+{{- end -}}
+
+{{- define "websocket-relay.checks.addresses" -}}
+{{- with .Values.config.server }}
+{{- if .socket }}
+config.server.socket is {{ .socket }}, where neither the Service nor probes connect; leave it empty, and set config.server.port to the port
+{{- end }}
+{{- if and .proxy_protocol (not .trusted_proxies) (not .socket) }}
+config.server.proxy_protocol is true and config.server.trusted_proxies is empty; set config.server.trusted_proxies to the addresses of the proxies
+{{- end }}
+{{- range .trusted_proxies }}
+{{- if not (include "websocket-relay.isNetwork" .) }}
+config.server.trusted_proxies has {{ quote . }}, which is neither an address nor the first one of a network; set it to one like 10.0.0.7, or 10.0.0.0/8
+{{- end }}
+{{- end }}
+{{- range .allowed_origins }}
+{{- if not (include "websocket-relay.isOrigin" .) }}
+config.server.allowed_origins has {{ quote . }}, which no browser sends; set it to the origin of a page, like https://example.com, without a path and not with wss://
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -146,6 +282,7 @@ tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, 
 {{- define "websocket-relay.checks.tokens" -}}
 {{- $auth := .Values.config.auth -}}
 {{- $secret := .Values.secrets.jwtSecret.name -}}
+{{- $more := .Values.secrets.jwtSecrets.name -}}
 {{- $key := .Values.secrets.jwtPublicKey.name -}}
 {{- $byKey := or $key $auth.jwt.public_key_file $auth.jwt.jwks_url -}}
 {{- $signed := dict "secret" list "key" list -}}
@@ -157,8 +294,9 @@ tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, 
 config.auth.jwt.algorithms is empty; set it to the algorithms of the tokens, like [RS256]
 {{- end }}
 {{- if eq $auth.mode "none" }}
-{{- if or $secret $byKey }}
-{{ ternary "secrets.jwtSecret.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $secret)) }} is set and config.auth.mode is none, so no token is required; set config.auth.mode to jwt, or leave the first out
+{{- $name := ternary "secrets.jwtSecrets.name" (ternary "secrets.jwtPublicKey.name" "config.auth.jwt" (not (not $key))) (not (not $more)) }}
+{{- if or $secret $more $byKey }}
+{{ ternary "secrets.jwtSecret.name" $name (not (not $secret)) }} is set and config.auth.mode is none, so no token is required; set config.auth.mode to jwt, or leave the first out
 {{- end }}
 {{- else }}
 {{- if and $signed.secret (not $secret) (not $auth.jwt.secret) }}
@@ -169,6 +307,9 @@ config.auth.jwt.algorithms has {{ join ", " $signed.key }} and there is no publi
 {{- end }}
 {{- if and $byKey (not $signed.key) }}
 {{ ternary "secrets.jwtPublicKey.name" "config.auth.jwt.jwks_url" (not (not $key)) }} is set and config.auth.jwt.algorithms has {{ join ", " $signed.secret }} only, which use no public key; set config.auth.jwt.algorithms to the algorithms of the tokens, like RS256
+{{- end }}
+{{- if and $auth.jwt.public_key_file $auth.jwt.jwks_url (not $key) }}
+config.auth.jwt.public_key_file and config.auth.jwt.jwks_url both set the public keys; leave one of them out
 {{- end }}
 {{- if and $key (or $auth.jwt.jwks_url $auth.jwt.public_key_file) }}
 secrets.jwtPublicKey.name and config.auth.jwt.{{ ternary "jwks_url" "public_key_file" (not (not $auth.jwt.jwks_url)) }} both set the public keys; leave one of them out
