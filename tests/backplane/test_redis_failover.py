@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from websocket_relay.backplane.access import BrokerAccess
 
 from tests.support.broker_logs import (
     BackplaneLog,
@@ -41,14 +42,18 @@ async def sentinels(stack: AsyncExitStack, tmp_path: Path) -> SentinelGroup:
 
 
 @pytest.fixture
-def sentinel_log(sentinels: SentinelGroup, stack: AsyncExitStack) -> BackplaneLog:
+def sentinel_log(sentinels: SentinelGroup, stack: AsyncExitStack, tmp_path: Path) -> BackplaneLog:
     """The log on the primary; one of the Sentinels in its URL is down."""
-    sentinel = sentinels.sentinel
+    sentinel, password_file = sentinels.sentinel, tmp_path / "password"
+    password_file.write_text("of-redis\n")
     url = (
-        f"rediss+sentinel://:of-redis@localhost:{free_port()},localhost:{sentinel.port}/{SERVICE}/0"
-        f"?sentinel_password=of-sentinel&ssl_ca_certs={sentinel.directory / 'cert.pem'}"
+        f"rediss+sentinel://localhost:{free_port()},localhost:{sentinel.port}/{SERVICE}/0"
+        "?sentinel_password=of-sentinel"
     )
-    return BackplaneLog(stack, sentinel, url)
+    access = BrokerAccess(
+        password_file=str(password_file), ca_file=str(sentinel.directory / "cert.pem")
+    )
+    return BackplaneLog(stack, sentinel, url, access)
 
 
 async def test_replicas_follow_sentinel_to_the_new_primary_and_report_what_it_lacks(

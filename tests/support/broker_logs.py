@@ -165,12 +165,20 @@ class BackplaneLog:
     Attributes:
         broker: None: the log is in the process.
         url: of the backplane.
+        access: the settings for the access to the broker.
         stream: the name of the stream.
     """
 
-    def __init__(self, stack: AsyncExitStack, broker: Broker | None, url: str) -> None:
+    def __init__(
+        self,
+        stack: AsyncExitStack,
+        broker: Broker | None,
+        url: str,
+        access: BrokerAccess = ANONYMOUS,
+    ) -> None:
         self.broker = broker
         self.url = url
+        self.access = access
         self.stream = "relay"
         self._stack = stack
 
@@ -179,7 +187,7 @@ class BackplaneLog:
         *,
         url: str = "",
         stream: str = "",
-        access: BrokerAccess = ANONYMOUS,
+        access: BrokerAccess | None = None,
         on_outage: str = "reject",
         max_message_bytes: int = 4 << 20,
         await_up: bool = True,
@@ -187,13 +195,16 @@ class BackplaneLog:
         """Start a replica.
 
         Args:
-            url, stream: others than those of the log.
-            access: the settings for the access to the broker.
+            url, stream, access: others than those of the log.
             on_outage, max_message_bytes: settings of the replica.
             await_up: whether to wait until its backplane is up.
         """
         replica = BackplaneReplica(
-            url or self.url, stream or self.stream, on_outage, max_message_bytes, access
+            url or self.url,
+            stream or self.stream,
+            on_outage,
+            max_message_bytes,
+            access or self.access,
         )
         await self._stack.enter_async_context(replica)
         if await_up:

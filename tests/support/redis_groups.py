@@ -49,7 +49,7 @@ class GroupedRedis(RedisBroker):
 
 
 class RedisSentinel(GroupedRedis):
-    """A Sentinel that alone decides about a failover, after 0.3 s."""
+    """A Sentinel that alone decides about a failover, after a second."""
 
     def __init__(self, *arguments: Any, primary: Broker, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -60,7 +60,7 @@ class RedisSentinel(GroupedRedis):
             f"port {0 if self.pair else self.port}",
             f"sentinel monitor {SERVICE} 127.0.0.1 {self._primary.port} 1",
             f"sentinel auth-pass {SERVICE} {self._primary.password}",
-            f"sentinel down-after-milliseconds {SERVICE} 300",
+            f"sentinel down-after-milliseconds {SERVICE} 1000",
             f"sentinel failover-timeout {SERVICE} 2000",
             f"requirepass {self.password}",
         ]
@@ -105,11 +105,14 @@ class SentinelGroup:
 
 
 class ClusterNode(GroupedRedis):
-    """A Redis whose port for the other nodes, 10,000 above its own, is free, too."""
+    """A Redis whose port for the other nodes, 10,000 above its own, is free, too.
+
+    Neither is an ephemeral port: those begin at 32,768.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        while not is_free(self.port + 10_000):
+        while self.port >= 22_768 or not is_free(self.port + 10_000):
             self.port = free_port()
 
 
@@ -117,7 +120,7 @@ class RedisCluster:
     """Three nodes with a third of the slots each, and a replica of the one that has a key."""
 
     def __init__(self, program: Path, directory: Path, key: str) -> None:
-        lines = ("cluster-enabled yes", "cluster-node-timeout 500", "repl-diskless-sync-delay 0")
+        lines = ("cluster-enabled yes", "cluster-node-timeout 2000", "repl-diskless-sync-delay 0")
         self.nodes = [
             ClusterNode(program, directory / str(number), lines=lines) for number in range(4)
         ]
@@ -136,9 +139,8 @@ class RedisCluster:
         self.slot = int(await self.replica.execute("CLUSTER", "KEYSLOT", self._key))
         self.holder = primaries[self.slot * 3 // SLOTS]
         for number, node in enumerate(primaries):
-            first, end = (SLOTS * each // 3 + (each > 0) for each in (number, number + 1))
-            last = min(end - (number < 2), SLOTS - 1)
-            await node.execute("CLUSTER", "ADDSLOTS", *range(first, last + 1))
+            slots = (each for each in range(SLOTS) if each * 3 // SLOTS == number)
+            await node.execute("CLUSTER", "ADDSLOTS", *slots)
             await node.execute("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for node in primaries:
             await self.replica.execute("CLUSTER", "MEET", "127.0.0.1", node.port)
