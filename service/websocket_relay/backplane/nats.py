@@ -197,13 +197,14 @@ class QuietNatsClient(Client):
     """The client of nats-py, without its final flush.
 
     On close nats-py writes its buffer to a connection that may be closed already. uvloop raises an
-    error then, and nats-py does not call `closed_cb`.
-
-    Attributes:
-        has_greeting: whether a server with TLS has sent its first message.
+    error then, and nats-py does not call `closed_cb`. Private names of nats-py are used only here
+    and in `TlsNatsClient`; pyproject.toml has a bound on its version.
     """
 
-    has_greeting = False
+    @property
+    def has_greeting(self) -> bool:
+        """Whether the server has sent its first message, INFO."""
+        return bool(self._server_info)
 
     @property
     def stream_writer(self) -> asyncio.StreamWriter | None:
@@ -229,7 +230,6 @@ class TlsNatsClient(QuietNatsClient):
 
     def _connect_command(self) -> bytes:
         # Called before the first write.
-        self.has_greeting = True
         writer = self.stream_writer
         if writer is None or writer.get_extra_info("ssl_object") is None:
             raise NatsError("the server does not speak TLS")
@@ -682,7 +682,7 @@ class NatsStream:
             )
         except BaseException as error:
             self._server_index += 1
-            hint = connection.hint
+            hint = connection.hint if self._latest_id == (0, 0) else ""
             await connection.abort()
             if hint and isinstance(error, BrokerError):
                 raise BrokerError(f"{error}{hint}") from None
