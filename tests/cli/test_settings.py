@@ -876,7 +876,7 @@ def test_the_name_of_a_stream_is_what_its_broker_accepts(
         ("tls://b?ssl_ca_certs=missing.pem", {}, "url", "missing.pem: No such file"),
         ("redis://b", {"password_file": "missing"}, "password_file", "no such file"),
         ("nats://b", {"nkey_file": "config.yaml"}, "nkey_file", "no seed of a user"),
-        ("nats://b", {"nkey_file": "typo"}, "nkey_file", "its checksum is wrong"),
+        ("nats://b", {"nkey_file": "typo"}, "nkey_file", "invalid seed: wrong checksum"),
         ("nats://b", {"creds_file": "nkey"}, "creds_file", "no JWT of a user"),
     ],
 )

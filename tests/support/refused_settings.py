@@ -100,6 +100,8 @@ ACCESS: list[tuple[str, dict[str, str], str, str]] = [
     ("nats://b", {"ca_file": "x"}, "ca_file", "needs TLS: begin backplane.url with tls://"),
     ("rediss://b?ssl_ca_certs=x", {"ca_file": "x"}, "ca_file", "ssl_ca_certs from backplane"),
     ("tls://b", {"key_file": "x"}, "key_file", "needs backplane.cert_file"),
+    ("rediss://b?ssl_keyfile=x", {}, "url", "ssl_keyfile needs ssl_certfile"),
+    ("tls://b?ssl_keyfile=x", {}, "url", "ssl_keyfile needs ssl_certfile"),
     ("redis://user@b", {"password": SECRET}, "password", "remove user, password and token"),
     ("redis://b", {"username": "u"}, "username", "needs backplane.password"),
     (

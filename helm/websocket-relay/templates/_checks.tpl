@@ -179,6 +179,9 @@ config.backplane.username is {{ $config.username }} and there is no password; se
 {{- if and (regexMatch "[?&]username=" $config.url) (or $given.username $credentials) }}
 config.backplane.url has a user and {{ $given.username | default (first $credentials) }} is set; set config.backplane.username to the user and leave it out of the address
 {{- end }}
+{{- if and (regexMatch "[?&]ssl_keyfile=[^&]" $.Values.config.backplane.url) (not (regexMatch "[?&]ssl_certfile=[^&]" $.Values.config.backplane.url)) (not $given.cert_file) }}
+config.backplane.url has ssl_keyfile and no ssl_certfile; set both or neither
+{{- end }}
 {{- if and (ne $scheme "memory") $given.key_file (not $given.cert_file) }}
 config.backplane.key_file is set and config.backplane.cert_file is empty; set both or neither
 {{- end }}

@@ -1,4 +1,4 @@
-"""Own how a broker is accessed: credentials and certificates, and whether they fit its URL.
+"""Own the access to a broker: credentials and certificates, and whether they fit its URL.
 
 Files are read anew for each connection: a renewed certificate or password needs no restart. Knows
 no library and no connection.
@@ -23,12 +23,14 @@ TLS_PARAMETERS = {
 """The parameters of a URL that name the same files as these settings, by setting."""
 
 CREDENTIAL_SETTINGS = ("password", "password_file", "creds_file", "nkey_file")
-"""One of them is enough."""
+"""At most one may be set."""
 
 NATS_SETTINGS = ("creds_file", "nkey_file", "domain", "inbox_prefix")
 
 NATS_SCHEMES = ("nats", "tls")
 
+KEY_IN_URL = re.compile(r"[?&]ssl_keyfile=[^&]")
+CERTIFICATE_IN_URL = re.compile(r"[?&]ssl_certfile=[^&]")
 CREDENTIALS_IN_URL = re.compile(r"://[^/?#]*@|[?&](username|password)=")
 
 
@@ -120,6 +122,8 @@ def check_access(url: str, access: BrokerAccess) -> None:
         if problem := _mismatch(url, name) or _conflict(url, access, name):
             raise UnusableSettingError(f"backplane.{name}", problem)
 
+    if KEY_IN_URL.search(url) and not (CERTIFICATE_IN_URL.search(url) or access.cert_file):
+        raise unusable_url(url, "ssl_keyfile needs ssl_certfile")
 
 def _mismatch(url: str, name: str) -> str:
     """Return why a setting does not fit the URL, or an empty string."""

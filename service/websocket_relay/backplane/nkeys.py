@@ -34,7 +34,7 @@ class UserKey:
             raise ValueError("no seed of a user, which begins with SU")
         raw = b32decode(f"{found[0]}======")
         if _checksum(raw[:-2]) != raw[-2:]:
-            raise ValueError("the seed is misspelt: its checksum is wrong")
+            raise ValueError("invalid seed: wrong checksum")
         self._key = Ed25519PrivateKey.from_private_bytes(raw[2:34])
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from websocket_relay.backplane.access import TLS_PARAMETERS
 from websocket_relay.redaction import unusable_url
 
 USES_TLS = {"redis": False, "rediss": True, "valkey": False, "valkeys": True}
@@ -27,13 +28,11 @@ SENTINEL_CREDENTIALS = {"sentinel_username": "username", "sentinel_password": "p
 CERT_REQS = ("none", "optional", "required")
 FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
-TLS_PARAMETERS = {
-    "ssl_ca_certs",
+REDIS_TLS_PARAMETERS = {
+    *TLS_PARAMETERS.values(),
     "ssl_ca_path",
     "ssl_cert_reqs",
-    "ssl_certfile",
     "ssl_check_hostname",
-    "ssl_keyfile",
     "ssl_password",
 }
 PARAMETERS = {"client_name", "db", "password", "username"}
@@ -88,7 +87,9 @@ def parse_redis_url(url: str) -> RedisAddress:
         for name, option in SENTINEL_CREDENTIALS.items()
         if name in parameters
     }
-    sentinel_options |= {name: parameters[name] for name in parameters.keys() & TLS_PARAMETERS}
+    sentinel_options |= {
+        name: parameters[name] for name in parameters.keys() & REDIS_TLS_PARAMETERS
+    }
     username, _, password = map(unquote, credentials.partition(":"))
     options: dict[str, Any] = {}
     if credentials:
@@ -141,10 +142,10 @@ def _servers(url: str, hosts: str, kind: str) -> tuple[Server, ...]:
 
 def _parameters(url: str, query: str, kind: str, *, uses_tls: bool) -> dict[str, Any]:
     parameters: dict[str, Any] = dict(parse_qsl(query))
-    allowed = PARAMETERS | (TLS_PARAMETERS if uses_tls else set())
+    allowed = PARAMETERS | (REDIS_TLS_PARAMETERS if uses_tls else set())
     allowed |= set(SENTINEL_CREDENTIALS) if kind == "sentinel" else set()
     if unknown := parameters.keys() - allowed:
-        if not uses_tls and unknown <= TLS_PARAMETERS:
+        if not uses_tls and unknown <= REDIS_TLS_PARAMETERS:
             raise unusable_url(url, f"{min(unknown)} requires TLS: rediss:// or valkeys://")
         raise unusable_url(
             url,
