@@ -4,16 +4,19 @@ import ssl
 from pathlib import Path
 
 
-def verifying_context(ca_file: str | Path | None = None) -> ssl.SSLContext:
+def verifying_context(
+    ca_file: str | Path | None = None, ca_path: str | None = None
+) -> ssl.SSLContext:
     """Return a context that verifies servers.
 
     Args:
-        ca_file: the authorities; None: the system's, or those of the variable SSL_CERT_FILE.
+        ca_file, ca_path: a file and a folder with the authorities; neither: the system's, or those
+            of the variable SSL_CERT_FILE.
 
     Raises:
         OSError: the file can't be used.
     """
-    return accept_home_made_cas(ssl.create_default_context(cafile=ca_file))
+    return accept_home_made_cas(ssl.create_default_context(cafile=ca_file, capath=ca_path))
 
 
 def accept_home_made_cas(context: ssl.SSLContext) -> ssl.SSLContext:

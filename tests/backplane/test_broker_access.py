@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from websocket_relay.backplane import connecting
 from websocket_relay.backplane.access import BrokerAccess
+from websocket_relay.outcomes import UnusableSettingError
 
 from tests.support.broker_logs import (
     BackplaneLog,
@@ -80,10 +83,43 @@ async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
     broker.password, broker.pair = "second-s3cret", make_pair(issuer=new_ca)
     broker.client_pair = make_pair()
     broker.write_certificates()
-    await broker.restart()
+    broker.kill()
+    await replica.await_outage()
+    await broker.start()
     await replica.await_up()
     await assert_relays(replica)
     assert replica.backplane.counters.lost == 0
+
+
+async def test_a_file_that_was_deleted_is_logged_with_the_setting_that_names_it(
+    stack: AsyncExitStack, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(make_home_made_ca().certificate_pem)
+    scheme = "rediss" if kind == "redis" else "tls"
+    log = BackplaneLog(stack, None, f"{scheme}://localhost:{free_port()}?ssl_ca_certs={ca_file}")
+    await log.start_replica(await_up=False)
+    ca_file.unlink()
+    await wait_until(lambda: f"{ca_file}: No such file" in logged(caplog))
+    assert "backplane.url: " in logged(caplog)
+    assert "backplane.ca_file" not in logged(caplog)
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "tls"])
+def test_an_encrypted_key_without_its_passphrase_is_refused_without_a_prompt(
+    scheme: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_pair()
+    pair.write_to(tmp_path)
+    encryption = serialization.BestAvailableEncryption(b"s3cret")
+    encrypted = pair.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    (tmp_path / "key.pem").write_bytes(encrypted)
+    files = f"ssl_certfile={tmp_path / 'cert.pem'}&ssl_keyfile={tmp_path / 'key.pem'}"
+    with pytest.raises(UnusableSettingError, match=r"key\.pem: "):
+        BackplaneReplica(f"{scheme}://localhost?{files}", "relay", "reject", 1)
+    assert capfd.readouterr() == ("", "")
+    if scheme == "rediss":
+        BackplaneReplica(f"{scheme}://localhost?{files}&ssl_password=s3cret", "relay", "reject", 1)
 
 
 # NATS

@@ -73,16 +73,20 @@ class BrokerAccess:
         except SecretFileError as error:
             raise UnusableSettingError(f"backplane.{setting}", str(error)) from None
 
-    def tls_context(self) -> ssl.SSLContext:
+    def tls_context(self, *, ca_path: str | None = None, key_password: str = "") -> ssl.SSLContext:
         """Return a context that verifies the broker. It takes up to 0.1 s: call it in a thread.
+
+        Args:
+            ca_path: a folder with further CAs, named by their hashes.
+            key_password: the passphrase of the key's file.
 
         Raises:
             OSError: a file can't be used; `certificate_error` finds out which.
         """
-        context = verifying_context(self.ca_file or None)
+        context = verifying_context(self.ca_file or None, ca_path)
         if self.cert_file:
-            # Without a function, OpenSSL asks for a passphrase on the terminal.
-            context.load_cert_chain(self.cert_file, self.key_file or None, lambda: b"")
+            # Without a passphrase, OpenSSL asks for one on the terminal.
+            context.load_cert_chain(self.cert_file, self.key_file or None, key_password)
         return context
 
 
@@ -118,12 +122,12 @@ def check_access(url: str, access: BrokerAccess) -> None:
     Raises:
         UnusableSettingError: they do not.
     """
+    if KEY_IN_URL.search(url) and not (CERTIFICATE_IN_URL.search(url) or access.cert_file):
+        raise unusable_url(url, "ssl_keyfile needs ssl_certfile")
     for name in access.given:
         if problem := _mismatch(url, name) or _conflict(url, access, name):
             raise UnusableSettingError(f"backplane.{name}", problem)
 
-    if KEY_IN_URL.search(url) and not (CERTIFICATE_IN_URL.search(url) or access.cert_file):
-        raise unusable_url(url, "ssl_keyfile needs ssl_certfile")
 
 def _mismatch(url: str, name: str) -> str:
     """Return why a setting does not fit the URL, or an empty string."""

@@ -34,7 +34,6 @@ from websocket_relay.backplane.replicated import (
 from websocket_relay.cancellation import Deadline
 from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of
-from websocket_relay.trust import accept_home_made_cas
 
 READ_BLOCK_S = 1.0
 """How long XREAD blocks for entries: an idle broker responds at this interval."""
@@ -176,25 +175,29 @@ class RedisAccess(CredentialProvider):
         return (username, self._password) if username else (self._password,)
 
 
-def load_certificates(connection: SSLConnection, url: str = "") -> None:
+def load_certificates(connection: SSLConnection, url: str) -> None:
     """Load the certificates for a new connection. It takes up to 0.1 s: call it in a thread.
 
-    redis-py would load them in the event loop, and not name the file that can't be used.
+    redis-py would load them in the event loop, not name the file that can't be used, ask for a
+    passphrase on the terminal, and trust the system's CAs besides those of the file.
 
     Args:
         connection: not connected yet.
-        url: of the broker, if that may name the files.
+        url: of the broker, which may name the files.
 
     Raises:
         UnusableSettingError: a file can't be used.
     """
     tls = connection.ssl_context
+    names = (tls.ca_certs, tls.certfile, tls.keyfile)
+    access = BrokerAccess(**dict(zip(TLS_PARAMETERS, (name or "" for name in names), strict=True)))
     try:
-        accept_home_made_cas(tls.get())
+        context = access.tls_context(ca_path=tls.ca_path, key_password=tls.password or "")
     except OSError as error:
-        names = (tls.ca_certs, tls.certfile, tls.keyfile)
-        files = dict(zip(TLS_PARAMETERS, (name or "" for name in names), strict=True))
-        raise certificate_error(url, BrokerAccess(**files), error) from None
+        raise certificate_error(url, access, error) from None
+    context.check_hostname = tls.check_hostname
+    context.verify_mode = tls.cert_reqs
+    tls.context = context
 
 
 class RetentionLimits:
@@ -234,9 +237,14 @@ class RetentionLimits:
 
 
 class RedisConnection:
-    """A connection to one server at a time."""
+    """A connection to one server at a time.
 
-    def __init__(self) -> None:
+    Args:
+        url: of the broker, which may name certificates.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
         self.server = Server("", 0)
         self._connection: Connection | UnixDomainSocketConnection | None = None
         self._stream: asyncio.StreamWriter | None = None
@@ -270,7 +278,7 @@ class RedisConnection:
         connection = self._connection
         assert connection is not None
         if isinstance(connection, SSLConnection):
-            await asyncio.to_thread(load_certificates, connection)
+            await asyncio.to_thread(load_certificates, connection, self._url)
         await connection.connect()  # type: ignore[no-untyped-call]
         writer = self._stream = connection._writer
         assert writer is not None
@@ -323,10 +331,12 @@ class RedisServers:
     themselves. For a stream, which is one key, asking again at each connect is enough.
 
     Args:
+        url: see `parse_redis_url`.
         address: the servers of the URL.
     """
 
-    def __init__(self, address: RedisAddress) -> None:
+    def __init__(self, url: str, address: RedisAddress) -> None:
+        self._url = url
         self._address = address
         self._redirected_to: Server | None = None
         self.is_asking = False  # the slot of the key is migrating to the server
@@ -366,7 +376,7 @@ class RedisServers:
         address, failures = self._address, []
         # In random order: one that is cut off from the others may name a former primary.
         for sentinel in random.sample(address.servers, len(address.servers)):
-            connection = RedisConnection()
+            connection = RedisConnection(self._url)
             try:
                 await connection.open(sentinel, address.sentinel_options, uses_tls=address.uses_tls)
                 async with Deadline(RESPONSE_TIMEOUT_S):
@@ -405,8 +415,8 @@ class RedisStream:
         self._name = name
         self._access = RedisAccess(url, access)
         self._retention = RetentionLimits(max_bytes, max_age_s)
-        self._servers = RedisServers(self._access.add_to(parse_redis_url(url)))
-        self._writer, self._reader = RedisConnection(), RedisConnection()
+        self._servers = RedisServers(url, self._access.add_to(parse_redis_url(url)))
+        self._writer, self._reader = RedisConnection(url), RedisConnection(url)
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
         self._is_reader_suspect = False  # the reader may be connected to a former primary
 
