@@ -1,7 +1,9 @@
 """Connect to a broker: names that resolve slowly, and a Redis that permits little."""
 
 import socket
+import threading
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,31 @@ from typing import Any
 import pytest
 from websocket_relay.backplane import connecting
 
-from tests.support.broker_logs import BackplaneLog, BrokerLog, RedisLog, wait_until
+from tests.support.broker_logs import (
+    WAIT_TIMEOUT_S,
+    BackplaneLog,
+    BrokerLog,
+    RedisLog,
+    wait_until,
+)
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.redis_groups import GroupedRedis
+from tests.support.tcp_proxy import TcpProxy
 
 SLOW_NAME = "slow.example"
+
+
+def resolve_slowly(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], object]) -> None:
+    """Call `pause`, in a thread, before `SLOW_NAME` is resolved."""
+    resolve = socket.getaddrinfo
+
+    def resolve_after_pause(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == SLOW_NAME:
+            pause()
+            host = "localhost"
+        return resolve(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_after_pause)
 
 
 @pytest.fixture
@@ -21,23 +43,14 @@ def resolving_s(monkeypatch: pytest.MonkeyPatch) -> float:
     """The time in which `SLOW_NAME` is resolved: more than the deadline to connect."""
     monkeypatch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.3)
     resolving_s = 0.5
-    resolve = socket.getaddrinfo
-
-    def resolve_slowly(host: Any, *arguments: Any, **options: Any) -> Any:
-        if host == SLOW_NAME:
-            time.sleep(resolving_s)
-            host = "localhost"
-        return resolve(host, *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve_slowly)
+    resolve_slowly(monkeypatch, lambda: time.sleep(resolving_s))
     return resolving_s
 
 
 async def test_a_replica_is_up_although_the_name_of_its_broker_is_resolved_slowly(
     broker_log: BrokerLog, resolving_s: float
 ) -> None:
-    replica = await broker_log.start_replica(url=broker_log.url.replace("localhost", SLOW_NAME))
-    assert replica.backplane.counters.outages == 0
+    await broker_log.start_replica(url=broker_log.url.replace("localhost", SLOW_NAME))
 
 
 async def test_a_name_that_is_not_resolved_in_time_is_logged_as_the_cause(
@@ -51,6 +64,33 @@ async def test_a_name_that_is_not_resolved_in_time_is_logged_as_the_cause(
     await broker_log.start_replica(url=url, await_up=False)
     error = f"{SLOW_NAME}: the name was not resolved in time"
     await wait_until(lambda: error in {each.__dict__.get("error") for each in caplog.records})
+
+
+async def test_a_message_that_is_rejected_while_connecting_is_not_sent_once_connected(
+    broker_log: BrokerLog,
+    stack: AsyncExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    short_outage_timeout: None,
+) -> None:
+    is_resolvable = threading.Event()
+    is_resolvable.set()
+    resolve_slowly(monkeypatch, lambda: is_resolvable.wait(WAIT_TIMEOUT_S))
+    port = broker_log.broker.port
+    proxy = await stack.enter_async_context(TcpProxy(port))
+    url = broker_log.url.replace(f"localhost:{port}", f"{SLOW_NAME}:{proxy.port}")
+    replica = await broker_log.start_replica(url=url)
+    proxy.lose_client_bytes()
+    replica.publish(b"rejected")
+    await proxy.await_lost_bytes()
+    is_resolvable.clear()
+    proxy.cut()
+    await replica.await_outage()
+    assert replica.publisher.failures == 1
+    is_resolvable.set()
+    await replica.await_up()
+    replica.publish(b"after")
+    await replica.await_payloads(b"after")
+    assert replica.payloads == [b"after"]
 
 
 async def test_a_redis_without_info_is_used(stack: AsyncExitStack, tmp_path: Path) -> None:

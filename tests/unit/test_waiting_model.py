@@ -57,6 +57,9 @@ class ListBroker:
         self.late_entries: list[bytes] = []
         self.mode = Step.CONFIRM
 
+    async def open_writer(self) -> None:
+        pass
+
     async def append(self, packed: bytes, timeout_s: float) -> None:
         await asyncio.sleep(0)
         if self.mode in {Step.CONFIRM, Step.LOSE_CONFIRMATION}:

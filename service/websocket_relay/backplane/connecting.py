@@ -16,7 +16,7 @@ CONNECT_TIMEOUT_S = 2.0
 
 
 async def connect_in_time(
-    host: str, port: int, connect: Callable[[], Coroutine[Any, Any, None]]
+    host: str, port: int, connect: Callable[[], Coroutine[Any, Any, None]], *, path: str = ""
 ) -> None:
     """Resolve a name, then connect to it.
 
@@ -26,9 +26,10 @@ async def connect_in_time(
     Args:
         host, port: of the server; an empty host: there is no name to resolve.
         connect: opens the connection, by the name.
+        path: of the Unix socket, if the host is empty.
 
     Raises:
-        BrokerError: a deadline has passed, or the name does not exist.
+        BrokerError: a deadline has passed, or the name does not exist or is malformed.
     """
     loop = asyncio.get_running_loop()
     started_at = loop.time()
@@ -40,8 +41,10 @@ async def connect_in_time(
             raise BrokerError(f"{host}: the name was not resolved in time") from None
         except OSError as error:
             raise BrokerError(f"{host}: {error.strerror}") from None
+        except UnicodeError:  # an empty label, or one of more than 63 characters
+            raise BrokerError(f"{host}: not the name of a host") from None
     try:
         async with Deadline(loop.time() - started_at + CONNECT_TIMEOUT_S):
             await connect()
     except TimeoutError:
-        raise BrokerError(f"{host}:{port}: not connected in time") from None
+        raise BrokerError(f"{path or f'{host}:{port}'}: not connected in time") from None

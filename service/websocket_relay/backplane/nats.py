@@ -10,8 +10,8 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -607,31 +607,35 @@ class NatsStream:
         self._last_read_time = ""  # when the broker stored the entry that was read last
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
 
+    async def open_writer(self) -> None:
+        """Connect for `append`, unless the connection is open.
+
+        Raises:
+            BrokerError: the server can't be reached, or the stream not used.
+        """
+        if self._writer is None or not self._writer.connection.is_open:
+            async with self._abort_on_failure(self._abort_writer):
+                await self._abort_writer()
+                self._writer = await self._open_writer()
+
     async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry.
 
         Args:
             data: bytes of the entry.
-            timeout_s: time limit of the response; connecting has its own.
+            timeout_s: time limit of the response.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
         """
-        try:
-            if self._writer is None or not self._writer.connection.is_open:
-                await self._abort_writer()
-                self._writer = await self._open_writer()
+        writer = self._writer
+        assert writer is not None
+        async with self._abort_on_failure(self._abort_writer):
             if len(data) > self.max_entry_bytes:
                 raise BrokerError("the broker's message size limit was reduced")
-            writer = self._writer
             async with Deadline(timeout_s):
                 sequence = await writer.append(data)
             self._record_id((writer.epoch, sequence))
-        except BaseException as error:
-            await self._abort_writer()
-            if not isinstance(error, Exception):
-                raise
-            raise self._broker_error(error) from None
 
     async def read(self, after: Id) -> StreamRead:
         """Return the next entries; wait for at most a second if there are none.
@@ -639,7 +643,7 @@ class NatsStream:
         Raises:
             BrokerError: the stream can't be read now.
         """
-        try:
+        async with self._abort_on_failure(self._abort_reader):
             if self._is_reader_suspect:
                 self._is_reader_suspect = False
                 await self._abort_reader()
@@ -651,11 +655,6 @@ class NatsStream:
             self._record_id((self._reader.epoch, self._reader.after))
             self._last_read_time = self._reader.time
             return read
-        except BaseException as error:
-            await self._abort_reader()
-            if not isinstance(error, Exception):
-                raise
-            raise self._broker_error(error) from None
 
     def reconnect_reader(self) -> None:
         """Open a new connection for the next read."""
@@ -802,9 +801,16 @@ class NatsStream:
         if reader is not None:
             await reader.connection.abort()
 
-    def _broker_error(self, error: Exception) -> BrokerError:
-        is_expected = isinstance(error, BrokerError | UnusableSettingError | TimeoutError)
-        return broker_error(error, self._secrets, is_expected=is_expected)
+    @asynccontextmanager
+    async def _abort_on_failure(self, abort: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            await abort()
+            if not isinstance(error, Exception):
+                raise
+            is_expected = isinstance(error, BrokerError | UnusableSettingError | TimeoutError)
+            raise broker_error(error, self._secrets, is_expected=is_expected) from None
 
 
 def _ms(text: str) -> int:

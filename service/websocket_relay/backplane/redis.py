@@ -12,8 +12,8 @@ import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
@@ -40,6 +40,9 @@ READ_BLOCK_S = 1.0
 
 RESPONSE_TIMEOUT_S = 2.0
 """Time limit of a command, in addition to the time that it blocks."""
+
+SENTINELS_TIMEOUT_S = 15.0
+"""Time limit to ask all Sentinels; more than the time limit to resolve a name."""
 
 READ_ENTRIES = 16
 """Entries of one XREAD at most."""
@@ -373,25 +376,33 @@ class RedisServers:
         self._redirected_to, self.is_asking = None, False
 
     async def _ask_sentinels(self) -> Server:
-        address, failures = self._address, []
-        # In random order: one that is cut off from the others may name a former primary.
-        for sentinel in random.sample(address.servers, len(address.servers)):
-            connection = RedisConnection(self._url)
-            try:
-                await connection.open(sentinel, address.sentinel_options, uses_tls=address.uses_tls)
-                async with Deadline(RESPONSE_TIMEOUT_S):
-                    (primary,) = await connection.execute(
-                        ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
-                    )
-                if primary is not None:
-                    return Server(primary[0].decode(), int(primary[1]))
-                failure = f"no service {address.service}"
-            except (BrokerError, RedisError, OSError) as error:  # TimeoutError, too
-                failure = str(error) or "not answered in time"
-            finally:
-                await connection.abort()
-            failures.append(f"{sentinel.host}:{sentinel.port}: {failure}")
-        raise BrokerError(f"no Sentinel names the primary: {'; '.join(sorted(failures))}")
+        servers = self._address.servers
+        failures = {f"{each.host}:{each.port}": "not reached in time" for each in servers}
+        with suppress(TimeoutError):
+            async with Deadline(SENTINELS_TIMEOUT_S):
+                # In random order: one that is cut off from the others may name a former primary.
+                for sentinel in random.sample(servers, len(servers)):
+                    try:
+                        return await self._ask_sentinel(sentinel)
+                    except (BrokerError, RedisError, OSError) as error:  # TimeoutError, too
+                        failure = str(error) or "not answered in time"
+                        failures[f"{sentinel.host}:{sentinel.port}"] = failure
+        listed = "; ".join(f"{each}: {failure}" for each, failure in sorted(failures.items()))
+        raise BrokerError(f"no Sentinel names the primary: {listed}")
+
+    async def _ask_sentinel(self, sentinel: Server) -> Server:
+        address, connection = self._address, RedisConnection(self._url)
+        try:
+            await connection.open(sentinel, address.sentinel_options, uses_tls=address.uses_tls)
+            async with Deadline(RESPONSE_TIMEOUT_S):
+                (primary,) = await connection.execute(
+                    ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
+                )
+        finally:
+            await connection.abort()
+        if primary is None:
+            raise BrokerError(f"no service {address.service}")
+        return Server(primary[0].decode(), int(primary[1]))
 
 
 class RedisStream:
@@ -420,26 +431,30 @@ class RedisStream:
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
         self._is_reader_suspect = False  # the reader may be connected to a former primary
 
+    async def open_writer(self) -> None:
+        """Connect for `append`, unless the connection is open.
+
+        Raises:
+            BrokerError: no server can be reached, or none is known.
+        """
+        async with self._abandoned_on_failure(self._writer):
+            await self._open(self._writer)
+
     async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry, and trim the stream.
 
         Args:
             data: bytes of the entry.
-            timeout_s: time limit of the response; connecting has its own.
+            timeout_s: time limit of the response, and of redirections to another node.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
         """
         ms, sequence = self._latest_id
         bounds = [(ms, sequence), (ms, sequence + 1), self._retention.oldest_id]
-        try:
-            command = ("EVAL", APPEND, 1, self._name, *map(_format_id, bounds), data)
+        command = ("EVAL", APPEND, 1, self._name, *map(_format_id, bounds), data)
+        async with self._abandoned_on_failure(self._writer):
             self._record_id(_parse_id(await self._execute(self._writer, command, timeout_s)))
-        except BaseException as error:
-            await self._abandon(self._writer)
-            if not isinstance(error, Exception):
-                raise
-            raise self._broker_error(error) from None
 
     async def read(self, after: Id) -> StreamRead:
         """Return the next entries; block for at most a second if there are none.
@@ -447,13 +462,8 @@ class RedisStream:
         Raises:
             BrokerError: the stream can't be read now.
         """
-        try:
+        async with self._abandoned_on_failure(self._reader):
             return await self._read(after)
-        except BaseException as error:
-            await self._abandon(self._reader)
-            if not isinstance(error, Exception):
-                raise
-            raise self._broker_error(error) from None
 
     def reconnect_reader(self) -> None:
         """Open a new connection for the next read."""
@@ -463,6 +473,7 @@ class RedisStream:
         if self._is_reader_suspect:
             self._is_reader_suspect = False
             await self._reader.abort()
+        await self._open(self._reader)
         block_ms = round(READ_BLOCK_S * 1000)
         stream = ("STREAMS", self._name, _format_id(after))
         found = await self._execute(
@@ -490,31 +501,41 @@ class RedisStream:
         finally:
             await self._reader.abort()
 
+    async def _open(self, connection: RedisConnection) -> None:
+        if not connection.is_open:
+            await self._servers.open(connection)
+
     async def _execute(
         self, connection: RedisConnection, command: tuple[Any, ...], timeout_s: float
     ) -> Any:
         """Run a command on the server that holds the stream; return its response."""
         servers = self._servers
-        for _ in range(MAX_REDIRECTIONS):
-            if not connection.is_open:
-                await servers.open(connection)
-            commands = (("ASKING",), command) if servers.is_asking else (command,)
-            try:
-                async with Deadline(timeout_s):
+        async with Deadline(timeout_s):
+            for _ in range(MAX_REDIRECTIONS):
+                await self._open(connection)
+                commands = (("ASKING",), command) if servers.is_asking else (command,)
+                try:
                     return (await connection.execute(*commands))[-1]
-            except AskError as error:  # base class of MovedError
-                servers.redirect(error, connection.server)
-                await connection.abort()
+                except AskError as error:  # base class of MovedError
+                    servers.redirect(error, connection.server)
+                    await connection.abort()
         raise BrokerError("the Redis Cluster redirects in a loop")
 
-    async def _abandon(self, connection: RedisConnection) -> None:
-        """Abort a connection after a failure.
+    @asynccontextmanager
+    async def _abandoned_on_failure(self, connection: RedisConnection) -> AsyncIterator[None]:
+        """Abort a connection after a failure, and raise a BrokerError.
 
         After a cancellation the response would be read as that of the next command. After an error
         response, the server may be a replica that was the primary before.
         """
-        await connection.abort()
-        self._servers.forget_redirection()
+        try:
+            yield
+        except BaseException as error:
+            await connection.abort()
+            self._servers.forget_redirection()
+            if not isinstance(error, Exception):
+                raise
+            raise self._broker_error(error) from None
 
     def _broker_error(self, error: Exception) -> BrokerError:
         if isinstance(error, ResponseError):

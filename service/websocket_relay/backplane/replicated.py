@@ -160,12 +160,19 @@ class Stream(Protocol):
     def max_entry_bytes(self) -> int:
         """The size limit of an entry, as far as is known."""
 
+    async def open_writer(self) -> None:
+        """Connect for `append`, unless the connection is open. This has time limits of its own.
+
+        Raises:
+            BrokerError: the broker can't be reached.
+        """
+
     async def append(self, data: bytes, timeout_s: float) -> None:
-        """Append an entry.
+        """Append an entry. Call `open_writer` right before.
 
         Args:
             data: bytes of the entry.
-            timeout_s: time limit of the broker's response; connecting has its own.
+            timeout_s: time limit of the broker's response.
 
         Raises:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
@@ -501,17 +508,14 @@ class ReplicatedBackplane:
         while not outgoing.is_abandoned:
             started = time.perf_counter()
             try:
-                # The broker's size limit may be lower than before a restart.
-                for part in split_into_parts(
-                    data, producer, sequence, self._stream.max_entry_bytes
-                ):
-                    await self._stream.append(part, APPEND_TIMEOUT_S)
+                is_stored = await self._store(outgoing, data, producer)
             except (BrokerError, TimeoutError) as error:
                 self._record_failure("append", error)
                 pause_s = await _pause(pause_s)
             else:
-                self._record_success("append")
-                self._observe_append(time.perf_counter() - started)
+                if is_stored:
+                    self._record_success("append")
+                    self._observe_append(time.perf_counter() - started)
                 break
         self._in_flight = None
         self._pending_reduced.set()
@@ -519,6 +523,21 @@ class ReplicatedBackplane:
             self._pending.drained(outgoing.memory_bytes)
             if outgoing.is_heartbeat:
                 self._heartbeat_confirmed_at = time.monotonic()
+
+    async def _store(self, outgoing: OutgoingPacket, data: bytes, producer: int) -> bool:
+        """Append a packet, unless an outage abandons it meanwhile; return whether it is stored.
+
+        Raises:
+            BrokerError, TimeoutError: the append is unconfirmed.
+        """
+        # The broker's size limit may be lower than before a restart.
+        limit = self._stream.max_entry_bytes
+        for part in split_into_parts(data, producer, outgoing.sequence, limit):
+            await self._stream.open_writer()  # this may take longer than an outage needs to start
+            if outgoing.is_abandoned:
+                return False
+            await self._stream.append(part, APPEND_TIMEOUT_S)
+        return True
 
     # Read
 
