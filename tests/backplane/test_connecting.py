@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websocket_relay.backplane import connecting
+from websocket_relay.backplane import connecting, redis
 
 from tests.support.broker_logs import (
     WAIT_TIMEOUT_S,
@@ -91,6 +91,34 @@ async def test_a_message_that_is_rejected_while_connecting_is_not_sent_once_conn
     replica.publish(b"after")
     await replica.await_payloads(b"after")
     assert replica.payloads == [b"after"]
+
+
+async def test_a_server_that_hangs_and_a_malformed_name_are_logged_by_name(
+    stack: AsyncExitStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis, "SENTINELS_TIMEOUT_S", 0.05)
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as hanging, socket.create_server(("127.0.0.1", 0)) as other:
+        hanging.bind(path)
+        hanging.listen()
+        server = f"127.0.0.1:{other.getsockname()[1]}"
+        errors = {
+            f"unix://{path}": f"{path}: not connected in time",
+            f"redis+sentinel://{server}/log": "no Sentinel names the primary:"
+            f" {server}: not reached in time",
+            "redis://a..b": "a..b: not the name of a host",
+            "nats://a..b": "a..b: not the name of a host",
+        }
+        for url, error in errors.items():
+            caplog.clear()
+            replica = await BackplaneLog(stack, None, url).start_replica(await_up=False)
+            await wait_until(lambda: caplog.records)
+            await replica.stop()
+            assert {each.__dict__.get("error") for each in caplog.records} == {error}
 
 
 async def test_a_redis_without_info_is_used(stack: AsyncExitStack, tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ class RedisConnection:
         else:
             kind = SSLConnection if uses_tls else Connection
             self._connection = kind(**server._asdict(), **options, **CONNECTION_OPTIONS)
-        await connect_in_time(*server, self._connect)
+        await connect_in_time(*server, self._connect, path=options.get("path", ""))
 
     async def _connect(self) -> None:
         connection = self._connection
