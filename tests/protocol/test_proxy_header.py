@@ -1,6 +1,7 @@
 """The PROXY protocol: the client's address in front of TLS and HTTP, from trusted proxies only."""
 
 import asyncio
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -132,6 +133,21 @@ async def test_only_trusted_proxies_send_the_header_and_their_deadline_is_that_o
         await slow.send(LINE[:20])
         assert (await silent.read_to_end(), await slow.read_to_end()) == (b"", b"")
     await relay.await_metric(reasons, before + 2, reason="handshake_timeout")
+
+
+async def test_a_connection_that_is_reset_before_it_is_accepted_is_no_error(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(server={"proxy_protocol": True, "trusted_proxies": [HOST]})
+    relay.signal(signal.SIGSTOP)
+    async with await relay.connect_tcp() as raw:
+        raw.reset()
+    relay.signal(signal.SIGCONT)
+    async with await relay.connect_tcp() as raw:
+        await raw.send(LINE + get_request("/healthz"))
+        assert (await raw.read_response()).status == 200
+        assert await relay.metric("websocket_http_connections", port="relay") == 1
+    assert relay.unexpected_lines == []
 
 
 @contextmanager

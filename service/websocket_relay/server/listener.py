@@ -134,7 +134,10 @@ class Listener(uvicorn.Server):
         assert self._proxy_networks is not None
         if self._is_unix:
             return True
-        address = ipaddress.ip_address(transport.get_extra_info("peername")[0])
+        peer = transport.get_extra_info("peername")
+        if peer is None:  # reset before it was accepted
+            return False  # HTTP takes the connection over, and sees its end
+        address = ipaddress.ip_address(peer[0])
         return any(address in network for network in self._proxy_networks)
 
     async def startup(self, sockets: object = None) -> None:
