@@ -12,7 +12,7 @@ import uvicorn
 
 from websocket_relay.outcomes import TlsFailure
 from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
-from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.http_connections import STARTS_A_TURN, HttpConnections
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.proxy_header import ProxyHeader
 from websocket_relay.wire.tls_handshake import TlsHandshake
@@ -152,6 +152,9 @@ class Listener(uvicorn.Server):
         Returns:
             The number of requests without a response at the deadline.
         """
+        await asyncio.sleep(0)  # the loop reads the requests that have arrived
+        for _ in range(0, self._http_connections.queued_requests, STARTS_A_TURN):
+            await asyncio.sleep(0)  # and starts them
         requests = list(self.server_state.tasks)
         if not requests:
             return 0

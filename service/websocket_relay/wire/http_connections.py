@@ -7,7 +7,7 @@ response.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 from websocket_relay.outcomes import Refusal
@@ -19,7 +19,6 @@ iterations the loop reads and delivers messages and accepts new connections."""
 MAX_REFUSED = 256
 """Refused connections that stay open until their request arrives and can be answered."""
 
-
 MAX_ARRIVING = 16
 """Idle connections that are skipped for one eviction, because a request is arriving on them."""
 
@@ -28,7 +27,7 @@ class HttpConnection(Protocol):
     """A connection that can be evicted."""
 
     def is_request_arriving(self) -> bool:
-        """Return whether the connection is idle and its next request waits to be read."""
+        """Return whether the connection is idle and its next request waits to be parsed."""
 
     def evict(self, refusal: Refusal) -> None:
         """End the connection in favour of another one."""
@@ -41,8 +40,9 @@ class HttpConnections:
     counts until the client disconnects. At the limit, a new connection evicts an existing one:
 
     1. the idle connection that has waited longest for its peer: for the rest of a request, for the
-       next request, or for the peer to read a response. A connection is skipped if its next
-       request has arrived meanwhile;
+       next request, or for the peer to read a response. Up to MAX_ARRIVING connections are skipped
+       if bytes have arrived on them meanwhile: a request, or their end. The one after these is
+       evicted in any case;
     2. without idle connections, the busy one whose request has waited longest for the relay. A
        connection whose requests may have changed something is never evicted while busy.
 
@@ -138,22 +138,34 @@ class HttpConnections:
         self._refused.pop(connection, None)
 
     def evict_idle(self, refusal: Refusal) -> None:
-        """Evict all connections that wait for their peers; refuse their partial requests."""
-        for waiting in (self._idle, self._refused):
-            while waiting:
-                self._evict(next(iter(waiting)), refusal)
+        """Evict all connections that wait for their peers; refuse their partial requests.
+
+        A connection on which a request is arriving stays: `Listener.wait_for_responses` waits for
+        the response.
+        """
+        for connection in (*self._idle, *self._refused):
+            if not connection.is_request_arriving():
+                self._evict(connection, refusal)
 
     def _evict_one(self, refusal: Refusal) -> bool:
         """Evict the first candidate; return whether there is one."""
-        for connection in (*islice(self._idle, MAX_ARRIVING), *islice(self._busy, 1)):
-            if not connection.is_request_arriving():
-                self._evict(connection, refusal)
-                return True
-        return False
+        first = islice(self._idle, MAX_ARRIVING)
+        silent = (each for each in first if not each.is_request_arriving())
+        further = islice(self._idle, MAX_ARRIVING, MAX_ARRIVING + 1)
+        connection = next(chain(silent, further, self._busy), None)
+        if connection is None:
+            return False
+        self._evict(connection, refusal)
+        return True
 
     def _evict(self, connection: HttpConnection, refusal: Refusal) -> None:
         self.unregister(connection)
         connection.evict(refusal)
+
+    @property
+    def queued_requests(self) -> int:
+        """The number of requests that wait for a later loop iteration."""
+        return len(self._requests)
 
     def start_request(self, request: Callable[[], None]) -> None:
         """Start a request, in this loop iteration or a later one. Requests start in order."""

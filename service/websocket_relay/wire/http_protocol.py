@@ -264,12 +264,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._start_drain_timer()
 
     def is_request_arriving(self) -> bool:
-        """Return whether the socket of an idle connection has bytes that the loop has not read.
+        """Return whether an idle connection has bytes that are not read or not parsed yet.
 
-        libuv runs timers before it reads: in a busy loop, a request may have arrived long before.
+        A pipelined request may wait for its slice of time. A request may also wait in the socket:
+        libuv runs timers before it reads, and in a busy loop it may have arrived long before.
         """
         if self.transport.is_closing() or not self._is_idle():
             return False
+        if self._unparsed:
+            return True
         readable = select.poll()
         readable.register(self.transport.get_extra_info("socket"), select.POLLIN)
         return bool(readable.poll(0))
