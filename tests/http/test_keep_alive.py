@@ -1,8 +1,10 @@
 """Connections without a request: how long they stay open, and that no request meets their end."""
 
 import asyncio
+import gc
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -20,7 +22,7 @@ from websocket_relay.wire.http_protocol import HttpProtocol
 
 from tests.support.http_requests import get_request
 from tests.support.raw_client import PATIENCE_S, RawClient
-from tests.support.relay_process import HOST, StartRelay
+from tests.support.relay_process import HOST, StartRelay, eventually
 
 TIMEOUT_S = 0.5
 REQUEST = get_request("/")
@@ -192,6 +194,21 @@ async def test_a_drain_answers_requests_that_have_arrived_and_closes_idle_connec
         for client in clients:
             assert (await client.read_response()).status == 204
         assert await idle.read_to_end() == b""
+
+
+async def test_a_connection_that_is_reset_while_idle_leaves_no_memory(
+    connections: HttpConnections,
+) -> None:
+    async with listening(connections) as listener, idle_clients(listener, 1) as (client,):
+        left = [weakref.ref(each) for each in listener.server_state.connections]
+        client.reset()
+
+        async def is_lost() -> tuple[bool, object]:
+            return len(connections) == 0, len(connections)
+
+        await eventually(is_lost, "the relay sees the reset")
+        gc.collect()
+        assert [reference() for reference in left] == [None]
 
 
 async def test_an_idle_connection_is_closed_after_the_setting_and_not_before(

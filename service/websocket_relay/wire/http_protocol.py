@@ -157,6 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._cancel_drain_timer()
         self._mark_disconnected()
         self._http_connections.unregister(self)
+        self._unset_keepalive_if_required()  # uvicorn does so only without an error
         super().connection_lost(exc)
         self._unparsed = b""
         # A queued request and this object reference each other.
