@@ -95,10 +95,12 @@ async def test_both_ports_listen_on_both_families_and_ipv4_clients_have_ipv4_add
 def test_a_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     bind = sockets._bind
 
-    def bind_without_ipv6(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    def bind_without_ipv6(
+        family: socket.AddressFamily, address: sockets.SocketAddress, port: int
+    ) -> socket.socket:
         if family == socket.AF_INET6:
             raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-        return bind(family, host, port)
+        return bind(family, address, port)
 
     monkeypatch.setattr(sockets, "_bind", bind_without_ipv6)
     (listening,) = tcp_sockets("server", "*", 0)

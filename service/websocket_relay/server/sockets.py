@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from websocket_relay.outcomes import ListenError
 
@@ -25,10 +26,13 @@ SOCKET_UMASK = 0o117
 FREE_PORT_ATTEMPTS = 10
 """Port 0: a port that is free for one address may be in use at another one."""
 
-OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
 """Errors that another port avoids; all others need another host."""
 
 NO_SUCH_ADDRESS = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+SocketAddress = tuple[Any, ...]
+"""As `getaddrinfo` returns it. IPv6: also the scope, which a link-local address needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class ListeningAddress:
 def tcp_sockets(section: str, hosts: str, port: int) -> list[socket.socket]:
     """Open a socket for each address.
 
-    Of a name, and of all addresses, the families that the machine has are enough.
+    For a name or all addresses, one available family is enough.
 
     Args:
         section: of the settings that contain `host` and `port`, for errors.
@@ -65,7 +69,7 @@ def tcp_sockets(section: str, hosts: str, port: int) -> list[socket.socket]:
             if port == 0 and code == errno.EADDRINUSE and attempt < FREE_PORT_ATTEMPTS:
                 continue
             reason = os.strerror(code) if code and code > 0 else str(error)
-            setting = f"{section}.port" if code in OF_THE_PORT else f"{section}.host"
+            setting = f"{section}.port" if code in PORT_ERRORS else f"{section}.host"
             text = f"can't listen on {hosts} port {port}: {reason}"
             raise ListenError(setting, text) from None
     raise AssertionError("unreachable")
@@ -75,9 +79,9 @@ def _bind_all(hosts: str, port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         bound: list[socket.socket] = []
         missing: OSError | None = None
-        for family, host, is_required in _addresses(hosts.split(",")):
+        for family, address, is_required in _addresses(hosts.split(",")):
             try:
-                opened = _bind(family, host, bound[0].getsockname()[1] if bound else port)
+                opened = _bind(family, address, bound[0].getsockname()[1] if bound else port)
             except OSError as error:
                 if is_required or error.errno not in NO_SUCH_ADDRESS:
                     raise
@@ -90,16 +94,16 @@ def _bind_all(hosts: str, port: int) -> list[socket.socket]:
         return bound
 
 
-def _addresses(hosts: Iterable[str]) -> Iterator[tuple[socket.AddressFamily, str, bool]]:
+def _addresses(hosts: Iterable[str]) -> Iterator[tuple[socket.AddressFamily, SocketAddress, bool]]:
     """Yield each address once, and whether the machine has to have it."""
-    found: dict[tuple[socket.AddressFamily, str], bool] = {}
+    found: dict[tuple[socket.AddressFamily, SocketAddress], bool] = {}
     for host in map(str.strip, hosts):
         if host in ALL_ADDRESSES:
-            found[socket.AF_INET6, "::"] = found[socket.AF_INET, "0.0.0.0"] = False
+            found[socket.AF_INET6, ("::", 0, 0, 0)] = found[socket.AF_INET, ("0.0.0.0", 0)] = False
             continue
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, _, _, sockaddr in infos:
-            found.setdefault((family, str(sockaddr[0])), is_ip_address(host))
+            found.setdefault((family, sockaddr), is_ip_address(host))
     for (address_family, address), is_required in found.items():
         yield address_family, address, is_required
 
@@ -113,13 +117,13 @@ def is_ip_address(host: str) -> bool:
     return True
 
 
-def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+def _bind(family: socket.AddressFamily, address: SocketAddress, port: int) -> socket.socket:
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        opened.bind((host, port))
+        opened.bind((address[0], port, *address[2:]))
         opened.listen(LISTEN_BACKLOG)
     except BaseException:
         opened.close()
