@@ -81,7 +81,7 @@ def normalize_pattern(text: str) -> str:
             raise ValueError("a port is a number from 1 to 65535, or *")
         port = str(int(port))
     origin = f"{scheme}://{wildcard or ''}{host}" + (f":{port}" if port is not None else "")
-    return origin.removesuffix(DEFAULT_PORTS.get(scheme, "/"))
+    return origin.removesuffix(DEFAULT_PORTS.get(scheme, ""))
 
 
 def _browser_host(host: str, *, is_suffix: bool) -> str:
@@ -103,7 +103,8 @@ def _browser_host(host: str, *, is_suffix: bool) -> str:
 
 def _expression(pattern: str) -> str:
     escaped = re.escape(pattern)
-    return escaped.replace(r"://\*", "://[^/:@]+").replace(r":\*", "(?::[0-9]+)?")
+    any_host = r"(?:\[[0-9a-f:.]+\]|[^/:@\[\]]+)"  # in brackets: IPv6
+    return escaped.replace(r"://\*", f"://{any_host}").replace(r":\*", "(?::[0-9]+)?")
 
 
 def _page_origin(origin: str) -> str:
@@ -113,4 +114,4 @@ def _page_origin(origin: str) -> str:
     """
     scheme, separator, authority = origin.lower().partition("://")
     scheme = PAGE_SCHEMES.get(scheme, scheme)
-    return f"{scheme}{separator}{authority.removesuffix(DEFAULT_PORTS.get(scheme, '/'))}"
+    return f"{scheme}{separator}{authority.removesuffix(DEFAULT_PORTS.get(scheme, ''))}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 
 import pytest
+from websocket_relay.origins import AllowedOrigins, normalize_pattern
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
@@ -223,6 +224,24 @@ async def test_a_pattern_accepts_the_origins_that_browsers_send_for_it(
     async with await origin_checking_relay.connect_tcp() as raw:
         await raw.send(upgrade_request("/channels/patterns", Origin=origin))
         assert (await raw.read_response()).status == status
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("pattern", "origin", "is_admitted"),
+    [
+        ("http://*", "http://[::1]", True),
+        ("http://*", "http://[::1]:3000", False),
+        ("http://*:*", "http://[::1]:3000", True),
+        ("http://*:*", "http://app.example:3000", True),
+        ("http://*:*", "http://[::1]:x", False),
+        ("http://*:*", "http://[app.example]", False),
+        ("http://*:*", "http://user@[::1]", False),
+    ],
+)
+def test_any_host_includes_ipv6_addresses(pattern: str, origin: str, is_admitted: bool) -> None:
+    origins = AllowedOrigins([normalize_pattern(pattern)])
+    assert origins.admit(origin, "https", "relay.example") == is_admitted
 
 
 # Limits
