@@ -36,6 +36,10 @@ IS_TEXT_BY_MEDIA_TYPE = {
     "image/svg+xml; a=b": True,
     "application/vnd.example; Charset=utf-8": True,
     "application/vnd.example": False,
+    "application/vnd.example; charset=windows-1252": False,
+    "text/plain; charset=windows-1252": True,
+    "text/plain; charset=iso-8859-15": True,
+    "text/plain; charset='utf-8'": True,
     "text/html; charset=utf-8": True,
     "application/json": True,
     "Application/JSON; charset=UTF-8": True,
@@ -74,9 +78,10 @@ async def test_text_in_latin_1_is_relayed_as_utf_8_and_other_charsets_are_refuse
         assert await receive(subscriber) == "grüße"
         response = await publish_by_post(relay, "a", b"\xfc" * 6, latin_1)
         assert (response.status_code, response.text) == (413, "message too big\n")
-        response = await publish_by_post(relay, "a", b"a\0", f"{TEXT_TYPE};charset=utf-16")
         expected = (400, "invalid message: charset not supported; send UTF-8\n")
-        assert (response.status_code, response.text) == expected
+        for charset, body in (("utf-16", b"a\0"), ("windows-1252", b"\x80")):
+            response = await publish_by_post(relay, "a", body, f"{TEXT_TYPE};charset={charset}")
+            assert (response.status_code, response.text) == expected, charset
 
 
 async def test_each_line_of_a_batch_is_one_message_in_order(

@@ -26,10 +26,15 @@ OCTET_STREAM = "application/octet-stream"
 TEXTS = {JSON, FORM, "application/xml"}
 TEXT_SUFFIXES = ("+json", "+xml")  # RFC 6839
 
-CHARSET = re.compile(r';\s*charset\s*=\s*"?([^\s;"]*)', re.ASCII | re.IGNORECASE)
-UTF_8 = {"", "utf-8", "utf8", "us-ascii", "ascii"}
+CHARSET = re.compile(r""";\s*charset\s*=\s*["']?([^\s;"']*)""", re.ASCII | re.IGNORECASE)
+UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
 LATIN_1 = {"iso-8859-1", "latin1"}
 """The default of HTTP before RFC 7231; some Java libraries still use it."""
+
+ASCII_SUPERSETS = re.compile(
+    r"(windows-|cp)125\d|iso-8859-\d+|koi8-[ru]|gbk|gb2312|gb18030|big5|euc-(jp|kr)"
+)
+"""Charsets in which ASCII is ASCII. UTF-16 is none: its text may consist of ASCII octets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +63,16 @@ class MediaType:
 
     @property
     def is_text(self) -> bool:
-        """Whether the body is one text message. An application's type is, if it has a charset."""
+        """Whether the body is one text message.
+
+        An application's type is, if it has a charset that is relayed.
+        """
         return (
             self.name.startswith("text/")
             or self.name in TEXTS
             or self.name.endswith(TEXT_SUFFIXES)
             or (
-                self.charset != ""
+                self.charset in UTF_8 | LATIN_1
                 and self.name.startswith("application/")
                 and self.name != OCTET_STREAM
             )
@@ -78,6 +86,9 @@ class MediaType:
         """
         if self.charset in LATIN_1:
             return body.decode("latin-1").encode()
-        if self.charset not in UTF_8:
+        is_utf_8 = self.charset in UTF_8 or (
+            body.isascii() and ASCII_SUPERSETS.fullmatch(self.charset)
+        )
+        if self.charset and not is_utf_8:
             raise RefusedError(Refusal.INVALID_MESSAGE, "charset not supported; send UTF-8")
         return body
