@@ -36,3 +36,11 @@ async def test_the_response_to_head_is_the_head_of_the_response_to_get(
         assert response.headers | VARIABLE == expected.headers | VARIABLE, path
     admitted = await relay.metric("websocket_connections_total") - listeners
     assert admitted == 2, "only each GET of an event stream is a client"
+
+
+async def test_a_405_names_head_beside_get(relay: RelayProcess) -> None:
+    urls = [(relay.port, path) for path in ("/healthz", "/readyz", "/stats", "/channels/a/events")]
+    for port, path in (*urls, (relay.metrics_port, "/metrics")):
+        response = await head_of(port, get_request(path).replace(b"GET", b"PUT"))
+        assert response.status == 405, path
+        assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}, path
