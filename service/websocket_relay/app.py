@@ -258,6 +258,7 @@ def build(
             "expose_headers": ["Retry-After"],
         },
         _cors_origins(settings),
+        refusals,
     )
     app.add_middleware(cors.wrap)
     Instrumentator(registry=metrics.registry).instrument(app)

@@ -58,8 +58,11 @@ async def test_an_allowed_page_may_post_json_with_a_token(restricted_relay: Rela
 
 
 async def test_a_page_of_another_origin_may_not_post(restricted_relay: RelayProcess) -> None:
+    refused, reason = "websocket_refusals_total", "origin_not_allowed"
     for origin in (OTHER, "null", "https://allowed.example.other.example"):
+        before = await restricted_relay.metric(refused, reason=reason)
         response = await preflight(restricted_relay, origin, "POST", "authorization")
+        assert await restricted_relay.metric(refused, reason=reason) == before + 1
         assert response.status_code == 400
         assert ALLOW_ORIGIN not in response.headers
         response = await publish_by_post(

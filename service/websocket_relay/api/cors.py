@@ -5,8 +5,12 @@ Knows no setting.
 
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from websocket_relay.api.refusals import Refusals
+from websocket_relay.outcomes import Refusal
 
 
 class Cors:
@@ -14,14 +18,16 @@ class Cors:
 
     Args:
         fixed: the options of CORSMiddleware that do not change.
-        origins: those that do.
+        origins: the options that depend on the origins.
+        refusals: counts preflights of other origins.
     """
 
-    def __init__(self, fixed: dict[str, Any], origins: dict[str, Any]) -> None:
+    def __init__(self, fixed: dict[str, Any], origins: dict[str, Any], refusals: Refusals) -> None:
         self._fixed = fixed
         self._origins = origins
+        self._refusals = refusals
         self._app: ASGIApp | None = None
-        self._middleware: ASGIApp
+        self._middleware: CORSMiddleware
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """Return the middleware around an application."""
@@ -36,5 +42,13 @@ class Cors:
             self._middleware = CORSMiddleware(self._app, **self._fixed, **origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
+        """Handle a request; count a preflight that is refused for its origin."""
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            headers = Headers(scope=scope)
+            if (
+                "access-control-request-method" in headers
+                and (origin := headers.get("origin")) is not None
+                and not self._middleware.is_allowed_origin(origin)
+            ):
+                self._refusals.count(Refusal.ORIGIN_NOT_ALLOWED)
         await self._middleware(scope, receive, send)
