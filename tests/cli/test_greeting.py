@@ -80,6 +80,18 @@ def test_commands_have_an_argument_for_the_token_if_one_is_required() -> None:
     assert " listen --token-file FILE ws://" in lines["receive"]
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(("proxy_protocol", "option"), [(False, ""), (True, " --haproxy-protocol")])
+def test_the_check_of_a_unix_socket_sends_what_a_proxy_sends(
+    proxy_protocol: bool, option: str
+) -> None:
+    server: Any = {"socket": "/run/relay.sock", "proxy_protocol": proxy_protocol}
+    address = ListeningAddress("/run/relay.sock", None)
+    text = greeting(Settings(server=server), address, None)
+    command = "curl --unix-socket /run/relay.sock http://localhost/readyz"
+    assert command.replace("curl", f"curl{option}") in text
+
+
 @contextmanager
 def running_relay(
     directory: Path, settings: Mapping[str, Any]

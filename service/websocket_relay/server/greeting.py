@@ -58,8 +58,9 @@ def _lines(
     if metrics_port is not None:
         yield f"  metrics    http://{_host(settings.metrics.host)}:{metrics_port}/metrics"
     if address.port is None:
+        curl = "curl --haproxy-protocol" if server.proxy_protocol else "curl"
         k = " --insecure" if s else ""
-        yield f"  check      curl{k} --unix-socket {address.host} http{s}://{authority}/readyz"
+        yield f"  check      {curl}{k} --unix-socket {address.host} http{s}://{authority}/readyz"
         return
     program = _program(argv0)
     options = f" --ca {server.tls.cert_file}" if _is_self_signed(server) else ""
