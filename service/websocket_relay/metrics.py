@@ -291,7 +291,7 @@ class _RelayCollector(Collector):
         replays = {("recovered",): counters.recovered, ("not_recovered",): counters.not_recovered}
         text = "Number of clients that resumed after a position, by result."
         yield _labelled("history_replays", text, ["result"], replays)
-        text = "Number of log lines that were dropped because their reader was too slow."
+        text = "Number of log lines that were dropped because they could not be written in time."
         yield _counter("log_lines_dropped", text, now.dropped_log_lines())
         yield _gauge("ready", "Whether the relay accepts clients (1) or not (0).", int(now.ready()))
         draining = now.draining()
