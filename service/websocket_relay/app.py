@@ -37,7 +37,7 @@ from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
 from websocket_relay.lifecycle import Lifecycle, Phase
-from websocket_relay.metrics import Gauges, Metrics
+from websocket_relay.metrics import Gauges, Metrics, disable_created_series
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal
 from websocket_relay.tls import Certificates
@@ -112,6 +112,7 @@ def build(
         tracing: traces requests; None: no tracing.
     """
     limits = settings.limits
+    disable_created_series()
     counters, metrics = Counters(), Metrics()
 
     def describe() -> bytes:
@@ -119,7 +120,7 @@ def build(
         facts = {"name": REPLICA[:64], "clients": clients, "messages": counters.messages}
         return json.dumps(facts).encode()
 
-    appends = HighWaterMark(limits.total_backlog_bytes // APPENDS_PART)
+    appends = HighWaterMark(0)  # the limits are in `_set_limits`
     relays_locally = settings.backplane.on_outage == "local"
     backplane = open_backplane(
         settings.backplane.url.get_secret_value(),
@@ -138,8 +139,8 @@ def build(
         {BackplaneState.UP, BackplaneState.OUTAGE} if relays_locally else {BackplaneState.UP}
     )
     lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
-    backlogs = SendBacklogs(limits.send_backlog_bytes, limits.total_backlog_bytes)
-    partial_messages = PartialMessages(_partial_message_bytes(settings))
+    backlogs = SendBacklogs(0, 0)
+    partial_messages = PartialMessages(0)
     shared = ConnectionContext(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
@@ -148,10 +149,11 @@ def build(
         counters=counters,
         backlogs=backlogs,
         partial_messages=partial_messages,
-        unparsed=HighWaterMark(limits.total_backlog_bytes // UNPROCESSED_PART),
+        unparsed=HighWaterMark(0),
         pending_appends=appends,
-        pending_fan_out=HighWaterMark(limits.total_backlog_bytes // PENDING_PART),
+        pending_fan_out=HighWaterMark(0),
     )
+    _set_limits(settings, shared)
     history = History(
         max_messages=settings.history.max_messages,
         max_bytes=settings.history.max_bytes,
@@ -268,16 +270,11 @@ def build(
     app_with_headers = SecurityHeaders(app)
 
     def configure(new: Settings, verifier: "TokenVerifier | None") -> None:
-        total_bytes = new.limits.total_backlog_bytes
         admission.configure(**_admission_settings(new), tokens=verifier)
         cors.allow(_cors_origins(new))
         http_connections.max_connections = new.limits.max_http_connections
-        backlogs.set_limits(new.limits.send_backlog_bytes, total_bytes)
         broadcaster.pending_limit_bytes = new.limits.send_backlog_bytes  # of further channels
-        partial_messages.limit_bytes = _partial_message_bytes(new)
-        appends.limit_bytes = total_bytes // APPENDS_PART
-        shared.unparsed.limit_bytes = total_bytes // UNPROCESSED_PART
-        shared.pending_fan_out.limit_bytes = total_bytes // PENDING_PART
+        _set_limits(new, shared)
 
     return Replica(
         tracing.traced(app_with_headers) if tracing else app_with_headers,
@@ -312,10 +309,17 @@ def _cors_origins(settings: Settings) -> dict[str, Any]:
     return {"allow_origins": ["*"] if expression is None else [], "allow_origin_regex": expression}
 
 
-def _partial_message_bytes(settings: Settings) -> int:
-    """Return the bound on partial messages: a single message of the maximum size must fit."""
+def _set_limits(settings: Settings, shared: ConnectionContext) -> None:
+    """Set the bounds on bytes that all connections share, at the start and at a reload."""
     limits = settings.limits
-    return max(limits.total_backlog_bytes, limits.max_message_bytes + INFLATER_BYTES)
+    total_bytes = limits.total_backlog_bytes
+    shared.backlogs.set_limits(limits.send_backlog_bytes, total_bytes)
+    shared.pending_appends.limit_bytes = total_bytes // APPENDS_PART
+    shared.unparsed.limit_bytes = total_bytes // UNPROCESSED_PART
+    shared.pending_fan_out.limit_bytes = total_bytes // PENDING_PART
+    # A single message of the maximum size must fit.
+    largest_bytes = limits.max_message_bytes + INFLATER_BYTES
+    shared.partial_messages.limit_bytes = max(total_bytes, largest_bytes)
 
 
 def _routers(

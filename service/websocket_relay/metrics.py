@@ -75,12 +75,18 @@ class Gauges:
     dropped_log_lines: Callable[[], int]
 
 
+def disable_created_series() -> None:
+    """Export no `_created` series: a global setting of the library.
+
+    Prometheus reads them as series of their own, with the name and text of another metric.
+    """
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no type for it
+
+
 class Metrics:
     """The metrics of one replica, in their own registry."""
 
     def __init__(self) -> None:
-        # Prometheus reads them as series of their own, with the name and text of another metric.
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no type for it
         self.registry = CollectorRegistry()
         self._pages = PageCache()
         ProcessCollector(registry=self.registry)

@@ -65,7 +65,7 @@ class Listener(uvicorn.Server):
         proxy_protocol: bool = False,
         **protocols: Any,
     ) -> None:
-        self._trusted = [*trusted_proxies, *_mapped(trusted_proxies)]
+        trusted = [*trusted_proxies, *_mapped(trusted_proxies)]
         self._is_unix = sockets[0].family == socket.AF_UNIX
         config = uvicorn.Config(
             app,
@@ -74,7 +74,7 @@ class Listener(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=bool(trusted_proxies) or self._is_unix,
-            forwarded_allow_ips=[*self._trusted, *([UNIX_PEER] if self._is_unix else [])],
+            forwarded_allow_ips=[*trusted, *([UNIX_PEER] if self._is_unix else [])],
             **protocols,
         )
         super().__init__(config)
@@ -84,7 +84,7 @@ class Listener(uvicorn.Server):
         self._handshake_timeout_s = handshake_timeout_s
         self._record_tls_failure = record_tls_failure
         self._proxy_networks = (
-            [ipaddress.ip_network(proxy) for proxy in self._trusted] if proxy_protocol else None
+            [ipaddress.ip_network(proxy) for proxy in trusted] if proxy_protocol else None
         )
 
     @property
@@ -141,7 +141,7 @@ class Listener(uvicorn.Server):
         return any(address in network for network in self._proxy_networks)
 
     async def startup(self, sockets: object = None) -> None:
-        """Do nothing: `listen` has bound the port."""
+        """Do nothing: `listen` has opened the port already."""
 
     async def wait_for_responses(self, *, until: float) -> int:
         """Wait for the requests in flight: a POST may wait for the position of its message.

@@ -164,7 +164,7 @@ class ProxyHeader(asyncio.Protocol):
             return
         if header is None:
             return
-        self.connection_lost(None)
+        self._stop_counting()
         client, size = header
         self._pass_on(client)
         if size < len(self._received) and not self._transport.is_closing():
@@ -178,6 +178,9 @@ class ProxyHeader(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Remove the connection from the count."""
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
