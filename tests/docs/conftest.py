@@ -2,12 +2,12 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.pages import PageReader, free_ports
+from tests.support.brokers import free_port
+from tests.support.pages import PORTS, PageReader
 from tests.support.relay_process import ROOT
 from tests.support.shell import user_environment
 
@@ -37,7 +37,6 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(project: Path) -> Iterator[PageReader]:
+def reader(project: Path) -> PageReader:
     """A reader who works there: `async with reader: await reader.follow(page)`."""
-    with free_ports() as ports:
-        yield PageReader(project, ports)
+    return PageReader(project, {port: str(free_port()) for port in PORTS})

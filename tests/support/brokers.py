@@ -11,6 +11,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,12 +24,29 @@ PORTS = range(20_000, 30_000)
 """Below the ephemeral ports: a client could take one of those while a broker restarts."""
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """Return a port that no socket is bound to."""
+    """Return a port that no socket is bound to, and that no later call returns.
+
+    On Linux a socket stays bound to it that does not listen: calls in other processes see that the
+    port is in use, and a server, which sets SO_REUSEADDR, can listen on it again and again.
+    """
     while True:
         port = random.choice(PORTS)
-        if is_free(port):
-            return port
+        reserving = socket.socket()
+        try:
+            reserving.bind(("127.0.0.1", port))
+        except OSError:
+            reserving.close()
+            continue
+        if sys.platform == "linux":
+            reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _reserved.append(reserving)
+        else:
+            reserving.close()
+        return port
 
 
 def is_free(port: int) -> bool:

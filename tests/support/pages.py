@@ -25,13 +25,12 @@ The ports in the text are replaced by free ones.
 import asyncio
 import json
 import os
-import random
 import re
 import shlex
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -158,38 +157,6 @@ def shell_commands(text: str) -> Iterator[tuple[int, str]]:
         if not line.endswith("\\"):
             yield first, command
             command = ""
-
-
-@contextmanager
-def free_ports() -> Iterator[Mapping[str, str]]:
-    """Reserve a port for each of `PORTS`.
-
-    They are below the ephemeral range, so that no connection uses one of them meanwhile. A socket
-    that is bound to the port before them reserves them among the tests on this machine.
-    """
-    count = len(PORTS) + 1
-    bases = list(range(20_000, 32_000, count))
-    random.shuffle(bases)
-    for base in bases:
-        with socket.socket() as reservation:
-            try:
-                reservation.bind((HOST, base))
-            except OSError:
-                continue
-            chosen = range(base + 1, base + count)
-            if all(map(_is_free, chosen)):
-                yield dict(zip(PORTS, map(str, chosen), strict=True))
-                return
-    raise AssertionError("no free ports")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-        return True
 
 
 def _accepts(port: str) -> bool:
