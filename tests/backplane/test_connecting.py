@@ -121,9 +121,13 @@ async def test_a_server_that_hangs_and_a_malformed_name_are_logged_by_name(
             assert {each.__dict__.get("error") for each in caplog.records} == {error}
 
 
-async def test_a_redis_without_info_is_used(stack: AsyncExitStack, tmp_path: Path) -> None:
-    lines = ['rename-command INFO ""']
-    broker = GroupedRedis(needed(*ANY_REDIS), tmp_path, lines=lines)
+@pytest.mark.parametrize(
+    "line", ['rename-command INFO ""', "user default on nopass ~* &* +@all -info"]
+)
+async def test_a_redis_without_info_is_used(
+    stack: AsyncExitStack, tmp_path: Path, line: str
+) -> None:
+    broker = GroupedRedis(needed(*ANY_REDIS), tmp_path, lines=[line])
     await stack.enter_async_context(broker)
     replica = await RedisLog(stack, broker).start_replica()
     replica.publish(b"message")
