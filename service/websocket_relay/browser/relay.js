@@ -875,7 +875,7 @@ class Stream {
       const {done, value} = await reader.read();
       if (done) return;
       this.receivedAt = Date.now();
-        for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
+      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
     }
   }
 
