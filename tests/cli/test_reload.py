@@ -1,14 +1,20 @@
 """SIGHUP: settings that can change at run time do, others are named, and errors change nothing."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGHUP, SIGUSR1, SIGUSR2
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import pytest
+from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.config.changes import compare
 from websocket_relay.config.model import AuthSettings, LimitsSettings, Settings
+from websocket_relay.outcomes import SettingsError
+from websocket_relay.server import reload as reload_module
+from websocket_relay.server.reload import Reload
 from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import (
@@ -19,6 +25,7 @@ from tests.support.admission import (
     refusal_answer,
 )
 from tests.support.issuer import ALL_CHANNELS, OTHER_SECRET, SECRET, make_signer, sign_token
+from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     NO_CA,
     RelayProcess,
@@ -118,6 +125,36 @@ async def test_keys_are_read_again_when_their_files_change_and_clients_stay(
         event = await relay.await_log("settings not reloaded")
         assert event["problems"] == [f"auth.jwt.public_key_file: {file}: no such file"]
         await assert_admitted(connect_with_token(relay, "other", tokens(1)[1]))
+
+
+async def test_keys_are_read_again_once_an_invalid_source_is_valid() -> None:
+    """Otherwise a secret that was replaced meanwhile would stay in use."""
+    attempts, replaced = 0, AuthSettings.model_validate(jwt_settings(secret=OTHER_SECRET))
+
+    def load() -> Settings:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise SettingsError(["relay.yaml: limits.max_connection: unknown key"])
+        return Settings(auth=replaced)
+
+    configured: asyncio.Queue[Settings] = asyncio.Queue()
+    relay = SimpleNamespace(configure=lambda settings, _: configured.put_nowait(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload_module, "RETRY_S", 0.01)
+        reloading = Reload(
+            running=Settings(auth=AuthSettings.model_validate(jwt_settings())),
+            tokens=None,
+            load=load,
+            load_tokens=lambda _: None,
+            secret_files=(),
+            warnings=lambda _: (),
+            relay=cast(Any, relay),
+        )
+        running = asyncio.create_task(reloading.run())
+        reloading.request()
+        assert (await asyncio.wait_for(configured.get(), PATIENCE_S)).auth == replaced
+        await cancel_until_done(running)
 
 
 async def test_invalid_settings_change_nothing_and_are_one_line(relay_with: StartRelay) -> None:

@@ -111,6 +111,18 @@ def test_the_table_of_refusals_is_complete() -> None:
 
 
 @pytest.mark.fast
+def test_the_labels_on_the_page_about_dropped_clients_exist() -> None:
+    page = (ROOT / "docs/how-to/dropped-clients.md").read_text()
+    closes = first_table(page, "2. Find the cause")
+    refusals = first_table(page, "Refused")
+    named = {label for row in closes for label in code_spans(row[1])}
+    assert named <= {close.label for close in Close}
+    assert len(named) > 10
+    named = {label for row in refusals for label in code_spans(row[0])}
+    assert named <= {each.label for each in Refusal}
+    assert len(named) > 10
+
+
 def test_the_table_of_token_problems_is_complete() -> None:
     details = [code_spans(detail) for detail, _ in first_table(CLOSES, "Why a token is invalid")]
     assert details == [[problem] for problem in TokenProblem]

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+RETRY_S = 10.0
+"""Until the keys are read again, while the sources are invalid: a replaced key is still in use."""
+
+
 class Reload:
     """The reload of the settings, which a signal or a changed file requests.
 
@@ -56,6 +60,7 @@ class Reload:
         self._warnings = warnings
         self._relay = relay
         self._watched = WatchedFiles(self._files)
+        self._problems: tuple[str, ...] = ()  # that were logged last
 
     def request(self) -> None:
         """Request a reload of all settings; several requests may cause one reload."""
@@ -82,8 +87,11 @@ class Reload:
                 if not changed.keeps_keys:
                     tokens = await asyncio.to_thread(self._load_tokens, changed.settings)
             except (SettingsError, UnusableSettingError) as error:
-                problems = error.problems if isinstance(error, SettingsError) else [str(error)]
-                log.error("settings not reloaded", extra={"problems": list(problems)})
+                problems = error.problems if isinstance(error, SettingsError) else (str(error),)
+                if problems != self._problems or not only_keys:
+                    log.error("settings not reloaded", extra={"problems": list(problems)})
+                self._problems = problems
+                asyncio.get_running_loop().call_later(RETRY_S, self._requested.set)
                 continue
             except Exception:  # for example, no thread can be started
                 log.exception("settings not reloaded")
@@ -91,6 +99,7 @@ class Reload:
             self._apply(changed, tokens)
 
     def _apply(self, changed: changes.Changes, tokens: "TokenVerifier | None") -> None:
+        self._problems = ()
         self._running, self._tokens = changed.settings, tokens
         self._relay.configure(self._running, tokens)  # all of it between two messages
         logs.set_level(self._running.logging.level)
