@@ -142,6 +142,7 @@ async def test_keys_are_read_again_once_an_invalid_source_is_valid() -> None:
     relay = SimpleNamespace(configure=lambda settings, _: configured.put_nowait(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reload_module, "RETRY_S", 0.01)
+        patch.setattr(reload_module.logs, "set_level", lambda _: None)  # it is of the process
         reloading = Reload(
             running=Settings(auth=AuthSettings.model_validate(jwt_settings())),
             tokens=None,

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from jwt.algorithms import OKPAlgorithm, get_default_algorithms
 
+from tests.support.brokers import free_port
 from tests.support.raw_client import PATIENCE_S
 
 SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
@@ -167,7 +168,7 @@ class KeyServer:
         self.may_answer.set()
         self._requests = 0
         self._request_count_grew = threading.Condition()
-        self._port = 0
+        self._port = free_port()  # stays reserved while the server is stopped
         self._server: ThreadingHTTPServer | None = None
 
     def __enter__(self) -> Self:
@@ -205,7 +206,6 @@ class KeyServer:
         self._server.daemon_threads = True
         if self._context is not None:
             self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
-        self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
