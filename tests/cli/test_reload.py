@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import httpx2
 import pytest
+from websocket_relay import logs
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.config.changes import compare
 from websocket_relay.config.model import AuthSettings, LimitsSettings, Settings
@@ -142,7 +143,7 @@ async def test_keys_are_read_again_once_an_invalid_source_is_valid() -> None:
     relay = SimpleNamespace(configure=lambda settings, _: configured.put_nowait(settings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reload_module, "RETRY_S", 0.01)
-        patch.setattr(reload_module.logs, "set_level", lambda _: None)  # it is of the process
+        patch.setattr(logs, "set_level", lambda _: None)  # it is of the process
         reloading = Reload(
             running=Settings(auth=AuthSettings.model_validate(jwt_settings())),
             tokens=None,
