@@ -121,7 +121,7 @@ def _page(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 def _measure(
     folders: dict[str, Path], name: str, variants: Sequence[str], rounds: int, scale: float
-) -> tuple[list[dict[str, Any]], list[Measurement]]:
+) -> list[dict[str, Any]]:
     """Measure a load with all versions of all variants in turns."""
     servers = []
     for variant in variants:
@@ -132,8 +132,7 @@ def _measure(
     if name == "handshakes":  # the rate depends on the load generator, too
         load = replace(load, main=load.others[0])
     found = Rounds(Generator(1, 0, scale), rounds, print_result).all([load], servers)
-    results = [_compared(load, variant, each, found) for variant in variants for each in folders]
-    return results, found
+    return [_compared(load, variant, each, found) for variant in variants for each in folders]
 
 
 def main() -> int:
@@ -145,17 +144,15 @@ def main() -> int:
     os.sched_setaffinity(0, {1})
     allow_files()
     prepare.loadgen()
-    facts, results, measurements = machine.facts(), [], []
+    facts, results = machine.facts(), []
     with tempfile.TemporaryDirectory() as folder:
         folders = {commit: _unpack(commit, Path(folder)) for commit in options.commits}
         for load in COMPARED:
             if not options.loads or load[0] in options.loads.split(","):
-                compared, found = _measure(folders, *load)
-                results += compared
-                measurements += found
+                results += _measure(folders, *load)
     page = _page(facts, results)
     print(f"\n{page}")
-    document = {**facts, "results": results, "measurements": [it.to_json() for it in measurements]}
+    document = {**facts, "results": results}
     (RESULTS / "compare.json").write_text(json.dumps(document, indent=1) + "\n")
     (RESULTS / "compare.md").write_text(page)
     return 0

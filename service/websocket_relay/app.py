@@ -16,7 +16,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
 from websocket_relay import __version__, logs
-from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy
 from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.api.console import console_router
 from websocket_relay.api.cors import Cors
@@ -191,8 +191,8 @@ def build(
         has_descriptors=descriptors.can_accept_request,
     )
     admission = AdmissionPolicy(
-        **_admission_settings(settings),
-        tokens=tokens,
+        _admission_limits(settings),
+        tokens,
         connections=lambda: len(shared.clients),
         has_descriptor=descriptors.can_accept_client,
         has_capacity=broadcaster.has_channel_capacity,
@@ -201,7 +201,7 @@ def build(
     metrics.register(
         counters,
         Gauges(
-            max_connections=lambda: admission.max_connections,
+            max_connections=lambda: admission.limits.max_connections,
             free_descriptors=lambda: descriptors.free,
             http_connections=lambda: {
                 "relay": len(http_connections),
@@ -270,7 +270,7 @@ def build(
     app_with_headers = SecurityHeaders(app)
 
     def configure(new: Settings, verifier: "TokenVerifier | None") -> None:
-        admission.configure(**_admission_settings(new), tokens=verifier)
+        admission.configure(_admission_limits(new), verifier)
         cors.allow(_cors_origins(new))
         http_connections.max_connections = new.limits.max_http_connections
         broadcaster.pending_limit_bytes = new.limits.send_backlog_bytes  # of further channels
@@ -293,15 +293,15 @@ def build(
     )
 
 
-def _admission_settings(settings: Settings) -> dict[str, Any]:
+def _admission_limits(settings: Settings) -> AdmissionLimits:
     limits = settings.limits
-    return {
-        "allowed_origins": AllowedOrigins(settings.server.allowed_origins),
-        "max_connections": limits.max_connections,
-        "max_connections_per_ip": limits.max_connections_per_ip,
-        "max_handshakes_per_s": limits.max_handshakes_per_s,
-        "max_messages_per_s": limits.max_messages_per_s,
-    }
+    return AdmissionLimits(
+        AllowedOrigins(settings.server.allowed_origins),
+        max_connections=limits.max_connections,
+        max_connections_per_ip=limits.max_connections_per_ip,
+        max_handshakes_per_s=limits.max_handshakes_per_s,
+        max_messages_per_s=limits.max_messages_per_s,
+    )
 
 
 def _cors_origins(settings: Settings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from websocket_relay.admission.ip_counter import IpCounter, network_key
-from websocket_relay.admission.policy import AdmissionPolicy, AdmissionRequest
+from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy, AdmissionRequest
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.token_bucket import MAX_CREDIT_S, TokenBucket
@@ -533,9 +533,8 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         "max_messages_per_s": 0,
     }
     admission = AdmissionPolicy(
-        allowed_origins=AllowedOrigins(["*"]),
-        **(off | limits),
-        tokens=None,
+        AdmissionLimits(AllowedOrigins(["*"]), **(off | limits)),
+        None,
         connections=lambda: 0,
         has_descriptor=lambda: True,
         has_capacity=lambda channel: True,

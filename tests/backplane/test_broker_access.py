@@ -1,4 +1,4 @@
-"""Access to brokers: passwords, certificates and keys from files, which are renewed meanwhile."""
+"""Access to brokers: passwords, certificates and keys from files, which are renewed."""
 
 import logging
 from collections.abc import Iterator

@@ -129,7 +129,7 @@ async def test_keys_are_read_again_when_their_files_change_and_clients_stay(
 
 
 async def test_keys_are_read_again_once_an_invalid_source_is_valid() -> None:
-    """Otherwise a secret that was replaced meanwhile would stay in use."""
+    """Otherwise a secret that was replaced before would stay in use."""
     attempts, replaced = 0, AuthSettings.model_validate(jwt_settings(secret=OTHER_SECRET))
 
     def load() -> Settings:

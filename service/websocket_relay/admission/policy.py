@@ -82,15 +82,30 @@ class Grant:
     network: str
 
 
-class AdmissionPolicy:
-    """The checks before an upgrade; the first one that fails determines the refusal.
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """What clients are admitted by, besides tokens.
 
-    Args:
+    Attributes:
         allowed_origins: the accepted origins.
         max_connections: concurrent clients; 0: no limit.
         max_connections_per_ip: concurrent clients from one address; 0: no limit.
         max_handshakes_per_s: upgrade requests per second; 0: no limit.
         max_messages_per_s: messages per second from one client; 0: no limit.
+    """
+
+    allowed_origins: AllowedOrigins
+    max_connections: int
+    max_connections_per_ip: int
+    max_handshakes_per_s: int
+    max_messages_per_s: int
+
+
+class AdmissionPolicy:
+    """The checks before an upgrade; the first one that fails determines the refusal.
+
+    Args:
+        limits: origins and limits.
         tokens: verifies tokens; None: no token is required.
         connections: returns the number of clients.
         has_descriptor: returns whether a file descriptor is free for another client.
@@ -100,13 +115,9 @@ class AdmissionPolicy:
 
     def __init__(
         self,
-        *,
-        allowed_origins: AllowedOrigins,
-        max_connections: int,
-        max_connections_per_ip: int,
-        max_handshakes_per_s: int,
-        max_messages_per_s: int,
+        limits: AdmissionLimits,
         tokens: "TokenVerifier | None",
+        *,
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
         has_capacity: Callable[[str], bool],
@@ -117,45 +128,24 @@ class AdmissionPolicy:
         self._has_descriptor = has_descriptor
         self._has_capacity = has_capacity
         self._health = health
-        self.configure(
-            allowed_origins=allowed_origins,
-            max_connections=max_connections,
-            max_connections_per_ip=max_connections_per_ip,
-            max_handshakes_per_s=max_handshakes_per_s,
-            max_messages_per_s=max_messages_per_s,
-            tokens=tokens,
-        )
+        self.configure(limits, tokens)
 
-    def configure(
-        self,
-        *,
-        allowed_origins: AllowedOrigins,
-        max_connections: int,
-        max_connections_per_ip: int,
-        max_handshakes_per_s: int,
-        max_messages_per_s: int,
-        tokens: "TokenVerifier | None",
-    ) -> None:
+    def configure(self, limits: AdmissionLimits, tokens: "TokenVerifier | None") -> None:
         """Replace the settings. Admitted clients keep their grants; the arguments are as above.
 
         Addresses are counted while they are limited: clients that were admitted before the first
         limit do not count.
         """
-        self._origins = allowed_origins
-        self.max_connections = max_connections
-        if not max_connections_per_ip:
+        self.limits = limits
+        self._tokens = tokens
+        if not limits.max_connections_per_ip:
             self._addresses = None
         elif self._addresses is None:
-            self._addresses = IpCounter(max_connections_per_ip)
+            self._addresses = IpCounter(limits.max_connections_per_ip)
         else:
-            self._addresses.limit = max_connections_per_ip
-        self._handshakes = (
-            TokenBucket(max_handshakes_per_s, max_handshakes_per_s)
-            if max_handshakes_per_s
-            else None
-        )
-        self._max_messages_per_s = max_messages_per_s
-        self._tokens = tokens
+            self._addresses.limit = limits.max_connections_per_ip
+        rate = limits.max_handshakes_per_s
+        self._handshakes = TokenBucket(rate, rate) if rate else None
 
     async def admit(self, request: AdmissionRequest) -> Grant:
         """Admit a subscriber.
@@ -208,7 +198,7 @@ class AdmissionPolicy:
 
     def enforce_grant(self, client: AdmittedClient, grant: Grant) -> None:
         """Enforce a grant on a client, and count the client until its connection has ended."""
-        per_s = self._max_messages_per_s
+        per_s = self.limits.max_messages_per_s
         if per_s or not grant.may_publish:
             rate = TokenBucket(per_s, per_s * MESSAGE_BURST_S) if per_s else None
             client.set_publish_policy(PublishPolicy(may_publish=grant.may_publish, rate=rate))
@@ -229,7 +219,7 @@ class AdmissionPolicy:
         if not CHANNEL_NAME.fullmatch(request.channel):
             raise RefusedError(Refusal.NO_SUCH_CHANNEL)
         origin = request.headers.get("origin")  # browsers always send one
-        if origin is not None and not self._origins.admit(
+        if origin is not None and not self.limits.allowed_origins.admit(
             origin, request.scheme, request.headers.get("host", "")
         ):
             raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
@@ -255,7 +245,7 @@ class AdmissionPolicy:
 
     def _check_limits(self, channel: str, network: str) -> None:
         self._check_availability()  # again: it may have changed while the token was verified
-        if self.max_connections and self._connections() >= self.max_connections:
+        if self.limits.max_connections and self._connections() >= self.limits.max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():
             raise RefusedError(Refusal.DESCRIPTORS)

@@ -525,7 +525,7 @@ class ReplicatedBackplane:
                 self._heartbeat_confirmed_at = time.monotonic()
 
     async def _store(self, outgoing: OutgoingPacket, data: bytes, producer: int) -> bool:
-        """Append a packet, unless an outage abandons it meanwhile; return whether it is stored.
+        """Append a packet, unless an outage abandons it first; return whether it is stored.
 
         Raises:
             BrokerError, TimeoutError: the append is unconfirmed.

@@ -41,7 +41,7 @@ class HttpConnections:
 
     1. the idle connection that has waited longest for its peer: for the rest of a request, for the
        next request, or for the peer to read a response. Up to MAX_ARRIVING connections are skipped
-       if bytes have arrived on them meanwhile: a request, or their end. The one after these is
+       if bytes have arrived on them since: a request, or their end. The one after these is
        evicted in any case;
     2. without idle connections, the busy one whose request has waited longest for the relay. A
        connection whose requests may have changed something is never evicted while busy.

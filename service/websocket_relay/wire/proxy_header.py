@@ -118,7 +118,7 @@ class ProxyHeader(asyncio.Protocol):
     Args:
         http: is given the client's address.
         following: takes over the connection.
-        http_connections: counts the connection meanwhile.
+        http_connections: counts the connection until the header is complete.
         deadline_at: the connection is aborted at this time, by the event loop's clock.
         is_expected: returns whether the peer sends a header; another peer's first byte is not one.
     """
