@@ -127,6 +127,7 @@ async def test_a_publisher_paused_by_flow_control_is_not_closed_for_late_pongs(
                 assert received.opcode == BINARY
                 messages += 1
                 await asyncio.sleep(pause_s)
+        raw.socket.close()  # it answers no more pings
 
     async with (
         relay.raw_client("news") as publisher,
