@@ -403,6 +403,7 @@ async def test_positions_of_64_bits_are_compared_exactly(tab: RelayTab) -> None:
         )
         for offset in (0, 1, 1, 2, 0):
             await connection.send(f"{large}-{large + offset}-0\n{offset}")
+        await connection.send(f'\n{{"type":"gap","position":"{large}-{large + 1}-1"}}')
         await connection.send(f'\n{{"type":"gap","position":"{large}-{large + 2}-1"}}')
         await connection.send(f"{large}-{large + 2}-1\nat the gap")
         await connection.send(f"{large}-{large + 2}-2\nlast")

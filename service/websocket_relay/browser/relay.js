@@ -360,7 +360,8 @@ export class Relay extends Target {
    */
   #onGap(position) {
     const since = this.#position;
-    if (since === null || isAfter(position, since)) this.#position = position;
+    if (since !== null && !isAfter(position, since)) return; // received over another connection
+    this.#position = position;
     this.#emit("gap", {since, position});
   }
 
