@@ -822,6 +822,213 @@ async def test_a_refused_message_on_a_stream_is_rejected(
         assert await tab.page.evaluate("relay.state") == "open"
 
 
+# Streams that the Relays of a page share
+
+
+ADD_RELAY = """([url, options]) => {
+    const added = Object.assign(new Relay(url, options), {received: [], gaps: 0});
+    added.addEventListener("message", ({data}) => added.received.push(data));
+    added.addEventListener("gap", () => { added.gaps += 1; });
+    (window.relays ??= []).push(added);
+}"""
+
+
+async def add_stream(tab: RelayTab, url: str, **options: Any) -> None:
+    """Create one more `Relay` on the page, and wait until all of them have a stream."""
+    await tab.page.evaluate(ADD_RELAY, [url, options])
+    await tab.wait_until("relays.every(({transport}) => transport === 'stream')")
+
+
+async def await_each(tab: RelayTab, *messages: Sequence[str]) -> None:
+    """Wait until each `Relay` of the page has as many messages; assert that they are these."""
+    counts = [len(expected) for expected in messages]
+    await tab.wait_until(
+        "relays.every(({received}, at) => received.length >= argument[at])", counts
+    )
+    received = await tab.page.evaluate("relays.map(({received}) => received)")
+    assert received == [list(expected) for expected in messages]
+
+
+async def test_relays_of_a_page_share_a_stream_until_the_last_one_is_closed(
+    tab: RelayTab, relay_with: StartRelay
+) -> None:
+    """A browser opens six connections to a host: beside six streams a POST would wait."""
+    relay = relay_with()
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        for _ in range(8):
+            await tab.page.evaluate(ADD_RELAY, [proxy.url(), {}])
+        await tab.wait_until("relays.every(({transport}) => transport === 'stream')")
+        await relay.await_metric("websocket_connected_clients", 1)
+        await tab.page.evaluate("Promise.all(relays.map((each, at) => each.send(String(at))))")
+        await tab.wait_until("relays.every(({received}) => received.length === 8)")
+        orders = await tab.page.evaluate("relays.map(({received}) => received)")
+        assert sorted(orders[0]) == number_texts(0, 8)
+        assert orders == [orders[0]] * 8
+        await tab.page.evaluate("relays.slice(1).forEach(each => each.close())")
+        await tab.page.evaluate("relays[0].send('8')")
+        await tab.wait_until("relays[0].received.length === 9")
+        assert await tab.page.evaluate("relays[1].received.length") == 8
+        await tab.page.evaluate("relays[0].close()")
+        await relay.await_metric("websocket_connected_clients", 0)
+
+
+async def test_each_relay_of_a_shared_stream_receives_a_buffer_of_its_own(
+    tab: RelayTab, relay: RelayProcess, channel: str
+) -> None:
+    async with UpgradeProxy(relay.port) as proxy, relay.client(channel) as other:
+        proxy.blocks_upgrades = True
+        for _ in range(2):
+            await add_stream(tab, proxy.url(path_of(channel)))
+        await tab.page.evaluate(
+            "relays[0].addEventListener('message', ({data}) => new Uint8Array(data).fill(0))"
+        )
+        await other.send(b"\x01\x02")
+        await tab.wait_until("relays[1].received.length")
+        assert await tab.page.evaluate("[...new Uint8Array(relays[1].received[0])]") == [1, 2]
+
+
+async def test_a_relay_that_joins_a_shared_stream_receives_the_replay_that_it_requests(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with()
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        url = proxy.url(path_of(channel))
+        await add_stream(tab, url)
+        await publish_all(relay, channel, *number_texts(0, 5))
+        await await_each(tab, number_texts(0, 5))
+        await publish_all(relay, "another", "the newest position is that of another channel")
+        await add_stream(tab, url)
+        await add_stream(tab, url, history=3)
+        await await_each(tab, number_texts(0, 5), [], number_texts(2, 5))
+        since = await tab.page.evaluate("relays[0].position")
+        await publish_all(relay, channel, "5")
+        await add_stream(tab, url, since=since)
+        await add_stream(tab, url, history=1)
+        await publish_all(relay, channel, "6")
+        await await_each(
+            tab, number_texts(0, 7), ["5", "6"], number_texts(2, 7), ["5", "6"], ["5", "6"]
+        )
+        await relay.await_metric("websocket_connected_clients", 1)
+        assert await tab.page.evaluate("relays.every(({gaps}) => gaps === 0)")
+
+
+async def test_only_a_relay_whose_replay_is_incomplete_reports_a_gap(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(history={"max_messages": 3})
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        url = proxy.url(path_of(channel))
+        await add_stream(tab, url)
+        since = await tab.page.evaluate("relays[0].position")
+        await publish_all(relay, channel, *number_texts(0, 5))
+        await await_each(tab, number_texts(0, 5))
+        await add_stream(tab, url, since=since)
+        await await_each(tab, number_texts(0, 5), number_texts(2, 5))
+        assert await tab.page.evaluate("relays.map(({gaps}) => gaps)") == [0, 1]
+        await relay.await_metric("websocket_connected_clients", 1)
+
+
+async def test_relays_share_a_stream_again_after_it_broke_and_miss_nothing(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with()
+    async with UpgradeProxy(relay.port) as proxy, relay.client(channel) as other:
+        proxy.blocks_upgrades = True
+        for _ in range(3):
+            await add_stream(tab, proxy.url(path_of(channel)))
+            await publish_all(relay, "another", "of another channel")
+        await other.send("0")
+        await await_each(tab, *[["0"]] * 3)
+        proxy.cut()
+        await other.send("1")
+        await tab.wait_until("relays.every(({received}) => received.length === 2)")
+        await other.send("2")
+        await await_each(tab, *[number_texts(0, 3)] * 3)
+        await relay.await_metric("websocket_connected_clients", 2)
+
+
+async def test_relays_with_different_tokens_or_channels_share_no_stream(
+    tab: RelayTab, relay_with: StartRelay, secret: str
+) -> None:
+    relay = relay_with(auth={"mode": "jwt", "jwt": {"secret": secret}})
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        tokens = [channel_token(secret, "*"), channel_token(secret, "*", may_publish=False)]
+        for name, token in (("one", 0), ("one", 0), ("one", 1), ("two", 0), ("two", 0)):
+            await add_stream(tab, proxy.url(path_of(name)), token=tokens[token])
+        await relay.await_metric("websocket_connected_clients", 3)
+
+
+async def test_a_relay_that_has_replaced_a_dead_shared_stream_does_not_join_it_again(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(keepalive={"ping_interval_s": 300})  # no heartbeat is late on the page
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+        relay.client(channel) as other,
+    ):
+        await page.clock.install()
+        tab = await load(page, site.origin)
+        proxy.blocks_upgrades = True
+        for _ in range(3):
+            await add_stream(tab, proxy.url(path_of(channel)))
+            await publish_all(relay, "another", "of another channel")
+        # The stream has the position of this one: its replay would include that of any other.
+        await page.evaluate("relays.shift().close()")
+        proxy.stall()
+        for number in number_texts(0, 5):
+            await other.send(number)
+        await receive_many(other, 5)
+        await page.clock.pause_at(await page.evaluate("Date.now()") / 1000 + 5)
+        # The first one waits 3 s for a message, the second one 4 s.
+        await page.evaluate(
+            "const random = [0, 1]; Math.random = () => random.shift() ?? 0;"
+            "window.dispatchEvent(new Event('online'))"
+        )
+        await page.clock.run_for(3000)
+        await tab.wait_until("relays[0].state === 'waiting'")
+        await page.clock.run_for(900)
+        await await_each(tab, number_texts(0, 5), [])
+        await page.clock.run_for(100)
+        await tab.wait_until("relays[1].state === 'waiting'")
+        await page.clock.run_for(1000)
+        await await_each(tab, *[number_texts(0, 5)] * 2)
+
+
+async def test_a_stalled_shared_stream_causes_no_duplicate_of_a_drained_message(
+    tab: RelayTab, redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
+) -> None:
+    """The replay shows that the message was relayed; the stalled stream would not."""
+    one, two = redis_replicas
+    url = path_of(channel)
+    async with UpgradeProxy(two.port) as proxy, two.client(channel) as subscriber:
+        proxy.blocks_upgrades = True
+        await add_stream(tab, proxy.url(url))
+        proxy.stall()
+        proxy.blocks_upgrades = False
+        proxy.target = one.port
+        await tab.open(proxy.url(url))
+        await tab.send("received")
+        await tab.await_messages(["received"])
+        proxy.lost_echo = b"relayed"
+        await tab.send("relayed")
+        assert await receive_many(subscriber, 2) == ["received", "relayed"]
+        proxy.target = two.port
+        proxy.blocks_upgrades = True
+        one.signal(SIGTERM)
+        await tab.wait_until("events.some(event => event.type === 'close')")
+        proxy.lost_echo = b""
+        await tab.send("last")
+        assert await receive(subscriber) == "last"
+        await tab.await_messages(["received", "relayed", "last"])
+        await tab.wait_until("outcomes.relayed === positions[1]")
+
+
 # The types
 
 

@@ -5,7 +5,7 @@ export interface RelayOptions {
   channel?: string;
   /**
    * A JSON Web Token, or a function that returns a fresh one for each connection. It is sent as a
-   * subprotocol or in a header, never in a URL.
+   * subprotocol or in a header, never in a URL. Only Relays with the same token share a stream.
    */
   token?: string | (() => string | Promise<string>);
   /** Number of the channel's last messages to receive first. Default: 0. */
@@ -88,7 +88,8 @@ export class RelayError extends Error {
 
 /**
  * A connection to a channel: reconnects until it is closed or refused, and resumes after the last
- * message received.
+ * message received. Where WebSockets are blocked, the Relays of a page with the same channel and
+ * token share one event stream.
  */
 export class Relay extends EventTarget {
   /**

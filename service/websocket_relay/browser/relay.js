@@ -10,8 +10,9 @@
  *
  * The transport is WebSocket with the subprotocol relay.v1, in which each message has a position; a
  * new connection resumes after the last received one. Where WebSockets are blocked, the client
- * reads server-sent events and publishes by POST. One file without dependencies; its types are in
- * relay.d.ts. Runs in browsers released since the end of 2021, in their workers, and in React Native.
+ * reads server-sent events, in one stream for each channel and token of a page, and publishes by
+ * POST. One file without dependencies; its types are in relay.d.ts. Runs in browsers released since
+ * the end of 2021, in their workers, and in React Native.
  *
  * Knows no page: no DOM beyond the lifecycle events of `document`, and no storage.
  */
@@ -132,7 +133,6 @@ export class Relay extends Target {
   #isConnecting = false;
   #wasOpen = false;
   #isFrozen = false;
-  #suspectedAt = 0; // when the connection had received nothing for too long; 0: never
   #openedAt = 0;
 
   #failureCount = 0; // consecutive
@@ -290,6 +290,7 @@ export class Relay extends Target {
       message: (position, data) => link === this.#link && this.#onMessage(position, data),
       gap: (position) => link === this.#link && this.#onGap(position),
       ready: () => this.#flush(),
+      awaitsEchoes: () => this.#unconfirmed.length > 0,
       lost: (end) => (link === this.#link ? this.#onLost(end) : this.#onConnectFailed(link, end)),
     });
     this.#candidate = link;
@@ -391,7 +392,7 @@ export class Relay extends Target {
   #onAttemptFailed(end) {
     this.#isConnecting = false;
     if (end.status && this.#isFinal(end.status)) return this.#onRefused(end.status, end.reason);
-    const isUnresponsive = this.#link && this.#link.receivedAt < this.#suspectedAt;
+    const isUnresponsive = this.#link && this.#link.receivedAt < this.#link.suspectedAt;
     if (this.#link && !isUnresponsive) return; // the active connection is unaffected
     if (this.#dropLink()) {
       this.#emit("close", {code: 1006, reason: "connection unresponsive"});
@@ -502,7 +503,6 @@ export class Relay extends Target {
     const link = this.#link;
     if (!link) return null;
     this.#link = null;
-    this.#suspectedAt = 0;
     clearTimeout(this.#upgradeTimer);
     clearTimeout(this.#echoTimer);
     clearTimeout(this.#silenceTimer);
@@ -615,7 +615,7 @@ export class Relay extends Target {
     const [link, since] = [this.#link, Date.now()];
     this.#wakeTimer = setTimeout(() => {
       if (!link || link !== this.#link || link.receivedAt >= since) return;
-      this.#suspectedAt = Date.now();
+      link.suspectedAt = Date.now();
       this.#connect();
     }, WAKE_PROBE_MS + jittered(WAKE_PROBE_MS));
   }
@@ -740,6 +740,7 @@ class Outgoing {
 class Socket {
   kind = /** @type {const} */ ("websocket");
   receivedAt = 0;
+  suspectedAt = 0; // when it had received nothing for too long; 0: never
   /** @type {Outgoing[]} */
   inFlight = [];
   /** @type {WebSocket | null} */
@@ -808,20 +809,13 @@ class Socket {
   }
 }
 
-/**
- * A link that receives server-sent events and publishes by POST. It uses fetch instead of
- * EventSource: the token goes into a header instead of the URL, and the status of a refusal is
- * visible.
- */
+/** A link that receives server-sent events and publishes by POST. */
 class Stream {
   kind = /** @type {const} */ ("stream");
-  receivedAt = 0;
   /** @type {Outgoing[]} */
   inFlight = [];
-  #fetchAbort = new AbortController();
+  #isClosed = false;
   #isSending = false;
-  /** @type {Timer} */
-  #deadline;
   /** @type {Timer} */
   #postTimer;
 
@@ -835,21 +829,23 @@ class Stream {
     this.channelUrl.protocol = channelUrl.protocol === "wss:" ? "https:" : "http:";
     this.token = token;
     this.listener = listener;
+    this.reader = new EventReader(this);
   }
 
-  async open() {
-    const events = new URL(this.channelUrl);
-    events.pathname = events.pathname.replace(/\/?$/, "/events");
-    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
-    try {
-      const {signal} = this.#fetchAbort;
-      const response = await this.#fetch(events, {headers: {Accept: "text/event-stream"}, signal});
-      if (response.status !== 200 || !response.body) return this.#end(await refusalOf(response));
-      await this.#read(response.body);
-      this.#end({reason: "stream ended"});
-    } catch {
-      this.#end({reason: "connection failed"}); // or rejected by CORS
-    }
+  get receivedAt() {
+    return this.reader.receivedAt;
+  }
+
+  get suspectedAt() {
+    return this.reader.suspectedAt;
+  }
+
+  set suspectedAt(time) {
+    this.reader.suspectedAt = time;
+  }
+
+  open() {
+    this.reader.read(this.channelUrl, this.token);
   }
 
   /** @param {Outgoing} message */
@@ -862,35 +858,25 @@ class Stream {
   }
 
   close() {
-    clearTimeout(this.#deadline);
+    this.#isClosed = true;
     clearTimeout(this.#postTimer);
-    this.#fetchAbort.abort();
+    this.reader.remove(this);
   }
 
-  /** @param {NonNullable<Response["body"]>} body */
-  async #read(body) {
-    const events = new EventParser();
-    const decoder = new TextDecoder();
-    const reader = body.getReader();
-    for (;;) {
-      const {done, value} = await reader.read();
-      if (done) return;
-      this.receivedAt = Date.now();
-      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
-    }
+  /** @param {End} end */
+  end(end) {
+    if (this.#isClosed) return;
+    this.close();
+    this.listener.lost(end);
   }
 
   /** @param {ServerEvent} event */
-  #onEvent({id, type, data}) {
-    if (this.#fetchAbort.signal.aborted) return;
+  onEvent({id, type, data}) {
     if (type === "message") this.listener.message(id, data);
     else if (type === "binary") this.listener.message(id, fromBase64(data));
-    else if (type === "close") this.#end(JSON.parse(data));
+    else if (type === "close") this.end(JSON.parse(data));
     else if (type === "gap") this.listener.gap(JSON.parse(data).position);
-    else if (type === "welcome") {
-      clearTimeout(this.#deadline);
-      this.listener.welcome(JSON.parse(data));
-    }
+    else if (type === "welcome") this.listener.welcome(JSON.parse(data));
   }
 
   /** @param {Outgoing} message */
@@ -903,12 +889,12 @@ class Stream {
     try {
       // The POST completes even if another connection replaces this one meanwhile.
       const init = {method: "POST", headers: {"Content-Type": type}, body};
-      const response = await this.#fetch(this.channelUrl, init);
+      const response = await authorizedFetch(this.channelUrl, this.token, init);
       if (response.ok) this.#onRelayed(message, await response.json());
       else this.#onRejected(message, await refusalOf(response));
     } catch {
       message.isPostPending = false;
-      this.#end({reason: "connection failed"});
+      this.end({reason: "connection failed"});
     }
   }
 
@@ -929,10 +915,10 @@ class Stream {
     message.isPostPending = false;
     if (end.status === 401) {
       message.shouldResend = true; // over the next connection, which brings a fresh token
-      this.#end(end);
+      this.end(end);
     } else if (end.status === 503) {
       message.shouldResend = true;
-      if (this.#fetchAbort.signal.aborted) return;
+      if (this.#isClosed) return;
       this.#postTimer = setTimeout(() => this.#post(message), end.retryMs ?? INITIAL_BACKOFF_MS);
     } else {
       // A 504 of the relay, or an error of a proxy after it has passed the message on.
@@ -951,22 +937,119 @@ class Stream {
     this.#isSending = false;
     this.listener.ready();
   }
+}
+
+/**
+ * One event stream, shared by the links of the page that have the same channel and token.
+ *
+ * Each link opens a reader, which receives the replay that this link requests. At its welcome the
+ * links of two readers move to the one at the lower position: its events include all those of the
+ * other. A Relay skips what it has received.
+ *
+ * It uses fetch instead of EventSource: the token goes into a header instead of the URL, and the
+ * status of a refusal is visible.
+ */
+class EventReader {
+  /** @type {Set<EventReader>} of the page; two of one channel only if they could not be merged */
+  static #open = new Set();
+
+  receivedAt = 0;
+  suspectedAt = 0; // when it had received nothing for too long; 0: never
+  #key = ""; // readers with the same key receive the same live events
+  #position = "";
+  #links;
+  #abort = new AbortController();
+  /** @type {Timer} */
+  #deadline;
+
+  /** @param {Stream} link */
+  constructor(link) {
+    this.#links = new Set([link]);
+  }
 
   /**
    * @param {URL} channelUrl
-   * @param {RequestInit} init
+   * @param {string} token
    */
-  #fetch(channelUrl, init) {
-    const headers = new Headers(init.headers);
-    if (this.token) headers.set("Authorization", `Bearer ${this.token}`);
-    return fetch(channelUrl.href, {...init, headers, cache: "no-store"});
+  async read(channelUrl, token) {
+    const url = new URL(channelUrl);
+    url.pathname = url.pathname.replace(/\/?$/, "/events");
+    const init = {headers: {Accept: "text/event-stream"}, signal: this.#abort.signal};
+    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
+    try {
+      const response = await authorizedFetch(url, token, init);
+      if (response.status !== 200 || !response.body) return this.#end(await refusalOf(response));
+      for (const name of ["since", "history"]) url.searchParams.delete(name);
+      this.#key = `${url} ${token}`;
+      await this.#readBody(response.body);
+      this.#end({reason: "stream ended"});
+    } catch {
+      this.#end({reason: "connection failed"}); // or rejected by CORS
+    }
+  }
+
+  /** @param {Stream} link the last one closes the reader */
+  remove(link) {
+    this.#links.delete(link);
+    if (!this.#links.size) this.#close();
+  }
+
+  /** @param {NonNullable<Response["body"]>} body */
+  async #readBody(body) {
+    const events = new EventParser();
+    const decoder = new TextDecoder();
+    const reader = body.getReader();
+    for (;;) {
+      const {done, value} = await reader.read();
+      if (done) return;
+      this.receivedAt = Date.now();
+      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
+    }
+  }
+
+  /** @param {ServerEvent} event */
+  #onEvent(event) {
+    this.#position = event.id;
+    for (const link of this.#links) link.onEvent(event);
+    if (event.type === "welcome" && this.#links.size) this.#merge();
+  }
+
+  /** Take over the links of another reader of the channel, or give it those of this one. */
+  #merge() {
+    clearTimeout(this.#deadline);
+    const awaitsEchoes = () => [...this.#links].some(({listener}) => listener.awaitsEchoes());
+    for (const other of EventReader.#open) {
+      if (other.#key !== this.#key) continue;
+      if (!isAfter(this.#position, other.#position)) {
+        other.#moveLinks(this);
+      } else if (other.receivedAt >= other.suspectedAt && !awaitsEchoes()) {
+        return this.#moveLinks(other); // not dead, and its lag can't hide an echo in the replay
+      }
+    }
+    EventReader.#open.add(this);
+  }
+
+  /** @param {EventReader} target */
+  #moveLinks(target) {
+    for (const link of this.#links) {
+      link.reader = target;
+      target.#links.add(link);
+    }
+    this.#links.clear();
+    this.#close();
   }
 
   /** @param {End} end */
   #end(end) {
-    if (this.#fetchAbort.signal.aborted) return;
-    this.close();
-    this.listener.lost(end);
+    if (this.#abort.signal.aborted) return;
+    this.#close();
+    for (const link of this.#links) link.end(end);
+  }
+
+  #close() {
+    clearTimeout(this.#deadline);
+    EventReader.#open.delete(this);
+    this.#abort.abort();
   }
 }
 
@@ -1068,6 +1151,17 @@ function isAfter(one, other) {
 }
 
 /**
+ * @param {URL} url
+ * @param {string} token
+ * @param {RequestInit} init
+ */
+function authorizedFetch(url, token, init) {
+  const headers = new Headers(init.headers);
+  if (token) headers.set("Authorization", `Bearer ${token}`);
+  return fetch(url.href, {...init, headers, cache: "no-store"});
+}
+
+/**
  * @param {Response} response
  * @returns {Promise<End>}
  */
@@ -1096,5 +1190,6 @@ function jittered(maxMs) {
  * @property {(position: string, data: string | ArrayBuffer) => void} message
  * @property {(position: string) => void} gap the relay's log lost messages before this position
  * @property {() => void} ready the link can send again
+ * @property {() => boolean} awaitsEchoes the link's replay decides which messages are sent again
  * @property {(end: End) => void} lost the link ended, or failed to open
  */
