@@ -1029,6 +1029,28 @@ async def test_a_stalled_shared_stream_causes_no_duplicate_of_a_drained_message(
         await tab.wait_until("outcomes.relayed === positions[1]")
 
 
+async def test_a_timeout_beside_six_streams_of_the_page_names_them(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(keepalive={"ping_interval_s": 300})  # no heartbeat is late on the page
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        serve_relay_js_page() as site,
+        browser.open_page() as page,
+    ):
+        await page.clock.install()
+        tab = await load(page, site.origin)
+        proxy.blocks_upgrades = True
+        for number in range(6):
+            await add_stream(tab, proxy.url(path_of(f"{channel}-{number}")))
+        async with page.expect_request(f"**{path_of(channel)}/events"):
+            await tab.start(proxy.url(path_of(channel)))
+        await page.clock.run_for(10_000)
+        await tab.wait_until("relay.state === 'waiting'")
+        (wait,) = [event for event in await tab.events("state") if event["state"] == "waiting"]
+        assert wait["reason"] == "connect timeout: the page has 6 event streams open"
+
+
 # The types
 
 

@@ -46,6 +46,8 @@ const MAX_QUEUED_MESSAGES = 1_000;
 const MAX_PENDING_BYTES = 8 * 1024 * 1024;
 const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
 
+const HTTP1_CONNECTIONS = 6; // that a browser opens to one host, for all tabs together
+
 const CLOSE_GOING_AWAY = 1001;
 const CLOSE_TOKEN_EXPIRED = 3000;
 
@@ -975,7 +977,7 @@ class EventReader {
     const url = new URL(channelUrl);
     url.pathname = url.pathname.replace(/\/?$/, "/events");
     const init = {headers: {Accept: "text/event-stream"}, signal: this.#abort.signal};
-    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
+    this.#deadline = setTimeout(() => this.#onTimeout(), CONNECT_TIMEOUT_MS);
     try {
       const response = await authorizedFetch(url, token, init);
       if (response.status !== 200 || !response.body) return this.#end(await refusalOf(response));
@@ -1037,6 +1039,12 @@ class EventReader {
     }
     this.#links.clear();
     this.#close();
+  }
+
+  #onTimeout() {
+    const count = EventReader.#open.size;
+    const hint = count < HTTP1_CONNECTIONS ? "" : `: the page has ${count} event streams open`;
+    this.#end({reason: `connect timeout${hint}`});
   }
 
   /** @param {End} end */
