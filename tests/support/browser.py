@@ -28,13 +28,18 @@ browser costs more than most tests."""
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that share a browser in the event loop of that browser."""
-    for item in items:
-        if not isinstance(item, pytest.Function) or "shared_browser" not in item.fixturenames:
-            continue
-        if inspect.iscoroutinefunction(item.obj):
-            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+def pytest_pycollect_makeitem(
+    collector: pytest.Module | pytest.Class, name: str, obj: object
+) -> None:
+    """Run the tests that share a browser in the event loop of that browser.
+
+    The test needs the mark before pytest-asyncio parametrizes it with the factory of its loop:
+    the parameter's scope is that of the loop, and its end closes the loop and the browser.
+    """
+    if not collector.funcnamefilter(name) or not inspect.iscoroutinefunction(obj):
+        return
+    if SHARED.mark in (*getattr(obj, "pytestmark", ()), *collector.iter_markers()):
+        pytest.mark.asyncio(loop_scope="session")(obj)
 
 
 class SharedBrowser:
