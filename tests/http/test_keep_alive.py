@@ -46,7 +46,9 @@ class NewConnection:
 
 
 @asynccontextmanager
-async def listening(connections: HttpConnections, app: App = answer) -> AsyncIterator[Listener]:
+async def listening(
+    connections: HttpConnections, app: App = answer, *, timeout_s: float = 60
+) -> AsyncIterator[Listener]:
     """Listen in the loop of the test."""
     shared = build(Settings(), None, None).shared
     listener = Listener(
@@ -55,7 +57,7 @@ async def listening(connections: HttpConnections, app: App = answer) -> AsyncIte
         http_connections=connections,
         http=partial(HttpProtocol, shared=shared, plain=connections),
         ws="none",
-        timeout_keep_alive=TIMEOUT_S,
+        timeout_keep_alive=timeout_s,
     )
     await listener.listen()
     try:
@@ -91,7 +93,10 @@ async def test_a_request_that_arrives_before_the_timeout_is_answered_by_a_busy_l
     connections: HttpConnections,
 ) -> None:
     """The timer is due when the loop has read nothing since the request."""
-    async with listening(connections) as listener, idle_clients(listener, 1) as (client,):
+    async with (
+        listening(connections, timeout_s=TIMEOUT_S) as listener,
+        idle_clients(listener, 1) as (client,),
+    ):
         ours, theirs = socket.socketpair()
         loop = asyncio.get_running_loop()
 
