@@ -103,11 +103,15 @@ class Log:
         )
         self.backplane.consume(self._deliver, lambda _: None)
 
-    def _deliver(self, entry: LogEntry) -> None:
-        self._on_entry(entry)
+    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+        for entry in entries:
+            self._on_entry(entry)
 
     async def publish(self, payload: bytes) -> None:
-        self.backplane.append("default", 1, payload, self._publisher)
+        self._append(payload)
+
+    def _append(self, payload: bytes) -> None:
+        self.backplane.append("default", [(TEXT, payload)], len(payload), self._publisher)
 
     async def together(self, count: int, seconds: float) -> Values:
         """Append messages in one go, repeatedly: again when all of them are delivered."""
@@ -117,7 +121,7 @@ class Log:
         while time.perf_counter() < started + seconds:
             turns += 1
             for _ in range(count):
-                self.backplane.append("default", 1, payload, self._publisher)
+                self._append(payload)
             while self._delivered < turns * count:
                 self._has_progress.clear()
                 await self._has_progress.wait()
@@ -146,7 +150,7 @@ class Log:
     async def _publish_some(self, payload: bytes) -> None:
         await self._publisher.may_publish.wait()
         for _ in range(AT_ONCE):
-            self.backplane.append("default", 1, payload, self._publisher)
+            self._append(payload)
         self._published += AT_ONCE
         if self._pending.is_exceeded:
             self._pending.pause_publisher(self._publisher)

@@ -1,4 +1,4 @@
-"""Define what is published, and who publishes it. Knows no protocol, no channel and no broker."""
+"""Define what is published, and by whom. Knows no protocol, no channel and no broker."""
 
 from typing import Protocol
 
@@ -9,14 +9,18 @@ Message = tuple[int, bytes]
 """A kind and a payload."""
 
 
-class Publisher(Protocol):
-    """The source of messages: a connection, or a request that waits for the result."""
+class Pausable(Protocol):
+    """A source of messages that can be paused."""
 
     def pause_reading(self) -> None:
-        """Publish nothing more until `resume_reading` was called as often."""
+        """Pass on nothing more until `resume_reading` was called as often."""
 
     def resume_reading(self) -> None:
         """Undo one `pause_reading`."""
+
+
+class Publisher(Protocol):
+    """Whoever published messages, as the backplane sees it."""
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Report that messages were not relayed.

@@ -88,6 +88,10 @@ class Close(Enum):
         self.reason = reason
         self.label = self.name.lower()
 
+    def text(self, retry_ms: int | None) -> str:
+        """Return the reason as it is sent, with the time after which to reconnect, if any."""
+        return self.reason if retry_ms is None else f"{self.reason}; retry_ms={retry_ms}"
+
 
 class Refusal(Enum):
     """Why a request was refused: HTTP status, reason, and the metric label, which is the name."""

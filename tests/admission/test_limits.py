@@ -497,13 +497,12 @@ def test_a_token_bucket_credits_paused_time_once_up_to_a_maximum() -> None:
 
 
 class RecordingClient:
-    """Record which of its methods admission calls; stands for a connection."""
+    """Record what admission sets; stands for a connection."""
+
+    publish_policy: PublishPolicy | None = None
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-
-    def set_publish_policy(self, policy: PublishPolicy) -> None:
-        self.calls.append("set_publish_policy")
 
     def start_expiry_timer(self, seconds: float) -> None:
         self.calls.append("start_expiry_timer")
@@ -517,7 +516,7 @@ class RecordingClient:
     [
         ({}, []),
         ({"max_connections": 1, "max_handshakes_per_s": 1}, []),
-        ({"max_messages_per_s": 1}, ["set_publish_policy"]),
+        ({"max_messages_per_s": 1}, []),
         ({"max_connections_per_ip": 1}, ["when_lost"]),
     ],
 )
@@ -544,6 +543,7 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
     request = AdmissionRequest("news", {}, b"", [], "127.0.0.1")
     admission.enforce_grant(client, await admission.admit(request))
     assert client.calls == calls
+    assert (client.publish_policy is not None) is ("max_messages_per_s" in limits)
 
 
 def test_a_relay_without_tokens_imports_no_code_for_them() -> None:

@@ -4,23 +4,22 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 import pytest
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 from websocket_relay.counters import Counters
+from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close, Drop
-from websocket_relay.wire.connection import Connection, Publisher
+from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.frames import close, count_complete_messages
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.send_backlog import WRITE_BYTES, SendBacklog, SendBacklogs
-from websocket_relay.wire.websocket import WebSocketConnection
+from websocket_relay.wire.websocket import WebSocket
 
 from tests.support.raw_client import TEXT, RawClient, relayed_frame
 from tests.support.relay_process import HOST, eventually
@@ -34,12 +33,12 @@ HELLO = relayed_frame(TEXT, b"hello")
 class NullSink:
     """A sink that does nothing."""
 
-    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None: ...
-    def pause_if_over_limit(self, client: Publisher) -> None: ...
+    def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None: ...
+    def pause_if_over_limit(self, publisher: WireProtocol) -> None: ...
     def detach_connection(self, client: Connection) -> None: ...
     def on_backlog_started(self, client: Connection) -> None: ...
     def on_backlog_drained(self, client: Connection) -> None: ...
-    def call_when_written(self, act: Callable[[], None]) -> None: ...
+    def call_when_written(self, callback: Callable[[], None]) -> None: ...
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ async def connected(
     """Yield pairs: a connection of the relay, and the client at its other end."""
     accepted: asyncio.Queue[Connection] = asyncio.Queue()
 
-    class OpenConnection(WebSocketConnection):
+    class OpenConnection(Connection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self.open(b"start", PLAIN)
@@ -73,7 +72,7 @@ async def connected(
             accepted.put_nowait(self)
 
     def new_connection() -> OpenConnection:
-        return OpenConnection(cast(Config, None), cast(ServerState, None), {}, shared=context)
+        return OpenConnection(context, WebSocket)
 
     listening = socket.create_server((HOST, 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
@@ -103,7 +102,7 @@ async def test_a_failed_write_closes_its_client_and_no_other(
     context: ConnectionContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(context, 3) as [(first, one), (failing, two), (last, three)]:
-        failing._transport.write_eof()  # each further write raises
+        failing.transport.write_eof()  # each further write raises
         with caplog.at_level(logging.ERROR):
             context.write([first, failing, last], HELLO, messages=2)
         assert await one.read_message() == await three.read_message() == "hello"
@@ -132,7 +131,7 @@ async def test_after_a_failed_write_only_the_close_frame_stays_in_a_full_send_bu
     context: ConnectionContext,
 ) -> None:
     async with connected(context, 1) as [(client, _)]:
-        connection = client._transport.get_extra_info("socket")
+        connection = client.transport.get_extra_info("socket")
         with suppress(BlockingIOError):
             while True:
                 os.write(connection.fileno(), bytes(1))
@@ -147,6 +146,7 @@ async def test_a_write_to_a_closed_transport_is_counted_as_a_drop_without_an_err
 ) -> None:
     async with connected(context, 1) as [(client, raw)]:
         write = client.write
+        assert write is not None
         raw.reset()
         await wait_for_closes(context, Close.CONNECTION_LOST, 1)
         with pytest.raises(RuntimeError, match="the handler is closed"):

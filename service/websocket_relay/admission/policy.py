@@ -57,8 +57,7 @@ class AdmissionRequest:
 class AdmittedClient(Protocol):
     """The part of a connection that admission uses."""
 
-    def set_publish_policy(self, policy: PublishPolicy) -> None:
-        """Enforce a policy on what the client publishes."""
+    publish_policy: PublishPolicy | None
 
     def start_expiry_timer(self, seconds: float) -> None:
         """Close the client after a number of seconds."""
@@ -201,7 +200,7 @@ class AdmissionPolicy:
         per_s = self.limits.max_messages_per_s
         if per_s or not grant.may_publish:
             rate = TokenBucket(per_s, per_s * MESSAGE_BURST_S) if per_s else None
-            client.set_publish_policy(PublishPolicy(may_publish=grant.may_publish, rate=rate))
+            client.publish_policy = PublishPolicy(may_publish=grant.may_publish, rate=rate)
         if grant.expires_in_s is not None:
             client.start_expiry_timer(grant.expires_in_s)
         if self._addresses is not None:

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
-from time import perf_counter
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -28,8 +27,8 @@ from websocket_relay.api.requests import (
     channel_of,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Refusal, RefusedError
-from websocket_relay.wire.frames import BINARY, TEXT
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.time_slicer import TimeSlicer
@@ -80,9 +79,6 @@ BODY = {
     },
 }
 
-Message = tuple[int, bytes]
-"""An opcode and a payload."""
-
 
 def publish_router(
     admission: AdmissionPolicy,
@@ -112,10 +108,9 @@ def publish_router(
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
                 messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
-                publisher = broadcaster.create_one_shot_publisher(channel)
-                await publisher.wait_for_capacity()
+                await broadcaster.wait_for_room(channel)
             _require_connected(request)
-            position = await broadcaster.publish(channel, messages, publisher)
+            position = await broadcaster.publish(channel, messages)
         except RefusedError as error:
             return refusals.answer(error)
         except ClientDisconnect:
@@ -238,28 +233,22 @@ async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Mess
     Raises:
         RefusedError: a line is not a message.
     """
-    collected: list[Message] = []
-    done: asyncio.Future[RefusedError | None] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
 
-    def parse_slice(until: float) -> bool:
-        if done.done():  # cancelled
-            return True
+    def collect() -> Iterator[None]:
+        collected = []
         try:
             for message in messages:
+                if done.cancelled():
+                    return
                 collected.append(message)
-                if perf_counter() > until:
-                    return False
+                yield
+            done.set_result(collected)
         except RefusedError as error:
-            done.set_result(error)
-        else:
-            done.set_result(None)
-        return True
+            done.set_exception(error)
 
-    slicer.schedule_work(parse_slice)
-    refusal = await done
-    if refusal is not None:
-        raise refusal
-    return collected
+    slicer.schedule_work(collect())
+    return await done
 
 
 def _lines(body: bytes) -> Iterator[Message]:

@@ -79,7 +79,7 @@ def replay_request_of(
         since = _position([last_event_id])
     if since is None and not last and not sends_positions:
         return None
-    return ReplayRequest(since, last, sends_positions)
+    return ReplayRequest(since, last)
 
 
 def _parameters(query: bytes) -> dict[str, list[str]]:

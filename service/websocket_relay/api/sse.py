@@ -22,8 +22,9 @@ from websocket_relay.api.requests import (
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.outcomes import RefusedError
+from websocket_relay.wire.delivery_format import SSE, DeliveryFormat
+from websocket_relay.wire.event_stream import open_event_stream
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
-from websocket_relay.wire.sse import SseConnection
 
 HEAD = {
     "Cache-Control": "no-store, no-transform",  # a proxy that compresses would buffer events
@@ -31,6 +32,7 @@ HEAD = {
     "Connection": "close",
 }
 
+EVENTS_FORMAT = DeliveryFormat.of(SSE, sends_positions=True)
 
 STREAM: dict[str, Any] = {
     "description": "An endless event stream: `id` is the position of a message; binary messages are"
@@ -108,7 +110,7 @@ def events_router(
         broadcaster: owns the channels.
         refusals: answers refused requests.
         base_path: the prefix of both paths.
-        silence_s: see `SseConnection`.
+        silence_s: see `open_event_stream`.
     """
 
     async def listen(request: Request) -> Response:
@@ -127,11 +129,9 @@ def events_router(
             transport = connection.detach_transport()
             if transport is None:
                 return
-            client = SseConnection(broadcaster.shared, silence_s)
-            transport.set_protocol(client)
-            client.start_stream(transport)
+            client = open_event_stream(transport, broadcaster.shared, silence_s)
             admission.enforce_grant(client, grant)
-            broadcaster.subscribe(channel_of(request), client, replay)
+            broadcaster.subscribe(channel_of(request), client, EVENTS_FORMAT, replay)
 
         return EventsResponse(start_stream)
 

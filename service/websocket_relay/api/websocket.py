@@ -1,7 +1,6 @@
 """Admit WebSocket clients, accept the upgrade, and hand the connection over. Knows no message."""
 
 from http import HTTPStatus
-from typing import cast
 
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
@@ -18,8 +17,9 @@ from websocket_relay.api.requests import (
 )
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.wire.connection import Connection
+from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.handshake import WEBSOCKET_CONNECTION_KEY
-from websocket_relay.wire.websocket import WebSocketConnection
 
 
 def add_websocket_routes(
@@ -55,9 +55,11 @@ def add_websocket_routes(
         # Nothing suspends from here on, nor does accept(): an admitted client is counted before
         # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
-        client = cast(WebSocketConnection, scope[WEBSOCKET_CONNECTION_KEY])
+        client: Connection = scope[WEBSOCKET_CONNECTION_KEY]
         admission.enforce_grant(client, grant)
-        broadcaster.subscribe(channel_of(websocket), client, replay)
+        encoding = client.delivery_format.encoding
+        delivery_format = DeliveryFormat.of(encoding, sends_positions=sends_positions)
+        broadcaster.subscribe(channel_of(websocket), client, delivery_format, replay)
 
     async def refuse_path(websocket: WebSocket) -> None:
         await refuse(websocket, no_such_path(base_path))

@@ -10,6 +10,7 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 from websocket_relay.counters import BackplaneCounters
+from websocket_relay.messages import Message, Publisher
 
 POSITION = re.compile(r"([0-9]{1,20})-([0-9]{1,20})-([0-9]{1,10})", re.ASCII)
 
@@ -70,28 +71,24 @@ class LogEntry(NamedTuple):
     Attributes:
         position: position of the message.
         channel: name of the channel.
-        opcode: text or binary, as numbered by RFC 6455.
+        kind: TEXT or BINARY.
         payload: bytes of the message, unchanged.
     """
 
     position: Position
     channel: str
-    opcode: int
+    kind: int
     payload: bytes
 
 
-OnEntry = Callable[[LogEntry], None]
+ENTRY_BYTES = 320
+"""Memory of an entry besides its payload: its objects and a list slot."""
+
+OnEntries = Callable[[Sequence[LogEntry]], None]
 
 OnGap = Callable[[Position], None]
 """Receives the position from which on the log is complete again. Messages before that position that
 were not delivered may have existed. So it is called at the start, too."""
-
-
-class Rejectable(Protocol):
-    """A publisher, as the log sees it when a message can't be relayed."""
-
-    def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        """Report that a message did not enter the log, or that nothing confirms that it did."""
 
 
 class BackplaneState(Enum):
@@ -113,7 +110,7 @@ class Backplane(Protocol):
         counters: counters.
         started: set once `state` has left STARTING.
         up: set while `state` is UP.
-        loop_iterations: of the event loop, that a message needs to pass the backplane's tasks.
+        is_local: whether entries are delivered within `append`.
         relays_locally: whether messages are relayed on this replica alone during an outage.
     """
 
@@ -121,7 +118,7 @@ class Backplane(Protocol):
     state: BackplaneState
     started: asyncio.Event
     up: asyncio.Event
-    loop_iterations: int
+    is_local: bool
     relays_locally: bool
 
     @property
@@ -139,28 +136,27 @@ class Backplane(Protocol):
     def unconfirmed_messages(self) -> int:
         """The count of messages whose append is not confirmed."""
 
-    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntries, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`, in order, in the event loop's thread.
 
         Args:
+            deliver: called with the entries that were read together.
             lost: called where entries are missing.
         """
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
-        """Append a message. Never blocks.
-
-        Args:
-            publisher: notified, now or later, if the message can't be relayed.
-        """
-
-    def append_batch(
-        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
+    def append(
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        payload_bytes: int,
+        publisher: Publisher,
     ) -> None:
-        """Append messages next to each other: all of them, or none.
+        """Append messages next to each other: all of them, or none. Never blocks.
 
         Args:
             channel: the channel of all of them.
-            messages: opcodes and payloads.
+            messages: at least one.
+            payload_bytes: the size of their payloads together.
             publisher: notified, now or later, if the messages can't be relayed.
         """
 

@@ -10,18 +10,18 @@ from collections.abc import Callable, Sequence
 from websocket_relay.backplane.interface import (
     BackplaneState,
     LogEntry,
-    OnEntry,
+    OnEntries,
     OnGap,
     Position,
-    Rejectable,
 )
 from websocket_relay.counters import BackplaneCounters
+from websocket_relay.messages import Message, Publisher
 
 
 class MemoryBackplane:
     """`memory://`: delivers an entry before `append` returns."""
 
-    loop_iterations = 0
+    is_local = True
     relays_locally = True
 
     def __init__(self, describe: Callable[[], bytes]) -> None:
@@ -34,7 +34,7 @@ class MemoryBackplane:
         # Milliseconds since 1970: greater than the epoch of any earlier process.
         self._epoch = time.time_ns() // 1_000_000
         self._offset = 0
-        self._deliver: OnEntry | None = None
+        self._deliver: OnEntries | None = None
 
     @property
     def position(self) -> Position:
@@ -55,25 +55,24 @@ class MemoryBackplane:
         """Zero: no message is ever pending."""
         return 0
 
-    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntries, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`."""
         self._deliver = deliver
         lost(Position(self._epoch, self._offset, 0))  # messages of earlier processes are lost
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
-        """Append a message and deliver it."""
-        self._offset += 1
-        if self._deliver is not None:
-            self._deliver(
-                LogEntry(Position(self._epoch, self._offset, 0), channel, opcode, payload)
-            )
-
-    def append_batch(
-        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
+    def append(
+        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
     ) -> None:
         """Append messages and deliver them."""
-        for opcode, payload in messages:
-            self.append(channel, opcode, payload, publisher)
+        epoch, offset = self._epoch, self._offset
+        self._offset += len(messages)
+        if self._deliver is not None:
+            self._deliver(
+                [
+                    LogEntry(Position(epoch, number, 0), channel, kind, payload)
+                    for number, (kind, payload) in enumerate(messages, offset + 1)
+                ]
+            )
 
     def when_delivered(self, callback: Callable[[Position | None], object]) -> None:
         """Call `callback` at once: the latest message has been delivered."""

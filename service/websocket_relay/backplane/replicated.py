@@ -39,13 +39,13 @@ from websocket_relay.backplane.interface import (
     START,
     BackplaneState,
     LogEntry,
-    OnEntry,
+    OnEntries,
     OnGap,
     Position,
-    Rejectable,
 )
 from websocket_relay.cancellation import run_cancellable
 from websocket_relay.counters import BackplaneCounters
+from websocket_relay.messages import Publisher
 from websocket_relay.outcomes import RelayError
 from websocket_relay.redaction import redact
 
@@ -219,7 +219,7 @@ class OutgoingPacket:
         self.channels: list[str] = []
         self.opcodes = bytearray()
         self.payloads: list[bytes] = []
-        self.publishers: dict[Rejectable, None] = {}
+        self.publishers: dict[Publisher, None] = {}
         self.size = 0
         self.sequence = 0  # sequence number of the first message, once the append is in flight
         self.is_heartbeat = False
@@ -289,7 +289,7 @@ class ReplicatedBackplane:
         observe_lag: receives the seconds from the append of a heartbeat until it is read back.
     """
 
-    loop_iterations = TURNS
+    is_local = False
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class ReplicatedBackplane:
         self._describe = describe
         self._observe_append = observe_append
         self._observe_lag = observe_lag
-        self._deliver: OnEntry
+        self._deliver: OnEntries
         self._on_gap: OnGap
         # Append
         self._is_outage = False  # state is OUTAGE; checked for every message
@@ -350,12 +350,15 @@ class ReplicatedBackplane:
 
     # Interface of `Backplane`
 
-    def consume(self, deliver: OnEntry, lost: OnGap) -> None:
+    def consume(self, deliver: OnEntries, lost: OnGap) -> None:
         """Pass every entry from now on to `deliver`; call `lost` where entries are missing."""
         self._deliver = deliver
         self._on_gap = lost
 
-    def append(self, channel: str, opcode: int, payload: bytes, publisher: Rejectable) -> None:
+    def append(self, channel, messages, payload_bytes, publisher) -> None:
+        self.append_batch(channel, messages, publisher)
+
+    def _append_one(self, channel: str, opcode: int, payload: bytes, publisher: Publisher) -> None:
         """Append a message."""
         if self._is_outage:
             self._handle_in_outage(channel, opcode, payload, publisher)
@@ -373,7 +376,7 @@ class ReplicatedBackplane:
             self._start_packet()
 
     def append_batch(
-        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Rejectable
+        self, channel: str, messages: Sequence[tuple[int, bytes]], publisher: Publisher
     ) -> None:
         """Append messages in one packet: next to each other, and all of them or none."""
         if self._is_outage:
@@ -626,8 +629,7 @@ class ReplicatedBackplane:
             positions = map(_new_position, indices)
             deliver = self._deliver
             columns = zip(positions, channels, opcodes, payloads, strict=True)
-            for entry in map(_new_entry, columns):
-                deliver(entry)
+            deliver(list(map(_new_entry, columns)))
         if heartbeat is not None:
             self._record_replica(producer, heartbeat[TIMESTAMP.size :])
         if producer // PRODUCER_EPOCHS == self._producer // PRODUCER_EPOCHS:
@@ -801,7 +803,7 @@ class ReplicatedBackplane:
                 publisher.fail_publish(is_unconfirmed=is_unconfirmed)
 
     def _handle_in_outage(
-        self, channel: str, opcode: int, payload: bytes, publisher: Rejectable
+        self, channel: str, opcode: int, payload: bytes, publisher: Publisher
     ) -> None:
         if self.relays_locally:
             self._deliver_locally(channel, opcode, payload)
@@ -813,7 +815,7 @@ class ReplicatedBackplane:
         epoch, offset, index = self._position
         self._position = Position(epoch, offset, index + 1)
         self.counters.local += 1
-        self._deliver(LogEntry(self._position, channel, opcode, payload))
+        self._deliver([LogEntry(self._position, channel, opcode, payload)])
 
     def _record_failure(self, action: str, error: Exception) -> None:
         texts = self._failures.setdefault(action, set())

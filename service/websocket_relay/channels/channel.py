@@ -10,27 +10,24 @@ Knows no broker, no history and no protocol.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from websocket_relay.backplane.interface import Backplane, LogEntry
-from websocket_relay.channels.batch import (
-    Batch,
-    DeliveryFormat,
-    RecipientGroups,
-    encode_notice,
-    format_of,
-)
-from websocket_relay.wire.connection import Connection, Publisher
+from websocket_relay.channels.batch import Batch, Recipients
+from websocket_relay.messages import Message, Publisher
+from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
+from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.time_slicer import SlicedWork
 
+if TYPE_CHECKING:
+    from websocket_relay.channels.recovery import Recovery
+
 WRITES_PER_CLOCK_CHECK = 32  # a write of little data takes some microseconds
 BYTES_PER_CLOCK_CHECK = 131_072  # the kernel copies about this much in the same time
-
-POINTER_BYTES = 8
 
 DELAY_POLL_S = 0.02  # interval between two checks of a delayed batch
 MAX_DELAY_S = 2.0  # longest delay of a batch for slow members
@@ -52,8 +49,11 @@ class ChannelHost(Protocol):
     shared: ConnectionContext
     backplane: Backplane
 
+    def append(self, channel: str, messages: Sequence[Message], publisher: Publisher) -> None:
+        """Append messages to the log, and count them."""
+
     def schedule(self, work: SlicedWork) -> None:
-        """Add work to the time slicer. It must not be scheduled already."""
+        """Add work to the time slicer."""
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
         """Call `callback` after `delay_s` seconds."""
@@ -88,18 +88,13 @@ class Channel:
         self.name = name
         self._host = host
         self._shared = host.shared
-        self._backplane = host.backplane
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._high_water_mark = HighWaterMark(pending_limit_bytes)
-        self._publish_limits = (
-            self._high_water_mark,
-            self._shared.pending_fan_out,
-            self._shared.pending_appends,
-        )
+        self.publish_limits = (self._high_water_mark, *self._shared.publish_limits)
         self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
-        self._recovering: set[Connection] = set()  # subscribing: not members before their replay
-        self._groups: RecipientGroups | None = None  # snapshot of the members; None: outdated
+        self._recoveries: dict[Connection, Recovery] = {}  # of clients that are not members yet
+        self._recipients: Recipients | None = None  # snapshot of the members; None: outdated
         self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
         self._queue: deque[Batch | Callable[[], None]] = deque()
         # Members with a full socket: drained bytes at the last check, and time of the last change.
@@ -111,73 +106,71 @@ class Channel:
     def __len__(self) -> int:
         return sum(map(len, self._members.values()))
 
-    # MessageSink of the members' connections
-
-    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Publish a client's message to all members, on every replica."""
-        counters = self._shared.counters
-        counters.messages += 1
-        counters.received_bytes += len(payload)
-        self._backplane.append(self.name, opcode, payload, client)
-        self.pause_if_over_limit(client)
-
-    def pause_if_over_limit(self, client: Publisher) -> None:
-        """Pause reading from a publisher while a high-water mark is exceeded."""
-        for mark in self._publish_limits:
-            if mark.is_exceeded and mark.pause_publisher(client):
-                self._shared.counters.publisher_pauses += 1
-
-    @property
-    def high_water_mark(self) -> HighWaterMark:
-        """The bound on the channel's bytes that are pending fan-out."""
-        return self._high_water_mark
-
-    def add_recovering(self, client: Connection) -> None:
+    def add_recovery(self, client: Connection, recovery: "Recovery") -> None:
         """Keep the channel for a client in recovery: it joins later, and may publish already."""
-        self._recovering.add(client)
+        self._recoveries[client] = recovery
 
     def add_member(self, client: Connection) -> None:
         """Add a member: it is sent all that is published from now on."""
-        self._recovering.discard(client)
-        self._members.setdefault(format_of(client), {})[client] = None
+        self._members.setdefault(client.delivery_format, {})[client] = None
         self._on_members_changed()
+        if self._recoveries.pop(client, None) is not None and client.memory_bytes:
+            self.on_backlog_started(client)
+
+    # MessageSink of the clients' connections
+
+    def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
+        """Publish a client's messages to all members, on every replica."""
+        self._host.append(self.name, messages, publisher)
+        self.pause_if_over_limit(publisher)
+
+    def pause_if_over_limit(self, publisher: WireProtocol) -> None:
+        """Pause reading from a publisher while a high-water mark is exceeded."""
+        for mark in self.publish_limits:
+            if mark.is_exceeded and mark.pause_publisher(publisher):
+                self._shared.counters.publisher_pauses += 1
 
     def detach_connection(self, client: Connection) -> None:
         """Remove a client. Batches that still name it are counted as drops when written."""
-        if client in self._recovering:
-            self._recovering.discard(client)
+        if recovery := self._recoveries.pop(client, None):
+            recovery.cancel()
         else:
-            delivery_format = format_of(client)
-            group = self._members[delivery_format]
+            group = self._members[client.delivery_format]
             del group[client]
             if not group:
-                del self._members[delivery_format]
+                del self._members[client.delivery_format]
             self._on_members_changed()
-        for mark in self._publish_limits:
-            mark.resume_publisher(client)
+        for mark in self.publish_limits:
+            mark.resume_publisher(client.protocol)
         self._slow_members.pop(client, None)
         self._delay_repaid_at.pop(client, None)
-        if not self._members and not self._recovering:
+        if not self._members and not self._recoveries:
             self._host.remove_channel(self)
 
     def on_backlog_started(self, client: Connection) -> None:
         """Mark a member as slow: its socket is full."""
-        self._slow_members[client] = (0, perf_counter())
+        if recovery := self._recoveries.get(client):
+            recovery.pause()
+        else:
+            self._slow_members[client] = (0, perf_counter())
 
     def on_backlog_drained(self, client: Connection) -> None:
         """Clear the mark: the member's send backlog is empty."""
-        self._slow_members.pop(client, None)
+        if recovery := self._recoveries.get(client):
+            recovery.resume()
+        else:
+            self._slow_members.pop(client, None)
 
-    def call_when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was published so far has been written."""
-        self._backplane.when_settled(lambda: self._when_queue_is_written(act))
+    def call_when_written(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once all that was published so far has been written."""
+        self._host.backplane.when_settled(lambda: self._when_queue_is_written(callback))
 
-    def _when_queue_is_written(self, act: Callable[[], None]) -> None:
+    def _when_queue_is_written(self, callback: Callable[[], None]) -> None:
         if not self._queue:
-            act()
+            callback()
             return
         self._open_batch = None
-        self._queue.append(act)
+        self._queue.append(callback)
 
     # Fan-out
 
@@ -186,11 +179,11 @@ class Channel:
         if not self._members:  # clients in recovery read the entry from the history
             return
         batch = self._open_batch or self._start_batch()
-        added_bytes = batch.add(entry)
-        self._high_water_mark.bytes += added_bytes
-        self._shared.pending_fan_out.bytes += added_bytes
-        self._shared.counters.expected_deliveries += batch.recipient_count
-        if batch.plain_bytes >= self._batch_limit_bytes:
+        memory_bytes = batch.add(entry)
+        self._high_water_mark.bytes += memory_bytes
+        self._shared.pending_fan_out.bytes += memory_bytes
+        self._shared.counters.expected_deliveries += batch.recipients.count
+        if batch.frame_bytes >= self._batch_limit_bytes:
             self._open_batch = None
 
     def send_notice(self, notice: Mapping[str, object]) -> None:
@@ -200,46 +193,73 @@ class Channel:
     def _write_notice(self, notice: Mapping[str, object]) -> None:
         for delivery_format, group in self._members.items():
             if delivery_format.sends_positions:
-                data = encode_notice(notice, delivery_format)
+                data = delivery_format.encode_notice(notice)
                 self._shared.write(list(group), data, messages=0)
 
-    def fan_out(self, until: float) -> bool:
-        """Write batches from the queue, for one time slice.
+    def _start_batch(self) -> Batch:
+        recipients = self._recipients
+        if recipients is None:
+            recipients = self._recipients = Recipients(self._members.items())
+        if not recipients.batches:
+            self._adjust_pending(recipients.memory_bytes)
+        recipients.batches += 1
+        self._open_batch = batch = Batch(recipients, perf_counter())
+        if not self._queue:
+            self._host.schedule(self._fan_out())
+        self._queue.append(batch)
+        return batch
 
-        Args:
-            until: end of the slice, by `time.perf_counter`; checked after one step of writes at
-                the earliest.
-
-        Returns:
-            Whether there is nothing left to do for now.
-        """
+    def _fan_out(self) -> Iterator[None]:
+        """Write the batches of the queue, one step of writes at a time, until it is empty."""
         while self._queue:
             batch = self._queue[0]
             if not isinstance(batch, Batch):
-                self._queue.popleft()
                 batch()
-                if perf_counter() > until:
-                    return not self._queue
-                continue
-            if self._open_batch is batch:
-                self._open_batch = None
-            if self._slow_members and not batch.is_started and self._must_delay(batch):
-                self._host.call_later(DELAY_POLL_S, lambda: self._host.schedule(self.fan_out))
-                return True
-            memory_bytes = batch.memory_bytes
-            is_written = self._write(batch, until)
-            self._adjust_pending(batch.memory_bytes - memory_bytes)
-            if not is_written:
-                return False
-            self._finish_batch(batch)
-            if perf_counter() > until:
-                return not self._queue
-        return True
+                self._queue.popleft()
+            elif self._slow_members and self._must_delay(batch):
+                self._host.call_later(DELAY_POLL_S, lambda: self._host.schedule(self._fan_out()))
+                return
+            else:
+                if self._open_batch is batch:
+                    self._open_batch = None
+                yield from self._write(batch)
+                self._queue.popleft()
+                self._finish_batch(batch)
+            # The end follows at once where nothing is left: the next batch schedules this anew.
+            if self._queue:
+                yield
+
+    def _write(self, batch: Batch) -> Iterator[None]:
+        """Encode a batch for each group of its recipients, and write it to the group."""
+        message_count = len(batch.entries)
+        for index, (delivery_format, clients) in enumerate(batch.recipients.groups):
+            if index:
+                yield
+            parts: list[bytes] = []
+            for part in delivery_format.encode_messages(batch.entries, self._deflate_from_bytes):
+                if parts:
+                    yield
+                self._adjust_pending(len(part))
+                parts.append(part)
+            encoded = parts[0] if len(parts) == 1 else b"".join(parts)
+            step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
+            for start in range(0, len(clients), step):
+                if start:
+                    yield
+                self._shared.write(clients[start : start + step], encoded, message_count)
+            self._adjust_pending(-len(encoded))
+
+    def _finish_batch(self, batch: Batch) -> None:
+        self._host.observe_delivery(perf_counter() - batch.opened_at)
+        self._adjust_pending(-batch.memory_bytes)
+        batch.recipients.batches -= 1
+        if not batch.recipients.batches:
+            self._adjust_pending(-batch.recipients.memory_bytes)
 
     # Inside
 
     def _on_members_changed(self) -> None:
-        self._groups = None
+        self._recipients = None
         self._open_batch = None
 
     def _adjust_pending(self, size: int) -> None:
@@ -250,48 +270,6 @@ class Channel:
         elif size:
             self._high_water_mark.drained(-size)
             self._shared.pending_fan_out.drained(-size)
-
-    def _start_batch(self) -> Batch:
-        groups_bytes = 0
-        if self._groups is None:
-            self._groups = [(key, list(group)) for key, group in self._members.items()]
-            groups_bytes = POINTER_BYTES * len(self)
-            self._adjust_pending(groups_bytes)
-        self._open_batch = batch = Batch(self._groups, groups_bytes, perf_counter())
-        if not self._queue:
-            self._host.schedule(self.fan_out)
-        self._queue.append(batch)
-        return batch
-
-    def _write(self, batch: Batch, until: float) -> bool:
-        """Write a batch to one group after the other until the slice ends; return if it is done."""
-        while True:
-            if not batch.encode(self._deflate_from_bytes, until):
-                return False
-            if not self._write_to_group(batch, until):
-                return False
-            if not batch.advance_group():
-                return True
-            if perf_counter() > until:
-                return False
-
-    def _write_to_group(self, batch: Batch, until: float) -> bool:
-        """Write a batch to its current group until the slice ends; return whether it is done."""
-        encoded, recipients = batch.encoded, batch.recipients
-        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
-        index, end = batch.next_index, len(recipients)
-        while index < end:
-            self._shared.write(recipients[index : index + step], encoded, batch.message_count)
-            index += step
-            if perf_counter() > until:
-                break
-        batch.next_index = index
-        return index >= end
-
-    def _finish_batch(self, batch: Batch) -> None:
-        self._queue.popleft()
-        self._host.observe_delivery(perf_counter() - batch.opened_at)
-        self._adjust_pending(-batch.memory_bytes)
 
     # Delay policy. If a slow member still drains, and the next batch would not fit into its send
     # backlog, the channel delays the batch until it fits. Flow control pauses the publishers in
@@ -306,7 +284,7 @@ class Channel:
         # The size is that of plain frames: a batch that fits once compressed may be delayed in
         # vain.
         full = [
-            client for client in draining if client.backlog_bytes + batch.plain_bytes > limit_bytes
+            client for client in draining if client.backlog_bytes + batch.frame_bytes > limit_bytes
         ]
         if full and self._may_delay(full, len(draining) * 2 >= len(self), now):
             return True

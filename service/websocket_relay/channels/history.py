@@ -17,11 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from websocket_relay.backplane.interface import START, LogEntry, Position
+from websocket_relay.backplane.interface import ENTRY_BYTES, START, LogEntry, Position
 from websocket_relay.channels.usage_ranking import Usage, UsageRanking
-
-ENTRY_BYTES = 320
-"""Memory of a message besides its payload: its objects and its list slot."""
 
 CHANNEL_BYTES = 600
 """Memory of a channel that has messages: its list, its two usages and its entries in the tables."""

@@ -8,16 +8,15 @@ at the client's own pace.
 Knows no broker, no HTTP and no other member of the channel.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from time import monotonic, perf_counter
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
 from typing import NamedTuple
 
 from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
-from websocket_relay.channels.batch import encode_entries, encode_notice, format_of
 from websocket_relay.channels.channel import Channel, ChannelHost
 from websocket_relay.channels.history import History
 from websocket_relay.outcomes import Close
-from websocket_relay.wire.connection import Connection, Publisher
+from websocket_relay.wire.connection import Connection
 
 REPLAY_CHUNK_BYTES = 65_536  # of payload in one write
 REPLAY_CHUNK_MESSAGES = 256  # in one write
@@ -34,20 +33,18 @@ class ReplayRequest(NamedTuple):
         since: replay all messages after this position; None: not requested.
         history_count: replay the channel's latest messages, up to this many; ignored if `since` is
             given.
-        sends_positions: the client uses relay.v1, and is sent a welcome.
     """
 
     since: Position | None
     history_count: int
-    sends_positions: bool
 
 
 class Recovery:
-    """The replay for one client. It is the sink of the client's connection in the meantime.
+    """The replay for one client, which publishes to its channel, and joins it after the replay.
 
     Args:
         client: the connection in recovery.
-        channel: the channel that it joins after the replay.
+        channel: the channel that it joins.
         request: what to replay.
         host: the broadcaster.
         history: the messages to replay.
@@ -71,83 +68,51 @@ class Recovery:
         self._deflate_from_bytes = deflate_from_bytes
         self._cursor: Position | None = None  # replayed up to here; None: not known yet
         self._is_recovered = True
-        self._needs_welcome = request.sends_positions
+        self._needs_welcome = True
         self._started_at = monotonic()
         self._is_socket_full = False
         self._is_finished = False
         self._is_scheduled = False
-        channel.add_recovering(client)
+        channel.add_recovery(client, self)
         if not self._is_since_unread():
             # Chosen now: the client's own messages come after those that it missed.
             self._cursor = self._choose_start()
 
     def start_replay(self) -> None:
-        """Schedule the first slice of the replay."""
-        self._schedule()
+        """Schedule the replay, unless it is scheduled."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._host.schedule(self._replay())
 
-    # MessageSink of the client's connection
-
-    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Publish a message, though its publisher is not subscribed yet."""
-        self._channel.publish(client, opcode, payload)
-
-    def pause_if_over_limit(self, client: Publisher) -> None:
-        """Pause reading from a publisher while a high-water mark is exceeded."""
-        self._channel.pause_if_over_limit(client)
-
-    def call_when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` once all that was published so far has been written to the members."""
-        self._channel.call_when_written(act)
-
-    def detach_connection(self, client: Connection) -> None:
-        """End the recovery: the client disconnects."""
-        self._is_finished = True
-        self._channel.detach_connection(client)
-
-    def on_backlog_started(self, client: Connection) -> None:
+    def pause(self) -> None:
         """Pause the replay: the client's socket is full."""
         self._is_socket_full = True
 
-    def on_backlog_drained(self, client: Connection) -> None:
+    def resume(self) -> None:
         """Resume the replay: the client's send backlog is empty."""
         self._is_socket_full = False
-        self._schedule()
+        self.start_replay()
 
-    # Replay
+    def cancel(self) -> None:
+        """End the recovery: the client disconnects."""
+        self._is_finished = True
 
-    def replay_slice(self, until: float) -> bool:
-        """Write some of the replay, for one time slice.
-
-        Args:
-            until: end of the slice, by `time.perf_counter`; checked after one write.
-
-        Returns:
-            Whether there is nothing left to do for now.
-        """
-        is_done = self._replay_until(until)
-        self._is_scheduled = not is_done
-        return is_done
-
-    def _schedule(self) -> None:
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._host.schedule(self.replay_slice)
-
-    def _replay_until(self, until: float) -> bool:
+    def _replay(self) -> Iterator[None]:
+        """Make one write at a time, until the client is a member or can't be written to."""
+        sends_positions = self._client.delivery_format.sends_positions
         while not self._is_finished and not self._is_socket_full:
             if self._cursor is None:
                 if self._is_since_unread():
                     self._wait_for_tail()
-                    return True
+                    break
                 self._cursor = self._choose_start()
-            if self._needs_welcome:
+            if sends_positions and self._needs_welcome:
                 self._needs_welcome = False
                 self._send_welcome(self._cursor)
             else:
                 self._cursor = self._send_after(self._cursor)
-            if perf_counter() > until:
-                return self._is_finished or self._is_socket_full
-        return True
+            yield
+        self._is_scheduled = False
 
     def _is_since_unread(self) -> bool:
         """Return whether the log may hold the position `since`, not read by this replica yet.
@@ -168,7 +133,7 @@ class Recovery:
             # client has to try another replica.
             self._client.close(Close.BACKPLANE_UNAVAILABLE)
         else:
-            self._host.call_later(TAIL_POLL_S, self._schedule)
+            self._host.call_later(TAIL_POLL_S, self.start_replay)
 
     def _choose_start(self) -> Position:
         """Return the position after which the replay starts; count whether recovery is complete."""
@@ -198,7 +163,7 @@ class Recovery:
         )
 
     def _send_notice(self, notice: Mapping[str, object]) -> None:
-        data = encode_notice(notice, format_of(self._client))
+        data = self._client.delivery_format.encode_notice(notice)
         self._host.shared.write([self._client], data, messages=0)
 
     def _send_after(self, cursor: Position) -> Position:
@@ -208,7 +173,7 @@ class Recovery:
             The new cursor.
         """
         name, floor = self._channel.name, self._history.floor
-        if self._request.sends_positions and floor > cursor:
+        if self._client.delivery_format.sends_positions and floor > cursor:
             # The log has lost messages in the meantime, right after the cursor or later: the
             # replay up to the floor would be incomplete. A client that is sent no notices gets
             # what there is, as members do.
@@ -220,21 +185,18 @@ class Recovery:
             return cursor
         chunk = _first_chunk(self._history.entries_after(name, cursor, REPLAY_CHUNK_MESSAGES))
         if not chunk:
-            self._join_channel()
+            self._is_finished = True
+            self._channel.add_member(self._client)
             return cursor
         self._write(chunk)
         return chunk[-1].position
 
     def _write(self, chunk: Sequence[LogEntry]) -> None:
         shared = self._host.shared
-        data = b"".join(encode_entries(chunk, format_of(self._client), self._deflate_from_bytes))
+        delivery_format = self._client.delivery_format
+        data = b"".join(delivery_format.encode_messages(chunk, self._deflate_from_bytes))
         shared.counters.expected_deliveries += len(chunk)
         shared.write([self._client], data, messages=len(chunk))
-
-    def _join_channel(self) -> None:
-        self._is_finished = True
-        self._client.switch_sink(self._channel)
-        self._channel.add_member(self._client)
 
 
 def _first_chunk(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:

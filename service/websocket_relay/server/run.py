@@ -33,7 +33,7 @@ from websocket_relay.server.signals import Stop
 from websocket_relay.server.sockets import inherited_socket, tcp_sockets, unix_socket
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.http_protocol import HttpProtocol
-from websocket_relay.wire.websocket import WebSocketConnection
+from websocket_relay.wire.websocket import new_websocket
 
 if TYPE_CHECKING:
     from websocket_relay.admission.jwks import Jwks
@@ -324,7 +324,7 @@ def _relay_listener(
         timeout_keep_alive=server.keepalive_timeout_s,
         proxy_protocol=server.proxy_protocol,
         http=functools.partial(HttpProtocol, shared=relay.shared, plain=relay.http_connections),
-        ws=functools.partial(WebSocketConnection, shared=relay.shared),
+        ws=functools.partial(new_websocket, shared=relay.shared),
     )
 
 

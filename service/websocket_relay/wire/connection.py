@@ -1,19 +1,26 @@
-"""Own one client's connection: its writes, its backlog, its closing. Knows no protocol.
+"""Own one client's connection: its writes, its backlog, its end. Knows no protocol.
 
-`websocket` and `sse` are the protocols: what a client is sent, and how its connection closes. The
-rest is the same for both, and the channels see this class only.
+What differs between WebSockets and event streams is in a `WireProtocol` that each connection has.
+When a connection closes, and how, is in the table of `close_states`, for both.
 """
 
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
-from enum import Enum, auto
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
-from websocket_relay.outcomes import Close, Drop
+from websocket_relay.messages import Message, Pausable, Publisher
+from websocket_relay.outcomes import Close, Drop, Refusal
+from websocket_relay.wire.close_states import (
+    TRANSITIONS,
+    CloseAction,
+    ConnectionEvent,
+    ConnectionState,
+)
 from websocket_relay.wire.context import ConnectionContext
-from websocket_relay.wire.deflate import PLAIN
+from websocket_relay.wire.delivery_format import PLAIN_FORMAT, DeliveryFormat
+from websocket_relay.wire.publish_policy import PublishPolicy
 from websocket_relay.wire.send_backlog import SendBacklog
 
 log = logging.getLogger(__name__)
@@ -25,30 +32,51 @@ TLS_RECORD_BYTES = 16_384
 """The same with TLS: the maximum payload of a record (RFC 8446 section 5.1)."""
 
 
-class Publisher(Protocol):
-    """A connection that publishes, as a sink sees it."""
+class WireProtocol(Publisher, Pausable, Protocol):
+    """A protocol of one connection. It is the publisher of the client's messages, too."""
 
-    def pause_reading(self) -> None:
-        """Stop reading until `resume_reading` was called as often."""
+    @property
+    def has_unparsed(self) -> bool:
+        """Whether bytes were read from the client that are not parsed yet."""
 
-    def resume_reading(self) -> None:
-        """Undo one `pause_reading`."""
+    @property
+    def has_closing_handshake(self) -> bool:
+        """Whether a client answers a close."""
 
-    def fail_publish(self, *, is_unconfirmed: bool) -> None:
-        """Close the connection: its message could not be relayed.
+    def data_received(self, data: bytes) -> None:
+        """Process bytes from the client."""
+
+    def start_parsing(self, sink: "MessageSink") -> None:
+        """Pass the client's messages to a sink from now on."""
+
+    def stop_parsing(self) -> None:
+        """Parse nothing more."""
+
+    def encode_close(self, why: Close, retry_ms: int | None) -> bytes:
+        """Return what closes the connection on the wire.
 
         Args:
-            is_unconfirmed: whether the message may have been relayed all the same.
+            why: the close code and reason.
+            retry_ms: after which time the client should reconnect; None: no hint.
         """
+
+    def count_complete_messages(self, batch: bytes, end: int) -> int:
+        """Return how many messages end within the first `end` bytes of a batch."""
+
+    def ping(self, frame: bytes, now: float) -> None:
+        """Send a keepalive: `frame`, where the protocol has frames."""
+
+    def is_ping_overdue(self, since: float) -> bool:
+        """Return whether a ping sent at `since` or before is still unanswered."""
 
 
 class MessageSink(Protocol):
     """Receives a connection's messages and state changes. Never blocks, never raises."""
 
-    def publish(self, client: Publisher, opcode: int, payload: bytes) -> None:
-        """Publish a complete message of the client."""
+    def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
+        """Publish complete messages of a client."""
 
-    def pause_if_over_limit(self, client: Publisher) -> None:
+    def pause_if_over_limit(self, publisher: WireProtocol) -> None:
         """Pause a client that has more to publish, if too much waits to be written."""
 
     def detach_connection(self, client: "Connection") -> None:
@@ -79,91 +107,99 @@ class _ClosedTransport(asyncio.Transport):
     def abort(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
+    def can_write_eof(self) -> bool:
+        return False
+
     def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
         pass
 
 
 CLOSED_TRANSPORT = _ClosedTransport()
 
 
-class ConnectionState(Enum):
-    """The states of a connection."""
-
-    HANDSHAKE = auto()  # the upgrade is neither accepted nor refused
-    OPEN = auto()
-    CLOSE_PENDING = auto()  # parsing has stopped; our close frame follows the pending deliveries
-    CLOSING = auto()  # our close frame is sent, the client's is awaited
-    DISCARDING = auto()  # input is discarded, nothing more is sent; TCP's end is awaited
-    LOST = auto()  # the TCP connection has ended
-
-
 class Connection(asyncio.Protocol):
-    """One client's connection, from the upgrade on.
+    """One client's connection, from the upgrade on: a member of a channel, and what it is sent.
 
     Args:
         shared: bounds and counters.
+        protocol: creates the protocol of the connection.
 
     Attributes:
-        write: sends a batch, and never blocks. It is the transport's own write while nothing
-            waits, the backlog's while the connection lags, and a drop counter once the connection
-            has left its sink.
-        encoding: the encoding of its deliveries, see `deflate` and `sse.SSE`.
-        sends_positions: whether each of its messages begins with its position in the log.
+        state: see `close_states`.
+        transport: the transport; one that does nothing once TCP has ended.
+        protocol: what the client speaks.
+        delivery_format: how its messages are encoded.
+        publish_policy: what the client may publish; None: anything.
         sends_heartbeats: whether its client was sent a welcome, and is sent heartbeats.
+        has_input_ended: whether nothing more is read: after EOF (TCP's FIN or TLS's close_notify), or
+            after TCP's end.
+        write: sends a batch, and never blocks: the transport's own write. None while the
+            connection lags, and once it has left its sink: `queue_or_drop` then.
     """
 
     __slots__ = (
         "_backlog",
         "_chunk_bytes",
+        "_close_frame",
         "_close_reason",
         "_deadline_timer",
         "_expiry_timer",
-        "_has_received_eof",
         "_is_member",
         "_on_lost",
-        "_shared",
         "_sink",
-        "_state",
-        "_transport",
         "_write_now",
-        "encoding",
+        "data_received",
+        "delivery_format",
+        "has_input_ended",
+        "protocol",
+        "publish_policy",
         "sends_heartbeats",
-        "sends_positions",
+        "shared",
+        "state",
+        "transport",
         "write",
     )
 
-    write: Callable[[bytes], None]
+    # The protocol's own: one call less for each read.
+    data_received: Callable[[bytes], None]  # type: ignore[assignment]
+    write: Callable[[bytes], None] | None
 
-    @staticmethod
-    def count_complete_messages(batch: bytes, end: int) -> int:
-        """Return how many messages end within the first `end` bytes of a batch."""
-        raise NotImplementedError
-
-    def __init__(self, shared: ConnectionContext) -> None:
-        self._shared = shared
-        self._state = ConnectionState.HANDSHAKE
-        self._transport: asyncio.Transport
+    def __init__(
+        self, shared: ConnectionContext, protocol: "Callable[[Connection], WireProtocol]"
+    ) -> None:
+        self.shared = shared
+        self.state = ConnectionState.HANDSHAKE
+        self.transport: asyncio.Transport
         self._write_now: Callable[[bytes], None]
         self._chunk_bytes = CHUNK_BYTES
         self._sink: MessageSink | None = None
         self._is_member = False  # of the sink, which writes to the client
         self._backlog: SendBacklog | None = None
-        self._has_received_eof = False  # TCP's FIN, or TLS's close_notify
+        self.has_input_ended = False
         self._deadline_timer: asyncio.TimerHandle | None = None
-        self._close_reason: Close | None = None
+        self._close_reason: Close | None = None  # the first one counts
+        self._close_frame = b""
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], None] | None = None
-        self.encoding = PLAIN
-        self.sends_positions = False
+        self.delivery_format = PLAIN_FORMAT
+        self.publish_policy: PublishPolicy | None = None
         self.sends_heartbeats = False
-        self.write = shared.drop_disconnected
+        self.write = None
+        self.protocol = protocol(self)
+        self.data_received = self.protocol.data_received
 
-    # Lifetime
+    # Handshake
 
     @property
-    def has_unparsed(self) -> bool:
-        """Whether bytes were read from the client that are not parsed yet."""
-        return False
+    def in_handshake(self) -> bool:
+        """Whether the upgrade is neither accepted nor refused yet."""
+        return self.state is ConnectionState.HANDSHAKE
 
     @property
     def has_sink(self) -> bool:
@@ -172,9 +208,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         is_tls = transport.get_extra_info("ssl_object") is not None
-        self._write_now = self._write_records if is_tls else self._transport.write
+        self._write_now = self._write_records if is_tls else self.transport.write
         self._chunk_bytes = TLS_RECORD_BYTES if is_tls else CHUNK_BYTES
 
     def open(self, response: bytes, encoding: int) -> None:
@@ -182,43 +218,44 @@ class Connection(asyncio.Protocol):
 
         Args:
             response: the whole response head.
-            encoding: the encoding of deliveries, see `deflate` and `sse.SSE`.
+            encoding: see `delivery_format`.
         """
-        shared = self._shared
-        self._state = ConnectionState.OPEN
-        self.encoding = encoding
+        shared = self.shared
+        self.delivery_format = DeliveryFormat.of(encoding, sends_positions=False)
         self._cancel_deadline()
         shared.clients.register(self)
         shared.counters.connections += 1
-        self._transport.write(response)
+        self._handle(ConnectionEvent.ACCEPT)
+        self.transport.write(response)
         # With a high-water mark of 1 byte, the transport calls pause_writing in the write that
         # fills the socket; see SendBacklog. With uvloop, write() then also writes at once rather
         # than at the end of the loop iteration, so a slice's duration is that of its system calls.
-        self._transport.set_write_buffer_limits(high=1, low=0)
+        self.transport.set_write_buffer_limits(high=1, low=0)
         if self._backlog is not None:  # responses sent before the upgrade fill the socket
-            self.start_backlog(response, 0)
+            self._start_backlog_of_control(response)
+
+    def reject_upgrade(self, response: bytes) -> None:
+        """Answer the upgrade with an HTTP response and close the connection."""
+        if self.state is ConnectionState.HANDSHAKE:
+            self.protocol.stop_parsing()
+            self.transport.write(response)
+            self._handle(ConnectionEvent.REFUSE)
 
     def attach_sink(self, sink: MessageSink) -> None:
-        """Attach a sink, which writes to the client from now on."""
+        """Attach a sink, which writes to the client from now on; publish what has arrived."""
         self._sink = sink
         self._is_member = True
         if self._backlog is None:
             self.write = self._write_now
         else:
-            self.write = self._write_to_backlog
             sink.on_backlog_started(self)
-
-    def switch_sink(self, sink: MessageSink) -> None:
-        """Send all further messages to another sink. The previous one gets no more calls."""
-        self._sink = sink
-        if self._backlog is not None:
-            sink.on_backlog_started(self)
+        self.protocol.start_parsing(sink)
 
     def start_expiry_timer(self, seconds: float) -> None:
         """Close the connection after `seconds` (code 3000), unless it has closed by then."""
         # uvloop rounds to milliseconds: one more, so that the timer never fires early.
         self._expiry_timer = asyncio.get_running_loop().call_later(
-            seconds + 0.001, self._on_token_expired
+            seconds + 0.001, self.queue_close, Close.TOKEN_EXPIRED
         )
 
     def when_lost(self, callback: Callable[[], None]) -> None:
@@ -226,62 +263,213 @@ class Connection(asyncio.Protocol):
         self._on_lost = callback
 
     def start_deadline(self, seconds: float) -> None:
-        """Abort the connection unless it makes progress within `seconds`."""
+        """End the connection unless it makes progress within `seconds`."""
         self._cancel_deadline()
         self._deadline_timer = asyncio.get_running_loop().call_later(seconds, self._on_deadline)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Release the backlog and count it. Called once and last, in every case."""
-        # Batches may refer to this object for a while, which must not keep TLS's buffers in memory.
-        self._transport = CLOSED_TRANSPORT
-        self._write_now = CLOSED_TRANSPORT.write
-        self._detach_from_sink()
-        self._cancel_deadline()
-        if self._backlog is not None:
-            # How much was sent before the loss is unknown: what was not seen to leave is a drop.
-            self._discard_backlog(self._backlog, sys.maxsize)
+    # The end
 
-    # Closing and keepalive
+    def close(self, why: Close, retry_ms: int | None = None) -> None:
+        """Close the connection now; its client has `deadline_s` to answer.
 
-    def close(self, why: Close, reason: str = "") -> None:
-        """Close the connection; the reason on the wire is `reason`, or else `why.reason`."""
-        raise NotImplementedError
+        Messages that the client sends until it answers are still relayed. If a close frame is
+        queued already, that one is sent now instead.
 
-    def ping(self, frame: bytes, now: float) -> None:
-        """Send a keepalive: `frame`, where the protocol has frames."""
-        raise NotImplementedError
+        Args:
+            why: the close code and the metric label.
+            retry_ms: after which time the client should reconnect; None: no hint.
+        """
+        if self.state is ConnectionState.OPEN:
+            self._close_frame = self.protocol.encode_close(why, retry_ms)
+        self._handle(ConnectionEvent.CLOSE, why)
+        if self.state is ConnectionState.CLOSING and not self.protocol.has_closing_handshake:
+            self._handle(ConnectionEvent.QUEUE_CLOSE)
 
-    def is_ping_overdue(self, since: float) -> bool:
-        """Return whether a ping sent at `since` or before is still unanswered."""
-        raise NotImplementedError
-
-    def _on_token_expired(self) -> None:
-        """Close the connection: its token has expired."""
-        raise NotImplementedError
-
-    def close_when_written(self, why: Close, reason: str) -> None:
+    def close_when_written(self, why: Close, retry_ms: int) -> None:
         """Close once everything published for the client so far has been written."""
-        if self._sink is not None and self._state is ConnectionState.OPEN:
-            self._sink.call_when_written(lambda: self.close(why, reason))
+        if self._sink is not None and self.state is ConnectionState.OPEN:
+            self._sink.call_when_written(lambda: self.close(why, retry_ms))
+
+    def queue_close(self, why: Close, frame: bytes = b"") -> None:
+        """Stop parsing, and close after all pending deliveries.
+
+        Args:
+            why: the close reason that is counted, unless there is one already.
+            frame: what closes the connection on the wire; empty: the encoding of `why`.
+        """
+        if self.state is ConnectionState.OPEN:
+            self._close_frame = frame or self.protocol.encode_close(why, None)
+        self._handle(ConnectionEvent.QUEUE_CLOSE, why)
 
     def abort(self, why: Close) -> None:
         """End the TCP connection now; its backlog is dropped and counted."""
-        self._detach(why)
+        self._handle(ConnectionEvent.ABORT, why)
+
+    def abort_slow_consumer(self) -> None:
+        """Abort the connection, so that the memory of its backlog is freed."""
+        self.abort(Close.SLOW_CONSUMER)
+
+    def close_after_write_error(self) -> None:
+        """Close the connection: a write to it raised."""
+        try:
+            self.close(Close.INTERNAL_ERROR)
+        except Exception:
+            log.exception("write failed")
+            self.abort(Close.INTERNAL_ERROR)
+
+    def eof_received(self) -> bool:
+        """Close after the client's EOF: an abnormal closure, if no close frame came before it.
+
+        Returns:
+            Whether the connection stays open to send the client's backlog.
+        """
+        self.has_input_ended = True
+        if self.state is ConnectionState.CLOSE_PENDING:
+            if self.transport.can_write_eof():
+                return True
+            # With TLS, data and EOF arrive in one call. uvloop discards writes from now on, and
+            # takes up to half a minute to close.
+            self._handle(ConnectionEvent.DELIVERED)
+        self._handle(ConnectionEvent.EOF)
+        if not self.protocol.has_unparsed:
+            self.on_input_parsed()
+        return self._stays_open_after_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release the backlog and count it. Called once and last, in every case.
+
+        Bytes that were read before are parsed all the same. Until then the connection counts as
+        established: a client that sends and disconnects must not bypass the limits.
+        """
+        # Batches may refer to this object for a while, which must not keep TLS's buffers in memory.
+        self.transport = CLOSED_TRANSPORT
+        self._write_now = CLOSED_TRANSPORT.write
+        self.has_input_ended = True
+        self._cancel_deadline()
+        self._handle(ConnectionEvent.DISCONNECT)
+        if self._backlog is not None:
+            # How much was sent before the loss is unknown: what was not seen to leave is a drop.
+            self._discard_backlog(self._backlog, sys.maxsize)
+        if not self.protocol.has_unparsed:
+            self.on_input_parsed()
+
+    def on_input_parsed(self) -> None:
+        """Close the connection: the client's side has ended, and all of its bytes are parsed."""
+        self._handle(ConnectionEvent.PARSED, Close.CONNECTION_LOST)
+
+    def ping(self, frame: bytes, now: float) -> None:
+        """Send a keepalive: `frame`, where the protocol has frames."""
+        if self.state is ConnectionState.OPEN:
+            self.protocol.ping(frame, now)
+
+    def is_ping_overdue(self, since: float) -> bool:
+        """Return whether a ping sent at `since` or before is still unanswered."""
+        return self.state is ConnectionState.OPEN and self.protocol.is_ping_overdue(since)
+
+    def _on_deadline(self) -> None:
+        self._deadline_timer = None
+        if self.state is ConnectionState.HANDSHAKE:
+            self.shared.counters.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
+        self._handle(ConnectionEvent.DEADLINE)
+
+    def _handle(self, event: ConnectionEvent, why: Close | None = None) -> None:
+        """Make a transition: enter the next state, then act.
+
+        Args:
+            event: what happens.
+            why: the reason that is counted, unless there is one already.
+        """
+        if self._close_reason is None:
+            is_lost = self.state is ConnectionState.LOST and event is not QUEUE_CLOSE
+            self._close_reason = Close.CONNECTION_LOST if is_lost else why
+        self.state, actions = TRANSITIONS[self.state, event]
+        for action in actions:
+            ACTIONS[action](self)
+
+    def _leave(self) -> None:
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        self.shared.unparsed.resume_publisher(self.protocol)
+        self.write = None
+        if self._is_member and self._sink is not None:
+            self._is_member = False
+            self._sink.detach_connection(self)
+
+    def _stop_parsing(self) -> None:
+        self.protocol.stop_parsing()
+
+    def _send_close(self) -> None:
+        self.write_control(self._close_frame)
+
+    def _await_deliveries(self) -> None:
+        assert self._sink is not None
+        self._sink.call_when_written(lambda: self._handle(ConnectionEvent.DELIVERED))
+
+    def _start_close_deadline(self) -> None:
+        self.start_deadline(self.shared.deadline_s)
+
+    def _end_sending(self) -> None:
+        # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: to close both
+        # with unread bytes in the socket would send a reset, which can cost the client the close
+        # frame. Further input is discarded until the client's FIN, or our deadline.
+        if self._backlog is not None or self.transport.is_closing():
+            return  # FLUSHED follows, or the end
+        if self.transport.can_write_eof() and not self.has_input_ended:
+            self.transport.write_eof()
+        else:  # TLS has no half-close; its shutdown has the same effect
+            self.transport.close()
+
+    def _abort_transport(self) -> None:
         if self._backlog is not None:
             self._discard_backlog(self._backlog, self.backlog_bytes)
-        self._transport.abort()
+        self.transport.abort()
 
-    # Flow control
+    def _release(self) -> None:
+        shared = self.shared
+        if self._on_lost is not None:
+            callback, self._on_lost = self._on_lost, None
+            callback()
+        if shared.clients.unregister(self):
+            assert self._close_reason is not None
+            shared.counters.disconnections += 1
+            shared.counters.closes[self._close_reason] += 1
+            log.debug("client disconnected", extra={"close": self._close_reason.label})
+        self._sink = None
+        # These two reference each other. Nothing calls either of them any more.
+        del self.protocol, self.data_received
+
+    def _stays_open_after_eof(self) -> bool:
+        """Return whether the connection stays open although the client has ended its side.
+
+        TCP's FIN leaves the other direction open for the backlog. uvloop's TLS shuts both
+        directions, and sends only what it was given by now.
+        """
+        backlog = self._backlog
+        if backlog is None:
+            return False
+        if self.transport.can_write_eof():
+            return True
+        if unsent := backlog.take_unsent():
+            self.transport.write(unsent)
+        return False
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+
+    # Writes and the backlog
 
     @property
     def is_closing(self) -> bool:
         """Whether the transport is closing: writes are lost, and `connection_lost` follows."""
-        return self._transport.is_closing()
+        return self.transport.is_closing()
 
     @property
     def backlog_bytes(self) -> int:
         """Bytes that wait for the client to read."""
-        buffered_bytes = self._transport.get_write_buffer_size()
+        buffered_bytes = self.transport.get_write_buffer_size()
         return (
             buffered_bytes if self._backlog is None else self._backlog.unsent_bytes(buffered_bytes)
         )
@@ -297,37 +485,30 @@ class Connection(asyncio.Protocol):
         backlog = self._backlog
         if backlog is None:
             return 0
-        return backlog.drained(self._transport.get_write_buffer_size())
-
-    def pause_reading(self) -> None:
-        """Stop reading from the client until `resume_reading` was called as often."""
-
-    def resume_reading(self) -> None:
-        """Undo one `pause_reading`."""
+        return backlog.drained(self.transport.get_write_buffer_size())
 
     def pause_writing(self) -> None:
         """Start a backlog: the write in progress filled the socket."""
         if self._backlog is not None:
             self._backlog.is_blocked = True
             return
-        self._backlog = SendBacklog(self.count_complete_messages)
+        self._backlog = SendBacklog(self.protocol.count_complete_messages)
+        self.write = None
         if self._is_member and self._sink is not None:
-            self.write = self._write_to_backlog
             self._sink.on_backlog_started(self)
-        if self._shared.is_writing:
-            self._shared.newly_lagging.append(self)
+        self.shared.newly_lagging.append(self)
 
     def start_backlog(self, data: bytes, messages: int) -> None:
         """Queue the write that filled the socket; `pause_writing` does not get its bytes."""
         assert self._backlog is not None
         self._backlog.add_blocked_write(data, messages)
-        self._shared.backlogs.add_slow_consumer(self)
+        self.shared.backlogs.add_slow_consumer(self)
         if messages:
-            self._shared.counters.sent_bytes += len(data)
+            self.shared.counters.sent_bytes += len(data)
 
     def resume_writing(self) -> None:
         """Give the transport the next chunk: the previous one has left for the socket."""
-        backlog, transport, counters = self._backlog, self._transport, self._shared.counters
+        backlog, transport, counters = self._backlog, self.transport, self.shared.counters
         if backlog is None or transport.is_closing():
             return
         backlog.is_blocked = False
@@ -341,108 +522,47 @@ class Connection(asyncio.Protocol):
         if self._is_member and self._sink is not None:
             self.write = self._write_now
             self._sink.on_backlog_drained(self)
-        elif self._state is ConnectionState.DISCARDING:
-            self._half_close()
+        self._handle(ConnectionEvent.FLUSHED)
 
-    def abort_slow_consumer(self) -> None:
-        """Abort the connection, so that the memory of its backlog is freed."""
-        self.abort(Close.SLOW_CONSUMER)
+    def queue_or_drop(self, batch: bytes, messages: int) -> None:
+        """Queue a batch for a lagging connection; count it as dropped if the connection closes.
 
-    def close_after_write_error(self) -> None:
-        """Close the connection: a write to it raised."""
-        try:
-            self.close(Close.INTERNAL_ERROR)
-        except Exception:
-            log.exception("write failed")
-            self.abort(Close.INTERNAL_ERROR)
-
-    # Private
-
-    def _finalize(self) -> None:
-        """Enter the last state, and count the connection as closed."""
-        if self._state is ConnectionState.LOST:
-            return
-        shared = self._shared
-        self._detach(Close.CONNECTION_LOST)
-        self._state = ConnectionState.LOST
-        self._cancel_deadline()
-        if self._on_lost is not None:
-            callback, self._on_lost = self._on_lost, None
-            callback()
-        if shared.clients.unregister(self):
-            assert self._close_reason is not None
-            shared.counters.disconnections += 1
-            shared.counters.closes[self._close_reason] += 1
-            log.debug("client disconnected", extra={"close": self._close_reason.label})
-        self._sink = None
-
-    def _detach(self, why: Close) -> None:
-        """Leave the sink; the first close reason is the one that counts."""
-        self._close_reason = self._close_reason or why
-        self._detach_from_sink()
-
-    def _detach_from_sink(self) -> None:
-        if self._expiry_timer is not None:
-            self._expiry_timer.cancel()
-            self._expiry_timer = None
-        # No bound method of this object: a batch may still refer to it after the connection closed.
-        shared = self._shared
-        shared.unparsed.resume_publisher(self)
-        slow = self._close_reason is Close.SLOW_CONSUMER
-        self.write = shared.drop_slow_consumer if slow else shared.drop_disconnected
-        if self._is_member and self._sink is not None:
-            self._is_member = False
-            self._sink.detach_connection(self)
-
-    def _close_after_flush(self) -> None:
-        # The server closes TCP first (RFC 6455 section 7.1.1), its sending half only: to close both
-        # with unread bytes in the socket would send a reset, which can cost the client the close
-        # frame. Further input is discarded until the client's FIN, or our deadline.
-        if self._transport.is_closing():
-            return
-        self.start_deadline(self._shared.deadline_s)
-        if self._backlog is None:  # otherwise once it is empty: see resume_writing
-            self._half_close()
-
-    def _half_close(self) -> None:
-        if self._transport.can_write_eof() and not self._has_received_eof:
-            self._transport.write_eof()
-        else:  # TLS has no half-close; its shutdown has the same effect
-            self._transport.close()
-
-    def _stays_open_after_eof(self) -> bool:
-        """Return whether the connection stays open although the client has ended its side.
-
-        TCP's FIN leaves the other direction open for the backlog. uvloop's TLS shuts both
-        directions, and sends only what it was given by now.
+        Args:
+            batch: whole frames or events.
+            messages: number of messages in them.
         """
+        shared, backlog = self.shared, self._backlog
+        if self._is_member and backlog is not None:
+            unsent_bytes = self.backlog_bytes
+            if unsent_bytes + len(batch) <= shared.backlogs.limit_bytes:
+                shared.counters.sent_bytes += len(batch)
+                shared.backlogs.record_growth(backlog.add_write(batch, messages))
+                return
+            log.info("slow consumer closed", extra={"backlog_bytes": unsent_bytes})
+            self.close(Close.SLOW_CONSUMER)
+        shared.counters.drops[self._drop_reason] += messages
+
+    def write_control(self, data: bytes) -> None:
+        """Write a control frame after the backlog."""
+        if not data or self.transport.is_closing():
+            return
+        shared = self.shared
         backlog = self._backlog
         if backlog is None:
-            return False
-        if self._transport.can_write_eof():
-            return True
-        if unsent := backlog.take_unsent():
-            self._transport.write(unsent)
-        return False
-
-    def _write_control(self, data: bytes) -> None:
-        """Write a control frame after the backlog."""
-        if not data or self._transport.is_closing():
-            return
-        shared = self._shared
-        backlog = self._backlog
-        if backlog is not None:
-            if (
-                self._state is ConnectionState.OPEN
-                and self.backlog_bytes + len(data) > shared.backlogs.limit_bytes
-            ):
-                self.close(Close.SLOW_CONSUMER)
-                return
+            self._write_now(data)
+            if self._backlog is not None:
+                self._start_backlog_of_control(data)
+        elif (
+            self.state is ConnectionState.OPEN
+            and self.backlog_bytes + len(data) > shared.backlogs.limit_bytes
+        ):
+            self.close(Close.SLOW_CONSUMER)
+        else:
             shared.backlogs.record_growth(backlog.add_write(data, 0))
-            return
-        self._write_now(data)
-        if self._backlog is not None:
-            self.start_backlog(data, 0)
+
+    def _start_backlog_of_control(self, data: bytes) -> None:
+        self.shared.newly_lagging.remove(self)  # not by a fan-out
+        self.start_backlog(data, 0)
 
     def _write_records(self, data: bytes) -> None:
         """Write to a TLS transport, one record's worth at a time (RFC 8446 section 5.1).
@@ -452,30 +572,14 @@ class Connection(asyncio.Protocol):
         64 KiB. So the layer is given at most one record that it can't pass on.
         """
         if len(data) <= TLS_RECORD_BYTES:
-            self._transport.write(data)
+            self.transport.write(data)
             return
         view = memoryview(data)
         for end in range(TLS_RECORD_BYTES, len(data) + TLS_RECORD_BYTES, TLS_RECORD_BYTES):
-            self._transport.write(view[end - TLS_RECORD_BYTES : end])
+            self.transport.write(view[end - TLS_RECORD_BYTES : end])
             if self._backlog is not None:
                 self._backlog.first_chunk_bytes = min(end, len(data))
                 return
-
-    def _write_to_backlog(self, batch: bytes) -> None:
-        """Queue a batch for a lagging connection, or close it if its backlog is full."""
-        shared = self._shared
-        backlog = self._backlog
-        assert backlog is not None
-        buffered_bytes = self.backlog_bytes
-        if buffered_bytes + len(batch) > shared.backlogs.limit_bytes:
-            log.info("slow consumer closed", extra={"backlog_bytes": buffered_bytes})
-            self.close(Close.SLOW_CONSUMER)
-            self.write(batch)  # counts the drop: the connection has left its sink
-            return
-        memory_bytes = backlog.add_write(batch, shared.batch_messages)
-        shared.not_sent += 1
-        shared.counters.sent_bytes += len(batch)
-        shared.backlogs.record_growth(memory_bytes)
 
     @property
     def _drop_reason(self) -> Drop:
@@ -485,16 +589,21 @@ class Connection(asyncio.Protocol):
     def _discard_backlog(self, backlog: SendBacklog, unsent: int) -> None:
         """Discard the backlog; count which of its messages were sent and which never will be."""
         delivered, dropped = backlog.count_sent_messages(unsent)
-        self._shared.counters.deliveries += delivered
-        self._shared.counters.drops[self._drop_reason] += dropped
-        self._shared.backlogs.remove_slow_consumer(self)
+        self.shared.counters.deliveries += delivered
+        self.shared.counters.drops[self._drop_reason] += dropped
+        self.shared.backlogs.remove_slow_consumer(self)
         self._backlog = None
 
-    def _on_deadline(self) -> None:
-        self._deadline_timer = None
-        self._transport.abort()
 
-    def _cancel_deadline(self) -> None:
-        if self._deadline_timer is not None:
-            self._deadline_timer.cancel()
-            self._deadline_timer = None
+QUEUE_CLOSE = ConnectionEvent.QUEUE_CLOSE
+
+ACTIONS: Mapping[CloseAction, Callable[[Connection], None]] = {
+    CloseAction.LEAVE: Connection._leave,
+    CloseAction.STOP_PARSING: Connection._stop_parsing,
+    CloseAction.SEND_CLOSE: Connection._send_close,
+    CloseAction.AWAIT_DELIVERIES: Connection._await_deliveries,
+    CloseAction.START_DEADLINE: Connection._start_close_deadline,
+    CloseAction.END_SENDING: Connection._end_sending,
+    CloseAction.ABORT: Connection._abort_transport,
+    CloseAction.RELEASE: Connection._release,
+}

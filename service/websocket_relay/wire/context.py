@@ -62,13 +62,11 @@ class ConnectionContext:
         self.pending_appends = pending_appends
         self.pending_fan_out = pending_fan_out
         self.clients = ConnectionRegistry()
+        self.publish_limits = (pending_fan_out, pending_appends)
         self.parse_slicer = TimeSlicer()  # of reads that hold more than is parsed at once
         self.paused_connections = 0  # connections that are paused because they publish too fast
-        # The fan-out's write in progress: whether there is one; its number of messages; how many
-        # connections it did not reach at once; and those whose transport could not send all of it.
-        self.is_writing = False
-        self.batch_messages = 0
-        self.not_sent = 0
+        # Connections whose transport could not send all of the write in progress. Its author takes
+        # them out: it knows the bytes.
         self.newly_lagging: list[Connection] = []
 
     def write(self, clients: "Sequence[Connection]", data: bytes, messages: int) -> None:
@@ -78,55 +76,43 @@ class ConnectionContext:
 
         Args:
             clients: the recipients.
-            data: whole frames.
+            data: whole frames or events.
             messages: number of messages in them.
         """
-        self.is_writing = True
-        self.batch_messages = messages
-        self.not_sent = 0
+        sent, lagging = len(clients), self.newly_lagging
         for client in clients:
             # Two steps: CPython 3.11 has a fast path for loading a slot, and none for a call of a
             # slot's value in the same instruction. The try costs nothing there.
             write = client.write
+            if write is None:
+                sent -= 1
+                client.queue_or_drop(data, messages)
+                continue
             try:
                 write(data)
             except Exception:
                 if not client.is_closing:
                     log.exception("write failed")
-                self._handle_write_error(client)
-        if self.newly_lagging:
-            self.not_sent += len(self.newly_lagging)
-            for client in self.newly_lagging:
+                sent -= 1
+                self._drop_failed_write(client, messages)
+        if lagging:
+            sent -= len(lagging)
+            for client in lagging:
                 client.start_backlog(data, messages)
-            self.newly_lagging.clear()
-        sent = len(clients) - self.not_sent
-        self.is_writing = False
-        self.batch_messages = 0
+            lagging.clear()
         self.counters.deliveries += sent * messages
         self.counters.sent_bytes += sent * len(data)
 
     def pause_all_reading(self) -> None:
         """Pause every connection that has nothing unparsed, until the unparsed bytes drain."""
         for client in self.clients:
-            if not client.has_unparsed:
-                self.unparsed.pause_publisher(client)
+            if not client.protocol.has_unparsed:
+                self.unparsed.pause_publisher(client.protocol)
 
-    def drop_disconnected(self, batch: bytes) -> None:
-        """Count a batch as dropped: its connection has closed since it was published."""
-        self._count_drop(Drop.DISCONNECTED)
-
-    def drop_slow_consumer(self, batch: bytes) -> None:
-        """Count a batch as dropped: its connection was closed as a slow consumer."""
-        self._count_drop(Drop.SLOW_CONSUMER)
-
-    def _handle_write_error(self, client: "Connection") -> None:
+    def _drop_failed_write(self, client: "Connection", messages: int) -> None:
         """Count a batch as dropped, because its write raised, and close the connection."""
-        self._count_drop(Drop.DISCONNECTED)
+        self.counters.drops[Drop.DISCONNECTED] += messages
         if not client.is_closing:
             client.close_after_write_error()
         if client in self.newly_lagging:  # by the failed write, or by the close frame
             self.newly_lagging.remove(client)
-
-    def _count_drop(self, why: Drop) -> None:
-        self.not_sent += 1
-        self.counters.drops[why] += self.batch_messages

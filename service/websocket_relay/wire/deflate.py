@@ -13,8 +13,9 @@ from websockets.exceptions import NegotiationError
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.headers import build_extension, parse_extension
 
+from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close
-from websocket_relay.wire.frames import OPCODE, RSV1, ProtocolViolationError, header
+from websocket_relay.wire.frames import RSV1, ProtocolViolationError, header
 
 PLAIN = 0
 """No compression. Other encodings of WebSocket clients are LZ77 window sizes in bits."""
@@ -61,19 +62,19 @@ def negotiate(offers: str) -> tuple[str, int] | None:
 
 
 def deflate_messages(
-    messages: Iterable[tuple[bytes, bytes]], window_bits: int, min_bytes: int
+    messages: Iterable[Message], window_bits: int, min_bytes: int
 ) -> Iterator[bytes]:
     """Encode each message as one frame, compressed if that makes it smaller.
 
     Args:
-        messages: the headers and payloads of the uncompressed frames.
+        messages: the messages.
         window_bits: the size of the LZ77 window, 9 to 15.
         min_bytes: shorter messages are not compressed.
 
     Yields:
         Frames; between the slices of a long message `b""`, so that the caller can check the clock.
     """
-    for frame_header, payload in messages:
+    for kind, payload in messages:
         if len(payload) >= min_bytes:
             deflater = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -window_bits)
             parts = []
@@ -84,9 +85,9 @@ def deflate_messages(
             parts.append(deflater.flush(zlib.Z_SYNC_FLUSH)[: -len(MESSAGE_TAIL)])
             size = sum(map(len, parts))
             if size < len(payload):
-                yield b"".join((header(RSV1 | frame_header[0] & OPCODE, size), *parts))
+                yield b"".join((header(RSV1 | kind, size), *parts))
                 continue
-        yield frame_header + payload
+        yield header(kind, len(payload)) + payload
 
 
 class Inflater:

@@ -4,14 +4,8 @@ TCP does the rest: a publisher that is not read fills its own send buffer and bl
 """
 
 import asyncio
-from typing import Protocol
 
-
-class Pausable(Protocol):
-    """A publisher that can be paused."""
-
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
+from websocket_relay.messages import Pausable
 
 
 class HighWaterMark:
@@ -48,6 +42,16 @@ class HighWaterMark:
             del self._paused[publisher]
             publisher.resume_reading()
 
+    async def wait_below(self) -> None:
+        """Return at once below the high-water mark, else when a publisher would be resumed."""
+        if self.is_exceeded:
+            turn = _Turn()
+            self.pause_publisher(turn)
+            try:
+                await turn.has_come.wait()
+            finally:
+                self.resume_publisher(turn)
+
     def drained(self, size: int) -> None:
         """Subtract processed bytes; resume publishers below the low-water mark."""
         self.bytes -= size
@@ -69,6 +73,18 @@ class HighWaterMark:
         self._is_resuming = bool(self._paused) and self._bytes_below_low_water >= 0
         if self._is_resuming:  # the resumed ones may send nothing: resume more
             asyncio.get_running_loop().call_soon(self._resume_some)
+
+
+class _Turn:
+    """A publisher without a connection, which waits to be resumed once."""
+
+    def __init__(self) -> None:
+        self.has_come = asyncio.Event()
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None:
+        self.has_come.set()
 
 
 RESUMED_READ_BYTES = 65_536

@@ -4,11 +4,15 @@ Server frames are not masked (RFC 6455 section 5.1), so one encoded frame serves
 Knows no connection and no channel.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from struct import Struct
 
+from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION, CLOSE, PING, PONG = 0x0, 0x8, 0x9, 0xA
+"""Opcodes (section 5.2). Those of messages are their kinds: `messages.TEXT` and BINARY."""
 
 FIN = 0x80
 RESERVED = 0x70
@@ -17,6 +21,11 @@ OPCODE = 0x0F
 CONTROL = 0x08  # opcodes with this bit are control frames (section 5.5)
 
 MAX_CONTROL_BYTES = 125  # maximum payload of a control frame (section 5.5)
+
+MAX_HEADER_BYTES = 10  # of a frame that is not masked
+
+MESSAGES_PER_STEP = 256
+"""Messages that are encoded between two checks of the clock: in some 0.05 ms."""
 
 
 class ProtocolViolationError(Exception):
@@ -50,6 +59,16 @@ def header(opcode: int, size: int) -> bytes:
     if size < 65536:
         return _PACK_MEDIUM(FIN | opcode, 126, size)
     return _PACK_LONG(FIN | opcode, 127, size)
+
+
+def encode_messages(messages: Iterable[Message]) -> Iterator[bytes]:
+    """Yield the frames of messages, those of one step at a time."""
+    pending = iter(messages)
+    while step := tuple(islice(pending, MESSAGES_PER_STEP)):
+        parts: list[bytes] = []
+        for kind, payload in step:
+            parts += header(kind, len(payload)), payload
+        yield b"".join(parts)
 
 
 def control(opcode: int, payload: bytes) -> bytes:

@@ -25,16 +25,16 @@ from websockets.headers import parse_subprotocol
 from websockets.utils import accept_key
 
 from websocket_relay.outcomes import Close, Refusal
+from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN, negotiate
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.security_headers import SECURITY_HEADERS
-from websocket_relay.wire.websocket import WebSocketConnection
 
 log = logging.getLogger(__name__)
 
 WEBSOCKET_CONNECTION_KEY = "relay.client"
-"""The key of the WebSocketConnection in the ASGI scope."""
+"""The key of the Connection in the ASGI scope."""
 
 VERSION = b"13"
 KEY_BYTES = 16
@@ -163,7 +163,7 @@ class Handshake:
 
     def __init__(
         self,
-        connection: WebSocketConnection,
+        connection: Connection,
         context: ConnectionContext,
         http_connections: HttpConnections,
     ) -> None:
@@ -268,7 +268,7 @@ class RefusedConnection:
         http_connections: counts it until then.
     """
 
-    def __init__(self, connection: WebSocketConnection, http_connections: HttpConnections) -> None:
+    def __init__(self, connection: Connection, http_connections: HttpConnections) -> None:
         self._connection = connection
         refusal = http_connections.register(self)
         if refusal is None:

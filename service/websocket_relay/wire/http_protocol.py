@@ -8,7 +8,7 @@ once. Knows no WebSocket frame and no channel.
 import asyncio
 import re
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from http import HTTPStatus
 from time import perf_counter
@@ -27,13 +27,13 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.server import ServerState
 
 from websocket_relay.outcomes import Refusal, random_retry_after_s
+from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.handshake import Handshake
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.request_framing import RequestFraming
 from websocket_relay.wire.security_headers import SECURITY_HEADERS
 from websocket_relay.wire.time_slicer import SLICE_S
-from websocket_relay.wire.websocket import WebSocketConnection
 
 MAX_HEAD_BYTES = 65_536
 """Maximum size of a request head or of its trailers: above the limits of common servers."""
@@ -176,21 +176,20 @@ class HttpProtocol(HttpToolsProtocol):
         if self._unparsed:
             self._is_paused = True
             self._reading.pause_reading()
-            self._context.parse_slicer.schedule_work(self._parse_next_slice)
+            self._context.parse_slicer.schedule_work(self._parse_rest())
 
-    def _parse_next_slice(self, until: float) -> bool:
-        """Parse some of the unparsed bytes; return whether none are left."""
-        data, self._unparsed = self._unparsed, b""
-        if data and not self.transport.is_closing():
+    def _parse_rest(self) -> Iterator[None]:
+        """Parse the unparsed bytes, one slice of time a step."""
+        while self._unparsed and not self.transport.is_closing():
+            data, self._unparsed = self._unparsed, b""
             try:
-                self._unparsed = self._parse_slice(data, until)
-            except BaseException:  # as uvloop does if data_received raises
+                self._unparsed = self._parse_slice(data, perf_counter() + SLICE_S)
+            except Exception:  # as uvloop does if data_received raises
                 self.transport.abort()
                 raise
-        if self._unparsed:
-            return False
+            yield
+        self._unparsed = b""
         self._resume_reading()
-        return True
 
     def _resume_reading(self) -> None:
         if self._is_paused:
@@ -537,7 +536,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._http_connections.unregister(self)
         self._cancel_deadline_timer()
         self._cancel_drain_timer()
-        websocket = cast(Callable[..., WebSocketConnection], self.ws_protocol_class)(
+        websocket = cast(Callable[..., Connection], self.ws_protocol_class)(
             self.config, self.server_state, self.app_state, self.loop
         )
         websocket.connection_made(self.transport)

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # in C where built
 
+from websocket_relay.messages import BINARY, TEXT
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.deflate import (
     DEFLATED_SLICE_BYTES,
@@ -19,7 +20,6 @@ from websocket_relay.wire.deflate import (
     Inflater,
 )
 from websocket_relay.wire.frames import (
-    BINARY,
     CLOSE,
     CONTINUATION,
     CONTROL,
@@ -30,7 +30,6 @@ from websocket_relay.wire.frames import (
     PONG,
     RESERVED,
     RSV1,
-    TEXT,
     ProtocolViolationError,
 )
 

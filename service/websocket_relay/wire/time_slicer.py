@@ -1,25 +1,23 @@
 """Share the event loop between long-running work and everything else. Knows nothing of the work.
 
-Queued work is called in turn, with the time at which its slice ends. Between two slices the loop
-serves other reads, writes and callbacks. Needs no task and no timer.
+Queued work is stepped in turn until the slice ends. Between two slices the loop serves other reads,
+writes and callbacks. Needs no task and no timer.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from time import perf_counter
 
-SlicedWork = Callable[[float], bool]
-"""Does some of the work, at least one step, and stops soon after the given `perf_counter` time.
-Returns whether the work is complete.
-"""
+SlicedWork = Iterator[bool | None]
+"""Each step does some of the work. It yields True if this work goes before all other next time."""
 
 SLICE_S = 0.001
 """How long all queued work together runs in one iteration of the loop."""
 
 
 class TimeSlicer:
-    """A queue of work; each item is called until it is complete.
+    """A queue of work; each item is stepped until it ends.
 
     Args:
         rest_turns: iterations of the loop between two slices. Where input wakes a task that wakes
@@ -28,7 +26,7 @@ class TimeSlicer:
     """
 
     def __init__(self, rest_turns: int = 0) -> None:
-        self._rest_iterations = rest_turns
+        self._rest_turns = rest_turns
         self._queue: deque[SlicedWork] = deque()
         self._is_scheduled = False
 
@@ -37,16 +35,9 @@ class TimeSlicer:
         """Whether work is queued."""
         return self._is_scheduled
 
-    def schedule_work(self, work: SlicedWork, *, first: bool = False) -> None:
-        """Queue work, which must not be in the queue already.
-
-        Args:
-            first: puts it before all other queued work.
-        """
-        if first:
-            self._queue.appendleft(work)
-        else:
-            self._queue.append(work)
+    def schedule_work(self, work: SlicedWork) -> None:
+        """Queue work."""
+        self._queue.append(work)
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._run_slice)
@@ -55,20 +46,20 @@ class TimeSlicer:
         queue = self._queue
         until = perf_counter() + SLICE_S
         try:
-            while queue:
+            while queue and perf_counter() <= until:
                 work = queue.popleft()
-                if not work(until):
-                    queue.append(work)
-                if perf_counter() > until:
-                    break
+                for goes_first in work:
+                    if perf_counter() > until:
+                        (queue.appendleft if goes_first else queue.append)(work)
+                        break
         finally:  # work that raises does not stop the rest
             self._is_scheduled = bool(queue)
             if self._is_scheduled:
-                self._reschedule(self._rest_iterations)
+                self._rest(self._rest_turns)
 
-    def _reschedule(self, iterations: int) -> None:
+    def _rest(self, turns: int) -> None:
         loop = asyncio.get_running_loop()
-        if iterations:
-            loop.call_soon(self._reschedule, iterations - 1)
+        if turns:
+            loop.call_soon(self._rest, turns - 1)
         else:
             loop.call_soon(self._run_slice)

@@ -1,0 +1,80 @@
+"""Own one event stream: from its response head to its end. Knows no channel and no HTTP.
+
+Its client sends nothing after its request.
+"""
+
+import asyncio
+import random
+import socket
+import sys
+
+from websocket_relay.wire import sse
+from websocket_relay.wire.connection import Connection, MessageSink
+from websocket_relay.wire.context import ConnectionContext
+from websocket_relay.wire.delivery_format import SSE
+
+RECONNECT_DELAY_MS = 500, 2500
+"""Range of the delay before a client reconnects after its connection broke: a random one for each.
+By default, all browsers wait for the same few seconds."""
+
+
+def open_event_stream(
+    transport: asyncio.Transport, shared: ConnectionContext, silence_s: float
+) -> Connection:
+    """Take over a transport after the response head; return the connection.
+
+    Args:
+        transport: of the request.
+        shared: bounds and counters.
+        silence_s: a client whose machine acknowledges nothing for this long is closed, and so is
+            one that reads nothing for this long while its socket is full.
+    """
+    connection = Connection(shared, EventStream)
+    transport.set_protocol(connection)
+    connection.connection_made(transport)
+    # A client does not answer events. TCP detects a dead one (RFC 5482), as each keepalive comment
+    # needs an acknowledgement. Systems other than Linux use their own timeout.
+    accepted = transport.get_extra_info("socket")
+    if sys.platform == "linux" and accepted.family != socket.AF_UNIX:
+        silence_ms = round(silence_s * 1000)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
+    connection.open(b"retry: %d\n\n" % random.randint(*RECONNECT_DELAY_MS), SSE)
+    return connection
+
+
+class EventStream:
+    """Server-sent events, as the protocol of a connection: see `connection.WireProtocol`.
+
+    Args:
+        connection: the connection.
+    """
+
+    __slots__ = ("_connection",)
+
+    has_unparsed = False
+    has_closing_handshake = False
+    encode_close = staticmethod(sse.encode_close)
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def count_complete_messages(self, batch: bytes, end: int) -> int:
+        """Return how many messages end within the first `end` bytes of a batch."""
+        return batch.count(b"\n\n", 0, end)
+
+    def ping(self, frame: bytes, now: float) -> None:
+        """Send a comment, so that proxies see traffic on the response."""
+        self._connection.write_control(sse.KEEPALIVE_COMMENT)
+
+    def is_ping_overdue(self, since: float) -> bool:
+        """Return False: TCP_USER_TIMEOUT detects dead clients, see `open_event_stream`."""
+        return False
+
+    # A client publishes nothing, so there is nothing to parse, to pause or to fail.
+
+    def data_received(self, data: bytes) -> None: ...
+    def start_parsing(self, sink: MessageSink) -> None: ...
+    def stop_parsing(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def fail_publish(self, *, is_unconfirmed: bool) -> None: ...
