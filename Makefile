@@ -114,10 +114,11 @@ coverage: $(VENV)/.dev  ## run the tests and report the lines and branches that 
 chaos: $(VENV)/.dev  ## break relays and brokers at random, and check what clients observe
 	@exec $(BIN)/python -m bench.chaos $(BENCH_ARGS)
 
-config: $(VENV)/.dev  ## write config.yaml and the tables of its page in docs/ anew from the settings
+config: $(VENV)/.dev  ## write config.yaml and what in docs/ follows from the code anew
 	@$(BIN)/python -c 'from websocket_relay.config.render import default_file; print(default_file(), end="")' > $(VENV)/config
 	@mv $(VENV)/config config.yaml
 	@$(BIN)/python docs/settings_page.py
+	@$(BIN)/python docs/close_states_page.py
 
 chart: $(VENV)/.dev  ## write anew what in chart and manifests follows from the settings or the chart
 	@$(BIN)/python -m helm

@@ -1,4 +1,4 @@
-"""Define what is published, and by whom. Knows no protocol, no channel and no broker."""
+"""Define messages and publishers. Knows no protocol, no channel and no broker."""
 
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Pausable(Protocol):
 
 
 class Publisher(Protocol):
-    """Whoever published messages, as the backplane sees it."""
+    """A publisher, as the backplane sees it."""
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Report that messages were not relayed.

@@ -59,6 +59,12 @@ def test_the_tables_of_settings_are_generated_from_the_code() -> None:
 
 
 @pytest.mark.fast
+def test_the_page_of_connection_states_is_generated_from_the_code() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "close_states_page.py"))
+    assert generator["page"]() == generator["PAGE"].read_text(), "run make config"
+
+
+@pytest.mark.fast
 def test_the_table_of_settings_that_change_at_run_time_is_complete() -> None:
     rows = first_table(SETTINGS, "Change settings at run time")
     names = [span for settings, _ in rows for span in code_spans(settings.partition(";")[0])]

@@ -108,7 +108,7 @@ def publish_router(
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
                 messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
-                await broadcaster.wait_for_room(channel)
+                await broadcaster.wait_for_capacity(channel)
             _require_connected(request)
             position = await broadcaster.publish(channel, messages)
         except RefusedError as error:

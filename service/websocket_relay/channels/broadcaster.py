@@ -107,7 +107,7 @@ class Broadcaster:
         client.attach_sink(channel)
         recovery.start_replay()
 
-    async def wait_for_room(self, name: str) -> None:
+    async def wait_for_capacity(self, name: str) -> None:
         """Return when no high-water mark is exceeded; publish then, before any other await."""
         channel = self._channels.get(name)
         marks = channel.publish_limits if channel is not None else self.shared.publish_limits

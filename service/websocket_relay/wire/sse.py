@@ -50,7 +50,7 @@ def encode_close(why: Close, retry_ms: int | None) -> bytes:
 
     Args:
         why: the close code and reason.
-        retry_ms: after which time the client should reconnect; None: as it was told before.
+        retry_ms: after which time the client should reconnect; None: unchanged.
     """
     retry_field = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
     return retry_field + encode_event("close", {"code": why.code, "reason": why.text(retry_ms)})
