@@ -8,23 +8,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp
 
 from websocket_relay import __version__, logs
 from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy
-from websocket_relay.admission.refusal_log import RefusalLog
 from websocket_relay.api.console import console_router
 from websocket_relay.api.cors import Cors
 from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
-from websocket_relay.api.refusals import Refusals, answer_to, no_such_path
-from websocket_relay.api.security_headers import SecurityHeaders
+from websocket_relay.api.refusals import answer_refusals
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
@@ -40,6 +37,7 @@ from websocket_relay.lifecycle import Lifecycle, Phase
 from websocket_relay.metrics import Gauges, Metrics, disable_created_series
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal
+from websocket_relay.refusals import Refusals
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import INFLATER_BYTES
@@ -76,7 +74,7 @@ class Replica:
         history: messages retained for replay.
         lifecycle: the phase of the relay.
         metrics: the metrics of the replica.
-        refusals: counts and logs refusals.
+        refusals: records refusals.
         certificates: the served certificate; None: no TLS.
         tokens: verifies tokens; None: no token is required.
         configure: applies the settings of `config.changes.RELOADABLE`, with a new verifier.
@@ -141,12 +139,14 @@ def build(
     lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
     backlogs = SendBacklogs(0, 0)
     partial_messages = PartialMessages(0)
+    refusals = Refusals(counters, tracing.annotate_refusal if tracing else None)
     shared = ConnectionContext(
         max_message_bytes=limits.max_message_bytes,
         compresses=settings.compression.enabled,
         deadline_s=limits.handshake_timeout_s,
         ping_interval_s=settings.keepalive.ping_interval_s,
         counters=counters,
+        refusals=refusals,
         backlogs=backlogs,
         partial_messages=partial_messages,
         unparsed=HighWaterMark(0),
@@ -170,9 +170,8 @@ def build(
         history=history,
         written=metrics.observe_delivery,
     )
-    refusals = Refusals(counters, RefusalLog(), tracing.annotate_refusal if tracing else None)
     metrics_http_connections = HttpConnections(
-        OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.count
+        OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.record
     )
     descriptors = FileDescriptors(
         connections=lambda: (
@@ -187,7 +186,7 @@ def build(
     http_connections = HttpConnections(
         limits.max_http_connections,
         Refusal.HTTP_CONNECTIONS,
-        refusals.count,
+        refusals.record,
         has_descriptors=descriptors.can_accept_request,
     )
     admission = AdmissionPolicy(
@@ -243,14 +242,10 @@ def build(
 
     base_path = settings.server.base_path
     app = _fastapi(openapi_url=f"{base_path}/openapi.json")
-
-    async def refuse_path(request: Request, error: Exception) -> Response:
-        return answer_to(no_such_path(base_path))
-
-    app.add_exception_handler(HTTPStatus.NOT_FOUND, refuse_path)
-    add_websocket_routes(app.router, admission, broadcaster, refusals, base_path=base_path)
+    answer_refusals(app, refusals, base_path=base_path)
+    add_websocket_routes(app.router, admission, broadcaster, base_path=base_path)
     app.include_router(probes_router(lifecycle))
-    for router in _routers(settings, admission, broadcaster, refusals, stats):
+    for router in _routers(settings, admission, broadcaster, stats):
         app.include_router(router)
     cors = Cors(
         {
@@ -267,7 +262,6 @@ def build(
     metrics_app = _fastapi()
     metrics_app.include_router(probes_router(lifecycle))
     metrics_app.include_router(metrics_router(metrics))
-    app_with_headers = SecurityHeaders(app)
 
     def configure(new: Settings, verifier: "TokenVerifier | None") -> None:
         admission.configure(_admission_limits(new), verifier)
@@ -277,8 +271,8 @@ def build(
         _set_limits(new, shared)
 
     return Replica(
-        tracing.traced(app_with_headers) if tracing else app_with_headers,
-        SecurityHeaders(metrics_app),
+        tracing.traced(app) if tracing else app,
+        metrics_app,
         shared,
         http_connections,
         metrics_http_connections,
@@ -326,25 +320,22 @@ def _routers(
     settings: Settings,
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
-    refusals: Refusals,
     stats: Callable[[], dict[str, Any]],
 ) -> Iterator[APIRouter]:
     """Yield the routers of the relay's port, except the probes."""
     base_path = settings.server.base_path
     yield browser_client_router(base_path=base_path)
     if settings.console.enabled:
-        yield console_router(admission, refusals, stats, base_path=base_path)
+        yield console_router(admission, stats, base_path=base_path)
     yield publish_router(
         admission,
         broadcaster,
-        refusals,
         base_path=base_path,
         max_bytes=settings.limits.max_message_bytes,
     )
     yield events_router(
         admission,
         broadcaster,
-        refusals,
         base_path=base_path,
         silence_s=settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s,
     )

@@ -5,7 +5,7 @@ connection, no channel and no library.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum
 from http import HTTPStatus
 
@@ -94,18 +94,31 @@ class Close(Enum):
 
 
 class Refusal(Enum):
-    """Why a request was refused: HTTP status, reason, and the metric label, which is the name."""
+    """Why a request was refused: HTTP status, reason, and the metric label, which is the name.
+
+    Some have headers that their status requires: RFC 6750 section 3, RFC 9110 section 15.5.16.
+    """
 
     INVALID_MESSAGE = (HTTPStatus.BAD_REQUEST, "invalid message")  # not of its Content-Type
     MESSAGE_TOO_BIG = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "message too big")
-    CONTENT_CODING = (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "content coding not supported")  # gzip
+    CONTENT_CODING = (
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        "content coding not supported",  # gzip
+        {"Accept-Encoding": "identity"},
+    )
     # The sum of all partial messages is too large: see wire/partial_messages.
     PARTIAL_MESSAGES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many partial messages")
     INVALID_PROXY_HEADER = (HTTPStatus.BAD_REQUEST, "invalid PROXY header")  # without a response
+    INVALID_REQUEST = (HTTPStatus.BAD_REQUEST, "invalid HTTP request")  # or an ambiguous one
+    HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request head too large")
     INVALID_HANDSHAKE = (HTTPStatus.BAD_REQUEST, "not a WebSocket handshake")
     INVALID_QUERY = (HTTPStatus.BAD_REQUEST, "invalid query")  # followed by the problem
-    TOKEN_REQUIRED = (HTTPStatus.UNAUTHORIZED, "token required")
-    INVALID_TOKEN = (HTTPStatus.UNAUTHORIZED, "invalid token")  # followed by the TokenProblem
+    TOKEN_REQUIRED = (HTTPStatus.UNAUTHORIZED, "token required", {"WWW-Authenticate": "Bearer"})
+    INVALID_TOKEN = (
+        HTTPStatus.UNAUTHORIZED,
+        "invalid token",  # followed by the TokenProblem
+        {"WWW-Authenticate": 'Bearer error="invalid_token"'},
+    )
     ORIGIN_NOT_ALLOWED = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
@@ -122,20 +135,19 @@ class Refusal(Enum):
     BACKPLANE_UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
     UNCONFIRMED = (HTTPStatus.GATEWAY_TIMEOUT, "publish unconfirmed")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
+    INTERNAL_ERROR = (HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")  # a bug, see the log
 
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.status = status
         self.reason = reason
+        self.headers = headers or {}
         self.label = self.name.lower()
 
 
 RETRY_AFTER_S = (1, 5)
 """Range of Retry-After, which is random so that refused clients do not reconnect together."""
-
-
-def random_retry_after_s() -> int:
-    """Return a Retry-After, in seconds, for a temporary refusal."""
-    return random.randint(*RETRY_AFTER_S)
 
 
 class TokenProblem(StrEnum):
@@ -153,17 +165,35 @@ class TokenProblem(StrEnum):
 
 
 class RefusedError(RelayError):
-    """A request is refused.
+    """A request is refused. `str` of it is the text of the response.
 
     Args:
         why: the status, the reason and the label.
         detail: appended to the reason; never a part of the request.
+        status: the status of the response, if it is not that of `why`.
+        headers: headers of the response besides those of `why`.
+
+    Attributes:
+        headers: all headers of the response that depend on the refusal.
+        retry_after_s: when to try again, in seconds; None: the refusal is not temporary.
     """
 
-    def __init__(self, why: Refusal, detail: str = "") -> None:
+    def __init__(
+        self,
+        why: Refusal,
+        detail: str = "",
+        status: HTTPStatus | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(f"{why.reason}: {detail}" if detail else why.reason)
         self.why = why
         self.detail = detail
+        self.status = status or why.status
+        self.headers = {**why.headers, **(headers or {})}
+        self.retry_after_s: int | None = None
+        if self.status is HTTPStatus.SERVICE_UNAVAILABLE:
+            self.retry_after_s = random.randint(*RETRY_AFTER_S)
+            self.headers["Retry-After"] = str(self.retry_after_s)
 
 
 class TlsFailure(Enum):

@@ -93,9 +93,9 @@ class Tracing:
         return self._tracer.start_span(_name(scope), _parent(scope["headers"]), SpanKind.SERVER)
 
     def annotate_refusal(self, error: RefusedError) -> None:
-        """Record the reason for which the current request is refused."""
+        """Record why, and with which status, the current request is refused."""
         if (request := self._request.get()) is not None:
-            request.refusal = error.why.label
+            request.refusal, request.status = error.why.label, error.status
 
     def facts(self) -> Mapping[str, str]:
         """Return the trace and span id of the current request, for log lines."""
@@ -126,12 +126,10 @@ class _TracedRequest:
     def record_response(self, message: Event) -> None:
         """Record the status of a response."""
         match message["type"]:
-            case "http.response.start" | "websocket.http.response.start":
+            case "http.response.start":
                 self.status = message["status"]
             case "websocket.accept":
                 self.status = HTTPStatus.SWITCHING_PROTOCOLS.value
-            case "websocket.close" if not self.status:
-                self.status = HTTPStatus.FORBIDDEN.value
 
     def end(self, scope: Mapping[str, Any]) -> None:
         span, self.span = self.span, None

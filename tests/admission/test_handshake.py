@@ -463,7 +463,7 @@ async def test_an_upgrade_that_is_pipelined_after_an_unanswered_request_is_refus
 
 
 async def test_endless_trailers_close_the_connection(relay: RelayProcess) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
+    before = await relay.metric("websocket_refusals_total", reason="head_too_large")
     async with await relay.connect_tcp() as raw:
         await raw.send(
             b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
@@ -473,4 +473,4 @@ async def test_endless_trailers_close_the_connection(relay: RelayProcess) -> Non
             await raw.send(b"a:b\r\n" * 100_000)
         # The request is answered. A second answer would be taken for that of the next request.
         assert b"431" not in await raw.read_to_end()
-    await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_handshake")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="head_too_large")

@@ -39,11 +39,11 @@ async def only_response(relay: RelayProcess, wire: bytes) -> Response:
 
 async def assert_rejected(relay: RelayProcess, wires: Sequence[bytes], status: int = 400) -> None:
     """Assert that each request has this response and no second one, and is counted once."""
-    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_request")
     statuses = {wire: (await only_response(relay, wire)).status for wire in wires}
     assert statuses == dict.fromkeys(wires, status)
     await relay.await_metric(
-        "websocket_refusals_total", before + len(statuses), reason="invalid_handshake"
+        "websocket_refusals_total", before + len(statuses), reason="invalid_request"
     )
 
 
@@ -168,8 +168,9 @@ async def test_an_http_1_0_request_is_answered_and_its_connection_closed(
 
 async def test_other_versions_of_http_are_rejected_as_not_supported(relay: RelayProcess) -> None:
     upgrade = upgrade_request()
+    old_upgrade = upgrade.replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert (await only_response(relay, old_upgrade)).status == 505
     wires = [
-        upgrade.replace(b"HTTP/1.1", b"HTTP/1.0"),
         upgrade.replace(b"HTTP/1.1", b"HTTP/2.0"),
         PROBE.replace(b"/1.1", b"/2.0"),
         b"GET /healthz\r\n\r\n",  # HTTP/0.9
@@ -327,14 +328,14 @@ async def test_an_ambiguous_request_is_rejected_and_no_request_after_it_is_answe
         name: wire.replace(b"POST /healthz", b"POST /channels/news")
         for name, wire in AMBIGUOUS_REQUESTS[kind].items()
     }
-    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
+    before = await relay.metric("websocket_refusals_total", reason="invalid_request")
     statuses = {
         name: (await only_response(relay, wire + SMUGGLED)).status
         for name, wire in requests.items()
     }
     assert statuses == dict.fromkeys(requests, 400)
     await relay.await_metric(
-        "websocket_refusals_total", before + len(requests), reason="invalid_handshake"
+        "websocket_refusals_total", before + len(requests), reason="invalid_request"
     )
 
 
@@ -531,12 +532,12 @@ async def test_a_body_that_arrives_too_slowly_ends_the_connection(
 async def test_chunk_extensions_chunk_sizes_and_trailers_are_bounded(
     relay: RelayProcess, endless: bytes
 ) -> None:
-    before = await relay.metric("websocket_refusals_total", reason="invalid_handshake")
+    before = await relay.metric("websocket_refusals_total", reason="head_too_large")
     async with await relay.connect_tcp() as raw:
         with suppress(ConnectionError):
             await raw.send(post_request(CHUNKED, body=endless))
         assert (await raw.read_to_end()).count(b"HTTP/1.1 ") <= 1
-    await relay.await_metric("websocket_refusals_total", before + 1, reason="invalid_handshake")
+    await relay.await_metric("websocket_refusals_total", before + 1, reason="head_too_large")
 
 
 async def test_a_body_that_turns_out_malformed_after_its_response_has_no_second_one(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from websocket_relay.app import build
 from websocket_relay.config.model import Settings
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.server.listener import FINISH_S, Listener
 from websocket_relay.server.sockets import tcp_sockets
 from websocket_relay.wire import http_protocol, time_slicer
@@ -42,7 +42,7 @@ class NewConnection:
     def is_request_arriving(self) -> bool:
         return False
 
-    def evict(self, refusal: Refusal) -> None: ...
+    def evict(self, error: RefusedError) -> None: ...
 
 
 @asynccontextmanager
@@ -131,7 +131,8 @@ async def test_a_connection_whose_request_waits_for_the_parser_is_not_evicted(
 
     async def answer_and_register(scope: Any, receive: Any, send: Any) -> None:
         await answer(scope, receive, send)
-        refusals.append(connections.register(NewConnection()))
+        error = connections.register(NewConnection())
+        refusals.append(error and error.why)
 
     for module in (http_protocol, time_slicer):
         monkeypatch.setattr(module, "SLICE_S", -1)  # a slice parses a line or the fields

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import pytest
-from websocket_relay.admission import refusal_log
+from websocket_relay import refusal_log
 from websocket_relay.outcomes import Refusal
 
 from tests.support.admission import connect_with_token, refusal_answer
@@ -21,6 +21,19 @@ LIMITS: list[Any] = [
     ("connections_per_ip", "limits.max_connections_per_ip"),
     ("handshakes", "limits.max_handshakes_per_s"),
     ("channels", "channels.max_channels"),
+]
+
+REFUSED_REQUESTS = [
+    (b"nonsense\r\n\r\n", "invalid_request"),
+    (b"GET /" + b"x" * 70_000, "head_too_large"),
+    (b"GET / HTTP/1.1\r\n", "handshake_timeout"),
+    (upgrade_request(drop="Sec-WebSocket-Key"), "invalid_handshake"),
+    (upgrade_request("/nowhere"), "no_such_channel"),
+    (b"GET /events?since=x HTTP/1.1\r\nHost: a\r\n\r\n", "invalid_query"),
+    (
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+        "content_coding",
+    ),
 ]
 
 
@@ -82,6 +95,23 @@ async def test_a_refusal_by_an_error_of_the_client_is_not_logged(
     assert [event["level"] for event in relay.log_events if event["level"] != "info"] == []
 
 
+async def test_each_refusal_has_one_debug_line_whatever_is_refused(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(
+        logging={"level": "debug"}, limits={"handshake_timeout_s": 1}, shutdown=QUICK_STOP
+    )
+    for request, reason in REFUSED_REQUESTS:
+        async with await relay.connect_tcp() as raw:
+            await raw.send(request)
+            response = await raw.read_response()
+            assert response.status >= 400, reason
+        await relay.await_metric("websocket_refusals_total", 1, reason=reason)
+    assert await relay.stop() == 0
+    logged = [event["reason"] for event in relay.log_events if event["event"] == "refused"]
+    assert logged == [reason for _, reason in REFUSED_REQUESTS]
+
+
 @pytest.mark.fast
 async def test_further_refusals_are_logged_as_one_line_at_the_end_of_the_interval(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -100,7 +130,7 @@ async def test_further_refusals_are_logged_as_one_line_at_the_end_of_the_interva
 
         await eventually(look, f"{reason} logged as {counts}")
 
-    with caplog.at_level(logging.WARNING, "websocket_relay.admission.refusal_log"):
+    with caplog.at_level(logging.WARNING, "websocket_relay.refusal_log"):
         for _ in range(8):
             refusals.record_refusal(Refusal.HANDSHAKES)
         refusals.record_refusal(Refusal.CHANNELS)

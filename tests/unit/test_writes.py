@@ -12,6 +12,7 @@ import pytest
 from websocket_relay.counters import Counters
 from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close, Drop
+from websocket_relay.refusals import Refusals
 from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN
@@ -43,12 +44,14 @@ class NullSink:
 
 @pytest.fixture
 def context() -> ConnectionContext:
+    counters = Counters()
     return ConnectionContext(
         max_message_bytes=MIB,
         compresses=False,
         deadline_s=5,
         ping_interval_s=20,
-        counters=Counters(),
+        counters=counters,
+        refusals=Refusals(counters),
         backlogs=SendBacklogs(MIB, 8 * MIB),
         partial_messages=PartialMessages(MIB),
         unparsed=HighWaterMark(MIB),

@@ -7,11 +7,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refusal_responses
+from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.api.static_files import static_file
-from websocket_relay.outcomes import RefusedError
 from websocket_relay.page_cache import PageCache
 
 FILES = "websocket_relay.console"
@@ -44,7 +43,6 @@ POLICY = "; ".join(
 
 def console_router(
     admission: AdmissionPolicy,
-    refusals: Refusals,
     stats: Callable[[], Mapping[str, Any]],
     *,
     base_path: str,
@@ -53,7 +51,6 @@ def console_router(
 
     Args:
         admission: decides who may read stats.
-        refusals: answers refused requests.
         stats: returns the current stats.
         base_path: the prefix of all paths.
     """
@@ -64,10 +61,7 @@ def console_router(
         return bytes(JSONResponse(stats()).body)
 
     async def serve_stats(request: Request) -> Response:
-        try:
-            await admission.admit_viewer(admission_request_of(request))
-        except RefusedError as error:
-            return refusals.answer(error)
+        await admission.admit_viewer(admission_request_of(request))
         return Response(await pages.get("stats", render), media_type="application/json")
 
     router = APIRouter()

@@ -9,8 +9,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from websocket_relay.api.refusals import Refusals
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.refusals import Refusals
 
 
 class Cors:
@@ -19,7 +19,7 @@ class Cors:
     Args:
         fixed: the options of CORSMiddleware that do not change.
         origins: the options that depend on the origins.
-        refusals: counts preflights of other origins.
+        refusals: records preflights of other origins.
     """
 
     def __init__(self, fixed: dict[str, Any], origins: dict[str, Any], refusals: Refusals) -> None:
@@ -42,7 +42,7 @@ class Cors:
             self._middleware = CORSMiddleware(self._app, **self._fixed, **origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request; count a preflight that is refused for its origin."""
+        """Handle a request; record a preflight that is refused for its origin."""
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
             headers = Headers(scope=scope)
             if (
@@ -50,5 +50,5 @@ class Cors:
                 and (origin := headers.get("origin")) is not None
                 and not self._middleware.is_allowed_origin(origin)
             ):
-                self._refusals.count(Refusal.ORIGIN_NOT_ALLOWED)
+                self._refusals.record(RefusedError(Refusal.ORIGIN_NOT_ALLOWED))
         await self._middleware(scope, receive, send)

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api import media_types
 from websocket_relay.api.media_types import MediaType
-from websocket_relay.api.refusals import Refusals, refusal_responses
+from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -83,7 +83,6 @@ BODY = {
 def publish_router(
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
-    refusals: Refusals,
     *,
     base_path: str,
     max_bytes: int,
@@ -93,7 +92,6 @@ def publish_router(
     Args:
         admission: decides who may publish.
         broadcaster: receives the messages.
-        refusals: answers refused requests.
         base_path: the prefix of both paths.
         max_bytes: maximum size of a request body.
     """
@@ -111,8 +109,6 @@ def publish_router(
                 await broadcaster.wait_for_capacity(channel)
             _require_connected(request)
             position = await broadcaster.publish(channel, messages)
-        except RefusedError as error:
-            return refusals.answer(error)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
         content: dict[str, object] = {"position": str(position)}

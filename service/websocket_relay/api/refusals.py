@@ -1,18 +1,16 @@
-"""Answer and count refused requests and connections. Knows no admission rule."""
+"""Answer refused requests of routes, and describe the answers. Knows no admission rule."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.requests import HTTPConnection
 
-from websocket_relay.admission.refusal_log import RefusalLog
-from websocket_relay.counters import Counters
-from websocket_relay.outcomes import Refusal, RefusedError, TlsFailure, random_retry_after_s
-
-log = logging.getLogger(__name__)
+from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.refusals import Refusals
+from websocket_relay.wire.handshake import HANDSHAKE_KEY
 
 RESPONSE_HEADERS: Mapping[int, Mapping[str, Any]] = {
     HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": {"schema": {"type": "string"}}},
@@ -48,42 +46,26 @@ def refusal_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-class Refusals:
-    """Count and answer refusals.
+def answer_refusals(app: FastAPI, refusals: Refusals, *, base_path: str) -> None:
+    """Answer each `RefusedError` that a route raises, and requests for other paths.
 
     Args:
-        counters: counts refusals by reason.
-        refusal_log: logs the limits that were hit.
-        trace: called with each refusal that is answered; None: not traced.
+        app: the application.
+        refusals: records the refusals.
+        base_path: the prefix of all channels.
     """
 
-    def __init__(
-        self,
-        counters: Counters,
-        refusal_log: RefusalLog,
-        trace: Callable[[RefusedError], None] | None = None,
-    ) -> None:
-        self._counters = counters
-        self._refusal_log = refusal_log
-        self._trace = trace
+    async def refuse(connection: HTTPConnection, error: RefusedError) -> Any:
+        if connection.scope["type"] == "websocket":
+            connection.scope[HANDSHAKE_KEY].refuse(error)
+            return None
+        refusals.record(error)
+        return response_to(error)
 
-    def count(self, why: Refusal) -> None:
-        """Count a refusal that is answered elsewhere or not at all."""
-        self._counters.refusals[why] += 1
-        self._refusal_log.record_refusal(why)
+    async def refuse_path(request: Request, error: Exception) -> Response:
+        return response_to(no_such_path(base_path))
 
-    def count_tls_failure(self, why: TlsFailure) -> None:
-        """Count a TLS handshake that failed."""
-        self._counters.tls_failures[why] += 1
-        self._refusal_log.record_tls_failure(why)
-
-    def answer(self, error: RefusedError) -> Response:
-        """Count a refusal and return the response to it."""
-        self.count(error.why)
-        if self._trace is not None:
-            self._trace(error)
-        log.debug("refused", extra={"reason": error.why.label, "detail": error.detail})
-        return answer_to(error)
+    app.exception_handlers |= {RefusedError: refuse, HTTPStatus.NOT_FOUND: refuse_path}
 
 
 def no_such_path(base_path: str) -> RefusedError:
@@ -92,15 +74,6 @@ def no_such_path(base_path: str) -> RefusedError:
     return RefusedError(Refusal.NO_SUCH_CHANNEL, f"the paths are {paths}")
 
 
-def answer_to(error: RefusedError) -> Response:
-    """Return the response to a refusal, with the headers that its status requires."""
-    status = error.why.status
-    headers = {}
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        headers["Retry-After"] = str(random_retry_after_s())
-    elif status is HTTPStatus.UNAUTHORIZED:  # RFC 6750 section 3
-        is_invalid = error.why is Refusal.INVALID_TOKEN
-        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
-    elif error.why is Refusal.CONTENT_CODING:  # RFC 9110 section 15.5.16
-        headers["Accept-Encoding"] = "identity"
-    return PlainTextResponse(f"{error}\n", status, headers)
+def response_to(error: RefusedError) -> Response:
+    """Return the response to a refused request, which is not recorded here."""
+    return PlainTextResponse(f"{error}\n", error.status, error.headers)

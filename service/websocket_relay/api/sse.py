@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, refusal_responses
+from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
     CHANNEL_PATH,
@@ -21,7 +21,6 @@ from websocket_relay.api.requests import (
 )
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
-from websocket_relay.outcomes import RefusedError
 from websocket_relay.wire.delivery_format import SSE, DeliveryFormat
 from websocket_relay.wire.event_stream import open_event_stream
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
@@ -98,7 +97,6 @@ class EventsResponse(Response):
 def events_router(
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
-    refusals: Refusals,
     *,
     base_path: str,
     silence_s: float,
@@ -108,7 +106,6 @@ def events_router(
     Args:
         admission: decides who may subscribe.
         broadcaster: owns the channels.
-        refusals: answers refused requests.
         base_path: the prefix of both paths.
         silence_s: see `open_event_stream`.
     """
@@ -117,13 +114,10 @@ def events_router(
         last_event_id = request.headers.get("last-event-id", "")
         query = request.scope["query_string"]
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
-        try:
-            replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
-            # Before admission: from its check of the limits on, nothing may suspend.
-            await connection.drain_responses()
-            grant = await admission.admit(admission_request_of(request))
-        except RefusedError as error:
-            return refusals.answer(error)
+        replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
+        # Before admission: from its check of the limits on, nothing may suspend.
+        await connection.drain_responses()
+        grant = await admission.admit(admission_request_of(request))
 
         def start_stream(connection: HttpProtocol) -> None:
             transport = connection.detach_transport()

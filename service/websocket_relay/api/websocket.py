@@ -7,7 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 from websocket_relay.admission.credentials import POSITIONS_SUBPROTOCOL, select_subprotocol
 from websocket_relay.admission.policy import CHANNEL_NAME, AdmissionPolicy
-from websocket_relay.api.refusals import Refusals, answer_to, no_such_path
+from websocket_relay.api.refusals import no_such_path, response_to
 from websocket_relay.api.requests import (
     CHANNEL_PATH,
     DEFAULT_PATH,
@@ -26,7 +26,6 @@ def add_websocket_routes(
     router: APIRouter,
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
-    refusals: Refusals,
     *,
     base_path: str,
 ) -> None:
@@ -38,7 +37,6 @@ def add_websocket_routes(
             the handshake's cost.
         admission: decides who may subscribe.
         broadcaster: owns the channels.
-        refusals: answers refused requests.
         base_path: the prefix of both paths.
     """
 
@@ -46,12 +44,8 @@ def add_websocket_routes(
         scope = websocket.scope
         offered: list[str] = scope["subprotocols"]
         sends_positions = POSITIONS_SUBPROTOCOL in offered
-        try:
-            replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
-            grant = await admission.admit(admission_request_of(websocket))
-        except RefusedError as error:
-            await refuse(websocket, error)
-            return
+        replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
+        grant = await admission.admit(admission_request_of(websocket))
         # Nothing suspends from here on, nor does accept(): an admitted client is counted before
         # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
@@ -62,10 +56,7 @@ def add_websocket_routes(
         broadcaster.subscribe(channel_of(websocket), client, delivery_format, replay)
 
     async def refuse_path(websocket: WebSocket) -> None:
-        await refuse(websocket, no_such_path(base_path))
-
-    async def refuse(websocket: WebSocket, error: RefusedError) -> None:
-        await websocket.send_denial_response(refusals.answer(error))
+        raise no_such_path(base_path)
 
     # Starlette's plain routes: FastAPI's resolve dependencies, which these routes do not have, at
     # a third of the handshake's cost.
@@ -83,7 +74,7 @@ def upgrade_router(*, base_path: str) -> APIRouter:
 
     async def upgrade_required(request: Request) -> Response:
         if not CHANNEL_NAME.fullmatch(channel_of(request)):
-            return answer_to(RefusedError(Refusal.NO_SUCH_CHANNEL))
+            return response_to(RefusedError(Refusal.NO_SUCH_CHANNEL))
         return PlainTextResponse(
             "This is a WebSocket; connect with ws:// or wss://.\n",
             HTTPStatus.UPGRADE_REQUIRED,

@@ -319,7 +319,7 @@ def _relay_listener(
         http_connections=relay.http_connections,
         context=certificates.context if certificates is not None else None,
         handshake_timeout_s=settings.limits.handshake_timeout_s,
-        record_tls_failure=relay.refusals.count_tls_failure,
+        record_tls_failure=relay.refusals.record_tls_failure,
         trusted_proxies=server.trusted_proxies,
         timeout_keep_alive=server.keepalive_timeout_s,
         proxy_protocol=server.proxy_protocol,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 from websocket_relay.messages import Message, Pausable, Publisher
-from websocket_relay.outcomes import Close, Drop, Refusal
+from websocket_relay.outcomes import Close, Drop, Refusal, RefusedError
 from websocket_relay.wire.close_states import (
     TRANSITIONS,
     CloseAction,
@@ -137,8 +137,8 @@ class Connection(asyncio.Protocol):
         delivery_format: how its messages are encoded.
         publish_policy: what the client may publish; None: anything.
         sends_heartbeats: whether its client was sent a welcome, and is sent heartbeats.
-        has_input_ended: whether nothing more is read: after EOF (TCP's FIN or TLS's close_notify), or
-            after TCP's end.
+        has_input_ended: whether nothing more is read: after TCP's FIN or TLS's close_notify, or
+            after the end of TCP.
         write: sends a batch, and never blocks: the transport's own write. None while the
             connection lags, and once it has left its sink: `queue_or_drop` then.
     """
@@ -369,7 +369,7 @@ class Connection(asyncio.Protocol):
     def _on_deadline(self) -> None:
         self._deadline_timer = None
         if self.state is ConnectionState.HANDSHAKE:
-            self.shared.counters.refusals[Refusal.HANDSHAKE_TIMEOUT] += 1
+            self.shared.refusals.record(RefusedError(Refusal.HANDSHAKE_TIMEOUT))
         self._handle(ConnectionEvent.DEADLINE)
 
     def _handle(self, event: ConnectionEvent, why: Close | None = None) -> None:

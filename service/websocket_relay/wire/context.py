@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from websocket_relay.counters import Counters
 from websocket_relay.outcomes import Drop
+from websocket_relay.refusals import Refusals
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.registry import ConnectionRegistry
@@ -30,6 +31,7 @@ class ConnectionContext:
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
         ping_interval_s: from one ping to the next.
         counters: the replica's counters.
+        refusals: records and renders refusals.
         backlogs: the lagging connections, and the bounds on their backlogs.
         partial_messages: the incomplete incoming messages, and the bound on them.
         unparsed: the bound on bytes that are read and not parsed yet.
@@ -45,6 +47,7 @@ class ConnectionContext:
         deadline_s: float,
         ping_interval_s: float,
         counters: Counters,
+        refusals: Refusals,
         backlogs: SendBacklogs,
         partial_messages: PartialMessages,
         unparsed: HighWaterMark,
@@ -56,6 +59,7 @@ class ConnectionContext:
         self.deadline_s = deadline_s
         self.ping_interval_s = ping_interval_s
         self.counters = counters
+        self.refusals = refusals
         self.backlogs = backlogs
         self.partial_messages = partial_messages
         self.unparsed = unparsed

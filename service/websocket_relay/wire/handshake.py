@@ -1,14 +1,13 @@
 """Validate one WebSocket upgrade, pass it to the ASGI application and send the response.
 
-Exists from the request to the response only. Knows RFC 6455 section 4 and the ASGI WebSocket
-messages (spec 2.4, with the denial response extension). Knows no frame and no channel.
+Exists from the request to the response, or to the end of a refused connection. Knows RFC 6455
+section 4 and the ASGI WebSocket messages (spec 2.4). Knows no frame and no channel.
 """
 
 import base64
 import binascii
-import email.utils
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -24,45 +23,25 @@ from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_subprotocol
 from websockets.utils import accept_key
 
-from websocket_relay.outcomes import Close, Refusal
+from websocket_relay.outcomes import Close, Refusal, RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN, negotiate
 from websocket_relay.wire.http_connections import HttpConnections
-from websocket_relay.wire.security_headers import SECURITY_HEADERS
 
 log = logging.getLogger(__name__)
 
-WEBSOCKET_CONNECTION_KEY = "relay.client"
-"""The key of the Connection in the ASGI scope."""
+WEBSOCKET_CONNECTION_KEY, HANDSHAKE_KEY = "relay.client", "relay.handshake"
+"""The keys of the Connection and of the Handshake in the ASGI scope."""
 
 VERSION = b"13"
 KEY_BYTES = 16
+INVALID = Refusal.INVALID_HANDSHAKE
 MAX_OFFERS = 64
 """Maximum number of extensions and their parameters, or of subprotocols, in one request. Parsing
 thousands takes many times longer than the rest of the handshake."""
 
 Headers = Sequence[tuple[bytes, bytes]]
-
-
-class HandshakeError(Exception):
-    """The request is not a valid RFC 6455 handshake.
-
-    Args:
-        detail: the rule that is violated.
-        status: the status of the response.
-        headers: required headers of the response.
-    """
-
-    def __init__(
-        self,
-        detail: str,
-        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.headers = headers or {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +73,27 @@ def validate_handshake(
         compresses: whether to accept permessage-deflate.
 
     Raises:
-        HandshakeError: the request violates a rule.
+        RefusedError: the request violates a rule, which the detail names.
     """
     if method != "GET":
         status = HTTPStatus.METHOD_NOT_ALLOWED
-        raise HandshakeError("method must be GET", status, {"Allow": "GET"})
+        raise RefusedError(INVALID, "method must be GET", status, {"Allow": "GET"})
     if http_version != "1.1":
         status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-        raise HandshakeError("HTTP version must be 1.1", status)
+        raise RefusedError(INVALID, "HTTP version must be 1.1", status)
     fields: dict[bytes, list[bytes]] = {}
     for name, value in headers:
         fields.setdefault(name, []).append(value)
     if fields.get(b"sec-websocket-version") != [VERSION]:
         status = HTTPStatus.UPGRADE_REQUIRED
-        raise HandshakeError(
+        raise RefusedError(
+            INVALID,
             "unsupported Sec-WebSocket-Version: must be 13",
             status,
             {"Sec-WebSocket-Version": VERSION.decode(), "Upgrade": "websocket"},
         )
     if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
-        raise HandshakeError("request body not allowed")
+        raise RefusedError(INVALID, "request body not allowed")
     accept = _accept_value(fields.get(b"sec-websocket-key", []))
     protocols = _join_offers(fields.get(b"sec-websocket-protocol", []))
     offers = _join_offers(fields.get(b"sec-websocket-extensions", []))
@@ -121,9 +101,9 @@ def validate_handshake(
         subprotocols = parse_subprotocol(protocols) if protocols else []
         negotiated = negotiate(offers) if offers else None
     except InvalidHeaderFormat as error:
-        raise HandshakeError(f"{error.name} is malformed") from None
+        raise RefusedError(INVALID, f"{error.name} is malformed") from None
     if len(set(subprotocols)) < len(subprotocols):
-        raise HandshakeError("duplicate subprotocol")
+        raise RefusedError(INVALID, "duplicate subprotocol")
     extensions, encoding = negotiated if negotiated and compresses else ("", PLAIN)
     return HandshakeResult(accept, cast(list[str], subprotocols), extensions, encoding)
 
@@ -132,19 +112,19 @@ def _join_offers(lines: list[bytes]) -> str:
     """Combine the lines of a list field into one value (RFC 9110 section 5.3)."""
     offers = b", ".join(lines)
     if offers.count(b",") + offers.count(b";") >= MAX_OFFERS:
-        raise HandshakeError("too much is offered")
+        raise RefusedError(INVALID, "too much is offered")
     return _decode(offers)
 
 
 def _accept_value(keys: list[bytes]) -> str:
     if len(keys) != 1:
-        raise HandshakeError("exactly one Sec-WebSocket-Key required")
+        raise RefusedError(INVALID, "exactly one Sec-WebSocket-Key required")
     try:
         key = base64.b64decode(keys[0], validate=True)
     except (binascii.Error, ValueError):
         key = b""
     if len(key) != KEY_BYTES:
-        raise HandshakeError("Sec-WebSocket-Key is not 16 bytes in base64")
+        raise RefusedError(INVALID, "Sec-WebSocket-Key is not 16 bytes in base64")
     return accept_key(_decode(keys[0]))
 
 
@@ -171,25 +151,15 @@ class Handshake:
         self._context = context
         self._http_connections = http_connections
         self._result: HandshakeResult | None = None
-        self._denial: tuple[int, list[tuple[str, str]]] | None = None
-        self._denial_body = b""
         self._has_sent_connect = False
 
-    def validate(self, method: str, http_version: str, headers: Headers) -> HandshakeResult | None:
-        """Validate the request. Return None after sending the refusal of an invalid one."""
-        try:
-            self._result = validate_handshake(
-                method, http_version, headers, compresses=self._context.compresses
-            )
-        except HandshakeError as error:
-            self._context.counters.refusals[Refusal.INVALID_HANDSHAKE] += 1
-            text = f"{Refusal.INVALID_HANDSHAKE.reason}: {error}\n"
-            self._deny(error.status, [*error.headers.items(), TEXT_CONTENT_TYPE], text.encode())
-        return self._result
-
-    async def run(self, app: ASGI3Application, scope: WebSocketScope) -> None:
-        """Run the application, which accepts or denies the handshake."""
-        cast(dict[str, Any], scope)[WEBSOCKET_CONNECTION_KEY] = self._connection
+    async def run(
+        self, app: ASGI3Application, scope: WebSocketScope, result: HandshakeResult
+    ) -> None:
+        """Run the application, which accepts or refuses the handshake."""
+        self._result = result
+        keys = {WEBSOCKET_CONNECTION_KEY: self._connection, HANDSHAKE_KEY: self}
+        cast(dict[str, Any], scope).update(keys)
         self._http_connections.pending_handshakes += 1
         try:
             await app(scope, self._receive, self._send)
@@ -200,7 +170,7 @@ class Handshake:
         finally:
             self._http_connections.pending_handshakes -= 1
         if self._connection.in_handshake:
-            self._deny(HTTPStatus.INTERNAL_SERVER_ERROR, [TEXT_CONTENT_TYPE], b"internal error\n")
+            self.refuse(RefusedError(Refusal.INTERNAL_ERROR))
         elif not self._connection.has_sink:
             # Accepted, but the application assigned no sink.
             self._connection.close(Close.INTERNAL_ERROR)
@@ -216,21 +186,8 @@ class Handshake:
         event = cast(dict[str, Any], message)
         if not self._connection.in_handshake:
             raise ClientDisconnectedError
-        match event["type"]:
-            case "websocket.accept":
-                self._accept(event)
-            case "websocket.close":
-                self._deny(HTTPStatus.FORBIDDEN, [], b"")
-            case "websocket.http.response.start":
-                self._denial = (event["status"], _decode_headers(event.get("headers", ())))
-            case "websocket.http.response.body" if self._denial is not None:
-                self._denial_body += event.get("body", b"")
-                if not event.get("more_body", False):
-                    self._deny(*self._denial, self._denial_body)
-            case other:
-                raise RuntimeError(f"unexpected ASGI message {other!r} before the upgrade")
-
-    def _accept(self, event: dict[str, Any]) -> None:
+        if event["type"] != "websocket.accept":
+            raise RuntimeError(f"unexpected ASGI message {event['type']!r} before the upgrade")
         result = self._result
         assert result is not None
         headers = [
@@ -242,60 +199,28 @@ class Handshake:
             headers.append(("Sec-WebSocket-Protocol", event["subprotocol"]))
         if result.extensions:
             headers.append(("Sec-WebSocket-Extensions", result.extensions))
-        headers += _decode_headers(event.get("headers", ()))
-        self._connection.open(
-            _encode_head(HTTPStatus.SWITCHING_PROTOCOLS, headers), result.encoding
-        )
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        head = f"HTTP/1.1 101 Switching Protocols\r\n{lines}\r\n"
+        self._connection.open(head.encode("latin-1"), result.encoding)
 
-    def _deny(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
-        headers = [
-            *((name, value) for name, value in headers if name.lower() not in OWN_HEADERS),
-            *SECURITY_HEADERS,
-            ("Date", email.utils.formatdate(usegmt=True)),
-            ("Connection", "close"),
-            ("Content-Length", str(len(body))),
-        ]
-        if self._connection.in_handshake:
-            self._connection.reject_upgrade(_encode_head(HTTPStatus(status), headers) + body)
-            RefusedConnection(self._connection, self._http_connections)
-
-
-class RefusedConnection:
-    """A refused connection, until its client has read the response and disconnects.
-
-    Args:
-        connection: the refused connection.
-        http_connections: counts it until then.
-    """
-
-    def __init__(self, connection: Connection, http_connections: HttpConnections) -> None:
-        self._connection = connection
-        refusal = http_connections.register(self)
-        if refusal is None:
-            connection.when_lost(partial(http_connections.unregister, self))
+    def refuse(self, error: RefusedError) -> None:
+        """Send a refusal, and count the connection until its client has read it and disconnects."""
+        response = self._context.refusals.respond(error)
+        if not self._connection.in_handshake:
+            return
+        self._connection.reject_upgrade(response)
+        if (limit := self._http_connections.register(self)) is not None:
+            self.evict(limit)
         else:
-            self.evict(refusal)
+            self._connection.when_lost(partial(self._http_connections.unregister, self))
 
     def is_request_arriving(self) -> bool:
-        """Return False: the connection closes after its response."""
+        """Return False: a refused connection closes after its response."""
         return False
 
-    def evict(self, refusal: Refusal) -> None:
-        """Abort the connection. Its response is already written."""
+    def evict(self, error: RefusedError) -> None:
+        """Abort a refused connection. Its response is already written."""
         self._connection.abort(Close.CONNECTION_LOST)
-
-
-TEXT_CONTENT_TYPE = ("Content-Type", "text/plain; charset=utf-8")
-OWN_HEADERS = ("date", "connection", "content-length")
-
-
-def _encode_head(status: HTTPStatus, headers: Iterable[tuple[str, str]]) -> bytes:
-    lines = [f"{name}: {value}\r\n" for name, value in headers]
-    return f"HTTP/1.1 {status} {status.phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
-
-
-def _decode_headers(headers: Any) -> list[tuple[str, str]]:
-    return [(_decode(name), _decode(value)) for name, value in headers]
 
 
 def _decode(value: bytes) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import chain, islice
 from typing import Protocol
 
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, RefusedError
 
 STARTS_A_TURN = 4
 """Requests that start in one loop iteration. Each takes a fraction of a millisecond. Between two
@@ -29,7 +29,7 @@ class HttpConnection(Protocol):
     def is_request_arriving(self) -> bool:
         """Return whether the connection is idle and its next request waits to be parsed."""
 
-    def evict(self, refusal: Refusal) -> None:
+    def evict(self, error: RefusedError) -> None:
         """End the connection in favour of another one."""
 
 
@@ -51,7 +51,7 @@ class HttpConnections:
     Args:
         max_connections: the maximum number of connections at a time.
         limit_refusal: the refusal above the limit.
-        record_refusal: counts and logs a refusal.
+        record_refusal: records a refusal that has no response.
         has_descriptors: returns whether the file descriptors suffice for the existing connections.
     """
 
@@ -59,7 +59,7 @@ class HttpConnections:
         self,
         max_connections: int,
         limit_refusal: Refusal,
-        record_refusal: Callable[[Refusal], None],
+        record_refusal: Callable[[RefusedError], None],
         *,
         has_descriptors: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -81,34 +81,33 @@ class HttpConnections:
     def __len__(self) -> int:
         return len(self._members)
 
-    def register(self, connection: HttpConnection) -> Refusal | None:
+    def register(self, connection: HttpConnection) -> RefusedError | None:
         """Count a connection and mark it idle. At the limit, evict another one.
 
         Returns:
-            The reason to refuse the connection if no other one can be evicted.
+            The refusal of the connection if no other one can be evicted.
         """
-        refusal = None
+        error = None
         if len(self._members) >= self.max_connections:
-            refusal = self._limit_refusal
+            error = RefusedError(self._limit_refusal)
         elif not self._has_descriptors():
-            refusal = Refusal.DESCRIPTORS
-        if refusal is not None and not self._evict_one(refusal):
-            return refusal
+            error = RefusedError(Refusal.DESCRIPTORS)
+        if error is not None and not self._evict_one(error):
+            return error
         self._members.add(connection)
         self._idle[connection] = None
         return None
 
-    def keep_refused(self, connection: HttpConnection, refusal: Refusal) -> bool:
-        """Record a refusal; return whether the connection may wait for its request.
+    def keep_refused(self, connection: HttpConnection, error: RefusedError) -> bool:
+        """Return whether a refused connection may wait for its request.
 
         Above MAX_REFUSED, the oldest refused connection is evicted.
         """
-        self.record_refusal(refusal)
-        if refusal is Refusal.DESCRIPTORS:
+        if error.why is Refusal.DESCRIPTORS:
             return False
         self._refused[connection] = None
         if len(self._refused) > MAX_REFUSED:
-            self._evict(next(iter(self._refused)), refusal)
+            self._evict(next(iter(self._refused)), error)
         return True
 
     def mark_idle(self, connection: HttpConnection) -> None:
@@ -137,7 +136,7 @@ class HttpConnections:
         self._busy.pop(connection, None)
         self._refused.pop(connection, None)
 
-    def evict_idle(self, refusal: Refusal) -> None:
+    def evict_idle(self, why: Refusal) -> None:
         """Evict all connections that wait for their peers; refuse their partial requests.
 
         A connection on which a request is arriving stays: `Listener.wait_for_responses` waits for
@@ -145,9 +144,9 @@ class HttpConnections:
         """
         for connection in (*self._idle, *self._refused):
             if not connection.is_request_arriving():
-                self._evict(connection, refusal)
+                self._evict(connection, RefusedError(why))
 
-    def _evict_one(self, refusal: Refusal) -> bool:
+    def _evict_one(self, error: RefusedError) -> bool:
         """Evict the first candidate; return whether there is one."""
         first = islice(self._idle, MAX_ARRIVING)
         silent = (each for each in first if not each.is_request_arriving())
@@ -155,12 +154,12 @@ class HttpConnections:
         connection = next(chain(silent, further, self._busy), None)
         if connection is None:
             return False
-        self._evict(connection, refusal)
+        self._evict(connection, error)
         return True
 
-    def _evict(self, connection: HttpConnection, refusal: Refusal) -> None:
+    def _evict(self, connection: HttpConnection, error: RefusedError) -> None:
         self.unregister(connection)
-        connection.evict(refusal)
+        connection.evict(error)
 
     @property
     def queued_requests(self) -> int:

@@ -19,20 +19,16 @@ import httptools
 from uvicorn._types import ASGI3Application, WebSocketScope
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from websocket_relay.outcomes import Refusal, random_retry_after_s
+from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.security_headers import with_security_headers
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
-from websocket_relay.wire.handshake import Handshake
+from websocket_relay.wire.handshake import Handshake, validate_handshake
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.request_framing import RequestFraming
-from websocket_relay.wire.security_headers import SECURITY_HEADERS
 from websocket_relay.wire.time_slicer import SLICE_S
 
 MAX_HEAD_BYTES = 65_536
@@ -55,20 +51,6 @@ HOST = re.compile(
     rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?"
 )
 """The value of a Host field (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
-
-
-class RequestError(Exception):
-    """The request is rejected. Parser callbacks raise it, which stops the parser."""
-
-    def __init__(self, status: HTTPStatus, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.text = text
-
-
-TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Request head too large.")
-MALFORMED = (HTTPStatus.BAD_REQUEST, "Invalid HTTP request.")
-NOT_IMPLEMENTED = (HTTPStatus.NOT_IMPLEMENTED, "Transfer coding not supported.")
 
 
 class PausableReader:
@@ -135,7 +117,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._ignores_offer = False  # whether the parser has stopped at an offer that is ignored
         self._receiving_cycle: RequestResponseCycle | None = None
         self._responding_cycle: RequestResponseCycle | None = None
-        self._refusal: Refusal | None = None  # the response to the first request
+        self._refusal = b""  # the response to the first request, if it is refused already
         self._drain_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -146,11 +128,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._reading = PausableReader(transport)
         self.flow = FlowControl(cast(asyncio.Transport, self._reading))
         self._deadline_timer = self.loop.call_at(self._deadline_at, self._on_deadline)
-        self._refusal = self._http_connections.register(self)
-        if self._refusal is not None and not self._http_connections.keep_refused(
-            self, self._refusal
-        ):
-            self._respond_retry_later(self._refusal)
+        error = self._http_connections.register(self)
+        if error is not None:
+            self._refusal = self._context.refusals.respond(error)
+            if not self._http_connections.keep_refused(self, error):
+                self._respond_and_close(self._refusal)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline_timer()
@@ -166,8 +148,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._receiving_cycle = self._responding_cycle = None
 
     def data_received(self, data: bytes) -> None:
-        if self._refusal is not None:
-            self._respond_retry_later(self._refusal)  # not before a request arrives: see `evict`
+        if self._refusal:
+            self._respond_and_close(self._refusal)  # not before a request arrives: see `evict`
             return
         if self._is_paused:
             self._unparsed += data
@@ -202,34 +184,29 @@ class HttpProtocol(HttpToolsProtocol):
         if self._deadline_timer is None and self._between_requests():
             self._deadline_at = self.loop.time() + self._context.deadline_s
             self._deadline_timer = self.loop.call_at(self._deadline_at, self._on_deadline)
+        start = 0
         try:
-            rest = self._feed_parser(data, until)
+            while start < len(data):
+                if start and perf_counter() > until:  # many tiny chunks take long
+                    break
+                end = self._framing.consume_piece(data, start)
+                self._head_bytes += end - start
+                try:
+                    self.parser.feed_data(data[start:end])
+                except httptools.HttpParserUpgrade:
+                    if self._is_websocket_request:
+                        self._upgrade(data[end:])
+                        return b""
+                if self._ignores_offer:
+                    self._parse_without_offer()
+                start = end
         except httptools.HttpParserError as error:
-            self._refuse_unparsed(error)
+            self._refuse(_refusal_of(error))
             return b""
         if self._head_bytes > MAX_HEAD_BYTES:
-            status, text = TOO_LARGE
-            self._refuse(status, Refusal.INVALID_HANDSHAKE, text)
+            self._refuse(RefusedError(Refusal.HEAD_TOO_LARGE))
             return b""
-        return rest
-
-    def _feed_parser(self, data: bytes, until: float) -> bytes:
-        start = 0
-        while start < len(data):
-            if start and perf_counter() > until:  # many tiny chunks take long
-                return data[start:]
-            end = self._framing.consume_piece(data, start)
-            self._head_bytes += end - start
-            try:
-                self.parser.feed_data(data[start:end])
-            except httptools.HttpParserUpgrade:
-                if self._is_websocket_request:
-                    self._upgrade(data[end:])
-                    return b""
-            if self._ignores_offer:
-                self._parse_without_offer()
-            start = end
-        return b""
+        return data[start:]
 
     def _parse_without_offer(self) -> None:
         """Parse the head of the current request again, without its offer of an upgrade.
@@ -300,7 +277,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _run_request(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not cycle.disconnected:
-            super()._start_asgi_task(cycle, app)
+            super()._start_asgi_task(cycle, with_security_headers(app))
 
     def _mark_disconnected(self) -> None:
         # Of pipelined requests, uvicorn marks only the newest one as disconnected. The one whose
@@ -324,14 +301,14 @@ class HttpProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_field_bytes(name, value)
         if len(self.headers) >= MAX_FIELDS:
-            raise RequestError(*TOO_LARGE)
+            raise RefusedError(Refusal.HEAD_TOO_LARGE)
         # llhttp keeps trailing whitespace (RFC 9112 section 5.1).
         super().on_header(name, value.rstrip(b" \t"))
 
     def _count_field_bytes(self, *parts: bytes) -> None:
         self._field_bytes += sum(map(len, parts))
         if self._field_bytes > MAX_HEAD_BYTES:
-            raise RequestError(*TOO_LARGE)
+            raise RefusedError(Refusal.HEAD_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
@@ -350,36 +327,37 @@ class HttpProtocol(HttpToolsProtocol):
         """Enforce the rules that uvicorn and its parser do not enforce.
 
         Raises:
-            RequestError: the request violates one.
+            RefusedError: the request violates one. This stops the parser.
         """
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.0", "1.1"):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-            raise RequestError(status, "HTTP version not supported.")
+            raise RefusedError(Refusal.INVALID_REQUEST, "HTTP version not supported", status)
         # llhttp accepts several spaces as one, other line terminators before the request line, and
         # names of other protocols (RFC 9112 section 3).
         if self._framing.line != b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode()):
-            raise RequestError(*MALFORMED)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version != "1.0"):  # RFC 9112 section 3.2
-            raise RequestError(*MALFORMED)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         if hosts and not HOST.fullmatch(hosts[0]):
-            raise RequestError(*MALFORMED)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         # CONNECT addresses a proxy and `*` the server as a whole. The relay supports neither.
         # Clients must not send fragments.
         if method == b"CONNECT" or self.url == b"*" or b"#" in self.url:
-            raise RequestError(*MALFORMED)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         # After an upgrade the bytes are frames, where a proxy in front of the relay sees a body.
         if self._set_body_framing(version) and self._offers_websocket():
-            raise RequestError(*MALFORMED)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "Too many pipelined requests.")
+            status = HTTPStatus.TOO_MANY_REQUESTS
+            raise RefusedError(Refusal.INVALID_REQUEST, "too many pipelined requests", status)
 
     def _set_body_framing(self, version: str) -> bool:
         """Determine the framing of the body; return whether there is a body.
 
         Raises:
-            RequestError: the framing is invalid or not supported (RFC 9112 sections 6.1 and 6.3).
+            RefusedError: the framing is invalid or not supported (RFC 9112 sections 6.1 and 6.3).
         """
         length, codings = 0, []
         for name, value in self.headers:
@@ -392,8 +370,9 @@ class HttpProtocol(HttpToolsProtocol):
         elif codings:
             *others, last = (coding.strip() for coding in codings)
             if last == b"chunked" and any(others) and version == "1.1":
-                raise RequestError(*NOT_IMPLEMENTED)
-            raise RequestError(*MALFORMED)
+                status = HTTPStatus.NOT_IMPLEMENTED
+                raise RefusedError(Refusal.INVALID_REQUEST, "transfer coding not supported", status)
+            raise RefusedError(Refusal.INVALID_REQUEST)
         elif length:
             self._framing.expect_content(length)
         return bool(codings or length)
@@ -450,28 +429,27 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._http_connections.mark_busy(self, is_safe=self._uses_safe_methods)
 
-    def evict(self, refusal: Refusal) -> None:
+    def evict(self, error: RefusedError) -> None:
         """End the connection in favour of another one.
 
         An idle connection closes without a response, as it may at any time (RFC 9112 section 9.5).
-        So does a connection without a first request, during shutdown or if its refusal is recorded
-        already: nginx 1.22 treats a response
-        that arrives before it has sent the request as part of the next relay's response. TLS
-        connections are aborted, because TLS shutdown waits for the peer.
+        So does a connection without a first request, during shutdown or if it is refused already:
+        nginx 1.22 treats a response that arrives before it has sent the request as part of the next
+        relay's response. TLS connections are aborted, because TLS shutdown waits for the peer.
         """
         closes_at_once = self.scheme == "http" and not self.transport.get_write_buffer_size()
         is_unused = not self._head_bytes and self._receiving_cycle is self._responding_cycle is None
         if (
             self.transport.is_closing()
             or self._is_idle()
-            or (is_unused and (refusal is Refusal.DRAINING or self._refusal is not None))
+            or (is_unused and (error.why is Refusal.DRAINING or self._refusal))
         ):
             self._http_connections.evictions += 1
             (self.transport.close if closes_at_once else self.transport.abort)()
         elif closes_at_once:
-            self._refuse_temporarily(refusal)
+            self._refuse(error)
         else:
-            self._http_connections.record_refusal(refusal)
+            self._context.refusals.record(error)
             self.transport.abort()
 
     def _is_idle(self) -> bool:
@@ -523,12 +501,13 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._between_requests() or self.flow.write_paused:
             # Pipelined: earlier responses would mix with the frames, or are not read yet. A
             # transport that is already paused would not report that the WebSocket has a backlog.
-            self._refuse_malformed()
+            detail = "pipelined after a request without a response"
+            self._refuse(RefusedError(Refusal.INVALID_HANDSHAKE, detail))
             return
         try:
             scope = self._scope()
         except httptools.HttpParserInvalidURLError:
-            self._refuse_malformed()
+            self._refuse(RefusedError(Refusal.INVALID_REQUEST))
             return
         method, version = self.scope["method"], self.parser.get_http_version()
         self._resume_reading()  # before the WebSocket connection pauses it
@@ -545,11 +524,15 @@ class HttpProtocol(HttpToolsProtocol):
         websocket.start_deadline(self._deadline_at - self.loop.time())
         websocket.data_received(trailing)
         handshake = Handshake(websocket, self._context, self._http_connections)
-        result = handshake.validate(method, version, self.headers)
-        if result is None:
+        try:
+            result = validate_handshake(
+                method, version, self.headers, compresses=self._context.compresses
+            )
+        except RefusedError as error:
+            handshake.refuse(error)
             return
         scope["subprotocols"] = result.subprotocols
-        task = self.loop.create_task(handshake.run(self.app, scope))
+        task = self.loop.create_task(handshake.run(self.app, scope, result))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -570,52 +553,20 @@ class HttpProtocol(HttpToolsProtocol):
             "headers": self.headers,
             "subprotocols": [],
             "state": self.app_state.copy(),
-            "extensions": {"websocket.http.response": {}},
         }
 
     def _on_deadline(self) -> None:
         self._deadline_timer = None
         if not self.transport.is_closing():
-            status = HTTPStatus.REQUEST_TIMEOUT
-            self._refuse(status, Refusal.HANDSHAKE_TIMEOUT, "Request timeout.")
+            self._refuse(RefusedError(Refusal.HANDSHAKE_TIMEOUT))
 
-    def _refuse_unparsed(self, error: httptools.HttpParserError) -> None:
-        # No local variable of data_received may refer to a callback's exception. The traceback
-        # references that frame: the cycle would keep the request until garbage collection.
-        cause = error.__context__
-        if isinstance(cause, RequestError):
-            self._refuse(cause.status, Refusal.INVALID_HANDSHAKE, cause.text)
-        else:
-            self._refuse_malformed()
+    def _refuse(self, error: RefusedError) -> None:
+        self._respond_and_close(self._context.refusals.respond(error))
 
-    def _refuse_malformed(self) -> None:
-        status, text = MALFORMED
-        self._refuse(status, Refusal.INVALID_HANDSHAKE, text)
-
-    def _refuse_temporarily(self, refusal: Refusal) -> None:
-        self._http_connections.record_refusal(refusal)
-        self._respond_retry_later(refusal)
-
-    def _respond_retry_later(self, refusal: Refusal) -> None:
-        self._respond_and_close(
-            refusal.status, f"{refusal.reason}\n", f"retry-after: {random_retry_after_s()}\r\n"
-        )
-
-    def _refuse(self, status: HTTPStatus, refusal: Refusal, text: str) -> None:
-        self._context.counters.refusals[refusal] += 1
-        self._respond_and_close(status, text)
-
-    def _respond_and_close(self, status: HTTPStatus, text: str, extra_header: str = "") -> None:
+    def _respond_and_close(self, response: bytes) -> None:
         self._cancel_deadline_timer()
         if self._can_respond():
-            defaults = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
-            safe = [f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS]
-            self.transport.write(
-                STATUS_LINE[status]
-                + b"".join([*defaults, *safe])
-                + b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
-                + f"{extra_header}content-length: {len(text)}\r\n\r\n{text}".encode()
-            )
+            self.transport.write(response)
         self._mark_disconnected()
         self.pipeline.clear()
         self.transport.close()
@@ -637,3 +588,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
             self._deadline_timer = None
+
+
+def _refusal_of(error: httptools.HttpParserError) -> RefusedError:
+    # No local variable of data_received may refer to a callback's exception. The traceback
+    # references that frame: the cycle would keep the request until garbage collection.
+    cause = error.__context__
+    return cause if isinstance(cause, RefusedError) else RefusedError(Refusal.INVALID_REQUEST)

@@ -9,7 +9,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.http_connections import HttpConnections
 
 START_V1 = b"PROXY "
@@ -145,11 +145,11 @@ class ProxyHeader(asyncio.Protocol):
         if not self._is_expected(transport):
             self._pass_on(None)
             return
-        if (refusal := self._http_connections.register(self)) is not None:
-            self.evict(refusal)
+        if (error := self._http_connections.register(self)) is not None:
+            self.evict(error)
             return
         self._timer = asyncio.get_running_loop().call_at(
-            self._deadline_at, self.evict, Refusal.HANDSHAKE_TIMEOUT
+            self._deadline_at, self.evict, RefusedError(Refusal.HANDSHAKE_TIMEOUT)
         )
 
     def data_received(self, data: bytes) -> None:
@@ -160,7 +160,7 @@ class ProxyHeader(asyncio.Protocol):
         try:
             header = parse_header(self._received)
         except ProxyHeaderError:
-            self.evict(Refusal.INVALID_PROXY_HEADER)
+            self.evict(RefusedError(Refusal.INVALID_PROXY_HEADER))
             return
         if header is None:
             return
@@ -190,7 +190,7 @@ class ProxyHeader(asyncio.Protocol):
         """Return False: there is no request before the header is complete."""
         return False
 
-    def evict(self, refusal: Refusal) -> None:
+    def evict(self, error: RefusedError) -> None:
         """Abort the connection. The proxy expects no response before its request."""
-        self._http_connections.record_refusal(refusal)
+        self._http_connections.record_refusal(error)
         self._transport.abort()

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, cast
 
-from websocket_relay.outcomes import Refusal, TlsFailure
+from websocket_relay.outcomes import RefusedError, TlsFailure
 from websocket_relay.wire.http_connections import HttpConnections
 
 MIN_TIMEOUT_S = 0.001
@@ -66,8 +66,8 @@ class TlsHandshake(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first byte."""
         self._transport = cast(asyncio.Transport, transport)
-        if (refusal := self._http_connections.register(self)) is not None:
-            self._http_connections.record_refusal(refusal)
+        if (error := self._http_connections.register(self)) is not None:
+            self._http_connections.record_refusal(error)
             self._transport.abort()
             return
         loop = asyncio.get_running_loop()
@@ -118,10 +118,10 @@ class TlsHandshake(asyncio.Protocol):
         """Return False: there is no request before the handshake is complete."""
         return False
 
-    def evict(self, refusal: Refusal) -> None:
+    def evict(self, error: RefusedError) -> None:
         """Abort the connection. Without TLS no response can be sent."""
         self._is_evicted = True
-        self._http_connections.record_refusal(refusal)
+        self._http_connections.record_refusal(error)
         self._transport.abort()
 
     async def _run_handshake(self) -> None:
