@@ -23,6 +23,7 @@ from websocket_relay.backplane.codec import Packet, pack, unpack
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import LogEntry
 from websocket_relay.config.model import Settings
+from websocket_relay.messages import TEXT
 from websocket_relay.wire.flow_control import HighWaterMark
 
 MESSAGE_BYTES = 128

@@ -7,10 +7,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from websocket_relay.backplane.interface import START, LogEntry, Position
+from websocket_relay.backplane.interface import ENTRY_BYTES, START, LogEntry, Position
 from websocket_relay.channels.history import (
     CHANNEL_BYTES,
-    ENTRY_BYTES,
     EVICTION_DIVISOR,
     EXPIRY_SLICE_MESSAGES,
     History,

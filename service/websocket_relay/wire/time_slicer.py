@@ -46,12 +46,14 @@ class TimeSlicer:
         queue = self._queue
         until = perf_counter() + SLICE_S
         try:
-            while queue and perf_counter() <= until:
+            while queue:
                 work = queue.popleft()
                 for goes_first in work:
                     if perf_counter() > until:
                         (queue.appendleft if goes_first else queue.append)(work)
                         break
+                if perf_counter() > until:
+                    break
         finally:  # work that raises does not stop the rest
             self._is_scheduled = bool(queue)
             if self._is_scheduled:
