@@ -13,7 +13,6 @@ from time import perf_counter_ns, process_time
 from typing import Any
 
 from websocket_relay.cancellation import cancel_until_done
-from websocket_relay.cli.bench import chart
 from websocket_relay.cli.bench.clients import (
     MIN_MESSAGE_BYTES,
     BenchClient,
@@ -51,7 +50,7 @@ EXAMPLES = """\
 examples:
   websocket-relay bench ws://localhost:8443/channels/bench
   websocket-relay bench --clients 500 --rate 200 --duration 30 ws://localhost:8443/channels/bench
-  websocket-relay bench --window 1 --json bench.json --plot bench.svg ws://localhost:8443/channels/b
+  websocket-relay bench --window 1 --json bench.json ws://localhost:8443/channels/bench
 
 """
 
@@ -74,7 +73,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all results to a file"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the run as an SVG picture")
     parser.set_defaults(run=lambda options: run(bench, options, _loop_factory()))
 
 
@@ -162,8 +160,8 @@ def load_of(options: Namespace) -> BenchLoad:
 async def bench(options: Namespace) -> int:
     """Run a load test and print its result; return the exit status."""
     _raise_limit()
-    for file in filter(None, (options.json, options.plot)):
-        file.touch()  # report a wrong path before the measurement, not after it
+    if options.json:
+        options.json.touch()  # report a wrong path before the measurement, not after it
     bench_run = BenchRun(load_of(options), _show if sys.stderr.isatty() else lambda _: None)
     try:
         await bench_run.connect(options)
@@ -178,8 +176,6 @@ async def bench(options: Namespace) -> int:
     print(table(url, result), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result.as_json(url), indent=2) + "\n")
-    if options.plot:
-        options.plot.write_text(chart.draw(url, result.load.text, result.tally))
     if was_interrupted:
         return INTERRUPTED
     return _report_failures(result)
