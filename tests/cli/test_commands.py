@@ -18,11 +18,15 @@ from pathlib import Path
 
 import pytest
 import websockets
-from websocket_relay.cli.bench.clients import BenchClient, BenchMessage, control_frame, frame_head
+from websocket_relay.cli.bench.clients import BenchClient, BenchMessage
 from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, table
 from websocket_relay.cli.bench.tally import Latencies, Tally
 from websocket_relay.client import MAX_MESSAGE_BYTES
 from websockets.asyncio.client import ClientConnection
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+from websockets.uri import parse_uri
 
 from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
@@ -605,10 +609,18 @@ async def test_a_bench_client_counts_its_messages_only_and_at_any_size_of_a_read
 ) -> None:
     tally, layout = Tally(start_ns=1), BenchMessage.of(message_bytes)
     echoes: list[int] = []
-    client = BenchClient(7, b"", layout, tally, lambda _, count: echoes.append(count))
+    uri = parse_uri("ws://relay.example/channels/bench")
+    client = BenchClient(7, uri, {}, layout, tally, lambda _, count: echoes.append(count))
     transport = RecordingTransport()
     client.connection_made(transport)
-    client.data_received(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n")
+    server = ServerProtocol()
+    server.receive_data(transport.written)
+    (request,) = server.events_received()
+    assert isinstance(request, Request)
+    server.send_response(server.accept(request))
+    client.data_received(b"".join(server.data_to_send()))
+    await client.opened
+    transport.written = b""
 
     def message(sender: int, due_ns: int, mark: bytes = layout.mark) -> bytes:
         stamp = due_ns.to_bytes(8) + sender.to_bytes(4)
@@ -618,10 +630,10 @@ async def test_a_bench_client_counts_its_messages_only_and_at_any_size_of_a_read
     stream = b"".join(
         (
             message(7, now_ns),
-            frame_head(2, 3, masked=False) + b"foo",
+            Frame(Opcode.BINARY, b"foo").serialize(mask=False),
             message(8, now_ns) + message(7, now_ns),
             message(7, now_ns, b"another!"),
-            frame_head(1, 200, masked=False) + b"t" * 200,
+            Frame(Opcode.TEXT, b"t" * 200).serialize(mask=False),
             b"\x89\x02hi",
             message(7, 0),  # before the start
             message(9, now_ns),
@@ -632,7 +644,8 @@ async def test_a_bench_client_counts_its_messages_only_and_at_any_size_of_a_read
     assert tally.deliveries == 4
     assert sum(echoes) == 3
     assert sum(tally.latencies.counts) == 4
-    assert transport.written[:2] == control_frame(0xA, b"hi")[:2]  # a pong
+    server.receive_data(transport.written)
+    assert server.events_received() == [Frame(Opcode.PONG, b"hi")]
     await asyncio.sleep(0)
     assert not transport.is_reading_paused  # a large read pauses it for one turn of the loop
 

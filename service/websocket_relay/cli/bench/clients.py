@@ -1,11 +1,11 @@
 """The clients of a load test: they count what they receive, some also publish. Knows no terminal.
 
-This is not the package's client, but one built for speed. The messages of a load test are binary
-and all of one size, so one call unpacks all frames of a read.
+This is not the package's client, but one built for speed: it uses websockets for the opening
+handshake only. The messages of a load test are binary and all of one size, so one call unpacks all
+frames of a read.
 """
 
 import asyncio
-import base64
 import os
 import ssl
 import struct
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from math import log
 from time import perf_counter_ns
 from typing import cast
-from urllib.parse import urlsplit
 
-from websockets.datastructures import Headers
-from websockets.exceptions import InvalidHandshake, InvalidStatus
-from websockets.http11 import Response
+from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidHandshake
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import WebSocketURI
 
+from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.cli.bench.tally import SCALE, Tally
 from websocket_relay.client.errors import error_for
 
 STAMP = struct.Struct(">8sqI")  # random mark of the run, due time in ns, number of the sender
 MIN_MESSAGE_BYTES = STAMP.size
-BINARY, CLOSE, PING, PONG = 0x2, 0x8, 0x9, 0xA
 OPEN_TIMEOUT_S = 10.0
 MAX_CONCURRENT_CONNECTS = 100
 LARGE_READ_BYTES = 65_536
@@ -50,20 +51,10 @@ class BenchMessage:
     @classmethod
     def of(cls, message_bytes: int) -> "BenchMessage":
         """Return the layout of a new run."""
-        head = frame_head(BINARY, message_bytes, masked=False)
+        head = Frame(Opcode.BINARY, bytes(message_bytes)).serialize(mask=False)[:-message_bytes]
         filler = message_bytes - MIN_MESSAGE_BYTES
         frames = struct.Struct(f">{len(head)}s8sqI{filler}x")
         return cls(message_bytes, os.urandom(8), head, frames)
-
-
-def frame_head(opcode: int, length: int, *, masked: bool) -> bytes:
-    """Encode a frame's header, without the masking key (RFC 6455 section 5.2)."""
-    first, mask_bit = 0x80 | opcode, 0x80 if masked else 0
-    if length < 126:
-        return bytes((first, mask_bit | length))
-    if length < 65_536:
-        return struct.pack(">BBH", first, mask_bit | 126, length)
-    return struct.pack(">BBQ", first, mask_bit | 127, length)
 
 
 class BenchClient(asyncio.Protocol):
@@ -71,7 +62,8 @@ class BenchClient(asyncio.Protocol):
 
     Args:
         number: index of the client; its messages carry it.
-        request: the bytes of its upgrade request.
+        uri: of the channel.
+        headers: additional headers of its upgrade request.
         layout: of the messages.
         tally: the shared counters.
         on_echo: called with this client and the number of its own messages in a read; None: never.
@@ -85,13 +77,16 @@ class BenchClient(asyncio.Protocol):
     def __init__(
         self,
         number: int,
-        request: bytes,
+        uri: WebSocketURI,
+        headers: dict[str, str],
         layout: BenchMessage,
         tally: Tally,
         on_echo: Callable[["BenchClient", int], None] | None,
     ) -> None:
         self._number = number
-        self._request = request
+        self._handshake = ClientProtocol(uri)
+        self._headers = headers
+        self._has_response_head = False
         self._layout = layout
         self._tally = tally
         self._on_echo = on_echo
@@ -106,15 +101,13 @@ class BenchClient(asyncio.Protocol):
         self._prepare_frame()
 
     def _prepare_frame(self) -> None:
-        """Mask in advance what is the same in every message (RFC 6455 section 5.3)."""
-        layout, mask = self._layout, os.urandom(4)
-        tail = struct.pack(">I", self._number) + os.urandom(
-            layout.message_bytes - MIN_MESSAGE_BYTES
-        )
-        self._frame_start = frame_head(BINARY, layout.message_bytes, masked=True) + mask
-        self._frame_start += _masked(layout.mark, mask)
-        self._frame_end = _masked(tail, mask)
-        self._stamp_mask = int.from_bytes(mask * 2)
+        """Encode and mask in advance what is the same in every message: all but the due time."""
+        size = self._layout.message_bytes
+        message = STAMP.pack(self._layout.mark, 0, self._number) + os.urandom(size - STAMP.size)
+        frame = Frame(Opcode.BINARY, message).serialize(mask=True)
+        due_at = len(frame) - size + len(self._layout.mark)
+        self._frame_start, self._frame_end = frame[:due_at], frame[due_at + 8 :]
+        self._stamp_mask = int.from_bytes(frame[due_at : due_at + 8])  # zeros, masked
 
     # Sending
 
@@ -129,7 +122,7 @@ class BenchClient(asyncio.Protocol):
         """Send a close frame and close. The end of this connection is not counted from now on."""
         self._is_closing = True
         if self._is_open and not self._transport.is_closing():
-            self._transport.write(control_frame(CLOSE, struct.pack(">H", 1000)))
+            self._send_control_frame(Opcode.CLOSE, struct.pack(">H", 1000))
             self._transport.close()
 
     # Callbacks of asyncio
@@ -137,13 +130,16 @@ class BenchClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the upgrade request."""
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(self._request)
+        request = self._handshake.connect()
+        request.headers.update(self._headers)
+        self._transport.write(request.serialize())
 
     def connection_lost(self, error: Exception | None) -> None:
         """Count the connection as closed, unless this client closed it."""
         self.is_gone = True
         if not self.opened.done():
-            self.opened.set_exception(EOFError())
+            self._handshake.receive_eof()
+            self.opened.set_exception(cast(Exception, self._handshake.handshake_exc))
         elif self._is_open and not self._is_closing:
             self._tally.closed[self._close_reason] += 1
 
@@ -159,13 +155,12 @@ class BenchClient(asyncio.Protocol):
         """Process what was read."""
         if len(data) >= LARGE_READ_BYTES:
             self._yield_to_loop()
-        if self._unparsed:
-            data = self._unparsed + data
         if self._is_open:
+            if self._unparsed:
+                data = self._unparsed + data
             self._unparsed = data[self._count(data, perf_counter_ns()) :]
-        else:
-            self._unparsed = data
-            self._read_response()
+        elif not self.opened.done():
+            self._read_response(data)
 
     def _yield_to_loop(self) -> None:
         """Pause reading until the next turn: uvloop would read many times, and delay all timers."""
@@ -176,24 +171,25 @@ class BenchClient(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _read_response(self) -> None:
-        head, end, trailing = self._unparsed.partition(b"\r\n\r\n")
-        if not end or self.opened.done():
+    def _read_response(self, data: bytes) -> None:
+        """Pass the response to websockets, but no byte of the frames that may follow it."""
+        handshake = self._handshake
+        if not self._has_response_head:
+            head, end, data = (self._unparsed + data).partition(b"\r\n\r\n")
+            self._unparsed, self._has_response_head = head, bool(end)
+            if not end:
+                return
+            handshake.receive_data(head + end)
+        if handshake.state is State.OPEN:
+            self._is_open = True
+            self._unparsed = b""
+            self.opened.set_result(None)
+            self.data_received(data)
             return
-        if not head.startswith(b"HTTP/"):
-            self.opened.set_exception(InvalidHandshake("the response is not HTTP"))
+        handshake.receive_data(data)  # a part of the body
+        if handshake.handshake_exc is not None:
+            self.opened.set_exception(handshake.handshake_exc)
             self._transport.abort()
-            return
-        response = _response(head, trailing)
-        if response.status_code != 101:
-            self.opened.set_exception(InvalidStatus(response))
-            self._transport.abort()
-            return
-        self._is_open = True
-        self._unparsed = b""
-        self.opened.set_result(None)
-        if trailing:
-            self.data_received(trailing)
 
     def _count(self, data: bytes, now_ns: int) -> int:
         """Count the messages in what was read; return the number of parsed bytes."""
@@ -253,97 +249,43 @@ class BenchClient(asyncio.Protocol):
         return head + length
 
     def _on_control_frame(self, opcode: int, payload: bytes) -> None:
-        if opcode == PING:
-            self._transport.write(control_frame(PONG, payload))
-        elif opcode == CLOSE and not self._is_closing:
+        if opcode == Opcode.PING:
+            self._send_control_frame(Opcode.PONG, payload)
+        elif opcode == Opcode.CLOSE and not self._is_closing:
             code, reason = int.from_bytes(payload[:2]), payload[2:].decode(errors="replace")
             self._close_reason = f"{reason.partition(';')[0]} ({code})"
-            self._transport.write(control_frame(CLOSE, payload[:2]))
+            self._send_control_frame(Opcode.CLOSE, payload[:2])
 
-
-def _masked(data: bytes, mask: bytes) -> bytes:
-    """Mask bytes whose offset in the payload is a multiple of four."""
-    key = mask * (len(data) // 4 + 1)
-    whole = int.from_bytes(data) ^ int.from_bytes(key[: len(data)])
-    return whole.to_bytes(len(data))
-
-
-def control_frame(opcode: int, payload: bytes) -> bytes:
-    """Encode a masked control frame."""
-    mask = os.urandom(4)
-    return frame_head(opcode, len(payload), masked=True) + mask + _masked(payload, mask)
-
-
-def _response(head: bytes, body: bytes) -> Response:
-    """Parse an HTTP response; an invalid status becomes 0."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    _, status, *phrase = [*first.split(" ", 2), "0", ""][:3]
-    fields = (line.partition(":") for line in lines)
-    headers = Headers([(name.strip(), value.strip()) for name, _, value in fields])
-    return Response(int(status) if status.isdecimal() else 0, "".join(phrase), headers, body)
-
-
-def request_for(url: str, headers: dict[str, str]) -> bytes:
-    """Return the upgrade request for a channel."""
-    parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    header_lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return (
-        f"GET {target} HTTP/1.1\r\n"
-        f"Host: {parts.netloc.rpartition('@')[2]}\r\n"
-        "Upgrade: websocket\r\n"
-        "Connection: Upgrade\r\n"
-        f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n"
-        f"Sec-WebSocket-Version: 13\r\n{header_lines}\r\n"
-    ).encode()
+    def _send_control_frame(self, opcode: Opcode, payload: bytes) -> None:
+        self._transport.write(Frame(opcode, payload).serialize(mask=True))
 
 
 async def connect_all(
-    url: str,
-    headers: dict[str, str],
-    context: ssl.SSLContext | None,
-    clients: Sequence[Callable[[bytes], BenchClient]],
-) -> list[BenchClient]:
+    uri: WebSocketURI, context: ssl.SSLContext | None, clients: Sequence[BenchClient]
+) -> None:
     """Connect all clients, at most `MAX_CONCURRENT_CONNECTS` at a time.
 
     Args:
-        url: of the channel.
-        headers: additional headers of the request.
+        uri: of the channel.
         context: verifies the relay's certificate; None: the system's authorities.
-        clients: each makes a client for its request.
+        clients: not connected yet.
 
     Raises:
         RelayError: a client could not connect.
     """
-    parts = urlsplit(url)
-    is_secure = parts.scheme == "wss"
-    port = parts.port or (443 if is_secure else 80)
+    tls = (context or True) if uri.secure else None
     loop = asyncio.get_running_loop()
     slots = asyncio.Semaphore(MAX_CONCURRENT_CONNECTS)
 
-    async def connect(make: Callable[[bytes], BenchClient]) -> BenchClient:
+    async def connect(client: BenchClient) -> None:
         async with slots, asyncio.timeout(OPEN_TIMEOUT_S):
-            _, client = await loop.create_connection(
-                lambda: make(request_for(url, headers)),
-                parts.hostname or "",
-                port,
-                ssl=(context or True) if is_secure else None,
-            )
+            await loop.create_connection(lambda: client, uri.host, uri.port, ssl=tls)
             await client.opened
-            return client
 
-    fault = None
-    connecting: list[asyncio.Task[BenchClient]] = []
+    connecting = [asyncio.create_task(connect(client)) for client in clients]
     try:
-        async with asyncio.TaskGroup() as tasks:
-            connecting += [tasks.create_task(connect(make)) for make in clients]
-    except* (OSError, EOFError, InvalidHandshake) as group:
-        fault = error_for(_first(group), is_secure=is_secure)
-    if fault is not None:  # Python before 3.11.4 wraps an exception raised above in a group
-        raise fault
-    return [task.result() for task in connecting]
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+        await asyncio.gather(*connecting)
+    except (OSError, InvalidHandshake) as error:
+        raise error_for(error, is_secure=uri.secure) from None
+    finally:
+        await cancel_until_done(*connecting)

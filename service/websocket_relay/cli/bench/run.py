@@ -7,10 +7,11 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Coroutine
-from functools import partial
 from pathlib import Path
 from time import perf_counter_ns, process_time
 from typing import Any
+
+from websockets.uri import parse_uri
 
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.cli.bench.clients import (
@@ -226,31 +227,25 @@ class BenchRun:
         Raises:
             RelayError: a client could not connect.
         """
-        layout = BenchMessage.of(self._load.message_bytes)
+        load = self._load
+        uri = parse_uri(ChannelUrl.parse(options.url).url)
         headers = authorization(token_source(options)())
-        url = ChannelUrl.parse(options.url).url
-        self.show(f"connecting {self._load.clients:,} clients")
-        on_echo = self._send_next if self._load.window else None
-        factories = [
-            partial(
-                self._make_client,
+        layout = BenchMessage.of(load.message_bytes)
+        echo_handler = self._send_next if load.window else None
+        self._clients = [
+            BenchClient(
                 number,
+                uri,
+                headers,
                 layout,
-                on_echo if number < self._load.publishers else None,
+                self._tally,
+                echo_handler if number < load.publishers else None,
             )
-            for number in range(self._load.clients)
+            for number in range(load.clients)
         ]
-        self._clients = await connect_all(url, headers, tls_context(options), factories)
-        self._publishers = self._clients[: self._load.publishers]
-
-    def _make_client(
-        self,
-        number: int,
-        layout: BenchMessage,
-        on_echo: Callable[[BenchClient, int], None] | None,
-        request: bytes,
-    ) -> BenchClient:
-        return BenchClient(number, request, layout, self._tally, on_echo)
+        self._publishers = self._clients[: load.publishers]
+        self.show(f"connecting {load.clients:,} clients")
+        await connect_all(uri, tls_context(options), self._clients)
 
     async def measure(self) -> None:
         """Apply the load for the warm-up and the measurement."""
