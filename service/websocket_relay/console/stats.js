@@ -1,6 +1,6 @@
 // @ts-check
 /**
- * Poll /stats once a second and show the relay's stats as tiles and charts.
+ * Poll /stats once a second and show the relay's stats as tiles.
  *
  * The relay reports totals since its start. Rates and percentiles are computed here from the
  * difference between two responses. Knows no channel.
@@ -8,69 +8,38 @@
 
 const POLL_INTERVAL_MS = 1_000;
 const REQUEST_TIMEOUT_MS = 5_000; // then the relay is shown as not reachable
-const WINDOW_MS = 120_000;
 const REPLICA_SWITCH_MS = 10_000; // ignore other replicas of a load balancer for this long
-const CURVE_GAP_MS = 11_000; // a curve has a gap where responses were missing for longer
-const [WIDTH, HEIGHT] = [600, 100]; // of a plot, in SVG user units
 
-/** @type {Chart[]} */
-const CHARTS = [
-  {title: "Clients", unit: formatCount, curves: [["", ({now}) => now.connected_clients]]},
-  {title: "Messages in", unit: formatRate, curves: [["", perSecond(({messages}) => messages)]]},
-  {
-    title: "Deliveries out",
-    unit: formatRate,
-    curves: [["", perSecond(({deliveries}) => deliveries)]],
-  },
-  {
-    title: "Delivery latency",
-    unit: formatDuration,
-    curves: [
-      ["p50", quantile(0.5, (stats) => stats.delivery_seconds)],
-      ["p99", quantile(0.99, (stats) => stats.delivery_seconds)],
-    ],
-  },
-  {
-    title: "Drops and refusals",
-    unit: formatRate,
-    curves: [
-      ["drops", perSecond(({drops}) => sum(drops))],
-      ["refusals", perSecond(({refusals}) => sum(refusals))],
-    ],
-  },
-  {
-    title: "Event loop lag",
-    unit: formatDuration,
-    curves: [["p99", quantile(0.99, (stats) => stats.event_loop_lag_seconds)]],
-  },
-];
-
-/** @type {[string, (stats: Stats) => string, ((stats: Stats) => string)?][]} title, text, kind */
+/** @type {[string, (step: Step) => string, ((stats: Stats) => string)?][]} title, text, kind */
 const TILES = [
-  [
-    "Backplane",
-    (stats) => `${stats.backplane}, ${backplaneState(stats)}`,
-    (stats) => KINDS[backplaneState(stats)],
-  ],
-  ["Backplane lag", (stats) => formatDuration(mean(stats.backplane_lag_seconds))],
-  ["Outages", (stats) => formatCount(stats.backplane_outages)],
+  ["Clients", ({now}) => formatCount(now.connected_clients)],
+  ["Messages in", perSecond(({messages}) => messages)],
+  ["Deliveries out", perSecond(({deliveries}) => deliveries)],
+  ["Slow clients", ({now}) => formatCount(now.slow_clients), (stats) => stats.slow_clients && "wait"],
+  ["Delivery p50", quantile(0.5, (stats) => stats.delivery_seconds)],
+  ["Delivery p99", quantile(0.99, (stats) => stats.delivery_seconds)],
+  ["Loop lag p99", quantile(0.99, (stats) => stats.event_loop_lag_seconds)],
+  ["Backlog", ({now}) => formatBytes(now.backlog_bytes)],
+  ["Drops", perSecond(({drops}) => sum(drops))],
+  ["Refusals", perSecond(({refusals}) => sum(refusals))],
   [
     "Lost messages",
-    (stats) => formatCount(stats.backplane_lost),
+    ({now}) => formatCount(now.backplane_lost),
     (stats) => stats.backplane_lost && "bad",
   ],
-  ["Channels", (stats) => formatCount(stats.channels)],
-  ["History", (stats) => formatCount(stats.history_messages)],
-  ["History size", (stats) => formatBytes(stats.history_bytes)],
+  ["Outages", ({now}) => formatCount(now.backplane_outages)],
   [
-    "Slow clients",
-    (stats) => formatCount(stats.slow_clients),
-    (stats) => stats.slow_clients && "wait",
+    "Backplane",
+    ({now}) => `${now.backplane}, ${backplaneState(now)}`,
+    (stats) => KINDS[backplaneState(stats)],
   ],
-  ["Backlog", (stats) => formatBytes(stats.backlog_bytes)],
-  ["Received", (stats) => formatBytes(stats.received_bytes)],
-  ["Sent", (stats) => formatBytes(stats.sent_bytes)],
-  ["Up for", (stats) => formatAge(stats.uptime_s)],
+  ["Backplane lag", ({now}) => formatDuration(mean(now.backplane_lag_seconds))],
+  ["Channels", ({now}) => formatCount(now.channels)],
+  ["History", ({now}) => formatCount(now.history_messages)],
+  ["History size", ({now}) => formatBytes(now.history_bytes)],
+  ["Received", ({now}) => formatBytes(now.received_bytes)],
+  ["Sent", ({now}) => formatBytes(now.sent_bytes)],
+  ["Up for", ({now}) => formatAge(now.uptime_s)],
 ];
 
 /**
@@ -89,13 +58,11 @@ export class StatsPanel {
   #isRefused = false;
   #isPolling = false;
   #maxMessageBytes = Infinity;
-  #plots = CHARTS.map((chart) => new Plot(chart));
   #tiles = TILES.map(([title]) => createTile(title));
 
   /** @param {() => string} token returns the token to send; "": none. */
   constructor(token) {
     this.#token = token;
-    byId("charts").append(...this.#plots.map((plot) => plot.figure));
     byId("tiles").append(...this.#tiles.map((each) => each.tile));
     document.addEventListener("visibilitychange", () => this.poll());
     setInterval(() => this.poll(), POLL_INTERVAL_MS);
@@ -164,7 +131,7 @@ export class StatsPanel {
   /** @param {boolean} isVisible show the stats; otherwise the notice that replaces them */
   #setVisible(isVisible) {
     byId("stats-unavailable").hidden = isVisible;
-    for (const id of ["tiles", "replicas", "charts"]) byId(id).hidden = !isVisible;
+    for (const id of ["tiles", "replicas"]) byId(id).hidden = !isVisible;
   }
 
   /** @param {Stats} stats */
@@ -175,13 +142,8 @@ export class StatsPanel {
     this.#showStatus(stats.status, KINDS[stats.status] ?? "wait");
     setText(byId("replica"), `replica ${stats.replica} · version ${stats.version}`);
     this.#maxMessageBytes = stats.max_message_bytes;
-    for (const [index, [, format, kindOf]] of TILES.entries()) {
-      const {tile, value} = this.#tiles[index];
-      setText(value, format(stats));
-      tile.dataset.kind = kindOf?.(stats) || "";
-    }
+    this.#renderTiles(stats);
     this.#renderReplicas(stats);
-    this.#renderCharts(stats);
   }
 
   /** Show all replicas, unless the backplane allows only one. @param {Stats} stats */
@@ -204,14 +166,18 @@ export class StatsPanel {
   }
 
   /** @param {Stats} stats */
-  #renderCharts(stats) {
+  #renderTiles(stats) {
     const nowMs = performance.now();
     const previous = this.#last;
     // Another replica, or a restarted one, has different totals.
     const isSame = previous?.replica === stats.replica && previous.uptime_s <= stats.uptime_s;
     const seconds = (nowMs - this.#lastAt) / 1000;
     const step = {now: stats, previous: isSame ? previous : null, seconds};
-    for (const plot of this.#plots) plot.add(nowMs, step);
+    for (const [index, [, textOf, kindOf]] of TILES.entries()) {
+      const {tile, value} = this.#tiles[index];
+      setText(value, textOf(step));
+      tile.dataset.kind = kindOf?.(stats) || "";
+    }
     this.#last = stats;
     this.#lastAt = nowMs;
   }
@@ -226,127 +192,17 @@ export class StatsPanel {
   }
 }
 
-/** A chart: its curves over the last two minutes, and their current values. */
-class Plot {
-  #chart;
-  /** @type {Point[]} */
-  #points = [];
-  /** @type {Point | null} the point under the pointer */
-  #hovered = null;
-  #curves;
-  #values;
-
-  /** @param {Chart} chart */
-  constructor(chart) {
-    this.#chart = chart;
-    this.figure = cloneTemplate("chart");
-    setText(query(this.figure, ".title"), chart.title);
-    this.#values = chart.curves.map(([name]) => createValue(name));
-    query(this.figure, ".values").append(...this.#values.map(({element}) => element));
-    this.#curves = chart.curves.map((_, index) => createCurve(index));
-    const svg = query(this.figure, "svg");
-    svg.append(...(chart.curves.length === 1 ? [this.#curves[0].area] : []));
-    svg.append(...this.#curves.map(({line}) => line));
-    const plot = query(this.figure, ".plot");
-    plot.addEventListener("pointermove", (event) => this.#onPointer(event));
-    plot.addEventListener("pointerleave", () => this.#onPointer(null));
-  }
-
-  /**
-   * @param {number} at
-   * @param {Step} step
-   */
-  add(at, step) {
-    this.#points.push({at, values: this.#chart.curves.map(([, of]) => of(step))});
-    while (this.#points[0].at < at - WINDOW_MS) this.#points.shift();
-    this.#draw();
-  }
-
-  /** @param {PointerEvent | null} event */
-  #onPointer(event) {
-    this.#hovered = null;
-    if (event && this.#points.length) {
-      const {left, width} = query(this.figure, ".plot").getBoundingClientRect();
-      const end = this.#points[this.#points.length - 1].at;
-      const wanted = end - WINDOW_MS * (1 - (event.clientX - left) / width);
-      const distance = (/** @type {Point} */ point) => Math.abs(point.at - wanted);
-      this.#hovered = this.#points.reduce((a, b) => (distance(b) < distance(a) ? b : a));
-    }
-    this.#draw();
-  }
-
-  #draw() {
-    const points = this.#points;
-    if (!points.length) return;
-    const end = points[points.length - 1];
-    const all = points.flatMap(({values}) => values.filter((each) => each !== null));
-    const max = axisMax(Math.max(0, ...all));
-    const x = (/** @type {Point} */ {at}) => WIDTH * (1 + (at - end.at) / WINDOW_MS);
-    const y = (/** @type {number} */ value) => HEIGHT - 1 - (HEIGHT - 4) * (value / max);
-    for (const [index, {line, area}] of this.#curves.entries()) {
-      const runs = runsOf(points, index).map((run) =>
-        run.map((point) => `${x(point).toFixed(1)} ${y(point.values[index] ?? 0).toFixed(1)}`),
-      );
-      // h0 draws a single point as a dot.
-      line.setAttribute("d", runs.map((run) => `M${run.join("L")}h0`).join(""));
-      area.setAttribute("d", runs.map((run) => areaUnder(run)).join(""));
-    }
-    const hovered = this.#hovered;
-    const cursor = hovered ? `M${x(hovered).toFixed(1)} 0V${HEIGHT}` : "";
-    query(this.figure, ".cursor").setAttribute("d", cursor);
-    setText(query(this.figure, ".max"), all.length ? this.#chart.unit(max) : "");
-    const age = hovered ? `${Math.round((end.at - hovered.at) / 1000)} s ago` : "";
-    this.#showValues(hovered ?? end, age);
-  }
-
-  /**
-   * @param {Point} point
-   * @param {string} age
-   */
-  #showValues(point, age) {
-    const texts = point.values.map((value) => this.#chart.unit(value));
-    for (const [index, {number}] of this.#values.entries()) setText(number, texts[index]);
-    setText(query(this.figure, ".title"), age ? `${this.#chart.title}, ${age}` : this.#chart.title);
-    if (age) return;
-    const named = this.#chart.curves.map(([name], index) => `${name} ${texts[index]}`.trim());
-    const label = `${this.#chart.title}, now ${named.join(", ")}`;
-    query(this.figure, "svg").setAttribute("aria-label", label);
-  }
-}
-
-/**
- * @param {Point[]} points
- * @param {number} index of the curve
- * @returns {Point[][]} the runs of points without a gap
- */
-function runsOf(points, index) {
-  /** @type {Point[][]} */
-  const runs = [];
-  let previous = -Infinity;
-  for (const point of points) {
-    if (point.values[index] === null) continue;
-    if (point.at - previous > CURVE_GAP_MS) runs.push([]);
-    runs[runs.length - 1].push(point);
-    previous = point.at;
-  }
-  return runs;
-}
-
-/** @param {string[]} run */
-function areaUnder(run) {
-  const [first, last] = [run[0], run[run.length - 1]].map((point) => point.split(" ")[0]);
-  return `M${first} ${HEIGHT}L${run.join("L")}L${last} ${HEIGHT}Z`;
-}
-
-// Values of the curves
+// Texts of the tiles
 
 /**
  * @param {(stats: Stats) => number} total
- * @returns {Value} the increase per second
+ * @returns {(step: Step) => string} its increase per second
  */
 function perSecond(total) {
-  return ({now, previous, seconds}) =>
-    previous && Math.max(0, total(now) - total(previous)) / seconds;
+  return ({now, previous, seconds}) => {
+    if (!previous) return "–";
+    return `${formatCount(Math.max(0, total(now) - total(previous)) / seconds)}/s`;
+  };
 }
 
 /**
@@ -355,23 +211,23 @@ function perSecond(total) {
  *
  * @param {number} fraction
  * @param {(stats: Stats) => Histogram} histogram
- * @returns {Value}
+ * @returns {(step: Step) => string}
  */
 function quantile(fraction, histogram) {
   return ({now, previous}) => {
-    if (!previous) return null;
+    if (!previous) return "–";
     const earlier = histogram(previous).buckets;
     const buckets = histogram(now).buckets.map(([bound, observed], index) => ({
       bound: bound === "+Inf" ? Infinity : Number(bound),
       observed: observed - earlier[index][1],
     }));
     const rank = fraction * buckets[buckets.length - 1].observed;
-    if (!rank) return null;
+    if (!rank) return "–";
     const at = buckets.findIndex(({observed}) => observed >= rank);
     const below = at ? buckets[at - 1] : {bound: 0, observed: 0};
-    if (buckets[at].bound === Infinity) return below.bound;
+    if (buckets[at].bound === Infinity) return formatDuration(below.bound);
     const share = (rank - below.observed) / (buckets[at].observed - below.observed);
-    return below.bound + share * (buckets[at].bound - below.bound);
+    return formatDuration(below.bound + share * (buckets[at].bound - below.bound));
   };
 }
 
@@ -409,14 +265,6 @@ function backplaneState(stats) {
   return stats.backplane_up === 1 ? "up" : "down";
 }
 
-/** @param {number} max @returns {number} a round number at least 5 % above it */
-function axisMax(max) {
-  if (!(max > 0)) return 1;
-  const value = 1.05 * max;
-  const unit = 10 ** Math.floor(Math.log10(value));
-  return unit * ([1, 2, 5, 10].find((step) => step * unit >= value) ?? 10);
-}
-
 // Formats
 
 const oneDecimal = new Intl.NumberFormat("en", {maximumFractionDigits: 1}); // below 10
@@ -425,15 +273,9 @@ const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignifi
 const COMPACT_FROM = 100_000;
 const twoDigits = new Intl.NumberFormat("en", {maximumSignificantDigits: 2});
 
-/** @param {number | null} value */
+/** @param {number} value */
 export function formatCount(value) {
-  if (value === null) return "–";
   return (value < 10 ? oneDecimal : value < COMPACT_FROM ? integer : compact).format(value);
-}
-
-/** @param {number | null} value */
-function formatRate(value) {
-  return value === null ? "–" : `${formatCount(value)}/s`;
 }
 
 /** @param {number | null} seconds */
@@ -487,35 +329,10 @@ function createTile(title) {
   return {tile: element, value: query(element, "dd")};
 }
 
-/** @param {string} name */
-function createValue(name) {
-  const [element, label, number] = Array.from({length: 3}, () => document.createElement("span"));
-  label.className = name ? "name" : "";
-  label.textContent = name;
-  element.append(label, " ", number);
-  return {element, number};
-}
-
-/** @param {number} index */
-function createCurve(index) {
-  const [line, area] = ["curve", "area"].map((kind) => {
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("class", index ? `${kind} second` : kind);
-    return path;
-  });
-  return {line, area};
-}
-
 /**
  * @typedef {{buckets: [string, number][], count: number, sum: number}} Histogram
  * @typedef {{name: string, clients: number, messages: number}} Replica
  * @typedef {Record<string, any> & {replica: string, status: string, uptime_s: number,
  *   replicas: Replica[]}} Stats
  * @typedef {{now: Stats, previous: Stats | null, seconds: number}} Step two consecutive responses
- * @typedef {(step: Step) => number | null} Value
- * @typedef {{at: number, values: (number | null)[]}} Point
- * @typedef {object} Chart
- * @property {string} title
- * @property {(value: number | null) => string} unit
- * @property {[string, Value][]} curves by their names
  */
