@@ -24,7 +24,7 @@ from websocket_relay.client import (
 from websocket_relay.client import Relay as Client
 from websocket_relay.client.outbox import Outbox, size_of
 from websocket_relay.client.proxy import proxy_for
-from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S, delay_s
+from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
@@ -520,6 +520,17 @@ async def test_a_client_reconnects_after_the_time_in_the_close_of_a_draining_rel
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("reason", ["draining; retry_ms=86400000", "draining"])
+async def test_no_close_makes_a_client_wait_longer_than_half_a_minute(reason: str) -> None:
+    log = EventLog()
+    async with server_that_closes(1001, reason) as url, Client(url, on_event=log.append):
+        event = await log.wait_for(Disconnected)
+    assert isinstance(event, Disconnected)
+    longest_s = LONGEST_WAIT_S if "retry_ms" in reason else FIRST_WAIT_S
+    assert longest_s / 2 <= event.retry_s <= longest_s
+
+
+@pytest.mark.fast
 async def test_a_close_that_would_happen_again_is_raised_at_once() -> None:
     """An expired token is one, unless a function returns a new token for each connection."""
     for code, reason in (
@@ -542,16 +553,6 @@ async def test_a_client_reconnects_after_any_other_close(code: int, reason: str)
     log = EventLog()
     async with server_that_closes(code, reason) as url, Client(url, on_event=log.append):
         await log.wait_for(Connected, number=2)
-
-
-@pytest.mark.fast
-def test_the_backoff_doubles_up_to_half_a_minute_with_jitter() -> None:
-    for attempt in range(200):
-        longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt)
-        assert longest / 2 <= delay_s(attempt, None) <= longest
-    assert len({delay_s(0, None) for _ in range(20)}) > 1
-    assert delay_s(7, 0.0) == 0.0
-    assert delay_s(0, 86_400.0) == LONGEST_WAIT_S
 
 
 async def test_the_token_function_is_called_before_every_connection(

@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import os
-import random
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +25,7 @@ from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from websocket_relay.admission.public_keys import MIN_RSA_BITS, PublicKey, algorithms_of, is_short
+from websocket_relay.backoff import backoff
 from websocket_relay.cancellation import Deadline, cancel_until_done
 from websocket_relay.config.model import is_web_address
 from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
@@ -53,9 +53,8 @@ FETCH_BURST = 5
 requests to the issuer."""
 
 INITIAL_BACKOFF_S = 1.0
-"""Delay before the second attempt to fetch the first keys. It doubles up to FETCH_INTERVAL_S. Each
-delay is multiplied by a random factor from 0.5 to 1, so that replicas do not query the issuer at
-the same moment."""
+"""Longest delay before the second attempt to fetch the first keys. It doubles up to
+FETCH_INTERVAL_S."""
 
 SETTING = "auth.jwt.jwks_url"
 CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -124,15 +123,13 @@ class Jwks:
 
     async def fetch_until_available(self) -> None:
         """Retry the fetch until it succeeds once."""
-        backoff_s = INITIAL_BACKOFF_S
-        while True:
+        for delay_s in backoff(INITIAL_BACKOFF_S, FETCH_INTERVAL_S):
             await asyncio.wait({self._start_fetch()})
             with suppress(TimeoutError):
                 # A client's token may cause a fetch that succeeds during the backoff.
-                async with asyncio.timeout(backoff_s * random.uniform(0.5, 1)):
+                async with asyncio.timeout(delay_s):
                     await self._has_keys.wait()
                     return
-            backoff_s = min(2 * backoff_s, FETCH_INTERVAL_S)
 
     async def find(self, algorithm: str, kid: str | None) -> PublicKey | None:
         """Return the key that a token names; fetch the set if the key is not in it.

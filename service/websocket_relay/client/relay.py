@@ -16,7 +16,6 @@ Guarantees:
 import asyncio
 import contextlib
 import math
-import random
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +25,7 @@ from typing import Self
 
 from websockets.exceptions import ConnectionClosed
 
+from websocket_relay.backoff import backoff
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.client.connection import (
     ConnectionEnd,
@@ -42,8 +42,7 @@ from websocket_relay.client.url import ChannelUrl, authorization
 from websocket_relay.trust import verifying_context
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-"""Backoff: the first upper bound of the delay, which doubles with each attempt, and its maximum.
-Half of the bound is jitter."""
+"""The first and the longest upper bound of the delay between two attempts to connect."""
 
 BACKOFF_RESET_S = 10.0
 """A connection that lasted longer resets the backoff."""
@@ -116,6 +115,7 @@ class Relay:
         self._max_message_bytes = max_message_bytes
         self._on_event = on_event
 
+        self._backoff = backoff(FIRST_WAIT_S, LONGEST_WAIT_S)
         self._outbox = Outbox(max_pending_bytes)
         self._unread: deque[Message] = deque()
         self._unread_bytes = 0
@@ -318,9 +318,8 @@ class Relay:
 
     async def _run_connections(self) -> None:
         clock = asyncio.get_running_loop().time
-        attempt = 0
         while True:
-            attempt, connection = await self._connect(attempt)
+            connection = await self._connect()
             connected_at = clock()
             end = await self._run_connection(connection)
             if self._is_closing and not len(self._outbox):
@@ -335,26 +334,23 @@ class Relay:
                 if self._unresolved_end is end and end.has_all_echoes:
                     self._outbox.send_again()  # `unsent` counts them: they are not relayed
                 raise rejection
-            attempt = 0 if clock() - connected_at > BACKOFF_RESET_S else attempt
-            await self._wait_before_retry(end.reason, delay_s(attempt, end.retry_after_s))
-            attempt += 1
+            if clock() - connected_at > BACKOFF_RESET_S:
+                self._backoff = backoff(FIRST_WAIT_S, LONGEST_WAIT_S)
+            await self._wait_before_retry(end.reason, self._delay_s(end.retry_after_s))
 
-    async def _connect(self, attempt: int) -> tuple[int, RelayConnection]:
-        """Try until connected; return the number of attempts so far and the connection."""
+    async def _connect(self) -> RelayConnection:
+        """Try until connected."""
         clock = asyncio.get_running_loop().time
         patience_s = self._patience_s if self._was_connected else self._start_patience_s
         deadline = clock() + patience_s
         while True:
             try:
-                connection = await self._connect_once()
+                return await self._connect_once()
             except UnavailableError as error:
-                wait_s = delay_s(attempt, error.retry_after_s)
+                wait_s = self._delay_s(error.retry_after_s)
                 if clock() + wait_s > deadline:
                     raise
                 await self._wait_before_retry(str(error), wait_s)
-                attempt += 1
-            else:
-                return attempt, connection
 
     async def _connect_once(self) -> RelayConnection:
         token = self._token() if callable(self._token) else self._token
@@ -363,6 +359,11 @@ class Relay:
         return await connect_to_relay(
             url, headers, self._ssl, self._max_message_bytes, uses_proxy=self._uses_proxy
         )
+
+    def _delay_s(self, retry_after_s: float | None) -> float:
+        """Return the reconnect delay: the relay's, or else that of the backoff."""
+        backoff_s = next(self._backoff)
+        return backoff_s if retry_after_s is None else min(retry_after_s, LONGEST_WAIT_S)
 
     async def _wait_before_retry(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
@@ -452,11 +453,3 @@ class Relay:
             await asyncio.sleep(QUIET_S)
             is_quiet = received_before == self._received_count and not self._is_full
             quiet_rounds = quiet_rounds + 1 if is_quiet else 0
-
-
-def delay_s(attempt: int, retry_after_s: float | None) -> float:
-    """Return the reconnect delay: the relay's, or an exponential backoff with jitter."""
-    if retry_after_s is not None:
-        return min(retry_after_s, LONGEST_WAIT_S)
-    max_delay_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10))
-    return random.uniform(max_delay_s / 2, max_delay_s)
