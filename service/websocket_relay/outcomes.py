@@ -1,4 +1,4 @@
-"""Define every failure: errors, closes, refusals, drops.
+"""Define every failure: errors, closes, refusals, drops, exit statuses.
 
 There is one table of each; the wire, the metrics, the logs and the docs use these tables. Knows no
 connection, no channel and no library.
@@ -8,6 +8,9 @@ import random
 from collections.abc import Mapping, Sequence
 from enum import Enum, StrEnum
 from http import HTTPStatus
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+"""The exit statuses of commands besides 0: a failure at run time, bad usage or settings, Ctrl-C."""
 
 
 class RelayError(Exception):

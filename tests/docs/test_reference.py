@@ -13,14 +13,22 @@ from typing import get_args
 import pytest
 import websocket_relay
 from prometheus_client.parser import text_string_to_metric_families
-from websocket_relay.cli import common
 from websocket_relay.cli.main import CLIENT_COMMANDS, main
 from websocket_relay.client import events
 from websocket_relay.config.changes import RELOADABLE
 from websocket_relay.config.loader import load
 from websocket_relay.config.model import JwtSettings
 from websocket_relay.lifecycle import Phase
-from websocket_relay.outcomes import Close, Refusal, RelayError, SettingsError, TokenProblem
+from websocket_relay.outcomes import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
+    Close,
+    Refusal,
+    RelayError,
+    SettingsError,
+    TokenProblem,
+)
 
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.markdown import code_spans, section, tables
@@ -308,7 +316,7 @@ def test_the_table_of_commands_is_complete(
 @pytest.mark.fast
 def test_the_table_of_exit_statuses_is_complete() -> None:
     statuses = {int(status) for status, _ in first_table(COMMANDS, "Exit statuses")}
-    assert statuses == {0, common.FAILED, common.WRONG_USAGE, common.INTERRUPTED}
+    assert statuses == {0, FAILED, WRONG_USAGE, INTERRUPTED}
 
 
 # The Python client

@@ -22,10 +22,9 @@ from websocket_relay.client import (
     Unconfirmed,
 )
 from websocket_relay.client.url import EXAMPLE_URL, ChannelUrl
-from websocket_relay.outcomes import RelayError
+from websocket_relay.outcomes import FAILED, INTERRUPTED, WRONG_USAGE, RelayError
 from websocket_relay.trust import verifying_context
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 TOKEN_VARIABLE = "RELAY_TOKEN"
 UNTRUSTED = "certificate not trusted"
 

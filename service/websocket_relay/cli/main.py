@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from websocket_relay.outcomes import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
     ListenError,
     SettingsError,
     StartError,
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, *, stop: Stop | None = None) ->
             _serve_and_exit(options, stop or Stop())
         return _run(options)
     except KeyboardInterrupt:  # outside of a command, for example during an import
-        return 130
+        return INTERRUPTED
 
 
 def _serve_and_exit(options: argparse.Namespace, stop: Stop) -> NoReturn:
@@ -62,7 +65,7 @@ def _serve_and_exit(options: argparse.Namespace, stop: Stop) -> NoReturn:
         status = _run(options, stop)
     except Exception:  # noqa: BLE001 - the process must end by leave(): signals are blocked
         sys.excepthook(*cast(Any, sys.exc_info()))
-        status = 1
+        status = FAILED
     leave(status)
 
 
@@ -98,16 +101,16 @@ def _run(options: argparse.Namespace, stop: Stop | None = None) -> int:
                 _serve(_loader(options), stop)
     except SettingsError as error:
         _print_errors(*error.problems)
-        return 2
+        return WRONG_USAGE
     except (UnusableSettingError, ListenError) as error:
         from websocket_relay.config import loader
 
         source = loader.where(error.setting, options.config_file, os.environ, _given(options))
         _print_errors(f"{source}: {error}")
-        return 2 if isinstance(error, UnusableSettingError) else 1
+        return WRONG_USAGE if isinstance(error, UnusableSettingError) else FAILED
     except (StartError, UnhealthyError) as error:
         _print_errors(str(error))
-        return 1
+        return FAILED
     return 0
 
 

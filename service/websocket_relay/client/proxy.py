@@ -30,10 +30,10 @@ def proxy_for(url: str) -> str | None:
     return get_proxy(parse_uri(url))
 
 
-def redacted(proxy: str) -> str:
-    """Return the URL of a proxy without user and password."""
-    parts = urlsplit(proxy)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+def redacted(url: str) -> str:
+    """Return a URL without user, password and query, which may contain a token."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _direct_networks() -> Iterator[IPv4Network | IPv6Network]:

@@ -9,6 +9,7 @@ from websockets.exceptions import InvalidURI
 from websockets.uri import parse_uri
 
 from websocket_relay.client.errors import InvalidUrlError
+from websocket_relay.client.proxy import redacted
 
 EXAMPLE_URL = "ws://localhost:8443/channels/news"
 INVALID_URL = f"not a channel URL such as {EXAMPLE_URL}"
@@ -59,9 +60,8 @@ class ChannelUrl:
 
     @property
     def redacted(self) -> str:
-        """The URL without user, password and query, which may contain a token."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        """The URL as it may be shown."""
+        return redacted(self.url)
 
     def url_with_start(self, *, since: str, history: int) -> str:
         """Return the URL with the position or the history to start with; `since` has precedence."""

@@ -23,8 +23,6 @@ from websocket_relay.cli.bench.clients import (
 from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, milliseconds, table
 from websocket_relay.cli.bench.tally import Latencies, Slice, Tally
 from websocket_relay.cli.common import (
-    FAILED,
-    INTERRUPTED,
     add_command,
     non_negative_seconds,
     positive_int,
@@ -34,6 +32,7 @@ from websocket_relay.cli.common import (
     token_source,
 )
 from websocket_relay.client.url import ChannelUrl, authorization
+from websocket_relay.outcomes import FAILED, INTERRUPTED
 
 DESCRIPTION = f"""\
 Put a load on a relay and measure it.
