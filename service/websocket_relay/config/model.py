@@ -363,7 +363,7 @@ class HistorySettings(Section):
 class BrokerUrl(SecretStr):
     """A URL that may contain a password, which its text form redacts."""
 
-    def _display(self) -> str:
+    def __str__(self) -> str:
         return redacted(self.get_secret_value())
 
 
