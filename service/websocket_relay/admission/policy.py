@@ -3,7 +3,6 @@
 Knows no HTTP framework: a refusal is an exception, which others turn into a response.
 """
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,6 @@ from websocket_relay.wire.publish_policy import PublishPolicy
 
 if TYPE_CHECKING:
     from websocket_relay.admission.verifier import TokenVerifier
-
-CHANNEL_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,128}")
-"""Excludes `.` and `..`, which browsers remove from a path before they request it."""
-
-DEFAULT_CHANNEL = "default"
 
 MESSAGE_BURST_S = 2
 """A client may send the messages of this many seconds in one burst."""
@@ -175,7 +169,7 @@ class AdmissionPolicy:
         Raises:
             RefusedError: a check failed.
         """
-        self._check_path_and_origin(request)
+        self._check_origin(request)
         if self._tokens is not None:
             permissions = await self._authenticate(request)
             if not permissions.may_publish(request.channel):
@@ -209,14 +203,12 @@ class AdmissionPolicy:
 
     def _check_cheaply(self, request: AdmissionRequest) -> None:
         """Make the checks that need no cryptography."""
-        self._check_path_and_origin(request)
+        self._check_origin(request)
         self._check_availability()
         if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
             raise RefusedError(Refusal.HANDSHAKES)
 
-    def _check_path_and_origin(self, request: AdmissionRequest) -> None:
-        if not CHANNEL_NAME.fullmatch(request.channel):
-            raise RefusedError(Refusal.NO_SUCH_CHANNEL)
+    def _check_origin(self, request: AdmissionRequest) -> None:
         origin = request.headers.get("origin")  # browsers always send one
         if origin is not None and not self.limits.allowed_origins.admit(
             origin, request.scheme, request.headers.get("host", "")

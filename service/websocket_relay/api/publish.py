@@ -98,9 +98,9 @@ def publish_router(
     shared = broadcaster.shared
 
     async def publish(request: Request) -> Response:
-        channel = channel_of(request)
         media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
+            channel = channel_of(request)
             await admission.admit_publisher(admission_request_of(request))
             _require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:

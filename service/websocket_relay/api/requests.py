@@ -5,8 +5,9 @@ from urllib.parse import parse_qs
 
 from starlette.requests import HTTPConnection
 
-from websocket_relay.admission.policy import CHANNEL_NAME, DEFAULT_CHANNEL, AdmissionRequest
+from websocket_relay.admission.policy import AdmissionRequest
 from websocket_relay.backplane.interface import Position
+from websocket_relay.channels.names import CHANNEL_NAME, DEFAULT_CHANNEL
 from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.outcomes import Refusal, RefusedError
 
@@ -33,13 +34,23 @@ TOKEN_PARAMETER = {
 
 
 def channel_of(connection: HTTPConnection) -> str:
-    """Return the channel in the path, or the default channel."""
+    """Return the channel in the path, or the default channel.
+
+    Raises:
+        RefusedError: the path names no channel.
+    """
     channel: str = connection.path_params.get("channel", DEFAULT_CHANNEL)
+    if not CHANNEL_NAME.fullmatch(channel):
+        raise RefusedError(Refusal.NO_SUCH_CHANNEL)
     return channel
 
 
 def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
-    """Return the parts of a request that admission depends on."""
+    """Return the parts of a request that admission depends on.
+
+    Raises:
+        RefusedError: the path names no channel.
+    """
     scope = connection.scope
     client = scope["client"]
     return AdmissionRequest(

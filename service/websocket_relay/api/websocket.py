@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
 from websocket_relay.admission.credentials import POSITIONS_SUBPROTOCOL, select_subprotocol
-from websocket_relay.admission.policy import CHANNEL_NAME, AdmissionPolicy
+from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import no_such_path, response_to
 from websocket_relay.api.requests import (
     CHANNEL_PATH,
@@ -16,7 +16,7 @@ from websocket_relay.api.requests import (
     replay_request_of,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
-from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.outcomes import RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.handshake import WEBSOCKET_CONNECTION_KEY
@@ -73,8 +73,10 @@ def upgrade_router(*, base_path: str) -> APIRouter:
     """
 
     async def upgrade_required(request: Request) -> Response:
-        if not CHANNEL_NAME.fullmatch(channel_of(request)):
-            return response_to(RefusedError(Refusal.NO_SUCH_CHANNEL))
+        try:
+            channel_of(request)
+        except RefusedError as error:
+            return response_to(error)
         return PlainTextResponse(
             "This is a WebSocket; connect with ws:// or wss://.\n",
             HTTPStatus.UPGRADE_REQUIRED,
