@@ -103,9 +103,13 @@ def _joined(value: object) -> object:
     return ", ".join(hosts)
 
 
+ALL_ADDRESSES = ("*", "::")
+"""Hosts that stand for all addresses of the machine; `0.0.0.0` stands for those of IPv4."""
+
+
 def listens_on_all_addresses(host: str) -> bool:
-    """Return whether one of the hosts stands for all addresses of the machine."""
-    return host in ("*", "::", "0.0.0.0")
+    """Return whether a host stands for all addresses, of one family at least."""
+    return host in (*ALL_ADDRESSES, "0.0.0.0")
 
 
 Hosts = Annotated[str, BeforeValidator(_joined), Field(min_length=1)]

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from websocket_relay.config.model import ALL_ADDRESSES
 from websocket_relay.outcomes import ListenError
 
 LISTEN_BACKLOG = 4096
 """Length of the kernel's accept queue; the kernel caps it at net.core.somaxconn."""
-
-ALL_ADDRESSES = ("*", "::")
-"""Hosts that stand for all addresses of IPv6 and IPv4. Each family has a socket of its own: on a
-shared one, IPv4 peers would have IPv6 addresses."""
 
 SOCKET_UMASK = 0o117
 """A Unix socket is for the user and the group of the relay."""
@@ -99,6 +96,7 @@ def _addresses(hosts: Iterable[str]) -> Iterator[tuple[socket.AddressFamily, Soc
     found: dict[tuple[socket.AddressFamily, SocketAddress], bool] = {}
     for host in map(str.strip, hosts):
         if host in ALL_ADDRESSES:
+            # A socket for each family: on a shared one, IPv4 peers would have IPv6 addresses.
             found[socket.AF_INET6, ("::", 0, 0, 0)] = found[socket.AF_INET, ("0.0.0.0", 0)] = False
             continue
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
