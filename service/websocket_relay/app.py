@@ -1,14 +1,18 @@
-"""Build the components of a replica and connect them. The only composition root.
+"""Build the parts of a replica and connect them. The only composition root.
 
 Knows no port and no signal.
 """
 
 import json
+import logging
 import socket
+import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import APIRouter, FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
@@ -30,28 +34,32 @@ from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
+from websocket_relay.channels.keepalive import Keepalive
 from websocket_relay.config.model import BackplaneSettings, Settings
-from websocket_relay.counters import Counters
+from websocket_relay.counters import Counters, Values
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
-from websocket_relay.lifecycle import Lifecycle, Phase
-from websocket_relay.metrics import Gauges, Metrics, disable_created_series
+from websocket_relay.lifecycle import Lifecycle
+from websocket_relay.metrics import Metrics
 from websocket_relay.origins import AllowedOrigins
-from websocket_relay.outcomes import Refusal
+from websocket_relay.outcomes import Refusal, TlsFailure
 from websocket_relay.refusals import Refusals
 from websocket_relay.tls import Certificates
+from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import INFLATER_BYTES
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.send_backlog import SendBacklogs
+from websocket_relay.wire.websocket import new_websocket
 
 if TYPE_CHECKING:
+    from websocket_relay.admission.jwks import Jwks
     from websocket_relay.admission.verifier import TokenVerifier
     from websocket_relay.tracing import Tracing
 
-
-REPLICA = socket.gethostname()
+log = logging.getLogger(__name__)
 
 PENDING_PART, UNPROCESSED_PART, APPENDS_PART = 2, 4, 16
 """Messages that are not written yet take at most limits.total_backlog_bytes: a half is pending
@@ -59,232 +67,352 @@ fan-out, a quarter is received but unprocessed, and a sixteenth is pending appen
 is what a broker accepts in 0.1 s. The rest is headroom: each of the three may be exceeded by one
 message."""
 
+COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+CORS_OPTIONS = {
+    "allow_methods": ["GET", "HEAD", "POST"],
+    # Tracing and HTTP libraries add headers of their own. The relay reads none of them.
+    "allow_headers": ["*"],
+    "expose_headers": ["Retry-After"],
+}
+
+
+class Part(Protocol):
+    """A part that has a task of its own for as long as the relay runs."""
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+
 
 @dataclass(frozen=True, slots=True)
-class Replica:
-    """The components that `server` runs.
+class Port:
+    """What a port serves.
 
     Attributes:
-        app: the application of the relay's port.
-        metrics_app: the application of the metrics port.
-        shared: the context of all connections on the relay's port.
-        http_connections: the plain HTTP connections on the relay's port.
-        metrics_http_connections: the connections on the metrics port.
-        backplane: the log.
-        history: messages retained for replay.
-        lifecycle: the phase of the relay.
-        metrics: the metrics of the replica.
-        refusals: records refusals.
-        certificates: the served certificate; None: no TLS.
-        tokens: verifies tokens; None: no token is required.
-        configure: applies the settings of `config.changes.RELOADABLE`, with a new verifier.
+        app: the application.
+        http_connections: the plain HTTP connections of the port.
+        http, ws: uvicorn's settings of these names, which make the connections.
+        tls: for TLS; None: no TLS.
+        record_tls_failure: counts and logs a TLS handshake that failed.
     """
 
     app: ASGIApp
-    metrics_app: ASGIApp
-    shared: ConnectionContext
     http_connections: HttpConnections
-    metrics_http_connections: HttpConnections
-    backplane: Backplane
-    history: History
-    lifecycle: Lifecycle
-    metrics: Metrics
-    refusals: Refusals
-    certificates: Certificates | None
-    tokens: "TokenVerifier | None"
-    configure: Callable[[Settings, "TokenVerifier | None"], None]
+    http: Callable[..., HttpProtocol]
+    ws: Callable[..., Connection] | str = "none"
+    tls: ssl.SSLContext | None = None
+    record_tls_failure: Callable[[TlsFailure], None] = lambda _: None
 
 
-def build(
-    settings: Settings,
-    certificates: Certificates | None,
-    tokens: "TokenVerifier | None",
-    tracing: "Tracing | None" = None,
-) -> Replica:
-    """Build one replica.
+class Replica:
+    """The parts of one replica, connected.
 
     Args:
         settings: of the relay.
-        certificates: the served certificate; None: no TLS.
-        tokens: verifies tokens; None: no token is required.
-        tracing: traces requests; None: no tracing.
+        environ: the environment, which may name a collector of traces; None: it names none.
+
+    Raises:
+        SettingsError: the certificate can't be loaded.
+        UnusableSettingError: the signing keys or the backplane can't be used.
+
+    Attributes:
+        port, metrics_port: what the relay's port and the metrics port serve.
+        parts: the parts that `server` runs.
+        lifecycle: the phase of the relay, which `server` moves on.
+        shared: the context of all connections on the relay's port.
+        backplane: the log.
+        jwks: the signing keys that are fetched; None: none are.
+        tracing: the spans of requests; None: no tracing.
     """
-    limits = settings.limits
-    disable_created_series()
-    counters, metrics = Counters(), Metrics()
 
-    def describe() -> bytes:
-        clients = counters.connections - counters.disconnections
-        facts = {"name": REPLICA[:64], "clients": clients, "messages": counters.messages}
-        return json.dumps(facts).encode()
+    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
+        self._settings = settings
+        self._started_at = time.monotonic()
+        self._name = socket.gethostname()
+        self._counters, self._metrics = Counters(), Metrics()
+        tls = settings.server.tls
+        self._certificates = (
+            Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
+        )
+        self.jwks: Jwks | None = None
+        tokens = self.load_tokens(settings)
+        self.jwks = tokens.jwks if tokens is not None else None
+        self.tracing = _load_tracing(self._name, environ or {})
+        self._refusals = Refusals(
+            self._counters, self.tracing.annotate_refusal if self.tracing is not None else None
+        )
+        self.shared = self._make_context()
+        self.backplane = self._open_backplane()
+        self.lifecycle = Lifecycle(is_backplane_down=self._is_backplane_down)
+        self._history = self._make_history()
+        self._broadcaster = self._make_broadcaster()
+        self._descriptors = self._make_descriptors()
+        self._admission = self._make_admission(tokens)
+        self._cors = Cors(CORS_OPTIONS, _cors_origins(settings), self._refusals)
+        self.port, self.metrics_port = self._make_port(), self._make_metrics_port()
+        self.parts = list(self._parts())
+        self._metrics.register(*self._metric_sources())
 
-    appends = HighWaterMark(0)  # the limits are in `_set_limits`
-    relays_locally = settings.backplane.on_outage == "local"
-    backplane = open_backplane(
-        settings.backplane.url.get_secret_value(),
-        settings.backplane.stream,
-        _broker_access(settings.backplane),
-        relays_locally=relays_locally,
-        max_message_bytes=limits.max_message_bytes,
-        history_bytes=settings.history.max_bytes,
-        history_age_s=settings.history.max_age_s,
-        pending=appends,
-        describe=describe,
-        observe_append=metrics.observe_append,
-        observe_lag=metrics.observe_backplane_lag,
-    )
-    serving_states = (
-        {BackplaneState.UP, BackplaneState.OUTAGE} if relays_locally else {BackplaneState.UP}
-    )
-    lifecycle = Lifecycle(is_backplane_down=lambda: backplane.state not in serving_states)
-    backlogs = SendBacklogs(0, 0)
-    partial_messages = PartialMessages(0)
-    refusals = Refusals(counters, tracing.annotate_refusal if tracing else None)
-    shared = ConnectionContext(
-        max_message_bytes=limits.max_message_bytes,
-        compresses=settings.compression.enabled,
-        deadline_s=limits.handshake_timeout_s,
-        ping_interval_s=settings.keepalive.ping_interval_s,
-        counters=counters,
-        refusals=refusals,
-        backlogs=backlogs,
-        partial_messages=partial_messages,
-        unparsed=HighWaterMark(0),
-        pending_appends=appends,
-        pending_fan_out=HighWaterMark(0),
-    )
-    _set_limits(settings, shared)
-    history = History(
-        max_messages=settings.history.max_messages,
-        max_bytes=settings.history.max_bytes,
-        max_age_s=settings.history.max_age_s,
-        max_channels=settings.channels.max_channels,
-        clock=time.monotonic,
-    )
-    broadcaster = Broadcaster(
-        backplane=backplane,
-        shared=shared,
-        max_channels=settings.channels.max_channels,
-        pending_limit_bytes=limits.send_backlog_bytes,
-        deflate_from_bytes=settings.compression.min_message_bytes,
-        history=history,
-        written=metrics.observe_delivery,
-    )
-    metrics_http_connections = HttpConnections(
-        OF_METRICS, Refusal.METRICS_CONNECTIONS, refusals.record
-    )
-    descriptors = FileDescriptors(
-        connections=lambda: (
-            len(shared.clients)
-            + http_connections.pending_handshakes
-            + len(http_connections)
-            + len(metrics_http_connections)
-        ),
-        of_requests=lambda: len(http_connections),
-        of_metrics=lambda: len(metrics_http_connections),
-    )
-    http_connections = HttpConnections(
-        limits.max_http_connections,
-        Refusal.HTTP_CONNECTIONS,
-        refusals.record,
-        has_descriptors=descriptors.can_accept_request,
-    )
-    admission = AdmissionPolicy(
-        _admission_limits(settings),
-        tokens,
-        connections=lambda: len(shared.clients),
-        has_descriptor=descriptors.can_accept_client,
-        has_capacity=broadcaster.has_channel_capacity,
-        health=lifecycle,
-    )
-    metrics.register(
-        counters,
-        Gauges(
-            max_connections=lambda: admission.limits.max_connections,
-            free_descriptors=lambda: descriptors.free,
-            http_connections=lambda: {
-                "relay": len(http_connections),
-                "metrics": len(metrics_http_connections),
-            },
-            http_evictions=lambda: http_connections.evictions + metrics_http_connections.evictions,
-            total_backlog_bytes=lambda: backlogs.total_limit_bytes,
-            ready=lambda: lifecycle.ready,
-            channels=lambda: len(broadcaster),
-            slow_clients=lambda: len(backlogs),
-            backlog_bytes=lambda: backlogs.total_bytes,
-            partial_message_bytes=lambda: partial_messages.total_bytes,
-            paused_publishers=lambda: shared.paused_connections,
-            backplane_counters=backplane.counters,
-            backplane_up=lambda: backplane.state is BackplaneState.UP,
-            appends_bytes=lambda: appends.bytes,
-            history_messages=lambda: len(history),
-            history_bytes=lambda: history.bytes,
-            draining=lambda: lifecycle.phase is Phase.DRAINING,
-            certificate_expiry=lambda: certificates.expiry if certificates else None,
-            certificate_reloads=lambda: certificates.reloads if certificates else {},
-            key_fetches=lambda: tokens.jwks.fetches if tokens and tokens.jwks else {},
-            dropped_log_lines=logs.dropped_lines,
-        ),
-    )
-    started_at = time.monotonic()
+    def _parts(self) -> Iterator[Part]:
+        keepalive = self._settings.keepalive
+        yield Keepalive(self.shared.clients, keepalive.ping_interval_s, keepalive.ping_timeout_s)
+        yield self._metrics
+        yield self._history
+        yield self.backplane
+        if self._certificates is not None:
+            yield self._certificates
 
-    def stats() -> dict[str, Any]:
+    def load_tokens(self, settings: Settings) -> "TokenVerifier | None":
+        """Read the keys of tokens, and keep those that were fetched; return their verifier.
+
+        It may block. None: no token is required.
+
+        Raises:
+            UnusableSettingError: the keys can't be used.
+        """
+        if settings.auth.mode == "none":
+            return None
+        # Importing it takes 0.2 s, which most relays do not need.
+        from websocket_relay.admission.verifier import TokenVerifier
+
+        return TokenVerifier(settings.auth.jwt, self.jwks)
+
+    def configure(self, settings: Settings, tokens: "TokenVerifier | None") -> None:
+        """Give each part its new settings, of those in `config.changes.RELOADABLE`.
+
+        Args:
+            settings: the new ones.
+            tokens: a new verifier; None: keep the present one.
+        """
+        self._admission.configure(_admission_limits(settings), tokens)
+        self._cors.allow(_cors_origins(settings))
+        self.port.http_connections.max_connections = settings.limits.max_http_connections
+        # Of the channels that are created from now on.
+        self._broadcaster.pending_limit_bytes = settings.limits.send_backlog_bytes
+        _set_limits(settings, self.shared)
+
+    # The path of a message
+
+    def _make_context(self) -> ConnectionContext:
+        settings = self._settings
+        shared = ConnectionContext(  # the limits are in `_set_limits`
+            max_message_bytes=settings.limits.max_message_bytes,
+            compresses=settings.compression.enabled,
+            deadline_s=settings.limits.handshake_timeout_s,
+            ping_interval_s=settings.keepalive.ping_interval_s,
+            counters=self._counters,
+            refusals=self._refusals,
+            backlogs=SendBacklogs(0, 0),
+            partial_messages=PartialMessages(0),
+            unparsed=HighWaterMark(0),
+            pending_appends=HighWaterMark(0),
+            pending_fan_out=HighWaterMark(0),
+        )
+        _set_limits(settings, shared)
+        return shared
+
+    def _open_backplane(self) -> Backplane:
+        settings = self._settings
+        backplane = settings.backplane
+        return open_backplane(
+            backplane.url.get_secret_value(),
+            backplane.stream,
+            _broker_access(backplane),
+            relays_locally=backplane.on_outage == "local",
+            max_message_bytes=settings.limits.max_message_bytes,
+            history_bytes=settings.history.max_bytes,
+            history_age_s=settings.history.max_age_s,
+            pending=self.shared.pending_appends,
+            describe=self._describe,
+            observe_append=self._metrics.observe_append,
+            observe_lag=self._metrics.observe_backplane_lag,
+        )
+
+    def _make_history(self) -> History:
+        history = self._settings.history
+        return History(
+            max_messages=history.max_messages,
+            max_bytes=history.max_bytes,
+            max_age_s=history.max_age_s,
+            max_channels=self._settings.channels.max_channels,
+            clock=time.monotonic,
+        )
+
+    def _make_broadcaster(self) -> Broadcaster:
+        settings = self._settings
+        return Broadcaster(
+            backplane=self.backplane,
+            shared=self.shared,
+            max_channels=settings.channels.max_channels,
+            pending_limit_bytes=settings.limits.send_backlog_bytes,
+            deflate_from_bytes=settings.compression.min_message_bytes,
+            history=self._history,
+            written=self._metrics.observe_delivery,
+        )
+
+    # Decisions
+
+    def _is_backplane_down(self) -> bool:
+        """Return whether an outage of the backplane prevents publishing here."""
+        state = self.backplane.state
+        is_local = state is BackplaneState.OUTAGE and self.backplane.relays_locally
+        return state is not BackplaneState.UP and not is_local
+
+    def _make_descriptors(self) -> FileDescriptors:
+        return FileDescriptors(
+            of_clients=lambda: (
+                len(self.shared.clients) + self.port.http_connections.pending_handshakes
+            ),
+            of_requests=lambda: len(self.port.http_connections),
+            of_metrics=lambda: len(self.metrics_port.http_connections),
+        )
+
+    def _make_admission(self, tokens: "TokenVerifier | None") -> AdmissionPolicy:
+        return AdmissionPolicy(
+            _admission_limits(self._settings),
+            tokens,
+            connections=lambda: len(self.shared.clients),
+            has_descriptor=self._descriptors.can_accept_client,
+            has_capacity=self._broadcaster.has_channel_capacity,
+            health=self.lifecycle,
+        )
+
+    # HTTP
+
+    def _make_port(self) -> Port:
+        http_connections = HttpConnections(
+            self._settings.limits.max_http_connections,
+            Refusal.HTTP_CONNECTIONS,
+            self._refusals.record,
+            has_descriptors=self._descriptors.can_accept_request,
+        )
+        return Port(
+            self._make_app(),
+            http_connections,
+            http=partial(HttpProtocol, shared=self.shared, plain=http_connections),
+            ws=partial(new_websocket, shared=self.shared),
+            tls=self._certificates.context if self._certificates is not None else None,
+            record_tls_failure=self._refusals.record_tls_failure,
+        )
+
+    def _make_metrics_port(self) -> Port:
+        app = _fastapi()
+        app.include_router(probes_router(self.lifecycle))
+        app.include_router(metrics_router(self._metrics))
+        http_connections = HttpConnections(
+            OF_METRICS, Refusal.METRICS_CONNECTIONS, self._refusals.record
+        )
+        return Port(
+            app,
+            http_connections,
+            http=partial(HttpProtocol, shared=self.shared, plain=http_connections),
+        )
+
+    def _make_app(self) -> ASGIApp:
+        base_path = self._settings.server.base_path
+        app = _fastapi(openapi_url=f"{base_path}/openapi.json")
+        answer_refusals(app, self._refusals, base_path=base_path)
+        add_websocket_routes(app.router, self._admission, self._broadcaster, base_path=base_path)
+        for router in self._routers(base_path):
+            app.include_router(router)
+        app.add_middleware(self._cors.wrap)
+        Instrumentator(registry=self._metrics.registry).instrument(app)
+        return self.tracing.traced(app) if self.tracing else app
+
+    def _routers(self, base_path: str) -> Iterator[APIRouter]:
+        """Yield the routers of the relay's port, in the order in which they are asked."""
+        settings = self._settings
+        parts = self._admission, self._broadcaster
+        yield probes_router(self.lifecycle)
+        yield browser_client_router(base_path=base_path)
+        if settings.console.enabled:
+            yield console_router(self._admission, self._stats, base_path=base_path)
+        max_bytes = settings.limits.max_message_bytes
+        yield publish_router(*parts, base_path=base_path, max_bytes=max_bytes)
+        silence_s = settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s
+        yield events_router(*parts, base_path=base_path, silence_s=silence_s)
+        # Last, because the console's page has the same path.
+        yield upgrade_router(base_path=base_path)
+
+    # Metrics and stats
+
+    def _metric_sources(self) -> Iterator[Callable[[], Values]]:
+        yield self._counters.metrics
+        yield self.shared.metrics
+        yield self.backplane.counters.metrics
+        yield self._history.metrics
+        yield self._broadcaster.metrics
+        yield self._descriptors.metrics
+        yield self._admission.metrics
+        yield self.lifecycle.metrics
+        yield logs.metrics
+        yield self._metrics_of_several_parts
+        if self._certificates is not None:
+            yield self._certificates.metrics
+            yield self._counters.tls_metrics
+        if self.jwks is not None:
+            yield self.jwks.metrics
+
+    def _metrics_of_several_parts(self) -> Values:
+        relay, metrics = self.port.http_connections, self.metrics_port.http_connections
         return {
-            "version": __version__,
-            "replica": REPLICA,
-            "uptime_s": round(time.monotonic() - started_at),
-            "status": lifecycle.status,
-            "replicas": [_parse_description(text) for text in backplane.replicas()],
-            "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
-            "max_message_bytes": limits.max_message_bytes,
-            **metrics.to_stats(),
+            "http_connections": {"relay": len(relay), "metrics": len(metrics)},
+            "http_evictions": relay.evictions + metrics.evictions,
+            "backplane_up": int(self.backplane.state is BackplaneState.UP),
+            "draining_clients": len(self.shared.clients) if self.lifecycle.is_draining else 0,
         }
 
-    base_path = settings.server.base_path
-    app = _fastapi(openapi_url=f"{base_path}/openapi.json")
-    answer_refusals(app, refusals, base_path=base_path)
-    add_websocket_routes(app.router, admission, broadcaster, base_path=base_path)
-    app.include_router(probes_router(lifecycle))
-    for router in _routers(settings, admission, broadcaster, stats):
-        app.include_router(router)
-    cors = Cors(
-        {
-            "allow_methods": ["GET", "HEAD", "POST"],
-            # Tracing and HTTP libraries add headers of their own. The relay reads none of them.
-            "allow_headers": ["*"],
-            "expose_headers": ["Retry-After"],
-        },
-        _cors_origins(settings),
-        refusals,
-    )
-    app.add_middleware(cors.wrap)
-    Instrumentator(registry=metrics.registry).instrument(app)
-    metrics_app = _fastapi()
-    metrics_app.include_router(probes_router(lifecycle))
-    metrics_app.include_router(metrics_router(metrics))
+    def _stats(self) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "version": __version__,
+            "replica": self._name,
+            "uptime_s": round(time.monotonic() - self._started_at),
+            "status": self.lifecycle.status,
+            "replicas": [_parse_description(text) for text in self.backplane.replicas()],
+            "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
+            "max_message_bytes": settings.limits.max_message_bytes,
+            **self._metrics.to_stats(),
+        }
 
-    def configure(new: Settings, verifier: "TokenVerifier | None") -> None:
-        admission.configure(_admission_limits(new), verifier)
-        cors.allow(_cors_origins(new))
-        http_connections.max_connections = new.limits.max_http_connections
-        broadcaster.pending_limit_bytes = new.limits.send_backlog_bytes  # of further channels
-        _set_limits(new, shared)
+    def _describe(self) -> bytes:
+        """Return the description of this replica, for the stats of the others."""
+        clients, messages = len(self.shared.clients), self._counters.messages
+        facts = {"name": self._name[:64], "clients": clients, "messages": messages}
+        return json.dumps(facts).encode()
 
-    return Replica(
-        tracing.traced(app) if tracing else app,
-        metrics_app,
-        shared,
-        http_connections,
-        metrics_http_connections,
-        backplane,
-        history,
-        lifecycle,
-        metrics,
-        refusals,
-        certificates,
-        tokens,
-        configure,
-    )
+
+def _load_tracing(replica: str, environ: Mapping[str, str]) -> "Tracing | None":
+    """Return the tracing, or None if no collector is configured.
+
+    The variables are OpenTelemetry's own; an empty one counts as unset. They may be set for all
+    programs on a machine or in a cluster, so an unsupported value is logged and not fatal.
+
+    Args:
+        replica: the name of the replica.
+        environ: the environment.
+    """
+    if not any(environ.get(name) for name in COLLECTOR_VARIABLES):
+        return None
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if (environ.get("OTEL_TRACES_EXPORTER") or "otlp") != "otlp":
+        return None
+    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol
+    try:
+        if protocol != "http/protobuf":
+            raise ValueError(f"{protocol} is not spoken, http/protobuf is")
+        from websocket_relay.tracing import Tracing  # its library is an optional dependency
+
+        tracing = Tracing(replica)
+    except (ImportError, OSError, ValueError) as error:
+        is_missing = isinstance(error, ImportError)
+        reason = "websocket-relay[otel] is not installed" if is_missing else str(error)
+        log.warning("tracing disabled", extra={"reason": reason})
+        return None
+    logs.add_facts(tracing.facts)
+    return tracing
 
 
 def _admission_limits(settings: Settings) -> AdmissionLimits:
@@ -314,33 +442,6 @@ def _set_limits(settings: Settings, shared: ConnectionContext) -> None:
     # A single message of the maximum size must fit.
     largest_bytes = limits.max_message_bytes + INFLATER_BYTES
     shared.partial_messages.limit_bytes = max(total_bytes, largest_bytes)
-
-
-def _routers(
-    settings: Settings,
-    admission: AdmissionPolicy,
-    broadcaster: Broadcaster,
-    stats: Callable[[], dict[str, Any]],
-) -> Iterator[APIRouter]:
-    """Yield the routers of the relay's port, except the probes."""
-    base_path = settings.server.base_path
-    yield browser_client_router(base_path=base_path)
-    if settings.console.enabled:
-        yield console_router(admission, stats, base_path=base_path)
-    yield publish_router(
-        admission,
-        broadcaster,
-        base_path=base_path,
-        max_bytes=settings.limits.max_message_bytes,
-    )
-    yield events_router(
-        admission,
-        broadcaster,
-        base_path=base_path,
-        silence_s=settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s,
-    )
-    # Last, because the console's page has the same path.
-    yield upgrade_router(base_path=base_path)
 
 
 def _broker_access(settings: BackplaneSettings) -> BrokerAccess:

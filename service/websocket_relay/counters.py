@@ -1,14 +1,19 @@
 """Count events as plain integers. Knows no metrics library and no reader.
 
-Hot paths increment these attributes, once per batch where possible; the metrics page reads them
-when it is scraped. One event loop writes and reads, so there is no lock.
+Hot paths increment these attributes, once per batch where possible; `metrics` reads them when the
+page is scraped. One event loop writes and reads, so there is no lock.
 
 Invariant, once nothing is in flight: expected_deliveries == deliveries + the sum of drops.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from websocket_relay.outcomes import Close, Drop, Refusal, TlsFailure
+
+Values = Mapping[str, float | Mapping[str, int] | Mapping[tuple[str, str], int]]
+"""The current values of metrics, by name; those of a metric with labels by the labels' values. Each
+part returns its own; `metrics` has the types and the descriptions."""
 
 
 @dataclass(slots=True)
@@ -18,9 +23,7 @@ class Counters:
     connections: int = 0
     disconnections: int = 0
     messages: int = 0  # received from clients and relayed
-    expected_deliveries: int = (
-        0  # expected deliveries: channel size at publish time, summed over messages
-    )
+    expected_deliveries: int = 0  # channel size at publish time, summed over messages
     deliveries: int = 0  # messages written to clients' sockets
     received_bytes: int = 0  # payload of these messages
     sent_bytes: int = 0  # frames of delivered messages, headers included
@@ -34,6 +37,29 @@ class Counters:
         default_factory=lambda: dict.fromkeys(TlsFailure, 0)
     )
 
+    def metrics(self) -> Values:
+        """Return the values of the metrics, except those of TLS."""
+        return {
+            "connected_clients": self.connections - self.disconnections,
+            "connections": self.connections,
+            "disconnections": self.disconnections,
+            "messages": self.messages,
+            "expected_deliveries": self.expected_deliveries,
+            "deliveries": self.deliveries,
+            "drops": {why.value: count for why, count in self.drops.items()},
+            "received_bytes": self.received_bytes,
+            "sent_bytes": self.sent_bytes,
+            "closes": {(str(why.code), why.label): count for why, count in self.closes.items()},
+            "refusals": {why.label: count for why, count in self.refusals.items()},
+            "publisher_pauses": self.publisher_pauses,
+            "history_replays": {"recovered": self.recovered, "not_recovered": self.not_recovered},
+        }
+
+    def tls_metrics(self) -> Values:
+        """Return the values of the metrics of TLS."""
+        failures = {why.value: count for why, count in self.tls_failures.items()}
+        return {"tls_handshake_failures": failures}
+
 
 @dataclass(slots=True)
 class BackplaneCounters:
@@ -46,3 +72,7 @@ class BackplaneCounters:
     unreadable: int = 0  # entries that are not packets, and incomplete multi-part packets
     unavailable: int = 0  # messages that were not relayed, and whose publishers were notified
     local: int = 0  # messages that were relayed on this replica alone
+
+    def metrics(self) -> Values:
+        """Return the values of the metrics."""
+        return {f"backplane_{each.name}": getattr(self, each.name) for each in fields(self)}

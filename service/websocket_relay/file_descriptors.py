@@ -71,20 +71,20 @@ class FileDescriptors:
     if the estimate is close to the limit.
 
     Args:
-        connections: returns the number of all connections.
-        of_requests: returns how many of them are plain HTTP on the relay's port.
-        of_metrics: returns how many of them are on the metrics port.
+        of_clients: returns the number of clients, and of those that become one.
+        of_requests: returns the number of plain HTTP connections on the relay's port.
+        of_metrics: returns the number of connections on the metrics port.
     """
 
     def __init__(
         self,
-        connections: Callable[[], int],
+        of_clients: Callable[[], int],
         of_requests: Callable[[], int],
         of_metrics: Callable[[], int],
     ) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-        self._connections = connections
+        self._of_clients = of_clients
         self._of_requests = of_requests
         self._of_metrics = of_metrics
         self._others = AT_START
@@ -96,6 +96,10 @@ class FileDescriptors:
         self._scan()
         return max(0, self._estimated_free())
 
+    def metrics(self) -> dict[str, int]:
+        """Return the values of the metrics of file descriptors."""
+        return {"free_descriptors": self.free}
+
     def can_accept_client(self) -> bool:
         """Return whether an HTTP connection may become a client."""
         return self._are_free(RESERVED - self._of_requests() - self._of_metrics())
@@ -103,6 +107,9 @@ class FileDescriptors:
     def can_accept_request(self) -> bool:
         """Return whether the relay's port may accept one more HTTP connection."""
         return self._are_free(OF_METRICS + RESERVED_FOR_BACKENDS + 1 - self._of_metrics())
+
+    def _connections(self) -> int:
+        return self._of_clients() + self._of_requests() + self._of_metrics()
 
     def _estimated_free(self) -> int:
         return self._limit - self._others - self._connections()

@@ -164,10 +164,11 @@ def set_level(level: str) -> None:
         logging.getLogger(name).setLevel(max(quiet, root.level))
 
 
-def dropped_lines() -> int:
-    """Return how many lines were dropped since the start."""
+def metrics() -> dict[str, int]:
+    """Return the values of the metrics of the log."""
     handlers = logging.getLogger().handlers
-    return sum(handler.dropped for handler in handlers if isinstance(handler, LineWriter))
+    writers = (handler for handler in handlers if isinstance(handler, LineWriter))
+    return {"log_lines_dropped": sum(writer.dropped for writer in writers)}
 
 
 def add_facts(facts: Callable[[], Mapping[str, object]]) -> None:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from websocket_relay.counters import Values
 from websocket_relay.outcomes import SettingsError, StartError
 from websocket_relay.watched_files import WatchedFiles
 
@@ -55,7 +56,14 @@ class Certificates:
         self.context = self._current
         self.context.sni_callback = self._select_context
 
-    async def watch(self) -> None:
+    def metrics(self) -> Values:
+        """Return the values of the metrics of the certificate."""
+        return {
+            "tls_certificate_expiry_timestamp_seconds": self.expiry,
+            "tls_reloads": self.reloads,
+        }
+
+    async def run(self) -> None:
         """Reload each renewed pair, until cancelled."""
         while True:
             await self._watched.wait_for_change()

@@ -5,7 +5,6 @@ application is not wrapped. Knows no channel and no framework. It reads no secre
 never the query, and no header but `traceparent` and `tracestate`.
 """
 
-import platform
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
@@ -45,16 +44,19 @@ class Tracing:
     The library reads the endpoint, headers, sampler, batching and resource attributes:
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/.
 
+    Args:
+        replica: the name of the replica.
+
     Raises:
         ValueError: a variable is invalid.
         OSError: a certificate named by a variable can't be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str) -> None:
         defaults = {
             "service.name": NAME,
             "service.version": __version__,
-            "service.instance.id": platform.node(),
+            "service.instance.id": replica,
         }
         resource = Resource.create({**defaults, **OTELResourceDetector().detect().attributes})
         # The library's exit handler would wait 30 s for an unreachable collector. See close().

@@ -549,10 +549,10 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
 def test_a_relay_without_tokens_imports_no_code_for_them() -> None:
     script = """
 import sys
-from websocket_relay import app
+from websocket_relay.app import Replica
 from websocket_relay.server import run
 from websocket_relay.config.model import Settings
-app.build(Settings(), None, run.load_tokens(Settings()))
+Replica(Settings())
 print([name for name in ("jwt", "httpx2") if name in sys.modules])
 """
     done = run_python("-c", script)

@@ -140,15 +140,16 @@ async def test_keys_are_read_again_once_an_invalid_source_is_valid() -> None:
         return Settings(auth=replaced)
 
     configured: asyncio.Queue[Settings] = asyncio.Queue()
-    relay = SimpleNamespace(configure=lambda settings, _: configured.put_nowait(settings))
+    relay = SimpleNamespace(
+        configure=lambda settings, _: configured.put_nowait(settings),
+        load_tokens=lambda _: None,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reload_module, "RETRY_S", 0.01)
         patch.setattr(logs, "set_level", lambda _: None)  # it is of the process
         reloading = Reload(
             running=Settings(auth=AuthSettings.model_validate(jwt_settings())),
-            tokens=None,
             load=load,
-            load_tokens=lambda _: None,
             secret_files=(),
             warnings=lambda _: (),
             relay=cast(Any, relay),

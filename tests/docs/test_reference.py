@@ -220,7 +220,7 @@ async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) ->
 @pytest.mark.fast
 def test_the_table_of_readiness_is_complete() -> None:
     _, statuses = tables(section(HTTP, "Probes"))
-    not_ready = {*Phase} - {Phase.READY} | {"backplane outage"}
+    not_ready = {*Phase} - {Phase.READY, Phase.REFUSING} | {"backplane outage"}
     assert {code_spans(status)[0] for status, _ in statuses} == not_ready
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from websocket_relay.app import build
+from websocket_relay.app import Port, Replica
 from websocket_relay.config.model import Settings
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.server.listener import FINISH_S, Listener
@@ -50,14 +50,12 @@ async def listening(
     connections: HttpConnections, app: App = answer, *, timeout_s: float = 60
 ) -> AsyncIterator[Listener]:
     """Listen in the loop of the test."""
-    shared = build(Settings(), None, None).shared
+    shared = Replica(Settings()).shared
+    http = partial(HttpProtocol, shared=shared, plain=connections)
     listener = Listener(
-        app,
+        Port(app, connections, http),
         tcp_sockets("server", HOST, 0),
-        http_connections=connections,
-        http=partial(HttpProtocol, shared=shared, plain=connections),
-        ws="none",
-        timeout_keep_alive=timeout_s,
+        keepalive_timeout_s=timeout_s,
     )
     await listener.listen()
     try:

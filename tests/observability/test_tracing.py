@@ -32,10 +32,10 @@ BUILD = """
 import sys
 from websocket_relay.server import run
 from websocket_relay.config import model
-from websocket_relay.app import build
-made = build(model.Settings(), None, None, run.load_tracing({}))
+from websocket_relay.app import Replica
+made = Replica(model.Settings(), {})
 loaded = ("opentelemetry.sdk", "opentelemetry.exporter", "google.protobuf", "requests")
-print(type(made.app).__name__, [name for name in sys.modules if name.startswith(loaded)])
+print(type(made.port.app).__name__, [name for name in sys.modules if name.startswith(loaded)])
 """
 
 WITHOUT_EXTRA = "import sys; sys.modules['opentelemetry.sdk'] = None"

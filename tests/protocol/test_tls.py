@@ -265,7 +265,7 @@ async def watched(cert_file: Path, key_file: Path) -> AsyncIterator[Watched]:
             return states(files)
 
         patch.setattr(WatchedFiles, "_states", counted_states)
-        watching = asyncio.create_task(certificates.watch())
+        watching = asyncio.create_task(certificates.run())
         try:
             async with server:
                 yield found

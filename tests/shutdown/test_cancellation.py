@@ -24,7 +24,7 @@ from websocket_relay.cancellation import (
     run_cancellable,
 )
 from websocket_relay.channels.history import History
-from websocket_relay.channels.keepalive import keep_alive
+from websocket_relay.channels.keepalive import Keepalive
 from websocket_relay.client import Relay as Client
 from websocket_relay.metrics import Metrics
 from websocket_relay.tls import Certificates
@@ -289,10 +289,10 @@ async def test_a_periodic_task_ends_while_it_sleeps(moment: Moment, tmp_path: Pa
         max_messages=1, max_bytes=1, max_age_s=1, max_channels=1, clock=time.monotonic
     )
     periodic: list[StartCoroutine] = [
-        Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").watch,
-        Metrics().measure_loop_lag,
-        history.run_expiry,
-        lambda: keep_alive(ConnectionRegistry(), ping_interval_s=0.05, ping_timeout_s=0.05),
+        Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").run,
+        Metrics().run,
+        history.run,
+        Keepalive(ConnectionRegistry(), ping_interval_s=0.05, ping_timeout_s=0.05).run,
     ]
 
     async def assert_cancelled(start: StartCoroutine) -> None:

@@ -121,6 +121,10 @@ class Jwks:
         if self._fetching is not None:
             await cancel_until_done(self._fetching)
 
+    def metrics(self) -> dict[str, dict[str, int]]:
+        """Return the values of the metrics of the keys."""
+        return {"jwks_fetches": self.fetches}
+
     async def fetch_until_available(self) -> None:
         """Retry the fetch until it succeeds once."""
         for delay_s in backoff(INITIAL_BACKOFF_S, FETCH_INTERVAL_S):

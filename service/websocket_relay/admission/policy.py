@@ -121,16 +121,21 @@ class AdmissionPolicy:
         self._has_descriptor = has_descriptor
         self._has_capacity = has_capacity
         self._health = health
-        self.configure(limits, tokens)
+        self._tokens = tokens
+        self.configure(limits)
 
-    def configure(self, limits: AdmissionLimits, tokens: "TokenVerifier | None") -> None:
-        """Replace the settings. Admitted clients keep their grants; the arguments are as above.
+    def configure(self, limits: AdmissionLimits, tokens: "TokenVerifier | None" = None) -> None:
+        """Replace the settings. Admitted clients keep their grants.
 
         Addresses are counted while they are limited: clients that were admitted before the first
         limit do not count.
+
+        Args:
+            limits: as above.
+            tokens: a new verifier; None: keep the present one.
         """
         self.limits = limits
-        self._tokens = tokens
+        self._tokens = tokens or self._tokens
         if not limits.max_connections_per_ip:
             self._addresses = None
         elif self._addresses is None:
@@ -139,6 +144,10 @@ class AdmissionPolicy:
             self._addresses.limit = limits.max_connections_per_ip
         rate = limits.max_handshakes_per_s
         self._handshakes = TokenBucket(rate, rate) if rate else None
+
+    def metrics(self) -> dict[str, int]:
+        """Return the values of the metrics of admission."""
+        return {"connections_limit": self.limits.max_connections}
 
     async def admit(self, request: AdmissionRequest) -> Grant:
         """Admit a subscriber.

@@ -64,9 +64,9 @@ class Broadcaster:
         self._history = history
         backplane.consume(self._deliver, self._on_gap)
 
-    def __len__(self) -> int:
-        """Return the number of channels."""
-        return len(self._channels)
+    def metrics(self) -> dict[str, int]:
+        """Return the values of the metrics of the channels."""
+        return {"channels": len(self._channels)}
 
     def has_channel_capacity(self, name: str) -> bool:
         """Return whether a client may join a channel without exceeding `max_channels`."""

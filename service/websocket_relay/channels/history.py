@@ -187,7 +187,11 @@ class History:
         if self._message_count > self._max_messages or self.bytes > self._max_bytes:
             self._evict_surplus()
 
-    async def run_expiry(self) -> None:
+    def metrics(self) -> dict[str, int]:
+        """Return the values of the metrics of the history."""
+        return {"history_messages": self._message_count, "history_bytes": self.bytes}
+
+    async def run(self) -> None:
         """Evict expired messages once every AGE_STEP_S, until cancelled."""
         while True:
             await asyncio.sleep(AGE_STEP_S)

@@ -5,6 +5,7 @@ Knows no channel, no message and no HTTP.
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
 from itertools import count
 
 from websocket_relay.outcomes import Close
@@ -14,30 +15,39 @@ from websocket_relay.wire.registry import ConnectionRegistry
 CLIENTS_PER_SLICE = 200  # some microseconds each; then the sweep yields to the event loop
 
 
-async def keep_alive(
-    clients: ConnectionRegistry, *, ping_interval_s: float, ping_timeout_s: float
-) -> None:
-    """Ping all clients every interval with one shared frame; a timeout later, close silent ones.
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """The detection of dead connections.
 
     Any bytes from a client count as an answer, because a pong queues after a long message.
 
-    Args:
+    Attributes:
         clients: the connections.
         ping_interval_s: seconds between two ping sweeps.
         ping_timeout_s: seconds from a ping to the close (1011) of a client that is silent since.
     """
-    loop = asyncio.get_running_loop()
-    next_ping_at = loop.time() + ping_interval_s
-    unchecked_sweeps: deque[float] = deque()  # end times of ping sweeps, oldest first
-    for sweep_number in count():
-        while unchecked_sweeps and unchecked_sweeps[0] + ping_timeout_s <= next_ping_at:
-            pinged_at = unchecked_sweeps.popleft()
-            await asyncio.sleep(pinged_at + ping_timeout_s - loop.time())
-            await _close_silent_clients(clients, pinged_at)
-        await asyncio.sleep(next_ping_at - loop.time())
-        frame = control(PING, sweep_number.to_bytes(8, "big"))
-        unchecked_sweeps.append(await _ping_clients(clients, frame))
-        next_ping_at = max(next_ping_at + ping_interval_s, loop.time())
+
+    clients: ConnectionRegistry
+    ping_interval_s: float
+    ping_timeout_s: float
+
+    async def run(self) -> None:
+        """Ping all clients every interval, and close silent ones a timeout later; until cancelled.
+
+        All pings of a sweep are the same frame.
+        """
+        loop = asyncio.get_running_loop()
+        next_ping_at = loop.time() + self.ping_interval_s
+        unchecked_sweeps: deque[float] = deque()  # end times of ping sweeps, oldest first
+        for sweep_number in count():
+            while unchecked_sweeps and unchecked_sweeps[0] + self.ping_timeout_s <= next_ping_at:
+                pinged_at = unchecked_sweeps.popleft()
+                await asyncio.sleep(pinged_at + self.ping_timeout_s - loop.time())
+                await _close_silent_clients(self.clients, pinged_at)
+            await asyncio.sleep(next_ping_at - loop.time())
+            frame = control(PING, sweep_number.to_bytes(8, "big"))
+            unchecked_sweeps.append(await _ping_clients(self.clients, frame))
+            next_ping_at = max(next_ping_at + self.ping_interval_s, loop.time())
 
 
 async def _ping_clients(clients: ConnectionRegistry, frame: bytes) -> float:

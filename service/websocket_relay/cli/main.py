@@ -152,12 +152,12 @@ def _serve(load: "Callable[..., Settings]", stop: Stop) -> None:
 
 
 def _check(load: "Callable[[], Settings]") -> None:
-    from websocket_relay import app
+    from websocket_relay.app import Replica
     from websocket_relay.config import render
     from websocket_relay.server import run
 
     loaded = load()
-    app.build(loaded, run.load_certificates(loaded), run.load_tokens(loaded))
+    Replica(loaded)
     for warning in run.startup_warnings(loaded):
         print(f"websocket-relay: warning: {warning}", file=sys.stderr)
     print(render.render(loaded), end="")

@@ -15,8 +15,11 @@ from websocket_relay.server.sockets import ListeningAddress
 NAME = "websocket-relay"
 
 
-def greet(settings: Settings, address: ListeningAddress, metrics_port: int | None) -> None:
+def greet(
+    settings: Settings, address: ListeningAddress, metrics: ListeningAddress | None = None
+) -> None:
     """Print the greeting on standard output; the log goes to standard error."""
+    metrics_port = metrics.port if metrics is not None else None
     if settings.logging.format == "text":
         with suppress(OSError, ValueError):  # stdout is closed, or the certificate was removed
             print(greeting(settings, address, metrics_port), end="", flush=True)

@@ -4,16 +4,14 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import uvicorn
 
-from websocket_relay.outcomes import TlsFailure
+from websocket_relay.app import Port
 from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
-from websocket_relay.wire.http_connections import STARTS_A_TURN, HttpConnections
-from websocket_relay.wire.http_protocol import HttpProtocol
+from websocket_relay.wire.http_connections import STARTS_A_TURN
 from websocket_relay.wire.proxy_header import ProxyHeader
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
@@ -41,48 +39,42 @@ class Listener(uvicorn.Server):
     in use. Its signal handlers would replace the relay's.
 
     Args:
-        app: the application.
+        port: what the port serves.
         sockets: the bound sockets.
-        http_connections: the plain HTTP connections of the port.
-        context: for TLS; None: no TLS.
-        handshake_timeout_s: deadline of a TLS handshake.
-        record_tls_failure: counts and logs a TLS handshake that failed.
+        keepalive_timeout_s: seconds until an idle connection is closed.
+        handshake_timeout_s: deadline of a TLS handshake, and of a PROXY protocol header.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
         proxy_protocol: whether these peers send a PROXY protocol header first.
-        protocols: uvicorn's `http`, `ws` and `timeout_keep_alive` settings.
     """
 
     def __init__(
         self,
-        app: Callable[..., Any],
+        port: Port,
         sockets: Sequence[socket.socket],
         *,
-        http_connections: HttpConnections,
-        context: ssl.SSLContext | None = None,
+        keepalive_timeout_s: float,
         handshake_timeout_s: float = 10,
-        record_tls_failure: Callable[[TlsFailure], None] = lambda _: None,
         trusted_proxies: Sequence[str] = (),
         proxy_protocol: bool = False,
-        **protocols: Any,
     ) -> None:
         trusted = [*trusted_proxies, *_mapped(trusted_proxies)]
         self._is_unix = sockets[0].family == socket.AF_UNIX
         config = uvicorn.Config(
-            app,
+            port.app,
+            http=cast(Any, port.http),
+            ws=cast(Any, port.ws),
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=bool(trusted_proxies) or self._is_unix,
             forwarded_allow_ips=[*trusted, *([UNIX_PEER] if self._is_unix else [])],
-            **protocols,
+            timeout_keep_alive=cast(int, keepalive_timeout_s),  # fractions work, too
         )
         super().__init__(config)
+        self._port = port
         self._sockets = sockets
-        self._http_connections = http_connections
-        self._context = context
         self._handshake_timeout_s = handshake_timeout_s
-        self._record_tls_failure = record_tls_failure
         self._proxy_networks = (
             [ipaddress.ip_network(proxy) for proxy in trusted] if proxy_protocol else None
         )
@@ -112,22 +104,22 @@ class Listener(uvicorn.Server):
         self.started = True
 
     def _protocol(self) -> asyncio.Protocol:
-        make = cast(Callable[..., HttpProtocol], self.config.http_protocol_class)
-        http = make(config=self.config, server_state=self.server_state, app_state={})
+        port = self._port
+        http = port.http(config=self.config, server_state=self.server_state, app_state={})
         if self._is_unix:
             http.peer = (UNIX_PEER, 0)
-        if self._context is None and self._proxy_networks is None:
+        if port.tls is None and self._proxy_networks is None:
             return http
         deadline_at = asyncio.get_running_loop().time() + self._handshake_timeout_s
         following: asyncio.Protocol = http
-        if self._context is not None:
+        if port.tls is not None:
             following = TlsHandshake(
-                http, self._http_connections, self._context, deadline_at, self._record_tls_failure
+                http, port.http_connections, port.tls, deadline_at, port.record_tls_failure
             )
         if self._proxy_networks is None:
             return following
         return ProxyHeader(
-            http, following, self._http_connections, deadline_at, self._sends_proxy_header
+            http, following, port.http_connections, deadline_at, self._sends_proxy_header
         )
 
     def _sends_proxy_header(self, transport: asyncio.BaseTransport) -> bool:
@@ -153,7 +145,7 @@ class Listener(uvicorn.Server):
             The number of requests without a response at the deadline.
         """
         await asyncio.sleep(0)  # the loop reads the requests that have arrived
-        for _ in range(0, self._http_connections.queued_requests, STARTS_A_TURN):
+        for _ in range(0, self._port.http_connections.queued_requests, STARTS_A_TURN):
             await asyncio.sleep(0)  # and starts them
         requests = list(self.server_state.tasks)
         if not requests:

@@ -31,21 +31,17 @@ class Reload:
 
     Args:
         running: the settings of the relay.
-        tokens: its verifier of tokens.
         load: reads the settings again, from where they were read at the start.
-        load_tokens: reads the keys of tokens again.
         secret_files: the files that the variables of the environment name.
         warnings: returns the warnings about settings.
-        relay: takes the new settings.
+        relay: loads the keys of tokens, and takes the new settings.
     """
 
     def __init__(
         self,
         *,
         running: Settings,
-        tokens: "TokenVerifier | None",
         load: Callable[[], Settings],
-        load_tokens: "Callable[[Settings], TokenVerifier | None]",
         secret_files: Sequence[Path],
         warnings: Callable[[Settings], Iterable[SettingsWarning]],
         relay: Replica,
@@ -53,9 +49,7 @@ class Reload:
         self._requested = asyncio.Event()
         self._only_keys = True
         self._running = running
-        self._tokens = tokens
         self._load = load
-        self._load_tokens = load_tokens
         self._secret_files = secret_files
         self._warnings = warnings
         self._relay = relay
@@ -83,9 +77,9 @@ class Reload:
                 # In threads, because reading files may block.
                 loaded = await asyncio.to_thread(self._load)
                 changed = changes.compare(self._running, loaded, only_keys=only_keys)
-                tokens = self._tokens
+                tokens = None
                 if not changed.keeps_keys:
-                    tokens = await asyncio.to_thread(self._load_tokens, changed.settings)
+                    tokens = await asyncio.to_thread(self._relay.load_tokens, changed.settings)
             except (SettingsError, UnusableSettingError) as error:
                 problems = error.problems if isinstance(error, SettingsError) else (str(error),)
                 if problems != self._problems or not only_keys:
@@ -100,7 +94,7 @@ class Reload:
 
     def _apply(self, changed: changes.Changes, tokens: "TokenVerifier | None") -> None:
         self._problems = ()
-        self._running, self._tokens = changed.settings, tokens
+        self._running = changed.settings
         self._relay.configure(self._running, tokens)  # all of it between two messages
         logs.set_level(self._running.logging.level)
         facts = {"changed": changed.applied, "needs_restart": changed.needs_restart}

@@ -107,6 +107,17 @@ class ConnectionContext:
         self.counters.deliveries += sent * messages
         self.counters.sent_bytes += sent * len(data)
 
+    def metrics(self) -> dict[str, int]:
+        """Return the values of the metrics of backlogs and flow control."""
+        return {
+            "slow_clients": len(self.backlogs),
+            "backlog_bytes": self.backlogs.total_bytes,
+            "backlog_limit_bytes": self.backlogs.total_limit_bytes,
+            "partial_message_bytes": self.partial_messages.total_bytes,
+            "paused_publishers": self.paused_connections,
+            "backplane_pending_bytes": self.pending_appends.bytes,
+        }
+
     def pause_all_reading(self) -> None:
         """Pause every connection that has nothing unparsed, until the unparsed bytes drain."""
         for client in self.clients:
