@@ -78,55 +78,23 @@ def add_to(commands: Any) -> None:
 
 def _add_load(parser: ArgumentParser) -> None:
     load = parser.add_argument_group("load")
-    load.add_argument(
-        "--clients",
-        type=positive_int,
-        default=100,
-        metavar="N",
-        help="number of clients, which all subscribe (default: 100)",
-    )
-    load.add_argument(
-        "--publishers",
-        type=positive_int,
-        metavar="N",
-        help=f"number that also publish (default: a tenth, {DEFAULT_MAX_PUBLISHERS} at most)",
-    )
     pace = load.add_mutually_exclusive_group()
-    pace.add_argument(
-        "--rate",
-        type=positive_int,
-        default=0,
-        metavar="R",
-        help="messages a second of all publishers together (default: 100)",
-    )
-    pace.add_argument(
-        "--window",
-        type=positive_int,
-        default=0,
-        metavar="W",
-        help="instead of --rate: W messages in flight of each publisher",
-    )
-    load.add_argument(
-        "--bytes",
-        type=_message_bytes,
-        default=128,
-        metavar="B",
-        help="size of each message (default: 128)",
-    )
-    load.add_argument(
-        "--duration",
-        type=_duration,
-        default=10.0,
-        metavar="S",
-        help="seconds of measurement (default: 10)",
-    )
-    load.add_argument(
-        "--warmup",
-        type=non_negative_seconds,
-        default=WARMUP_S,
-        metavar="S",
-        help=f"seconds under load before the measurement (default: {WARMUP_S:g})",
-    )
+    publishers = f"number that also publish (default: a tenth, {DEFAULT_MAX_PUBLISHERS} at most)"
+    rate = "messages a second of all publishers together (default: 100)"
+    window = "instead of --rate: W messages in flight of each publisher"
+    warmup = "seconds under load before the measurement"
+    options: list[tuple[Any, str, Callable[[str], float], str, float | None, str]] = [
+        (load, "--clients", positive_int, "N", 100, "number of clients, which all subscribe"),
+        (load, "--publishers", positive_int, "N", None, publishers),
+        (pace, "--rate", positive_int, "R", 0, rate),
+        (pace, "--window", positive_int, "W", 0, window),
+        (load, "--bytes", _message_bytes, "B", 128, "size of each message"),
+        (load, "--duration", _duration, "S", 10.0, "seconds of measurement"),
+        (load, "--warmup", non_negative_seconds, "S", WARMUP_S, warmup),
+    ]
+    for group, name, parse, value, default, text in options:
+        shown = f"{text} (default: {default:g})" if default else text
+        group.add_argument(name, type=parse, metavar=value, default=default, help=shown)
 
 
 def _message_bytes(text: str) -> int:
