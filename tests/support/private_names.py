@@ -78,21 +78,22 @@ def _is_exported(module: str, name: str) -> bool:
 
 
 def _accessed(tree: ast.Module) -> Iterator[str]:
-    """Yield the private attributes of other objects than `self`."""
+    """Yield the private attributes of other objects than `self` and the module's classes."""
+    own = {"self", "cls", *(each.name for each in tree.body if isinstance(each, ast.ClassDef))}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and not _is_of_itself(node) and _is_private(node.attr):
+        if isinstance(node, ast.Attribute) and not _is_of(own, node) and _is_private(node.attr):
             yield node.attr
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ACCESSORS:
             texts = (each.value for each in node.args if isinstance(each, ast.Constant))
             yield from (text for text in texts if isinstance(text, str) and _is_private(text))
 
 
-def _is_of_itself(node: ast.Attribute) -> bool:
-    """Return whether an attribute is that of `self`, of `cls` or of `super()`."""
+def _is_of(own: set[str], node: ast.Attribute) -> bool:
+    """Return whether an attribute is that of one of these names, or of `super()`."""
     owner = node.value
     if isinstance(owner, ast.Call):
         return getattr(owner.func, "id", "") == "super"
-    return isinstance(owner, ast.Name) and owner.id in {"self", "cls"}
+    return isinstance(owner, ast.Name) and owner.id in own
 
 
 def _inherited(tree: ast.Module, file: Path) -> Iterator[str]:
@@ -124,7 +125,7 @@ def _own_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name
-        elif isinstance(node, ast.Attribute) and _is_of_itself(node):
+        elif isinstance(node, ast.Attribute) and _is_of({"self", "cls"}, node):
             yield node.attr
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
