@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 from websocket_relay.outcomes import Close, Drop, Refusal, TlsFailure
 
-Values = Mapping[str, float | Mapping[str, int] | Mapping[tuple[str, str], int]]
+Values = Mapping[str, float | dict[str, int] | dict[tuple[str, str], int]]
 """The current values of metrics, by name; those of a metric with labels by the labels' values. Each
 part returns its own; `metrics` has the types and the descriptions."""
 

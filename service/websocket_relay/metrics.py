@@ -181,7 +181,7 @@ class Metrics(Collector):
                 if name in GAUGES
                 else CounterMetricFamily(PREFIX + name, COUNTERS[name], labels=labels)
             )
-            series = value.items() if isinstance(value, Mapping) else [((), value)]
+            series = value.items() if isinstance(value, dict) else [((), value)]
             for key, number in series:
                 family.add_metric([key] if isinstance(key, str) else key, number)
             yield family
