@@ -1,4 +1,7 @@
-"""HEAD: the head of the response to GET, and nothing else."""
+"""The head of a response: the date, and with HEAD the same as with GET."""
+
+import time
+from email.utils import parsedate_to_datetime
 
 from tests.support.http_requests import get_request
 from tests.support.raw_client import RawClient, Response
@@ -14,6 +17,14 @@ async def head_of(port: int, request: bytes) -> Response:
     async with await RawClient.connect(HOST, port) as raw:
         await raw.send(request)
         return await raw.read_response()
+
+
+async def test_a_response_has_the_current_date(relay: RelayProcess) -> None:
+    for port in (relay.port, relay.metrics_port):
+        response = await head_of(port, get_request("/healthz"))
+        age_s = time.time() - parsedate_to_datetime(response.headers["date"]).timestamp()
+        assert -1 < age_s < 60
+        assert "server" not in response.headers
 
 
 async def test_the_response_to_head_is_the_head_of_the_response_to_get(

@@ -1,13 +1,14 @@
-"""Accept connections on the sockets of one port, with uvicorn. Knows no settings and no signal."""
+"""Accept connections on the sockets of one port. Knows no settings and no signal."""
 
 import asyncio
-import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from email.utils import formatdate
 from typing import Any, cast
 
-import uvicorn
+from uvicorn.config import Config
+from uvicorn.server import ServerState
 
 from websocket_relay.app import Port
 from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
@@ -21,6 +22,9 @@ accepted sockets inherit it from the listening one). Without it each slow client
 kernel memory before the relay notices that it lags, and then the relay sees progress only in steps
 of a third of that."""
 
+DATE_STEP_S = 1.0
+"""The resolution of a Date field."""
+
 FINISH_S = 0.1
 """Time for responses to plain requests to be sent when the ports close."""
 
@@ -32,11 +36,11 @@ MAPPED_BITS = 96
 """Bits of prefix before the IPv4 address in an IPv4-mapped IPv6 address."""
 
 
-class Listener(uvicorn.Server):
-    """A uvicorn server on the sockets of one port, with the relay's own startup, TLS and signals.
+class Listener:
+    """The listening sockets of one port, and the state that uvicorn's HTTP protocol needs.
 
-    uvicorn's own startup sets no deadline for TLS handshakes and exits the process if the port is
-    in use. Its signal handlers would replace the relay's.
+    uvicorn's own server sets no deadline for TLS handshakes, exits the process if the port is in
+    use, replaces the signal handlers, and closes all WebSockets at once.
 
     Args:
         port: what the port serves.
@@ -45,6 +49,9 @@ class Listener(uvicorn.Server):
         handshake_timeout_s: deadline of a TLS handshake, and of a PROXY protocol header.
         trusted_proxies: peers whose X-Forwarded-For and -Proto are trusted.
         proxy_protocol: whether these peers send a PROXY protocol header first.
+
+    Attributes:
+        server_state: uvicorn's sets of the connections and of the requests in flight.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class Listener(uvicorn.Server):
     ) -> None:
         trusted = [*trusted_proxies, *_mapped(trusted_proxies)]
         self._is_unix = sockets[0].family == socket.AF_UNIX
-        config = uvicorn.Config(
+        self._config = Config(
             port.app,
             http=cast(Any, port.http),
             ws=cast(Any, port.ws),
@@ -71,7 +78,8 @@ class Listener(uvicorn.Server):
             forwarded_allow_ips=[*trusted, *([UNIX_PEER] if self._is_unix else [])],
             timeout_keep_alive=cast(int, keepalive_timeout_s),  # fractions work, too
         )
-        super().__init__(config)
+        self.server_state = ServerState()
+        self._servers: list[asyncio.AbstractServer] = []
         self._port = port
         self._sockets = sockets
         self._handshake_timeout_s = handshake_timeout_s
@@ -89,23 +97,26 @@ class Listener(uvicorn.Server):
 
     async def listen(self) -> None:
         """Start to accept connections."""
-        self.config.load()
-        self.lifespan = self.config.lifespan_class(self.config)
-        self.servers = []
+        self._config.load()
         loop = asyncio.get_running_loop()
         for listening in self._sockets:
             create: Callable[..., Any] = loop.create_unix_server
             if not self._is_unix:
                 listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
                 create = loop.create_server
-            self.servers.append(
+            self._servers.append(
                 await create(self._protocol, sock=listening, backlog=LISTEN_BACKLOG)
             )
-        self.started = True
+
+    async def run(self) -> None:
+        """Keep the Date field of responses current, until cancelled."""
+        while True:
+            self.server_state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+            await asyncio.sleep(DATE_STEP_S)
 
     def _protocol(self) -> asyncio.Protocol:
         port = self._port
-        http = port.http(config=self.config, server_state=self.server_state, app_state={})
+        http = port.http(config=self._config, server_state=self.server_state, app_state={})
         if self._is_unix:
             http.peer = (UNIX_PEER, 0)
         if port.tls is None and self._proxy_networks is None:
@@ -132,9 +143,6 @@ class Listener(uvicorn.Server):
         address = ipaddress.ip_address(peer[0])
         return any(address in network for network in self._proxy_networks)
 
-    async def startup(self, sockets: object = None) -> None:
-        """Do nothing: `listen` has opened the port already."""
-
     async def wait_for_responses(self, *, until: float) -> int:
         """Wait for the requests in flight: a POST may wait for the position of its message.
 
@@ -154,23 +162,15 @@ class Listener(uvicorn.Server):
         _, unanswered = await asyncio.wait(requests, timeout=max(0.0, remaining_s))
         return len(unanswered)
 
-    async def shutdown(self, sockets: object = None) -> None:
-        """Close the port, and after FINISH_S abort the connections with an unsent response.
-
-        uvicorn's own shutdown waits a second or more for them.
-        """
-        for server in self.servers:
+    async def shutdown(self) -> None:
+        """Close the port, and after FINISH_S abort the connections with an unsent response."""
+        for server in self._servers:
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await asyncio.sleep(FINISH_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Install no signal handlers: server.signals has its own."""
-        yield
 
 
 def _mapped(proxies: Iterable[str]) -> Iterator[str]:

@@ -61,14 +61,19 @@ class Reload:
         self._only_keys = False
         self._requested.set()
 
-    async def watch_files(self) -> None:
-        """Request a reload of the keys whenever one is replaced in its file, until cancelled."""
+    async def run(self) -> None:
+        """Reload when it is requested, or a file of keys is replaced, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_files())
+            await self._reload_when_requested()
+
+    async def _watch_files(self) -> None:
         while True:
             await self._watched.wait_for_change()
             self._requested.set()
 
-    async def run(self) -> None:
-        """Reload whenever it is requested, until cancelled. Invalid settings change nothing."""
+    async def _reload_when_requested(self) -> None:
+        """Reload at each request. Invalid settings change nothing."""
         while True:
             await self._requested.wait()
             self._requested.clear()

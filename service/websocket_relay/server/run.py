@@ -17,7 +17,7 @@ from functools import partial
 import uvloop
 
 from websocket_relay import logs
-from websocket_relay.app import Replica
+from websocket_relay.app import Part, Replica
 from websocket_relay.cancellation import cancel_until_done, run_cancellable
 from websocket_relay.config.loader import secret_files
 from websocket_relay.config.model import Settings, SettingsWarning
@@ -105,15 +105,8 @@ async def _serve(
         # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
         stopping = _attach(stop, settings.shutdown.timeout_s, reload)
         log_ports(settings, ports)
-        background = [
-            group.create_task(run_cancellable(run_part))
-            for run_part in (
-                *(port.serve for port in ports),
-                *(part.run for part in relay.parts),
-                reload.run,
-                reload.watch_files,
-            )
-        ]
+        parts: list[Part] = [*ports, *relay.parts, reload]
+        background = [group.create_task(run_cancellable(part.run)) for part in parts]
         gc.freeze()  # all objects so far are permanent: exempt them from garbage collection
         becoming_ready = group.create_task(_become_ready(settings, relay, ports))
         await stopping.wait()
