@@ -144,6 +144,8 @@ class RelayProcess:
         env: Mapping[str, str] | None = None,
         *,
         max_descriptors: int | None = None,
+        module: Sequence[str] = ("websocket_relay",),
+        descriptors: Sequence[int] = (),
     ) -> None:
         """Prepare a relay that listens on free ports, which the kernel chooses.
 
@@ -152,11 +154,15 @@ class RelayProcess:
             settings: that differ from `QUIET_SETTINGS`.
             env: further environment variables.
             max_descriptors: its limit of open files (RLIMIT_NOFILE, hard).
+            module: the module that `launch` runs, and arguments of its own.
+            descriptors: that `launch` leaves open.
         """
         self.settings = merged(QUIET_SETTINGS, settings or {})
         self._directory = directory
         self._env = environment(env)
         self._max_descriptors = max_descriptors
+        self._module = module
+        self._descriptors = descriptors
         self._forks = _may_fork(env)
         self._lines: list[str] = []
         self._log_ended = False
@@ -203,7 +209,7 @@ class RelayProcess:
     def launch(self) -> None:
         """Start the process as a Python interpreter, and do not wait until it listens."""
         file = self._write_settings()
-        command = [sys.executable, "-m", "websocket_relay", "--config-file", str(file)]
+        command = [sys.executable, "-m", *self._module, "--config-file", str(file)]
         if self._max_descriptors is not None:
             limits = 'ulimit -Sn $0 && ulimit -Hn $0 && exec "$@"'
             command = ["/bin/sh", "-c", limits, str(self._max_descriptors), *command]
@@ -215,6 +221,7 @@ class RelayProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=self._descriptors,
         )
         self._start_log_reader()
 
