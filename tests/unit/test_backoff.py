@@ -2,7 +2,10 @@
 
 from itertools import islice
 
+import pytest
 from websocket_relay.backoff import backoff
+
+pytestmark = pytest.mark.fast
 
 
 def test_delays_double_up_to_the_longest_with_jitter() -> None:
