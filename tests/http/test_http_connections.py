@@ -4,6 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import pytest
 from websocket_relay.outcomes import Refusal
@@ -247,12 +248,19 @@ async def test_each_port_has_its_own_limit(relay_with: StartRelay) -> None:
 async def test_a_bounded_number_of_requests_starts_in_one_loop_iteration_in_order() -> None:
     connections = HttpConnections(10, Refusal.HTTP_CONNECTIONS, lambda refusal: None)
     started: list[int] = []
+
+    def start(number: int) -> None:
+        if connections.may_start_request():
+            started.append(number)
+        else:
+            connections.queue_request(partial(started.append, number))
+
     count = 3 * STARTS_A_TURN
     for number in range(count):
-        connections.start_request(lambda number=number: started.append(number))  # type: ignore[misc]
+        start(number)
     for iteration in (1, 2, 3):
         assert started == list(range(iteration * STARTS_A_TURN))
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    connections.start_request(lambda: started.append(count))
+    start(count)
     assert started == list(range(count + 1)), "a request after an idle iteration is delayed"

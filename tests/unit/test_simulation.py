@@ -122,7 +122,7 @@ class ClosingConnection:
     closed_at = 0.0
     retry_ms = 0
 
-    def close_when_written(self, _: Close, retry_ms: int) -> None:
+    def close(self, _: Close, retry_ms: int, *, when_written: bool) -> None:
         self.closed_at, self.retry_ms = asyncio.get_running_loop().time(), retry_ms
 
 

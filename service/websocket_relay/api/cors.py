@@ -3,11 +3,13 @@
 Knows no setting.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.refusals import Refusals
@@ -22,33 +24,36 @@ class Cors:
         refusals: records preflights of other origins.
     """
 
-    def __init__(self, fixed: dict[str, Any], origins: dict[str, Any], refusals: Refusals) -> None:
+    def __init__(
+        self, fixed: Mapping[str, Any], origins: Mapping[str, Any], refusals: Refusals
+    ) -> None:
         self._fixed = fixed
         self._origins = origins
         self._refusals = refusals
-        self._app: ASGIApp | None = None
-        self._middleware: CORSMiddleware
+        self._middleware: RecordingCorsMiddleware | None = None
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """Return the middleware around an application."""
-        self._app = app
-        self.allow(self._origins)
-        return self
+        self._middleware = RecordingCorsMiddleware(app, **self._fixed, **self._origins)
+        self._middleware.refusals = self._refusals
+        return self._middleware
 
-    def allow(self, origins: dict[str, Any]) -> None:
+    def allow(self, origins: Mapping[str, Any]) -> None:
         """Replace the origins, from the next request on."""
         self._origins = origins
-        if self._app is not None:  # FastAPI builds its middlewares at the first request
-            self._middleware = CORSMiddleware(self._app, **self._fixed, **origins)
+        if self._middleware is not None:  # FastAPI builds its middlewares at the first request
+            CORSMiddleware.__init__(
+                self._middleware, self._middleware.app, **self._fixed, **origins
+            )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request; record a preflight that is refused for its origin."""
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            headers = Headers(scope=scope)
-            if (
-                "access-control-request-method" in headers
-                and (origin := headers.get("origin")) is not None
-                and not self._middleware.is_allowed_origin(origin)
-            ):
-                self._refusals.record(RefusedError(Refusal.ORIGIN_NOT_ALLOWED))
-        await self._middleware(scope, receive, send)
+
+class RecordingCorsMiddleware(CORSMiddleware):
+    """The middleware, which records preflights that are refused for their origin."""
+
+    refusals: Refusals
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight."""
+        if not self.is_allowed_origin(request_headers["origin"]):
+            self.refusals.record(RefusedError(Refusal.ORIGIN_NOT_ALLOWED))
+        return super().preflight_response(request_headers)

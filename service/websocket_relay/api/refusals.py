@@ -6,11 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
-from starlette.requests import HTTPConnection
 
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.refusals import Refusals
-from websocket_relay.wire.handshake import HANDSHAKE_KEY
 
 RESPONSE_HEADERS: Mapping[int, Mapping[str, Any]] = {
     HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": {"schema": {"type": "string"}}},
@@ -55,10 +53,7 @@ def answer_refusals(app: FastAPI, refusals: Refusals, *, base_path: str) -> None
         base_path: the prefix of all channels.
     """
 
-    async def refuse(connection: HTTPConnection, error: RefusedError) -> Any:
-        if connection.scope["type"] == "websocket":
-            connection.scope[HANDSHAKE_KEY].refuse(error)
-            return None
+    async def refuse(request: Request, error: RefusedError) -> Response:
         refusals.record(error)
         return response_to(error)
 

@@ -3,13 +3,12 @@
 Knows no message: after the handover the event stream belongs to wire.sse.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.admission.policy import AdmissionPolicy, Grant
 from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
@@ -21,6 +20,7 @@ from websocket_relay.api.requests import (
 )
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.wire.delivery_format import SSE, DeliveryFormat
 from websocket_relay.wire.event_stream import open_event_stream
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
@@ -61,21 +61,41 @@ PARAMETERS = [
 ]
 
 
+class Subscription(NamedTuple):
+    """The channel of an event stream, what its client may do, and what is replayed to it first."""
+
+    channel: str
+    grant: Grant
+    replay: ReplayRequest | None
+
+
 class EventsResponse(Response):
     """A response that consists of a head and an event stream, and ends with the connection.
 
     The response to HEAD is the head alone.
 
     Args:
-        start_stream: takes the connection over after the head was sent.
+        subscription: what is subscribed to.
+        admission: enforces the grant.
+        broadcaster: owns the channels.
+        silence_s: see `open_event_stream`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, start_stream: Callable[[HttpProtocol], None]) -> None:
+    def __init__(
+        self,
+        subscription: Subscription,
+        admission: AdmissionPolicy,
+        broadcaster: Broadcaster,
+        silence_s: float,
+    ) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
-        self._start_stream = start_stream
+        self._subscription = subscription
+        self._admission = admission
+        self._broadcaster = broadcaster
+        self._silence_s = silence_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head and hand the connection over."""
@@ -90,8 +110,11 @@ class EventsResponse(Response):
         )
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
-        else:
-            self._start_stream(connection)
+        elif (transport := connection.detach_transport()) is not None:
+            channel, grant, replay = self._subscription
+            client = open_event_stream(transport, self._broadcaster.shared, self._silence_s)
+            self._admission.enforce_grant(client, grant)
+            self._broadcaster.subscribe(channel, client, EVENTS_FORMAT, replay)
 
 
 def events_router(
@@ -119,15 +142,8 @@ def events_router(
         await connection.drain_responses()
         grant = await admission.admit(admission_request_of(request))
 
-        def start_stream(connection: HttpProtocol) -> None:
-            transport = connection.detach_transport()
-            if transport is None:
-                return
-            client = open_event_stream(transport, broadcaster.shared, silence_s)
-            admission.enforce_grant(client, grant)
-            broadcaster.subscribe(channel_of(request), client, EVENTS_FORMAT, replay)
-
-        return EventsResponse(start_stream)
+        subscription = Subscription(channel_of(request), grant, replay)
+        return EventsResponse(subscription, admission, broadcaster, silence_s)
 
     router = APIRouter()
     for path, parameters in (("", []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):

@@ -19,7 +19,7 @@ from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
-from websocket_relay.wire.handshake import WEBSOCKET_CONNECTION_KEY
+from websocket_relay.wire.handshake import HANDSHAKE_KEY, WEBSOCKET_CONNECTION_KEY
 
 
 def add_websocket_routes(
@@ -44,8 +44,12 @@ def add_websocket_routes(
         scope = websocket.scope
         offered: list[str] = scope["subprotocols"]
         sends_positions = POSITIONS_SUBPROTOCOL in offered
-        replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
-        grant = await admission.admit(admission_request_of(websocket))
+        try:
+            replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
+            grant = await admission.admit(admission_request_of(websocket))
+        except RefusedError as error:
+            scope[HANDSHAKE_KEY].refuse(error)
+            return
         # Nothing suspends from here on, nor does accept(): an admitted client is counted before
         # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
@@ -56,7 +60,7 @@ def add_websocket_routes(
         broadcaster.subscribe(channel_of(websocket), client, delivery_format, replay)
 
     async def refuse_path(websocket: WebSocket) -> None:
-        raise no_such_path(base_path)
+        websocket.scope[HANDSHAKE_KEY].refuse(no_such_path(base_path))
 
     # Starlette's plain routes: FastAPI's resolve dependencies, which these routes do not have, at
     # a third of the handshake's cost.

@@ -16,7 +16,7 @@ from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.delivery_format import DeliveryFormat
-from websocket_relay.wire.time_slicer import SlicedWork, TimeSlicer
+from websocket_relay.wire.time_slicer import TimeSlicer
 
 BATCHES_PER_BACKLOG = 4
 """How many full batches fit into one client's backlog: one batch alone never closes a client."""
@@ -60,7 +60,7 @@ class Broadcaster:
         self.pending_limit_bytes = pending_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
         self._channels: dict[str, Channel] = {}
-        self._time_slicer = TimeSlicer(0 if backplane.is_local else REST_TURNS)
+        self.schedule = TimeSlicer(0 if backplane.is_local else REST_TURNS).schedule_work
         self._history = history
         backplane.consume(self._deliver, self._on_gap)
 
@@ -127,10 +127,14 @@ class Broadcaster:
         """
         if not messages:
             return self._history.newest
-        receipt = Receipt()
-        self.append(name, messages, receipt)
-        self.backplane.when_delivered(receipt.on_delivered)
-        return await receipt.position
+        results: asyncio.Queue[Position | Refusal | None] = asyncio.Queue()
+        self.append(name, messages, AwaitedPublisher(results))
+        self.backplane.when_delivered(results.put_nowait)
+        result = await results.get()
+        if isinstance(result, Position):
+            return result
+        # None: the broker accepted the messages, and did not deliver them.
+        raise RefusedError(result or Refusal.UNCONFIRMED)
 
     # ChannelHost
 
@@ -142,10 +146,6 @@ class Broadcaster:
         self.shared.counters.messages += len(messages)
         self.shared.counters.received_bytes += payload_bytes
         self.backplane.append(channel, messages, payload_bytes, publisher)
-
-    def schedule(self, work: SlicedWork) -> None:
-        """Add work to the time slicer."""
-        self._time_slicer.schedule_work(work)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
         """Call `callback` after `delay_s` seconds."""
@@ -177,27 +177,18 @@ class Broadcaster:
             pending.pause_publisher(self.backplane)
 
 
-class Receipt:
-    """The result of a publish that a caller awaits.
+class AwaitedPublisher:
+    """The publisher of messages whose result is awaited.
 
-    Attributes:
-        position: set to the position of the last message; to a RefusedError if it has none.
+    Args:
+        results: receives the refusal, if the messages are not relayed.
     """
 
-    def __init__(self) -> None:
-        self.position: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+    def __init__(self, results: "asyncio.Queue[Position | Refusal | None]") -> None:
+        self._results = results
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Report that the messages were not relayed, or that this is unknown."""
-        self._refuse(Refusal.UNCONFIRMED if is_unconfirmed else Refusal.BACKPLANE_UNAVAILABLE)
-
-    def on_delivered(self, position: Position | None) -> None:
-        """Set the position; None: the broker accepted the messages, and did not deliver them."""
-        if position is None:
-            self._refuse(Refusal.UNCONFIRMED)
-        elif not self.position.done():
-            self.position.set_result(position)
-
-    def _refuse(self, why: Refusal) -> None:
-        if not self.position.done():  # done: refused before, or the caller was cancelled
-            self.position.set_exception(RefusedError(why))
+        self._results.put_nowait(
+            Refusal.UNCONFIRMED if is_unconfirmed else Refusal.BACKPLANE_UNAVAILABLE
+        )

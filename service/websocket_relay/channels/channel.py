@@ -11,6 +11,7 @@ Knows no broker, no history and no protocol.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -163,7 +164,7 @@ class Channel:
 
     def call_when_written(self, callback: Callable[[], None]) -> None:
         """Call `callback` once all that was published so far has been written."""
-        self._host.backplane.when_settled(lambda: self._when_queue_is_written(callback))
+        self._host.backplane.when_settled(partial(self._when_queue_is_written, callback))
 
     def _when_queue_is_written(self, callback: Callable[[], None]) -> None:
         if not self._queue:

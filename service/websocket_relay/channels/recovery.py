@@ -173,7 +173,8 @@ class Recovery:
             The new cursor.
         """
         name, floor = self._channel.name, self._history.floor
-        if self._client.delivery_format.sends_positions and floor > cursor:
+        delivery_format = self._client.delivery_format
+        if delivery_format.sends_positions and floor > cursor:
             # The log has lost messages in the meantime, right after the cursor or later: the
             # replay up to the floor would be incomplete. A client that is sent no notices gets
             # what there is, as members do.
@@ -188,15 +189,11 @@ class Recovery:
             self._is_finished = True
             self._channel.add_member(self._client)
             return cursor
-        self._write(chunk)
-        return chunk[-1].position
-
-    def _write(self, chunk: Sequence[LogEntry]) -> None:
         shared = self._host.shared
-        delivery_format = self._client.delivery_format
         data = b"".join(delivery_format.encode_messages(chunk, self._deflate_from_bytes))
         shared.counters.expected_deliveries += len(chunk)
         shared.write([self._client], data, messages=len(chunk))
+        return chunk[-1].position
 
 
 def _first_chunk(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:

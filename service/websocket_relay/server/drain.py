@@ -39,7 +39,7 @@ async def close_all(clients: ConnectionRegistry, *, spread_s: float, rng: random
         elif index % 100 == 99:
             await asyncio.sleep(0)
         retry_ms = rng.randint(0, round(RETRY_WINDOW_S * 1000))
-        client.close_when_written(Close.DRAINING, retry_ms)
+        client.close(Close.DRAINING, retry_ms, when_written=True)
 
 
 async def wait_until_closed(clients: ConnectionRegistry, *, until: float) -> int:

@@ -18,7 +18,7 @@ import uvloop
 
 from websocket_relay import logs
 from websocket_relay.app import Part, Replica
-from websocket_relay.cancellation import cancel_until_done, run_cancellable
+from websocket_relay.cancellation import run_cancellable
 from websocket_relay.config.loader import secret_files
 from websocket_relay.config.model import Settings, SettingsWarning
 from websocket_relay.file_descriptors import AT_START, RESERVED, highest_limit, raise_limit
@@ -95,26 +95,24 @@ async def _serve(
         # Before the broker's name is resolved: uvloop resolves two names at a time, and treats
         # "127.0.0.1" as one, too.
         ports = await open_ports(settings, relay, owned)
-        reload = Reload(
-            running=settings,
-            load=load,
-            secret_files=list(secret_files(os.environ)),
-            warnings=startup_warnings,
-            relay=relay,
-        )
         # Not before: a pending name resolution can't be interrupted, and nothing serves yet.
-        stopping = _attach(stop, settings.shutdown.timeout_s, reload)
+        reload, stopping = _attach(stop, settings, relay, load)
         log_ports(settings, ports)
         parts: list[Part] = [*ports, *relay.parts, reload]
         background = [group.create_task(run_cancellable(part.run)) for part in parts]
         gc.freeze()  # all objects so far are permanent: exempt them from garbage collection
         becoming_ready = group.create_task(_become_ready(settings, relay, ports))
         await stopping.wait()
-        await cancel_until_done(becoming_ready)  # before the phase changes
+        becoming_ready.cancel()
         assert stop.signalled_at is not None
         deadline = stop.signalled_at + settings.shutdown.timeout_s
         until = loop.time() + deadline - time.monotonic() - CUT_OFF_RESERVE_S
-        await _refuse_clients(settings.shutdown.readiness_delay_s, relay, until)
+        # No load balancer sends clients to a relay that was never ready.
+        delay_s = settings.shutdown.readiness_delay_s if relay.lifecycle.ready else 0
+        relay.lifecycle.advance_to(Phase.DRAINING)
+        log.info("draining", extra={"clients": len(relay.shared.clients)})
+        await asyncio.sleep(min(delay_s, max(0.0, until - loop.time())))
+        relay.lifecycle.advance_to(Phase.REFUSING)
         # Clients need time for the closing handshake: the spread leaves a fifth for it.
         spread_s = min(settings.shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
         await close_all(relay.shared.clients, spread_s=spread_s, rng=random.Random())
@@ -125,17 +123,26 @@ async def _serve(
     return deadline
 
 
-def _attach(stop: Stop, timeout_s: float, reload: Reload) -> asyncio.Event:
-    """Attach the relay to the signals; return the event of the request to stop."""
+def _attach(
+    stop: Stop, settings: Settings, relay: Replica, load: Callable[[], Settings]
+) -> tuple[Reload, asyncio.Event]:
+    """Attach the relay to the signals; return what reloads, and the event of the request to stop."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
+    reload = Reload(
+        running=settings,
+        load=load,
+        secret_files=list(secret_files(os.environ)),
+        warnings=startup_warnings,
+        relay=relay,
+    )
     stop.attach(
         partial(loop.call_soon_threadsafe, stopping.set),
-        timeout_s,
+        settings.shutdown.timeout_s,
         partial(_running_tasks, loop),
         partial(loop.call_soon_threadsafe, reload.request),
     )
-    return stopping
+    return reload, stopping
 
 
 def _running_tasks(loop: asyncio.AbstractEventLoop) -> str:
@@ -159,23 +166,13 @@ async def _become_ready(settings: Settings, relay: Replica, ports: Sequence[List
     if relay.jwks is not None:
         lifecycle.advance_to(Phase.WAITING_FOR_KEYS)
         await relay.jwks.fetch_until_available()
+    if lifecycle.is_draining:  # a library has lost the cancellation
+        return
     lifecycle.advance_to(Phase.READY)
     log.info("ready")
     addresses = [port.address for port in ports]
     # In a thread: standard output may be a full pipe.
     threading.Thread(target=greet, args=(settings, *addresses), daemon=True).start()
-
-
-async def _refuse_clients(readiness_delay_s: float, relay: Replica, until: float) -> None:
-    """Enter the phases of the shutdown: serve while load balancers notice, then refuse clients."""
-    lifecycle = relay.lifecycle
-    # No load balancer sends clients to a relay that was never ready.
-    delay_s = readiness_delay_s if lifecycle.ready else 0
-    lifecycle.advance_to(Phase.DRAINING)
-    log.info("draining", extra={"clients": len(relay.shared.clients)})
-    remaining_s = max(0.0, until - asyncio.get_running_loop().time())
-    await asyncio.sleep(min(delay_s, remaining_s))
-    lifecycle.advance_to(Phase.REFUSING)
 
 
 async def _finish(relay: Replica, port: Listener, until: float) -> None:

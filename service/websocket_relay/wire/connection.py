@@ -8,6 +8,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 from websocket_relay.messages import Message, Pausable, Publisher
@@ -269,8 +270,8 @@ class Connection(asyncio.Protocol):
 
     # The end
 
-    def close(self, why: Close, retry_ms: int | None = None) -> None:
-        """Close the connection now; its client has `deadline_s` to answer.
+    def close(self, why: Close, retry_ms: int | None = None, *, when_written: bool = False) -> None:
+        """Close the connection; its client has `deadline_s` to answer.
 
         Messages that the client sends until it answers are still relayed. If a close frame is
         queued already, that one is sent now instead.
@@ -278,17 +279,17 @@ class Connection(asyncio.Protocol):
         Args:
             why: the close code and the metric label.
             retry_ms: after which time the client should reconnect; None: no hint.
+            when_written: once everything published for the client so far is written; False: now.
         """
+        if when_written:
+            if self._sink is not None and self.state is ConnectionState.OPEN:
+                self._sink.call_when_written(partial(self.close, why, retry_ms))
+            return
         if self.state is ConnectionState.OPEN:
             self._close_frame = self.protocol.encode_close(why, retry_ms)
         self._handle(ConnectionEvent.CLOSE, why)
         if self.state is ConnectionState.CLOSING and not self.protocol.has_closing_handshake:
             self._handle(ConnectionEvent.QUEUE_CLOSE)
-
-    def close_when_written(self, why: Close, retry_ms: int) -> None:
-        """Close once everything published for the client so far has been written."""
-        if self._sink is not None and self.state is ConnectionState.OPEN:
-            self._sink.call_when_written(lambda: self.close(why, retry_ms))
 
     def queue_close(self, why: Close, frame: bytes = b"") -> None:
         """Stop parsing, and close after all pending deliveries.
@@ -404,7 +405,7 @@ class Connection(asyncio.Protocol):
 
     def _await_deliveries(self) -> None:
         assert self._sink is not None
-        self._sink.call_when_written(lambda: self._handle(ConnectionEvent.DELIVERED))
+        self._sink.call_when_written(partial(self._handle, ConnectionEvent.DELIVERED))
 
     def _start_close_deadline(self) -> None:
         self.start_deadline(self.shared.deadline_s)

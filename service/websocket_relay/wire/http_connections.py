@@ -166,14 +166,16 @@ class HttpConnections:
         """The number of requests that wait for a later loop iteration."""
         return len(self._requests)
 
-    def start_request(self, request: Callable[[], None]) -> None:
-        """Start a request, in this loop iteration or a later one. Requests start in order."""
-        if self._starts_left:
-            self._starts_left -= 1
-            request()
-        else:
-            self._requests.append(request)
+    def may_start_request(self) -> bool:
+        """Return whether a request may start in this loop iteration, and count it if it may."""
         self._schedule()
+        may_start = self._starts_left > 0
+        self._starts_left -= may_start
+        return may_start
+
+    def queue_request(self, request: Callable[[], None]) -> None:
+        """Start a request in a later loop iteration. Requests start in order."""
+        self._requests.append(request)
 
     def _schedule(self) -> None:
         if not self._is_scheduled:

@@ -273,11 +273,15 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._responding_cycle = cycle
         cast(dict[str, Any], cycle.scope)[CONNECTION_KEY] = self
-        self._http_connections.start_request(partial(self._run_request, cycle, app))
+        app = with_security_headers(app)
+        if self._http_connections.may_start_request():
+            super()._start_asgi_task(cycle, app)
+        else:
+            self._http_connections.queue_request(partial(self._run_request, cycle, app))
 
     def _run_request(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not cycle.disconnected:
-            super()._start_asgi_task(cycle, with_security_headers(app))
+            super()._start_asgi_task(cycle, app)
 
     def _mark_disconnected(self) -> None:
         # Of pipelined requests, uvicorn marks only the newest one as disconnected. The one whose
