@@ -126,7 +126,7 @@ async def _serve(
 def _attach(
     stop: Stop, settings: Settings, relay: Replica, load: Callable[[], Settings]
 ) -> tuple[Reload, asyncio.Event]:
-    """Attach the relay to the signals; return what reloads, and the event of the request to stop."""
+    """Attach the relay to the signals; return the reload, and the event of a request to stop."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     reload = Reload(
