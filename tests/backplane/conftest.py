@@ -5,9 +5,14 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from websocket_relay.backplane import replicated
 
-from tests.support.broker_logs import BrokerLog, make_broker, make_log
+from tests.support.broker_logs import (
+    FREQUENT_HEARTBEATS,
+    QUICK_OUTAGES,
+    BrokerLog,
+    make_broker,
+    make_log,
+)
 from tests.support.brokers import Broker
 from tests.support.tcp_proxy import BlockedReadsProxy
 
@@ -54,13 +59,12 @@ def reads_proxy_url(broker: Broker, reads_proxy: BlockedReadsProxy) -> str:
 
 
 @pytest.fixture
-def short_outage_timeout(frequent_heartbeats: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def short_outage_timeout(broker_log: BrokerLog) -> None:
     """Start an outage one second after a heartbeat instead of three."""
-    monkeypatch.setattr(replicated, "OUTAGE_AFTER_S", 1.0)
-    monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.7)
+    broker_log.timings = QUICK_OUTAGES
 
 
 @pytest.fixture
-def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+def frequent_heartbeats(broker_log: BrokerLog) -> None:
     """Append a heartbeat every 0.2 seconds instead of every second."""
-    monkeypatch.setattr(replicated, "HEARTBEAT_INTERVAL_S", 0.2)
+    broker_log.timings = FREQUENT_HEARTBEATS

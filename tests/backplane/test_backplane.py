@@ -9,17 +9,22 @@ import time
 from asyncio import StreamWriter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from websocket_relay.backplane import nats, replicated
-from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane import nats
+from websocket_relay.backplane.factory import MIN_RETENTION, open_backplane
 from websocket_relay.backplane.interface import Position
+from websocket_relay.backplane.producer import PACKET_BYTES
+from websocket_relay.backplane.timings import Timings
 from websocket_relay.cancellation import cancel_until_done
+from websocket_relay.messages import BINARY, TEXT
 from websocket_relay.outcomes import UnusableSettingError
 
 from tests.support.broker_logs import (
+    QUICK_OUTAGES,
     BackplaneLog,
     BackplaneReplica,
     BrokerLog,
@@ -121,13 +126,13 @@ async def test_all_replicas_deliver_the_messages_of_all_clients_in_one_order(
 async def test_messages_are_delivered_unchanged(log: BackplaneLog) -> None:
     replica = (await log.start_replicas(2))[-1]
     messages = [
-        ("a", 1, "grüße".encode()),
-        ("a" * 128, 2, bytes(range(256))),
-        ("A.b_c:d-e", 2, b""),
-        ("a", 1, b""),
+        ("a", TEXT, "grüße".encode()),
+        ("a" * 128, BINARY, bytes(range(256))),
+        ("A.b_c:d-e", BINARY, b""),
+        ("a", TEXT, b""),
     ]
-    for channel, opcode, payload in messages:
-        replica.publish(payload, channel=channel, opcode=opcode)
+    for channel, kind, payload in messages:
+        replica.publish(payload, channel=channel, kind=kind)
     await replica.await_count(len(messages))
     assert [entry[1:] for entry in replica.entries] == messages
 
@@ -192,7 +197,7 @@ async def test_large_messages_keep_their_order_among_small_ones(log: BackplaneLo
         for payload in (b"small", random_bytes(size))
     ]
     for number, payload in enumerate(messages):
-        replicas[number % len(replicas)].publish(payload, opcode=2)
+        replicas[number % len(replicas)].publish(payload, kind=BINARY)
         await replicas[0].await_count(number + 1)
     for replica in replicas:
         await replica.await_count(len(messages))
@@ -203,10 +208,10 @@ async def test_messages_around_the_size_of_a_packet_are_delivered_in_order(
     log: BackplaneLog,
 ) -> None:
     replicas = await log.start_replicas(2)
-    sizes = [replicated.PACKET_BYTES + more for more in (-8, -7, -6, 0, 1)]
+    sizes = [PACKET_BYTES + more for more in (-8, -7, -6, 0, 1)]
     messages = [bytes([index]) * size for index, size in enumerate(sizes * 3)]
     messages += [b""] * 20_000  # more than fit into one packet
-    replicas[0].publish(*messages, opcode=2)
+    replicas[0].publish(*messages, kind=BINARY)
     for replica in replicas:
         await replica.await_count(len(messages))
         assert replica.payloads == messages
@@ -309,10 +314,10 @@ async def test_a_replica_that_starts_before_its_broker_waits_for_it(
     kind: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    short_outage_timeout: None,
 ) -> None:
     broker = make_broker(kind, tmp_path)
     log = make_log(kind, stack, broker)
+    log.timings = QUICK_OUTAGES
     replica = await log.start_replica(await_up=False)
     await replica.await_outage()
     assert not replica.backplane.up.is_set()
@@ -407,9 +412,9 @@ def connections_to(port: int) -> list[BrokerConnection]:
 
 
 async def test_a_long_outage_leaves_no_connections_and_no_pending_bytes(
-    broker_log: BrokerLog, short_outage_timeout: None, monkeypatch: pytest.MonkeyPatch
+    broker_log: BrokerLog,
 ) -> None:
-    monkeypatch.setattr(replicated, "APPEND_TIMEOUT_S", 0.3)
+    broker_log.timings = replace(QUICK_OUTAGES, append_timeout_s=0.3)
     replica = await broker_log.start_replica()
     broker_log.broker.freeze()
     replica.publish(b"x" * 1_000_000)
@@ -493,27 +498,27 @@ async def test_an_append_whose_response_is_lost_is_delivered_once(
 
 @pytest.mark.parametrize("kind", EACH_REDIS)
 async def test_a_stream_retains_about_as_many_bytes_as_its_limit(
-    broker_log: BrokerLog, monkeypatch: pytest.MonkeyPatch
+    broker_log: BrokerLog,
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_BYTES", 2_000_000)
-    replica = await broker_log.start_replica()
+    retention = MIN_RETENTION._replace(max_bytes=2_000_000)
+    replica = await broker_log.start_replica(min_retention=retention)
     messages = [b"%d " % number + bytes(50_000) for number in range(100)]
     for number, payload in enumerate(messages):
         replica.publish(payload)
         await replica.await_count(number + 1)
     assert 1_500_000 < await broker_log.size_bytes() < 4_000_000
     assert replica.payloads == messages
-    late = await broker_log.start_replica()
+    late = await broker_log.start_replica(min_retention=retention)
     assert 30 <= len(late.entries) <= 80
     assert late.entries == replica.entries[-len(late.entries) :]
     assert replica.positions[-len(late.entries) - 1] < late.gap_positions[0] < late.positions[0]
 
 
 async def test_a_stream_retains_no_entries_above_its_age_limit(
-    broker_log: BrokerLog, monkeypatch: pytest.MonkeyPatch, frequent_heartbeats: None
+    broker_log: BrokerLog, frequent_heartbeats: None
 ) -> None:
-    monkeypatch.setattr("websocket_relay.backplane.factory.MIN_RETENTION_AGE_S", 1.0)
-    replica = await broker_log.start_replica()
+    retention = MIN_RETENTION._replace(max_age_s=1.0)
+    replica = await broker_log.start_replica(min_retention=retention)
     for number in range(10):
         replica.publish(bytes(10_000))
         await replica.await_count(number + 1)
@@ -525,7 +530,8 @@ async def test_a_stream_retains_no_entries_above_its_age_limit(
     await eventually(size, "only heartbeats are retained")  # Redis trims at each append
     replica.publish(b"young")
     await replica.await_count(11)
-    assert (await broker_log.start_replica()).payloads == [b"young"]
+    late = await broker_log.start_replica(min_retention=retention)
+    assert late.payloads == [b"young"]
     assert replica.backplane.counters.gaps == 0
 
 
@@ -610,12 +616,12 @@ async def test_a_wrong_password_is_logged_as_the_cause_and_not_shown(
     kind: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    short_outage_timeout: None,
 ) -> None:
     options = {"user": "relay"} if kind == "nats" else {}
     broker = make_broker(kind, tmp_path, password=PLAIN_SECRET, **options)
     await stack.enter_async_context(broker)
     log = make_log(kind, stack, broker)
+    log.timings = QUICK_OUTAGES
     wrong = ["user:wrong-s3cret-%2F-pass", "wrong-s3cret-%2F-pass", ""]
     replicas = [
         await log.start_replica(url=broker.url_with(each), await_up=False) for each in wrong
@@ -749,11 +755,8 @@ def test_libraries_of_brokers_are_not_imported_unless_a_url_needs_them() -> None
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
-async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled() -> None:
     """nats-py closes it only if its own `close` is given the time."""
-    monkeypatch.setattr(nats, "CLOSE_TIMEOUT_S", 0)
     accepted, closed = asyncio.Event(), asyncio.Event()
 
     async def accept_and_send_nothing(reader: asyncio.StreamReader, writer: StreamWriter) -> None:
@@ -767,7 +770,7 @@ async def test_an_abort_closes_a_nats_connection_whose_open_was_cancelled(
     try:
         async with asyncio.timeout(PATIENCE_S):
             address = nats.parse_nats_url(f"nats://{HOST}:{server.sockets[0].getsockname()[1]}")
-            connection = nats.NatsConnection(address, nats.SignIn({}))
+            connection = nats.NatsConnection(address, nats.SignIn({}), Timings(close_timeout_s=0))
             opening = asyncio.create_task(connection.open(address.servers[0]))
             await accepted.wait()
             await cancel_until_done(opening)

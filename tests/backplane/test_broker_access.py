@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
-from websocket_relay.backplane import connecting
 from websocket_relay.backplane.access import BrokerAccess
+from websocket_relay.backplane.timings import DEFAULT_TIMINGS, Timings
 from websocket_relay.outcomes import UnusableSettingError
 
 from tests.support.broker_logs import (
+    QUICK_OUTAGES,
     BackplaneLog,
     BackplaneReplica,
     make_broker,
@@ -51,7 +52,7 @@ async def assert_relays(replica: BackplaneReplica) -> None:
 
 
 async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
-    stack: AsyncExitStack, kind: str, tmp_path: Path, short_outage_timeout: None
+    stack: AsyncExitStack, kind: str, tmp_path: Path
 ) -> None:
     options = {"user": "relay"} if kind == "nats" else {}
     password_file, ca_file, ca = tmp_path / "password", tmp_path / "ca.pem", make_home_made_ca()
@@ -75,6 +76,7 @@ async def test_renewed_certificates_and_a_rotated_password_need_no_restart(
         key_file=str(broker.client_directory / "key.pem"),
     )
     log = BackplaneLog(stack, None, broker.url_with("").partition("?")[0])
+    log.timings = QUICK_OUTAGES
     replica = await log.start_replica(access=access)
     await assert_relays(replica)
     new_ca = make_home_made_ca()
@@ -162,16 +164,13 @@ async def test_a_stream_in_the_domain_of_another_nats_is_used(
 
 
 async def test_a_nats_that_expects_the_tls_handshake_first_gets_it(
-    stack: AsyncExitStack,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = await start_nats(stack, tmp_path, pair=make_pair(), handshake_first=True)
     log = BackplaneLog(stack, broker, broker.url)
-    with monkeypatch.context() as patch:
-        patch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.2)
-        replica = await log.start_replica(await_up=False)
-        await wait_until(lambda: "handshake_first=true" in logged(caplog))
-        await replica.stop()
+    log.timings = Timings(connect_timeout_s=0.2)
+    replica = await log.start_replica(await_up=False)
+    await wait_until(lambda: "handshake_first=true" in logged(caplog))
+    await replica.stop()
+    log.timings = DEFAULT_TIMINGS
     await assert_relays(await log.start_replica(url=f"{broker.url}&handshake_first=true"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from websocket_relay.backplane import connecting, redis
+from websocket_relay.backplane.timings import Timings
 
 from tests.support.broker_logs import (
     WAIT_TIMEOUT_S,
@@ -38,28 +38,27 @@ def resolve_slowly(monkeypatch: pytest.MonkeyPatch, pause: Callable[[], object])
     monkeypatch.setattr(socket, "getaddrinfo", resolve_after_pause)
 
 
+RESOLVING_S = 0.5
+CONNECT_TIMEOUT_S = 0.3
+
+
 @pytest.fixture
-def resolving_s(monkeypatch: pytest.MonkeyPatch) -> float:
-    """The time in which `SLOW_NAME` is resolved: more than the deadline to connect."""
-    monkeypatch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.3)
-    resolving_s = 0.5
-    resolve_slowly(monkeypatch, lambda: time.sleep(resolving_s))
-    return resolving_s
+def slow_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resolve `SLOW_NAME` in more time than the deadline to connect allows."""
+    resolve_slowly(monkeypatch, lambda: time.sleep(RESOLVING_S))
 
 
 async def test_a_replica_is_up_although_the_name_of_its_broker_is_resolved_slowly(
-    broker_log: BrokerLog, resolving_s: float
+    broker_log: BrokerLog, slow_name: None
 ) -> None:
+    broker_log.timings = Timings(connect_timeout_s=CONNECT_TIMEOUT_S)
     await broker_log.start_replica(url=broker_log.url.replace("localhost", SLOW_NAME))
 
 
 async def test_a_name_that_is_not_resolved_in_time_is_logged_as_the_cause(
-    broker_log: BrokerLog,
-    resolving_s: float,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    broker_log: BrokerLog, slow_name: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connecting, "RESOLVE_TIMEOUT_S", resolving_s / 2)
+    broker_log.timings = Timings(resolve_timeout_s=RESOLVING_S / 2)
     url = broker_log.url.replace("localhost", SLOW_NAME)
     await broker_log.start_replica(url=url, await_up=False)
     error = f"{SLOW_NAME}: the name was not resolved in time"
@@ -94,13 +93,8 @@ async def test_a_message_that_is_rejected_while_connecting_is_not_sent_once_conn
 
 
 async def test_a_server_that_hangs_and_a_malformed_name_are_logged_by_name(
-    stack: AsyncExitStack,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    stack: AsyncExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connecting, "CONNECT_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(redis, "SENTINELS_TIMEOUT_S", 0.05)
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as hanging, socket.create_server(("127.0.0.1", 0)) as other:
         hanging.bind(path)
@@ -115,7 +109,9 @@ async def test_a_server_that_hangs_and_a_malformed_name_are_logged_by_name(
         }
         for url, error in errors.items():
             caplog.clear()
-            replica = await BackplaneLog(stack, None, url).start_replica(await_up=False)
+            log = BackplaneLog(stack, None, url)
+            log.timings = Timings(connect_timeout_s=0.1, sentinels_timeout_s=0.05)
+            replica = await log.start_replica(await_up=False)
             await wait_until(lambda: caplog.records)
             await replica.stop()
             assert {each.__dict__.get("error") for each in caplog.records} == {error}

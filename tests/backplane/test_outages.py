@@ -8,18 +8,20 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from websocket_relay.backplane import replicated
-from websocket_relay.backplane.codec import Packet, pack, split_into_parts
+from websocket_relay.backplane.codec import PRODUCER_EPOCHS, Packet, pack, split_into_parts
 from websocket_relay.backplane.interface import Position
-from websocket_relay.backplane.replicated import PRODUCER_EPOCHS, RESET
+from websocket_relay.backplane.stream import RESET
 
 from tests.support.broker_logs import (
+    FREQUENT_HEARTBEATS,
     ONLY_NATS,
     ONLY_REDIS,
+    QUICK_OUTAGES,
     BackplaneReplica,
     BrokerLog,
     CountingPublisher,
@@ -223,12 +225,12 @@ async def test_an_abandoned_message_is_not_delivered_after_a_later_one(
 
 @ONLY_NATS
 async def test_a_message_that_is_relayed_locally_has_a_position_after_a_reported_gap(
-    broker_log: BrokerLog, short_outage_timeout: None, monkeypatch: pytest.MonkeyPatch
+    broker_log: BrokerLog,
 ) -> None:
-    monkeypatch.setattr(replicated, "HEARTBEAT_INTERVAL_S", 1.0)  # no entry for so long
+    broker_log.timings = replace(QUICK_OUTAGES, heartbeat_interval_s=1.0)  # no entry for so long
     replica = await broker_log.start_replica(on_outage="local")
     known = len(replica.gap_positions)
-    _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 7, 0, 100)
+    _, last = split_into_parts(pack(Packet(7, 0, ["default"], b"\1", [bytes(100)])), 100)
     await broker_log.append_raw(last)  # without the first part
     await wait_until(lambda: len(replica.gap_positions) > known)
     broker_log.broker.freeze()
@@ -327,9 +329,7 @@ async def test_a_message_without_its_middle_part_is_reported_before_the_next_one
 ) -> None:
     replica = await broker_log.start_replica()
     await broker_log.append_raw(pack(Packet(7, 0, ["default"], b"\1", [b"before"])))
-    first, _, last = split_into_parts(
-        pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 7, 1, 80
-    )
+    first, _, last = split_into_parts(pack(Packet(7, 1, ["default"], b"\1", [bytes(100)])), 80)
     await broker_log.append_raw(first)
     await broker_log.append_raw(last)
     replica.publish(b"after")
@@ -448,8 +448,8 @@ async def test_a_client_whose_message_is_rejected_closes_after_its_confirmed_one
 
 
 @pytest.fixture
-def short_confirmation_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicated, "CONFIRMATION_TIMEOUT_S", 0.3)
+def short_confirmation_timeout(broker_log: BrokerLog, short_outage_timeout: None) -> None:
+    broker_log.timings = replace(QUICK_OUTAGES, confirmation_timeout_s=0.3)
 
 
 @ONLY_REDIS
@@ -581,7 +581,7 @@ async def test_a_user_of_redis_needs_seven_commands_and_one_key(
 
 
 async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
-    stack: AsyncExitStack, tmp_path: Path, frequent_heartbeats: None
+    stack: AsyncExitStack, tmp_path: Path
 ) -> None:
     permissions = {
         "publish": [
@@ -596,7 +596,9 @@ async def test_a_user_of_nats_needs_five_subjects_and_its_inbox(
     broker = make_broker("nats", tmp_path, user="relay", password="pass", permissions=permissions)
     await stack.enter_async_context(broker)
     proxy = await stack.enter_async_context(BrokerProxy(broker))
-    replica = await make_log("nats", stack, broker).start_replica(url=proxy.broker_url())
+    log = make_log("nats", stack, broker)
+    log.timings = FREQUENT_HEARTBEATS
+    replica = await log.start_replica(url=proxy.broker_url())
     replica.publish(b"before")
     await replica.await_count(1)
     proxy.cut()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from websocket_relay.admission.jwks import Jwks
+from websocket_relay.backplane.replicated import ReplicatedBackplane
 from websocket_relay.cancellation import (
     RETRY_CANCEL_S,
     Deadline,
@@ -231,31 +232,39 @@ async def test_a_replica_ends_at_any_await_of_its_own_or_of_the_library_of_its_b
         assert await cancel_at_each_wait(run, moment, counts_all=True) > 10
 
 
-@pytest.mark.parametrize("method", ["_read", "_write"])
-async def test_a_task_of_a_replica_ends_at_any_await(url: str, method: str) -> None:
+@pytest.mark.parametrize("part", ["producer", "consumer"])
+async def test_a_task_of_a_replica_ends_at_any_await(url: str, part: str) -> None:
     @asynccontextmanager
     async def run() -> AsyncIterator[CancelledRun]:
         replica = replica_on(url)
-        other = {"_read": "_write", "_write": "_read"}[method]
-        running = asyncio.create_task(getattr(replica.backplane, other)())
+        assert isinstance(replica.backplane, ReplicatedBackplane)
+        tasks = {
+            "producer": replica.backplane.producer.run,
+            "consumer": replica.backplane.consumer.run,
+        }
+        start = tasks.pop(part)
+        (start_other,) = tasks.values()
+        running = asyncio.create_task(start_other())
         try:
-            yield CancelledRun(getattr(replica.backplane, method), lambda: replica.entries)
+            yield CancelledRun(start, lambda: replica.entries)
         finally:
             await cancel_until_done(running)
-            await replica.backplane._stream.close()  # type: ignore[attr-defined]
+            await replica.backplane.stream.close()
 
     for moment in Moment:
         assert await cancel_at_each_wait(run, moment) > 2
 
 
-async def test_a_replica_with_an_unusable_stream_ends_at_any_await(unusable_url: str) -> None:
+async def test_a_replica_with_an_unusable_stream_ends_at_any_await(
+    unusable_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     @asynccontextmanager
     async def run() -> AsyncIterator[CancelledRun]:
+        caplog.clear()
         replica = replica_on(unusable_url, "relay")
-        failures: dict[str, set[str]] = replica.backplane._failures  # type: ignore[attr-defined]
         yield CancelledRun(
             lambda: run_cancellable(replica.backplane.run),
-            lambda: {"read", "append"} <= {*failures},
+            lambda: {"read", "append"} <= {each.__dict__.get("action") for each in caplog.records},
         )
 
     for moment in Moment:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,8 @@ import redis.asyncio as redis
 from websocket_relay.backplane.access import ANONYMOUS, BrokerAccess
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState, LogEntry, Position
+from websocket_relay.backplane.timings import DEFAULT_TIMINGS, Timings
+from websocket_relay.messages import TEXT
 
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, REDIS_6, REDIS_7, needed
@@ -23,6 +26,10 @@ ONLY_REDIS = pytest.mark.parametrize("kind", ["redis"])
 ONLY_NATS = pytest.mark.parametrize("kind", ["nats"])
 
 WAIT_TIMEOUT_S = 15.0
+
+FREQUENT_HEARTBEATS = Timings(heartbeat_interval_s=0.2)
+QUICK_OUTAGES = replace(FREQUENT_HEARTBEATS, outage_after_s=1.0, append_timeout_s=0.7)
+"""An outage starts one second after a heartbeat instead of three."""
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
@@ -55,6 +62,12 @@ class CountingPublisher:
     def __init__(self) -> None:
         self.failures = 0
 
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         self.failures += 1
 
@@ -78,6 +91,7 @@ class BackplaneReplica:
         on_outage: str,
         max_message_bytes: int,
         access: BrokerAccess = ANONYMOUS,
+        **options: Any,
     ) -> None:
         self.entries: list[LogEntry] = []
         self.gap_positions: list[Position] = []
@@ -97,8 +111,9 @@ class BackplaneReplica:
             describe=lambda: b"",
             observe_append=lambda _: None,
             observe_lag=self.lags_s.append,
+            **options,
         )
-        self.backplane.consume(self.entries.append, self._on_gap)
+        self.backplane.consume(self.entries.extend, self._on_gap)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -132,10 +147,10 @@ class BackplaneReplica:
         """The positions of all entries read."""
         return [entry.position for entry in self.entries]
 
-    def publish(self, *payloads: bytes, channel: str = "default", opcode: int = 1) -> None:
-        """Append messages of one publisher."""
+    def publish(self, *payloads: bytes, channel: str = "default", kind: int = TEXT) -> None:
+        """Append messages of one publisher, one after the other."""
         for payload in payloads:
-            self.backplane.append(channel, opcode, payload, self.publisher)
+            self.backplane.append(channel, [(kind, payload)], len(payload), self.publisher)
 
     async def await_up(self) -> None:
         """Wait until the backplane is up."""
@@ -167,6 +182,7 @@ class BackplaneLog:
         url: of the backplane.
         access: the settings for the access to the broker.
         stream: the name of the stream.
+        timings: of replicas that are started from now on.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class BackplaneLog:
         self.url = url
         self.access = access
         self.stream = "relay"
+        self.timings = DEFAULT_TIMINGS
         self._stack = stack
 
     async def start_replica(
@@ -191,6 +208,7 @@ class BackplaneLog:
         on_outage: str = "reject",
         max_message_bytes: int = 4 << 20,
         await_up: bool = True,
+        **options: Any,
     ) -> BackplaneReplica:
         """Start a replica.
 
@@ -198,6 +216,7 @@ class BackplaneLog:
             url, stream, access: others than those of the log.
             on_outage, max_message_bytes: settings of the replica.
             await_up: whether to wait until its backplane is up.
+            options: further arguments of `open_backplane`.
         """
         replica = BackplaneReplica(
             url or self.url,
@@ -205,6 +224,8 @@ class BackplaneLog:
             on_outage,
             max_message_bytes,
             access or self.access,
+            timings=self.timings,
+            **options,
         )
         await self._stack.enter_async_context(replica)
         if await_up:

@@ -1,9 +1,9 @@
 """Confirmations: waits that end when a replica's own messages are read back from the log."""
 
 import pytest
+from websocket_relay.backplane.codec import PRODUCER_EPOCHS
 from websocket_relay.backplane.confirmations import Confirmations
 from websocket_relay.backplane.interface import Position
-from websocket_relay.backplane.replicated import PRODUCER_EPOCHS
 
 pytestmark = pytest.mark.fast
 
@@ -34,9 +34,9 @@ def test_each_wait_ends_with_the_position_of_its_own_message() -> None:
     results: Results = {}
     waits = ("a", PRODUCER, 4), ("b", PRODUCER, 5), ("c", PRODUCER, 6)
     confirmations = confirmations_of(results, *waits)
-    confirmations.on_packet(PRODUCER, 3, Position(9, 2, 1))
+    confirmations.on_delivered(PRODUCER, 3, 2, Position(9, 2, 1))
     assert results == {"a": Position(9, 2, 0), "b": Position(9, 2, 1)}
-    confirmations.on_packet(PRODUCER, 5, Position(9, 7, 0))
+    confirmations.on_delivered(PRODUCER, 5, 1, Position(9, 7, 0))
     assert results["c"] == Position(9, 7, 0)
     assert not confirmations
 
@@ -44,14 +44,14 @@ def test_each_wait_ends_with_the_position_of_its_own_message() -> None:
 def test_a_message_missing_from_the_log_has_no_position() -> None:
     results: Results = {}
     confirmations = confirmations_of(results, ("lost", PRODUCER, 4), ("read", PRODUCER, 5))
-    confirmations.on_packet(PRODUCER, 4, Position(9, 2, 0))
+    confirmations.on_delivered(PRODUCER, 4, 1, Position(9, 2, 0))
     assert results == {"lost": None, "read": Position(9, 2, 0)}
 
 
 def test_a_packet_without_messages_ends_only_the_waits_before_it() -> None:
     results: Results = {}
     confirmations = confirmations_of(results, ("lost", PRODUCER, 4), ("pending", PRODUCER, 5))
-    confirmations.on_packet(PRODUCER, 4, Position(9, 2, -1))
+    confirmations.on_delivered(PRODUCER, 4, 0, Position(9, 2, -1))
     assert results == {"lost": None}
 
 
@@ -59,14 +59,14 @@ def test_a_packet_of_a_later_epoch_ends_the_waits_of_earlier_epochs() -> None:
     results: Results = {}
     waits = ("early", PRODUCER, 4), ("late", NEXT_EPOCH, 1), ("later", NEXT_EPOCH, 2)
     confirmations = confirmations_of(results, *waits)
-    confirmations.on_packet(NEXT_EPOCH, 0, Position(9, 2, 0))
+    confirmations.on_delivered(NEXT_EPOCH, 0, 1, Position(9, 2, 0))
     assert results == {"early": None, "late": Position(9, 2, 0)}
 
 
 def test_a_packet_of_an_earlier_epoch_ends_no_wait_of_a_later_one() -> None:
     results: Results = {}
     confirmations = confirmations_of(results, ("late", NEXT_EPOCH, 1))
-    confirmations.on_packet(PRODUCER, 0, Position(9, 2, 5))
+    confirmations.on_delivered(PRODUCER, 0, 6, Position(9, 2, 5))
     assert results == {}
 
 

@@ -6,6 +6,7 @@ replica that appends had read the lost entries; every other loss must be reporte
 message. The examples are the same in every run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,15 +19,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from websocket_relay.backplane.codec import Packet, pack, split_into_parts
+from websocket_relay.backplane.codec import PRODUCER_EPOCHS, Packet, pack, split_into_parts
 from websocket_relay.backplane.interface import LogEntry, Position
-from websocket_relay.backplane.replicated import (
-    PRODUCER_EPOCHS,
-    Id,
-    ReplicatedBackplane,
-    Stream,
-    StreamEntry,
-)
+from websocket_relay.backplane.replicated import ReplicatedBackplane
+from websocket_relay.backplane.stream import Id, Stream, StreamEntry
+from websocket_relay.backplane.timings import DEFAULT_TIMINGS
 from websocket_relay.channels.history import History
 
 from tests.support.broker_logs import Pending
@@ -102,19 +99,21 @@ class ModelReplica:
             describe=lambda: b"",
             observe_append=lambda _: None,
             observe_lag=lambda _: None,
+            timings=DEFAULT_TIMINGS,
         )
         self.backplane.consume(self._deliver, self.history.record_gap)
 
-    def _deliver(self, entry: LogEntry) -> None:
-        self.delivered.append(entry.position)
-        self.history.add(entry)
+    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+        for entry in entries:
+            self.delivered.append(entry.position)
+            self.history.add(entry)
 
     def read(self, log: ModelLog, count: int) -> int:
         """Read at most so many entries; return how many."""
         unread = [each for each in log.entries if each.entry_id > self.read_up_to][:count]
         for stored in unread:
             follows = stored.before == self.read_up_to
-            self.backplane.on_entry(StreamEntry(stored.entry_id, stored.packed, follows))
+            self.backplane.consumer.on_entry(StreamEntry(stored.entry_id, stored.packed, follows))
             self.read_up_to = stored.entry_id
             self.latest_known = max(self.latest_known, self.read_up_to)
         return len(unread)
@@ -145,7 +144,9 @@ class LogModel(RuleBasedStateMachine):
     def _append(self, reader: ModelReplica, count: int, max_bytes: int = 1000) -> None:
         producer, sequence = reader.producer, reader.next_sequence
         packet = Packet(producer, sequence, [CHANNEL] * count, b"\1" * count, [b""] * count)
-        for part in split_into_parts(pack(packet), producer, sequence, max_bytes):
+        packed = pack(packet)
+        parts = split_into_parts(packed, max_bytes) if len(packed) > max_bytes else [packed]
+        for part in parts:
             detects_loss = self.log.latest < reader.latest_known
             entry_id = self.log.append(part, reader.latest_known)
             for position, reportable_from in self.reportable_from.items():

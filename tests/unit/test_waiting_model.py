@@ -7,19 +7,21 @@ are the same in every run.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from websocket_relay.backplane import replicated
 from websocket_relay.backplane.codec import unpack
 from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
-from websocket_relay.backplane.replicated import BrokerError, ReplicatedBackplane, StreamEntry
+from websocket_relay.backplane.replicated import ReplicatedBackplane
+from websocket_relay.backplane.stream import BrokerError, StreamEntry
+from websocket_relay.backplane.timings import Timings
+from websocket_relay.messages import TEXT
 
-from tests.support.broker_logs import Pending
+from tests.support.broker_logs import CountingPublisher, Pending
 
 pytestmark = pytest.mark.fast
 
@@ -27,6 +29,9 @@ APPEND_TURNS = 3
 """Turns of the event loop that an append takes."""
 
 MANY_TURNS = 50
+
+IMMEDIATE_RETRIES = Timings(first_pause_s=0)
+"""Appends are retried in the next turn of the event loop."""
 
 
 class Step(Enum):
@@ -86,13 +91,15 @@ def backplane_on(
         describe=lambda: b"",
         observe_append=lambda _: None,
         observe_lag=lambda _: None,
+        timings=IMMEDIATE_RETRIES,
     )
 
 
-class OneMessageClient:
+class OneMessageClient(CountingPublisher):
     """A client with one message. If that can't be relayed it leaves, as WebSocket clients do."""
 
     def __init__(self, run: "WaitingRun", payload: bytes) -> None:
+        super().__init__()
         self.payload = payload
         self.results: list[Position | None] = []
         self.is_rejected = self.is_unconfirmed = False
@@ -118,16 +125,17 @@ class WaitingRun:
         self.pending = Pending()
         self.backplane = backplane_on(self.broker, self.pending, relays_locally=relays_locally)
         self.backplane.consume(self._deliver, lambda _: None)
-        self.backplane._send_heartbeat(1.0)
+        self.backplane.outages.send_heartbeat(1.0)
 
-    def _deliver(self, entry: LogEntry) -> None:
-        assert entry.payload not in self.delivered, "delivered twice"
-        self.delivered[entry.payload] = entry.position
+    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+        for entry in entries:
+            assert entry.payload not in self.delivered, "delivered twice"
+            self.delivered[entry.payload] = entry.position
 
     def publish(self) -> None:
         client = OneMessageClient(self, b"%d" % len(self.clients))
         self.clients.append(client)
-        self.backplane.append_batch("news", [(1, client.payload)], client)
+        self.backplane.append("news", [(TEXT, client.payload)], len(client.payload), client)
         self.backplane.when_delivered(client.results.append)
 
     def leave(self) -> None:
@@ -141,7 +149,8 @@ class WaitingRun:
         if self.entries_read < len(self.broker.entries):
             self.entries_read += 1
             packed = self.broker.entries[self.entries_read - 1]
-            self.backplane.on_entry(StreamEntry((1, self.entries_read), packed, follows=True))
+            entry = StreamEntry((1, self.entries_read), packed, follows=True)
+            self.backplane.consumer.on_entry(entry)
 
     async def perform(self, step: Step) -> None:
         match step:
@@ -154,7 +163,7 @@ class WaitingRun:
             case Step.TURN:
                 await run_loop(APPEND_TURNS)
             case Step.OUTAGE if self.backplane.state is not BackplaneState.OUTAGE:
-                self.backplane._start_outage(1.0)
+                self.backplane.outages.start_outage(1.0)
             case Step.ARRIVE:
                 self.broker.apply_late_entries()
             case _ if step in BROKER_MODES:
@@ -165,7 +174,7 @@ class WaitingRun:
         self.broker.mode = Step.CONFIRM
         self.broker.apply_late_entries()
         await run_loop(MANY_TURNS)
-        self.backplane._send_heartbeat(1.0)
+        self.backplane.outages.send_heartbeat(1.0)
         await run_loop(MANY_TURNS)
         while self.entries_read < len(self.broker.entries):
             self.read_next()
@@ -191,7 +200,7 @@ class WaitingRun:
         other.consume(lambda _: None, lambda _: None)
         for number, packed in enumerate(self.broker.entries):
             if not set(payloads) & set(unpack(packed).payloads):
-                other.on_entry(StreamEntry((1, number), packed, follows=True))
+                other.consumer.on_entry(StreamEntry((1, number), packed, follows=True))
         return other.counters.lost
 
 
@@ -206,7 +215,7 @@ STEPS = st.sampled_from([*Step, *2 * FREQUENT])
 
 async def perform_all(steps: list[Step], *, relays_locally: bool) -> WaitingRun:
     run = WaitingRun(relays_locally=relays_locally)
-    writing = asyncio.create_task(run.backplane._write())
+    writing = asyncio.create_task(run.backplane.producer.run())
     try:
         for step in steps:
             await run.perform(step)
@@ -215,19 +224,6 @@ async def perform_all(steps: list[Step], *, relays_locally: bool) -> WaitingRun:
         writing.cancel()
         await asyncio.wait([writing])
     return run
-
-
-async def no_pause(pause_s: float) -> float:
-    await asyncio.sleep(0)
-    return pause_s
-
-
-@pytest.fixture(scope="module", autouse=True)
-def immediate_retries() -> Iterator[None]:
-    """Retry appends in the next turn of the event loop."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicated, "_pause", no_pause)
-        yield
 
 
 REJECTED_AFTER_A_CONFIRMED_ONE = [

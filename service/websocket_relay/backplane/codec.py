@@ -11,13 +11,18 @@ detects a duplicate (the producer retries an append whose confirmation was lost)
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from websocket_relay.messages import BINARY, TEXT
 from websocket_relay.outcomes import RelayError
 
 PACKET = 1
 PART = 2
+
+PACKET_MARK = bytes((PACKET,))
+"""The first byte of an entry that holds a whole packet."""
 
 HEARTBEAT_FLAG = 1
 
@@ -26,12 +31,20 @@ HEAD = struct.Struct("<BBQQII")
 the index of the part and the count of parts (part)."""
 
 MESSAGE_OVERHEAD_BYTES = 7
-"""Bytes that a message takes in the columns besides its payload: length, channel and opcode."""
+"""Bytes that a message takes in the columns besides its payload: length, channel and kind."""
+
+PRODUCER_EPOCHS = 1 << 16
+"""Count of producer epochs, which are the lower bits of a producer. Each outage starts a new
+producer epoch. A message that was abandoned in an earlier one may still arrive; it is discarded
+after the first packet of the new one. So messages of a client are never delivered out of order."""
+
+MAX_PRODUCERS = 10_000
+"""Replicas that are remembered, the latest ones: more than a stream has had."""
 
 MAX_CHANNELS = 65_536
 MAX_HEARTBEAT_BYTES = 1024
 
-OPCODES = b"\x01\x02"  # text and binary
+KINDS = bytes((TEXT, BINARY))
 
 MAX_PARTIAL_PACKETS = 16
 """Bound on the memory of partial packets, in packets of the largest size."""
@@ -45,10 +58,10 @@ class Packet(NamedTuple):
     """The messages of one append.
 
     Attributes:
-        producer: id of the replica, with the producer epoch in the lower 16 bits.
+        producer: id of the replica, with the producer epoch in the lower bits.
         sequence: sequence number of the first message. The numbers continue over all producer
             epochs of a replica; those of abandoned messages are used again.
-        channels, opcodes, payloads: columns, one item per message, in order.
+        channels, kinds, payloads: columns, one item per message, in order.
         heartbeat: heartbeat of the producer, which waits to read this packet back; None if the
             packet carries none.
     """
@@ -56,35 +69,29 @@ class Packet(NamedTuple):
     producer: int
     sequence: int
     channels: Sequence[str]
-    opcodes: bytes
+    kinds: bytes
     payloads: Sequence[bytes]
     heartbeat: bytes | None = None
 
 
 def pack(packet: Packet) -> bytes:
     """Encode a packet."""
-    producer, sequence, channels, opcodes, payloads, heartbeat = packet
+    producer, sequence, channels, kinds, payloads, heartbeat = packet
     count = len(payloads)
     names = {name: index for index, name in enumerate(dict.fromkeys(channels))}
     encoded_names = [name.encode() for name in names]
     column = b""
     if len(names) > 1:
         column = struct.pack(f"<{count}H", *map(names.__getitem__, channels))
+    flags = 0 if heartbeat is None else HEARTBEAT_FLAG
     return b"".join(
         (
-            HEAD.pack(
-                PACKET,
-                0 if heartbeat is None else HEARTBEAT_FLAG,
-                producer,
-                sequence,
-                count,
-                len(names),
-            ),
+            HEAD.pack(PACKET, flags, producer, sequence, count, len(names)),
             bytes(map(len, encoded_names)),
             *encoded_names,
             struct.pack(f"<{count}I", *map(len, payloads)),
             column,
-            opcodes,
+            kinds,
             *payloads,
             heartbeat or b"",
         )
@@ -102,56 +109,45 @@ def unpack(data: bytes) -> Packet:
         FormatError: the bytes are not a packet.
     """
     try:
-        return _unpack(data)
+        kind, flags, producer, sequence, count, name_count = HEAD.unpack_from(data)
+        if kind != PACKET:
+            raise FormatError("not a packet")
+        at = HEAD.size + name_count
+        # Checked before anything of the claimed size is allocated.
+        if name_count > min(count, MAX_CHANNELS) or at + 5 * count > len(data):
+            raise FormatError("truncated")
+        names = []
+        for size in data[HEAD.size : at]:
+            names.append(data[at : at + size].decode())
+            at += size
+        lengths = struct.unpack_from(f"<{count}I", data, at)
+        at += 4 * count
+        channels: Sequence[str] = names * count
+        if name_count != 1:
+            column = struct.unpack_from(f"<{count}H", data, at)
+            at += 2 * count
+            channels = list(map(names.__getitem__, column))
     except (struct.error, IndexError, ValueError):
         raise FormatError("malformed") from None
-
-
-def _unpack(data: bytes) -> Packet:
-    kind, flags, producer, sequence, count, name_count = HEAD.unpack_from(data)
-    if kind != PACKET:
-        raise FormatError("not a packet")
-    # Checked before anything of the claimed size is allocated.
-    if name_count > min(count, MAX_CHANNELS) or HEAD.size + name_count + 5 * count > len(data):
-        raise FormatError("truncated")
-    names, at = _names(data, name_count)
-    lengths = struct.unpack_from(f"<{count}I", data, at)
-    at += 4 * count
-    channels: Sequence[str] = names * count
-    if name_count != 1:
-        column = struct.unpack_from(f"<{count}H", data, at)
-        at += 2 * count
-        channels = list(map(names.__getitem__, column))
-    opcodes = data[at : at + count]
-    if opcodes.translate(None, OPCODES):
-        raise FormatError("invalid opcode")
+    kinds = data[at : at + count]
     bounds = list(accumulate(lengths, initial=at + count))
-    heartbeat = data[bounds[-1] :] if flags & HEARTBEAT_FLAG else None
-    if bounds[-1] + len(heartbeat or b"") != len(data):
+    end = bounds[-1]
+    heartbeat = data[end:] if flags & HEARTBEAT_FLAG else None
+    if not all(names):
+        raise FormatError("empty channel name")
+    if kinds.translate(None, KINDS):
+        raise FormatError("invalid kind")
+    if end + len(heartbeat or b"") != len(data):
         raise FormatError("truncated")
     if len(heartbeat or b"") > MAX_HEARTBEAT_BYTES:
         raise FormatError("heartbeat too long")
     payloads = [data[start:end] for start, end in pairwise(bounds)]
-    return Packet(producer, sequence, channels, opcodes, payloads, heartbeat)
+    return Packet(producer, sequence, channels, kinds, payloads, heartbeat)
 
 
-def _names(data: bytes, count: int) -> tuple[list[str], int]:
-    """Return the channel names, and the offset in bytes at which they end."""
-    at = HEAD.size + count
-    names = []
-    for size in data[HEAD.size : at]:
-        names.append(data[at : at + size].decode())
-        at += size
-    if not all(names):
-        raise FormatError("empty channel name")
-    return names, at
-
-
-def split_into_parts(data: bytes, producer: int, sequence: int, max_bytes: int) -> Iterator[bytes]:
-    """Yield entries of at most `max_bytes`: the packet itself if it fits, else its parts."""
-    if len(data) <= max_bytes:
-        yield data
-        return
+def split_into_parts(data: bytes, max_bytes: int) -> Iterator[bytes]:
+    """Yield the parts of a packet, of at most `max_bytes` each."""
+    _, _, producer, sequence, _, _ = HEAD.unpack_from(data)
     size = max_bytes - HEAD.size
     count = -(-len(data) // size)
     for index in range(count):
@@ -159,16 +155,14 @@ def split_into_parts(data: bytes, producer: int, sequence: int, max_bytes: int) 
         yield head + data[index * size : (index + 1) * size]
 
 
+@dataclass(slots=True)
 class _PartialPacket:
     """A packet of which the first parts have arrived."""
 
-    __slots__ = ("count", "parts", "sequence", "size")
-
-    def __init__(self, sequence: int, count: int) -> None:
-        self.sequence = sequence
-        self.count = count
-        self.parts: list[bytes] = []
-        self.size = 0
+    sequence: int
+    count: int
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
 
 
 class PartAssembler:
@@ -195,16 +189,14 @@ class PartAssembler:
         # By producer, least recently active first; a producer has one packet in flight at a time.
         self._partial: OrderedDict[int, _PartialPacket] = OrderedDict()
 
-    def join(self, data: bytes) -> bytes | None:
+    def join(self, part: bytes) -> bytes | None:
         """Return the bytes of a packet, or None if more of its parts are expected.
 
         Raises:
-            FormatError: the bytes are neither a packet nor a part.
+            FormatError: the bytes are not a part, or its packet is too long.
         """
-        if data[:1] == b"\x01":  # PACKET
-            return data
         try:
-            kind, _, producer, sequence, index, count = HEAD.unpack_from(data)
+            kind, _, producer, sequence, index, count = HEAD.unpack_from(part)
         except struct.error:
             raise FormatError("malformed") from None
         if kind != PART or index >= count:
@@ -214,13 +206,13 @@ class PartAssembler:
         self.orphan_part = (producer, sequence) if is_stray else None
         if partial is None or index != len(partial.parts):
             return None
-        part = data[HEAD.size :]
-        if partial.size + len(part) > self._max_bytes:
+        content = part[HEAD.size :]
+        if partial.size + len(content) > self._max_bytes:
             self._drop(producer)
             raise FormatError("packet too long")
-        partial.parts.append(part)
-        partial.size += len(part)
-        self.bytes += len(part)
+        partial.parts.append(content)
+        partial.size += len(content)
+        self.bytes += len(content)
         if index + 1 == count:
             self.bytes -= partial.size
             del self._partial[producer]

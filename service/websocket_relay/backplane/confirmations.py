@@ -6,7 +6,7 @@ lost, or is discarded as a duplicate if it still arrives), or when it times out.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from websocket_relay.backplane.interface import Position
@@ -22,59 +22,71 @@ class Confirmation(NamedTuple):
         producer: producer of the message, with its producer epoch.
         next_sequence: sequence number after that of the message.
         callback: called once, when the wait ends.
+        awaits_all: whether the messages before it are awaited also if it is abandoned.
     """
 
     producer: int
     next_sequence: int
     callback: OnPosition
+    awaits_all: bool
 
 
 class Confirmations:
-    """The pending waits, in the order of their messages."""
+    """The pending waits, in the order of their messages.
 
-    def __init__(self) -> None:
-        self._waiters: deque[Confirmation] = deque()
+    Args:
+        waits: the first of them.
+    """
+
+    def __init__(self, waits: Iterable[Confirmation] = ()) -> None:
+        self._waits = deque(waits)
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self._waits)
 
-    def add(self, producer: int, following: int, callback: OnPosition) -> None:
+    def add(
+        self, producer: int, following: int, callback: OnPosition, *, awaits_all: bool = False
+    ) -> None:
         """Call `callback` once the message before `following` is read, or can't be any more."""
-        self._waiters.append(Confirmation(producer, following, callback))
+        self._waits.append(Confirmation(producer, following, callback, awaits_all))
 
     def add_to_latest(self, callback: OnPosition) -> None:
-        """Call `callback` once the latest of the pending waits ends."""
-        self._waiters.append(self._waiters[-1]._replace(callback=callback))
+        """Call `callback` once all pending waits have ended."""
+        latest = self._waits[-1]
+        self.add(latest.producer, latest.next_sequence, callback, awaits_all=True)
 
-    def on_packet(self, producer: int, sequence: int, last: Position) -> None:
-        """End the waits for messages that were read, or can't be any more.
+    def on_delivered(self, producer: int, sequence: int, count: int, last: Position) -> None:
+        """End the waits for messages that were delivered, or can't be any more.
 
         Args:
-            producer, sequence: of the first message of the packet that was delivered last.
-            last: position of the last message of that packet.
+            producer, sequence: of the first message that was delivered now.
+            count: number of messages that were delivered, next to each other.
+            last: position of the last of them.
         """
         epoch, offset, index = last
-        waiters = self._waiters
-        while waiters:
-            awaited_producer, following, callback = waiters[0]
+        following_last = sequence + count
+        waits = self._waits
+        while waits:
+            awaited_producer, following, callback, _ = waits[0]
             if awaited_producer > producer or (
-                awaited_producer == producer and following > sequence + index + 1
+                awaited_producer == producer and following > following_last
             ):
                 return
-            waiters.popleft()
-            is_of_packet = awaited_producer == producer and following > sequence
-            callback(Position(epoch, offset, following - 1 - sequence) if is_of_packet else None)
+            waits.popleft()
+            is_delivered = awaited_producer == producer and following > sequence
+            position = Position(epoch, offset, index - (following_last - following))
+            callback(position if is_delivered else None)
 
     def pop_abandoned(self, producer: int, sequence: int) -> Sequence[Confirmation]:
         """Remove and return the waits for messages from `sequence` on, without calling them."""
         abandoned: deque[Confirmation] = deque()
-        waiters = self._waiters
-        while waiters and waiters[-1].producer == producer and waiters[-1].next_sequence > sequence:
-            abandoned.appendleft(waiters.pop())
+        waits = self._waits
+        while waits and waits[-1].producer == producer and waits[-1].next_sequence > sequence:
+            abandoned.appendleft(waits.pop())
         return abandoned
 
     def expire(self, producer: int) -> None:
         """End the waits for messages of other producer epochs than that of `producer`."""
-        waiters = self._waiters
-        while waiters and waiters[0].producer != producer:
-            waiters.popleft().callback(None)
+        waits = self._waits
+        while waits and waits[0].producer != producer:
+            waits.popleft().callback(None)

@@ -5,18 +5,18 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from websocket_relay.backplane.replicated import BrokerError
+from websocket_relay.backplane.stream import BrokerError
+from websocket_relay.backplane.timings import Timings
 from websocket_relay.cancellation import Deadline
-
-RESOLVE_TIMEOUT_S = 10.0
-"""Time limit to resolve a name. The C library waits for each answer for 5 s, and tries twice."""
-
-CONNECT_TIMEOUT_S = 2.0
-"""Time limit to connect and to authenticate, once the name is resolved."""
 
 
 async def connect_in_time(
-    host: str, port: int, connect: Callable[[], Coroutine[Any, Any, None]], *, path: str = ""
+    host: str,
+    port: int,
+    connect: Callable[[], Coroutine[Any, Any, None]],
+    timings: Timings,
+    *,
+    path: str = "",
 ) -> None:
     """Resolve a name, then connect to it.
 
@@ -26,6 +26,7 @@ async def connect_in_time(
     Args:
         host, port: of the server; an empty host: there is no name to resolve.
         connect: opens the connection, by the name.
+        timings: the time limits.
         path: of the Unix socket, if the host is empty.
 
     Raises:
@@ -35,7 +36,7 @@ async def connect_in_time(
     started_at = loop.time()
     if host:
         try:
-            async with Deadline(RESOLVE_TIMEOUT_S):
+            async with Deadline(timings.resolve_timeout_s):
                 await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except TimeoutError:
             raise BrokerError(f"{host}: the name was not resolved in time") from None
@@ -44,7 +45,7 @@ async def connect_in_time(
         except UnicodeError:  # an empty label, or one of more than 63 characters
             raise BrokerError(f"{host}: not the name of a host") from None
     try:
-        async with Deadline(loop.time() - started_at + CONNECT_TIMEOUT_S):
+        async with Deadline(loop.time() - started_at + timings.connect_timeout_s):
             await connect()
     except TimeoutError:
         raise BrokerError(f"{path or f'{host}:{port}'}: not connected in time") from None

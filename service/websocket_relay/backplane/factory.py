@@ -10,12 +10,14 @@ from typing import Any
 from websocket_relay.backplane.access import ANONYMOUS, BrokerAccess, check_access
 from websocket_relay.backplane.interface import Backplane
 from websocket_relay.backplane.memory import MemoryBackplane
+from websocket_relay.backplane.producer import PendingBytes
 from websocket_relay.backplane.redis_url import SCHEMES
-from websocket_relay.backplane.replicated import PendingBytes, ReplicatedBackplane
+from websocket_relay.backplane.replicated import ReplicatedBackplane
+from websocket_relay.backplane.stream import Retention
+from websocket_relay.backplane.timings import DEFAULT_TIMINGS, Timings
 from websocket_relay.redaction import is_ambiguous, redacted, unusable_url
 
-MIN_RETENTION_BYTES = 67_108_864
-MIN_RETENTION_AGE_S = 60.0
+MIN_RETENTION = Retention(max_bytes=67_108_864, max_age_s=60.0)
 """What a broker retains at least: replicas that lose it for a while resume without a gap."""
 
 STREAMS = {
@@ -39,6 +41,8 @@ def open_backplane(
     describe: Callable[[], bytes],
     observe_append: Callable[[float], None],
     observe_lag: Callable[[float], None],
+    timings: Timings = DEFAULT_TIMINGS,
+    min_retention: Retention = MIN_RETENTION,
 ) -> Backplane:
     """Return the log; it connects when it is run.
 
@@ -50,7 +54,8 @@ def open_backplane(
         max_message_bytes: message limit of the clients of any replica.
         history_bytes, history_age_s: what replicas that start need to read.
         pending: bound on the bytes of pending appends.
-        describe, observe_append, observe_lag: see `ReplicatedBackplane`.
+        describe, observe_append, observe_lag, timings: see `ReplicatedBackplane`.
+        min_retention: what the broker retains at least.
 
     Raises:
         UnusableSettingError: the URL names no usable broker, or the access does not fit it.
@@ -71,14 +76,10 @@ def open_backplane(
         )
     except ModuleNotFoundError as error:
         raise unusable_url(url, f"missing Python package {error.name}") from None
+    min_bytes, min_age_s = min_retention
+    retention = Retention(max(history_bytes, min_bytes), max(history_age_s, min_age_s))
     return ReplicatedBackplane(
-        stream_class(
-            url,
-            stream,
-            access,
-            max_bytes=max(history_bytes, MIN_RETENTION_BYTES),
-            max_age_s=max(history_age_s, MIN_RETENTION_AGE_S),
-        ),
+        stream_class(url, stream, access, timings, retention),
         address=redacted(url),
         pending=pending,
         relays_locally=relays_locally,
@@ -86,4 +87,5 @@ def open_backplane(
         describe=describe,
         observe_append=observe_append,
         observe_lag=observe_lag,
+        timings=timings,
     )

@@ -7,6 +7,7 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from websocket_relay.counters import BackplaneCounters
@@ -71,7 +72,7 @@ class LogEntry(NamedTuple):
     Attributes:
         position: position of the message.
         channel: name of the channel.
-        kind: TEXT or BINARY.
+        kind: text or binary.
         payload: bytes of the message, unchanged.
     """
 
@@ -81,10 +82,16 @@ class LogEntry(NamedTuple):
     payload: bytes
 
 
-ENTRY_BYTES = 320
-"""Memory of an entry besides its payload: its objects and a list slot."""
+# Built in batches of a thousand: `_make` and the classes themselves are Python calls, these are C
+# calls.
+new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)
+new_entry: Callable[[tuple[Position, str, int, bytes]], LogEntry] = partial(tuple.__new__, LogEntry)
 
 OnEntries = Callable[[Sequence[LogEntry]], None]
+"""Receives entries that are next to each other in the log, in their order."""
+
+AppendMessages = Callable[[str, Sequence[Message], int, Publisher], None]
+"""See `Backplane.append`."""
 
 OnGap = Callable[[Position], None]
 """Receives the position from which on the log is complete again. Messages before that position that
@@ -115,11 +122,14 @@ class Backplane(Protocol):
     """
 
     counters: BackplaneCounters
-    state: BackplaneState
     started: asyncio.Event
     up: asyncio.Event
     is_local: bool
     relays_locally: bool
+
+    @property
+    def state(self) -> BackplaneState:
+        """Whether the log can be appended to and read."""
 
     @property
     def position(self) -> Position:
@@ -140,23 +150,19 @@ class Backplane(Protocol):
         """Pass every entry from now on to `deliver`, in order, in the event loop's thread.
 
         Args:
-            deliver: called with the entries that were read together.
+            deliver: called with one or more entries.
             lost: called where entries are missing.
         """
 
     def append(
-        self,
-        channel: str,
-        messages: Sequence[Message],
-        payload_bytes: int,
-        publisher: Publisher,
+        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
     ) -> None:
         """Append messages next to each other: all of them, or none. Never blocks.
 
         Args:
             channel: the channel of all of them.
-            messages: at least one.
-            payload_bytes: the size of their payloads together.
+            messages: one or more.
+            payload_bytes: size of their payloads.
             publisher: notified, now or later, if the messages can't be relayed.
         """
 

@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 
 from websocket_relay.backplane.interface import (
     BackplaneState,
-    LogEntry,
     OnEntries,
     OnGap,
     Position,
+    new_entry,
+    new_position,
 )
 from websocket_relay.counters import BackplaneCounters
 from websocket_relay.messages import Message, Publisher
 
 
 class MemoryBackplane:
-    """`memory://`: delivers an entry before `append` returns."""
+    """`memory://`: delivers entries before `append` returns."""
 
     is_local = True
     relays_locally = True
@@ -34,7 +35,7 @@ class MemoryBackplane:
         # Milliseconds since 1970: greater than the epoch of any earlier process.
         self._epoch = time.time_ns() // 1_000_000
         self._offset = 0
-        self._deliver: OnEntries | None = None
+        self._deliver: OnEntries
 
     @property
     def position(self) -> Position:
@@ -64,15 +65,12 @@ class MemoryBackplane:
         self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
     ) -> None:
         """Append messages and deliver them."""
-        epoch, offset = self._epoch, self._offset
-        self._offset += len(messages)
-        if self._deliver is not None:
-            self._deliver(
-                [
-                    LogEntry(Position(epoch, number, 0), channel, kind, payload)
-                    for number, (kind, payload) in enumerate(messages, offset + 1)
-                ]
-            )
+        epoch, offset, entries = self._epoch, self._offset, []
+        for kind, payload in messages:
+            offset += 1
+            entries.append(new_entry((new_position((epoch, offset, 0)), channel, kind, payload)))
+        self._offset = offset
+        self._deliver(entries)
 
     def when_delivered(self, callback: Callable[[Position | None], object]) -> None:
         """Call `callback` at once: the latest message has been delivered."""

@@ -10,8 +10,8 @@ import asyncio
 import json
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -24,20 +24,18 @@ from nats.errors import NoRespondersError
 
 from websocket_relay.backplane.access import TLS_PARAMETERS, BrokerAccess, certificate_error
 from websocket_relay.backplane.codec import FILLER_ENTRY
-from websocket_relay.backplane.connecting import (
-    CONNECT_TIMEOUT_S,
-    RESOLVE_TIMEOUT_S,
-    connect_in_time,
-)
+from websocket_relay.backplane.connecting import connect_in_time
 from websocket_relay.backplane.nkeys import UserKey, user_jwt
-from websocket_relay.backplane.replicated import (
+from websocket_relay.backplane.stream import (
+    AbortOnFailure,
     BrokerError,
     Id,
+    Retention,
     StreamEntry,
     StreamRead,
-    broker_error,
     reset_on_close,
 )
+from websocket_relay.backplane.timings import Timings
 from websocket_relay.cancellation import Deadline
 from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of, unusable_url
@@ -47,9 +45,6 @@ PULL_EXPIRES_S = 1.0
 
 RESPONSE_TIMEOUT_S = 2.0
 """Time limit of a request, in addition to the time that the broker keeps it."""
-
-CLOSE_TIMEOUT_S = 0.2
-"""An aborted connection needs some iterations of the event loop to close."""
 
 CREDIT = 32
 """Entries that the broker may send ahead of their processing."""
@@ -244,14 +239,19 @@ class NatsConnection:
     Args:
         address: the servers, and how they are accessed.
         sign_in: the credentials and certificates.
+        timings: the time limits to connect and to close.
+
+    Attributes:
+        client: the client of nats-py; it publishes.
     """
 
-    def __init__(self, address: NatsAddress, sign_in: SignIn) -> None:
+    def __init__(self, address: NatsAddress, sign_in: SignIn, timings: Timings) -> None:
         self._address = address
         self._sign_in = sign_in
-        self._client = TlsNatsClient() if address.uses_tls else QuietNatsClient()
+        self._timings = timings
+        self.client = TlsNatsClient() if address.uses_tls else QuietNatsClient()
         if sign_in.public_key:
-            self._client.sign_in_as(sign_in.public_key)
+            self.client.sign_in_as(sign_in.public_key)
         domain = address.access.domain
         self.api = f"$JS.{domain}.API" if domain else "$JS.API"
         self._failure = ""
@@ -260,12 +260,12 @@ class NatsConnection:
     @property
     def is_open(self) -> bool:
         """Whether the connection is open, as far as is known."""
-        return bool(self._client.is_connected)
+        return bool(self.client.is_connected)
 
     @property
     def max_payload(self) -> int:
         """The largest message that the broker accepts, in bytes."""
-        return int(self._client.max_payload)
+        return int(self.client.max_payload)
 
     @property
     def failure(self) -> str:
@@ -278,8 +278,8 @@ class NatsConnection:
         if (
             not self._address.uses_tls
             or self._address.handshake_first
-            or self._client.has_greeting
-            or self._client.stream_writer is None
+            or self.client.has_greeting
+            or self.client.stream_writer is None
             or self._failure
         ):
             return ""
@@ -291,11 +291,12 @@ class NatsConnection:
         Raises:
             BrokerError: the server can't be reached, or is not supported.
         """
-        options = dict(self._sign_in.options)
+        options, timings = dict(self._sign_in.options), self._timings
+        connect_s = 2 * timings.resolve_timeout_s + timings.connect_timeout_s
         if prefix := self._address.access.inbox_prefix:
             options["inbox_prefix"] = prefix
         try:
-            await self._client.connect(
+            await self.client.connect(
                 [server],
                 error_cb=self._on_error,
                 closed_cb=self._on_closed,
@@ -303,17 +304,17 @@ class NatsConnection:
                 max_reconnect_attempts=1,
                 reconnect_time_wait=0,
                 # More than `connect_in_time` allows.
-                connect_timeout=2 * RESOLVE_TIMEOUT_S + CONNECT_TIMEOUT_S,  # type: ignore[arg-type]
+                connect_timeout=connect_s,  # type: ignore[arg-type]
                 pending_size=0,  # publish never waits for a flush; the relay awaits responses
                 tls_handshake_first=self._address.handshake_first,
                 **options,
             )
         except (NatsError, OSError) as error:
             raise BrokerError(self._failure or str(error)) from None
-        writer = self._client.stream_writer
+        writer = self.client.stream_writer
         assert writer is not None
         reset_on_close(writer)
-        version = self._client.connected_server_version
+        version = self.client.connected_server_version
         if (version.major, version.minor) < MIN_VERSION:
             raise BrokerError(f"NATS {version} is not supported: 2.9 or newer is required")
         if self.max_payload < MIN_PAYLOAD_BYTES:
@@ -321,23 +322,12 @@ class NatsConnection:
 
     async def subscribe(self, on_message: Any) -> str:
         """Pass messages to a new inbox of this connection to `on_message`; return the inbox."""
-        inbox = self._client.new_inbox()
+        inbox = self.client.new_inbox()
         # Without the limits of nats-py: it would drop the messages that exceed them.
-        await self._client.subscribe(
+        await self.client.subscribe(
             f"{inbox}.*", cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0
         )
         return inbox
-
-    async def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Send a message.
-
-        Raises:
-            BrokerError: the connection is closed.
-        """
-        try:
-            await self._client.publish(subject, data, reply=reply)
-        except (NatsError, OSError) as error:
-            raise BrokerError(self._failure or str(error)) from None
 
     async def request(self, command: str, content: Mapping[str, Any] | None = None) -> Any:
         """Send a request to the JetStream API and return its response.
@@ -348,7 +338,7 @@ class NatsConnection:
         """
         data = json.dumps(content).encode() if content is not None else b""
         try:
-            message = await self._client.request(
+            message = await self.client.request(
                 f"{self.api}.{command}", data, timeout=RESPONSE_TIMEOUT_S
             )
         except NoRespondersError:
@@ -364,11 +354,11 @@ class NatsConnection:
 
     async def abort(self) -> None:
         """Abort the connection at once, also one whose `open` was cancelled."""
-        if (writer := self._client.stream_writer) is not None:
+        if (writer := self.client.stream_writer) is not None:
             writer.transport.abort()
         with suppress(Exception):  # the connection is closed, whatever nats-py raises
-            async with Deadline(CLOSE_TIMEOUT_S):
-                await self._client.close()
+            async with Deadline(self._timings.close_timeout_s):
+                await self.client.close()
 
     async def _on_error(self, error: Exception) -> None:
         # A missing permission, for example: the broker does not respond to the request then.
@@ -400,19 +390,22 @@ class NatsAppender:
     Args:
         connection: an open connection.
         subject: subject of the stream.
+
+    Attributes:
         epoch: first part of the stream's entry ids.
     """
 
-    def __init__(self, connection: NatsConnection, subject: str, epoch: int) -> None:
+    def __init__(self, connection: NatsConnection, subject: str) -> None:
         self.connection = connection
-        self.epoch = epoch
+        self.epoch = 0
         self._subject = subject
         self._inbox = ""
         self._request_number = 0
         self._confirmed: asyncio.Future[Msg | None] | None = None
 
-    async def open(self) -> None:
+    async def open(self, epoch: int) -> None:
         """Subscribe to the confirmations."""
+        self.epoch = epoch
         self.connection.on_failure = self._fail
         self._inbox = await self.connection.subscribe(self._on_message)
 
@@ -424,7 +417,8 @@ class NatsAppender:
         """
         self._request_number += 1
         confirmed = self._confirmed = asyncio.get_running_loop().create_future()
-        await self.connection.publish(self._subject, data, f"{self._inbox}.{self._request_number}")
+        reply = f"{self._inbox}.{self._request_number}"
+        await self.connection.client.publish(self._subject, data, reply)
         message = await confirmed
         if message is None:
             raise BrokerError(self.connection.failure)
@@ -475,18 +469,17 @@ class NatsConsumer:
     Args:
         connection: an open connection.
         name: name of the stream.
+
+    Attributes:
         epoch: first part of the stream's entry ids.
         after: sequence that was read last; 0: none.
         time: when the broker stored that entry.
     """
 
-    def __init__(
-        self, connection: NatsConnection, name: str, epoch: int, after: int, time: str
-    ) -> None:
+    def __init__(self, connection: NatsConnection, name: str) -> None:
         self.connection = connection
-        self.epoch = epoch
-        self.after = after
-        self.time = time
+        self.epoch = self.after = 0
+        self.time = ""
         self._name = name
         self._is_contiguous = False  # whether the stream is known to hold `after` unchanged
         self._inbox = ""
@@ -497,13 +490,14 @@ class NatsConsumer:
         self._has_received = asyncio.Event()
         self._failure = ""
 
-    async def open(self) -> None:
+    async def open(self, epoch: int, after: int, time: str) -> None:
         """Create a consumer that starts with the entry that was read last."""
+        self.epoch, self.after, self.time = epoch, after, time
         self.connection.on_failure = self._fail
         self._inbox = await self.connection.subscribe(self._on_message)
         config = {
             "deliver_policy": "by_start_sequence",
-            "opt_start_seq": max(1, self.after),
+            "opt_start_seq": max(1, after),
             "ack_policy": "none",
             "replay_policy": "instant",
             "inactive_threshold": round(CONSUMER_IDLE_S * 1e9),
@@ -517,9 +511,9 @@ class NatsConsumer:
 
     async def read(self) -> StreamRead:
         """Return the received entries; wait for at most a second if there are none."""
-        if self._credit <= CREDIT // 2:
+        if self._credit <= CREDIT // 2 and not self._failure:
             await self._pull()
-        if not self._received:
+        if not self._received and not self._failure:
             self._has_received.clear()
             await self._has_received.wait()
         if self._failure:
@@ -542,9 +536,8 @@ class NatsConsumer:
         batch = CREDIT - self._credit
         self._credit += batch
         content = f'{{"batch":{batch},"expires":{round(PULL_EXPIRES_S * 1e9)}}}'
-        await self.connection.publish(
-            self._pull_subject, content.encode(), f"{self._inbox}.{self._pull_number}"
-        )
+        reply = f"{self._inbox}.{self._pull_number}"
+        await self.connection.client.publish(self._pull_subject, content.encode(), reply)
 
     async def _on_message(self, message: Msg) -> None:
         headers = message.headers
@@ -582,14 +575,15 @@ class NatsStream:
         url: see `parse_nats_url`.
         name: name of the stream.
         access: the settings for the access to NATS.
-        max_bytes, max_age_s: limits of retention, if the stream is created here.
+        timings: the time limits to connect and to close.
+        retention: of the stream, if it is created here.
 
     Raises:
         UnusableSettingError: the URL is invalid, or a file can't be used.
     """
 
     def __init__(
-        self, url: str, name: str, access: BrokerAccess, *, max_bytes: int, max_age_s: float
+        self, url: str, name: str, access: BrokerAccess, timings: Timings, retention: Retention
     ) -> None:
         self.max_entry_bytes = MAX_ENTRY_BYTES
         address = parse_nats_url(url)
@@ -598,12 +592,13 @@ class NatsStream:
         self._secrets = secrets_of(url)
         self._read_sign_in()
         self._name = name
-        self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
+        self._timings = timings
+        self._retention = retention
         self._server_index = random.randrange(len(self._address.servers))
         self._writer: NatsAppender | None = None
         self._reader: NatsConsumer | None = None
-        self._is_reader_suspect = False  # the reader may be connected to a former primary
+        self._writing = AbortOnFailure(self._abort_writer, lambda: self._secrets, NatsError)
+        self._reading = AbortOnFailure(self._abort_reader, lambda: self._secrets, NatsError)
         self._last_read_time = ""  # when the broker stored the entry that was read last
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
 
@@ -613,10 +608,13 @@ class NatsStream:
         Raises:
             BrokerError: the server can't be reached, or the stream not used.
         """
-        if self._writer is None or not self._writer.connection.is_open:
-            async with self._abort_on_failure(self._abort_writer):
-                await self._abort_writer()
-                self._writer = await self._open_writer()
+        if self._writer is not None and self._writer.connection.is_open:
+            return
+        async with self._writing:
+            await self._abort_writer()
+            writer = self._writer = NatsAppender(await self._connect(), self._name)
+            async with Deadline(RESPONSE_TIMEOUT_S):
+                await writer.open(await self._prepare_stream(writer.connection))
 
     async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry.
@@ -630,35 +628,30 @@ class NatsStream:
         """
         writer = self._writer
         assert writer is not None
-        async with self._abort_on_failure(self._abort_writer):
+        async with self._writing, Deadline(timeout_s):
             if len(data) > self.max_entry_bytes:
                 raise BrokerError("the broker's message size limit was reduced")
-            async with Deadline(timeout_s):
-                sequence = await writer.append(data)
-            self._record_id((writer.epoch, sequence))
+            sequence = await writer.append(data)
+        self._latest_id = max(self._latest_id, (writer.epoch, sequence))
 
-    async def read(self, after: Id) -> StreamRead:
+    async def read(self, after: Id, *, must_reconnect: bool = False) -> StreamRead:
         """Return the next entries; wait for at most a second if there are none.
 
         Raises:
             BrokerError: the stream can't be read now.
         """
-        async with self._abort_on_failure(self._abort_reader):
-            if self._is_reader_suspect:
-                self._is_reader_suspect = False
+        async with self._reading:
+            if must_reconnect:
                 await self._abort_reader()
             if self._reader is None:
-                self._reader = await self._open_reader(after)
+                await self._open_reader(after)
                 return StreamRead((), is_last=False)
+            reader = self._reader
             async with Deadline(PULL_EXPIRES_S + RESPONSE_TIMEOUT_S):
-                read = await self._reader.read()
-            self._record_id((self._reader.epoch, self._reader.after))
-            self._last_read_time = self._reader.time
-            return read
-
-    def reconnect_reader(self) -> None:
-        """Open a new connection for the next read."""
-        self._is_reader_suspect = True
+                read = await reader.read()
+        self._latest_id = max(self._latest_id, (reader.epoch, reader.after))
+        self._last_read_time = reader.time
+        return read
 
     async def close(self) -> None:
         """Abort both connections."""
@@ -671,13 +664,16 @@ class NatsStream:
         """Open a connection to one of the servers; after a failure the next call tries the next."""
         async with Deadline(RESPONSE_TIMEOUT_S):
             sign_in = await asyncio.to_thread(self._read_sign_in)
-        connection = NatsConnection(self._address, sign_in)
+        connection = NatsConnection(self._address, sign_in, self._timings)
         servers = self._address.servers
         server = servers[self._server_index % len(servers)]
         parts = urlsplit(server)
         try:
             await connect_in_time(
-                parts.hostname or "", parts.port or 0, lambda: connection.open(server)
+                parts.hostname or "",
+                parts.port or 0,
+                lambda: connection.open(server),
+                self._timings,
             )
         except BaseException as error:
             self._server_index += 1
@@ -698,30 +694,12 @@ class NatsStream:
         self._secrets = secrets_of(self._url, sign_in.password)
         return sign_in
 
-    async def _open_writer(self) -> NatsAppender:
-        connection = await self._connect()
-        try:
-            async with Deadline(RESPONSE_TIMEOUT_S):
-                epoch = await self._prepare_stream(connection)
-                writer = NatsAppender(connection, self._name, epoch)
-                await writer.open()
-        except BaseException:
-            await connection.abort()
-            raise
-        return writer
-
-    async def _open_reader(self, after: Id) -> NatsConsumer:
-        connection = await self._connect()
-        try:
-            async with Deadline(RESPONSE_TIMEOUT_S):
-                epoch = await self._prepare_stream(connection)
-                sequence = after[1] if epoch == after[0] else 0
-                reader = NatsConsumer(connection, self._name, epoch, sequence, self._last_read_time)
-                await reader.open()
-        except BaseException:
-            await connection.abort()
-            raise
-        return reader
+    async def _open_reader(self, after: Id) -> None:
+        reader = self._reader = NatsConsumer(await self._connect(), self._name)
+        async with Deadline(RESPONSE_TIMEOUT_S):
+            epoch = await self._prepare_stream(reader.connection)
+            sequence = after[1] if epoch == after[0] else 0
+            await reader.open(epoch, sequence, self._last_read_time)
 
     async def _prepare_stream(self, connection: NatsConnection) -> int:
         """Return the epoch of the stream; fill the place of entries that the broker lost."""
@@ -734,9 +712,6 @@ class NatsStream:
         if epoch == latest_epoch and last_sequence < latest_sequence:
             await self._fill_lost_entries(connection, latest_sequence - last_sequence)
         return epoch
-
-    def _record_id(self, entry_id: Id) -> None:
-        self._latest_id = max(self._latest_id, entry_id)
 
     async def _find_or_create_stream(self, connection: NatsConnection) -> Any:
         """Return what JetStream reports about the stream; create it if it does not exist."""
@@ -770,9 +745,9 @@ class NatsStream:
             "retention": "limits",
             "discard": "old",
             "storage": "file",
-            "max_bytes": self._max_bytes,
-            "max_age": round(self._max_age_s * 1e9),
-            "duplicate_window": round(min(DUPLICATE_WINDOW_S, self._max_age_s) * 1e9),
+            "max_bytes": self._retention.max_bytes,
+            "max_age": round(self._retention.max_age_s * 1e9),
+            "duplicate_window": round(min(DUPLICATE_WINDOW_S, self._retention.max_age_s) * 1e9),
             "num_replicas": self._address.replicas,
         }
 
@@ -785,7 +760,7 @@ class NatsStream:
         if count > MAX_FILLER_ENTRIES:
             raise BrokerError(f"the stream lost its latest {count} entries: too many to fill")
         for number in range(count):
-            await connection.publish(self._name, FILLER_ENTRY)
+            await connection.client.publish(self._name, FILLER_ENTRY)
             if not number % 1000:
                 await asyncio.sleep(0)
         # Its response arrives after the broker has processed the filler entries.
@@ -800,17 +775,6 @@ class NatsStream:
         reader, self._reader = self._reader, None
         if reader is not None:
             await reader.connection.abort()
-
-    @asynccontextmanager
-    async def _abort_on_failure(self, abort: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            await abort()
-            if not isinstance(error, Exception):
-                raise
-            is_expected = isinstance(error, BrokerError | UnusableSettingError | TimeoutError)
-            raise broker_error(error, self._secrets, is_expected=is_expected) from None
 
 
 def _ms(text: str) -> int:

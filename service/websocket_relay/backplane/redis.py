@@ -12,8 +12,8 @@ import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
@@ -23,16 +23,17 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from websocket_relay.backplane.access import TLS_PARAMETERS, BrokerAccess, certificate_error
 from websocket_relay.backplane.connecting import connect_in_time
 from websocket_relay.backplane.redis_url import RedisAddress, Server, parse_redis_url
-from websocket_relay.backplane.replicated import (
+from websocket_relay.backplane.stream import (
+    AbortOnFailure,
     BrokerError,
     Id,
+    Retention,
     StreamEntry,
     StreamRead,
-    broker_error,
     reset_on_close,
 )
+from websocket_relay.backplane.timings import Timings
 from websocket_relay.cancellation import Deadline
-from websocket_relay.outcomes import UnusableSettingError
 from websocket_relay.redaction import secrets_of
 
 READ_BLOCK_S = 1.0
@@ -40,9 +41,6 @@ READ_BLOCK_S = 1.0
 
 RESPONSE_TIMEOUT_S = 2.0
 """Time limit of a command, in addition to the time that it blocks."""
-
-SENTINELS_TIMEOUT_S = 15.0
-"""Time limit to ask all Sentinels; more than the time limit to resolve a name."""
 
 READ_ENTRIES = 16
 """Entries of one XREAD at most."""
@@ -203,17 +201,17 @@ def load_certificates(connection: SSLConnection, url: str) -> None:
     tls.context = context
 
 
-class RetentionLimits:
+class TrimPoint:
     """Choose the id at which a stream may be trimmed, from the entries read so far.
 
     Args:
-        max_bytes, max_age_s: what the stream is to retain.
+        retention: what the stream is to retain.
     """
 
-    def __init__(self, max_bytes: int, max_age_s: float) -> None:
-        self._max_bytes = max_bytes
-        self._max_age_ms = round(max_age_s * 1000)
-        self._step_bytes = min(TRIM_STEP_BYTES, max_bytes // TRIM_STEPS)
+    def __init__(self, retention: Retention) -> None:
+        self._max_bytes = retention.max_bytes
+        self._max_age_ms = round(retention.max_age_s * 1000)
+        self._step_bytes = min(TRIM_STEP_BYTES, retention.max_bytes // TRIM_STEPS)
         self._marks: deque[tuple[int, Id]] = deque()  # total bytes before an entry, and its id
         self._read_bytes = 0
 
@@ -244,10 +242,12 @@ class RedisConnection:
 
     Args:
         url: of the broker, which may name certificates.
+        timings: the time limits to connect.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timings: Timings) -> None:
         self._url = url
+        self._timings = timings
         self.server = Server("", 0)
         self._connection: Connection | UnixDomainSocketConnection | None = None
         self._stream: asyncio.StreamWriter | None = None
@@ -275,7 +275,8 @@ class RedisConnection:
         else:
             kind = SSLConnection if uses_tls else Connection
             self._connection = kind(**server._asdict(), **options, **CONNECTION_OPTIONS)
-        await connect_in_time(*server, self._connect, path=options.get("path", ""))
+        path = options.get("path", "")
+        await connect_in_time(*server, self._connect, self._timings, path=path)
 
     async def _connect(self) -> None:
         connection = self._connection
@@ -287,7 +288,7 @@ class RedisConnection:
         assert writer is not None
         reset_on_close(writer)
         try:
-            (info,) = await self.execute(("INFO", "server"))
+            info = await self.request("INFO", "server")
         except ResponseError:
             return  # renamed, or not permitted: a broker as strict as this is unlikely an old one
         version = VERSION.search(info)
@@ -296,26 +297,16 @@ class RedisConnection:
             shown = b".".join(version.groups()).decode()
             raise BrokerError(f"Redis {shown} is not supported: 6.2 or newer is required")
 
-    async def execute(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Send commands together and return their responses.
+    async def request(self, *command: Any) -> Any:
+        """Send a command and return its response.
 
         Raises:
-            ResponseError: the first response that is an error; all of them have been read.
+            ResponseError: the response is an error.
         """
         connection = self._connection
         assert connection is not None
-        packed = [part for command in commands for part in connection.pack_command(*command)]
-        await connection.send_packed_command(packed)
-        responses: list[Any] = []
-        first_error = None
-        for _ in commands:
-            try:
-                responses.append(await connection.read_response())
-            except ResponseError as error:
-                first_error = first_error or error
-        if first_error is not None:
-            raise first_error
-        return responses
+        await connection.send_command(*command)
+        return await connection.read_response()
 
     async def abort(self) -> None:
         """Abort the connection at once, also if redis-py has closed it already."""
@@ -336,20 +327,24 @@ class RedisServers:
     Args:
         url: see `parse_redis_url`.
         address: the servers of the URL.
+        timings: the time limits.
     """
 
-    def __init__(self, url: str, address: RedisAddress) -> None:
+    def __init__(self, url: str, address: RedisAddress, timings: Timings) -> None:
         self._url = url
         self._address = address
+        self._timings = timings
         self._redirected_to: Server | None = None
         self.is_asking = False  # the slot of the key is migrating to the server
 
     async def open(self, connection: RedisConnection) -> None:
-        """Connect to the server that holds the stream, as far as is known.
+        """Connect to the server that holds the stream, as far as is known, unless it is connected.
 
         Raises:
             BrokerError: no server can be reached, or none is known.
         """
+        if connection.is_open:
+            return
         address = self._address
         if address.kind == "sentinel":
             server = await self._ask_sentinels()
@@ -379,7 +374,7 @@ class RedisServers:
         servers = self._address.servers
         failures = {f"{each.host}:{each.port}": "not reached in time" for each in servers}
         with suppress(TimeoutError):
-            async with Deadline(SENTINELS_TIMEOUT_S):
+            async with Deadline(self._timings.sentinels_timeout_s):
                 # In random order: one that is cut off from the others may name a former primary.
                 for sentinel in random.sample(servers, len(servers)):
                     try:
@@ -391,13 +386,12 @@ class RedisServers:
         raise BrokerError(f"no Sentinel names the primary: {listed}")
 
     async def _ask_sentinel(self, sentinel: Server) -> Server:
-        address, connection = self._address, RedisConnection(self._url)
+        address, connection = self._address, RedisConnection(self._url, self._timings)
         try:
             await connection.open(sentinel, address.sentinel_options, uses_tls=address.uses_tls)
             async with Deadline(RESPONSE_TIMEOUT_S):
-                (primary,) = await connection.execute(
-                    ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
-                )
+                command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
+                primary = await connection.request(*command)
         finally:
             await connection.abort()
         if primary is None:
@@ -412,7 +406,8 @@ class RedisStream:
         url: see `parse_redis_url`.
         name: the key.
         access: the settings for the access to Redis.
-        max_bytes, max_age_s: approximate limits of retention; entries beyond them are trimmed.
+        timings: the time limits to connect.
+        retention: entries beyond it are trimmed.
 
     Raises:
         UnusableSettingError: the URL is invalid, or a file can't be used.
@@ -421,15 +416,16 @@ class RedisStream:
     max_entry_bytes = MAX_ENTRY_BYTES
 
     def __init__(
-        self, url: str, name: str, access: BrokerAccess, *, max_bytes: int, max_age_s: float
+        self, url: str, name: str, access: BrokerAccess, timings: Timings, retention: Retention
     ) -> None:
         self._name = name
         self._access = RedisAccess(url, access)
-        self._retention = RetentionLimits(max_bytes, max_age_s)
-        self._servers = RedisServers(url, self._access.add_to(parse_redis_url(url)))
-        self._writer, self._reader = RedisConnection(url), RedisConnection(url)
+        self._trim_point = TrimPoint(retention)
+        address = self._access.add_to(parse_redis_url(url))
+        self._servers = RedisServers(url, address, timings)
+        self._writer, self._reader = RedisConnection(url, timings), RedisConnection(url, timings)
+        self._writing, self._reading = map(self._abort_on_failure, (self._writer, self._reader))
         self._latest_id: Id = (0, 0)  # of the entries that were read or confirmed
-        self._is_reader_suspect = False  # the reader may be connected to a former primary
 
     async def open_writer(self) -> None:
         """Connect for `append`, unless the connection is open.
@@ -437,8 +433,8 @@ class RedisStream:
         Raises:
             BrokerError: no server can be reached, or none is known.
         """
-        async with self._abandoned_on_failure(self._writer):
-            await self._open(self._writer)
+        async with self._writing:
+            await self._servers.open(self._writer)
 
     async def append(self, data: bytes, timeout_s: float) -> None:
         """Append an entry, and trim the stream.
@@ -451,48 +447,37 @@ class RedisStream:
             BrokerError: the append is unconfirmed; the entry may be in the stream.
         """
         ms, sequence = self._latest_id
-        bounds = [(ms, sequence), (ms, sequence + 1), self._retention.oldest_id]
+        bounds = [(ms, sequence), (ms, sequence + 1), self._trim_point.oldest_id]
         command = ("EVAL", APPEND, 1, self._name, *map(_format_id, bounds), data)
-        async with self._abandoned_on_failure(self._writer):
-            self._record_id(_parse_id(await self._execute(self._writer, command, timeout_s)))
+        async with self._writing:
+            entry_id = _parse_id(await self._execute(self._writer, command, timeout_s))
+        self._latest_id = max(self._latest_id, entry_id)
 
-    async def read(self, after: Id) -> StreamRead:
+    async def read(self, after: Id, *, must_reconnect: bool = False) -> StreamRead:
         """Return the next entries; block for at most a second if there are none.
 
         Raises:
             BrokerError: the stream can't be read now.
         """
-        async with self._abandoned_on_failure(self._reader):
-            return await self._read(after)
-
-    def reconnect_reader(self) -> None:
-        """Open a new connection for the next read."""
-        self._is_reader_suspect = True
-
-    async def _read(self, after: Id) -> StreamRead:
-        if self._is_reader_suspect:
-            self._is_reader_suspect = False
-            await self._reader.abort()
-        await self._open(self._reader)
-        block_ms = round(READ_BLOCK_S * 1000)
+        block_ms, timeout_s = round(READ_BLOCK_S * 1000), READ_BLOCK_S + RESPONSE_TIMEOUT_S
         stream = ("STREAMS", self._name, _format_id(after))
-        found = await self._execute(
-            self._reader,
-            ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", block_ms, *stream),
-            READ_BLOCK_S + RESPONSE_TIMEOUT_S,
-        )
+        command = ("XREAD", "COUNT", READ_ENTRIES, "BLOCK", block_ms, *stream)
         entries = []
-        for entry_id, data, previous_id in _parse_entries(found):
-            entries.append(
-                StreamEntry(entry_id, data, follows=previous_id == _format_id(after).encode())
-            )
-            self._retention.record_entry(entry_id, len(data))
-            after = entry_id
-        self._record_id(after)
+        async with self._reading:
+            if must_reconnect:
+                await self._reader.abort()
+            await self._servers.open(self._reader)
+            found = await self._execute(self._reader, command, timeout_s)
+            for raw_id, fields in found[0][1] if found else ():
+                # Empty in an entry that was not written by a relay.
+                values = dict(zip(fields[::2], fields[1::2], strict=False))
+                data, previous_id = values.get(DATA_FIELD, b""), values.get(PREVIOUS_ID_FIELD, b"")
+                follows = previous_id == _format_id(after).encode()
+                after = _parse_id(raw_id)
+                entries.append(StreamEntry(after, data, follows))
+                self._trim_point.record_entry(after, len(data))
+        self._latest_id = max(self._latest_id, after)
         return StreamRead(entries, is_last=len(entries) < READ_ENTRIES)
-
-    def _record_id(self, entry_id: Id) -> None:
-        self._latest_id = max(self._latest_id, entry_id)
 
     async def close(self) -> None:
         """Abort both connections."""
@@ -501,10 +486,6 @@ class RedisStream:
         finally:
             await self._reader.abort()
 
-    async def _open(self, connection: RedisConnection) -> None:
-        if not connection.is_open:
-            await self._servers.open(connection)
-
     async def _execute(
         self, connection: RedisConnection, command: tuple[Any, ...], timeout_s: float
     ) -> Any:
@@ -512,48 +493,24 @@ class RedisStream:
         servers = self._servers
         async with Deadline(timeout_s):
             for _ in range(MAX_REDIRECTIONS):
-                await self._open(connection)
-                commands = (("ASKING",), command) if servers.is_asking else (command,)
+                await servers.open(connection)
                 try:
-                    return (await connection.execute(*commands))[-1]
+                    if servers.is_asking:
+                        await connection.request("ASKING")
+                    return await connection.request(*command)
                 except AskError as error:  # base class of MovedError
                     servers.redirect(error, connection.server)
                     await connection.abort()
+                except ResponseError as error:
+                    raise BrokerError(SCRIPT_CONTEXT.sub("", str(error))) from None
         raise BrokerError("the Redis Cluster redirects in a loop")
 
-    @asynccontextmanager
-    async def _abandoned_on_failure(self, connection: RedisConnection) -> AsyncIterator[None]:
-        """Abort a connection after a failure, and raise a BrokerError.
-
-        After a cancellation the response would be read as that of the next command. After an error
-        response, the server may be a replica that was the primary before.
-        """
-        try:
-            yield
-        except BaseException as error:
+    def _abort_on_failure(self, connection: RedisConnection) -> AbortOnFailure:
+        async def abort() -> None:
             await connection.abort()
             self._servers.forget_redirection()
-            if not isinstance(error, Exception):
-                raise
-            raise self._broker_error(error) from None
 
-    def _broker_error(self, error: Exception) -> BrokerError:
-        if isinstance(error, ResponseError):
-            error = BrokerError(SCRIPT_CONTEXT.sub("", str(error)))
-        expected = BrokerError | UnusableSettingError | RedisError | OSError  # TimeoutError, too
-        is_expected = isinstance(error, expected)
-        return broker_error(error, self._access.secrets, is_expected=is_expected)
-
-
-def _parse_entries(found: Any) -> Iterator[tuple[Id, bytes, bytes]]:
-    """Yield the entries of an XREAD response: id, data, and the id of the previous entry.
-
-    Data and previous id are empty in entries that were not written by a relay.
-    """
-    for _, entries in found or ():
-        for raw_id, fields in entries:
-            values = dict(zip(fields[::2], fields[1::2], strict=False))
-            yield _parse_id(raw_id), values.get(DATA_FIELD, b""), values.get(PREVIOUS_ID_FIELD, b"")
+        return AbortOnFailure(abort, lambda: self._access.secrets, RedisError)
 
 
 def _parse_id(text: bytes) -> Id:
