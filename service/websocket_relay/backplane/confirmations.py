@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from websocket_relay.backplane.codec import PRODUCER_EPOCHS
 from websocket_relay.backplane.interface import Position
 
 OnPosition = Callable[[Position | None], object]
@@ -63,9 +64,11 @@ class Confirmations:
             count: number of messages that were delivered, next to each other.
             last: position of the last of them.
         """
+        waits = self._waits
+        if not waits or waits[0].producer // PRODUCER_EPOCHS != producer // PRODUCER_EPOCHS:
+            return  # messages of another replica
         epoch, offset, index = last
         following_last = sequence + count
-        waits = self._waits
         while waits:
             awaited_producer, following, callback, _ = waits[0]
             if awaited_producer > producer or (

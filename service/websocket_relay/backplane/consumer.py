@@ -23,6 +23,7 @@ from websocket_relay.backplane.codec import (
     PartAssembler,
     unpack,
 )
+from websocket_relay.backplane.confirmations import Confirmations
 from websocket_relay.backplane.interface import (
     START,
     LogEntry,
@@ -96,7 +97,8 @@ class Consumer:
         stream: the broker's stream.
         retries: of reads.
         counters: of the backplane.
-        on_packet: receives each packet after its messages, and the position of the last of them.
+        waits: for messages of this replica.
+        on_heartbeat: receives the producer and the heartbeat of a packet after its messages.
         max_packet_bytes: largest size of a packet of any replica.
         clock: monotonic time in seconds.
 
@@ -111,7 +113,8 @@ class Consumer:
         stream: Stream,
         retries: Retries,
         counters: BackplaneCounters,
-        on_packet: Callable[[Packet, Position], None],
+        waits: Confirmations,
+        on_heartbeat: Callable[[int, bytes], None],
         *,
         max_packet_bytes: int,
         clock: Callable[[], float],
@@ -119,7 +122,8 @@ class Consumer:
         self._stream = stream
         self._retries = retries
         self._counters = counters
-        self._on_packet = on_packet
+        self._waits = waits
+        self._on_heartbeat = on_heartbeat
         self._clock = clock
         self._deliver: OnEntries
         self._on_gap: OnGap
@@ -199,7 +203,7 @@ class Consumer:
             return
         if not self._is_next_of_producer(packet):
             return
-        producer, sequence, channels, kinds, payloads, _ = packet
+        producer, sequence, channels, kinds, payloads, heartbeat = packet
         count = len(payloads)
         self.position = Position(epoch, offset, count - 1)
         # Skip messages that were delivered here in an outage, and are in the log after all.
@@ -208,7 +212,9 @@ class Consumer:
             indices = zip(repeat(epoch), repeat(offset), range(count), strict=False)
             columns = zip(map(new_position, indices), channels, kinds, payloads, strict=True)
             self._deliver(list(map(new_entry, columns)))
-        self._on_packet(packet, self.position)
+        self._waits.on_delivered(producer, sequence, count, self.position)
+        if heartbeat is not None:
+            self._on_heartbeat(producer, heartbeat)
 
     def _join_parts(self, part: bytes) -> bytes | None:
         """Return the bytes of a packet, or None if more of its parts are expected, or some missing.

@@ -82,6 +82,10 @@ class LogEntry(NamedTuple):
     payload: bytes
 
 
+ENTRY_BYTES = 320
+"""Memory of an entry besides its payload: its objects and a list slot."""
+
+
 # Built in batches of a thousand: `_make` and the classes themselves are Python calls, these are C
 # calls.
 new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)

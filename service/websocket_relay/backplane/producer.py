@@ -144,7 +144,10 @@ class Producer:
         if self.append_in_outage is not None:
             self.append_in_outage(channel, messages, payload_bytes, publisher)
             return
-        packet = self._open_packet or self._start_packet()
+        packet = self._open_packet
+        if packet is None:
+            packet = self._start_packet()
+            self._outbox_filled.set()
         for kind, payload in messages:
             packet.channels.append(channel)
             packet.kinds.append(kind)
@@ -160,6 +163,7 @@ class Producer:
     def append_heartbeat(self, heartbeat: bytes) -> None:
         """Append a heartbeat, together with pending messages if there are some."""
         packet = self._open_packet or self._start_packet()
+        self._outbox_filled.set()
         packet.heartbeat = heartbeat
         self.heartbeat_confirmed_at = 0.0
 
@@ -250,7 +254,6 @@ class Producer:
     def _start_packet(self) -> OutgoingPacket:
         packet = self._open_packet = OutgoingPacket()
         self._outbox.append(packet)
-        self._outbox_filled.set()
         return packet
 
 

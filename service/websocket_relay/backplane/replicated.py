@@ -11,7 +11,7 @@ Knows no broker's protocol and no client.
 import asyncio
 from collections.abc import Callable
 
-from websocket_relay.backplane.codec import PRODUCER_EPOCHS, Packet
+from websocket_relay.backplane.codec import PRODUCER_EPOCHS
 from websocket_relay.backplane.confirmations import Confirmations, OnPosition
 from websocket_relay.backplane.consumer import Consumer
 from websocket_relay.backplane.heartbeat import Heartbeats
@@ -76,7 +76,8 @@ class ReplicatedBackplane:
             stream,
             Retries("read", address, timings),
             self.counters,
-            self._on_packet,
+            self._waits,
+            self._on_heartbeat,
             max_packet_bytes=max_message_bytes + MAX_PACKET_BYTES,
             clock=clock.now,
         )
@@ -147,14 +148,9 @@ class ReplicatedBackplane:
         finally:
             await self.stream.close()
 
-    def _on_packet(self, packet: Packet, last: Position) -> None:
-        """Record a packet whose messages have just been delivered."""
-        producer, sequence, _, _, payloads, heartbeat = packet
-        replica, own = producer // PRODUCER_EPOCHS, self.producer.producer_id
-        if heartbeat is not None:
-            self._heartbeats.record_heartbeat(replica, heartbeat)
-        if replica == own // PRODUCER_EPOCHS:
-            self._waits.on_delivered(producer, sequence, len(payloads), last)
-            if heartbeat is not None and producer == own:
-                self._heartbeats.record_own_heartbeat(heartbeat)
-                self.outages.on_heartbeat_read()
+    def _on_heartbeat(self, producer: int, heartbeat: bytes) -> None:
+        """Record a heartbeat that was read."""
+        self._heartbeats.record_heartbeat(producer // PRODUCER_EPOCHS, heartbeat)
+        if producer == self.producer.producer_id:
+            self._heartbeats.record_own_heartbeat(heartbeat)
+            self.outages.on_heartbeat_read()
