@@ -3,7 +3,6 @@
 Knows no connection and no protocol. The table is drawn in docs/explanation/architecture.md.
 """
 
-from collections.abc import Mapping
 from enum import Enum
 
 
@@ -55,77 +54,50 @@ Transition = tuple[ConnectionState, tuple[CloseAction, ...]]
 """The next state, and what is done once the connection is in it, in this order."""
 
 
-def _rows() -> Mapping[ConnectionState, Mapping[ConnectionEvent, Transition]]:
-    state, event, do = ConnectionState, ConnectionEvent, CloseAction
-    disconnect = {event.DISCONNECT: (state.LOST, ())}
-    lost_member = {event.DISCONNECT: (state.LOST, (do.LEAVE,))}
-    aborted = (state.DISCARDING, (do.ABORT,))
-    aborted_member = (state.DISCARDING, (do.LEAVE, do.ABORT))
-    last_frame = (
-        state.DISCARDING,
-        (do.LEAVE, do.SEND_CLOSE, do.START_DEADLINE, do.END_SENDING),
-    )
-    released = (state.CLOSED, (do.STOP_PARSING, do.RELEASE))
-    return {
-        state.HANDSHAKE: {
-            event.ACCEPT: (state.OPEN, ()),
-            event.REFUSE: (state.DISCARDING, (do.START_DEADLINE, do.END_SENDING)),
-            event.PARSED: (state.DISCARDING, (do.END_SENDING,)),
-            event.DEADLINE: aborted,
-            event.ABORT: aborted,
-            **disconnect,
-        },
-        state.OPEN: {
-            event.CLOSE: (state.CLOSING, (do.LEAVE, do.START_DEADLINE, do.SEND_CLOSE)),
-            event.QUEUE_CLOSE: (
-                state.CLOSE_PENDING,
-                (do.STOP_PARSING, do.START_DEADLINE, do.AWAIT_DELIVERIES),
-            ),
-            event.EOF: (state.OPEN, (do.LEAVE, do.START_DEADLINE)),
-            event.PARSED: (state.DISCARDING, (do.STOP_PARSING, do.END_SENDING)),
-            event.DEADLINE: aborted_member,
-            event.ABORT: aborted_member,
-            **lost_member,
-        },
-        state.CLOSE_PENDING: {
-            event.CLOSE: last_frame,
-            event.DELIVERED: last_frame,
-            # The pending deliveries take too long, maybe because of other clients.
-            event.DEADLINE: last_frame,
-            event.ABORT: aborted_member,
-            **lost_member,
-        },
-        state.CLOSING: {
-            event.QUEUE_CLOSE: (
-                state.DISCARDING,
-                (do.STOP_PARSING, do.START_DEADLINE, do.END_SENDING),
-            ),
-            event.PARSED: (state.DISCARDING, (do.STOP_PARSING, do.END_SENDING)),
-            event.DEADLINE: aborted,
-            event.ABORT: aborted,
-            **disconnect,
-        },
-        state.DISCARDING: {
-            event.QUEUE_CLOSE: (state.DISCARDING, (do.STOP_PARSING,)),
-            event.FLUSHED: (state.DISCARDING, (do.END_SENDING,)),
-            event.PARSED: (state.DISCARDING, (do.STOP_PARSING, do.END_SENDING)),
-            event.DEADLINE: aborted,
-            event.ABORT: aborted,
-            **disconnect,
-        },
-        state.LOST: {
-            event.CLOSE: released,
-            event.QUEUE_CLOSE: released,
-            event.PARSED: released,
-            event.ABORT: released,
-        },
-        state.CLOSED: {},
-    }
+TABLE = """
+HANDSHAKE     ACCEPT       OPEN
+HANDSHAKE     REFUSE       DISCARDING    START_DEADLINE END_SENDING
+HANDSHAKE     PARSED       DISCARDING    END_SENDING
+HANDSHAKE     DEADLINE     DISCARDING    ABORT
+HANDSHAKE     ABORT        DISCARDING    ABORT
+HANDSHAKE     DISCONNECT   LOST
+OPEN          CLOSE        CLOSING       LEAVE START_DEADLINE SEND_CLOSE
+OPEN          QUEUE_CLOSE  CLOSE_PENDING STOP_PARSING START_DEADLINE AWAIT_DELIVERIES
+OPEN          EOF          OPEN          LEAVE START_DEADLINE
+OPEN          PARSED       DISCARDING    STOP_PARSING END_SENDING
+OPEN          DEADLINE     DISCARDING    LEAVE ABORT
+OPEN          ABORT        DISCARDING    LEAVE ABORT
+OPEN          DISCONNECT   LOST          LEAVE
+CLOSE_PENDING CLOSE        DISCARDING    LEAVE SEND_CLOSE START_DEADLINE END_SENDING
+CLOSE_PENDING DELIVERED    DISCARDING    LEAVE SEND_CLOSE START_DEADLINE END_SENDING
+CLOSE_PENDING DEADLINE     DISCARDING    LEAVE SEND_CLOSE START_DEADLINE END_SENDING
+CLOSE_PENDING ABORT        DISCARDING    LEAVE ABORT
+CLOSE_PENDING DISCONNECT   LOST          LEAVE
+CLOSING       QUEUE_CLOSE  DISCARDING    STOP_PARSING START_DEADLINE END_SENDING
+CLOSING       PARSED       DISCARDING    STOP_PARSING END_SENDING
+CLOSING       DEADLINE     DISCARDING    ABORT
+CLOSING       ABORT        DISCARDING    ABORT
+CLOSING       DISCONNECT   LOST
+DISCARDING    QUEUE_CLOSE  DISCARDING    STOP_PARSING
+DISCARDING    FLUSHED      DISCARDING    END_SENDING
+DISCARDING    PARSED       DISCARDING    STOP_PARSING END_SENDING
+DISCARDING    DEADLINE     DISCARDING    ABORT
+DISCARDING    ABORT        DISCARDING    ABORT
+DISCARDING    DISCONNECT   LOST
+LOST          CLOSE        CLOSED        STOP_PARSING RELEASE
+LOST          QUEUE_CLOSE  CLOSED        STOP_PARSING RELEASE
+LOST          PARSED       CLOSED        STOP_PARSING RELEASE
+LOST          ABORT        CLOSED        STOP_PARSING RELEASE
+"""
+"""State, event, next state, actions. An event that a state does not list changes nothing."""
 
-
-TRANSITIONS: Mapping[tuple[ConnectionState, ConnectionEvent], Transition] = {
-    (state, event): _rows()[state].get(event, (state, ()))
-    for state in ConnectionState
-    for event in ConnectionEvent
+TRANSITIONS: dict[tuple[ConnectionState, ConnectionEvent], Transition] = {
+    (state, event): (state, ()) for state in ConnectionState for event in ConnectionEvent
 }
-"""The transition of every state and event; most events change nothing in most states."""
+"""The transition of every state and event."""
+
+for _state, _event, _following, *_actions in map(str.split, TABLE.strip().splitlines()):
+    TRANSITIONS[ConnectionState[_state], ConnectionEvent[_event]] = (
+        ConnectionState[_following],
+        tuple(CloseAction[action] for action in _actions),
+    )
