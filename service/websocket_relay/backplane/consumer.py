@@ -285,7 +285,7 @@ class Consumer:
         entries = [
             LogEntry(Position(epoch, offset, following), channel, *message)
             for following, (channel, message) in enumerate(
-                zip(channels, messages, strict=False), index + 1
+                zip(channels, messages, strict=True), index + 1
             )
         ]
         if entries:

@@ -108,7 +108,7 @@ class Producer:
             abandoned; 0: none is in flight.
         heartbeat_confirmed_at: when the append of the latest heartbeat was confirmed, by the clock;
             0: it is not.
-        append_in_outage: receives the messages instead during an outage.
+        append_in_outage: receives the messages instead during an outage; None: there is no outage.
     """
 
     def __init__(

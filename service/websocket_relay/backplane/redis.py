@@ -305,7 +305,7 @@ class RedisConnection:
         """
         connection = self._connection
         assert connection is not None
-        await connection.send_command(*command)
+        await connection.send_packed_command(connection.pack_command(*command))
         return await connection.read_response()
 
     async def abort(self) -> None:
