@@ -1,10 +1,11 @@
 """How the tests run: the plugins, how many tests at a time, and the event loop of each."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import pytest
 import uvloop
@@ -38,6 +39,20 @@ def pytest_xdist_auto_num_workers() -> int:
     """Return how many tests run at a time: two thirds of their time they wait for something."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return 3 * cores
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect the tests without garbage collection, which takes a third of that time otherwise.
+
+    The modules and tests stay to the end of the run: later collections skip them.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_asyncio_loop_factories(
