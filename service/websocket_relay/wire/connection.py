@@ -146,7 +146,6 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_backlog",
-        "_chunk_bytes",
         "_close_frame",
         "_close_reason",
         "_deadline_timer",
@@ -154,7 +153,6 @@ class Connection(asyncio.Protocol):
         "_is_member",
         "_on_lost",
         "_sink",
-        "_write_now",
         "data_received",
         "delivery_format",
         "has_input_ended",
@@ -177,8 +175,6 @@ class Connection(asyncio.Protocol):
         self.shared = shared
         self.state = ConnectionState.HANDSHAKE
         self.transport: asyncio.Transport
-        self._write_now: Callable[[bytes], None]
-        self._chunk_bytes = CHUNK_BYTES
         self._sink: MessageSink | None = None
         self._is_member = False  # of the sink, which writes to the client
         self._backlog: SendBacklog | None = None
@@ -210,9 +206,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""
         self.transport = cast(asyncio.Transport, transport)
-        is_tls = transport.get_extra_info("ssl_object") is not None
-        self._write_now = self._write_records if is_tls else self.transport.write
-        self._chunk_bytes = TLS_RECORD_BYTES if is_tls else CHUNK_BYTES
 
     def open(self, response: bytes, encoding: int) -> None:
         """Send the response head, and register the connection as established.
@@ -344,7 +337,6 @@ class Connection(asyncio.Protocol):
         """
         # Batches may refer to this object for a while, which must not keep TLS's buffers in memory.
         self.transport = CLOSED_TRANSPORT
-        self._write_now = CLOSED_TRANSPORT.write
         self.has_input_ended = True
         self._cancel_deadline()
         self._handle(ConnectionEvent.DISCONNECT)
@@ -488,6 +480,15 @@ class Connection(asyncio.Protocol):
             return 0
         return backlog.drained(self.transport.get_write_buffer_size())
 
+    @property
+    def _uses_tls(self) -> bool:
+        return self.transport.get_extra_info("ssl_object") is not None
+
+    @property
+    def _write_now(self) -> Callable[[bytes], None]:
+        """What writes a batch while nothing waits."""
+        return self._write_records if self._uses_tls else self.transport.write
+
     def pause_writing(self) -> None:
         """Start a backlog: the write in progress filled the socket."""
         if self._backlog is not None:
@@ -514,7 +515,8 @@ class Connection(asyncio.Protocol):
             return
         backlog.is_blocked = False
         counters.deliveries += backlog.advance()
-        while chunk := backlog.next_chunk(self._chunk_bytes):
+        chunk_bytes = TLS_RECORD_BYTES if self._uses_tls else CHUNK_BYTES
+        while chunk := backlog.next_chunk(chunk_bytes):
             transport.write(chunk)
             if backlog.is_blocked or transport.is_closing():
                 return

@@ -58,7 +58,6 @@ class WebSocket:
         "_pause_count",
         "_ping_unanswered_since",
         "_read_paused_at",
-        "_shared",
         "_sink",
         "_unparsed",
         "_unparsed_bytes",
@@ -69,7 +68,6 @@ class WebSocket:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._shared = connection.shared
         self._sink: MessageSink
         self._parser: Parser | None = None
         self._early_data = b""
@@ -88,7 +86,7 @@ class WebSocket:
         """Pass the client's messages to a sink; parse what arrived during the handshake."""
         self._sink = sink
         inflates = self._connection.delivery_format.encoding != PLAIN
-        self._parser = Parser(self._shared.max_message_bytes, inflates=inflates)
+        self._parser = Parser(self._connection.shared.max_message_bytes, inflates=inflates)
         if early_data := self._take_early_data():
             self.data_received(early_data)
 
@@ -99,7 +97,7 @@ class WebSocket:
             self._keep_early_data(data)
             return
         events = self._parser.feed(data)
-        shared = self._shared
+        shared = self._connection.shared
         pending, appends = shared.publish_limits
         if pending.bytes > pending.limit_bytes or appends.bytes > appends.limit_bytes:
             self._defer_parsing(events, len(data))
@@ -113,7 +111,7 @@ class WebSocket:
 
     def _defer_parsing(self, events: Iterator[ParserEvent], size: int) -> None:
         """Queue the rest of a read for parsing in slices, and pause reading until then."""
-        shared = self._shared
+        shared = self._connection.shared
         self._unparsed = events
         self._unparsed_bytes = size
         shared.unparsed.bytes += size
@@ -153,8 +151,8 @@ class WebSocket:
             self._is_queued = False
         if self._connection.has_input_ended:
             self._connection.on_input_parsed()
-        elif self._shared.unparsed.is_exceeded:
-            self._shared.unparsed.pause_publisher(self)
+        elif self._connection.shared.unparsed.is_exceeded:
+            self._connection.shared.unparsed.pause_publisher(self)
         elif not self._is_paused:
             self._resume_transport()
 
@@ -165,7 +163,7 @@ class WebSocket:
     def _release_unparsed(self) -> None:
         self._unparsed = None
         if self._unparsed_bytes:
-            self._shared.unparsed.drained(self._unparsed_bytes)
+            self._connection.shared.unparsed.drained(self._unparsed_bytes)
             self._unparsed_bytes = 0
 
     def _discard_half_inflated(self) -> None:
@@ -176,7 +174,7 @@ class WebSocket:
     def _schedule_parsing(self) -> None:
         if not self._pause_count and not self._is_queued:
             self._is_queued = True
-            self._shared.parse_slicer.schedule_work(self._parse_rest())
+            self._connection.shared.parse_slicer.schedule_work(self._parse_rest())
 
     # The hot path: one loop, no call but those that a message needs.
     def _process_events(self, events: Iterator[ParserEvent]) -> ParserEvent | None:  # noqa: C901
@@ -222,7 +220,7 @@ class WebSocket:
 
     def _report_partial_bytes(self, size: int) -> None:
         self._partial_bytes = size
-        self._shared.partial_messages.record_partial_bytes(self, size)
+        self._connection.shared.partial_messages.record_partial_bytes(self, size)
 
     def drop_partial_message(self) -> None:
         """Close the connection, so that the memory of its incomplete message is freed."""
@@ -293,14 +291,14 @@ class WebSocket:
         """Stop reading from the client until `resume_reading` was called as often."""
         self._pause_count += 1
         if self._pause_count == 1:
-            self._shared.paused_connections += 1
+            self._connection.shared.paused_connections += 1
             self._pause_transport()
 
     def resume_reading(self) -> None:
         """Undo one `pause_reading`; the last one resumes parsing and reading."""
         self._pause_count -= 1
         if self._pause_count == 0:
-            self._shared.paused_connections -= 1
+            self._connection.shared.paused_connections -= 1
             if self._unparsed is not None:
                 self._schedule_parsing()
             else:
