@@ -24,9 +24,6 @@ PORTS = range(20_000, 30_000)
 """Below the ephemeral ports: a client could take one of those while a broker restarts."""
 
 
-_reserved: list[socket.socket] = []
-
-
 def free_port() -> int:
     """Return a port that no socket is bound to, and that no later call returns.
 
@@ -43,7 +40,7 @@ def free_port() -> int:
             continue
         if sys.platform == "linux":
             reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _reserved.append(reserving)
+            reserving.detach()  # bound until this process ends
         else:
             reserving.close()
         return port
