@@ -24,7 +24,6 @@ from websocket_relay.api.requests import (
     DEFAULT_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
-    channel_of,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.messages import BINARY, TEXT, Message
@@ -100,8 +99,9 @@ def publish_router(
     async def publish(request: Request) -> Response:
         media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
-            channel = channel_of(request)
-            await admission.admit_publisher(admission_request_of(request))
+            admission_request = admission_request_of(request)
+            channel = admission_request.channel
+            await admission.admit_publisher(admission_request)
             _require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
@@ -233,15 +233,14 @@ async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Mess
 
     def collect() -> Iterator[None]:
         collected = []
-        try:
-            for message in messages:
-                if done.cancelled():
-                    return
-                collected.append(message)
-                yield
-            done.set_result(collected)
-        except RefusedError as error:
-            done.set_exception(error)
+        while not done.done():  # the caller may be cancelled between two steps
+            try:
+                collected.append(next(messages))
+            except StopIteration:
+                done.set_result(collected)
+            except RefusedError as error:
+                done.set_exception(error)
+            yield
 
     slicer.schedule_work(collect())
     return await done
