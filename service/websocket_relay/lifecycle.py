@@ -14,7 +14,7 @@ class Phase(StrEnum):
     WAITING_FOR_BACKPLANE = "waiting for the backplane"  # and for the history in it
     WAITING_FOR_KEYS = "waiting for signing keys"  # for the first fetch of auth.jwt.jwks_url
     READY = "ready"
-    DRAINING = "draining"  # load balancers notice; new clients are accepted meanwhile
+    DRAINING = "draining"  # load balancers notice; new clients are still accepted
     REFUSING = "refusing"  # clients are closed, new ones are refused; the status is "draining"
 
 

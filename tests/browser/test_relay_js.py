@@ -125,6 +125,14 @@ async def load(page: Page, origin: str) -> RelayTab:
 
 
 @asynccontextmanager
+async def open_tab_with_clock() -> AsyncIterator[RelayTab]:
+    """Open a page whose clock the test moves."""
+    async with serve_relay_js_page() as site, browser.open_page() as page:
+        await page.clock.install()
+        yield await load(page, site.origin)
+
+
+@asynccontextmanager
 async def open_tab() -> AsyncIterator[RelayTab]:
     """Open a page that imports relay.js from another origin."""
     async with (
@@ -502,9 +510,8 @@ async def test_the_connection_to_a_frozen_relay_is_closed_within_25_s(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with()
-    async with serve_relay_js_page() as site, browser.open_page() as page:
-        await page.clock.install()
-        tab = await load(page, site.origin)
+    async with open_tab_with_clock() as tab:
+        page = tab.page
         await tab.open(relay.ws_url())
         relay.signal(SIGSTOP)
         try:
@@ -540,11 +547,9 @@ async def test_a_dead_connection_is_replaced_after_a_sleep(
 ) -> None:
     async with (
         UpgradeProxy(relay.port) as proxy,
-        serve_relay_js_page() as site,
-        browser.open_page() as page,
+        open_tab_with_clock() as tab,
     ):
-        await page.clock.install()
-        tab = await load(page, site.origin)
+        page = tab.page
         await tab.open(proxy.url(path_of(channel)))
         async with relay.client(channel) as other:
             proxy.stall()
@@ -561,11 +566,9 @@ async def test_a_dead_connection_is_replaced_after_a_sleep(
 async def test_a_live_connection_is_kept_after_a_sleep(relay: RelayProcess, channel: str) -> None:
     async with (
         UpgradeProxy(relay.port) as proxy,
-        serve_relay_js_page() as site,
-        browser.open_page() as page,
+        open_tab_with_clock() as tab,
     ):
-        await page.clock.install()
-        tab = await load(page, site.origin)
+        page = tab.page
         await tab.open(proxy.url(path_of(channel)))
         async with relay.client(channel) as other:
             await page.clock.pause_at(await page.evaluate("Date.now()") + 600_000)
@@ -779,11 +782,9 @@ async def test_a_stream_is_replaced_by_a_websocket_when_upgrades_succeed(
 ) -> None:
     async with (
         UpgradeProxy(relay.port) as proxy,
-        serve_relay_js_page() as site,
-        browser.open_page() as page,
+        open_tab_with_clock() as tab,
     ):
-        await page.clock.install()
-        tab = await load(page, site.origin)
+        page = tab.page
         proxy.blocks_upgrades = True
         await tab.open(proxy.url(path_of(channel)))
         async with relay.client(channel) as other:
@@ -968,12 +969,10 @@ async def test_a_relay_that_has_replaced_a_dead_shared_stream_does_not_join_it_a
     relay = relay_with(keepalive={"ping_interval_s": 300})  # no heartbeat is late on the page
     async with (
         UpgradeProxy(relay.port) as proxy,
-        serve_relay_js_page() as site,
-        browser.open_page() as page,
+        open_tab_with_clock() as tab,
         relay.client(channel) as other,
     ):
-        await page.clock.install()
-        tab = await load(page, site.origin)
+        page = tab.page
         proxy.blocks_upgrades = True
         for _ in range(3):
             await add_stream(tab, proxy.url(path_of(channel)))
@@ -1035,11 +1034,9 @@ async def test_a_timeout_beside_six_streams_of_the_page_names_them(
     relay = relay_with(keepalive={"ping_interval_s": 300})  # no heartbeat is late on the page
     async with (
         UpgradeProxy(relay.port) as proxy,
-        serve_relay_js_page() as site,
-        browser.open_page() as page,
+        open_tab_with_clock() as tab,
     ):
-        await page.clock.install()
-        tab = await load(page, site.origin)
+        page = tab.page
         proxy.blocks_upgrades = True
         for number in range(6):
             await add_stream(tab, proxy.url(path_of(f"{channel}-{number}")))

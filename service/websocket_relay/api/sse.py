@@ -15,7 +15,6 @@ from websocket_relay.api.requests import (
     CHANNEL_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
-    channel_of,
     replay_request_of,
 )
 from websocket_relay.api.routes import add_get_route
@@ -140,9 +139,10 @@ def events_router(
         replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain_responses()
-        grant = await admission.admit(admission_request_of(request))
+        admission_request = admission_request_of(request)
+        grant = await admission.admit(admission_request)
 
-        subscription = Subscription(channel_of(request), grant, replay)
+        subscription = Subscription(admission_request.channel, grant, replay)
         return EventsResponse(subscription, admission, broadcaster, silence_s)
 
     router = APIRouter()

@@ -46,7 +46,8 @@ def add_websocket_routes(
         sends_positions = POSITIONS_SUBPROTOCOL in offered
         try:
             replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
-            grant = await admission.admit(admission_request_of(websocket))
+            admission_request = admission_request_of(websocket)
+            grant = await admission.admit(admission_request)
         except RefusedError as error:
             scope[HANDSHAKE_KEY].refuse(error)
             return
@@ -57,7 +58,7 @@ def add_websocket_routes(
         admission.enforce_grant(client, grant)
         encoding = client.delivery_format.encoding
         delivery_format = DeliveryFormat.of(encoding, sends_positions=sends_positions)
-        broadcaster.subscribe(channel_of(websocket), client, delivery_format, replay)
+        broadcaster.subscribe(admission_request.channel, client, delivery_format, replay)
 
     async def refuse_path(websocket: WebSocket) -> None:
         websocket.scope[HANDSHAKE_KEY].refuse(no_such_path(base_path))

@@ -1,4 +1,4 @@
-"""Own the outages: when one begins and ends, and what becomes of messages meanwhile.
+"""Own the outages: when one begins and ends, and what becomes of messages in one.
 
 Each heartbeat checks whether the stream can be reached. While none is read back in time there is an
 *outage*. At its start the pending messages are abandoned. Until its end messages are delivered on

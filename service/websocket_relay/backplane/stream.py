@@ -7,13 +7,13 @@ pause (`Retries`).
 
 import asyncio
 import logging
-import random
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from websocket_relay.backoff import backoff
 from websocket_relay.backplane.timings import Timings
 from websocket_relay.outcomes import RelayError, UnusableSettingError
 from websocket_relay.redaction import redact
@@ -187,8 +187,8 @@ class Retries:
     def __init__(self, action: str, address: str, timings: Timings) -> None:
         self._action = action
         self._address = address
-        self._timings = timings
-        self._pause_s = timings.first_pause_s
+        self._pause_limits = timings.first_pause_s, timings.longest_pause_s
+        self._pauses = backoff(*self._pause_limits)
         self._texts: set[str] = set()
 
     async def pause_after(self, error: BrokerError) -> None:
@@ -198,13 +198,11 @@ class Retries:
             self._texts.add(text)
             fields = {"broker": self._address, "action": self._action, "error": text}
             log.warning("backplane failed", extra=fields)
-        pause_s = self._pause_s
-        self._pause_s = min(2 * pause_s, self._timings.longest_pause_s)
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+        await asyncio.sleep(next(self._pauses))
 
     def record_success(self) -> None:
         """End the streak of failures, if there is one."""
         if self._texts:
             self._texts.clear()
-            self._pause_s = self._timings.first_pause_s
+            self._pauses = backoff(*self._pause_limits)
             log.info("backplane recovered", extra={"action": self._action})
