@@ -60,6 +60,94 @@ CLOSE_CODES = frozenset([*range(1000, 1004), *range(1007, 1015), *range(3000, 50
 """Codes allowed in a close frame (RFC 6455 section 7.4 and the IANA registry)."""
 
 
+class _PartialMessage:
+    """The data message that is being received.
+
+    Args:
+        opcode: TEXT or BINARY.
+        inflater: of a compressed message; None: it is not compressed.
+
+    Attributes:
+        payload: the decoded bytes.
+        wire_bytes: payload bytes as declared by the frames so far, before inflating.
+        decoder: checks text; None: the message is binary.
+        remaining_bytes: of the current frame's payload.
+        mask: of the current frame, rotated by what was received of it.
+        is_last_frame: whether the current frame is the message's last.
+        is_restartable: whether the message being inflated starts within the last feed.
+        is_restarting: whether `discard_inflated` asked to inflate the message again.
+        inflate_steps: the inflating of what was received.
+    """
+
+    __slots__ = (
+        "decoder",
+        "inflate_steps",
+        "inflater",
+        "is_last_frame",
+        "is_restartable",
+        "is_restarting",
+        "mask",
+        "opcode",
+        "payload",
+        "remaining_bytes",
+        "wire_bytes",
+    )
+
+    remaining_bytes: int
+    mask: bytes
+    is_last_frame: bool
+    is_restartable: bool
+    inflate_steps: Generator[ParserEvent, None, None]
+
+    def __init__(self, opcode: int, inflater: Inflater | None) -> None:
+        self.opcode = opcode
+        self.wire_bytes = 0
+        self.is_restarting = False
+        self.start(inflater)
+
+    def start(self, inflater: Inflater | None) -> None:
+        """Start the decoding from the message's beginning."""
+        self.payload = bytearray()
+        self.inflater = inflater
+        self.decoder: IncrementalDecoder | None = _Utf8Decoder() if self.opcode == TEXT else None
+
+    def append(self, payload: bytes, *, final: bool = False) -> None:
+        """Append decoded bytes.
+
+        Raises:
+            ProtocolViolationError: text is not UTF-8.
+        """
+        if self.decoder is not None:
+            try:
+                self.decoder.decode(payload, final)
+            except UnicodeDecodeError:
+                raise ProtocolViolationError(Close.INVALID_UTF8) from None
+            # Python's decoder rejects a surrogate only at its third octet. UTF-8 has no surrogates
+            # (RFC 3629): reject it at the second one.
+            undecoded, _ = self.decoder.getstate()
+            if undecoded[:1] == b"\xed" and undecoded[1:] >= b"\xa0":
+                raise ProtocolViolationError(Close.INVALID_UTF8)
+        self.payload += payload
+
+    def finish(self) -> bytes:
+        """Return the complete payload, and keep nothing of it.
+
+        Raises:
+            ProtocolViolationError: text or compressed data ends within a character or a block.
+        """
+        if self.inflater is not None:
+            self.inflater.finish()
+        self.append(b"", final=True)
+        payload = bytes(self.payload)
+        self.start(None)
+        return payload
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that the message uses."""
+        return len(self.payload) + (INFLATER_BYTES if self.inflater is not None else 0)
+
+
 class Parser:
     """The incremental parser of one client's frames.
 
@@ -71,22 +159,13 @@ class Parser:
         buffered_bytes: the memory used by the partial message.
     """
 
+    # What an idle client costs: everything else is in the message that is being received.
     __slots__ = (
-        "_decoder",
-        "_fin",
         "_inflate_cost_bytes",
-        "_inflate_steps",
-        "_inflater",
         "_inflates",
-        "_is_restartable",
-        "_is_restarting",
-        "_mask",
         "_max_bytes",
         "_message",
-        "_message_opcode",
         "_partial_frame",
-        "_remaining_bytes",
-        "_wire_bytes",
         "buffered_bytes",
     )
 
@@ -94,22 +173,8 @@ class Parser:
         self._max_bytes = max_message_bytes
         self._inflates = inflates
         self._partial_frame = b""  # a partial frame header, or a partial control frame
-        # The current data frame
-        self._remaining_bytes = 0
-        self._mask = b""
-        self._fin = False
-        # The current message; the opcode is CONTINUATION while there is none
-        self._message_opcode = CONTINUATION
-        self._message = bytearray()
+        self._message: _PartialMessage | None = None
         self.buffered_bytes = 0
-        self._wire_bytes = 0  # payload bytes as received, before inflating
-        self._decoder: IncrementalDecoder | None = None
-        self._inflater: Inflater | None = None
-        self._is_restartable = (
-            False  # whether the message being inflated starts within the last feed
-        )
-        self._inflate_steps: Generator[ParserEvent, None, None]
-        self._is_restarting = False  # `discard_inflated` asked to inflate the message again
         self._inflate_cost_bytes = 0  # cost of inflating since the last pause, as output bytes
 
     # Hot path: splitting it into functions would cost a call for every frame.
@@ -126,8 +191,8 @@ class Parser:
             data, self._partial_frame = self._partial_frame + data, b""
         self._inflate_cost_bytes = 0
         position, end, pause_at = 0, len(data), PAUSE_INTERVAL_BYTES
-        if self._remaining_bytes:
-            position = yield from self._consume_payload(data, 0)
+        if self._message is not None and self._message.remaining_bytes:
+            position = yield from self._consume_payload(self._message, data, 0)
         while end - position >= 2:
             if position > pause_at:
                 yield PAUSE
@@ -143,7 +208,7 @@ class Parser:
                 and first in UNFRAGMENTED
                 and second & MASK_BIT
                 and size <= self._max_bytes
-                and self._message_opcode == CONTINUATION
+                and self._message is None
             ):
                 # The common case: a complete, uncompressed message in one frame.
                 payload = apply_mask(data[body : body + size], data[body - MASK_BYTES : body])
@@ -162,8 +227,8 @@ class Parser:
                 if first & OPCODE == CLOSE:
                     return
             else:
-                self._start_data_frame(first, size, mask)
-                position = yield from self._consume_payload(data, body)
+                message = self._start_data_frame(first, size, mask)
+                position = yield from self._consume_payload(message, data, body)
         self._partial_frame = data[position:]
 
     def _check_head(self, first: int, second: int, size: int) -> None:
@@ -182,48 +247,56 @@ class Parser:
             if size > MAX_CONTROL_BYTES:
                 raise ProtocolViolationError(Close.PROTOCOL_ERROR, "control frame too long")
             return
-        if opcode == CONTINUATION and self._message_opcode == CONTINUATION:
+        message = self._message
+        if opcode == CONTINUATION and message is None:
             raise ProtocolViolationError(Close.PROTOCOL_ERROR, "unexpected continuation frame")
-        if opcode != CONTINUATION and self._message_opcode != CONTINUATION:
+        if opcode != CONTINUATION and message is not None:
             raise ProtocolViolationError(Close.PROTOCOL_ERROR, "expected continuation frame")
-        may_inflate = is_compressed or self._inflater is not None
+        may_inflate = is_compressed or (message is not None and message.inflater is not None)
         max_bytes = _max_deflated_bytes(self._max_bytes) if may_inflate else self._max_bytes
-        if self._wire_bytes + size > max_bytes:
+        if (message.wire_bytes if message is not None else 0) + size > max_bytes:
             raise ProtocolViolationError(Close.MESSAGE_TOO_BIG)
 
-    def _start_data_frame(self, first: int, size: int, mask: bytes) -> None:
-        """Start a data frame that is outside the common case of `feed`."""
-        opcode = first & OPCODE
-        if opcode != CONTINUATION:
-            self._message_opcode = opcode
-            self._decoder = _Utf8Decoder() if opcode == TEXT else None
-            self._inflater = Inflater(self._max_bytes) if first & RSV1 else None
-        self._wire_bytes += size
-        self._is_restartable = opcode != CONTINUATION
-        self._remaining_bytes = size
-        self._mask = mask
-        self._fin = bool(first & FIN)
+    def _start_data_frame(self, first: int, size: int, mask: bytes) -> _PartialMessage:
+        """Start a data frame that is outside the common case of `feed`; return its message."""
+        message = self._message
+        is_first = message is None
+        if message is None:
+            inflater = Inflater(self._max_bytes) if first & RSV1 else None
+            self._message = message = _PartialMessage(first & OPCODE, inflater)
+        message.wire_bytes += size
+        message.is_restartable = is_first
+        message.remaining_bytes = size
+        message.mask = mask
+        message.is_last_frame = bool(first & FIN)
+        return message
 
-    def _consume_payload(self, data: bytes, start: int) -> Generator[ParserEvent, None, int]:
+    def _consume_payload(
+        self, message: _PartialMessage, data: bytes, start: int
+    ) -> Generator[ParserEvent, None, int]:
         """Consume the available payload of the frame, and yield the message if it is complete.
 
         Returns:
             The end offset of the consumed payload.
         """
-        payload = apply_mask(data[start : start + self._remaining_bytes], self._mask)
+        payload = apply_mask(data[start : start + message.remaining_bytes], message.mask)
         consumed = len(payload)
-        self._remaining_bytes -= consumed
+        message.remaining_bytes -= consumed
         rotation = consumed % MASK_BYTES
-        self._mask = self._mask[rotation:] + self._mask[:rotation]
-        if self._inflater is None:
-            self._append(payload)
+        message.mask = message.mask[rotation:] + message.mask[:rotation]
+        if message.inflater is None:
+            message.append(payload)
         else:
-            yield from self._inflate(payload)
-        if self._fin and not self._remaining_bytes:
-            inflated_bytes = len(self._message) if self._inflater is not None else 0
-            yield self._finish_message()
-            if inflated_bytes > INFLATED_SLICE_BYTES:
-                yield PAUSE
+            yield from self._inflate(message, payload)
+        if not message.is_last_frame or message.remaining_bytes:
+            self.buffered_bytes = message.memory_bytes
+            return start + consumed
+        inflated_bytes = len(message.payload) if message.inflater is not None else 0
+        self._message = None
+        self.buffered_bytes = 0
+        yield message.opcode, message.finish()
+        if inflated_bytes > INFLATED_SLICE_BYTES:
+            yield PAUSE
         return start + consumed
 
     def discard_inflated(self) -> bool:
@@ -232,69 +305,42 @@ class Parser:
         Returns:
             Whether it can: the last feed holds all of the message received so far.
         """
-        if self._is_restartable:
-            self._is_restarting = True
-            self._inflate_steps.close()
-            self._reset()
-        return self._is_restartable
+        message = self._message
+        assert message is not None
+        if message.is_restartable:
+            message.is_restarting = True
+            message.inflate_steps.close()
+            message.start(None)
+            self.buffered_bytes = 0
+        return message.is_restartable
 
-    def _reset(self) -> None:
-        self._message = bytearray()
-        self.buffered_bytes = 0
-        self._decoder = self._inflater = None
-
-    def _inflate(self, payload: bytes) -> Iterator[ParserEvent]:
+    def _inflate(self, message: _PartialMessage, payload: bytes) -> Iterator[ParserEvent]:
         """Inflate the received part of a message; start again if the output was discarded."""
         while True:
-            self._inflate_steps = self._inflate_once(payload)
-            yield from self._inflate_steps
-            if not self._is_restarting:
+            message.inflate_steps = self._inflate_once(message, payload)
+            yield from message.inflate_steps
+            if not message.is_restarting:
                 break
-            self._is_restarting = False
-            self._decoder = _Utf8Decoder() if self._message_opcode == TEXT else None
-            self._inflater = Inflater(self._max_bytes)
-        self._is_restartable = False
+            message.is_restarting = False
+            message.start(Inflater(self._max_bytes))
+        message.is_restartable = False
 
-    def _inflate_once(self, payload: bytes) -> Generator[ParserEvent, None, None]:
-        assert self._inflater is not None
+    def _inflate_once(
+        self, message: _PartialMessage, payload: bytes
+    ) -> Generator[ParserEvent, None, None]:
+        assert message.inflater is not None
         pause = PAUSE
         for start in range(0, len(payload), DEFLATED_SLICE_BYTES):
             deflated = payload[start : start + DEFLATED_SLICE_BYTES]
-            for part in self._inflater.feed(deflated):
+            for part in message.inflater.feed(deflated):
                 if self._inflate_cost_bytes > INFLATED_SLICE_BYTES:
                     self._inflate_cost_bytes = 0
+                    self.buffered_bytes = message.memory_bytes
                     yield pause
-                self._append(part)
+                message.append(part)
                 self._inflate_cost_bytes += max(INFLATE_CALL_COST_BYTES, len(part))
                 pause = PAUSE_INFLATING if len(part) == INFLATED_SLICE_BYTES else PAUSE
             self._inflate_cost_bytes += len(deflated) * DEFLATED_BYTE_COST
-
-    def _append(self, payload: bytes, *, final: bool = False) -> None:
-        if self._decoder is not None:
-            try:
-                self._decoder.decode(payload, final)
-            except UnicodeDecodeError:
-                raise ProtocolViolationError(Close.INVALID_UTF8) from None
-            # Python's decoder rejects a surrogate only at its third octet. UTF-8 has no surrogates
-            # (RFC 3629): reject it at the second one.
-            undecoded, _ = self._decoder.getstate()
-            if undecoded[:1] == b"\xed" and undecoded[1:] >= b"\xa0":
-                raise ProtocolViolationError(Close.INVALID_UTF8)
-        self._message += payload
-        self.buffered_bytes = len(self._message)
-        if self._inflater is not None:
-            self.buffered_bytes += INFLATER_BYTES
-
-    def _finish_message(self) -> ParserEvent:
-        """Return the complete message and reset the state for the next one."""
-        if self._inflater is not None:
-            self._inflater.finish()
-        self._append(b"", final=True)
-        opcode, payload = self._message_opcode, bytes(self._message)
-        self._message_opcode = CONTINUATION
-        self._wire_bytes = 0
-        self._reset()
-        return opcode, payload
 
 
 def _extended_length(data: bytes, position: int, size: int) -> tuple[int, int]:
