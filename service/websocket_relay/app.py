@@ -8,7 +8,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import APIRouter, FastAPI
 from prometheus_fastapi_instrumentator import Instrumentator
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from websocket_relay import __version__, logs
 from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy
@@ -28,7 +28,7 @@ from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import answer_refusals
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
-from websocket_relay.api.websocket import add_websocket_routes, upgrade_router
+from websocket_relay.api.websocket import upgrade_router, websocket_router
 from websocket_relay.backplane.access import BrokerAccess
 from websocket_relay.backplane.factory import open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState
@@ -44,7 +44,6 @@ from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal, TlsFailure
 from websocket_relay.refusals import Refusals
 from websocket_relay.tls import Certificates
-from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import INFLATER_BYTES
 from websocket_relay.wire.flow_control import HighWaterMark
@@ -52,7 +51,6 @@ from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.send_backlog import SendBacklogs
-from websocket_relay.wire.websocket import new_websocket
 
 if TYPE_CHECKING:
     from websocket_relay.admission.jwks import Jwks
@@ -91,7 +89,7 @@ class Port:
     Attributes:
         app: the application.
         http_connections: the plain HTTP connections of the port.
-        http, ws: uvicorn's settings of these names, which make the connections.
+        http: uvicorn's setting of this name, which makes the connections.
         tls: for TLS; None: no TLS.
         record_tls_failure: counts and logs a TLS handshake that failed.
     """
@@ -99,7 +97,6 @@ class Port:
     app: ASGIApp
     http_connections: HttpConnections
     http: Callable[..., HttpProtocol]
-    ws: Callable[..., Connection] | str = "none"
     tls: ssl.SSLContext | None = None
     record_tls_failure: Callable[[TlsFailure], None] = lambda _: None
 
@@ -289,8 +286,9 @@ class Replica:
         return Port(
             self._make_app(),
             http_connections,
-            http=partial(HttpProtocol, shared=self.shared, plain=http_connections),
-            ws=partial(new_websocket, shared=self.shared),
+            http=partial(
+                HttpProtocol, shared=self.shared, plain=http_connections, accepts_upgrades=True
+            ),
             tls=self._certificates.context if self._certificates is not None else None,
             record_tls_failure=self._refusals.record_tls_failure,
         )
@@ -312,12 +310,17 @@ class Replica:
         base_path = self._settings.server.base_path
         app = _fastapi(openapi_url=f"{base_path}/openapi.json")
         answer_refusals(app, self._refusals, base_path=base_path)
-        add_websocket_routes(app.router, self._admission, self._broadcaster, base_path=base_path)
         for router in self._routers(base_path):
             app.include_router(router)
         app.add_middleware(self._cors.wrap)
         Instrumentator(registry=self._metrics.registry).instrument(app)
-        return self.tracing.traced(app) if self.tracing else app
+        websockets = websocket_router(self._admission, self._broadcaster, base_path=base_path)
+
+        def by_kind(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+            """Pass handshakes to their routes without the middlewares, which are HTTP's."""
+            return (websockets if scope["type"] == "websocket" else app)(scope, receive, send)
+
+        return self.tracing.traced(by_kind) if self.tracing else by_kind
 
     def _routers(self, base_path: str) -> Iterator[APIRouter]:
         """Yield the routers of the relay's port, in the order in which they are asked."""

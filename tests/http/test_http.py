@@ -166,6 +166,12 @@ async def test_an_http_1_0_request_is_answered_and_its_connection_closed(
         assert (response.status, response.headers["connection"]) == (200, "close"), fields
 
 
+async def test_a_method_that_no_server_must_know_is_not_implemented(relay: RelayProcess) -> None:
+    """RFC 9110 section 9.1. Each method that is answered has series in the metrics."""
+    wires = [PROBE.replace(b"GET", method) for method in (b"PROPFIND", b"M-SEARCH", b"GETX")]
+    await assert_rejected(relay, wires, 501)
+
+
 async def test_other_versions_of_http_are_rejected_as_not_supported(relay: RelayProcess) -> None:
     upgrade = upgrade_request()
     old_upgrade = upgrade.replace(b"HTTP/1.1", b"HTTP/1.0")
@@ -565,7 +571,7 @@ async def test_a_client_that_has_closed_its_sending_side_receives_its_response(
 
 
 async def test_requests_of_all_kinds_add_no_series_to_the_metrics(relay: RelayProcess) -> None:
-    methods = ("GET", "POST", "PROPFIND", "M-SEARCH")
+    methods = ("GET", "POST", "OPTIONS", "TRACE")
     targets = ("/nowhere-{}", "/channels/name-{}", "/channels/%20{}", "/?x={}")
 
     async def send_requests(first: int, count: int) -> None:

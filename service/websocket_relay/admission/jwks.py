@@ -31,6 +31,7 @@ from websocket_relay.config.model import is_web_address
 from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
 from websocket_relay.token_bucket import TokenBucket
 from websocket_relay.trust import accept_home_made_cas
+from websocket_relay.wire.asgi import enter_task
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class Jwks:
             if loop.time() - self._fetched_at > MAX_AGE_S and self._fetch_rate.take(loop.time()):
                 self._start_fetch()  # in the background
         elif self._fetching is not None or self._fetch_rate.take(loop.time()):
+            await enter_task()
             # Not awaited directly: a client that disconnects would cancel it for all that wait.
             await asyncio.wait({self._start_fetch()})
             found = self._cached(algorithm, kid)

@@ -138,7 +138,7 @@ def events_router(
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
         replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
         # Before admission: from its check of the limits on, nothing may suspend.
-        await connection.drain_responses()
+        await connection.drain()
         admission_request = admission_request_of(request)
         grant = await admission.admit(admission_request)
 

@@ -22,19 +22,19 @@ from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.handshake import HANDSHAKE_KEY, WEBSOCKET_CONNECTION_KEY
 
 
-def add_websocket_routes(
-    router: APIRouter,
+def websocket_router(
     admission: AdmissionPolicy,
     broadcaster: Broadcaster,
     *,
     base_path: str,
-) -> None:
-    """Add the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
+) -> APIRouter:
+    """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
+
+    The router is an ASGI application, and is used as one: no middleware belongs to a handshake.
+    Until the client is admitted, nothing may suspend but `AdmissionPolicy.admit`, see
+    `asgi.start_now`.
 
     Args:
-        router: the router of the application itself. FastAPI matches the routes of an included
-            router one after another, twice: with some routers before this one, that is a tenth of
-            the handshake's cost.
         admission: decides who may subscribe.
         broadcaster: owns the channels.
         base_path: the prefix of both paths.
@@ -65,9 +65,11 @@ def add_websocket_routes(
 
     # Starlette's plain routes: FastAPI's resolve dependencies, which these routes do not have, at
     # a third of the handshake's cost.
+    router = APIRouter()
     for path in (DEFAULT_PATH, CHANNEL_PATH):
         router.add_websocket_route(base_path + path, subscribe)
     router.add_websocket_route("/{path:path}", refuse_path)
+    return router
 
 
 def upgrade_router(*, base_path: str) -> APIRouter:

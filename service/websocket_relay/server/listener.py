@@ -4,15 +4,16 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, cast
 
-from uvicorn.config import Config
-from uvicorn.server import ServerState
+from uvicorn import Config
 
 from websocket_relay.app import Port
 from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
 from websocket_relay.wire.http_connections import STARTS_A_TURN
+from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.proxy_header import ProxyHeader
 from websocket_relay.wire.tls_handshake import TlsHandshake
 
@@ -36,8 +37,17 @@ MAPPED_BITS = 96
 """Bits of prefix before the IPv4 address in an IPv4-mapped IPv6 address."""
 
 
+@dataclass
+class PortState:
+    """What the connections of one port share: see `http_protocol.ServerState`."""
+
+    connections: set[HttpProtocol] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    default_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+
 class Listener:
-    """The listening sockets of one port, and the state that uvicorn's HTTP protocol needs.
+    """The listening sockets of one port, and their connections.
 
     uvicorn's own server sets no deadline for TLS handshakes, exits the process if the port is in
     use, replaces the signal handlers, and closes all WebSockets at once.
@@ -51,7 +61,7 @@ class Listener:
         proxy_protocol: whether these peers send a PROXY protocol header first.
 
     Attributes:
-        server_state: uvicorn's sets of the connections and of the requests in flight.
+        server_state: the connections and the requests in flight.
     """
 
     def __init__(
@@ -69,7 +79,8 @@ class Listener:
         self._config = Config(
             port.app,
             http=cast(Any, port.http),
-            ws=cast(Any, port.ws),
+            ws="none",
+            interface="asgi3",
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -78,7 +89,7 @@ class Listener:
             forwarded_allow_ips=[*trusted, *([UNIX_PEER] if self._is_unix else [])],
             timeout_keep_alive=cast(int, keepalive_timeout_s),  # fractions work, too
         )
-        self.server_state = ServerState()
+        self.server_state = PortState()
         self._servers: list[asyncio.AbstractServer] = []
         self._port = port
         self._sockets = sockets
@@ -116,7 +127,7 @@ class Listener:
 
     def _protocol(self) -> asyncio.Protocol:
         port = self._port
-        http = port.http(config=self._config, server_state=self.server_state, app_state={})
+        http = port.http(config=self._config, server_state=self.server_state)
         if self._is_unix:
             http.peer = (UNIX_PEER, 0)
         if port.tls is None and self._proxy_networks is None:
@@ -170,7 +181,7 @@ class Listener:
             connection.shutdown()
         await asyncio.sleep(FINISH_S)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()
+            connection.abort()
 
 
 def _mapped(proxies: Iterable[str]) -> Iterator[str]:

@@ -4,30 +4,24 @@ Exists from the request to the response, or to the end of a refused connection. 
 section 4 and the ASGI WebSocket messages (spec 2.4). Knows no frame and no channel.
 """
 
-import base64
-import binascii
 import logging
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 
-from uvicorn._types import (
-    ASGI3Application,
-    ASGIReceiveEvent,
-    ASGISendEvent,
-    WebSocketScope,
-)
 from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_subprotocol
 from websockets.utils import accept_key
 
 from websocket_relay.outcomes import Close, Refusal, RefusedError
+from websocket_relay.wire.asgi import App, Event, Scope
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN, negotiate
 from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.request_head import RequestHead
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +29,19 @@ WEBSOCKET_CONNECTION_KEY, HANDSHAKE_KEY = "relay.client", "relay.handshake"
 """The keys of the Connection and of the Handshake in the ASGI scope."""
 
 VERSION = b"13"
-KEY_BYTES = 16
+
+KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")
+"""16 bytes in base64."""
+
 INVALID = Refusal.INVALID_HANDSHAKE
+
+ACCEPTED = (
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Accept: "
+)
 MAX_OFFERS = 64
 """Maximum number of extensions and their parameters, or of subprotocols, in one request. Parsing
 thousands takes many times longer than the rest of the handshake."""
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +61,27 @@ class HandshakeResult:
     encoding: int
 
 
-def validate_handshake(
-    method: str, http_version: str, headers: Headers, *, compresses: bool
-) -> HandshakeResult:
+def validate_handshake(head: RequestHead, *, compresses: bool) -> HandshakeResult:
     """Validate a WebSocket upgrade request (section 4.2.1).
 
-    The caller has checked the Upgrade and Connection headers.
+    The caller has checked the Upgrade and Connection fields, and that there is no body.
 
     Args:
-        headers: names in lower case.
+        head: the head of the request. A field with several lines is one list, which no field that
+            must have one line accepts.
         compresses: whether to accept permessage-deflate.
 
     Raises:
         RefusedError: the request violates a rule, which the detail names.
     """
-    if method != "GET":
+    if head.method != "GET":
         status = HTTPStatus.METHOD_NOT_ALLOWED
         raise RefusedError(INVALID, "method must be GET", status, {"Allow": "GET"})
-    if http_version != "1.1":
+    if head.version != "1.1":
         status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
         raise RefusedError(INVALID, "HTTP version must be 1.1", status)
-    fields: dict[bytes, list[bytes]] = {}
-    for name, value in headers:
-        fields.setdefault(name, []).append(value)
-    if fields.get(b"sec-websocket-version") != [VERSION]:
+    fields = head.fields
+    if fields.get(b"sec-websocket-version") != VERSION:
         status = HTTPStatus.UPGRADE_REQUIRED
         raise RefusedError(
             INVALID,
@@ -92,11 +89,13 @@ def validate_handshake(
             status,
             {"Sec-WebSocket-Version": VERSION.decode(), "Upgrade": "websocket"},
         )
-    if fields.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in fields:
-        raise RefusedError(INVALID, "request body not allowed")
-    accept = _accept_value(fields.get(b"sec-websocket-key", []))
-    protocols = _join_offers(fields.get(b"sec-websocket-protocol", []))
-    offers = _join_offers(fields.get(b"sec-websocket-extensions", []))
+    key = fields.get(b"sec-websocket-key")
+    if key is None or b"," in key:
+        raise RefusedError(INVALID, "exactly one Sec-WebSocket-Key required")
+    if not KEY.fullmatch(key):
+        raise RefusedError(INVALID, "Sec-WebSocket-Key is not 16 bytes in base64")
+    protocols = _decode_offers(fields.get(b"sec-websocket-protocol", b""))
+    offers = _decode_offers(fields.get(b"sec-websocket-extensions", b""))
     try:
         subprotocols = parse_subprotocol(protocols) if protocols else []
         negotiated = negotiate(offers) if offers else None
@@ -105,27 +104,14 @@ def validate_handshake(
     if len(set(subprotocols)) < len(subprotocols):
         raise RefusedError(INVALID, "duplicate subprotocol")
     extensions, encoding = negotiated if negotiated and compresses else ("", PLAIN)
+    accept = accept_key(key.decode("ascii"))
     return HandshakeResult(accept, cast(list[str], subprotocols), extensions, encoding)
 
 
-def _join_offers(lines: list[bytes]) -> str:
-    """Combine the lines of a list field into one value (RFC 9110 section 5.3)."""
-    offers = b", ".join(lines)
-    if offers.count(b",") + offers.count(b";") >= MAX_OFFERS:
+def _decode_offers(value: bytes) -> str:
+    if value.count(b",") + value.count(b";") >= MAX_OFFERS:
         raise RefusedError(INVALID, "too much is offered")
-    return _decode(offers)
-
-
-def _accept_value(keys: list[bytes]) -> str:
-    if len(keys) != 1:
-        raise RefusedError(INVALID, "exactly one Sec-WebSocket-Key required")
-    try:
-        key = base64.b64decode(keys[0], validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise RefusedError(INVALID, "Sec-WebSocket-Key is not 16 bytes in base64")
-    return accept_key(_decode(keys[0]))
+    return value.decode("latin-1")
 
 
 class ClientDisconnectedError(OSError):
@@ -153,13 +139,10 @@ class Handshake:
         self._result: HandshakeResult | None = None
         self._has_sent_connect = False
 
-    async def run(
-        self, app: ASGI3Application, scope: WebSocketScope, result: HandshakeResult
-    ) -> None:
+    async def run(self, app: App, scope: Scope, result: HandshakeResult) -> None:
         """Run the application, which accepts or refuses the handshake."""
         self._result = result
-        keys = {WEBSOCKET_CONNECTION_KEY: self._connection, HANDSHAKE_KEY: self}
-        cast(dict[str, Any], scope).update(keys)
+        scope[WEBSOCKET_CONNECTION_KEY], scope[HANDSHAKE_KEY] = self._connection, self
         self._http_connections.pending_handshakes += 1
         try:
             await app(scope, self._receive, self._send)
@@ -175,33 +158,26 @@ class Handshake:
             # Accepted, but the application assigned no sink.
             self._connection.close(Close.INTERNAL_ERROR)
 
-    async def _receive(self) -> ASGIReceiveEvent:
+    async def _receive(self) -> Event:
         if not self._has_sent_connect:
             self._has_sent_connect = True
             return {"type": "websocket.connect"}
         # The client's messages go to the sink, not to ASGI.
         return {"type": "websocket.disconnect", "code": 1006}
 
-    async def _send(self, message: ASGISendEvent) -> None:
-        event = cast(dict[str, Any], message)
+    async def _send(self, event: Event) -> None:
         if not self._connection.in_handshake:
             raise ClientDisconnectedError
         if event["type"] != "websocket.accept":
             raise RuntimeError(f"unexpected ASGI message {event['type']!r} before the upgrade")
         result = self._result
         assert result is not None
-        headers = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", result.accept),
-        ]
+        head = f"{ACCEPTED}{result.accept}\r\n"
         if event.get("subprotocol"):
-            headers.append(("Sec-WebSocket-Protocol", event["subprotocol"]))
+            head += f"Sec-WebSocket-Protocol: {event['subprotocol']}\r\n"
         if result.extensions:
-            headers.append(("Sec-WebSocket-Extensions", result.extensions))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
-        head = f"HTTP/1.1 101 Switching Protocols\r\n{lines}\r\n"
-        self._connection.open(head.encode("latin-1"), result.encoding)
+            head += f"Sec-WebSocket-Extensions: {result.extensions}\r\n"
+        self._connection.open(f"{head}\r\n".encode("latin-1"), result.encoding)
 
     def refuse(self, error: RefusedError) -> None:
         """Send a refusal, and count the connection until its client has read it and disconnects."""
@@ -221,7 +197,3 @@ class Handshake:
     def evict(self, error: RefusedError) -> None:
         """Abort a refused connection. Its response is already written."""
         self._connection.abort(Close.CONNECTION_LOST)
-
-
-def _decode(value: bytes) -> str:
-    return value.decode("latin-1")

@@ -11,7 +11,6 @@ from websocket_relay.messages import TEXT, Message
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.close_states import ConnectionState
 from websocket_relay.wire.connection import Connection, MessageSink
-from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN
 from websocket_relay.wire.frames import (
     CLOSE,
@@ -29,16 +28,6 @@ from websocket_relay.wire.parser import PAUSE, PAUSE_INFLATING, Parser, ParserEv
 HEARTBEAT = b'\n{"type":"heartbeat"}'
 HEARTBEAT_FRAME = header(TEXT, len(HEARTBEAT)) + HEARTBEAT
 """Follows each ping to a client of relay.v1: a script in a browser does not see pings."""
-
-
-def new_websocket(*_uvicorn: object, shared: ConnectionContext) -> Connection:
-    """Return the connection of an upgrade that is neither accepted nor refused (uvicorn's `ws=`).
-
-    Args:
-        _uvicorn: what uvicorn passes to a WebSocket protocol.
-        shared: bounds and counters.
-    """
-    return Connection(shared, WebSocket)
 
 
 class WebSocket:
