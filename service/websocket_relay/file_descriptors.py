@@ -115,9 +115,11 @@ class FileDescriptors:
         return self._limit - self._others - self._connections()
 
     def _are_free(self, count: int) -> bool:
-        if self._estimated_free() < count + RESERVED:
+        free = self._estimated_free()
+        if free < count + RESERVED:
             self._scan()
-        return self._estimated_free() >= count
+            free = self._estimated_free()
+        return free >= count
 
     def _scan(self) -> None:
         now = perf_counter()

@@ -540,7 +540,7 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         health=Lifecycle(),
     )
     client = RecordingClient()
-    request = AdmissionRequest("news", {}, b"", [], "127.0.0.1")
+    request = AdmissionRequest("news", None, "", b"", [], "127.0.0.1")
     admission.enforce_grant(client, await admission.admit(request))
     assert client.calls == calls
     assert (client.publish_policy is not None) is ("max_messages_per_s" in limits)

@@ -1,6 +1,7 @@
 """Count clients by IP address. Knows no connection."""
 
 import ipaddress
+from functools import lru_cache
 
 UNKNOWN = "unknown"
 """The key for every value that is not an IP address, because a trusted proxy may forward anything.
@@ -43,6 +44,7 @@ class IpCounter:
             del self._clients[network]
 
 
+@lru_cache(maxsize=1024)  # behind a proxy, or in a storm, the same addresses return
 def network_key(host: str | None) -> str:
     """Return the key under which a client with this address is counted."""
     try:

@@ -5,15 +5,13 @@ as `relay:subscribe:news`: identity providers differ in the types that a claim m
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CLAIM = "relay"
 SCOPE_PREFIX = "relay:"
 
 
-@dataclass(frozen=True, slots=True)
-class Permissions:
+class Permissions(NamedTuple):
     """Patterns of channel names, and when they expire.
 
     A trailing `*` in a pattern matches any rest. Anywhere else it is a literal character, which no

@@ -4,10 +4,10 @@ Knows no HTTP framework: a refusal is an exception, which others turn into a res
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.ip_counter import IpCounter, network_key
@@ -25,13 +25,13 @@ MESSAGE_BURST_S = 2
 """A client may send the messages of this many seconds in one burst."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdmissionRequest:
+class AdmissionRequest(NamedTuple):
     """The parts of a request that admission depends on.
 
     Attributes:
         channel: the name in the path.
-        headers: by their names in lower case.
+        origin: the value of the Origin header, which browsers always send; None: there is none.
+        authority: the value of the Host header.
         query: the part of the URL after the question mark.
         subprotocols: the offered subprotocols.
         host: the client's address; a trusted proxy may have forwarded it.
@@ -40,7 +40,8 @@ class AdmissionRequest:
     """
 
     channel: str
-    headers: Mapping[str, str]
+    origin: str | None
+    authority: str
     query: bytes
     subprotocols: Sequence[str]
     host: str | None
@@ -60,8 +61,7 @@ class AdmittedClient(Protocol):
         """Call `callback` once, when the TCP connection has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """The conditions under which a client is admitted.
 
     Attributes:
@@ -218,9 +218,8 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.HANDSHAKES)
 
     def _check_origin(self, request: AdmissionRequest) -> None:
-        origin = request.headers.get("origin")  # browsers always send one
-        if origin is not None and not self.limits.allowed_origins.admit(
-            origin, request.scheme, request.headers.get("host", "")
+        if request.origin is not None and not self.limits.allowed_origins.admit(
+            request.origin, request.scheme, request.authority
         ):
             raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
 

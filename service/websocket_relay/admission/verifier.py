@@ -64,16 +64,16 @@ class TokenVerifier:
     """
 
     def __init__(self, settings: JwtSettings, jwks: "Jwks | None" = None) -> None:
-        self._algorithms = frozenset[str](settings.algorithms)
+        self._algorithms = list[str](settings.algorithms)
         self._audiences = settings.audience or None
         self._issuers = settings.issuer or None
         self._leeway_s = settings.leeway_s
         self._claim = settings.claim
-        self._secrets = [secret for _, secret in settings.all_secrets]
-        if self._algorithms & SECRET_BYTES.keys():
+        self._secrets: Sequence[PublicKey | bytes] = [secret for _, secret in settings.all_secrets]
+        if SECRET_BYTES.keys() & self._algorithms:
             for name, secret in settings.all_secrets:
                 _check_secret(f"auth.jwt.{name}", secret)
-        public = self._algorithms - SECRET_BYTES.keys()
+        public = frozenset(self._algorithms) - SECRET_BYTES.keys()
         self.jwks = jwks
         if jwks is None and public and settings.jwks_url:
             self.jwks = _jwks(settings.jwks_url)
@@ -89,11 +89,13 @@ class TokenVerifier:
         Raises:
             RefusedError: it is invalid, or the keys are unavailable now.
         """
+        algorithms, keys = self._algorithms, self._secrets
+        if self._keys is not None:  # which key depends on the header, which takes long to parse
+            with self._refusing():
+                algorithm, kid = self._header(token)
+            algorithms, keys = [algorithm], await self._candidates(algorithm, kid)
         with self._refusing():
-            algorithm, kid = self._header(token)
-        keys = await self._candidates(algorithm, kid)
-        with self._refusing():
-            claims = self._decode(token, algorithm, keys)
+            claims = self._decode(token, algorithms, keys)
             self._check_types(claims)
             permissions = Permissions.of(claims, _expiry(claims, self._leeway_s), self._claim)
         if permissions.is_empty:
@@ -103,8 +105,7 @@ class TokenVerifier:
         return permissions
 
     def _header(self, token: str) -> tuple[str, str | None]:
-        if len(token) > MAX_CHARACTERS:
-            raise jwt.DecodeError
+        _check_length(token)
         header = jwt.get_unverified_header(token)
         algorithm = header.get("alg")
         if not isinstance(algorithm, str) or algorithm not in self._algorithms:
@@ -115,27 +116,28 @@ class TokenVerifier:
         """Return the keys of which one may have signed the token; at least one."""
         if algorithm in SECRET_BYTES:
             return self._secrets
-        assert self._keys is not None  # the settings require a key for every algorithm
+        assert self._keys is not None
         key = await self._keys.find(algorithm, kid)
         if key is None:
             raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.UNKNOWN_KEY)
         return [key]
 
     def _decode(
-        self, token: str, algorithm: str, keys: Sequence[PublicKey | bytes]
+        self, token: str, algorithms: Sequence[str], keys: Sequence[PublicKey | bytes]
     ) -> dict[str, Any]:
         """Return the claims of a token that one of the keys has signed.
 
         Raises:
             jwt.PyJWTError: none has, or a claim is wrong.
         """
+        _check_length(token)
         for key in keys[:-1]:
             with suppress(jwt.InvalidSignatureError):
-                return self._decode(token, algorithm, [key])
+                return self._decode(token, algorithms, [key])
         return jwt.decode(
             token,
             keys[-1],
-            algorithms=[algorithm],
+            algorithms=algorithms,
             audience=self._audiences,
             issuer=self._issuers,
             options=CHECKS,
@@ -184,6 +186,11 @@ class TokenVerifier:
             case jwt.InvalidAlgorithmError():
                 return TokenProblem.ALGORITHM
         return TokenProblem.MALFORMED
+
+
+def _check_length(token: str) -> None:
+    if len(token) > MAX_CHARACTERS:
+        raise jwt.DecodeError
 
 
 def _jwks(url: str) -> "Jwks":

@@ -53,14 +53,24 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
     """
     scope = connection.scope
     client = scope["client"]
+    authorization = []
+    origin, authority = None, ""
+    for name, value in scope["headers"]:
+        if name == b"origin":
+            origin = value.decode("latin-1")
+        elif name == b"host":
+            authority = value.decode("latin-1")
+        elif name == b"authorization":
+            authorization.append(value.decode("latin-1"))
     return AdmissionRequest(
         channel_of(connection),
-        connection.headers,
+        origin,
+        authority,
         scope["query_string"],
         scope.get("subprotocols", ()),
         client[0] if client is not None else None,
         scope["scheme"],
-        connection.headers.getlist("authorization"),
+        authorization,
     )
 
 

@@ -7,6 +7,7 @@ Knows no connection and no channel.
 
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from websockets.exceptions import NegotiationError
@@ -33,6 +34,8 @@ INFLATED_SLICE_BYTES = 16_384  # maximum output of one inflate call; about 0.03 
 # Maximum input of one inflate call: 0.1 ms at worst. zlib copies the input that it leaves unread.
 DEFLATED_SLICE_BYTES = 2_048
 
+KNOWN_CHARACTERS = 256  # of offers that are remembered
+
 _NEGOTIATOR = ServerPerMessageDeflateFactory(
     server_no_context_takeover=True, client_no_context_takeover=True
 )
@@ -51,6 +54,10 @@ def negotiate(offers: str) -> tuple[str, int] | None:
     Raises:
         websockets.exceptions.InvalidHeaderFormat: the offers are malformed (RFC 6455 section 9.1).
     """
+    return (_known if len(offers) <= KNOWN_CHARACTERS else _negotiate)(offers)
+
+
+def _negotiate(offers: str) -> tuple[str, int] | None:
     for name, parameters in parse_extension(offers):
         if name == _NEGOTIATOR.name:
             try:
@@ -59,6 +66,10 @@ def negotiate(offers: str) -> tuple[str, int] | None:
                 continue
             return build_extension([(name, answer)]), agreed.local_max_window_bits
     return None
+
+
+_known = lru_cache(maxsize=64)(_negotiate)
+"""Browsers of one kind make the same offer, whose parsing takes a tenth of a handshake."""
 
 
 def deflate_messages(

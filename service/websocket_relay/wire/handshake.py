@@ -6,10 +6,9 @@ section 4 and the ASGI WebSocket messages (spec 2.4). Knows no frame and no chan
 
 import logging
 import re
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import cast
+from typing import NamedTuple, cast
 
 from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_subprotocol
@@ -44,8 +43,7 @@ MAX_OFFERS = 64
 thousands takes many times longer than the rest of the handshake."""
 
 
-@dataclass(frozen=True, slots=True)
-class HandshakeResult:
+class HandshakeResult(NamedTuple):
     """The result of validating a handshake request.
 
     Attributes:
