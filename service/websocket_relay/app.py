@@ -6,7 +6,6 @@ Knows no port and no signal.
 import json
 import logging
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -90,14 +89,14 @@ class Port:
         app: the application.
         http_connections: the plain HTTP connections of the port.
         http: uvicorn's setting of this name, which makes the connections.
-        tls: for TLS; None: no TLS.
+        certificates: for TLS; None: no TLS.
         record_tls_failure: counts and logs a TLS handshake that failed.
     """
 
     app: ASGIApp
     http_connections: HttpConnections
     http: Callable[..., HttpProtocol]
-    tls: ssl.SSLContext | None = None
+    certificates: Certificates | None = None
     record_tls_failure: Callable[[TlsFailure], None] = lambda _: None
 
 
@@ -129,7 +128,13 @@ class Replica:
         self._counters, self._metrics = Counters(), Metrics()
         tls = settings.server.tls
         self._certificates = (
-            Certificates(Path(tls.cert_file), Path(tls.key_file)) if tls.enabled else None
+            Certificates(
+                Path(tls.cert_file),
+                Path(tls.key_file),
+                Path(tls.client_ca_file) if tls.client_ca_file else None,
+            )
+            if tls.enabled
+            else None
         )
         self.jwks: Jwks | None = None
         tokens = self.load_tokens(settings)
@@ -289,7 +294,7 @@ class Replica:
             http=partial(
                 HttpProtocol, shared=self.shared, plain=http_connections, accepts_upgrades=True
             ),
-            tls=self._certificates.context if self._certificates is not None else None,
+            certificates=self._certificates,
             record_tls_failure=self._refusals.record_tls_failure,
         )
 

@@ -203,6 +203,7 @@ class TlsFailure(Enum):
     """Why a TLS handshake failed; the value is the metric label."""
 
     CERTIFICATE_REJECTED = "certificate_rejected"  # an alert of the client, which does not trust it
+    CLIENT_CERTIFICATE = "client_certificate"  # the client has none, or not one of client_ca_file
     DISCONNECTED = "disconnected"  # without an alert; clients in Python reject certificates so
     NOT_TLS = "not_tls"  # other bytes, for example an HTTP request
     TIMEOUT = "timeout"  # not complete at the deadline

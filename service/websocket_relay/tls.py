@@ -24,37 +24,44 @@ from websocket_relay.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
+SESSION_TICKETS = 1
+"""Tickets that a client gets in a handshake with TLS 1.3. One is enough to resume the session."""
+
 DEV_NAME = "websocket-relay dev"
 DEV_DAYS = 365
+
+
+class ClientCaError(ValueError):
+    """The file of client authorities holds no certificates."""
 
 
 class Certificates:
     """The certificate and key in use, and their reload.
 
-    New handshakes use the newest valid pair; open connections keep theirs. The listening context
-    never changes: its server-name callback, which is called with and without a name, replaces it
-    with the current one for each handshake. Loading a new pair into the listening context would
-    also work, but a key that does not match would leave it with a certificate and key of different
-    pairs.
+    New handshakes use the newest valid pair; open connections keep theirs.
 
     Args:
         cert_file: the chain, PEM.
         key_file: its private key, PEM.
+        client_ca_file: the authorities of client certificates, PEM; None: clients need none.
 
     Raises:
-        SettingsError: the pair can't be loaded.
+        SettingsError: the pair or the authorities can't be loaded.
+
+    Attributes:
+        context: the newest valid pair.
+        expiry: when its certificate expires, in seconds since 1970.
+        reloads: the number of reloads by result.
     """
 
-    def __init__(self, cert_file: Path, key_file: Path) -> None:
-        self._files = (cert_file, key_file)
+    def __init__(self, cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> None:
+        self._files = (cert_file, key_file, *([client_ca_file] if client_ca_file else []))
         self._watched = WatchedFiles(lambda: self._files)  # before the files are read
         self.reloads = {"ok": 0, "error": 0}
         try:
-            self._current, self.expiry = self._load()
+            self.context, self.expiry = self._load()
         except (OSError, ValueError) as error:
             raise SettingsError([self._problem(error)]) from None
-        self.context = self._current
-        self.context.sni_callback = self._select_context
 
     def metrics(self) -> Values:
         """Return the values of the metrics of the certificate."""
@@ -75,7 +82,7 @@ class Certificates:
 
     def _reload(self) -> None:
         try:
-            self._current, self.expiry = self._load()
+            self.context, self.expiry = self._load()
         except (OSError, ValueError) as error:
             self.reloads["error"] += 1
             log.error("certificate not renewed", extra={"error": self._problem(error)})
@@ -85,7 +92,7 @@ class Certificates:
         log.info("certificate renewed", extra={"file": str(self._files[0]), "expires": expires})
 
     def _load(self) -> tuple[ssl.SSLContext, float]:
-        cert_file, key_file = self._files
+        cert_file, key_file, *client_ca_files = self._files
         for file in self._files:
             if not file.is_file():  # opening a FIFO, for example, would block
                 raise FileNotFoundError(errno.ENOENT, "no such file", str(file))
@@ -98,17 +105,22 @@ class Certificates:
             raise ValueError(str(error)) from None
         # A key with a passphrase is an error; without `password`, OpenSSL prompts on the terminal.
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
+        context.num_tickets = SESSION_TICKETS
+        for file in client_ca_files:
+            context.verify_mode = ssl.CERT_REQUIRED
+            try:
+                context.load_verify_locations(file)
+            except ssl.SSLError as error:
+                raise ClientCaError(str(error.reason)) from None
         return context, certificate.not_valid_after_utc.timestamp()
 
-    def _select_context(
-        self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext
-    ) -> None:
-        connection.context = self._current
-
     def _problem(self, error: Exception) -> str:
-        cert_file, key_file = self._files
+        cert_file, key_file, *client_ca_files = self._files
+        if isinstance(error, ClientCaError):
+            return f"server.tls.client_ca_file: {client_ca_files[0]}: {error}"
         if isinstance(error, OSError) and error.filename:
-            key = "cert_file" if str(error.filename) == str(cert_file) else "key_file"
+            names = ("cert_file", "key_file", "client_ca_file")
+            key = names[list(map(str, self._files)).index(str(error.filename))]
             return f"server.tls.{key}: {error.filename}: {error.strerror}"
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error)
         words = reason.replace("_", " ").lower()

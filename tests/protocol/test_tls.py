@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from websocket_relay import watched_files
+from websocket_relay.outcomes import Refusal, TlsFailure
 from websocket_relay.tls import Certificates
 from websocket_relay.watched_files import States, WatchedFiles
+from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.tls_transport import TlsTransport
 
 from tests.support.certificates import CertificatePair, make_pair, replace_file
 from tests.support.raw_client import PATIENCE_S
@@ -124,6 +127,7 @@ async def test_handshakes_that_fail_are_counted_and_logged_by_reason(
         await partial.read_to_end()
     expected = {
         "certificate_rejected": 2,
+        "client_certificate": 0,
         "unsupported": 1,
         "disconnected": 1,
         "not_tls": 1,
@@ -248,15 +252,30 @@ class Watched:
         await eventually(look, f"{wanted} polls")
 
 
+class Closing(asyncio.Protocol):
+    """Close the connection once the handshake is complete."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
 @asynccontextmanager
 async def watched(cert_file: Path, key_file: Path) -> AsyncIterator[Watched]:
     """Poll the files of a pair often, and serve with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watched_files, "POLL_INTERVAL_S", 0.001)
         certificates = Certificates(cert_file, key_file)
-        server = await asyncio.start_server(
-            lambda _, writer: writer.close(), HOST, 0, ssl=certificates.context
-        )
+        loop = asyncio.get_running_loop()
+        connections = HttpConnections(100, Refusal.HTTP_CONNECTIONS, lambda refusal: None)
+
+        def connection() -> TlsTransport:
+            deadline_at = loop.time() + PATIENCE_S
+            return TlsTransport(
+                Closing(), connections, lambda: certificates.context, deadline_at, failures.append
+            )
+
+        failures: list[TlsFailure] = []
+        server = await loop.create_server(connection, HOST, 0)
         found = Watched(certificates, server.sockets[0].getsockname()[1])
         states: Callable[[WatchedFiles], States] = WatchedFiles._states
 

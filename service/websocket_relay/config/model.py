@@ -194,6 +194,10 @@ class TlsSettings(Section):
         min_length=1,
         description="its private key, PEM; a renewed pair is reloaded for new handshakes",
     )
+    client_ca_file: str = Field(
+        "",
+        description="authorities of client certificates, PEM: every client needs one; empty: none",
+    )
 
 
 class ServerSettings(Section):

@@ -15,7 +15,7 @@ from websocket_relay.server.sockets import LISTEN_BACKLOG, ListeningAddress
 from websocket_relay.wire.http_connections import STARTS_A_TURN
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.proxy_header import ProxyHeader
-from websocket_relay.wire.tls_handshake import TlsHandshake
+from websocket_relay.wire.tls_transport import TlsTransport
 
 UNSENT_BYTES = 131_072
 """Bytes that the kernel buffers for a client beyond what TCP can send now (TCP_NOTSENT_LOWAT;
@@ -130,13 +130,17 @@ class Listener:
         http = port.http(config=self._config, server_state=self.server_state)
         if self._is_unix:
             http.peer = (UNIX_PEER, 0)
-        if port.tls is None and self._proxy_networks is None:
+        if port.certificates is None and self._proxy_networks is None:
             return http
         deadline_at = asyncio.get_running_loop().time() + self._handshake_timeout_s
         following: asyncio.Protocol = http
-        if port.tls is not None:
-            following = TlsHandshake(
-                http, port.http_connections, port.tls, deadline_at, port.record_tls_failure
+        if (certificates := port.certificates) is not None:
+            following = TlsTransport(
+                http,
+                port.http_connections,
+                lambda: certificates.context,
+                deadline_at,
+                port.record_tls_failure,
             )
         if self._proxy_networks is None:
             return following

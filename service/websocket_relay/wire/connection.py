@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 65_536
 """How much of a backlog a transport is given at a time."""
 
-TLS_RECORD_BYTES = 16_384
-"""The same with TLS: the maximum payload of a record (RFC 8446 section 5.1)."""
-
 
 class WireProtocol(Publisher, Pausable, Protocol):
     """A protocol of one connection. It is the publisher of the client's messages, too."""
@@ -111,8 +108,8 @@ class _ClosedTransport(asyncio.Transport):
     def close(self) -> None:
         pass
 
-    def can_write_eof(self) -> bool:
-        return False
+    def write_eof(self) -> None:
+        pass
 
     def pause_reading(self) -> None:
         pass
@@ -240,7 +237,7 @@ class Connection(asyncio.Protocol):
         self._sink = sink
         self._is_member = True
         if self._backlog is None:
-            self.write = self._write_now
+            self.write = self.transport.write
         else:
             sink.on_backlog_started(self)
         self.protocol.start_parsing(sink)
@@ -319,15 +316,11 @@ class Connection(asyncio.Protocol):
         """
         self.has_input_ended = True
         if self.state is ConnectionState.CLOSE_PENDING:
-            if self.transport.can_write_eof():
-                return True
-            # With TLS, data and EOF arrive in one call. uvloop discards writes from now on, and
-            # takes up to half a minute to close.
-            self._handle(ConnectionEvent.DELIVERED)
+            return True
         self._handle(ConnectionEvent.EOF)
         if not self.protocol.has_unparsed:
             self.on_input_parsed()
-        return self._stays_open_after_eof()
+        return self._backlog is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the backlog and count it. Called once and last, in every case.
@@ -408,10 +401,10 @@ class Connection(asyncio.Protocol):
         # frame. Further input is discarded until the client's FIN, or our deadline.
         if self._backlog is not None or self.transport.is_closing():
             return  # FLUSHED follows, or the end
-        if self.transport.can_write_eof() and not self.has_input_ended:
-            self.transport.write_eof()
-        else:  # TLS has no half-close; its shutdown has the same effect
+        if self.has_input_ended:
             self.transport.close()
+        else:
+            self.transport.write_eof()
 
     def _abort_transport(self) -> None:
         if self._backlog is not None:
@@ -431,21 +424,6 @@ class Connection(asyncio.Protocol):
         self._sink = None
         # These two reference each other. Nothing calls either of them any more.
         del self.protocol, self.data_received
-
-    def _stays_open_after_eof(self) -> bool:
-        """Return whether the connection stays open although the client has ended its side.
-
-        TCP's FIN leaves the other direction open for the backlog. uvloop's TLS shuts both
-        directions, and sends only what it was given by now.
-        """
-        backlog = self._backlog
-        if backlog is None:
-            return False
-        if self.transport.can_write_eof():
-            return True
-        if unsent := backlog.take_unsent():
-            self.transport.write(unsent)
-        return False
 
     def _cancel_deadline(self) -> None:
         if self._deadline_timer is not None:
@@ -480,15 +458,6 @@ class Connection(asyncio.Protocol):
             return 0
         return backlog.drained(self.transport.get_write_buffer_size())
 
-    @property
-    def _uses_tls(self) -> bool:
-        return self.transport.get_extra_info("ssl_object") is not None
-
-    @property
-    def _write_now(self) -> Callable[[bytes], None]:
-        """What writes a batch while nothing waits."""
-        return self._write_records if self._uses_tls else self.transport.write
-
     def pause_writing(self) -> None:
         """Start a backlog: the write in progress filled the socket."""
         if self._backlog is not None:
@@ -515,15 +484,14 @@ class Connection(asyncio.Protocol):
             return
         backlog.is_blocked = False
         counters.deliveries += backlog.advance()
-        chunk_bytes = TLS_RECORD_BYTES if self._uses_tls else CHUNK_BYTES
-        while chunk := backlog.next_chunk(chunk_bytes):
+        while chunk := backlog.next_chunk(CHUNK_BYTES):
             transport.write(chunk)
             if backlog.is_blocked or transport.is_closing():
                 return
             counters.deliveries += backlog.advance()
         self._discard_backlog(backlog, 0)
         if self._is_member and self._sink is not None:
-            self.write = self._write_now
+            self.write = self.transport.write
             self._sink.on_backlog_drained(self)
         self._handle(ConnectionEvent.FLUSHED)
 
@@ -552,7 +520,7 @@ class Connection(asyncio.Protocol):
         shared = self.shared
         backlog = self._backlog
         if backlog is None:
-            self._write_now(data)
+            self.transport.write(data)
             if self._backlog is not None:
                 self._start_backlog_of_control(data)
         elif (
@@ -566,23 +534,6 @@ class Connection(asyncio.Protocol):
     def _start_backlog_of_control(self, data: bytes) -> None:
         self.shared.newly_lagging.remove(self)  # not by a fan-out
         self.start_backlog(data, 0)
-
-    def _write_records(self, data: bytes) -> None:
-        """Write to a TLS transport, one record's worth at a time (RFC 8446 section 5.1).
-
-        No counter includes the bytes that uvloop's TLS layer has passed to the TCP transport below
-        it. The layer passes each write on whole, whatever its size, until that transport buffers
-        64 KiB. So the layer is given at most one record that it can't pass on.
-        """
-        if len(data) <= TLS_RECORD_BYTES:
-            self.transport.write(data)
-            return
-        view = memoryview(data)
-        for end in range(TLS_RECORD_BYTES, len(data) + TLS_RECORD_BYTES, TLS_RECORD_BYTES):
-            self.transport.write(view[end - TLS_RECORD_BYTES : end])
-            if self._backlog is not None:
-                self._backlog.first_chunk_bytes = min(end, len(data))
-                return
 
     @property
     def _drop_reason(self) -> Drop:

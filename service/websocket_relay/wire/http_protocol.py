@@ -455,11 +455,10 @@ class HttpProtocol(asyncio.Protocol):
         An idle connection closes without a response, as it may at any time (RFC 9112 section 9.5).
         So does a connection without a first request, during shutdown or if it is refused already:
         nginx 1.22 treats a response that arrives before it has sent the request as part of the next
-        relay's response. TLS connections are aborted, because TLS shutdown waits for the peer.
+        relay's response.
         """
         transport = self._transport
-        is_secure = transport.get_extra_info("sslcontext") is not None
-        closes_at_once = not is_secure and not transport.get_write_buffer_size()
+        closes_at_once = not transport.get_write_buffer_size()
         is_unused = not self._partial_head and self._exchange is None
         if (
             transport.is_closing()

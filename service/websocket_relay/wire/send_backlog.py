@@ -25,7 +25,6 @@ class SendBacklog:
         memory_bytes: memory in use: whole writes, including parts that were sent already.
         messages: number of messages in these writes.
         is_blocked: whether the transport could not send its last chunk at once.
-        first_chunk_bytes: how much of the first write the transport was given; None: all of it.
     """
 
     __slots__ = (
@@ -35,7 +34,6 @@ class SendBacklog:
         "_queued_bytes",
         "_sent_bytes",
         "_writes",
-        "first_chunk_bytes",
         "is_blocked",
         "memory_bytes",
         "messages",
@@ -51,12 +49,10 @@ class SendBacklog:
         self.memory_bytes = 0
         self.messages = 0
         self.is_blocked = True
-        self.first_chunk_bytes: int | None = None
 
     def add_blocked_write(self, data: bytes, messages: int) -> int:
         """Add the write that the transport could not complete; return the memory that it takes."""
-        chunk_bytes = self.first_chunk_bytes
-        self._chunk_bytes = len(data) if chunk_bytes is None else chunk_bytes
+        self._chunk_bytes = len(data)
         return self.add_write(data, messages)
 
     def add_write(self, data: bytes, messages: int) -> int:
@@ -115,14 +111,6 @@ class SendBacklog:
                 size += len(data)
         self._chunk_bytes = size
         return first if len(parts) == 1 else b"".join(parts)
-
-    def take_unsent(self) -> bytes:
-        """Return all bytes that the transport was not given yet; it keeps a copy of them."""
-        start = self._sent_bytes + self._chunk_bytes
-        unsent = b"".join(data for data, _ in self._writes)[start:]
-        self._chunk_bytes += len(unsent)
-        self.memory_bytes += len(unsent)
-        return unsent
 
     def count_sent_messages(self, unsent: int) -> tuple[int, int]:
         """Return how many of the queued messages were sent whole, and how many were not.

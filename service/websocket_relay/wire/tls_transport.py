@@ -1,0 +1,379 @@
+"""Speak TLS for one connection: OpenSSL between a TCP transport and a protocol.
+
+uvloop's and asyncio's own TLS keep a read buffer of up to 256 KiB and a write queue for each
+connection, offer no half-close, and can't abort a handshake early. Here all that waits to be sent
+is in the buffer of the TCP transport, where it is counted. Knows no HTTP.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable
+from typing import Any, cast
+
+from websocket_relay.outcomes import RefusedError, TlsFailure
+from websocket_relay.wire.http_connections import HttpConnections
+
+FAILURES = {
+    "HTTP_REQUEST": TlsFailure.NOT_TLS,
+    "HTTPS_PROXY_REQUEST": TlsFailure.NOT_TLS,
+    "WRONG_VERSION_NUMBER": TlsFailure.NOT_TLS,
+    "NO_SHARED_CIPHER": TlsFailure.UNSUPPORTED,
+    "UNSUPPORTED_PROTOCOL": TlsFailure.UNSUPPORTED,
+    "TLSV1_ALERT_PROTOCOL_VERSION": TlsFailure.UNSUPPORTED,
+    "TLSV1_ALERT_UNKNOWN_CA": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_BAD_CERTIFICATE": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": TlsFailure.CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": TlsFailure.CERTIFICATE_REJECTED,
+    "CERTIFICATE_VERIFY_FAILED": TlsFailure.CLIENT_CERTIFICATE,
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": TlsFailure.CLIENT_CERTIFICATE,
+}
+"""The failures by OpenSSL's names of errors. An alert is one that the client has sent."""
+
+MIN_READ_BYTES, MAX_READ_BYTES = 256, 16_384
+"""Plaintext that is read at a time: up to the maximum of one record (RFC 8446 section 5.1)."""
+
+_incoming, _outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+"""Between OpenSSL and the sockets of all connections. Both are empty whenever a method returns:
+OpenSSL takes all that it is given and keeps the part of a record itself, and what it has to send is
+written at once. A pair for each connection would keep the memory of its largest flight."""
+
+
+class TlsTransport(asyncio.Transport, asyncio.Protocol):
+    """The protocol of a TCP transport, and the transport of the protocol above it.
+
+    The handshake starts with the first byte: a connection that ends without one, as a health check
+    by TCP does, is no failed handshake.
+
+    Args:
+        protocol: runs over TLS, from the end of the handshake on.
+        http_connections: counts the connection during the handshake.
+        context: returns the present certificate and key.
+        deadline_at: the handshake is aborted at this time, by the event loop's clock.
+        record_failure: counts and logs a handshake that failed.
+    """
+
+    __slots__ = (
+        "_context",
+        "_handshake",
+        "_has_input_ended",
+        "_is_paused",
+        "_protocol",
+        "_ssl",
+        "_tcp",
+        "_unread",
+    )
+
+    def __init__(
+        self,
+        protocol: asyncio.Protocol,
+        http_connections: HttpConnections,
+        context: Callable[[], ssl.SSLContext],
+        deadline_at: float,
+        record_failure: Callable[[TlsFailure], None],
+    ) -> None:
+        self._protocol = protocol
+        self._handshake: _Handshake | None = _Handshake(
+            http_connections, deadline_at, record_failure
+        )
+        self._context: Callable[[], ssl.SSLContext] | None = context
+        self._tcp: asyncio.Transport
+        self._ssl: ssl.SSLObject | None = None
+        self._unread = b""  # received, and not passed to OpenSSL while reading is paused
+        self._is_paused = False
+        self._has_input_ended = False
+
+    # Below: the protocol of the TCP transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for the first byte."""
+        self._tcp = cast(asyncio.Transport, transport)
+        assert self._handshake is not None
+        self._handshake.start(self._tcp)
+
+    def data_received(self, data: bytes) -> None:
+        """Continue the handshake, or decrypt."""
+        if self._has_input_ended or (self._ssl is None and self._context is None):
+            return  # after close_notify, or after a handshake that failed
+        if self._unread:
+            self._unread += data
+            return
+        _incoming.write(data)
+        try:
+            if self._handshake is None or self._continue_handshake(self._handshake):
+                self._read(len(data))
+        finally:
+            if _incoming.pending:  # reading is paused, or has ended
+                self._unread = _incoming.read()
+
+    def eof_received(self) -> bool:
+        """Pass the end of TCP on, if there was no close_notify before it.
+
+        Returns:
+            True: this object closes the TCP transport.
+        """
+        if self._handshake is not None:
+            self._tcp.close()
+        elif not self._has_input_ended:
+            self._end_input()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release everything."""
+        self._unread = b""
+        self._ssl = None
+        if self._handshake is not None:
+            self._handshake.on_lost()
+            self._handshake = None
+        else:
+            self._protocol.connection_lost(exc)
+        del self._protocol
+
+    def pause_writing(self) -> None:
+        """Pass on that the socket is full."""
+        if self._handshake is None:
+            self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass on that the buffer is empty."""
+        if self._handshake is None:
+            self._protocol.resume_writing()
+
+    # The handshake
+
+    def _continue_handshake(self, handshake: "_Handshake") -> bool:
+        """Return whether the handshake is complete."""
+        if self._ssl is None:
+            assert self._context is not None
+            handshake.begin()
+            self._ssl = self._context().wrap_bio(_incoming, _outgoing, server_side=True)
+        try:
+            self._ssl.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+            return False
+        except ssl.SSLError as error:
+            self._flush()  # an alert
+            self._ssl = self._context = None
+            handshake.fail(FAILURES.get(error.reason or "", TlsFailure.OTHER))
+            return False
+        self._flush()
+        handshake.complete()
+        self._handshake = self._context = None
+        if self._tcp.is_closing():
+            return False
+        self._protocol.connection_made(self)
+        return True
+
+    # Reading
+
+    def _read(self, received_bytes: int) -> None:
+        """Decrypt what is received, and pass it on, until reading is paused or has ended."""
+        connection = self._ssl
+        read_bytes = min(max(received_bytes, MIN_READ_BYTES), MAX_READ_BYTES)
+        while connection is not None and not self._is_paused and not self._has_input_ended:
+            try:
+                data = connection.read(read_bytes)
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLZeroReturnError:  # close_notify
+                data = b""
+            except ssl.SSLError:
+                self._flush()
+                self._tcp.abort()
+                break
+            if not data:
+                self._end_input()
+                break
+            self._protocol.data_received(data)
+            connection = self._ssl
+            # An exception for what is known costs more than a short record.
+            if not _incoming.pending and connection is not None and not connection.pending():
+                break
+        if _outgoing.pending:  # the answer to a key update
+            self._flush()
+
+    def _end_input(self) -> None:
+        self._has_input_ended = True
+        if not self._protocol.eof_received():
+            self.close()
+
+    def _read_unread(self) -> None:
+        if self._is_paused or self._ssl is None or self._tcp.is_closing():
+            return
+        data, self._unread = self._unread, b""
+        _incoming.write(data)
+        try:
+            self._read(len(data))
+        finally:
+            if _incoming.pending:
+                self._unread = _incoming.read()
+        if not self._is_paused:
+            self._tcp.resume_reading()
+
+    def pause_reading(self) -> None:
+        """Pass nothing more on until `resume_reading`."""
+        self._is_paused = True
+        self._tcp.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on: first with what is received already."""
+        if not self._is_paused:
+            return
+        self._is_paused = False
+        asyncio.get_running_loop().call_soon(self._read_unread)
+
+    def is_reading(self) -> bool:
+        """Return whether reading is not paused."""
+        return not self._is_paused
+
+    # Writing
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Encrypt and send. Second half of the hot path, with TLS."""
+        connection = self._ssl
+        if connection is not None and len(data):
+            connection.write(data)
+            self._tcp.write(_outgoing.read())
+
+    def _flush(self) -> None:
+        if _outgoing.pending:
+            self._tcp.write(_outgoing.read())
+
+    def write_eof(self) -> None:
+        """Send close_notify and TCP's FIN; what the client sends is still received."""
+        self._send_close_notify()
+        self._tcp.write_eof()
+
+    def can_write_eof(self) -> bool:
+        """Return True."""
+        return True
+
+    def _send_close_notify(self) -> None:
+        if self._ssl is not None and not self._tcp.is_closing():
+            with contextlib.suppress(ssl.SSLError):  # the client's close_notify is missing
+                self._ssl.unwrap()
+            self._flush()
+
+    def close(self) -> None:
+        """Close after everything is sent; the client's close_notify is not awaited."""
+        self._send_close_notify()
+        self._tcp.close()
+
+    def abort(self) -> None:
+        """Close at once; what is not sent is lost."""
+        self._tcp.abort()
+
+    def is_closing(self) -> bool:
+        """Return whether the transport is closing."""
+        return self._tcp.is_closing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set the limits of the TCP transport's buffer."""
+        self._tcp.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        """Return the bytes that wait in the TCP transport's buffer, encrypted."""
+        return self._tcp.get_write_buffer_size()
+
+    # The rest of a transport
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Replace the protocol."""
+        self._protocol = cast(asyncio.Protocol, protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol."""
+        return self._protocol
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return a fact about the connection, as asyncio's transports do."""
+        if name == "ssl_object":
+            return self._ssl
+        if name == "sslcontext":
+            return self._ssl.context if self._ssl is not None else default
+        if name == "peercert":
+            return self._ssl.getpeercert() if self._ssl is not None else default
+        return self._tcp.get_extra_info(name, default)
+
+
+class _Handshake:
+    """A TLS handshake in progress: counted, with a deadline, and evictable."""
+
+    __slots__ = (
+        "_deadline_at",
+        "_has_begun",
+        "_http_connections",
+        "_is_recorded",
+        "_record_failure",
+        "_tcp",
+        "_timer",
+    )
+
+    def __init__(
+        self,
+        http_connections: HttpConnections,
+        deadline_at: float,
+        record_failure: Callable[[TlsFailure], None],
+    ) -> None:
+        self._http_connections = http_connections
+        self._deadline_at = deadline_at
+        self._record_failure = record_failure
+        self._tcp: asyncio.Transport
+        self._timer: asyncio.TimerHandle | None = None
+        self._has_begun = False
+        self._is_recorded = False  # whether its end is
+
+    def start(self, tcp: asyncio.Transport) -> None:
+        """Count the connection from now on, until its deadline."""
+        self._tcp = tcp
+        if (error := self._http_connections.register(self)) is not None:
+            self.evict(error)
+            return
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(self._deadline_at, self.fail, TlsFailure.TIMEOUT)
+
+    def begin(self) -> None:
+        """Take note of the first byte."""
+        self._has_begun = True
+
+    def complete(self) -> None:
+        """Stop to count the connection."""
+        self._is_recorded = True
+        self._stop()
+
+    def fail(self, why: TlsFailure) -> None:
+        """Record that the handshake has failed; end the connection."""
+        if not self._is_recorded:
+            self._is_recorded = True
+            self._record_failure(why)
+        self._stop()
+        if why is TlsFailure.TIMEOUT:
+            self._tcp.abort()
+        else:
+            self._tcp.close()  # after the alert
+
+    def on_lost(self) -> None:
+        """Take note of the connection's end."""
+        if self._has_begun and not self._is_recorded:
+            self._is_recorded = True
+            self._record_failure(TlsFailure.DISCONNECTED)
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._http_connections.unregister(self)
+
+    def is_request_arriving(self) -> bool:
+        """Return False: there is no request before the handshake is complete."""
+        return False
+
+    def evict(self, error: RefusedError) -> None:
+        """Abort the connection. Without TLS no response can be sent."""
+        self._is_recorded = True
+        self._http_connections.record_refusal(error)
+        self._tcp.abort()
