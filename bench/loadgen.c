@@ -19,6 +19,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <netinet/tcp.h>
+#include <openssl/ssl.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -54,7 +55,7 @@ static struct {
     long listeners, publishers, inflight, size, core, clients, concurrency;
     double rate, warmup, duration, drain, hold;
     char arrivals[8], header[MAX_EXTRA_HEADER];
-    long spin, json, deflate, across;
+    long spin, json, deflate, across, browser, tls, resume;
 } opt = {.listeners = 400, .publishers = 100, .inflight = 1, .size = 128, .core = -1,
          .clients = 5000, .concurrency = 256, .rate = 200, .warmup = 1, .duration = 5,
          .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1};
@@ -83,6 +84,9 @@ static const struct {
     {"spin", &opt.spin, 0, 0, 1, "1: poll without sleeping"},
     {"json", &opt.json, 0, 0, 1, "1: messages are JSON text behind their stamp, checked in full"},
     {"deflate", &opt.deflate, 0, 0, 1, "1: offer permessage-deflate, and use it where agreed"},
+    {"browser", &opt.browser, 0, 0, 1, "1: send the headers of a browser"},
+    {"tls", &opt.tls, 0, 0, 1, "1: wss; certificates are not verified, that is the clients' cost"},
+    {"resume", &opt.resume, 0, 0, 1, "1: resume the session of the first client"},
     {"across", &opt.across, 0, 0, 1, "1: latency from the sending itself, to listeners only"},
 };
 enum { OPTIONS = sizeof options / sizeof *options };
@@ -225,10 +229,11 @@ static double server_cpu_seconds(void) {
 
 /* ---- connections ---------------------------------------------------------------------------- */
 
-typedef enum { CONNECTING, HANDSHAKING, OPEN, CLOSED } State;
+typedef enum { CONNECTING, SECURING, HANDSHAKING, OPEN, CLOSED } State;
 
 typedef struct {
     int fd;
+    SSL *tls;
     State state;
     uint32_t id;
     int32_t publisher; /* its number, -1 for a listener */
@@ -282,15 +287,73 @@ static void want_write(Conn *c, int wanted) {
     interest(c, wanted ? EPOLLIN | EPOLLOUT : EPOLLIN, EPOLL_CTL_MOD);
 }
 
+static SSL_CTX *tls_context;
+static SSL_SESSION *tls_session; /* the first that a server has sent */
+
+static int keep_session(SSL *tls, SSL_SESSION *session) {
+    (void)tls;
+    if (!opt.resume || tls_session) return 0;
+    tls_session = session;
+    return 1;
+}
+
+static void tls_start(void) {
+    tls_context = SSL_CTX_new(TLS_client_method());
+    if (!tls_context) die("no TLS");
+    SSL_CTX_set_mode(tls_context, SSL_MODE_ENABLE_PARTIAL_WRITE |
+                                      SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
+                                      SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_session_cache_mode(tls_context,
+                                   SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL_STORE);
+    SSL_CTX_sess_set_new_cb(tls_context, keep_session);
+}
+
+/* As send() and recv() on a socket that does not block, with TLS or without. */
+static ssize_t conn_send(Conn *c, const void *data, size_t len) {
+    if (!c->tls) return send(c->fd, data, len, MSG_NOSIGNAL);
+    int n = SSL_write(c->tls, data, (int)len);
+    if (n > 0) return n;
+    int error = SSL_get_error(c->tls, n);
+    errno = error == SSL_ERROR_WANT_WRITE || error == SSL_ERROR_WANT_READ ? EAGAIN : EPIPE;
+    return -1;
+}
+
+static ssize_t conn_recv(Conn *c, void *data, size_t room) {
+    if (!c->tls) return recv(c->fd, data, room, 0);
+    size_t have = 0;
+    while (have < room) {
+        int n = SSL_read(c->tls, (uint8_t *)data + have, (int)(room - have));
+        if (n > 0) {
+            have += (size_t)n;
+            continue;
+        }
+        int error = SSL_get_error(c->tls, n);
+        errno = EAGAIN;
+        if (error != SSL_ERROR_WANT_READ) return have ? (ssize_t)have : 0;
+        break;
+    }
+    return have ? (ssize_t)have : -1;
+}
+
 static void conn_closed(Conn *c) {
     if (c->state == OPEN) open_count--, seen.closed++;
     else seen.failed++;
     c->state = CLOSED;
+    if (c->tls) SSL_free(c->tls), c->tls = NULL;
     close(c->fd);
 }
 
 /* As Firefox offers it: a server may ask for a smaller window of its own, not of the client's. */
 static const char OFFER[] = "Sec-WebSocket-Extensions: permessage-deflate\r\n";
+
+/* As Chrome sends them. */
+static const char BROWSER[] =
+    "Pragma: no-cache\r\nCache-Control: no-cache\r\n"
+    "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) "
+    "Chrome/140.0.0.0 Safari/537.36\r\n"
+    "Accept-Encoding: gzip, deflate, br, zstd\r\nAccept-Language: en-US,en;q=0.9\r\n"
+    "Cookie: session=0123456789abcdef0123456789abcdef\r\n"
+    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n";
 
 /* Several servers have equal shares of the clients: the first the first of them, and so on. */
 static long port_of(const Conn *c) {
@@ -301,7 +364,7 @@ static long port_of(const Conn *c) {
 
 static void send_request(Conn *c) {
     uint8_t nonce[16];
-    char key[KEY_CHARS + 1], request[256 + MAX_EXTRA_HEADER];
+    char key[KEY_CHARS + 1], request[256 + sizeof BROWSER + MAX_EXTRA_HEADER];
     for (int i = 0; i < 16; i += 8) {
         uint64_t bits = random_bits();
         memcpy(nonce + i, &bits, 8);
@@ -311,11 +374,32 @@ static void send_request(Conn *c) {
     int len = snprintf(request, sizeof request,
                        "GET / HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
-                       "Sec-WebSocket-Version: 13\r\n%s%s\r\n",
-                       port_of(c), key, opt.deflate ? OFFER : "", opt.header);
+                       "Origin: %s://127.0.0.1:%ld\r\nSec-WebSocket-Version: 13\r\n%s%s%s\r\n",
+                       port_of(c), key, opt.tls ? "https" : "http", port_of(c),
+                       opt.deflate ? OFFER : "", opt.browser ? BROWSER : "", opt.header);
     c->state = HANDSHAKING;
     /* A fresh socket's send buffer is empty: a short write can only be a broken connection. */
-    if (send(c->fd, request, (size_t)len, MSG_NOSIGNAL) != len) conn_closed(c);
+    if (conn_send(c, request, (size_t)len) != len) conn_closed(c);
+}
+
+static void secure(Conn *c) {
+    int done = SSL_do_handshake(c->tls);
+    if (done == 1) send_request(c);
+    else if (SSL_get_error(c->tls, done) != SSL_ERROR_WANT_READ) conn_closed(c);
+}
+
+/* TCP is connected. */
+static void connected(Conn *c) {
+    if (!opt.tls) {
+        send_request(c);
+        return;
+    }
+    c->state = SECURING;
+    c->tls = SSL_new(tls_context);
+    if (!c->tls || !SSL_set_fd(c->tls, c->fd)) die("out of memory");
+    if (tls_session) SSL_set_session(c->tls, tls_session);
+    SSL_set_connect_state(c->tls);
+    secure(c);
 }
 
 static void conn_start(Conn *c) {
@@ -328,7 +412,7 @@ static void conn_start(Conn *c) {
     c->state = CONNECTING;
     if (!connect(c->fd, (struct sockaddr *)&address, sizeof address)) {
         interest(c, EPOLLIN, EPOLL_CTL_ADD);
-        send_request(c);
+        connected(c);
     } else if (errno == EINPROGRESS) {
         c->wants_write = 1;
         interest(c, EPOLLIN | EPOLLOUT, EPOLL_CTL_ADD);
@@ -344,6 +428,7 @@ static int take_extensions(Conn *c, const char *head) {
     if (!value) return 1;
     value += sizeof name - 1;
     const char *end = strchrnul(value, '\r'), *found = strstr(value, "permessage-deflate");
+    if (opt.browser && !opt.deflate) return 1; /* no messages follow */
     if (!opt.deflate || !found || found > end) return 0;
     c->deflate = 1;
     found = strstr(found, "server_no_context_takeover");
@@ -477,8 +562,8 @@ static void pump(Publisher *p) {
     int closed_loop = opt.mode[0] == 'c';
     while (p->conn->state == OPEN) {
         if (p->frame_sent < p->frame_len) {
-            ssize_t n = send(p->conn->fd, p->frame + p->frame_sent, p->frame_len - p->frame_sent,
-                             MSG_NOSIGNAL);
+            ssize_t n = conn_send(p->conn, p->frame + p->frame_sent,
+                                  p->frame_len - p->frame_sent);
             if (n < 0 && errno != EAGAIN) return; /* the read that follows finds out */
             if (n > 0) p->frame_sent += (size_t)n;
             if (p->frame_sent < p->frame_len) {
@@ -617,7 +702,7 @@ static void send_control(Conn *c, int opcode, const uint8_t *payload, size_t len
     size_t header = wire_header(frame, opcode, len, 1);
     memcpy(frame + header, &mask, 4);
     wire_mask(frame + header + 4, payload, len, mask);
-    if (send(c->fd, frame, header + 4 + len, MSG_NOSIGNAL) < 0) return; /* found out by reading */
+    if (conn_send(c, frame, header + 4 + len) < 0) return; /* found out by reading */
 }
 
 static void pong_received(const uint8_t *payload, size_t len, int64_t now);
@@ -660,8 +745,12 @@ static ssize_t walk(Conn *c, uint8_t *p, size_t have, int64_t now) {
 }
 
 static void readable(Conn *c) {
+    if (c->state == SECURING) {
+        secure(c);
+        return;
+    }
     if (c->carried) memcpy(input, c->carry, c->carried);
-    ssize_t n = recv(c->fd, input + c->carried, READ_BYTES, 0);
+    ssize_t n = conn_recv(c, input + c->carried, READ_BYTES);
     if (n <= 0) {
         if (n == 0 || (errno != EAGAIN && errno != EINTR)) conn_closed(c);
         return;
@@ -683,6 +772,7 @@ static void readable(Conn *c) {
     c->carried = (size_t)left;
     if (left) memcpy(c->carry, p + have - left, (size_t)left);
     if (c->publisher >= 0) pump(&publishers[c->publisher]);
+    if (c->tls && SSL_pending(c->tls)) readable(c); /* no event follows for these bytes */
 }
 
 static void writable(Conn *c) {
@@ -695,7 +785,7 @@ static void writable(Conn *c) {
             return;
         }
         want_write(c, 0);
-        send_request(c);
+        connected(c);
     } else if (c->publisher >= 0) {
         pump(&publishers[c->publisher]);
     }
@@ -759,6 +849,7 @@ static void allocate(long count, long publisher_total) {
     carry_bytes = opt.deflate ? deflateBound(&deflater, (uLong)opt.size) : (size_t)opt.size;
     carry_bytes += MAX_HEADER;
     if (carry_bytes < MIN_CARRY) carry_bytes = MIN_CARRY;
+    if (opt.tls) tls_start();
     publisher_count = publisher_total;
     conns_in_all = count;
     conns = calloc((size_t)count, sizeof *conns);
@@ -980,6 +1071,7 @@ static void run_handshakes(void) {
     open_until(warm + opt.clients);
     window_end();
     report_open();
+    if (seen.failed) die("%" PRId64 " handshakes failed", seen.failed);
     hold();
     long arrived = open_count + (long)seen.closed - warm;
     double seconds = (double)(window.to - window.from) / 1e9, cpu = server_cpu_seconds();

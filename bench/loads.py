@@ -21,6 +21,8 @@ Values = dict[str, Any]
 
 IDLE_CLIENTS = 5000
 ARRIVING_CLIENTS = 3000
+TLS_CLIENTS = 2000
+STORM_CLIENTS = 10_000
 WARM_CLIENTS = 200
 FEED_BYTES = 1024
 CHECKS_TURN_S = 0.6  # short, and many: a twentieth has to be detected on a machine whose own speed
@@ -50,7 +52,9 @@ class Generator:
         """
         if servers[0].server.header:
             options["header"] = servers[0].server.header
-        pids = (*(server.pid for server in servers), *beside)
+        if servers[0].server.tls:
+            options["tls"] = 1
+        pids = (*(pid for server in servers for pid in server.pids), *beside)
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
             [
@@ -181,10 +185,18 @@ def _compression(generator: Generator, server: Running) -> Values:
 
 
 def _idle(generator: Generator, server: Running) -> Values:
+    return _hold_idle(generator, server, IDLE_CLIENTS)
+
+
+def _tls_idle(generator: Generator, server: Running) -> Values:
+    return _hold_idle(generator, server, TLS_CLIENTS)
+
+
+def _hold_idle(generator: Generator, server: Running, count: int) -> Values:
     generator.run("idle", server, clients=WARM_CLIENTS, hold=0)
     time.sleep(SETTLE_S / 2)
     before = server.private_bytes()
-    with generator.started("idle", server, clients=IDLE_CLIENTS) as process:
+    with generator.started("idle", server, clients=count) as process:
         _wait_open(process)
         time.sleep(SETTLE_S)
         after = server.private_bytes()
@@ -192,14 +204,58 @@ def _idle(generator: Generator, server: Running) -> Values:
     return values | {
         "private_bytes_before": before,
         "private_bytes_after": after,
-        "bytes_per_connection": (after - before) / IDLE_CLIENTS,
+        "bytes_per_connection": (after - before) / count,
     }
 
 
 def _handshakes(generator: Generator, server: Running) -> Values:
     return generator.run(
-        "handshakes", server, clients=ARRIVING_CLIENTS, warmup=WARM_CLIENTS, hold=0
+        "handshakes", server, clients=ARRIVING_CLIENTS, warmup=WARM_CLIENTS, hold=0, browser=1
     )
+
+
+def _tls_single(generator: Generator, server: Running) -> Values:
+    return _to_300(generator, server, in_flight=1)
+
+
+def _tls_queue(generator: Generator, server: Running) -> Values:
+    return _to_300(generator, server, in_flight=64)
+
+
+def _to_300(generator: Generator, server: Running, in_flight: int) -> Values:
+    return generator.run(
+        "closed",
+        server,
+        listeners=299,
+        publishers=1,
+        inflight=in_flight,
+        warmup=0.5,
+        duration=generator.seconds(2),
+    )
+
+
+def _tls_arrivals(generator: Generator, server: Running) -> Values:
+    return _arrive(generator, server, resume=0)
+
+
+def _tls_resumed(generator: Generator, server: Running) -> Values:
+    return _arrive(generator, server, resume=1)
+
+
+def _arrive(generator: Generator, server: Running, resume: int) -> Values:
+    return generator.run(
+        "handshakes",
+        server,
+        clients=TLS_CLIENTS,
+        warmup=WARM_CLIENTS,
+        hold=0,
+        browser=1,
+        resume=resume,
+    )
+
+
+def _tls_storm(generator: Generator, server: Running) -> Values:
+    return generator.run("handshakes", server, clients=STORM_CLIENTS, warmup=WARM_CLIENTS, hold=0)
 
 
 def _stall(generator: Generator, server: Running) -> Values:
@@ -297,6 +353,10 @@ _P99 = Figure("latency.p99", "latency p99", "ms", 1e3)
 _MAX = Figure("latency.max", "latency max", "ms", 1e3)
 _PONG_P50 = Figure("pong.p50", "pong p50", "ms", 1e3)
 _PONG_MAX = Figure("pong.max", "pong max", "ms", 1e3)
+_ARRIVALS = Figure("handshakes_per_s", "handshakes per second", "/s", 1.0, True)
+_ARRIVALS_PER_CPU = Figure("handshakes_per_cpu_s", "per server-CPU-second", "", 1.0, True)
+
+TLS_SERVERS = ("relay_tls", "gorilla_tls", "nginx_tls")
 
 LOADS = (
     Load(
@@ -332,10 +392,10 @@ LOADS = (
     ),
     Load(
         "handshakes",
-        f"{ARRIVING_CLIENTS:,} clients arriving as fast as they can",
+        f"{ARRIVING_CLIENTS:,} clients with a browser's headers arriving as fast as they can",
         _handshakes,
-        Figure("handshakes_per_s", "handshakes per second", "/s", 1.0, True),
-        (Figure("handshakes_per_cpu_s", "per server-CPU-second", "", 1.0, True),),
+        _ARRIVALS_PER_CPU,
+        (_ARRIVALS,),
         messages=False,
         servers=(*ALL_BUT_VARIANTS, "relay_checks"),
     ),
@@ -373,5 +433,58 @@ LOADS = (
         (_RATE, _P50, _P99),
         rounds=CHECKS_ROUNDS,
         servers=("relay", "relay_checks"),
+    ),
+    Load(
+        "tls_idle",
+        f"wss: {TLS_CLIENTS:,} idle clients",
+        _tls_idle,
+        Figure("bytes_per_connection", "memory per idle connection", "KB", 1 / 1024),
+        messages=False,
+        rounds=1,
+        servers=TLS_SERVERS,
+    ),
+    Load(
+        "tls_single",
+        "wss: 300 clients, one publisher with one message in flight",
+        _tls_single,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        servers=TLS_SERVERS,
+    ),
+    Load(
+        "tls_queue",
+        "wss: 300 clients, one publisher with 64 messages in flight",
+        _tls_queue,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        servers=TLS_SERVERS,
+    ),
+    Load(
+        "tls_handshakes",
+        f"wss: {TLS_CLIENTS:,} clients with a browser's headers arriving as fast as they can",
+        _tls_arrivals,
+        _ARRIVALS_PER_CPU,
+        (_ARRIVALS,),
+        messages=False,
+        servers=(*TLS_SERVERS, "relay_tls_checks"),
+    ),
+    Load(
+        "tls_resumed",
+        "wss: the same, with sessions that are resumed",
+        _tls_resumed,
+        _ARRIVALS_PER_CPU,
+        (_ARRIVALS,),
+        messages=False,
+        servers=TLS_SERVERS,
+    ),
+    Load(
+        "tls_storm",
+        f"wss: {STORM_CLIENTS:,} clients with tokens return at once",
+        _tls_storm,
+        _ARRIVALS,
+        (_ARRIVALS_PER_CPU,),
+        messages=False,
+        rounds=2,
+        servers=("relay_tls_checks",),
     ),
 )

@@ -178,20 +178,24 @@ def source(facts: dict[str, Any]) -> str:
     )
 
 
+COLUMNS = 3
+
+
 def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> None:
     """Write the picture as PNG."""
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": INK}):
-        figure, panels = plt.subplots(3, 3, figsize=(18, 13.6), dpi=110)
+        rows = -(-len(LOADS) // COLUMNS)
+        figure, panels = plt.subplots(rows, COLUMNS, figsize=(18, 4.5 * rows), dpi=110)
         for axes, load in zip(panels.flat, LOADS, strict=True):
             _panel(axes, load, measurements)
         figure.subplots_adjust(
-            left=0.105, right=0.985, top=0.855, bottom=0.06, wspace=0.50, hspace=0.58
+            left=0.105, right=0.985, top=0.91, bottom=0.045, wspace=0.50, hspace=0.58
         )
         about = "Each server has one core to itself, the clients another. Medians of one run."
         figure.text(
-            0.012, 0.967, "websocket-relay beside other servers", fontsize=20, weight="bold"
+            0.012, 0.98, "websocket-relay beside other servers", fontsize=20, weight="bold"
         )
-        figure.text(0.012, 0.944, about, fontsize=11.5, color=SOFT)
+        figure.text(0.012, 0.966, about, fontsize=11.5, color=SOFT)
         figure.text(0.012, 0.013, source(facts), fontsize=9.5, color=SOFT)
         figure.savefig(path, facecolor="white")
         plt.close(figure)

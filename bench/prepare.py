@@ -13,6 +13,8 @@ RIVALS = HERE / "rivals"
 LOADGEN = BUILD / "loadgen"
 FLOOR = BUILD / "floor"
 GORILLA = BUILD / "gorilla"
+CERTIFICATES = BUILD / "tls"
+NGINX = Path("/usr/sbin/nginx")  # not on everyone's path
 DEBIAN_GOPATH = Path("/usr/share/gocode")  # where golang-github-gorilla-websocket-dev puts it
 BUILD_TIMEOUT_S = 600
 
@@ -60,7 +62,12 @@ def _compile(source: Path, program: Path, *libraries: str) -> None:
 
 def loadgen() -> None:
     """Compile the load generator; without it there is no benchmark."""
-    _compile(HERE / "loadgen.c", LOADGEN, "-lz")
+    _compile(HERE / "loadgen.c", LOADGEN, "-lz", "-lssl", "-lcrypto")
+
+
+def certificate() -> None:
+    """Write the certificate of all servers with TLS, with a key on P-256."""
+    _run(sys.executable, "-m", "websocket_relay", "dev-cert", "--directory", CERTIFICATES)
 
 
 def floor() -> None:
@@ -90,3 +97,16 @@ def gorilla() -> None:
     if (DEBIAN_GOPATH / "src/github.com/gorilla/websocket").is_dir():
         env |= {"GO111MODULE": "off", "GOPATH": str(DEBIAN_GOPATH)}
     _run(_tool("go"), "build", "-o", GORILLA, ".", cwd=RIVALS / "gorilla", env=env)
+
+
+def gorilla_tls() -> None:
+    """Compile the Go hub, and write its certificate."""
+    gorilla()
+    certificate()
+
+
+def nginx_tls() -> None:
+    """Check that nginx is installed, and write its certificate."""
+    if not NGINX.is_file() and shutil.which("nginx") is None:
+        raise AbsentError("nginx is not installed")
+    certificate()

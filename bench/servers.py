@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ class Server:
     variant: bool = False
     header: str = ""  # a header that its clients have to send
     deflates: bool = False  # it negotiates permessage-deflate with clients that offer it
+    tls: bool = False  # its clients speak TLS
 
 
 def _nothing() -> None:
@@ -89,8 +89,51 @@ CHECKS = (
     ("RELAY__LIMITS__MAX_MESSAGES_PER_S", PLENTY),
 )
 
+CERT_FILE, KEY_FILE = str(prepare.CERTIFICATES / "cert.pem"), str(prepare.CERTIFICATES / "key.pem")
+TLS = (
+    ("RELAY__SERVER__TLS__ENABLED", "true"),
+    ("RELAY__SERVER__TLS__CERT_FILE", CERT_FILE),
+    ("RELAY__SERVER__TLS__KEY_FILE", KEY_FILE),
+)
+
 SERVERS = (
     RELAY,
+    replace(
+        RELAY,
+        name="relay_tls",
+        title="relay, TLS",
+        prepare=prepare.certificate,
+        environment=RELAY.environment + TLS,
+        variant=True,
+        tls=True,
+    ),
+    replace(
+        RELAY,
+        name="relay_tls_checks",
+        title="relay, TLS, all checks on",
+        prepare=prepare.certificate,
+        environment=RELAY.environment + TLS + CHECKS,
+        variant=True,
+        tls=True,
+        header=_bearer(),
+    ),
+    Server(
+        "nginx_tls",
+        "nginx ends TLS, relay",
+        (*_script("nginx_tls.py"), "{metrics_port}", CERT_FILE, KEY_FILE),
+        prepare.nginx_tls,
+        variant=True,
+        tls=True,
+    ),
+    Server(
+        "gorilla_tls",
+        "Go gorilla hub, TLS",
+        (str(prepare.GORILLA), "{port}", CERT_FILE, KEY_FILE),
+        prepare.gorilla_tls,
+        reference=True,
+        variant=True,
+        tls=True,
+    ),
     replace(
         RELAY,
         name="relay_checks",
@@ -177,6 +220,15 @@ class Running:
         """The process id; `taskset` has become the server under the same one."""
         return self.process.pid
 
+    @property
+    def pids(self) -> list[int]:
+        """The process and all that it has started."""
+        found = [self.pid]
+        for pid in found:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            found += map(int, children)
+        return found
+
     def settle(self) -> None:
         """Wait until it has processed the clients that left: the next server needs the core."""
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
@@ -192,15 +244,21 @@ class Running:
 
     def cpu_s(self) -> float:
         """Return the CPU time so far, of all threads, in ticks of usually 10 ms."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+        ticks = 0
+        for pid in self.pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # utime, stime
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def private_bytes(self) -> int:
         """Return the private memory of the process, without the kernel's socket buffers."""
-        text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
-        names = ("Private_Clean", "Private_Dirty")
-        return sum(int(fields[name].split()[0]) * 1024 for name in names)
+        total = 0
+        for pid in self.pids:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
+            names = ("Private_Clean", "Private_Dirty")
+            total += sum(int(fields[name].split()[0]) * 1024 for name in names)
+        return total
 
 
 def _free_ports(count: int) -> list[int]:
@@ -238,18 +296,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def with_tls(server: Server) -> Iterator[tuple[Server, ssl.SSLContext]]:
-    """Make a certificate; yield a relay that serves it, and a context that trusts it."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "websocket_relay", "dev-cert", "--directory", folder)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        tls = (
-            ("RELAY__SERVER__TLS__ENABLED", "true"),
-            ("RELAY__SERVER__TLS__CERT_FILE", f"{folder}/cert.pem"),
-            ("RELAY__SERVER__TLS__KEY_FILE", f"{folder}/key.pem"),
-        )
-        context = ssl.create_default_context(cafile=f"{folder}/cert.pem")
-        context.check_hostname = False
-        yield replace(server, environment=server.environment + tls), context
+    """Yield a relay that speaks TLS, and a context that trusts its certificate."""
+    prepare.certificate()
+    context = ssl.create_default_context(cafile=CERT_FILE)
+    context.check_hostname = False
+    yield replace(server, environment=server.environment + TLS), context
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 // The classic hub on gorilla/websocket: one hub, and per client a reader, a writer and a queue.
 // Knows nothing of the relay.
 //
-// usage: gorilla PORT [deflate]    deflate: with the library's own compression
+// usage: gorilla PORT [deflate | CERT KEY]    deflate: with the library's own compression
 package main
 
 import (
@@ -83,7 +83,7 @@ func main() {
 	upgrader := websocket.Upgrader{
 		ReadBufferSize:    1024,
 		WriteBufferSize:   1024,
-		EnableCompression: len(os.Args) > 2,
+		EnableCompression: len(os.Args) == 3,
 	}
 	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		conn, err := upgrader.Upgrade(w, r, nil)
@@ -100,5 +100,8 @@ func main() {
 		log.Fatal(err)
 	}
 	fmt.Println("ready")
+	if len(os.Args) == 4 {
+		log.Fatal(http.ServeTLS(listener, nil, os.Args[2], os.Args[3]))
+	}
 	log.Fatal(http.Serve(listener, nil))
 }

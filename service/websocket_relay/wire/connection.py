@@ -23,6 +23,7 @@ from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.delivery_format import PLAIN_FORMAT, DeliveryFormat
 from websocket_relay.wire.publish_policy import PublishPolicy
 from websocket_relay.wire.send_backlog import SendBacklog
+from websocket_relay.wire.tls_transport import TlsTransport, socket_of
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,19 @@ class WireProtocol(Publisher, Pausable, Protocol):
 
     def is_ping_overdue(self, since: float) -> bool:
         """Return whether a ping sent at `since` or before is still unanswered."""
+
+
+class Sender(Protocol):
+    """A socket, or TLS on one, that is written to while nothing waits in its transport.
+
+    The transport's own write takes a third longer: it buffers first.
+    """
+
+    def send(self, data: bytes, /) -> int:
+        """Send as much as the socket takes; return how many bytes that are."""
+
+    def detach(self) -> object:
+        """Forget the descriptor, which its transport closes."""
 
 
 class MessageSink(Protocol):
@@ -137,8 +151,9 @@ class Connection(asyncio.Protocol):
         sends_heartbeats: whether its client was sent a welcome, and is sent heartbeats.
         has_input_ended: whether nothing more is read: after TCP's FIN or TLS's close_notify, or
             after the end of TCP.
-        write: sends a batch, and never blocks: the transport's own write. None while the
-            connection lags, and once it has left its sink: `queue_or_drop` then.
+        write: sends a batch as far as the socket takes it, and returns how many bytes that are:
+            the socket's own send. None while the connection lags, and once it has left its sink:
+            `queue_or_drop` then.
     """
 
     __slots__ = (
@@ -150,6 +165,7 @@ class Connection(asyncio.Protocol):
         "_is_member",
         "_on_lost",
         "_sink",
+        "_socket",
         "data_received",
         "delivery_format",
         "has_input_ended",
@@ -164,7 +180,7 @@ class Connection(asyncio.Protocol):
 
     # The protocol's own: one call less for each read.
     data_received: Callable[[bytes], None]  # type: ignore[assignment]
-    write: Callable[[bytes], None] | None
+    write: Callable[[bytes], int] | None
 
     def __init__(
         self, shared: ConnectionContext, protocol: "Callable[[Connection], WireProtocol]"
@@ -184,6 +200,7 @@ class Connection(asyncio.Protocol):
         self.delivery_format = PLAIN_FORMAT
         self.publish_policy: PublishPolicy | None = None
         self.sends_heartbeats = False
+        self._socket: Sender | None = None
         self.write = None
         self.protocol = protocol(self)
         self.data_received = self.protocol.data_received
@@ -217,11 +234,13 @@ class Connection(asyncio.Protocol):
         shared.clients.register(self)
         shared.counters.connections += 1
         self._handle(ConnectionEvent.ACCEPT)
-        self.transport.write(response)
+        transport = self.transport
         # With a high-water mark of 1 byte, the transport calls pause_writing in the write that
         # fills the socket; see SendBacklog. With uvloop, write() then also writes at once rather
-        # than at the end of the loop iteration, so a slice's duration is that of its system calls.
-        self.transport.set_write_buffer_limits(high=1, low=0)
+        # than at the end of the loop iteration, so that nothing overtakes what it was given.
+        transport.set_write_buffer_limits(high=1, low=0)
+        transport.write(response)
+        self._socket = transport if isinstance(transport, TlsTransport) else socket_of(transport)
         if self._backlog is not None:  # responses sent before the upgrade fill the socket
             self._start_backlog_of_control(response)
 
@@ -237,7 +256,7 @@ class Connection(asyncio.Protocol):
         self._sink = sink
         self._is_member = True
         if self._backlog is None:
-            self.write = self.transport.write
+            self._send_directly()
         else:
             sink.on_backlog_started(self)
         self.protocol.start_parsing(sink)
@@ -328,6 +347,9 @@ class Connection(asyncio.Protocol):
         Bytes that were read before are parsed all the same. Until then the connection counts as
         established: a client that sends and disconnects must not bypass the limits.
         """
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
         # Batches may refer to this object for a while, which must not keep TLS's buffers in memory.
         self.transport = CLOSED_TRANSPORT
         self.has_input_ended = True
@@ -469,6 +491,14 @@ class Connection(asyncio.Protocol):
             self._sink.on_backlog_started(self)
         self.shared.newly_lagging.append(self)
 
+    def _send_directly(self) -> None:
+        """Send batches from now on: nothing waits in the transport."""
+        self.write = self._socket.send if self._socket is not None else None
+
+    def write_rest(self, data: bytes, sent_bytes: int) -> None:
+        """Pass on to the transport what the socket has not taken of a batch."""
+        self.transport.write(memoryview(data)[sent_bytes:])
+
     def start_backlog(self, data: bytes, messages: int) -> None:
         """Queue the write that filled the socket; `pause_writing` does not get its bytes."""
         assert self._backlog is not None
@@ -491,7 +521,7 @@ class Connection(asyncio.Protocol):
             counters.deliveries += backlog.advance()
         self._discard_backlog(backlog, 0)
         if self._is_member and self._sink is not None:
-            self.write = self.transport.write
+            self._send_directly()
             self._sink.on_backlog_drained(self)
         self._handle(ConnectionEvent.FLUSHED)
 

@@ -83,7 +83,7 @@ class ConnectionContext:
             data: whole frames or events.
             messages: number of messages in them.
         """
-        sent, lagging = len(clients), self.newly_lagging
+        sent, size, lagging = len(clients), len(data), self.newly_lagging
         for client in clients:
             # Two steps: CPython 3.11 has a fast path for loading a slot, and none for a call of a
             # slot's value in the same instruction. The try costs nothing there.
@@ -93,19 +93,24 @@ class ConnectionContext:
                 client.queue_or_drop(data, messages)
                 continue
             try:
-                write(data)
-            except Exception:
-                if not client.is_closing:
-                    log.exception("write failed")
-                sent -= 1
-                self._drop_failed_write(client, messages)
+                sent_bytes = write(data)
+            except OSError:  # full, or disconnected: the transport finds out
+                sent_bytes = 0
+            if sent_bytes != size:
+                try:
+                    client.write_rest(data, sent_bytes)
+                except Exception:
+                    if not client.is_closing:
+                        log.exception("write failed")
+                    sent -= 1
+                    self._drop_failed_write(client, messages)
         if lagging:
             sent -= len(lagging)
             for client in lagging:
                 client.start_backlog(data, messages)
             lagging.clear()
         self.counters.deliveries += sent * messages
-        self.counters.sent_bytes += sent * len(data)
+        self.counters.sent_bytes += sent * size
 
     def metrics(self) -> dict[str, int]:
         """Return the values of the metrics of backlogs and flow control."""

@@ -7,6 +7,7 @@ is in the buffer of the TCP transport, where it is counted. Knows no HTTP.
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, cast
@@ -41,6 +42,15 @@ OpenSSL takes all that it is given and keeps the part of a record itself, and wh
 written at once. A pair for each connection would keep the memory of its largest flight."""
 
 
+def socket_of(transport: asyncio.Transport) -> socket.SocketType:
+    """Return an object of the transport's socket that can send.
+
+    It must be detached before the transport closes the descriptor: in `connection_lost`.
+    """
+    known = transport.get_extra_info("socket")
+    return socket.SocketType(known.family, known.type, known.proto, known.fileno())
+
+
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """The protocol of a TCP transport, and the transport of the protocol above it.
 
@@ -61,6 +71,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         "_has_input_ended",
         "_is_paused",
         "_protocol",
+        "_socket",
         "_ssl",
         "_tcp",
         "_unread",
@@ -81,6 +92,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._context: Callable[[], ssl.SSLContext] | None = context
         self._tcp: asyncio.Transport
         self._ssl: ssl.SSLObject | None = None
+        self._socket: socket.SocketType | None = None
         self._unread = b""  # received, and not passed to OpenSSL while reading is paused
         self._is_paused = False
         self._has_input_ended = False
@@ -124,6 +136,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """Release everything."""
         self._unread = b""
         self._ssl = None
+        self.detach()
         if self._handshake is not None:
             self._handshake.on_lost()
             self._handshake = None
@@ -237,6 +250,33 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if connection is not None and len(data):
             connection.write(data)
             self._tcp.write(_outgoing.read())
+
+    def send(self, data: bytes) -> int:
+        """Encrypt and send, where nothing waits in the TCP transport: past its buffer.
+
+        Returns:
+            The size of `data`: what the socket does not take waits in the TCP transport.
+        """
+        connection = self._ssl
+        if connection is None:
+            return len(data)
+        if self._socket is None:
+            self._socket = socket_of(self._tcp)
+        connection.write(data)
+        encrypted = _outgoing.read()
+        try:
+            sent_bytes = self._socket.send(encrypted)
+        except OSError:  # full, or disconnected: the transport finds out
+            sent_bytes = 0
+        if sent_bytes != len(encrypted):
+            self._tcp.write(memoryview(encrypted)[sent_bytes:])
+        return len(data)
+
+    def detach(self) -> None:
+        """Forget the descriptor of the socket, which the TCP transport closes."""
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
 
     def _flush(self) -> None:
         if _outgoing.pending:
