@@ -191,7 +191,7 @@ typedef struct {
 static Window window;
 static struct {
     int64_t deliveries, duplicates, reordered, unexpected, damaged, sent, unsent, closed, failed;
-    int64_t recvs, bytes, idle_ns, pings, deflated;
+    int64_t recvs, bytes, idle_ns, pings, deflated, resumed;
 } seen;
 
 static int64_t own_cpu_ns(void) {
@@ -384,6 +384,7 @@ static void send_request(Conn *c) {
 
 static void secure(Conn *c) {
     int done = SSL_do_handshake(c->tls);
+    seen.resumed += done == 1 && SSL_session_reused(c->tls);
     if (done == 1) send_request(c);
     else if (SSL_get_error(c->tls, done) != SSL_ERROR_WANT_READ) conn_closed(c);
 }
@@ -397,7 +398,11 @@ static void connected(Conn *c) {
     c->state = SECURING;
     c->tls = SSL_new(tls_context);
     if (!c->tls || !SSL_set_fd(c->tls, c->fd)) die("out of memory");
-    if (tls_session) SSL_set_session(c->tls, tls_session);
+    if (tls_session) { /* a copy: OpenSSL uses each of them once */
+        SSL_SESSION *session = SSL_SESSION_dup(tls_session);
+        SSL_set_session(c->tls, session);
+        SSL_SESSION_free(session);
+    }
     SSL_set_connect_state(c->tls);
     secure(c);
 }
@@ -1076,8 +1081,8 @@ static void run_handshakes(void) {
     long arrived = open_count + (long)seen.closed - warm;
     double seconds = (double)(window.to - window.from) / 1e9, cpu = server_cpu_seconds();
     printf("{\"mode\":\"handshakes\",\"clients\":%ld,\"arrived\":%ld,\"failed\":%" PRId64
-           ",\"closed\":%" PRId64,
-           opt.clients, arrived, seen.failed, seen.closed);
+           ",\"closed\":%" PRId64 ",\"resumed\":%" PRId64,
+           opt.clients, arrived, seen.failed, seen.closed, seen.resumed);
     print_window();
     printf(",\"handshakes_per_s\":%.1f,\"handshakes_per_cpu_s\":%.1f}\n",
            (double)arrived / seconds, cpu > 0 ? (double)arrived / cpu : 0);

@@ -243,7 +243,7 @@ def _tls_resumed(generator: Generator, server: Running) -> Values:
 
 
 def _arrive(generator: Generator, server: Running, resume: int) -> Values:
-    return generator.run(
+    values = generator.run(
         "handshakes",
         server,
         clients=TLS_CLIENTS,
@@ -252,6 +252,10 @@ def _arrive(generator: Generator, server: Running, resume: int) -> Values:
         browser=1,
         resume=resume,
     )
+    expected = TLS_CLIENTS if resume else 0
+    if values["resumed"] < expected:
+        raise FailedError(f"{values['resumed']} sessions resumed, expected {expected}")
+    return values
 
 
 def _tls_storm(generator: Generator, server: Running) -> Values:

@@ -192,9 +192,7 @@ def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> 
             left=0.105, right=0.985, top=0.91, bottom=0.045, wspace=0.50, hspace=0.58
         )
         about = "Each server has one core to itself, the clients another. Medians of one run."
-        figure.text(
-            0.012, 0.98, "websocket-relay beside other servers", fontsize=20, weight="bold"
-        )
+        figure.text(0.012, 0.98, "websocket-relay beside other servers", fontsize=20, weight="bold")
         figure.text(0.012, 0.966, about, fontsize=11.5, color=SOFT)
         figure.text(0.012, 0.013, source(facts), fontsize=9.5, color=SOFT)
         figure.savefig(path, facecolor="white")

@@ -30,7 +30,7 @@ http {{
         listen 127.0.0.1:{port} ssl backlog=4096;
         ssl_certificate {cert};
         ssl_certificate_key {key};
-        ssl_session_tickets on;
+        ssl_protocols TLSv1.2 TLSv1.3;
         location / {{
             proxy_pass http://127.0.0.1:{relay_port};
             proxy_http_version 1.1;

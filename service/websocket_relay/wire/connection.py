@@ -23,7 +23,8 @@ from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.delivery_format import PLAIN_FORMAT, DeliveryFormat
 from websocket_relay.wire.publish_policy import PublishPolicy
 from websocket_relay.wire.send_backlog import SendBacklog
-from websocket_relay.wire.tls_transport import TlsTransport, socket_of
+from websocket_relay.wire.sockets import socket_of
+from websocket_relay.wire.tls_transport import TlsTransport
 
 log = logging.getLogger(__name__)
 

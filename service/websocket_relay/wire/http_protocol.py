@@ -28,6 +28,7 @@ from websocket_relay.wire.request_head import (
     parse_head,
     skip_empty_lines,
 )
+from websocket_relay.wire.sockets import peer_of
 from websocket_relay.wire.time_slicer import SLICE_S
 from websocket_relay.wire.websocket import WebSocket
 
@@ -316,7 +317,6 @@ class HttpProtocol(asyncio.Protocol):
         transport = self._transport
         is_secure = transport.get_extra_info("sslcontext") is not None
         scheme = "http" if kind == "http" else "ws"
-        client = self.peer or transport.get_extra_info("peername")
         return {
             "type": kind,
             "asgi": ASGI_VERSIONS,
@@ -324,7 +324,7 @@ class HttpProtocol(asyncio.Protocol):
             "scheme": f"{scheme}s" if is_secure else scheme,
             "method": head.method,
             "server": None,
-            "client": client and client[:2],
+            "client": self.peer or peer_of(transport),
             "root_path": self._config.root_path,
             "path": head.decoded_path,
             "raw_path": head.path,

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from websocket_relay.outcomes import RefusedError, TlsFailure
 from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.sockets import socket_of
 
 FAILURES = {
     "HTTP_REQUEST": TlsFailure.NOT_TLS,
@@ -40,15 +41,6 @@ _incoming, _outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
 """Between OpenSSL and the sockets of all connections. Both are empty whenever a method returns:
 OpenSSL takes all that it is given and keeps the part of a record itself, and what it has to send is
 written at once. A pair for each connection would keep the memory of its largest flight."""
-
-
-def socket_of(transport: asyncio.Transport) -> socket.SocketType:
-    """Return an object of the transport's socket that can send.
-
-    It must be detached before the transport closes the descriptor: in `connection_lost`.
-    """
-    known = transport.get_extra_info("socket")
-    return socket.SocketType(known.family, known.type, known.proto, known.fileno())
 
 
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
@@ -184,9 +176,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _read(self, received_bytes: int) -> None:
         """Decrypt what is received, and pass it on, until reading is paused or has ended."""
-        connection = self._ssl
         read_bytes = min(max(received_bytes, MIN_READ_BYTES), MAX_READ_BYTES)
-        while connection is not None and not self._is_paused and not self._has_input_ended:
+        while (connection := self._ssl) is not None:
+            if self._is_paused or self._has_input_ended:
+                break
+            if not _incoming.pending and not connection.pending():
+                break  # an exception for what is known costs more than a short record
             try:
                 data = connection.read(read_bytes)
             except ssl.SSLWantReadError:
@@ -201,10 +196,6 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 self._end_input()
                 break
             self._protocol.data_received(data)
-            connection = self._ssl
-            # An exception for what is known costs more than a short record.
-            if not _incoming.pending and connection is not None and not connection.pending():
-                break
         if _outgoing.pending:  # the answer to a key update
             self._flush()
 
