@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import APIRouter, FastAPI
-from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from websocket_relay import __version__, logs
@@ -25,6 +24,7 @@ from websocket_relay.api.metrics import metrics_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import answer_refusals
+from websocket_relay.api.request_metrics import RequestMetrics
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import upgrade_router, websocket_router
@@ -316,9 +316,10 @@ class Replica:
         app = _fastapi(openapi_url=f"{base_path}/openapi.json")
         answer_refusals(app, self._refusals, base_path=base_path)
         for router in self._routers(base_path):
-            app.include_router(router)
+            # Not include_router: FastAPI matches the routes of an included router twice.
+            app.router.routes += router.routes
         app.add_middleware(self._cors.wrap)
-        Instrumentator(registry=self._metrics.registry).instrument(app)
+        app.add_middleware(RequestMetrics, registry=self._metrics.registry)
         websockets = websocket_router(self._admission, self._broadcaster, base_path=base_path)
 
         def by_kind(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -331,14 +332,14 @@ class Replica:
         """Yield the routers of the relay's port, in the order in which they are asked."""
         settings = self._settings
         parts = self._admission, self._broadcaster
-        yield probes_router(self.lifecycle)
-        yield browser_client_router(base_path=base_path)
-        if settings.console.enabled:
-            yield console_router(self._admission, self._stats, base_path=base_path)
         max_bytes = settings.limits.max_message_bytes
         yield publish_router(*parts, base_path=base_path, max_bytes=max_bytes)
         silence_s = settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s
         yield events_router(*parts, base_path=base_path, silence_s=silence_s)
+        yield probes_router(self.lifecycle)
+        yield browser_client_router(base_path=base_path)
+        if settings.console.enabled:
+            yield console_router(self._admission, self._stats, base_path=base_path)
         # Last, because the console's page has the same path.
         yield upgrade_router(base_path=base_path)
 

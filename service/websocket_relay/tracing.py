@@ -20,6 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from websocket_relay import __version__
 from websocket_relay.outcomes import RefusedError
+from websocket_relay.route_names import route_of
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -156,7 +157,7 @@ class _TracedRequest:
         if self.refusal:
             facts["relay.refusal"] = self.refusal
         parameters = scope.get("path_params", {})
-        if route := _route(scope, parameters):
+        if route := route_of(scope):
             facts["http.route"] = route
             span.update_name(f"{_name(scope)} {route}")
         if "channel" in parameters:
@@ -173,17 +174,6 @@ def _name(scope: Mapping[str, Any]) -> str:
         return "handshake"
     method: str = scope["method"]
     return method if method in METHODS else "HTTP"
-
-
-def _route(scope: Mapping[str, Any], parameters: Mapping[str, str]) -> str:
-    """Return the path with a placeholder for the channel's name; empty for an unknown path."""
-    path: str = scope["path"]
-    if "endpoint" not in scope or "path" in parameters:
-        return ""
-    if "channel" not in parameters:
-        return path
-    prefix, _, suffix = path.partition(f"/channels/{parameters['channel']}")
-    return f"{prefix}/channels/{{channel}}{suffix}"
 
 
 def _parent(headers: list[tuple[bytes, bytes]]) -> Any:

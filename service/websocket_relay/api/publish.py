@@ -11,7 +11,6 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
@@ -111,13 +110,14 @@ def publish_router(
             position = await broadcaster.publish(channel, messages)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
-        content: dict[str, object] = {"position": str(position)}
-        if media_type.is_batch:
-            content["messages"] = len(messages)
-        return JSONResponse(content, HTTPStatus.ACCEPTED)
+        count = f',"messages":{len(messages)}' if media_type.is_batch else ""
+        content = f'{{"position":"{position}"{count}}}'  # a position needs no escapes
+        return Response(content, HTTPStatus.ACCEPTED, media_type=media_types.JSON)
 
     router = APIRouter()
-    for path, parameters in ((DEFAULT_PATH, []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
+    for path, parameters in ((CHANNEL_PATH, [CHANNEL_PARAMETER]), (DEFAULT_PATH, [])):
+        # Starlette's route answers; FastAPI's describes: see `api.routes`.
+        router.add_route(base_path + path, publish, methods=["POST"])
         router.add_api_route(
             base_path + path,
             publish,

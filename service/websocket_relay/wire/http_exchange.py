@@ -68,7 +68,7 @@ class HttpExchange:
             Content-Length (RFC 9112 section 6.3), as with HTTP/1.0.
         keeps_alive: whether another request may follow.
         is_safe: whether the method changes nothing.
-        has_started: whether the head of the response is written.
+        has_started: whether the response has begun.
         is_complete: whether all of the response is written.
         is_disconnected: whether the client can't receive the response any more.
         is_received: whether the whole request has arrived.
@@ -78,6 +78,7 @@ class HttpExchange:
         "_body_is_forbidden",
         "_connection",
         "_expects_continue",
+        "_head",
         "_is_read",
         "_missing_bytes",
         "_unread",
@@ -96,6 +97,7 @@ class HttpExchange:
         self._connection = connection
         self._expects_continue = head.fields.get(b"expect", b"").lower() == b"100-continue"
         self._body_is_forbidden = head.method == "HEAD"
+        self._head = b""  # of the response, until its body follows: one system call for both
         self._is_read = False  # whether the application has read all of the body
         self._missing_bytes: int | None = None  # of a response with a Content-Length
         self._unread: list[bytes] = []
@@ -198,7 +200,12 @@ class HttpExchange:
         if not self.keeps_alive:
             lines.append(b"Connection: close\r\n")
         lines.append(b"\r\n")
-        self._connection.write(b"".join(lines))
+        self._head = b"".join(lines)
+
+    def flush_head(self) -> None:
+        """Write the head of the response now."""
+        self._connection.write(self._head)
+        self._head = b""
 
     def _write_body(self, body: bytes, *, is_last: bool) -> None:
         if self._body_is_forbidden or self.is_disconnected:
@@ -212,8 +219,9 @@ class HttpExchange:
                 body = b"%x\r\n%b\r\n" % (len(body), body)
             if is_last:
                 body += b"0\r\n\r\n"
-        if body:
-            self._connection.write(body)
+        if body or self._head:
+            self._connection.write(self._head + body)
+            self._head = b""
         if is_last:
             self.is_complete = True
             self._connection.on_exchange_complete()

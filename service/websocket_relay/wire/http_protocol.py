@@ -70,7 +70,7 @@ class HttpProtocol(asyncio.Protocol):
         accepts_upgrades: whether WebSockets are served; an offer of one is ignored otherwise.
 
     Attributes:
-        peer: in place of the address of the connection.
+        peer: the address of the client, in place of that of the connection if it is set before.
     """
 
     def __init__(
@@ -314,8 +314,9 @@ class HttpProtocol(asyncio.Protocol):
         task.add_done_callback(self._state.tasks.discard)
 
     def _scope(self, kind: str, head: RequestHead) -> Scope:
-        transport = self._transport
-        is_secure = transport.get_extra_info("sslcontext") is not None
+        if self.peer is None:
+            self.peer = peer_of(self._transport)
+        is_secure = self._transport.get_extra_info("sslcontext") is not None
         scheme = "http" if kind == "http" else "ws"
         return {
             "type": kind,
@@ -324,7 +325,7 @@ class HttpProtocol(asyncio.Protocol):
             "scheme": f"{scheme}s" if is_secure else scheme,
             "method": head.method,
             "server": None,
-            "client": self.peer or peer_of(transport),
+            "client": self.peer,
             "root_path": self._config.root_path,
             "path": head.decoded_path,
             "raw_path": head.path,
@@ -535,6 +536,7 @@ class HttpProtocol(asyncio.Protocol):
         exchange, transport = self._exchange, self._transport
         if exchange is None or exchange.is_disconnected or transport.is_closing():
             return None
+        exchange.flush_head()
         exchange.is_complete = True
         self._leave()
         self._exchange = None
