@@ -292,7 +292,11 @@ class Replica:
             self._make_app(),
             http_connections,
             http=partial(
-                HttpProtocol, shared=self.shared, plain=http_connections, accepts_upgrades=True
+                HttpProtocol,
+                shared=self.shared,
+                plain=http_connections,
+                accepts_upgrades=True,
+                observe=RequestMetrics(self._metrics.registry).observe,
             ),
             certificates=self._certificates,
             record_tls_failure=self._refusals.record_tls_failure,
@@ -319,7 +323,6 @@ class Replica:
             # Not include_router: FastAPI matches the routes of an included router twice.
             app.router.routes += router.routes
         app.add_middleware(self._cors.wrap)
-        app.add_middleware(RequestMetrics, registry=self._metrics.registry)
         websockets = websocket_router(self._admission, self._broadcaster, base_path=base_path)
 
         def by_kind(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:

@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -135,8 +136,12 @@ class CallRecorder:
     def _record_write(self, arguments: dict[str, Any]) -> None:
         peer = cast(asyncio.Transport, arguments["self"]).get_extra_info("peername")
         data = b"".join(arguments.get("list_of_data", [arguments.get("data", b"")]))
-        assert self._writes is not None
-        self._writes.append(Write(peer[1], data, self._present_handover()))
+        self.record(peer[1], data)
+
+    def record(self, port: int, data: bytes) -> None:
+        """Record a write that is made now."""
+        if self._writes is not None:
+            self._writes.append(Write(port, data, self._present_handover()))
 
     def _present_handover(self) -> Handover:
         return Handover(_functions_on_stack(sys._getframe()), self._turn)
@@ -166,6 +171,15 @@ def _name_of(code: CodeType) -> str:
 
 
 RECORDER = CallRecorder()
+
+
+class RecordingSocket(socket.SocketType):
+    """A transport's socket that is written to beside the transport."""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send, and record it."""
+        RECORDER.record(self.getpeername()[1], bytes(data))
+        return super().send(data, flags)
 
 
 class RecordingLoop(asyncio.SelectorEventLoop):
@@ -208,6 +222,7 @@ def main() -> int:
     descriptors = int(control), int(result)
     threading.Thread(target=_serve_recordings, args=descriptors, daemon=True).start()
     uvloop.new_event_loop = RecordingLoop  # type: ignore[assignment]
+    socket.SocketType = RecordingSocket
     time.perf_counter = lambda: 1.0
     threading.setprofile(RECORDER.profile)
     sys.setprofile(RECORDER.profile)

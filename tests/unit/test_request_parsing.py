@@ -197,7 +197,7 @@ DIFFERENCES: dict[str, Sequence[tuple[bytes, str]]] = {
         (request(b"GET / HTTP/2.0"), "refused: 505"),
     ],
 }
-"""Requests that h11 reads in another way: how, why, and what this parser says."""
+"""Requests that h11 reads in another way: how, why, and what this parser makes of them."""
 
 
 @pytest.mark.parametrize("wire", AGREED)

@@ -6,7 +6,9 @@ socket and no timer.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
+from time import perf_counter
 from typing import Protocol
 
 from websocket_relay.outcomes import Refusal, RefusedError
@@ -33,15 +35,19 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 """Safe methods change nothing (RFC 9110 section 9.2.1). They can be refused at any time."""
 
 
+Headers = list[tuple[bytes, bytes]]
+
+ObserveRequest = Callable[[Scope, int, Headers, float], None]
+"""Called with the scope of a request, the status and the headers of its response, and the seconds
+from its head to the end of the response."""
+
+
 class ExchangeConnection(Protocol):
     """The part of a connection that an exchange uses."""
 
     @property
     def default_lines(self) -> bytes:
         """Fields of every response, with their line ends."""
-
-    def write(self, data: bytes) -> None:
-        """Write to the client."""
 
     async def drain(self) -> None:
         """Wait until the client has read enough for more to be written."""
@@ -50,7 +56,7 @@ class ExchangeConnection(Protocol):
         """Read more of the body."""
 
     def on_exchange_complete(self) -> None:
-        """Take note that the response is written."""
+        """Go on: the response is written."""
 
     def refuse(self, error: RefusedError) -> None:
         """End the connection, with a response where one can be sent."""
@@ -61,7 +67,9 @@ class HttpExchange:
 
     Args:
         connection: the connection.
+        transport: its transport.
         head: the head of the request.
+        observe: called with the request and its response; None: not measured.
 
     Attributes:
         delimits_by_close: whether the end of the connection ends a response that has no
@@ -79,8 +87,13 @@ class HttpExchange:
         "_connection",
         "_expects_continue",
         "_head",
+        "_headers",
         "_is_read",
         "_missing_bytes",
+        "_observe",
+        "_started_at",
+        "_status",
+        "_transport",
         "_unread",
         "_unread_bytes",
         "_waiter",
@@ -93,8 +106,18 @@ class HttpExchange:
         "keeps_alive",
     )
 
-    def __init__(self, connection: ExchangeConnection, head: RequestHead) -> None:
+    def __init__(
+        self,
+        connection: ExchangeConnection,
+        transport: asyncio.Transport,
+        head: RequestHead,
+        observe: ObserveRequest | None = None,
+    ) -> None:
         self._connection = connection
+        self._transport = transport
+        self._observe = observe
+        self._started_at = perf_counter()
+        self._status, self._headers = 500, Headers()
         self._expects_continue = head.fields.get(b"expect", b"").lower() == b"100-continue"
         self._body_is_forbidden = head.method == "HEAD"
         self._head = b""  # of the response, until its body follows: one system call for both
@@ -118,6 +141,9 @@ class HttpExchange:
         if not self.is_complete and not self.is_disconnected:
             # Within a response the client sees only that the connection ends early.
             self._connection.refuse(RefusedError(Refusal.INTERNAL_ERROR))
+        if self._observe is not None:
+            taken_s = perf_counter() - self._started_at
+            self._observe(scope, self._status, self._headers, taken_s)
 
     # The request
 
@@ -127,7 +153,7 @@ class HttpExchange:
         return self._unread_bytes > MAX_UNREAD_BYTES
 
     def add_body(self, content: bytes, *, is_last: bool) -> None:
-        """Pass on a part of the body; nobody reads it after the response."""
+        """Pass on a part of the body; it is discarded after the response."""
         self.is_received = is_last
         if self.is_complete:
             return
@@ -138,7 +164,7 @@ class HttpExchange:
         self._wake()
 
     def disconnect(self) -> None:
-        """Take note that the client can't receive the response any more."""
+        """Record that the client can't receive the response any more."""
         self.is_disconnected = True
         self._wake()
 
@@ -153,7 +179,7 @@ class HttpExchange:
     async def _receive(self) -> Event:
         if self._expects_continue and not self.has_started and not self.is_received:
             self._expects_continue = False
-            self._connection.write(CONTINUE)
+            self._write(CONTINUE)
         while not (self.is_disconnected or self.is_complete or self._has_unread):
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -170,15 +196,16 @@ class HttpExchange:
 
     async def _send(self, event: Event) -> None:
         if event["type"] == "http.response.start" and not self.has_started:
-            self._start(event["status"], event.get("headers", ()))
+            self._start(event["status"], list(event.get("headers", ())))
         elif event["type"] == "http.response.body" and self.has_started and not self.is_complete:
             await self._connection.drain()
             self._write_body(event.get("body", b""), is_last=not event.get("more_body", False))
         else:
             raise RuntimeError(f"unexpected ASGI message {event['type']!r}")
 
-    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _start(self, status: int, headers: Headers) -> None:
         self.has_started = True
+        self._status, self._headers = status, headers
         lines = [STATUS_LINES[status], self._connection.default_lines]
         names = set()
         for name, value in headers:
@@ -202,9 +229,13 @@ class HttpExchange:
         lines.append(b"\r\n")
         self._head = b"".join(lines)
 
+    def _write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
     def flush_head(self) -> None:
         """Write the head of the response now."""
-        self._connection.write(self._head)
+        self._write(self._head)
         self._head = b""
 
     def _write_body(self, body: bytes, *, is_last: bool) -> None:
@@ -220,7 +251,8 @@ class HttpExchange:
             if is_last:
                 body += b"0\r\n\r\n"
         if body or self._head:
-            self._connection.write(self._head + body)
+            if not self._transport.is_closing():
+                self._transport.write(self._head + body)
             self._head = b""
         if is_last:
             self.is_complete = True

@@ -6,7 +6,7 @@ channel.
 
 import asyncio
 import select
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -17,7 +17,7 @@ from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.handshake import Handshake, validate_handshake
 from websocket_relay.wire.http_connections import HttpConnections
-from websocket_relay.wire.http_exchange import HttpExchange
+from websocket_relay.wire.http_exchange import HttpExchange, ObserveRequest
 from websocket_relay.wire.request_body import RequestBody
 from websocket_relay.wire.request_head import (
     HEAD_END,
@@ -68,6 +68,7 @@ class HttpProtocol(asyncio.Protocol):
         shared: shared limits and counters.
         plain: the HTTP connections of the port.
         accepts_upgrades: whether WebSockets are served; an offer of one is ignored otherwise.
+        observe: called with each request and its response; None: they are not measured.
 
     Attributes:
         peer: the address of the client, in place of that of the connection if it is set before.
@@ -83,6 +84,7 @@ class HttpProtocol(asyncio.Protocol):
         shared: ConnectionContext,
         plain: HttpConnections,
         accepts_upgrades: bool = False,
+        observe: ObserveRequest | None = None,
     ) -> None:
         # With TLS this object is created at TCP accept. connection_made follows after the TLS
         # handshake, or never if the handshake fails.
@@ -91,6 +93,7 @@ class HttpProtocol(asyncio.Protocol):
         self._context = shared
         self._http_connections = plain
         self._accepts_upgrades = accepts_upgrades
+        self._observe = observe
         self._loop = asyncio.get_running_loop()
         self.peer: tuple[str, int] | None = None
         self._transport: asyncio.Transport
@@ -160,40 +163,46 @@ class HttpProtocol(asyncio.Protocol):
     # Reading
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes from the client."""
+        """Parse until all is parsed, or a response has to be awaited, or a slice of time is over."""
         if self._refusal:
             self._respond_and_close(self._refusal)  # not before a request arrives: see `evict`
-        elif self._unparsed:
+            return
+        if self._unparsed:
             self._unparsed += data
-        elif not self._transport.is_closing():
-            self._cancel_keep_alive()
-            self._parse(data)
-
-    def _parse(self, data: bytes) -> None:
-        """Parse until all is parsed, or its response has to be awaited, or time is up."""
-        start, until = 0, 0.0
+            return
+        self._cancel_keep_alive()
+        start, until = 0, perf_counter() + SLICE_S
         try:
             while start < len(data) and self._may_parse:
                 if self._body is not None:
                     start = self._parse_body(self._body, data, start)
                 else:
-                    start = self._parse_head(data, start)
-                    if start < 0:
-                        return
-                if start < len(data):
-                    now = perf_counter()
-                    until = until or now + SLICE_S
-                    if now > until:  # many tiny chunks take long
-                        self._queue_parsing()
+                    head, start = self._read_head(data, start)
+                    if head is None:
                         break
-            if start < len(data) and not self._may_parse:
-                # A body that is longer than its Content-Length: nothing is made of its beginning.
-                check_request_line(data[skip_empty_lines(data, start) :])
+                    if self._accepts_upgrades and head.offers_websocket:
+                        self._upgrade(head, data[start:])
+                        return
+                    self._start_exchange(head)
+                if perf_counter() > until:  # many tiny chunks take long
+                    break
+            self._keep(data[start:])
         except RefusedError as error:
             self.refuse(error)
-            return
-        self._unparsed = data[start:]
+
+    def _keep(self, rest: bytes) -> None:
+        """Keep what is not parsed yet.
+
+        Raises:
+            RefusedError: it can't be the next request. The body before it may be longer than its
+                Content-Length: nothing is made of its beginning.
+        """
+        self._unparsed = rest
         self._update_reading()
+        if rest and self._may_parse:
+            self._queue_parsing()
+        elif rest:
+            check_request_line(rest[skip_empty_lines(rest, 0) :])
 
     def _queue_parsing(self) -> None:
         if not self._is_parsing_queued:
@@ -205,7 +214,7 @@ class HttpProtocol(asyncio.Protocol):
         try:
             while self._unparsed and self._may_parse:
                 data, self._unparsed = self._unparsed, b""
-                self._parse(data)
+                self.data_received(data)
                 yield
         except Exception:  # as uvloop does if data_received raises
             self._transport.abort()
@@ -220,19 +229,17 @@ class HttpProtocol(asyncio.Protocol):
             return False
         return self._body is not None or (self._exchange is None and self._drained is None)
 
-    def _parse_head(self, data: bytes, start: int) -> int:
-        """Parse a head, and start its request.
+    def _read_head(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
+        """Read a head, or keep the part of it that has arrived.
 
         Returns:
-            The end offset of the head, or of its part in `data`; -1: it ended the connection's
-            time as an HTTP connection.
+            The head, None if it is not complete; and the offset in `data` after it.
         """
         checked = len(self._partial_head)
+        moved_by = 0
         if checked:
-            data, rest_at = self._partial_head + data[start:], start - checked
+            data, moved_by = self._partial_head + data[start:], start - checked
             start = 0
-        else:
-            rest_at = 0
         if data.startswith(b"\r\n", start):
             line_at = skip_empty_lines(data, start)
             self._empty_bytes += line_at - start
@@ -246,17 +253,10 @@ class HttpProtocol(asyncio.Protocol):
             if self._deadline_timer is None:
                 self._start_deadline()
             self._update_idle_state()
-            return rest_at + len(data)
+            return None, moved_by + len(data)
         end += len(HEAD_END)
         self._partial_head, self._empty_bytes = b"", 0
-        head = parse_head(data[start:end])
-        if self._accepts_upgrades and head.offers_websocket:
-            if head.has_body:  # after an upgrade these bytes are frames; a proxy sees a body
-                raise RefusedError(Refusal.INVALID_REQUEST)
-            self._upgrade(head, data[end:])
-            return -1
-        self._start_exchange(head)
-        return rest_at + end
+        return parse_head(data[start:end]), moved_by + end
 
     def _parse_body(self, body: RequestBody, data: bytes, start: int) -> int:
         content, end = body.decode(data, start)
@@ -289,7 +289,7 @@ class HttpProtocol(asyncio.Protocol):
     # Requests
 
     def _start_exchange(self, head: RequestHead) -> None:
-        exchange = self._exchange = HttpExchange(self, head)
+        exchange = self._exchange = HttpExchange(self, self._transport, head, self._observe)
         exchange.keeps_alive = exchange.keeps_alive and self._keeps_alive
         if exchange.is_received:
             self._cancel_deadline()
@@ -300,14 +300,17 @@ class HttpProtocol(asyncio.Protocol):
         self._update_idle_state()
         scope = self._scope("http", head)
         scope[CONNECTION_KEY] = self
+        work = exchange.run(self._config.loaded_app, scope)
         if self._http_connections.may_start_request():
-            self._run_exchange(exchange, scope)
+            self._add_task(self._loop.create_task(work))
         else:
-            self._http_connections.queue_request(partial(self._run_exchange, exchange, scope))
+            self._http_connections.queue_request(partial(self._start_queued, exchange, work))
 
-    def _run_exchange(self, exchange: HttpExchange, scope: Scope) -> None:
-        if not exchange.is_disconnected:
-            self._add_task(self._loop.create_task(exchange.run(self._config.loaded_app, scope)))
+    def _start_queued(self, exchange: HttpExchange, work: Coroutine[Any, Any, None]) -> None:
+        if exchange.is_disconnected:
+            work.close()
+        else:
+            self._add_task(self._loop.create_task(work))
 
     def _add_task(self, task: asyncio.Task[None]) -> None:
         self._state.tasks.add(task)
@@ -384,18 +387,13 @@ class HttpProtocol(asyncio.Protocol):
         """Fields of every response, with their line ends."""
         return b"".join(b"%b: %b\r\n" % field for field in self._state.default_headers)
 
-    def write(self, data: bytes) -> None:
-        """Write to the client."""
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
     async def drain(self) -> None:
         """Wait until what is written has left for the socket, or the connection ends."""
         while self._drained is not None and not self._transport.is_closing():
             await self._drained.wait()
 
     def pause_writing(self) -> None:
-        """Take note that the client reads too slowly."""
+        """Record that the client reads too slowly."""
         if self._drained is None:
             self._drained = asyncio.Event()
         self._start_drain()
@@ -486,8 +484,9 @@ class HttpProtocol(asyncio.Protocol):
         """
         self._cancel_deadline()
         self._cancel_keep_alive()
-        if self._exchange is None or not self._exchange.has_started:
-            self.write(response)
+        is_due = self._exchange is None or not self._exchange.has_started
+        if is_due and not self._transport.is_closing():
+            self._transport.write(response)
         if self._exchange is not None:
             self._exchange.disconnect()
         self._unparsed = b""
@@ -544,7 +543,13 @@ class HttpProtocol(asyncio.Protocol):
         return transport
 
     def _upgrade(self, head: RequestHead, trailing: bytes) -> None:
-        """Pass the transport to a WebSocket, and the request to the application."""
+        """Pass the transport to a WebSocket, and the request to the application.
+
+        Raises:
+            RefusedError: there is a body. These bytes are frames then, where a proxy sees a body.
+        """
+        if head.has_body:
+            raise RefusedError(Refusal.INVALID_REQUEST)
         deadline_s = self._context.deadline_s
         if self._deadline_timer is not None:  # the first request's, from TCP accept
             deadline_s = self._deadline_at - self._loop.time()

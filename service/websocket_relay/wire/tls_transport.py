@@ -367,7 +367,7 @@ class _Handshake:
         self._timer = loop.call_at(self._deadline_at, self.fail, TlsFailure.TIMEOUT)
 
     def begin(self) -> None:
-        """Take note of the first byte."""
+        """Record that the first byte has arrived."""
         self._has_begun = True
 
     def complete(self) -> None:
@@ -387,7 +387,7 @@ class _Handshake:
             self._tcp.close()  # after the alert
 
     def on_lost(self) -> None:
-        """Take note of the connection's end."""
+        """Record the end of the connection."""
         if self._has_begun and not self._is_recorded:
             self._is_recorded = True
             self._record_failure(TlsFailure.DISCONNECTED)
