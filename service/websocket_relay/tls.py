@@ -111,7 +111,7 @@ class Certificates:
             try:
                 context.load_verify_locations(file)
             except ssl.SSLError as error:
-                raise ClientCaError(str(error.reason)) from None
+                raise ClientCaError(_words(str(error.reason))) from None
         return context, certificate.not_valid_after_utc.timestamp()
 
     def _problem(self, error: Exception) -> str:
@@ -123,8 +123,12 @@ class Certificates:
             key = names[list(map(str, self._files)).index(str(error.filename))]
             return f"server.tls.{key}: {error.filename}: {error.strerror}"
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error)
-        words = reason.replace("_", " ").lower()
-        return f"server.tls: can't load {cert_file} and {key_file}: {words}"
+        return f"server.tls: can't load {cert_file} and {key_file}: {_words(reason)}"
+
+
+def _words(reason: str) -> str:
+    """Return OpenSSL's name of an error in words."""
+    return reason.replace("_", " ").lower()
 
 
 def write_dev_pair(directory: Path) -> tuple[Path, Path]:

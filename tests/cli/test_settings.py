@@ -35,7 +35,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "host": "*",
         "port": 8443,
         "socket": "",
-        "tls": {"enabled": False, "cert_file": "cert.pem", "key_file": "key.pem"},
+        "tls": {
+            "enabled": False,
+            "cert_file": "cert.pem",
+            "key_file": "key.pem",
+            "client_ca_file": "",
+        },
         "allowed_origins": ["*"],
         "trusted_proxies": [],
         "keepalive_timeout_s": 130,
@@ -86,6 +91,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("server.tls.enabled", True, "true"),
     ("server.tls.cert_file", "other/cert.pem", "other/cert.pem"),
     ("server.tls.key_file", "other/key.pem", "other/key.pem"),
+    ("server.tls.client_ca_file", "other/cert.pem", "other/cert.pem"),
     (
         "server.allowed_origins",
         ["https://a.example", "https://b.example"],

@@ -5,26 +5,41 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from websocket_relay import watched_files
-from websocket_relay.outcomes import Refusal, TlsFailure
+from websocket_relay.outcomes import Refusal, SettingsError, TlsFailure
 from websocket_relay.tls import Certificates
 from websocket_relay.watched_files import States, WatchedFiles
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.tls_transport import TlsTransport
 
-from tests.support.certificates import CertificatePair, make_pair, replace_file
-from tests.support.raw_client import PATIENCE_S
+from tests.support.certificates import (
+    CertificatePair,
+    make_home_made_ca,
+    make_pair,
+    replace_file,
+)
+from tests.support.http_requests import get_request
+from tests.support.raw_client import (
+    CLOSE,
+    PATIENCE_S,
+    TEXT,
+    close_payload,
+    frame,
+    upgrade_request,
+)
 from tests.support.relay_process import (
     HOST,
     RelayProcess,
     StartRelay,
     await_close,
     eventually,
+    path_of,
     receive,
     receive_many,
     run_command,
@@ -175,6 +190,257 @@ async def test_no_expiry_is_exported_without_a_certificate(relay: RelayProcess) 
     """An expiry of 0 would fire every alert on certificates."""
     samples = [sample for sample in (await relay.metrics()).samples if sample.name == EXPIRY]
     assert samples == []
+
+
+# Versions, sessions and ends
+
+
+def connect_blocking(relay: RelayProcess, context: ssl.SSLContext, **options: Any) -> ssl.SSLSocket:
+    """Return a connection with TLS; its calls block for a bounded time."""
+    connected = socket.create_connection((HOST, relay.port), PATIENCE_S)
+    return context.wrap_socket(connected, server_hostname="localhost", **options)
+
+
+def read_head(client: ssl.SSLSocket) -> bytes:
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        received = client.recv(1)
+        assert received, head
+        head += received
+    return head
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_is_resumed_with_both_versions(
+    tls_relay_with: StartRelay, pair: CertificatePair, version: ssl.TLSVersion
+) -> None:
+    relay = tls_relay_with()
+    context = pair.client_context()
+    context.minimum_version = context.maximum_version = version
+
+    def resumed() -> list[bool | None]:
+        found: list[bool | None] = []
+        session = None
+        for _ in range(3):
+            with connect_blocking(relay, context, session=session) as client:
+                client.sendall(upgrade_request())
+                assert b" 101 " in read_head(client)
+                session = client.session
+                found.append(client.session_reused)
+        return found
+
+    assert await asyncio.to_thread(resumed) == [False, True, True]
+
+
+async def test_versions_before_1_2_are_refused(
+    tls_relay_with: StartRelay, pair: CertificatePair
+) -> None:
+    relay = tls_relay_with()
+    context = pair.client_context()
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    await asyncio.to_thread(handshake, relay.port, context)
+    await relay.await_metric(FAILURES, 1, reason="unsupported")
+
+
+async def test_what_is_sent_before_close_notify_is_relayed_and_the_close_is_answered(
+    tls_relay_with: StartRelay, pair: CertificatePair, channel: str
+) -> None:
+    relay = tls_relay_with()
+
+    def publish_and_close() -> bytes:
+        """Send messages and close_notify at once; return what arrives after that."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = pair.client_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with socket.create_connection((HOST, relay.port), PATIENCE_S) as connected:
+
+            def until_done(step: Callable[[], object]) -> None:
+                while True:
+                    try:
+                        step()
+                    except ssl.SSLWantReadError:
+                        connected.sendall(outgoing.read())
+                        incoming.write(connected.recv(4096))
+                    else:
+                        return
+
+            until_done(client.do_handshake)
+            client.write(upgrade_request(path_of(channel)))
+            until_done(lambda: client.read(4096))
+            client.write(frame(TEXT, b"last words") * 3)
+            with suppress(ssl.SSLWantReadError):
+                client.unwrap()
+            connected.sendall(outgoing.read())
+            received = b""
+            while data := connected.recv(4096):
+                received += data
+            return received
+
+    async with relay.client(channel) as subscriber:
+        assert await asyncio.to_thread(publish_and_close), "nothing, not even close_notify"
+        assert await receive_many(subscriber, 3) == ["last words"] * 3
+        await relay.await_metric("websocket_connected_clients", 1)
+
+
+async def test_the_relays_end_of_sending_leaves_the_client_its_own(
+    tls_relay_with: StartRelay, pair: CertificatePair, channel: str
+) -> None:
+    """As with TCP: a client that has sent a close frame still reads all, then the end."""
+    relay = tls_relay_with()
+
+    def close_late() -> bytes:
+        with connect_blocking(relay, pair.client_context()) as client:
+            client.sendall(upgrade_request(path_of(channel)))
+            read_head(client)
+            client.sendall(frame(CLOSE, close_payload(1000)))
+            received = b""
+            while data := client.recv(100):
+                received += data
+            client.sendall(b"ignored")
+            return received
+
+    assert await asyncio.to_thread(close_late) == b"\x88\x02\x03\xe8"
+    await relay.await_metric("websocket_connected_clients", 0)
+
+
+async def test_a_fast_publisher_over_tls_is_slowed_down_and_loses_nothing(
+    tls_relay_with: StartRelay, pair: CertificatePair, channel: str
+) -> None:
+    """Reading pauses within what was received; the rest is decrypted later."""
+    count, size = 3_000, 4_096
+    relay = tls_relay_with(limits={"total_backlog_bytes": MIB, "send_backlog_bytes": MIB // 4})
+
+    def publish() -> None:
+        with connect_blocking(relay, pair.client_context()) as client:
+            client.sendall(upgrade_request(path_of(channel)))
+            read_head(client)
+            for number in range(0, count, 100):
+                frames = (
+                    frame(TEXT, str(each).encode().ljust(size))
+                    for each in range(number, number + 100)
+                )
+                client.sendall(b"".join(frames))
+            client.sendall(frame(CLOSE, close_payload(1000)))
+            while client.recv(65_536):
+                pass
+
+    async with relay.client(channel, max_queue=None) as subscriber:
+        publishing = asyncio.create_task(asyncio.to_thread(publish))
+        received = await receive_many(subscriber, count)
+        await publishing
+    assert [int(str(message)) for message in received] == list(range(count))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+async def test_a_connection_is_served_however_its_records_are_cut(
+    tls_relay_with: StartRelay, pair: CertificatePair, channel: str, size: int
+) -> None:
+    relay = tls_relay_with()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = pair.client_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    loop = asyncio.get_running_loop()
+    async with relay.client(channel) as subscriber:
+        with socket.create_connection((HOST, relay.port)) as connected:
+            connected.setblocking(False)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+            async def flush() -> None:
+                wire = outgoing.read()
+                for start in range(0, len(wire), size):
+                    await loop.sock_sendall(connected, wire[start : start + size])
+
+            async def run(step: Callable[[], Any]) -> Any:
+                async with asyncio.timeout(PATIENCE_S):
+                    while True:
+                        try:
+                            result = step()
+                        except ssl.SSLWantReadError:
+                            await flush()
+                            incoming.write(await loop.sock_recv(connected, 4096))
+                        else:
+                            await flush()
+                            return result
+
+            await run(client.do_handshake)
+            await run(lambda: client.write(upgrade_request(path_of(channel))))
+            assert (await run(lambda: client.read(4096))).startswith(b"HTTP/1.1 101 ")
+            await run(lambda: client.write(frame(TEXT, b"in pieces")))
+            assert await receive(subscriber) == "in pieces"
+
+
+async def test_bytes_that_are_no_record_end_only_their_connection(
+    tls_relay_with: StartRelay, pair: CertificatePair, channel: str
+) -> None:
+    relay = tls_relay_with()
+
+    def send_nonsense() -> None:
+        client = connect_blocking(relay, pair.client_context())
+        client.sendall(upgrade_request(path_of(channel)))
+        read_head(client)
+        raw = socket.socket(fileno=client.detach())
+        with raw:
+            raw.sendall(b"nonsense" * 100)
+            with suppress(ConnectionError):
+                while raw.recv(4096):
+                    pass
+
+    async with relay.client(channel) as other:
+        await asyncio.to_thread(send_nonsense)
+        await relay.await_metric("websocket_connected_clients", 1)
+        await other.send("still here")
+        assert await receive(other) == "still here"
+
+
+# Client certificates
+
+
+async def test_with_client_authorities_every_client_needs_a_certificate_of_one(
+    tls_relay_with: StartRelay, pair: CertificatePair, tmp_path: Path, channel: str
+) -> None:
+    authority = make_home_made_ca()
+    (tmp_path / "ca.pem").write_bytes(authority.certificate_pem)
+    relay = tls_relay_with(server={"tls": {"client_ca_file": str(tmp_path / "ca.pem")}})
+    certificates = {
+        "of the authority": make_pair(issuer=authority),
+        "of another": make_pair(issuer=make_home_made_ca()),
+        "self-signed": make_pair(),
+    }
+    contexts = {"none": pair.client_context()}
+    for name, certificate in certificates.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        certificate.write_to(directory)
+        contexts[name] = pair.client_context()
+        contexts[name].load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    async with relay.client(channel, ssl=contexts["of the authority"]) as client:
+        await client.send("hello")
+        assert await receive(client) == "hello"
+
+    def is_refused(context: ssl.SSLContext) -> bool:
+        try:
+            with connect_blocking(relay, context) as refused:
+                refused.sendall(get_request("/healthz"))
+                return not refused.recv(100)  # with TLS 1.3 the client's handshake ends before
+        except (ssl.SSLError, ConnectionError):
+            return True
+
+    for name in ("none", "of another", "self-signed"):
+        assert await asyncio.to_thread(is_refused, contexts[name]), name
+    await relay.await_metric(FAILURES, 3, reason="client_certificate")
+    assert not await asyncio.to_thread(is_refused, contexts["of the authority"])
+
+
+def test_client_authorities_that_can_not_be_loaded_are_named(
+    certificate_directory: Path, tmp_path: Path
+) -> None:
+    files = certificate_directory / "cert.pem", certificate_directory / "key.pem"
+    empty = tmp_path / "ca.pem"
+    empty.write_text("no certificate\n")
+    for file, problem in ((empty, "no certificate or crl found"), (tmp_path / "x", "no such file")):
+        with pytest.raises(SettingsError) as raised:
+            Certificates(*files, file)
+        assert raised.value.problems == (f"server.tls.client_ca_file: {file}: {problem}",)
 
 
 # Renewal, by a relay

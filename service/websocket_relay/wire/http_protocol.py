@@ -163,7 +163,7 @@ class HttpProtocol(asyncio.Protocol):
     # Reading
 
     def data_received(self, data: bytes) -> None:
-        """Parse until all is parsed, or a response has to be awaited, or a slice of time is over."""
+        """Parse until all is parsed, a response has to be awaited, or a slice of time is over."""
         if self._refusal:
             self._respond_and_close(self._refusal)  # not before a request arrives: see `evict`
             return
