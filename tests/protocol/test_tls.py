@@ -380,6 +380,7 @@ async def test_bytes_that_are_no_record_end_only_their_connection(
         read_head(client)
         raw = socket.socket(fileno=client.detach())
         with raw:
+            raw.settimeout(PATIENCE_S)
             raw.sendall(b"nonsense" * 100)
             with suppress(ConnectionError):
                 while raw.recv(4096):

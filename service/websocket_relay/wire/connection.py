@@ -497,7 +497,13 @@ class Connection(asyncio.Protocol):
         self.write = self._socket.send if self._socket is not None else None
 
     def write_rest(self, data: bytes, sent_bytes: int) -> None:
-        """Pass on to the transport what the socket has not taken of a batch."""
+        """Pass on to the transport what the socket has not taken of a batch.
+
+        Raises:
+            ConnectionError: the transport is closing.
+        """
+        if self.transport.is_closing():
+            raise ConnectionError
         self.transport.write(memoryview(data)[sent_bytes:])
 
     def start_backlog(self, data: bytes, messages: int) -> None:

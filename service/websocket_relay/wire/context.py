@@ -93,17 +93,17 @@ class ConnectionContext:
                 client.queue_or_drop(data, messages)
                 continue
             try:
-                sent_bytes = write(data)
-            except OSError:  # full, or disconnected: the transport finds out
-                sent_bytes = 0
-            if sent_bytes != size:
                 try:
+                    sent_bytes = write(data)
+                except OSError:  # full, or disconnected: the transport finds out
+                    sent_bytes = 0
+                if sent_bytes != size:
                     client.write_rest(data, sent_bytes)
-                except Exception:
-                    if not client.is_closing:
-                        log.exception("write failed")
-                    sent -= 1
-                    self._drop_failed_write(client, messages)
+            except Exception:
+                if not client.is_closing:
+                    log.exception("write failed")
+                sent -= 1
+                self._drop_failed_write(client, messages)
         if lagging:
             sent -= len(lagging)
             for client in lagging:
