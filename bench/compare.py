@@ -41,6 +41,12 @@ COMPARED = (
     ("handshakes", ("relay", "relay_checks"), 12, 1.0),
     ("stall", ("relay",), 6, 0.5),
     ("idle", ("relay",), 1, 1.0),
+    ("tls_idle", ("relay_tls",), 1, 1.0),
+    ("tls_single", ("relay_tls",), 20, 0.5),
+    ("tls_queue", ("relay_tls",), 20, 0.5),
+    ("tls_handshakes", ("relay_tls", "relay_tls_checks"), 6, 1.0),
+    ("tls_resumed", ("relay_tls",), 6, 1.0),
+    ("tls_storm", ("relay_tls_checks",), 2, 1.0),
 )
 CONFIDENCE = 0.95
 
@@ -129,8 +135,6 @@ def _measure(
         servers.append(replace(relay, name=title, title=title, reference=True))
         servers += [_at(commit, folder, relay) for commit, folder in folders.items()]
     load = replace(load_named(name), servers=tuple(server.name for server in servers))
-    if name == "handshakes":  # the rate depends on the load generator, too
-        load = replace(load, main=load.others[0])
     found = Rounds(Generator(1, 0, scale), rounds, print_result).all([load], servers)
     return [_compared(load, variant, each, found) for variant in variants for each in folders]
 

@@ -174,7 +174,13 @@ SERVERS = (
         ("node", str(prepare.RIVALS / "ws_node" / "server.js"), "{port}"),
         prepare.ws_node,
     ),
-    Server("gorilla", "Go gorilla hub", (str(prepare.GORILLA), "{port}"), prepare.gorilla),
+    Server(
+        "gorilla",
+        "Go gorilla hub",
+        (str(prepare.GORILLA), "{port}"),
+        prepare.gorilla,
+        reference=True,
+    ),
     Server(
         "gorilla_deflate",
         "gorilla, deflate",

@@ -18,8 +18,8 @@ FAULTS = (
 JSON_VALUES = "figures"
 """The key of a measurement's values in result files, which keep their format."""
 
-RELAY = "relay"
-RELAYS = (RELAY, "relay_checks", "relay_deflate")
+RELAY, RELAY_TLS = "relay", "relay_tls"
+RELAYS = (RELAY, "relay_checks", "relay_deflate", RELAY_TLS, "relay_tls_checks")
 DISTURBED = 0.08  # of a core's time: above it a measurement is marked, and repeated
 
 
@@ -67,17 +67,23 @@ class Target:
 TARGETS = (
     Target("fanout", 60.0, True, "textbook"),
     Target("fanout", 10.0, True, "uwebsockets"),
-    Target("fanout", 0.6, True, "floor"),
+    Target("fanout", 0.8, True, "floor"),
     Target("single", 0.85, True, "uwebsockets"),
+    Target("single", 0.8, True, "floor"),
     Target("steady", 1.25, False, "uwebsockets"),
-    Target("idle", 7.0, False),
-    Target("handshakes", 1.5, True, "textbook"),
+    Target("idle", 2.0, False),
+    Target("handshakes", 1 / 1.5, True, "gorilla"),
+    Target("handshakes", 0.5, True, RELAY, "relay_checks"),
     Target("stall", 5.0, False),
     Target("checks", 0.95, True, RELAY, "relay_checks"),
     Target("checks_single", 0.95, True, RELAY, "relay_checks"),
     Target("compression", 20.0, True, "textbook", "relay_deflate"),
     Target("compression", 20.0, True, "websockets_deflate", "relay_deflate"),
     Target("compression", 20.0, True, "gorilla_deflate", "relay_deflate"),
+    Target("tls_idle", 15.0, False, None, RELAY_TLS),
+    Target("tls_single", 1.0, True, "gorilla_tls", RELAY_TLS),
+    Target("tls_queue", 12.0, True, "gorilla_tls", RELAY_TLS),
+    Target("tls_handshakes", 1 / 1.3, True, "gorilla_tls", RELAY_TLS),
 )
 
 
@@ -124,7 +130,7 @@ def _judge(target: Target, measurements: list[Measurement]) -> TargetVerdict | N
     sign = ">=" if target.at_least else "<="
     if target.rival:
         ours = _ratios(measurements, load, target.relay, target.rival)
-        unit, against = "x", f"{target.bound:g} x {target.rival}"
+        unit, against = "x", f"{target.bound:.3g} x {target.rival}"
     else:
         ours = by_round(calm(measurements, load, target.relay), load)
         unit, against = load.main.unit, f"{target.bound:g} {load.main.unit}"

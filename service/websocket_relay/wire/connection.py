@@ -24,12 +24,12 @@ from websocket_relay.wire.delivery_format import PLAIN_FORMAT, DeliveryFormat
 from websocket_relay.wire.publish_policy import PublishPolicy
 from websocket_relay.wire.send_backlog import SendBacklog
 from websocket_relay.wire.sockets import socket_of
-from websocket_relay.wire.tls_transport import TlsTransport
+from websocket_relay.wire.tls_transport import RECORD_BYTES, TlsTransport
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 65_536
-"""How much of a backlog a transport is given at a time."""
+"""How much of a backlog a transport is given at a time; with TLS a record."""
 
 
 class WireProtocol(Publisher, Pausable, Protocol):
@@ -481,12 +481,17 @@ class Connection(asyncio.Protocol):
             return 0
         return backlog.drained(self.transport.get_write_buffer_size())
 
+    @property
+    def _is_encrypted(self) -> bool:
+        return isinstance(self._socket, TlsTransport)
+
     def pause_writing(self) -> None:
         """Start a backlog: the write in progress filled the socket."""
         if self._backlog is not None:
             self._backlog.is_blocked = True
             return
-        self._backlog = SendBacklog(self.protocol.count_complete_messages)
+        copy_bytes = RECORD_BYTES if self._is_encrypted else 0
+        self._backlog = SendBacklog(self.protocol.count_complete_messages, copy_bytes)
         self.write = None
         if self._is_member and self._sink is not None:
             self._sink.on_backlog_started(self)
@@ -504,7 +509,10 @@ class Connection(asyncio.Protocol):
         """
         if self.transport.is_closing():
             raise ConnectionError
-        self.transport.write(memoryview(data)[sent_bytes:])
+        if self._backlog is not None:  # with TLS the transport has a record already
+            self._backlog.first_chunk_bytes = sent_bytes
+        else:
+            self.transport.write(memoryview(data)[sent_bytes:])
 
     def start_backlog(self, data: bytes, messages: int) -> None:
         """Queue the write that filled the socket; `pause_writing` does not get its bytes."""
@@ -521,7 +529,8 @@ class Connection(asyncio.Protocol):
             return
         backlog.is_blocked = False
         counters.deliveries += backlog.advance()
-        while chunk := backlog.next_chunk(CHUNK_BYTES):
+        chunk_bytes = RECORD_BYTES if self._is_encrypted else CHUNK_BYTES
+        while chunk := backlog.next_chunk(chunk_bytes):
             transport.write(chunk)
             if backlog.is_blocked or transport.is_closing():
                 return

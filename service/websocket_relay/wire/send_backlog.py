@@ -20,11 +20,13 @@ class SendBacklog:
 
     Args:
         count_complete_messages: returns how many messages end within the first n bytes of a write.
+        copy_bytes: memory of what the transport has copied of the chunk that it has.
 
     Attributes:
         memory_bytes: memory in use: whole writes, including parts that were sent already.
         messages: number of messages in these writes.
         is_blocked: whether the transport could not send its last chunk at once.
+        first_chunk_bytes: how much of the first write the transport was given; None: all of it.
     """
 
     __slots__ = (
@@ -34,25 +36,30 @@ class SendBacklog:
         "_queued_bytes",
         "_sent_bytes",
         "_writes",
+        "first_chunk_bytes",
         "is_blocked",
         "memory_bytes",
         "messages",
     )
 
-    def __init__(self, count_complete_messages: Callable[[bytes, int], int]) -> None:
+    def __init__(
+        self, count_complete_messages: Callable[[bytes, int], int], copy_bytes: int = 0
+    ) -> None:
         self._count_whole = count_complete_messages
         self._writes: deque[tuple[bytes, int]] = deque()
         self._queued_bytes = 0  # size of all these writes
         self._sent_bytes = 0  # of the first write: sent in earlier chunks
         self._chunk_bytes = 0  # after these: the chunk that the transport has
         self._drained_bytes = 0  # sum of all earlier chunks
-        self.memory_bytes = 0
+        self.memory_bytes = copy_bytes
         self.messages = 0
         self.is_blocked = True
+        self.first_chunk_bytes: int | None = None
 
     def add_blocked_write(self, data: bytes, messages: int) -> int:
         """Add the write that the transport could not complete; return the memory that it takes."""
-        self._chunk_bytes = len(data)
+        chunk_bytes = self.first_chunk_bytes
+        self._chunk_bytes = len(data) if chunk_bytes is None else chunk_bytes
         return self.add_write(data, messages)
 
     def add_write(self, data: bytes, messages: int) -> int:

@@ -34,8 +34,10 @@ FAILURES = {
 }
 """The failures by OpenSSL's names of errors. An alert is one that the client has sent."""
 
-MIN_READ_BYTES, MAX_READ_BYTES = 256, 16_384
-"""Plaintext that is read at a time: up to the maximum of one record (RFC 8446 section 5.1)."""
+RECORD_BYTES = 16_384
+"""The maximum payload of a record (RFC 8446 section 5.1)."""
+
+MIN_READ_BYTES = 256
 
 _incoming, _outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
 """Between OpenSSL and the sockets of all connections. Both are empty whenever a method returns:
@@ -176,7 +178,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _read(self, received_bytes: int) -> None:
         """Decrypt what is received, and pass it on, until reading is paused or has ended."""
-        read_bytes = min(max(received_bytes, MIN_READ_BYTES), MAX_READ_BYTES)
+        read_bytes = min(max(received_bytes, MIN_READ_BYTES), RECORD_BYTES)
         while (connection := self._ssl) is not None:
             if self._is_paused or self._has_input_ended:
                 break
@@ -243,25 +245,31 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._tcp.write(_outgoing.read())
 
     def send(self, data: bytes) -> int:
-        """Encrypt and send, where nothing waits in the TCP transport: past its buffer.
+        """Encrypt and send, past the TCP transport's buffer, in which nothing must wait.
+
+        One record at a time: what is encrypted is a copy, and as much memory again.
 
         Returns:
-            The size of `data`: what the socket does not take waits in the TCP transport.
+            How many bytes were encrypted, of which the end may wait in the TCP transport.
         """
-        connection = self._ssl
+        connection, size = self._ssl, len(data)
         if connection is None:
-            return len(data)
+            return size
         if self._socket is None:
             self._socket = socket_of(self._tcp)
-        connection.write(data)
-        encrypted = _outgoing.read()
-        try:
-            sent_bytes = self._socket.send(encrypted)
-        except OSError:  # full, or disconnected: the transport finds out
-            sent_bytes = 0
-        if sent_bytes != len(encrypted):
-            self._tcp.write(memoryview(encrypted)[sent_bytes:])
-        return len(data)
+        send = self._socket.send
+        for start in range(0, size, RECORD_BYTES):
+            connection.write(memoryview(data)[start : start + RECORD_BYTES])
+            encrypted = _outgoing.read()
+            try:
+                sent_bytes = send(encrypted)
+            except OSError:  # full, or disconnected: the transport finds out
+                sent_bytes = 0
+            if sent_bytes != len(encrypted):
+                self._tcp.write(memoryview(encrypted)[sent_bytes:])
+                if self._tcp.get_write_buffer_size():
+                    return min(start + RECORD_BYTES, size)
+        return size
 
     def detach(self) -> None:
         """Forget the descriptor of the socket, which the TCP transport closes."""
