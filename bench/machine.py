@@ -17,7 +17,6 @@ LIBRARIES = (
     "starlette",
     "uvicorn",
     "uvloop",
-    "httptools",
     "websockets",
     "prometheus-client",
     "pyjwt",

@@ -48,7 +48,7 @@ def _tool(name: str) -> str:
 
 def python_parts() -> None:
     """Install what only the benchmark needs, at its locked versions, into this environment."""
-    if find_spec("matplotlib") and find_spec("socketify"):
+    if all(map(find_spec, ("httptools", "matplotlib", "socketify"))):
         return
     print("installing bench/requirements.lock", flush=True)
     lock = HERE / "requirements.lock"

@@ -241,7 +241,11 @@ class Connection(asyncio.Protocol):
         # than at the end of the loop iteration, so that nothing overtakes what it was given.
         transport.set_write_buffer_limits(high=1, low=0)
         transport.write(response)
-        self._socket = transport if isinstance(transport, TlsTransport) else socket_of(transport)
+        if isinstance(transport, TlsTransport):
+            transport.attach()
+            self._socket = transport
+        else:
+            self._socket = socket_of(transport)
         if self._backlog is not None:  # responses sent before the upgrade fill the socket
             self._start_backlog_of_control(response)
 

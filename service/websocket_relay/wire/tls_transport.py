@@ -65,6 +65,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         "_has_input_ended",
         "_is_paused",
         "_protocol",
+        "_send",
         "_socket",
         "_ssl",
         "_tcp",
@@ -87,6 +88,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._tcp: asyncio.Transport
         self._ssl: ssl.SSLObject | None = None
         self._socket: socket.SocketType | None = None
+        self._send: Callable[[bytes], int] | None = None
         self._unread = b""  # received, and not passed to OpenSSL while reading is paused
         self._is_paused = False
         self._has_input_ended = False
@@ -237,6 +239,11 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     # Writing
 
+    def attach(self) -> None:
+        """Prepare `send`: until the connection is lost, it uses the socket itself."""
+        self._socket = socket_of(self._tcp)
+        self._send = self._socket.send
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send. Second half of the hot path, with TLS."""
         connection = self._ssl
@@ -252,27 +259,32 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         Returns:
             How many bytes were encrypted, of which the end may wait in the TCP transport.
         """
-        connection, size = self._ssl, len(data)
-        if connection is None:
+        size = len(data)
+        if size > RECORD_BYTES:
+            return self._send_records(data)
+        connection, send = self._ssl, self._send
+        if connection is None or send is None:
             return size
-        if self._socket is None:
-            self._socket = socket_of(self._tcp)
-        send = self._socket.send
-        for start in range(0, size, RECORD_BYTES):
-            connection.write(memoryview(data)[start : start + RECORD_BYTES])
-            encrypted = _outgoing.read()
-            try:
-                sent_bytes = send(encrypted)
-            except OSError:  # full, or disconnected: the transport finds out
-                sent_bytes = 0
-            if sent_bytes != len(encrypted):
-                self._tcp.write(memoryview(encrypted)[sent_bytes:])
-                if self._tcp.get_write_buffer_size():
-                    return min(start + RECORD_BYTES, size)
+        connection.write(data)
+        encrypted = _outgoing.read()
+        try:
+            sent_bytes = send(encrypted)
+        except OSError:  # full, or disconnected: the transport finds out
+            sent_bytes = 0
+        if sent_bytes != len(encrypted):
+            self._tcp.write(memoryview(encrypted)[sent_bytes:])
         return size
+
+    def _send_records(self, data: bytes) -> int:
+        for start in range(0, len(data), RECORD_BYTES):
+            self.send(data[start : start + RECORD_BYTES])
+            if self._tcp.get_write_buffer_size():
+                return min(start + RECORD_BYTES, len(data))
+        return len(data)
 
     def detach(self) -> None:
         """Forget the descriptor of the socket, which the TCP transport closes."""
+        self._send = None
         if self._socket is not None:
             self._socket.detach()
             self._socket = None
