@@ -152,9 +152,10 @@ class Jwks:
             if loop.time() - self._fetched_at > MAX_AGE_S and self._fetch_rate.take(loop.time()):
                 self._start_fetch()  # in the background
         elif self._fetching is not None or self._fetch_rate.take(loop.time()):
-            await enter_task()
             # Not awaited directly: a client that disconnects would cancel it for all that wait.
-            await asyncio.wait({self._start_fetch()})
+            fetching = {self._start_fetch()}
+            await enter_task()
+            await asyncio.wait(fetching)
             found = self._cached(algorithm, kid)
         else:
             is_fresh = False

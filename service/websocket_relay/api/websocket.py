@@ -66,7 +66,7 @@ def websocket_router(
     # Starlette's plain routes: FastAPI's resolve dependencies, which these routes do not have, at
     # a third of the handshake's cost.
     router = APIRouter()
-    for path in (DEFAULT_PATH, CHANNEL_PATH):
+    for path in (CHANNEL_PATH, DEFAULT_PATH):  # the one that most clients use is matched first
         router.add_websocket_route(base_path + path, subscribe)
     router.add_websocket_route("/{path:path}", refuse_path)
     return router

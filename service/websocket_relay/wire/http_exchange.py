@@ -181,7 +181,8 @@ class HttpExchange:
             self._expects_continue = False
             self._write(CONTINUE)
         while not (self.is_disconnected or self.is_complete or self._has_unread):
-            self._waiter = asyncio.get_running_loop().create_future()
+            if self._waiter is None or self._waiter.done():
+                self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if not self._has_unread:
             return {"type": "http.disconnect"}

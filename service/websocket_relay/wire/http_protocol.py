@@ -6,7 +6,7 @@ channel.
 
 import asyncio
 import select
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -300,17 +300,17 @@ class HttpProtocol(asyncio.Protocol):
         self._update_idle_state()
         scope = self._scope("http", head)
         scope[CONNECTION_KEY] = self
-        work = exchange.run(self._config.loaded_app, scope)
+        run = partial(exchange.run, self._config.loaded_app, scope)
         if self._http_connections.may_start_request():
-            self._add_task(self._loop.create_task(work))
+            self._add_task(self._loop.create_task(run()))
         else:
-            self._http_connections.queue_request(partial(self._start_queued, exchange, work))
+            self._http_connections.queue_request(partial(self._start_queued, exchange, run))
 
-    def _start_queued(self, exchange: HttpExchange, work: Coroutine[Any, Any, None]) -> None:
-        if exchange.is_disconnected:
-            work.close()
-        else:
-            self._add_task(self._loop.create_task(work))
+    def _start_queued(
+        self, exchange: HttpExchange, run: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        if not exchange.is_disconnected:
+            self._add_task(self._loop.create_task(run()))
 
     def _add_task(self, task: asyncio.Task[None]) -> None:
         self._state.tasks.add(task)

@@ -113,8 +113,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             if self._handshake is None or self._continue_handshake(self._handshake):
                 self._read(len(data))
         finally:
-            if _incoming.pending:  # reading is paused, or has ended
-                self._unread = _incoming.read()
+            self._empty_buffers()
 
     def eof_received(self) -> bool:
         """Pass the end of TCP on, if there was no close_notify before it.
@@ -200,8 +199,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 self._end_input()
                 break
             self._protocol.data_received(data)
-        if _outgoing.pending:  # the answer to a key update
-            self._flush()
+
+    def _empty_buffers(self) -> None:
+        """Leave nothing of this connection to the next one, whatever has happened."""
+        if _incoming.pending:  # reading is paused, or has ended
+            self._unread = _incoming.read()
+        self._flush()  # the answer to a key update, for example
 
     def _end_input(self) -> None:
         self._has_input_ended = True
@@ -216,9 +219,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         try:
             self._read(len(data))
         finally:
-            if _incoming.pending:
-                self._unread = _incoming.read()
-        if not self._is_paused:
+            self._empty_buffers()
+        if not self._is_paused and not self._tcp.is_closing():
             self._tcp.resume_reading()
 
     def pause_reading(self) -> None:
@@ -248,8 +250,11 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """Encrypt and send. Second half of the hot path, with TLS."""
         connection = self._ssl
         if connection is not None and len(data):
-            connection.write(data)
-            self._tcp.write(_outgoing.read())
+            try:
+                connection.write(data)
+            finally:
+                encrypted = _outgoing.read()
+            self._tcp.write(encrypted)
 
     def send(self, data: bytes) -> int:
         """Encrypt and send, past the TCP transport's buffer, in which nothing must wait.
@@ -265,8 +270,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         connection, send = self._ssl, self._send
         if connection is None or send is None:
             return size
-        connection.write(data)
-        encrypted = _outgoing.read()
+        try:
+            connection.write(data)
+        finally:  # nothing must be left to the next connection
+            encrypted = _outgoing.read()
         try:
             sent_bytes = send(encrypted)
         except OSError:  # full, or disconnected: the transport finds out
@@ -304,9 +311,11 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _send_close_notify(self) -> None:
         if self._ssl is not None and not self._tcp.is_closing():
-            with contextlib.suppress(ssl.SSLError):  # the client's close_notify is missing
-                self._ssl.unwrap()
-            self._flush()
+            try:
+                with contextlib.suppress(ssl.SSLError):  # the client's close_notify is missing
+                    self._ssl.unwrap()
+            finally:
+                self._flush()
 
     def close(self) -> None:
         """Close after everything is sent; the client's close_notify is not awaited."""
