@@ -504,6 +504,29 @@ async def test_an_unfinished_body_ends_the_connection_after_one_response(
     assert dict(zip(unfinished, statuses, strict=True)) == expected
 
 
+async def test_a_large_body_that_no_route_reads_is_discarded(relay: RelayProcess) -> None:
+    """The response does not wait for it, and the next request does not wait for long."""
+    body = bytes(2_000_000)
+    async with await relay.connect_tcp() as raw:
+        for _ in range(2):
+            await raw.send(post_request(b"Content-Length: %d" % len(body), body=body))
+            assert await read_status(raw) == 405
+        await raw.send(PROBE)
+        assert await read_status(raw) == 200
+
+
+async def test_a_refused_expectation_closes_the_connection(relay: RelayProcess) -> None:
+    """Whether the body follows is open (RFC 9110 section 10.1.1)."""
+    wire = post_request(b"Expect: 100-continue", b"Content-Length: 5")
+    response = await only_response(relay, wire)
+    assert (response.status, response.headers["connection"]) == (405, "close")
+
+
+async def test_bytes_after_the_last_request_are_ignored(relay: RelayProcess) -> None:
+    wire = PROBE[:-2] + b"Connection: close\r\n\r\nno request"
+    assert (await only_response(relay, wire)).status == 200
+
+
 async def test_a_body_that_arrives_too_slowly_ends_the_connection(
     short_deadline_relay: RelayProcess,
 ) -> None:

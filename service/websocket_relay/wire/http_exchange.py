@@ -150,7 +150,7 @@ class HttpExchange:
     @property
     def is_reading_paused(self) -> bool:
         """Whether the application has more of the body to read than it should."""
-        return self._unread_bytes > MAX_UNREAD_BYTES
+        return self._unread_bytes > MAX_UNREAD_BYTES and not self.is_complete
 
     def add_body(self, content: bytes, *, is_last: bool) -> None:
         """Pass on a part of the body; it is discarded after the response."""
@@ -208,6 +208,8 @@ class HttpExchange:
         self.has_started = True
         self._status, self._headers = status, headers
         lines = [STATUS_LINES[status], self._connection.default_lines]
+        if self._expects_continue and not self.is_received:
+            self.keeps_alive = False  # the client may send the body, or not (RFC 9110 10.1.1)
         names = set()
         for name, value in headers:
             names.add(name)

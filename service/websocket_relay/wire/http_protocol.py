@@ -201,8 +201,8 @@ class HttpProtocol(asyncio.Protocol):
         self._update_reading()
         if rest and self._may_parse:
             self._queue_parsing()
-        elif rest:
-            check_request_line(rest[skip_empty_lines(rest, 0) :])
+        elif rest and self._exchange is not None and self._exchange.keeps_alive:
+            check_request_line(rest, skip_empty_lines(rest, 0))
 
     def _queue_parsing(self) -> None:
         if not self._is_parsing_queued:

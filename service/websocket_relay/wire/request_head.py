@@ -202,14 +202,15 @@ def check_partial_head(received: bytes, checked: int) -> None:
         raise RefusedError(Refusal.INVALID_REQUEST)
 
 
-def check_request_line(received: bytes) -> None:
-    """Check the request line at the start of bytes, as far as it is received.
+def check_request_line(received: bytes, start: int = 0) -> None:
+    """Check the request line at an offset, as far as it is received.
 
     Raises:
         RefusedError: it is no request line.
     """
-    has_end = b"\n" in received
-    if not (REQUEST_LINE.match(received) if has_end else START_OF_LINE.fullmatch(received)):
+    has_end = received.find(b"\n", start) >= 0
+    form = REQUEST_LINE.match if has_end else START_OF_LINE.fullmatch
+    if not form(received, start):
         raise RefusedError(Refusal.INVALID_REQUEST)
 
 
