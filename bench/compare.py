@@ -131,6 +131,7 @@ def _measure(
     """Measure a load with all versions of all variants in turns."""
     servers = []
     for variant in variants:
+        named_server(variant).prepare()
         relay, title = named_server(variant), f"{variant}@{NOW}"
         servers.append(replace(relay, name=title, title=title, reference=True))
         servers += [_at(commit, folder, relay) for commit, folder in folders.items()]

@@ -515,6 +515,20 @@ async def test_a_large_body_that_no_route_reads_is_discarded(relay: RelayProcess
         assert await read_status(raw) == 200
 
 
+async def test_an_early_response_that_ends_the_connection_arrives_whole(
+    relay: RelayProcess,
+) -> None:
+    """A close with unread bytes would reset the connection (RFC 9112 section 9.6)."""
+    body = bytes(2_000_000)
+    fields = (b"Connection: close", b"Content-Length: %d" % len(body))
+    async with await relay.connect_tcp() as raw:
+        await raw.send(post_request(*fields))
+        assert await read_status(raw) == 405
+        for start in range(0, len(body), 100_000):
+            await raw.send(body[start : start + 100_000])
+        assert await raw.read_to_end() == b""
+
+
 async def test_a_refused_expectation_closes_the_connection(relay: RelayProcess) -> None:
     """Whether the body follows is open (RFC 9110 section 10.1.1)."""
     wire = post_request(b"Expect: 100-continue", b"Content-Length: 5")

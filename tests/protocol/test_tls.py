@@ -369,6 +369,83 @@ async def test_a_connection_is_served_however_its_records_are_cut(
             assert await receive(subscriber) == "in pieces"
 
 
+class Recorder(asyncio.Protocol):
+    """Record what arrives, and act on it."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        self.act: Callable[[], object] = lambda: None
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append(data)
+        self.act()
+
+
+@pytest.mark.fast
+async def test_a_connection_that_ends_while_another_is_read_takes_none_of_its_records(
+    certificate_directory: Path, pair: CertificatePair
+) -> None:
+    """All connections share the buffers of OpenSSL."""
+    loop = asyncio.get_running_loop()
+    certificates = Certificates(
+        certificate_directory / "cert.pem", certificate_directory / "key.pem"
+    )
+    connections = HttpConnections(100, Refusal.HTTP_CONNECTIONS, lambda refusal: None)
+    protocols: list[Recorder] = []
+
+    def connection() -> TlsTransport:
+        protocols.append(Recorder())
+        deadline_at = loop.time() + PATIENCE_S
+        return TlsTransport(
+            protocols[-1], connections, lambda: certificates.context, deadline_at, failures.append
+        )
+
+    failures: list[TlsFailure] = []
+    server = await loop.create_server(connection, HOST, 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        clients = [
+            await asyncio.open_connection(
+                HOST, port, ssl=pair.client_context(), server_hostname="localhost"
+            )
+            for _ in range(3)
+        ]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(b"%d" % number)
+
+        async def all_have_sent() -> tuple[bool, object]:
+            return all(each.received for each in protocols), protocols
+
+        await eventually(all_have_sent, "a byte of each")
+        first, second, third = sorted(protocols, key=lambda each: each.received)
+
+        def end_the_others() -> None:
+            second.transport.write_eof()
+            third.transport.close()
+
+        first.act = end_the_others
+        for record in (b"one", b"two", b"three"):
+            clients[0][1].write(record)
+
+        async def has_all() -> tuple[bool, object]:
+            return b"three" in first.received, first.received
+
+        await eventually(has_all, "all records of the first")
+        assert b"".join(first.received) == b"0onetwothree"
+        for reader, _ in clients[1:]:
+            assert await reader.read() == b"", "close_notify, and the end"
+        first.transport.write(b"still here")
+        assert await clients[0][0].readexactly(10) == b"still here"
+        for _, writer in clients:
+            writer.close()
+    assert failures == []
+
+
 async def test_bytes_that_are_no_record_end_only_their_connection(
     tls_relay_with: StartRelay, pair: CertificatePair, channel: str
 ) -> None:

@@ -309,6 +309,36 @@ def test_many_chunks_are_decoded_in_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(b"0" * 65_000 + b"g", id="zeros"),
+        pytest.param(b"0" * 65_000 + b";", id="zeros, then half an extension"),
+        pytest.param(b"1" + b";a" * 32_000 + b" ", id="extensions"),
+        pytest.param(b"1" + b";a=b" * 16_000 + b"\x00", id="extensions with values"),
+        pytest.param(b'1;a="' + b"\\a" * 32_000, id="a value in quotes"),
+    ],
+)
+def test_a_long_line_before_a_chunk_is_refused_after_one_look(line: bytes) -> None:
+    """An expression with many ways to match would try them all: for hours."""
+    with pytest.raises(RefusedError):
+        RequestBody(head_with(CHUNKED)).decode(line + b"\r\n", 0)
+
+
+def test_numbers_of_thousands_of_digits_are_no_error_of_the_relay() -> None:
+    """CPython converts up to 4,300 digits."""
+    padded = b"Content-Length: %b5" % (b"0" * 5_000)
+    wire = request(b"POST / HTTP/1.1", padded, body=b"hello")
+    assert outcome(wire) == [(b"POST", b"/", b"hello")]
+    for line in (
+        b"GET http://a:%b/ HTTP/1.1" % (b"1" * 5_000),
+        b"GET http://a:%b1/ HTTP/1.1" % (b"0" * 5_000),
+    ):
+        assert outcome(request(line)) == "refused: 400"
+    for field in (b"Host: a:%b" % (b"1" * 5_000), b"Content-Length: %b" % (b"1" * 5_000)):
+        assert outcome(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % field) == "refused: 400"
+
+
+@pytest.mark.parametrize(
     "wire",
     [
         b"\x16\x03\x01\x02\x00",  # TLS

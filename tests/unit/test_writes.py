@@ -139,7 +139,8 @@ async def test_after_a_failed_write_only_the_close_frame_stays_in_a_full_send_bu
             while True:
                 os.write(connection.fileno(), bytes(1))
         context.write([client], cast(bytes, "no bytes"), messages=1)
-        assert client.memory_bytes == len(close(1011, "internal error")) + WRITE_BYTES
+        assert client.backlog_bytes == len(close(1011, "internal error"))
+        assert client.memory_bytes == 0
     assert context.counters.deliveries == 0
     assert context.counters.drops[Drop.DISCONNECTED] == 1
 
@@ -159,6 +160,45 @@ async def test_a_write_to_a_closed_transport_is_counted_as_a_drop_without_an_err
     assert context.counters.drops[Drop.DISCONNECTED] == 1
     assert context.counters.deliveries == 0
     assert caplog.records == []
+
+
+async def test_a_socket_that_is_full_between_two_batches_takes_nothing_of_the_next(
+    context: ConnectionContext,
+) -> None:
+    """TLS and control frames write of themselves. Their bytes are no batch of a channel."""
+    async with connected(context, 2) as [(full, raw), (other, reading)]:
+        full.transport.write(bytes(MIB))
+        assert context.backlogs.total_bytes == 0, "no batch waits"
+        assert len(context.backlogs) == 1
+        context.write([other], HELLO, messages=1)
+        assert await reading.read_message() == "hello"
+        full.write_control(close(1000, "later"))
+        context.write([full, other], HELLO, messages=1)
+        assert context.counters.deliveries == 2
+        assert await reading.read_message() == "hello"
+        assert await raw.read_exactly(MIB) == bytes(MIB)
+        assert await raw.read_exactly(len(close(1000, "later"))) == close(1000, "later")
+        assert await raw.read_message() == "hello"
+
+        async def is_free() -> tuple[bool, object]:
+            return not len(context.backlogs), context.counters.deliveries
+
+        await eventually(is_free, "no backlog")
+        assert context.counters.deliveries == 3
+        context.write([full], HELLO, messages=1)
+        assert await raw.read_message() == "hello"
+
+
+async def test_a_connection_that_is_lost_between_two_batches_disturbs_no_other(
+    context: ConnectionContext,
+) -> None:
+    async with connected(context, 2) as [(lost, raw), (other, reading)]:
+        lost.transport.write(bytes(MIB))
+        raw.reset()
+        await wait_for_closes(context, Close.CONNECTION_LOST, 1)
+        assert len(context.backlogs) == 0
+        context.write([other], HELLO, messages=1)
+        assert await reading.read_message() == "hello"
 
 
 async def test_a_partly_sent_write_counts_with_all_of_its_memory(

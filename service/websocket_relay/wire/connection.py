@@ -236,18 +236,16 @@ class Connection(asyncio.Protocol):
         shared.counters.connections += 1
         self._handle(ConnectionEvent.ACCEPT)
         transport = self.transport
-        # With a high-water mark of 1 byte, the transport calls pause_writing in the write that
-        # fills the socket; see SendBacklog. With uvloop, write() then also writes at once rather
-        # than at the end of the loop iteration, so that nothing overtakes what it was given.
-        transport.set_write_buffer_limits(high=1, low=0)
+        # With a high-water mark of 0, the transport calls pause_writing in each write that it can't
+        # complete; see SendBacklog. With uvloop, write() then also writes at once rather than at
+        # the end of the loop iteration, so that nothing overtakes what it was given.
+        transport.set_write_buffer_limits(high=0, low=0)
         transport.write(response)
         if isinstance(transport, TlsTransport):
             transport.attach()
             self._socket = transport
         else:
             self._socket = socket_of(transport)
-        if self._backlog is not None:  # responses sent before the upgrade fill the socket
-            self._start_backlog_of_control(response)
 
     def reject_upgrade(self, response: bytes) -> None:
         """Answer the upgrade with an HTTP response and close the connection."""
@@ -490,7 +488,11 @@ class Connection(asyncio.Protocol):
         return isinstance(self._socket, TlsTransport)
 
     def pause_writing(self) -> None:
-        """Start a backlog: the write in progress filled the socket."""
+        """Start a backlog: the write in progress filled the socket.
+
+        The author of a batch adds its bytes (`start_backlog`). Other writes are not counted: a
+        control frame, the response to the upgrade, or what TLS sends of itself.
+        """
         if self._backlog is not None:
             self._backlog.is_blocked = True
             return
@@ -499,7 +501,10 @@ class Connection(asyncio.Protocol):
         self.write = None
         if self._is_member and self._sink is not None:
             self._sink.on_backlog_started(self)
-        self.shared.newly_lagging.append(self)
+        if self.shared.newly_lagging is not None:
+            self.shared.newly_lagging.append(self)
+        else:
+            self.shared.backlogs.add_slow_consumer(self)
 
     def _send_directly(self) -> None:
         """Send batches from now on: nothing waits in the transport."""
@@ -571,8 +576,6 @@ class Connection(asyncio.Protocol):
         backlog = self._backlog
         if backlog is None:
             self.transport.write(data)
-            if self._backlog is not None:
-                self._start_backlog_of_control(data)
         elif (
             self.state is ConnectionState.OPEN
             and self.backlog_bytes + len(data) > shared.backlogs.limit_bytes
@@ -580,10 +583,6 @@ class Connection(asyncio.Protocol):
             self.close(Close.SLOW_CONSUMER)
         else:
             shared.backlogs.record_growth(backlog.add_write(data, 0))
-
-    def _start_backlog_of_control(self, data: bytes) -> None:
-        self.shared.newly_lagging.remove(self)  # not by a fan-out
-        self.start_backlog(data, 0)
 
     @property
     def _drop_reason(self) -> Drop:

@@ -69,9 +69,8 @@ class ConnectionContext:
         self.publish_limits = (pending_fan_out, pending_appends)
         self.parse_slicer = TimeSlicer()  # of reads that hold more than is parsed at once
         self.paused_connections = 0  # connections that are paused because they publish too fast
-        # Connections whose transport could not send all of the write in progress. Its author takes
-        # them out: it knows the bytes.
-        self.newly_lagging: list[Connection] = []
+        # During `write`: the connections whose transport could not send all of the batch.
+        self.newly_lagging: list[Connection] | None = None
 
     def write(self, clients: "Sequence[Connection]", data: bytes, messages: int) -> None:
         """Write the same bytes to several connections, and count it: second half of the hot path.
@@ -83,32 +82,35 @@ class ConnectionContext:
             data: whole frames or events.
             messages: number of messages in them.
         """
-        sent, size, lagging = len(clients), len(data), self.newly_lagging
-        for client in clients:
-            # Two steps: CPython 3.11 has a fast path for loading a slot, and none for a call of a
-            # slot's value in the same instruction. The try costs nothing there.
-            write = client.write
-            if write is None:
-                sent -= 1
-                client.queue_or_drop(data, messages)
-                continue
-            try:
+        sent, size = len(clients), len(data)
+        lagging: list[Connection] = []
+        self.newly_lagging = lagging
+        try:
+            for client in clients:
+                # Two steps: CPython 3.11 has a fast path for loading a slot, and none for a call
+                # of a slot's value in the same instruction. The try costs nothing there.
+                write = client.write
+                if write is None:
+                    sent -= 1
+                    client.queue_or_drop(data, messages)
+                    continue
                 try:
-                    sent_bytes = write(data)
-                except OSError:  # full, or disconnected: the transport finds out
-                    sent_bytes = 0
-                if sent_bytes != size:
-                    client.write_rest(data, sent_bytes)
-            except Exception:
-                if not client.is_closing:
-                    log.exception("write failed")
-                sent -= 1
-                self._drop_failed_write(client, messages)
-        if lagging:
-            sent -= len(lagging)
-            for client in lagging:
-                client.start_backlog(data, messages)
-            lagging.clear()
+                    try:
+                        sent_bytes = write(data)
+                    except OSError:  # full, or disconnected: the transport finds out
+                        sent_bytes = 0
+                    if sent_bytes != size:
+                        client.write_rest(data, sent_bytes)
+                except Exception:
+                    if not client.is_closing:
+                        log.exception("write failed")
+                    sent -= 1
+                    self._drop_failed_write(client, messages)
+        finally:
+            self.newly_lagging = None
+        sent -= len(lagging)
+        for client in lagging:
+            client.start_backlog(data, messages)
         self.counters.deliveries += sent * messages
         self.counters.sent_bytes += sent * size
 
@@ -132,7 +134,10 @@ class ConnectionContext:
     def _drop_failed_write(self, client: "Connection", messages: int) -> None:
         """Count a batch as dropped, because its write raised, and close the connection."""
         self.counters.drops[Drop.DISCONNECTED] += messages
+        lagging, self.newly_lagging = self.newly_lagging, None
+        if lagging is not None and client in lagging:  # by the write that failed
+            lagging.remove(client)
+            client.start_backlog(b"", 0)
         if not client.is_closing:
             client.close_after_write_error()
-        if client in self.newly_lagging:  # by the failed write, or by the close frame
-            self.newly_lagging.remove(client)
+        self.newly_lagging = lagging

@@ -118,7 +118,8 @@ class HttpExchange:
         self._observe = observe
         self._started_at = perf_counter()
         self._status, self._headers = 500, Headers()
-        self._expects_continue = head.fields.get(b"expect", b"").lower() == b"100-continue"
+        expectation = head.fields.get(b"expect", b"").lower()
+        self._expects_continue = expectation == b"100-continue" and head.version == "1.1"
         self._body_is_forbidden = head.method == "HEAD"
         self._head = b""  # of the response, until its body follows: one system call for both
         self._is_read = False  # whether the application has read all of the body
@@ -138,7 +139,7 @@ class HttpExchange:
             await app(scope, self._receive, self._send)
         except Exception:
             log.exception("request failed")
-        if not self.is_complete and not self.is_disconnected:
+        if not (self.is_complete or self.is_disconnected or self._transport.is_closing()):
             # Within a response the client sees only that the connection ends early.
             self._connection.refuse(RefusedError(Refusal.INTERNAL_ERROR))
         if self._observe is not None:

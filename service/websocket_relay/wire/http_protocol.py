@@ -250,7 +250,9 @@ class HttpProtocol(asyncio.Protocol):
         if end < 0:
             self._partial_head = data[start:]
             check_partial_head(self._partial_head, checked)
-            if self._deadline_timer is None:
+            if not self._partial_head:  # an empty line only
+                self._continue()
+            elif self._deadline_timer is None:
                 self._start_deadline()
             self._update_idle_state()
             return None, moved_by + len(data)
@@ -265,7 +267,9 @@ class HttpProtocol(asyncio.Protocol):
         if body.is_complete:
             self._body = None
             self._cancel_deadline()
-            if self._exchange.is_complete:
+            if self._exchange.is_complete and not self._exchange.keeps_alive:
+                self._transport.close()
+            elif self._exchange.is_complete:
                 self._finish_exchange()
             else:
                 self._update_idle_state()
@@ -343,7 +347,11 @@ class HttpProtocol(asyncio.Protocol):
             return
         self._has_served = True
         if not exchange.keeps_alive:
-            self._transport.close()
+            self._cancel_deadline()
+            if self._body is None:
+                self._transport.close()
+            else:  # closing with unread bytes would send a reset, and the response could be lost
+                self._transport.write_eof()
             self._start_drain()
             self._update_idle_state()
         elif self._body is None:
@@ -402,7 +410,8 @@ class HttpProtocol(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Go on: the client has read."""
         self._wake_writer()
-        self._cancel_drain()
+        if not self._transport.is_closing():
+            self._cancel_drain()
         self._update_idle_state()
         self._continue()
 

@@ -17,9 +17,10 @@ CHUNKS_AT_ONCE = 64
 
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(
-    rb"0*([0-9A-Fa-f]+)(?:;" + TOKEN + rb"(?:=(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*\r\n"
+    rb"([0-9A-Fa-f]++)(?:;" + TOKEN + rb"(?:=(?:" + TOKEN + rb"|" + QUOTED + rb"))?)*\r\n"
 )
-"""The size of a chunk and its extensions, which are ignored."""
+"""The size of a chunk and its extensions, which are ignored. Each part has one way to match: many
+ways, tried one after another, would take as long as an attacker likes."""
 
 FRAMING_FIELDS = (b"content-length", b"transfer-encoding")
 """Fields that a recipient might merge from the trailers into the head (RFC 9110 section 6.5.1)."""
@@ -78,7 +79,7 @@ class RequestBody:
             raise RefusedError(Refusal.HEAD_TOO_LARGE)
         if self._line.endswith(b"\n"):
             line = CHUNK_LINE.fullmatch(self._line)
-            if line is None or len(line[1]) > MAX_SIZE_DIGITS:
+            if line is None or len(line[1].lstrip(b"0")) > MAX_SIZE_DIGITS:
                 raise RefusedError(Refusal.INVALID_REQUEST)
             self._line = b""
             size = int(line[1], 16)

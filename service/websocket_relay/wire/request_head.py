@@ -40,7 +40,7 @@ FIELDS = re.compile(rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 """RFC 9112 section 5, without obsolete line folding."""
 
 HOST = re.compile(
-    rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::([0-9]*))?"
+    rb"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{0,5}))?"
 )
 """The value of a Host field (RFC 9110 section 7.2, RFC 3986 section 3.2)."""
 
@@ -244,9 +244,10 @@ def _parse_framing(head: RequestHead) -> None:
     length, coding = head.fields.get(b"content-length"), head.fields.get(b"transfer-encoding")
     head.content_length, head.is_chunked = 0, coding is not None
     if length is not None:
-        if coding is not None or not length.isdigit() or len(length.lstrip(b"0")) > MAX_SIZE_DIGITS:
+        digits = length.lstrip(b"0")
+        if coding is not None or not length.isdigit() or len(digits) > MAX_SIZE_DIGITS:
             raise RefusedError(Refusal.INVALID_REQUEST)
-        head.content_length = int(length)
+        head.content_length = int(digits or b"0")
     if coding is not None and (coding.lower() != b"chunked" or head.version != "1.1"):
         *others, last = list_members(coding)
         if last == b"chunked" and any(others) and b"chunked" not in others:

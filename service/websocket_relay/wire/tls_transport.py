@@ -10,6 +10,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any, cast
 
 from websocket_relay.outcomes import RefusedError, TlsFailure
@@ -45,6 +46,14 @@ OpenSSL takes all that it is given and keeps the part of a record itself, and wh
 written at once. A pair for each connection would keep the memory of its largest flight."""
 
 
+class _Input(Enum):
+    """What becomes of bytes from the client."""
+
+    READ = auto()
+    DISCARDED = auto()  # our close_notify is sent
+    ENDED = auto()  # by the client's close_notify, or by TCP's FIN
+
+
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """The protocol of a TCP transport, and the transport of the protocol above it.
 
@@ -62,7 +71,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     __slots__ = (
         "_context",
         "_handshake",
-        "_has_input_ended",
+        "_input",
         "_is_paused",
         "_protocol",
         "_send",
@@ -91,7 +100,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._send: Callable[[bytes], int] | None = None
         self._unread = b""  # received, and not passed to OpenSSL while reading is paused
         self._is_paused = False
-        self._has_input_ended = False
+        self._input = _Input.READ
 
     # Below: the protocol of the TCP transport
 
@@ -103,8 +112,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Continue the handshake, or decrypt."""
-        if self._has_input_ended or (self._ssl is None and self._context is None):
-            return  # after close_notify, or after a handshake that failed
+        if self._input is not _Input.READ or (self._ssl is None and self._context is None):
+            return  # the latter: after a handshake that failed
         if self._unread:
             self._unread += data
             return
@@ -123,7 +132,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """
         if self._handshake is not None:
             self._tcp.close()
-        elif not self._has_input_ended:
+        elif self._input is not _Input.ENDED:
             self._end_input()
         return True
 
@@ -181,7 +190,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """Decrypt what is received, and pass it on, until reading is paused or has ended."""
         read_bytes = min(max(received_bytes, MIN_READ_BYTES), RECORD_BYTES)
         while (connection := self._ssl) is not None:
-            if self._is_paused or self._has_input_ended:
+            if self._is_paused or self._input is not _Input.READ:
                 break
             if not _incoming.pending and not connection.pending():
                 break  # an exception for what is known costs more than a short record
@@ -195,6 +204,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
                 self._flush()
                 self._tcp.abort()
                 break
+            self._flush()  # the answer to a key update: other connections may be written to now
             if not data:
                 self._end_input()
                 break
@@ -202,12 +212,13 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _empty_buffers(self) -> None:
         """Leave nothing of this connection to the next one, whatever has happened."""
-        if _incoming.pending:  # reading is paused, or has ended
-            self._unread = _incoming.read()
-        self._flush()  # the answer to a key update, for example
+        if _incoming.pending:
+            rest = _incoming.read()
+            self._unread = rest if self._input is _Input.READ else b""  # reading is paused
+        self._flush()
 
     def _end_input(self) -> None:
-        self._has_input_ended = True
+        self._input = _Input.ENDED
         if not self._protocol.eof_received():
             self.close()
 
@@ -218,6 +229,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         _incoming.write(data)
         try:
             self._read(len(data))
+        except Exception:  # as uvloop does if data_received raises
+            self._tcp.abort()
+            raise
         finally:
             self._empty_buffers()
         if not self._is_paused and not self._tcp.is_closing():
@@ -301,8 +315,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._tcp.write(_outgoing.read())
 
     def write_eof(self) -> None:
-        """Send close_notify and TCP's FIN; what the client sends is still received."""
+        """Send close_notify and TCP's FIN; what the client still sends is discarded."""
         self._send_close_notify()
+        self._input = _Input.DISCARDED
+        self._unread = b""
         self._tcp.write_eof()
 
     def can_write_eof(self) -> bool:
@@ -311,15 +327,20 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _send_close_notify(self) -> None:
         if self._ssl is not None and not self._tcp.is_closing():
+            # unwrap looks for the client's close_notify, too. What it would find there belongs to
+            # the connection that is being read.
+            incoming = _incoming.read()
             try:
-                with contextlib.suppress(ssl.SSLError):  # the client's close_notify is missing
+                with contextlib.suppress(ssl.SSLError):  # there is none
                     self._ssl.unwrap()
             finally:
+                _incoming.write(incoming)
                 self._flush()
 
     def close(self) -> None:
         """Close after everything is sent; the client's close_notify is not awaited."""
         self._send_close_notify()
+        self._input = _Input.DISCARDED
         self._tcp.close()
 
     def abort(self) -> None:
