@@ -358,7 +358,9 @@ _MAX = Figure("latency.max", "latency max", "ms", 1e3)
 _PONG_P50 = Figure("pong.p50", "pong p50", "ms", 1e3)
 _PONG_MAX = Figure("pong.max", "pong max", "ms", 1e3)
 _ARRIVALS = Figure("handshakes_per_s", "handshakes per second", "/s", 1.0, True)
-_ARRIVALS_PER_CPU = Figure("handshakes_per_cpu_s", "per server-CPU-second", "", 1.0, True)
+_ARRIVALS_PER_CPU = Figure(
+    "handshakes_per_cpu_s", "handshakes per server-CPU-second", "", 1.0, True
+)
 
 TLS_SERVERS = ("relay_tls", "gorilla_tls", "nginx_tls")
 

@@ -110,7 +110,7 @@ SERVERS = (
     replace(
         RELAY,
         name="relay_tls_checks",
-        title="relay, TLS, all checks on",
+        title="relay, TLS, checks",
         prepare=prepare.certificate,
         environment=RELAY.environment + TLS + CHECKS,
         variant=True,
