@@ -319,7 +319,7 @@ def test_many_chunks_are_decoded_in_steps() -> None:
     ],
 )
 def test_a_long_line_before_a_chunk_is_refused_after_one_look(line: bytes) -> None:
-    """An expression with many ways to match would try them all: for hours."""
+    """Trying all ways of an expression with many takes most of a minute for 65,000 zeros."""
     with pytest.raises(RefusedError):
         RequestBody(head_with(CHUNKED)).decode(line + b"\r\n", 0)
 
