@@ -7,6 +7,7 @@ import asyncio
 import cProfile
 import gc
 import pstats
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def _functions(profile: cProfile.Profile) -> Iterator[list[str]]:
     found = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     by_own_time = sorted(found.items(), key=lambda each: -each[1][2])
     for (file, line, name), (_, calls, own_s, all_s, _) in by_own_time[:LISTED]:
-        where = file.rpartition("site-packages/")[2].rpartition("service/")[2]
+        where = re.sub(r".*/(?:site-packages|service|bench|python3\.\d+)/", "", file)
         title = name if file == "~" else f"{where}:{line} {name}"
         each = (f"{seconds / HANDSHAKES * 1e6:.2f}" for seconds in (own_s, all_s))
         yield [f"`{title}`", f"{calls / HANDSHAKES:.1f}", *each]
