@@ -131,8 +131,8 @@ def _measure(
     """Measure a load with all versions of all variants in turns."""
     servers = []
     for variant in variants:
-        named_server(variant).prepare()
         relay, title = named_server(variant), f"{variant}@{NOW}"
+        relay.prepare()
         servers.append(replace(relay, name=title, title=title, reference=True))
         servers += [_at(commit, folder, relay) for commit, folder in folders.items()]
     load = replace(load_named(name), servers=tuple(server.name for server in servers))

@@ -89,6 +89,8 @@ class TokenVerifier:
         Raises:
             RefusedError: it is invalid, or the keys are unavailable now.
         """
+        if len(token) > MAX_CHARACTERS:
+            raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.MALFORMED)
         algorithms, keys = self._algorithms, self._secrets
         if self._keys is not None:  # which key depends on the header, which takes long to parse
             with self._refusing():
@@ -105,7 +107,6 @@ class TokenVerifier:
         return permissions
 
     def _header(self, token: str) -> tuple[str, str | None]:
-        _check_length(token)
         header = jwt.get_unverified_header(token)
         algorithm = header.get("alg")
         if not isinstance(algorithm, str) or algorithm not in self._algorithms:
@@ -130,7 +131,6 @@ class TokenVerifier:
         Raises:
             jwt.PyJWTError: none has, or a claim is wrong.
         """
-        _check_length(token)
         for key in keys[:-1]:
             with suppress(jwt.InvalidSignatureError):
                 return self._decode(token, algorithms, [key])
@@ -186,11 +186,6 @@ class TokenVerifier:
             case jwt.InvalidAlgorithmError():
                 return TokenProblem.ALGORITHM
         return TokenProblem.MALFORMED
-
-
-def _check_length(token: str) -> None:
-    if len(token) > MAX_CHARACTERS:
-        raise jwt.DecodeError
 
 
 def _jwks(url: str) -> "Jwks":

@@ -371,12 +371,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return a fact about the connection, as asyncio's transports do."""
-        if name == "ssl_object":
-            return self._ssl
         if name == "sslcontext":
             return self._ssl.context if self._ssl is not None else default
-        if name == "peercert":
-            return self._ssl.getpeercert() if self._ssl is not None else default
         return self._tcp.get_extra_info(name, default)
 
 
