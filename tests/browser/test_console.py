@@ -80,8 +80,13 @@ async def connect(page: Page, channel: str, history: str = "none") -> None:
     await page.get_by_role("button", name="Connect", exact=True).click()
 
 
+RECONNECT_MS = 30_000
+"""The client's pauses grow to several seconds while a relay restarts: each attempt that comes before
+the relay is ready fails."""
+
+
 async def await_connected(page: Page) -> None:
-    await expect(page.locator("#state")).to_have_text("connected")
+    await expect(page.locator("#state")).to_have_text("connected", timeout=RECONNECT_MS)
 
 
 async def send(page: Page, text: str) -> None:
