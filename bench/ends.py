@@ -104,7 +104,7 @@ class Log:
         )
         self.backplane.consume(self._deliver, lambda _: None)
 
-    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+    def _deliver(self, entries: Sequence[LogEntry], _: object) -> None:
         for entry in entries:
             self._on_entry(entry)
 

@@ -81,8 +81,8 @@ async def connect(page: Page, channel: str, history: str = "none") -> None:
 
 
 RECONNECT_MS = 30_000
-"""The client's pauses grow to several seconds while a relay restarts: each attempt that comes before
-the relay is ready fails."""
+"""The client's pauses grow to several seconds while a relay restarts: each attempt that comes
+before the relay is ready fails."""
 
 
 async def await_connected(page: Page) -> None:

@@ -113,8 +113,11 @@ class BackplaneReplica:
             observe_lag=self.lags_s.append,
             **options,
         )
-        self.backplane.consume(self.entries.extend, self._on_gap)
+        self.backplane.consume(self._on_entries, self._on_gap)
         self._task: asyncio.Task[None] | None = None
+
+    def _on_entries(self, entries: Sequence[LogEntry], _: object) -> None:
+        self.entries.extend(entries)
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self.backplane.run())

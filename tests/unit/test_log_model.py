@@ -103,7 +103,7 @@ class ModelReplica:
         )
         self.backplane.consume(self._deliver, self.history.record_gap)
 
-    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+    def _deliver(self, entries: Sequence[LogEntry], _: object) -> None:
         for entry in entries:
             self.delivered.append(entry.position)
             self.history.add(entry)

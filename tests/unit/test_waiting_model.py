@@ -127,7 +127,7 @@ class WaitingRun:
         self.backplane.consume(self._deliver, lambda _: None)
         self.backplane.outages.send_heartbeat(1.0)
 
-    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+    def _deliver(self, entries: Sequence[LogEntry], _: object) -> None:
         for entry in entries:
             assert entry.payload not in self.delivered, "delivered twice"
             self.delivered[entry.payload] = entry.position
@@ -197,7 +197,7 @@ class WaitingRun:
     def lost_without(self, *payloads: bytes) -> int:
         """Return how many losses another replica counts that misses entries with these payloads."""
         other = backplane_on(ListBroker(), Pending(), relays_locally=False)
-        other.consume(lambda _: None, lambda _: None)
+        other.consume(lambda *_: None, lambda _: None)
         for number, packed in enumerate(self.broker.entries):
             if not set(payloads) & set(unpack(packed).payloads):
                 other.consumer.on_entry(StreamEntry((1, number), packed, follows=True))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from websocket_relay.backplane.interface import SOURCE_BYTES, Identities, Position
 from websocket_relay.messages import BINARY, TEXT
 from websocket_relay.outcomes import RelayError
 
@@ -24,7 +25,7 @@ PART = 2
 PACKET_MARK = bytes((PACKET,))
 """The first byte of an entry that holds a whole packet."""
 
-HEARTBEAT_FLAG = 1
+HEARTBEAT_FLAG, IDENTITIES_FLAG = 1, 2
 
 HEAD = struct.Struct("<BBQQII")
 """Type, flags, producer and sequence number; then the counts of messages and channels (packet), or
@@ -32,6 +33,13 @@ the index of the part and the count of parts (part)."""
 
 MESSAGE_OVERHEAD_BYTES = 7
 """Bytes that a message takes in the columns besides its payload: length, channel and kind."""
+
+IDENTITIES_HEAD = struct.Struct("<QQQH")
+"""Position after which the producer knows all identities; count of sources. The sources follow,
+then a column of their indices, and one of the numbers."""
+
+IDENTITY_OVERHEAD_BYTES = 10
+"""Bytes that the identity of a message takes in the columns: index of the source, and number."""
 
 PRODUCER_EPOCHS = 1 << 16
 """Count of producer epochs, which are the lower bits of a producer. Each outage starts a new
@@ -64,6 +72,7 @@ class Packet(NamedTuple):
         channels, kinds, payloads: columns, one item per message, in order.
         heartbeat: heartbeat of the producer, which waits to read this packet back; None if the
             packet carries none.
+        identities: of the messages; None if no message has one.
     """
 
     producer: int
@@ -72,11 +81,12 @@ class Packet(NamedTuple):
     kinds: bytes
     payloads: Sequence[bytes]
     heartbeat: bytes | None = None
+    identities: Identities | None = None
 
 
 def pack(packet: Packet) -> bytes:
     """Encode a packet."""
-    producer, sequence, channels, kinds, payloads, heartbeat = packet
+    producer, sequence, channels, kinds, payloads, heartbeat, identities = packet
     count = len(payloads)
     names = {name: index for index, name in enumerate(dict.fromkeys(channels))}
     encoded_names = [name.encode() for name in names]
@@ -84,6 +94,8 @@ def pack(packet: Packet) -> bytes:
     if len(names) > 1:
         column = struct.pack(f"<{count}H", *map(names.__getitem__, channels))
     flags = 0 if heartbeat is None else HEARTBEAT_FLAG
+    if identities is not None:
+        flags |= IDENTITIES_FLAG
     return b"".join(
         (
             HEAD.pack(PACKET, flags, producer, sequence, count, len(names)),
@@ -93,7 +105,21 @@ def pack(packet: Packet) -> bytes:
             column,
             kinds,
             *payloads,
+            b"" if identities is None else _pack_identities(identities),
             heartbeat or b"",
+        )
+    )
+
+
+def _pack_identities(identities: Identities) -> bytes:
+    sources, indices, numbers, complete_after, _ = identities
+    count = len(indices)
+    return b"".join(
+        (
+            IDENTITIES_HEAD.pack(*complete_after, len(sources)),
+            *sources,
+            struct.pack(f"<{count}H", *indices),
+            struct.pack(f"<{count}Q", *numbers),
         )
     )
 
@@ -109,32 +135,17 @@ def unpack(data: bytes) -> Packet:
         FormatError: the bytes are not a packet.
     """
     try:
-        kind, flags, producer, sequence, count, name_count = HEAD.unpack_from(data)
-        if kind != PACKET:
-            raise FormatError("not a packet")
-        at = HEAD.size + name_count
-        # Checked before anything of the claimed size is allocated.
-        if name_count > min(count, MAX_CHANNELS) or at + 5 * count > len(data):
-            raise FormatError("truncated")
-        names = []
-        for size in data[HEAD.size : at]:
-            names.append(data[at : at + size].decode())
-            at += size
-        lengths = struct.unpack_from(f"<{count}I", data, at)
-        at += 4 * count
-        channels: Sequence[str] = names * count
-        if name_count != 1:
-            column = struct.unpack_from(f"<{count}H", data, at)
-            at += 2 * count
-            channels = list(map(names.__getitem__, column))
+        flags, producer, sequence, channels, lengths, at = _unpack_head(data)
     except (struct.error, IndexError, ValueError):
         raise FormatError("malformed") from None
+    count = len(lengths)
     kinds = data[at : at + count]
     bounds = list(accumulate(lengths, initial=at + count))
     end = bounds[-1]
+    identities = None
+    if flags & IDENTITIES_FLAG:
+        identities, end = _unpack_identities(data, end, count)
     heartbeat = data[end:] if flags & HEARTBEAT_FLAG else None
-    if not all(names):
-        raise FormatError("empty channel name")
     if kinds.translate(None, KINDS):
         raise FormatError("invalid kind")
     if end + len(heartbeat or b"") != len(data):
@@ -142,7 +153,53 @@ def unpack(data: bytes) -> Packet:
     if len(heartbeat or b"") > MAX_HEARTBEAT_BYTES:
         raise FormatError("heartbeat too long")
     payloads = [data[start:end] for start, end in pairwise(bounds)]
-    return Packet(producer, sequence, channels, kinds, payloads, heartbeat)
+    return Packet(producer, sequence, channels, kinds, payloads, heartbeat, identities)
+
+
+def _unpack_head(data: bytes) -> tuple[int, int, int, Sequence[str], Sequence[int], int]:
+    """Return flags, producer, sequence number, channels and lengths; then where the kinds start."""
+    kind, flags, producer, sequence, count, name_count = HEAD.unpack_from(data)
+    if kind != PACKET:
+        raise FormatError("not a packet")
+    at = HEAD.size + name_count
+    # Checked before anything of the claimed size is allocated.
+    if name_count > min(count, MAX_CHANNELS) or at + 5 * count > len(data):
+        raise FormatError("truncated")
+    names = []
+    for size in data[HEAD.size : at]:
+        names.append(data[at : at + size].decode())
+        at += size
+    if not all(names):
+        raise FormatError("empty channel name")
+    lengths = struct.unpack_from(f"<{count}I", data, at)
+    at += 4 * count
+    channels: Sequence[str] = names * count
+    if name_count != 1:
+        column = struct.unpack_from(f"<{count}H", data, at)
+        at += 2 * count
+        channels = list(map(names.__getitem__, column))
+    return flags, producer, sequence, channels, lengths, at
+
+
+def _unpack_identities(data: bytes, at: int, count: int) -> tuple[Identities, int]:
+    """Decode the identities of `count` messages; return where they end, too.
+
+    Raises:
+        FormatError: the bytes are not that.
+    """
+    try:
+        *complete_after, source_count = IDENTITIES_HEAD.unpack_from(data, at)
+        at += IDENTITIES_HEAD.size
+        end = at + source_count * SOURCE_BYTES
+        sources = [data[start : start + SOURCE_BYTES] for start in range(at, end, SOURCE_BYTES)]
+        indices = struct.unpack_from(f"<{count}H", data, end)
+        numbers = struct.unpack_from(f"<{count}Q", data, end + 2 * count)
+    except struct.error:
+        raise FormatError("truncated") from None
+    if max(indices, default=0) > source_count:
+        raise FormatError("unknown source")
+    identities = Identities(sources, indices, numbers, Position(*complete_after))
+    return identities, end + IDENTITY_OVERHEAD_BYTES * count
 
 
 def split_into_parts(data: bytes, max_bytes: int) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ from websocket_relay.backplane.codec import (
 from websocket_relay.backplane.confirmations import Confirmations
 from websocket_relay.backplane.interface import (
     START,
+    Identities,
     LogEntry,
     OnEntries,
     OnGap,
@@ -99,6 +100,7 @@ class Consumer:
         counters: of the backplane.
         waits: for messages of this replica.
         on_heartbeat: receives the producer and the heartbeat of a packet after its messages.
+        is_own: returns whether this replica is a producer.
         max_packet_bytes: largest size of a packet of any replica.
         clock: monotonic time in seconds.
 
@@ -115,6 +117,7 @@ class Consumer:
         counters: BackplaneCounters,
         waits: Confirmations,
         on_heartbeat: Callable[[int, bytes], None],
+        is_own: Callable[[int], bool],
         *,
         max_packet_bytes: int,
         clock: Callable[[], float],
@@ -124,6 +127,7 @@ class Consumer:
         self._counters = counters
         self._waits = waits
         self._on_heartbeat = on_heartbeat
+        self._is_own = is_own
         self._clock = clock
         self._deliver: OnEntries
         self._on_gap: OnGap
@@ -203,7 +207,7 @@ class Consumer:
             return
         if not self._is_next_of_producer(packet):
             return
-        producer, sequence, channels, kinds, payloads, heartbeat = packet
+        producer, sequence, channels, kinds, payloads, heartbeat, identities = packet
         count = len(payloads)
         self.position = Position(epoch, offset, count - 1)
         # Skip messages that were delivered here in an outage, and are in the log after all.
@@ -211,7 +215,9 @@ class Consumer:
         if count and (producer != local_producer or sequence < first_local):
             indices = zip(repeat(epoch), repeat(offset), range(count), strict=False)
             columns = zip(map(new_position, indices), channels, kinds, payloads, strict=True)
-            self._deliver(list(map(new_entry, columns)))
+            if identities is not None:
+                identities = identities._replace(is_own=self._is_own(producer))
+            self._deliver(list(map(new_entry, columns)), identities)
         self._waits.on_delivered(producer, sequence, count, self.position)
         if heartbeat is not None:
             self._on_heartbeat(producer, heartbeat)
@@ -279,7 +285,12 @@ class Consumer:
         """Open a new connection for the next read: entries are not read back by the present one."""
         self._must_reconnect = True
 
-    def deliver_locally(self, channels: Iterable[str], messages: Iterable[Message]) -> None:
+    def deliver_locally(
+        self,
+        channels: Iterable[str],
+        messages: Iterable[Message],
+        identities: Identities | None,
+    ) -> None:
         """Deliver messages on this replica alone, with the positions after the last one."""
         epoch, offset, index = self.position
         entries = [
@@ -291,4 +302,4 @@ class Consumer:
         if entries:
             self.position = entries[-1].position
             self._counters.local += len(entries)
-            self._deliver(entries)
+            self._deliver(entries, identities)

@@ -65,6 +65,50 @@ class Position(NamedTuple):
 START = Position(0, 0, 0)
 """Before all other positions."""
 
+SESSION, IDEMPOTENCY_KEY, ORIGIN = 1, 2, 3
+"""The kinds of sources, the first byte of each: a session of relay.v1, an Idempotency-Key, and a
+connection that is sent no message of its own."""
+
+SOURCE_BYTES = 17
+"""Size of a source: its kind, and a digest or a random number."""
+
+
+class Identity(NamedTuple):
+    """What identifies the messages of one append, so that every replica detects a repeat.
+
+    Attributes:
+        source: who publishes.
+        numbers: of the messages in that source, growing; equal for the messages of a batch.
+        complete_after: the publisher's replica knows all identified messages after this position.
+    """
+
+    source: bytes
+    numbers: Sequence[int]
+    complete_after: Position
+
+    def of_each(self) -> "Identities":
+        """Return the same for each of the messages, which this replica appended."""
+        source, numbers, complete_after = self
+        return Identities((source,), (1,) * len(numbers), numbers, complete_after, True)
+
+
+class Identities(NamedTuple):
+    """The identities of entries that are next to each other in the log.
+
+    Attributes:
+        sources: of the entries. Each append has one of its own, unless it is a session's.
+        indices: one for each entry: of its source, counted from 1; 0: it has no identity.
+        numbers: one for each entry: see `Identity`.
+        complete_after: see `Identity`.
+        is_own: whether this replica appended the entries.
+    """
+
+    sources: Sequence[bytes]
+    indices: Sequence[int]
+    numbers: Sequence[int]
+    complete_after: Position
+    is_own: bool = False
+
 
 class LogEntry(NamedTuple):
     """A message in the log.
@@ -91,10 +135,11 @@ ENTRY_BYTES = 320
 new_position: Callable[[tuple[int, int, int]], Position] = partial(tuple.__new__, Position)
 new_entry: Callable[[tuple[Position, str, int, bytes]], LogEntry] = partial(tuple.__new__, LogEntry)
 
-OnEntries = Callable[[Sequence[LogEntry]], None]
-"""Receives entries that are next to each other in the log, in their order."""
+OnEntries = Callable[[Sequence[LogEntry], Identities | None], None]
+"""Receives entries that are next to each other in the log, in their order. Their identities are
+None where no entry has one."""
 
-AppendMessages = Callable[[str, Sequence[Message], int, Publisher], None]
+AppendMessages = Callable[[str, Sequence[Message], int, Publisher, Identity | None], None]
 """See `Backplane.append`."""
 
 OnGap = Callable[[Position], None]
@@ -159,7 +204,12 @@ class Backplane(Protocol):
         """
 
     def append(
-        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        payload_bytes: int,
+        publisher: Publisher,
+        identity: Identity | None = None,
     ) -> None:
         """Append messages next to each other: all of them, or none. Never blocks.
 
@@ -168,6 +218,7 @@ class Backplane(Protocol):
             messages: one or more.
             payload_bytes: size of their payloads.
             publisher: notified, now or later, if the messages can't be relayed.
+            identity: of the messages; None: they have none.
         """
 
     def when_delivered(self, callback: Callable[[Position | None], object]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from websocket_relay.backplane.interface import (
     BackplaneState,
+    Identity,
     OnEntries,
     OnGap,
     Position,
@@ -62,7 +63,12 @@ class MemoryBackplane:
         lost(Position(self._epoch, self._offset, 0))  # messages of earlier processes are lost
 
     def append(
-        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        payload_bytes: int,
+        publisher: Publisher,
+        identity: Identity | None = None,
     ) -> None:
         """Append messages and deliver them."""
         epoch, offset, entries = self._epoch, self._offset, []
@@ -70,7 +76,7 @@ class MemoryBackplane:
             offset += 1
             entries.append(new_entry((new_position((epoch, offset, 0)), channel, kind, payload)))
         self._offset = offset
-        self._deliver(entries)
+        self._deliver(entries, None if identity is None else identity.of_each())
 
     def when_delivered(self, callback: Callable[[Position | None], object]) -> None:
         """Call `callback` at once: the latest message has been delivered."""

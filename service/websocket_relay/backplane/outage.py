@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from websocket_relay.backplane.confirmations import Confirmations
 from websocket_relay.backplane.consumer import Consumer
 from websocket_relay.backplane.heartbeat import Heartbeats
-from websocket_relay.backplane.interface import BackplaneState
+from websocket_relay.backplane.interface import BackplaneState, Identity
 from websocket_relay.backplane.producer import AbandonedMessages, Producer
 from websocket_relay.backplane.timings import Timings
 from websocket_relay.counters import BackplaneCounters
@@ -185,7 +185,7 @@ class OutageMonitor:
             count = len(packet.payloads)
             if self._relays_locally:
                 messages = zip(packet.kinds, packet.payloads, strict=True)
-                self._consumer.deliver_locally(packet.channels, messages)
+                self._consumer.deliver_locally(packet.channels, messages, packet.identities())
                 ending.on_delivered(producer, sequence, count, self._consumer.position)
             else:
                 self._counters.unavailable += count
@@ -195,10 +195,17 @@ class OutageMonitor:
         ending.expire(self._producer.producer_id)
 
     def _append_in_outage(
-        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        payload_bytes: int,
+        publisher: Publisher,
+        identity: Identity | None,
     ) -> None:
+        count = len(messages)
         if self._relays_locally:
-            self._consumer.deliver_locally([channel] * len(messages), messages)
+            identities = None if identity is None else identity.of_each()
+            self._consumer.deliver_locally([channel] * count, messages, identities)
         else:
-            self._counters.unavailable += len(messages)
+            self._counters.unavailable += count
             publisher.fail_publish(is_unconfirmed=False)

@@ -17,13 +17,22 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from websocket_relay.backplane.codec import (
+    IDENTITY_OVERHEAD_BYTES,
     MESSAGE_OVERHEAD_BYTES,
     PRODUCER_EPOCHS,
     Packet,
     pack,
     split_into_parts,
 )
-from websocket_relay.backplane.interface import AppendMessages
+from websocket_relay.backplane.interface import (
+    IDEMPOTENCY_KEY,
+    SOURCE_BYTES,
+    START,
+    AppendMessages,
+    Identities,
+    Identity,
+    Position,
+)
 from websocket_relay.backplane.stream import BrokerError, Retries, Stream
 from websocket_relay.messages import Message, Publisher
 
@@ -60,6 +69,9 @@ class OutgoingPacket:
         size: bytes of the messages in the packet.
         sequence: sequence number of the first message, once the packet is sent.
         is_sent: whether its append was started, so the stream may contain it.
+        sources: of the messages that have an identity, see `Identities`.
+        indices, numbers: columns, up to the last of these messages.
+        complete_after: of the latest of them.
     """
 
     channels: list[str] = field(default_factory=list)
@@ -70,11 +82,39 @@ class OutgoingPacket:
     size: int = 0
     sequence: int = 0
     is_sent: bool = False
+    sources: list[bytes] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    complete_after: Position = START
 
     @property
     def memory_bytes(self) -> int:
         """The memory that the messages take."""
         return self.size + PENDING_OVERHEAD_BYTES * len(self.payloads)
+
+    def add_identity(self, identity: Identity) -> int:
+        """Add the identity of messages before they are added; return the bytes that it takes."""
+        source, numbers, self.complete_after = identity
+        sources = self.sources
+        # Two requests with one key are two appends: only the first of them is relayed.
+        if not sources or sources[-1] != source or source[0] == IDEMPOTENCY_KEY:
+            sources.append(source)
+        self._pad_columns()
+        self.indices += [len(sources)] * len(numbers)
+        self.numbers += numbers
+        return SOURCE_BYTES + IDENTITY_OVERHEAD_BYTES * len(numbers)
+
+    def identities(self) -> Identities | None:
+        """Return the identities of all messages; None if there is none."""
+        if not self.sources:
+            return None
+        self._pad_columns()
+        return Identities(self.sources, self.indices, self.numbers, self.complete_after, True)
+
+    def _pad_columns(self) -> None:
+        missing = [0] * (len(self.payloads) - len(self.indices))
+        self.indices += missing
+        self.numbers += missing
 
 
 class AbandonedMessages(NamedTuple):
@@ -138,23 +178,29 @@ class Producer:
         self.append_in_outage: AppendMessages | None = None
 
     def append(
-        self, channel: str, messages: Sequence[Message], payload_bytes: int, publisher: Publisher
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        payload_bytes: int,
+        publisher: Publisher,
+        identity: Identity | None = None,
     ) -> None:
         """Append messages in one packet."""
         if self.append_in_outage is not None:
-            self.append_in_outage(channel, messages, payload_bytes, publisher)
+            self.append_in_outage(channel, messages, payload_bytes, publisher, identity)
             return
         packet = self._open_packet
         if packet is None:
             packet = self._start_packet()
             self._outbox_filled.set()
+        identity_bytes = packet.add_identity(identity) if identity is not None else 0
         for kind, payload in messages:
             packet.channels.append(channel)
             packet.kinds.append(kind)
             packet.payloads.append(payload)
         packet.publishers[publisher] = None
         count = len(messages)
-        size = payload_bytes + MESSAGE_OVERHEAD_BYTES * count
+        size = payload_bytes + MESSAGE_OVERHEAD_BYTES * count + identity_bytes
         packet.size += size
         self._pending.bytes += size + PENDING_OVERHEAD_BYTES * count
         if packet.size >= PACKET_BYTES:
@@ -196,7 +242,8 @@ class Producer:
             packet.is_sent, packet.sequence = True, self._next_sequence
             self._next_sequence += len(packet.payloads)
             columns = packet.channels, bytes(packet.kinds), packet.payloads
-            entry = pack(Packet(self.producer_id, packet.sequence, *columns, packet.heartbeat))
+            marks = packet.heartbeat, packet.identities()
+            entry = pack(Packet(self.producer_id, packet.sequence, *columns, *marks))
             while self._in_flight is packet:  # not abandoned
                 started_at = time.perf_counter()
                 limit = stream.max_entry_bytes  # it may be lower than before a broker's restart

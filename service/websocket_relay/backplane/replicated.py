@@ -78,6 +78,7 @@ class ReplicatedBackplane:
             self.counters,
             self._waits,
             self._on_heartbeat,
+            self._is_own,
             max_packet_bytes=max_message_bytes + MAX_PACKET_BYTES,
             clock=clock.now,
         )
@@ -147,6 +148,10 @@ class ReplicatedBackplane:
                     group.create_task(run_cancellable(start))
         finally:
             await self.stream.close()
+
+    def _is_own(self, producer: int) -> bool:
+        """Return whether a producer is this replica, in any producer epoch."""
+        return producer // PRODUCER_EPOCHS == self.producer.producer_id // PRODUCER_EPOCHS
 
     def _on_heartbeat(self, producer: int, heartbeat: bytes) -> None:
         """Record a heartbeat that was read."""

@@ -7,7 +7,7 @@ connection. Knows no HTTP, no broker's library and no admission policy.
 import asyncio
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.interface import Backplane, LogEntry, Position
+from websocket_relay.backplane.interface import Backplane, Identities, LogEntry, Position
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
 from websocket_relay.channels.recovery import Recovery, ReplayRequest
@@ -166,7 +166,7 @@ class Broadcaster:
         for channel in list(self._channels.values()):
             channel.send_notice({"type": "gap", "position": str(position)})
 
-    def _deliver(self, entries: Sequence[LogEntry]) -> None:
+    def _deliver(self, entries: Sequence[LogEntry], identities: Identities | None) -> None:
         for entry in entries:
             self._history.add(entry)
             channel = self._channels.get(entry.channel)

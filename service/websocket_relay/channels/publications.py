@@ -1,0 +1,329 @@
+"""Own what the log says about identified publishes: which are repeats, and of which publish.
+
+Every replica reads the same log and decides alike. A decision depends on entries and their
+positions only, never on a clock or on what this replica has forgotten: each entry carries the
+position after which its publisher's replica knew all identified publishes, `complete_after`. What
+another replica remembers from before that position does not count.
+
+Pure. Knows no connection and no channel.
+"""
+
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+from websocket_relay.backplane.interface import (
+    IDEMPOTENCY_KEY,
+    ORIGIN,
+    SESSION,
+    SOURCE_BYTES,
+    START,
+    Identities,
+    LogEntry,
+    Position,
+)
+
+MAX_RECORDS = 100_000
+"""Records of sessions and keys at most, some 300 bytes each. A session has one for each of its
+latest publishes whose positions do not follow each other."""
+
+MAX_RUNS = 64
+"""Records of one session. The latest publishes are those that a client may send again."""
+
+DIGEST_BYTES = SOURCE_BYTES - 1
+
+SESSION_TEXT = re.compile(
+    r"(?P<opened_at>[0-9]{1,20}-[0-9]{1,20}-[0-9]{1,10})\.(?P<secret>[\w-]{22})(?P<tag>[\w-]{6})",
+    re.ASCII,
+)
+
+
+class SessionName(NamedTuple):
+    """The name of a session, as its client knows it.
+
+    Attributes:
+        opened_at: the session has no publish up to this position.
+        text: as sent to the client, and sent back by it. Who knows it may publish in the session.
+    """
+
+    opened_at: Position
+    text: str
+
+    @classmethod
+    def create(cls, opened_at: Position, user: str) -> "SessionName":
+        """Return the name of a new session of a user."""
+        secret = secrets.token_urlsafe(16)
+        return cls(opened_at, f"{opened_at}.{secret}{_tag(secret, user)}")
+
+    @classmethod
+    def parse(cls, text: str, user: str) -> "SessionName | None":
+        """Return the name in a text; None: the session is another user's.
+
+        Raises:
+            ValueError: the text names no session.
+        """
+        found = SESSION_TEXT.fullmatch(text)
+        if found is None:
+            raise ValueError("not a session")
+        is_users = found["tag"] == _tag(found["secret"], user)
+        return cls(Position.parse(found["opened_at"]), text) if is_users else None
+
+    def source_of(self, user: str) -> bytes:
+        """Return the source of the session's publishes.
+
+        The log has no name of a session: who reads it can't publish in one. The user is a part of
+        the digest, so that nobody else publishes in the session with a tag made up for it.
+        """
+        return bytes((SESSION,)) + _digest(self.text, user)
+
+
+def key_source(key: str, channel: str, user: str) -> bytes:
+    """Return the source of a request with an Idempotency-Key."""
+    return bytes((IDEMPOTENCY_KEY,)) + _digest(key, channel, user)
+
+
+def new_origin() -> bytes:
+    """Return the source of a connection that is sent no message of its own."""
+    return bytes((ORIGIN,)) + secrets.token_bytes(DIGEST_BYTES)
+
+
+def _tag(secret: str, user: str) -> str:
+    """Return what tells a session of another user: without it, that user would get an empty one."""
+    return _digest(secret, user).hex()[:6]
+
+
+def _digest(*parts: str) -> bytes:
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        encoded = part.encode()
+        digest.update(b"%d:%b" % (len(encoded), encoded))
+    return digest.digest()
+
+
+def content_digest(messages: Sequence[tuple[int, bytes]]) -> bytes:
+    """Return a digest of the kinds and payloads of messages."""
+    digest = blake2b(digest_size=8)
+    for kind, payload in messages:
+        digest.update(b"%d:%d:" % (kind, len(payload)))
+        digest.update(payload)
+    return digest.digest()
+
+
+class Run(NamedTuple):
+    """Publishes of a session with consecutive numbers, next to each other in one packet.
+
+    Attributes:
+        first: number of the first one.
+        size: number of publishes.
+        position: of the first one.
+    """
+
+    first: int
+    size: int
+    position: Position
+
+
+class SessionRecord:
+    """What the log says about a session.
+
+    Attributes:
+        last: the greatest number.
+        position: of the latest publish.
+    """
+
+    __slots__ = ("_runs", "last", "position")
+
+    def __init__(self, number: int, position: Position) -> None:
+        self.last = number
+        self.position = position
+        self._runs = [Run(number, 1, position)]
+
+    @property
+    def size(self) -> int:
+        """The number of records that it takes."""
+        return len(self._runs)
+
+    def record(self, number: int, position: Position) -> None:
+        """Record a publish with a greater number."""
+        self.last, self.position = number, position
+        first, size, (epoch, offset, index) = self._runs[-1]
+        if number == first + size and position == (epoch, offset, index + size):
+            self._runs[-1] = Run(first, size + 1, Position(epoch, offset, index))
+            return
+        if len(self._runs) >= MAX_RUNS:
+            del self._runs[0]
+        self._runs.append(Run(number, 1, position))
+
+    def position_of(self, number: int) -> Position | None:
+        """Return the position of a publish; None: it is not known any more."""
+        for first, size, (epoch, offset, index) in reversed(self._runs):
+            if first <= number:
+                skipped = number - first
+                return Position(epoch, offset, index + skipped) if skipped < size else None
+        return None
+
+
+class KeyRecord(NamedTuple):
+    """What the log says about a request with an Idempotency-Key.
+
+    Attributes:
+        position: of its last message.
+        digest: of its messages.
+    """
+
+    position: Position
+    digest: bytes
+
+    @property
+    def size(self) -> int:
+        """The number of records that it takes."""
+        return 1
+
+
+class Publish(NamedTuple):
+    """What the log decides about an identified entry.
+
+    Attributes:
+        entry: the entry.
+        source: who published it; empty: it has no identity.
+        number: in that source.
+        first_position: of the publish, if the entry is a repeat of it and its position is known.
+        is_repeat: whether the log holds the same publish before.
+    """
+
+    entry: LogEntry
+    source: bytes
+    number: int
+    first_position: Position | None
+    is_repeat: bool
+
+
+class Publications:
+    """The identified publishes in the log, as far as they are known.
+
+    Args:
+        max_age_s: records are forgotten after this time without a publish.
+        clock: monotonic time in seconds.
+
+    Attributes:
+        complete_after: all identified publishes after this position are known.
+    """
+
+    def __init__(
+        self, max_age_s: float, clock: Callable[[], float], max_records: int = MAX_RECORDS
+    ) -> None:
+        self.complete_after = START
+        self._max_age_s = max_age_s
+        self._clock = clock
+        self._max_records = max_records
+        # By source, in the order of their latest positions; with the time when each was read.
+        self._records: OrderedDict[bytes, tuple[SessionRecord | KeyRecord, float]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def session(self, source: bytes) -> SessionRecord | None:
+        """Return what is known of a session; None: nothing."""
+        record = self._find(source)
+        return record if isinstance(record, SessionRecord) else None
+
+    def key(self, source: bytes) -> KeyRecord | None:
+        """Return what is known of a request with an Idempotency-Key; None: nothing."""
+        record = self._find(source)
+        return record if isinstance(record, KeyRecord) else None
+
+    def is_known(self, name: SessionName, source: bytes, seen: Position | None) -> bool:
+        """Return whether all that a session may have published is known.
+
+        Args:
+            name: of the session.
+            source: of the session.
+            seen: a position that its client had received before it sent what it may send again.
+        """
+        record = self.session(source)
+        known_at = max(name.opened_at, seen or START, record.position if record else START)
+        return known_at >= self.complete_after
+
+    def record_gap(self, position: Position) -> None:
+        """Record that entries up to a position may be missing."""
+        self.complete_after = max(self.complete_after, position)
+
+    def read(self, entries: Sequence[LogEntry], identities: Identities) -> list[Publish]:
+        """Decide about entries that are next to each other in the log, and record them."""
+        sources, indices, numbers, complete_after, _ = identities
+        decisions: list[Publish] = []
+        at, count = 0, len(entries)
+        while at < count:
+            index, start = indices[at], at
+            source = sources[index - 1] if index else b""
+            if source[:1] == KEY_MARK:
+                while at < count and indices[at] == index:
+                    at += 1
+                batch = entries[start:at]
+                first = self._read_batch(source, batch, complete_after)
+                decisions += [Publish(each, source, 0, first, first is not None) for each in batch]
+                continue
+            entry, number = entries[at], numbers[at]
+            at += 1
+            if source[:1] == SESSION_MARK:
+                decisions.append(self._read_publish(entry, source, number, complete_after))
+            else:
+                decisions.append(Publish(entry, source, number, None, False))
+        self._forget()
+        return decisions
+
+    def _read_publish(
+        self, entry: LogEntry, source: bytes, number: int, complete_after: Position
+    ) -> Publish:
+        record, position = self.session(source), entry.position
+        if record is None or record.position <= complete_after:
+            self._put(source, SessionRecord(number, position))
+        elif number <= record.last:
+            return Publish(entry, source, number, record.position_of(number), True)
+        else:
+            self._size -= record.size
+            record.record(number, position)
+            self._size += record.size
+            self._records[source] = record, self._clock()
+            self._records.move_to_end(source)
+        return Publish(entry, source, number, None, False)
+
+    def _read_batch(
+        self, source: bytes, entries: Sequence[LogEntry], complete_after: Position
+    ) -> Position | None:
+        """Return the position of the first request with a key; None: it is this one."""
+        record = self.key(source)
+        if record is not None and record.position > complete_after:
+            return record.position
+        digest = content_digest([entry[2:] for entry in entries])
+        self._put(source, KeyRecord(entries[-1].position, digest))
+        return None
+
+    def _find(self, source: bytes) -> SessionRecord | KeyRecord | None:
+        found = self._records.get(source)
+        return found[0] if found is not None else None
+
+    def _put(self, source: bytes, record: SessionRecord | KeyRecord) -> None:
+        previous = self._records.pop(source, None)
+        if previous is not None:
+            self._size -= previous[0].size
+        self._records[source] = record, self._clock()
+        self._size += record.size
+
+    def _forget(self) -> None:
+        """Forget the oldest records, above the bound on their number or their age."""
+        oldest_s = self._clock() - self._max_age_s
+        while self._records:
+            record, read_at = next(iter(self._records.values()))
+            if self._size <= self._max_records and read_at >= oldest_s:
+                break
+            self._records.popitem(last=False)
+            self._size -= record.size
+            self.complete_after = max(self.complete_after, record.position)
+
+
+SESSION_MARK, KEY_MARK = bytes((SESSION,)), bytes((IDEMPOTENCY_KEY,))
