@@ -34,6 +34,7 @@ from websocket_relay.backplane.interface import Backplane, BackplaneState
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
 from websocket_relay.channels.keepalive import Keepalive
+from websocket_relay.channels.publications import Publications
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
@@ -49,6 +50,7 @@ from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.http_connections import HttpConnections
 from websocket_relay.wire.http_protocol import HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
+from websocket_relay.wire.relay_v1 import encode_notice
 from websocket_relay.wire.send_backlog import SendBacklogs
 
 if TYPE_CHECKING:
@@ -157,12 +159,21 @@ class Replica:
 
     def _parts(self) -> Iterator[Part]:
         keepalive = self._settings.keepalive
-        yield Keepalive(self.shared.clients, keepalive.ping_interval_s, keepalive.ping_timeout_s)
+        yield Keepalive(
+            self.shared.clients,
+            keepalive.ping_interval_s,
+            keepalive.ping_timeout_s,
+            self._encode_heartbeat,
+        )
         yield self._metrics
         yield self._history
         yield self.backplane
         if self._certificates is not None:
             yield self._certificates
+
+    def _encode_heartbeat(self) -> bytes:
+        fields = {"type": "heartbeat", "position": str(self.backplane.position)}
+        return encode_notice(fields)
 
     def load_tokens(self, settings: Settings) -> "TokenVerifier | None":
         """Read the keys of tokens, and keep those that were fetched; return their verifier.
@@ -199,6 +210,7 @@ class Replica:
         settings = self._settings
         shared = ConnectionContext(  # the limits are in `_set_limits`
             max_message_bytes=settings.limits.max_message_bytes,
+            max_channels_per_connection=settings.limits.max_channels_per_connection,
             compresses=settings.compression.enabled,
             deadline_s=settings.limits.handshake_timeout_s,
             ping_interval_s=settings.keepalive.ping_interval_s,
@@ -249,6 +261,7 @@ class Replica:
             pending_limit_bytes=settings.limits.send_backlog_bytes,
             deflate_from_bytes=settings.compression.min_message_bytes,
             history=self._history,
+            publications=Publications(settings.history.max_age_s, time.monotonic),
             written=self._metrics.observe_delivery,
         )
 

@@ -28,6 +28,7 @@ class Counters:
     received_bytes: int = 0  # payload of these messages
     sent_bytes: int = 0  # frames of delivered messages, headers included
     publisher_pauses: int = 0
+    publish_repeats: int = 0  # publishes that the log held already, of sessions and keys
     recovered: int = 0  # clients that reconnected and were replayed every missed message
     not_recovered: int = 0  # clients whose replay was incomplete
     drops: dict[Drop, int] = field(default_factory=lambda: dict.fromkeys(Drop, 0))
@@ -52,6 +53,7 @@ class Counters:
             "closes": {(str(why.code), why.label): count for why, count in self.closes.items()},
             "refusals": {why.label: count for why, count in self.refusals.items()},
             "publisher_pauses": self.publisher_pauses,
+            "publish_repeats": self.publish_repeats,
             "history_replays": {"recovered": self.recovered, "not_recovered": self.not_recovered},
         }
 

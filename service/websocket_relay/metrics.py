@@ -90,6 +90,9 @@ COUNTERS = {
     "closes": "Number of closed client connections, by close code and reason.",
     "refusals": "Number of upgrades and requests that were refused, by reason.",
     "publisher_pauses": "Number of times that flow control paused a publisher.",
+    "publish_repeats": (
+        "Number of publishes of sessions and idempotency keys that were relayed before."
+    ),
     "backplane_outages": "Number of outages of the backplane.",
     "backplane_lost": "Number of messages that the log lost before this replica read them.",
     "backplane_gaps": "Number of places in the log where messages may be missing.",

@@ -78,6 +78,7 @@ class Close(Enum):
     INVALID_COMPRESSION = (1007, "invalid compressed data")  # it does not inflate
     RATE_LIMIT = (1008, "rate limit")  # limits.max_messages_per_s exceeded
     PUBLISH_NOT_ALLOWED = (1008, "not allowed to publish")  # the token does not permit it
+    SESSION_RESUMED = (1008, "session resumed elsewhere")  # by another connection, of relay.v1
     MESSAGE_TOO_BIG = (1009, "message too big")  # limits.max_message_bytes exceeded
     INTERNAL_ERROR = (1011, "internal error")  # a bug in the relay; the log has the traceback
     PING_TIMEOUT = (1011, "ping timeout")  # silent for keepalive.ping_timeout_s after a ping
@@ -126,6 +127,13 @@ class Refusal(Enum):
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
     NO_SUCH_CHANNEL = (HTTPStatus.NOT_FOUND, "no such channel")
+    # Commands of relay.v1.
+    INVALID_COMMAND = (HTTPStatus.BAD_REQUEST, "invalid command")  # followed by the problem
+    CHANNELS_PER_CONNECTION = (HTTPStatus.BAD_REQUEST, "too many channels on this connection")
+    NOT_SUBSCRIBED = (HTTPStatus.NOT_FOUND, "not subscribed")
+    ALREADY_SUBSCRIBED = (HTTPStatus.CONFLICT, "already subscribed")
+    INVALID_IDEMPOTENCY_KEY = (HTTPStatus.BAD_REQUEST, "invalid idempotency key")
+    IDEMPOTENCY_KEY_REUSED = (HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency key reused")
     HANDSHAKE_TIMEOUT = (HTTPStatus.REQUEST_TIMEOUT, "handshake timeout")
     HTTP_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many HTTP connections")
     METRICS_CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections on this port")
@@ -165,6 +173,7 @@ class TokenProblem(StrEnum):
     AUDIENCE = "wrong audience"
     UNEXPECTED_AUDIENCE = "unexpected audience"
     ISSUER = "wrong issuer"
+    OTHER_USER = "other user"  # a token that replaces one must be of the same user
 
 
 class RefusedError(RelayError):

@@ -6,12 +6,10 @@ from itertools import pairwise
 from urllib.parse import unquote
 
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
+from websocket_relay.wire.relay_v1 import SUBPROTOCOL
 
 SCHEME = "bearer"
 PARAMETER = b"access_token="
-
-POSITIONS_SUBPROTOCOL = "relay.v1"
-"""A client that offers it receives the position of each message. It is preferred to all others."""
 
 TOKEN_LIKE = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*")
 """A JSON Web Token: its first part is base64url of JSON, which begins with a brace and a quotation
@@ -56,8 +54,8 @@ def select_subprotocol(subprotocols: Sequence[str]) -> str | None:
     """
     if not subprotocols:
         return None
-    if POSITIONS_SUBPROTOCOL in subprotocols:
-        return POSITIONS_SUBPROTOCOL
+    if SUBPROTOCOL in subprotocols:
+        return SUBPROTOCOL
     tokens = _after_bearer(subprotocols)
     for offer in subprotocols:
         hidden = _is_scheme(offer) or offer in tokens or TOKEN_LIKE.fullmatch(offer)

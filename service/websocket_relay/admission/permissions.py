@@ -20,12 +20,14 @@ class Permissions(NamedTuple):
     Attributes:
         expires_at: seconds since 1970; None: never.
         stats: whether the holder may read the relay's stats.
+        user: the holder, by the claim `sub`; empty: the token names none.
     """
 
     subscribe: tuple[str, ...]
     publish: tuple[str, ...]
     expires_at: float | None
     stats: bool = False
+    user: str = ""
 
     @classmethod
     def of(
@@ -37,10 +39,12 @@ class Permissions(NamedTuple):
             path: as for `find_claim`.
         """
         claim = _parsed(find_claim(claims, path))
+        subject = claims.get("sub")
+        user = subject if isinstance(subject, str) else ""
         if not isinstance(claim, dict):
-            return cls((), (), expires_at)
+            return cls((), (), expires_at, user=user)
         subscribe, publish = _patterns(claim.get("subscribe")), _patterns(claim.get("publish"))
-        return cls(subscribe, publish, expires_at, stats=claim.get("stats") is True)
+        return cls(subscribe, publish, expires_at, claim.get("stats") is True, user)
 
     @property
     def is_empty(self) -> bool:

@@ -29,7 +29,7 @@ class AdmissionRequest(NamedTuple):
     """The parts of a request that admission depends on.
 
     Attributes:
-        channel: the name in the path.
+        channels: the names of the channels that are subscribed to, or published to.
         origin: the value of the Origin header, which browsers always send; None: there is none.
         authority: the value of the Host header.
         query: the part of the URL after the question mark.
@@ -39,7 +39,7 @@ class AdmissionRequest(NamedTuple):
         authorization: the values of all Authorization header lines.
     """
 
-    channel: str
+    channels: Sequence[str]
     origin: str | None
     authority: str
     query: bytes
@@ -54,8 +54,8 @@ class AdmittedClient(Protocol):
 
     publish_policy: PublishPolicy | None
 
-    def start_expiry_timer(self, seconds: float) -> None:
-        """Close the client after a number of seconds."""
+    def start_expiry_timer(self, seconds: float | None) -> None:
+        """Close the client after a number of seconds; None: never."""
 
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when the TCP connection has ended."""
@@ -65,14 +65,18 @@ class Grant(NamedTuple):
     """The conditions under which a client is admitted.
 
     Attributes:
-        may_publish: whether it may publish.
+        permissions: of its token; None: it may do all.
         expires_in_s: seconds until its token expires; None: never.
         network: its key for the limit per address.
     """
 
-    may_publish: bool
+    permissions: Permissions | None
     expires_in_s: float | None
     network: str
+
+    def may_publish(self, channel: str) -> bool:
+        """Return whether the client may publish to a channel."""
+        return self.permissions is None or self.permissions.may_publish(channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,25 +170,31 @@ class AdmissionPolicy:
             await self._authorize_subscriber(request) if self._tokens is not None else None
         )
         network = network_key(request.host) if self._addresses is not None else ""
-        self._check_limits(request.channel, network)
+        self._check_limits(network)
+        self._check_capacity(request.channels)
         if permissions is None:
-            return Grant(may_publish=True, expires_in_s=None, network=network)
-        may_publish = permissions.may_publish(request.channel)
-        return Grant(may_publish, _remaining_s(permissions), network)
+            return Grant(None, expires_in_s=None, network=network)
+        return Grant(permissions, _remaining_s(permissions), network)
 
-    async def admit_publisher(self, request: AdmissionRequest) -> None:
+    async def admit_publisher(self, request: AdmissionRequest) -> str:
         """Admit a publisher that makes one request and does not subscribe.
+
+        Returns:
+            The user of its token; empty: it has none.
 
         Raises:
             RefusedError: a check failed.
         """
         self._check_origin(request)
+        user = ""
         if self._tokens is not None:
             permissions = await self._authenticate(request)
-            if not permissions.may_publish(request.channel):
+            user = permissions.user
+            if not all(map(permissions.may_publish, request.channels)):
                 raise RefusedError(Refusal.NOT_AUTHORIZED)
             _remaining_s(permissions)
         self._check_availability()
+        return user
 
     async def admit_viewer(self, request: AdmissionRequest) -> None:
         """Admit a reader of the relay's stats.
@@ -198,12 +208,22 @@ class AdmissionPolicy:
                 raise RefusedError(Refusal.STATS_NOT_AUTHORIZED)
             _remaining_s(permissions)
 
-    def enforce_grant(self, client: AdmittedClient, grant: Grant) -> None:
-        """Enforce a grant on a client, and count the client until its connection has ended."""
+    def access_of(self, grant: Grant) -> "ConnectionAccess":
+        """Return what an admitted client of relay.v1 may do, and may be granted later."""
+        return ConnectionAccess(self, grant.permissions)
+
+    def enforce_grant(self, client: AdmittedClient, grant: Grant, *, may_publish: bool) -> None:
+        """Enforce a grant on a client, and count the client until its connection has ended.
+
+        Args:
+            client: the client.
+            grant: the conditions under which it was admitted.
+            may_publish: False: its first message closes it.
+        """
         per_s = self.limits.max_messages_per_s
-        if per_s or not grant.may_publish:
+        if per_s or not may_publish:
             rate = TokenBucket(per_s, per_s * MESSAGE_BURST_S) if per_s else None
-            client.publish_policy = PublishPolicy(may_publish=grant.may_publish, rate=rate)
+            client.publish_policy = PublishPolicy(may_publish=may_publish, rate=rate)
         if grant.expires_in_s is not None:
             client.start_expiry_timer(grant.expires_in_s)
         if self._addresses is not None:
@@ -231,7 +251,7 @@ class AdmissionPolicy:
 
     async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
         permissions = await self._authenticate(request)
-        if not permissions.may_subscribe(request.channel):
+        if not all(map(permissions.may_subscribe, request.channels)):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         return permissions
 
@@ -242,7 +262,28 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.TOKEN_REQUIRED)
         return await self._tokens.verify(token)
 
-    def _check_limits(self, channel: str, network: str) -> None:
+    async def verify(self, token: str) -> Permissions | None:
+        """Return the permissions of another token of an admitted client; None: it needs none.
+
+        Raises:
+            RefusedError: the token is invalid, or the keys are unavailable now.
+        """
+        return await self._tokens.verify(token) if self._tokens is not None else None
+
+    def check_subscription(self, channel: str) -> None:
+        """Check that an admitted client may create a channel now.
+
+        Raises:
+            RefusedError: it may not.
+        """
+        self._check_availability()
+        self._check_capacity((channel,))
+
+    def _check_capacity(self, channels: Sequence[str]) -> None:
+        if not all(map(self._has_capacity, channels)):
+            raise RefusedError(Refusal.CHANNELS)
+
+    def _check_limits(self, network: str) -> None:
         self._check_availability()  # again: it may have changed while the token was verified
         if self.limits.max_connections and self._connections() >= self.limits.max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
@@ -250,8 +291,58 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.DESCRIPTORS)
         if self._addresses is not None and not self._addresses.is_below_limit(network):
             raise RefusedError(Refusal.CONNECTIONS_PER_IP)
-        if not self._has_capacity(channel):
-            raise RefusedError(Refusal.CHANNELS)
+
+
+class ConnectionAccess:
+    """What the client of one connection may do: see `channels.relay_v1.ChannelAccess`.
+
+    Args:
+        policy: decides about tokens and limits.
+        permissions: of the client's token; None: it may do all.
+    """
+
+    __slots__ = ("_permissions", "_policy")
+
+    def __init__(self, policy: AdmissionPolicy, permissions: Permissions | None) -> None:
+        self._policy = policy
+        self._permissions = permissions
+
+    @property
+    def user(self) -> str:
+        """The user of the client's token; empty: there is none."""
+        return self._permissions.user if self._permissions is not None else ""
+
+    def check_subscribe(self, channel: str) -> None:
+        """Check that the client may subscribe to a channel now."""
+        permissions = self._permissions
+        if permissions is not None and not permissions.may_subscribe(channel):
+            raise RefusedError(Refusal.NOT_AUTHORIZED)
+        self._policy.check_subscription(channel)
+
+    def check_publish(self, channel: str) -> None:
+        """Check that the client may publish to a channel."""
+        permissions = self._permissions
+        if permissions is not None and not permissions.may_publish(channel):
+            raise RefusedError(Refusal.NOT_AUTHORIZED)
+
+    def may_stay_subscribed(self, channel: str) -> bool:
+        """Return whether the client may keep its subscription to a channel."""
+        return self._permissions is None or self._permissions.may_subscribe(channel)
+
+    async def renew(self, token: str) -> float | None:
+        """Replace the token; return the seconds until it expires, None: never.
+
+        Raises:
+            RefusedError: it is invalid, or another user's.
+        """
+        permissions = await self._policy.verify(token)
+        if permissions is None:
+            return None
+        remaining_s = _remaining_s(permissions)
+        if permissions.user != self.user:
+            raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.OTHER_USER)
+        self._permissions = permissions
+        return remaining_s
 
 
 def _remaining_s(permissions: Permissions) -> float | None:

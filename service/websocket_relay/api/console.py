@@ -61,7 +61,7 @@ def console_router(
         return bytes(JSONResponse(stats()).body)
 
     async def serve_stats(request: Request) -> Response:
-        await admission.admit_viewer(admission_request_of(request))
+        await admission.admit_viewer(admission_request_of(request, ()))
         return Response(await pages.get("stats", render), media_type="application/json")
 
     router = APIRouter()

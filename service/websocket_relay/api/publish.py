@@ -23,8 +23,10 @@ from websocket_relay.api.requests import (
     DEFAULT_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
+    channel_of,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.channels.publications import key_source
 from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
@@ -37,6 +39,18 @@ contiguous."""
 
 VALUE = re.compile(rb"[^ \t\r\n][^\n]*")
 """A line from its first character that is not JSON whitespace (RFC 8259 section 2)."""
+
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
+"""Visible ASCII characters."""
+
+KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "a request with a key that the log holds already is answered with the position"
+    " of the first one, and is not relayed again",
+    "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$"},
+    "example": "7f3c1a52-9d8e-4b57-8f6e-2f1d0c9b8a76",
+}
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     202: {
@@ -98,16 +112,16 @@ def publish_router(
     async def publish(request: Request) -> Response:
         media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
-            admission_request = admission_request_of(request)
-            channel = admission_request.channel
-            await admission.admit_publisher(admission_request)
+            channel, key = channel_of(request), _idempotency_key(request)
+            user = await admission.admit_publisher(admission_request_of(request, (channel,)))
+            source = key_source(key, channel, user) if key else b""
             _require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await _read_body(request, max_bytes, batch)
                 messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
                 await broadcaster.wait_for_capacity(channel)
             _require_connected(request)
-            position = await broadcaster.publish(channel, messages)
+            position = await broadcaster.publish(channel, messages, source)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
         count = f',"messages":{len(messages)}' if media_type.is_batch else ""
@@ -127,9 +141,12 @@ def publish_router(
             response_model=None,
             responses={
                 **RESPONSES,
-                **refusal_responses(400, 401, 403, 404, 408, 413, 415, 503, 504),
+                **refusal_responses(400, 401, 403, 404, 408, 413, 415, 422, 503, 504),
             },
-            openapi_extra={"parameters": [*parameters, TOKEN_PARAMETER], "requestBody": BODY},
+            openapi_extra={
+                "parameters": [*parameters, KEY_PARAMETER, TOKEN_PARAMETER],
+                "requestBody": BODY,
+            },
         )
     return router
 
@@ -173,6 +190,20 @@ class MessageBatch:
         """Cancel the request, whatever it awaits."""
         self._unfinished.record_partial_bytes(self, 0)
         self._scope.reschedule(asyncio.get_running_loop().time())
+
+
+def _idempotency_key(request: Request) -> str:
+    """Return the key of a request that may be a repeat; empty: it has none.
+
+    Raises:
+        RefusedError: it is invalid, or there are several.
+    """
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return ""
+    if len(keys) > 1 or not IDEMPOTENCY_KEY.fullmatch(keys[0]):
+        raise RefusedError(Refusal.INVALID_IDEMPOTENCY_KEY)
+    return keys[0]
 
 
 def _require_identity_coding(request: Request) -> None:

@@ -1,6 +1,8 @@
 """Parse requests of all routes: channel, token, replay. Knows no response."""
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from starlette.requests import HTTPConnection
@@ -8,11 +10,12 @@ from starlette.requests import HTTPConnection
 from websocket_relay.admission.policy import AdmissionRequest
 from websocket_relay.backplane.interface import Position
 from websocket_relay.channels.names import CHANNEL_NAME, DEFAULT_CHANNEL
+from websocket_relay.channels.publications import SessionName
 from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.outcomes import Refusal, RefusedError
 
 COUNT = re.compile(r"[0-9]{1,9}", re.ASCII)
-MAX_PARAMETERS = 100
+MAX_PARAMETERS = 1_000
 
 
 DEFAULT_PATH, CHANNEL_PATH = "/", "/channels/{channel}"
@@ -45,11 +48,12 @@ def channel_of(connection: HTTPConnection) -> str:
     return channel
 
 
-def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
+def admission_request_of(connection: HTTPConnection, channels: Sequence[str]) -> AdmissionRequest:
     """Return the parts of a request that admission depends on.
 
-    Raises:
-        RefusedError: the path names no channel.
+    Args:
+        connection: the request.
+        channels: what it subscribes to, or publishes to.
     """
     scope = connection.scope
     client = scope["client"]
@@ -63,7 +67,7 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
         elif name == b"authorization":
             authorization.append(value.decode("latin-1"))
     return AdmissionRequest(
-        channel_of(connection),
+        channels,
         origin,
         authority,
         scope["query_string"],
@@ -74,14 +78,11 @@ def admission_request_of(connection: HTTPConnection) -> AdmissionRequest:
     )
 
 
-def replay_request_of(
-    query: bytes, *, sends_positions: bool, last_event_id: str = ""
-) -> ReplayRequest | None:
-    """Return the replay that a client requests; None: it subscribes without one.
+def replay_request_of(query: bytes, *, last_event_id: str = "") -> ReplayRequest:
+    """Return the replay that a client requests.
 
     Args:
         query: the part of the URL after the question mark.
-        sends_positions: whether the client receives the position of each message.
         last_event_id: a position. It overrides `since`: a browser that reconnects sends the same
             URL again, so the query is older.
 
@@ -91,16 +92,86 @@ def replay_request_of(
     since, last = None, 0
     if b"since=" in query or b"history=" in query:
         parameters = _parameters(query)
-        since = _position(parameters["since"]) if "since" in parameters else None
+        since = _position("since", parameters["since"]) if "since" in parameters else None
         counts = parameters.get("history", ["0"])
         if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
             raise RefusedError(Refusal.INVALID_QUERY, "history must be one number of messages")
         last = int(counts[0])
     if last_event_id:
-        since = _position([last_event_id])
-    if since is None and not last and not sends_positions:
-        return None
+        since = _position("Last-Event-ID", [last_event_id])
     return ReplayRequest(since, last)
+
+
+def wants_echo(query: bytes) -> bool:
+    """Return whether a client is sent its own messages.
+
+    Raises:
+        RefusedError: the parameter is invalid.
+    """
+    if b"echo=" not in query:
+        return True
+    values = _parameters(query).get("echo", ["true"])
+    if values not in (["true"], ["false"]):
+        raise RefusedError(Refusal.INVALID_QUERY, "echo must be true or false")
+    return values == ["true"]
+
+
+class SessionRequest(NamedTuple):
+    """The session that a client of relay.v1 asks for: see `RelayV1Connection.open_session`.
+
+    Attributes:
+        text: names the session to resume; empty: a new one is opened.
+        seen: a position that the client had received; None: it names none.
+    """
+
+    text: str
+    seen: Position | None
+
+
+def session_request_of(query: bytes) -> SessionRequest:
+    """Return the session that a client asks for.
+
+    Raises:
+        RefusedError: a parameter is invalid.
+    """
+    if b"session=" not in query:
+        return SessionRequest("", None)
+    parameters = _parameters(query)
+    sessions = parameters.get("session", [""])
+    if len(sessions) > 1:
+        raise RefusedError(Refusal.INVALID_QUERY, "session must be one session")
+    seen = _position("seen", parameters["seen"]) if "seen" in parameters else None
+    return SessionRequest(sessions[0], seen)
+
+
+def session_of(request: SessionRequest, user: str) -> SessionName | None:
+    """Return the session to resume; None: a new one is opened.
+
+    Raises:
+        RefusedError: the text names no session.
+    """
+    if not request.text:
+        return None
+    try:
+        return SessionName.parse(request.text, user)
+    except ValueError:
+        raise RefusedError(Refusal.INVALID_QUERY, "session must be one session") from None
+
+
+def channels_of_query(query: bytes, max_channels: int) -> Sequence[str]:
+    """Return the channels that a query names, sorted; the default channel if it names none.
+
+    Raises:
+        RefusedError: a name is not that of a channel, or there are too many.
+    """
+    if b"channel=" not in query:
+        return (DEFAULT_CHANNEL,)
+    names = sorted(set(_parameters(query).get("channel", [DEFAULT_CHANNEL])))
+    if len(names) > max_channels:
+        raise RefusedError(Refusal.INVALID_QUERY, f"at most {max_channels} channels")
+    if not all(map(CHANNEL_NAME.fullmatch, names)):
+        raise RefusedError(Refusal.NO_SUCH_CHANNEL)
+    return names
 
 
 def _parameters(query: bytes) -> dict[str, list[str]]:
@@ -111,9 +182,9 @@ def _parameters(query: bytes) -> dict[str, list[str]]:
         raise RefusedError(Refusal.INVALID_QUERY, "too many parameters") from None
 
 
-def _position(texts: list[str]) -> Position:
+def _position(name: str, texts: list[str]) -> Position:
     try:
         (text,) = texts
         return Position.parse(text)
     except ValueError:
-        raise RefusedError(Refusal.INVALID_QUERY, "since must be one position") from None
+        raise RefusedError(Refusal.INVALID_QUERY, f"{name} must be one position") from None

@@ -3,6 +3,7 @@
 Knows no message: after the handover the event stream belongs to wire.sse.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
@@ -15,13 +16,15 @@ from websocket_relay.api.requests import (
     CHANNEL_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
+    channel_of,
+    channels_of_query,
     replay_request_of,
 )
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.recovery import ReplayRequest
-from websocket_relay.wire.delivery_format import SSE, DeliveryFormat
-from websocket_relay.wire.event_stream import open_event_stream
+from websocket_relay.wire.delivery_format import DeliveryFormat, Layout
+from websocket_relay.wire.event_stream import StreamNotices, open_event_stream
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 
 HEAD = {
@@ -30,12 +33,19 @@ HEAD = {
     "Connection": "close",
 }
 
-EVENTS_FORMAT = DeliveryFormat.of(SSE, sends_positions=True)
+EVENTS, NAMED_EVENTS = DeliveryFormat.of(Layout.EVENT), DeliveryFormat.of(Layout.NAMED_EVENT)
 
 STREAM: dict[str, Any] = {
     "description": "An endless event stream: `id` is the position of a message; binary messages are"
     " base64 in events named `binary`; the relay itself sends `welcome`, `gap` and `close`.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+CHANNELS_PARAMETER = {
+    "name": "channel",
+    "in": "query",
+    "description": "a channel; several make one stream, whose events are named"
+    " `message:CHANNEL` and `binary:CHANNEL`. Default: the channel `default`",
+    "schema": {"type": "array", "items": CHANNEL_PARAMETER["schema"]},
 }
 PARAMETERS = [
     {
@@ -61,11 +71,11 @@ PARAMETERS = [
 
 
 class Subscription(NamedTuple):
-    """The channel of an event stream, what its client may do, and what is replayed to it first."""
+    """The channels of an event stream, what its client may do, and what is replayed to it first."""
 
-    channel: str
+    channels: Sequence[str]
     grant: Grant
-    replay: ReplayRequest | None
+    replay: ReplayRequest
 
 
 class EventsResponse(Response):
@@ -110,10 +120,17 @@ class EventsResponse(Response):
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body"})
         elif (transport := connection.detach_transport()) is not None:
-            channel, grant, replay = self._subscription
-            client = open_event_stream(transport, self._broadcaster.shared, self._silence_s)
-            self._admission.enforce_grant(client, grant)
-            self._broadcaster.subscribe(channel, client, EVENTS_FORMAT, replay)
+            broadcaster = self._broadcaster
+            names, grant, replay = self._subscription
+            delivery_format = NAMED_EVENTS if len(names) > 1 else EVENTS
+            client = open_event_stream(
+                transport, broadcaster.shared, delivery_format, self._silence_s
+            )
+            self._admission.enforce_grant(client, grant, may_publish=False)
+            channel = broadcaster.combined_channel(names)
+            notices = StreamNotices(client)
+            broadcaster.subscribe(channel, client, delivery_format, replay, notices)
+            client.attach_sink(channel)
 
 
 def events_router(
@@ -136,17 +153,20 @@ def events_router(
         last_event_id = request.headers.get("last-event-id", "")
         query = request.scope["query_string"]
         connection: HttpProtocol = request.scope[CONNECTION_KEY]
-        replay = replay_request_of(query, sends_positions=True, last_event_id=last_event_id)
+        replay = replay_request_of(query, last_event_id=last_event_id)
+        if "channel" in request.path_params:
+            channels: Sequence[str] = (channel_of(request),)
+        else:
+            channels = channels_of_query(query, broadcaster.shared.max_channels_per_connection)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain()
-        admission_request = admission_request_of(request)
-        grant = await admission.admit(admission_request)
+        grant = await admission.admit(admission_request_of(request, channels))
 
-        subscription = Subscription(admission_request.channel, grant, replay)
+        subscription = Subscription(channels, grant, replay)
         return EventsResponse(subscription, admission, broadcaster, silence_s)
 
     router = APIRouter()
-    for path, parameters in (("", []), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
+    for path, parameters in (("", [CHANNELS_PARAMETER]), (CHANNEL_PATH, [CHANNEL_PARAMETER])):
         add_get_route(
             router,
             f"{base_path}{path}/events",

@@ -5,7 +5,7 @@ from http import HTTPStatus
 from fastapi import APIRouter, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 
-from websocket_relay.admission.credentials import POSITIONS_SUBPROTOCOL, select_subprotocol
+from websocket_relay.admission.credentials import select_subprotocol
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import no_such_path, response_to
 from websocket_relay.api.requests import (
@@ -14,12 +14,22 @@ from websocket_relay.api.requests import (
     admission_request_of,
     channel_of,
     replay_request_of,
+    session_of,
+    session_request_of,
+    wants_echo,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.channels.echoless import EcholessClient
+from websocket_relay.channels.recovery import ReplayRequest
+from websocket_relay.channels.relay_v1 import RelayV1Connection
 from websocket_relay.outcomes import RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.handshake import HANDSHAKE_KEY, WEBSOCKET_CONNECTION_KEY
+from websocket_relay.wire.relay_v1 import SUBPROTOCOL
+
+PATH_COMMAND_ID = 0
+"""The id of the answer to a subscription by the path. Commands have greater ones."""
 
 
 def websocket_router(
@@ -40,14 +50,22 @@ def websocket_router(
         base_path: the prefix of both paths.
     """
 
+    shared = broadcaster.shared
+
     async def subscribe(websocket: WebSocket) -> None:
         scope = websocket.scope
         offered: list[str] = scope["subprotocols"]
-        sends_positions = POSITIONS_SUBPROTOCOL in offered
+        is_relay_v1 = SUBPROTOCOL in offered
+        query = scope["query_string"]
         try:
-            replay = replay_request_of(scope["query_string"], sends_positions=sends_positions)
-            admission_request = admission_request_of(websocket)
-            grant = await admission.admit(admission_request)
+            channel = channel_of(websocket)
+            subscribes = not is_relay_v1 or "channel" in websocket.path_params
+            replay, echoes = replay_request_of(query), wants_echo(query)
+            session = session_request_of(query)
+            channels = (channel,) if subscribes else ()
+            grant = await admission.admit(admission_request_of(websocket, channels))
+            access = admission.access_of(grant)
+            name = session_of(session, access.user)
         except RefusedError as error:
             scope[HANDSHAKE_KEY].refuse(error)
             return
@@ -55,10 +73,27 @@ def websocket_router(
         # the limits are checked for the next one.
         await websocket.accept(subprotocol=select_subprotocol(offered))
         client: Connection = scope[WEBSOCKET_CONNECTION_KEY]
-        admission.enforce_grant(client, grant)
-        encoding = client.delivery_format.encoding
-        delivery_format = DeliveryFormat.of(encoding, sends_positions=sends_positions)
-        broadcaster.subscribe(admission_request.channel, client, delivery_format, replay)
+        if not is_relay_v1:
+            admission.enforce_grant(client, grant, may_publish=grant.may_publish(channel))
+            _subscribe_plain(client, channel, replay, echoes=echoes)
+            return
+        admission.enforce_grant(client, grant, may_publish=True)
+        sink = RelayV1Connection(client, broadcaster, access, shared.max_channels_per_connection)
+        sink.open_session(name, session.seen)
+        for each in channels:
+            sink.subscribe(each, PATH_COMMAND_ID, replay, echoes=echoes)
+        client.attach_sink(sink)
+
+    def _subscribe_plain(
+        client: Connection, name: str, replay: ReplayRequest, *, echoes: bool
+    ) -> None:
+        channel = broadcaster.channel(name)
+        if not echoes:
+            layout, encoding, _ = client.delivery_format
+            client.delivery_format = DeliveryFormat.of(layout, encoding, echoes=False)
+        requested = replay if replay.is_requested else None
+        broadcaster.subscribe(channel, client, client.delivery_format, requested)
+        client.attach_sink(channel if echoes else EcholessClient(client, channel, broadcaster))
 
     async def refuse_path(websocket: WebSocket) -> None:
         websocket.scope[HANDSHAKE_KEY].refuse(no_such_path(base_path))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from websocket_relay.backplane.interface import ENTRY_BYTES, LogEntry
+from websocket_relay.backplane.interface import ENTRY_BYTES, LogEntry, Position
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.frames import MAX_HEADER_BYTES
@@ -41,14 +41,23 @@ class Batch:
 
     Attributes:
         entries: the messages.
-        frame_bytes: size of their frames without compression and positions, at most.
+        own_positions: by recipient that is sent no message of its own: the positions of these.
+        frame_bytes: size of their frames without compression and headers, at most.
         memory_bytes: memory of the entries.
     """
 
-    __slots__ = ("entries", "frame_bytes", "memory_bytes", "opened_at", "recipients")
+    __slots__ = (
+        "entries",
+        "frame_bytes",
+        "memory_bytes",
+        "opened_at",
+        "own_positions",
+        "recipients",
+    )
 
     def __init__(self, recipients: Recipients, opened_at: float) -> None:
         self.entries: list[LogEntry] = []
+        self.own_positions: dict[Connection, set[Position]] = {}
         self.recipients = recipients
         self.opened_at = opened_at
         self.frame_bytes = 0

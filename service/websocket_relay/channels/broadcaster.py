@@ -6,16 +6,25 @@ connection. Knows no HTTP, no broker's library and no admission policy.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from websocket_relay.backplane.interface import Backplane, Identities, LogEntry, Position
+from websocket_relay.backplane.interface import (
+    Backplane,
+    Identities,
+    Identity,
+    LogEntry,
+    Position,
+)
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
-from websocket_relay.channels.recovery import Recovery, ReplayRequest
+from websocket_relay.channels.publications import Publications, content_digest
+from websocket_relay.channels.recovery import Recovery, ReplayListener, ReplayRequest
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.delivery_format import DeliveryFormat
+from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.time_slicer import TimeSlicer
 
 BATCHES_PER_BACKLOG = 4
@@ -39,6 +48,7 @@ class Broadcaster:
             fan-out.
         deflate_from_bytes: shorter messages are not compressed.
         history: the recent messages for clients that resume or request history.
+        publications: what the log says about identified publishes.
         written: called for each batch with the seconds from its first message to its last write.
     """
 
@@ -51,6 +61,7 @@ class Broadcaster:
         pending_limit_bytes: int,
         deflate_from_bytes: int,
         history: History,
+        publications: Publications,
         written: Callable[[float], None],
     ) -> None:
         self.backplane = backplane
@@ -62,6 +73,9 @@ class Broadcaster:
         self._channels: dict[str, Channel] = {}
         self.schedule = TimeSlicer(0 if backplane.is_local else REST_TURNS).schedule_work
         self._history = history
+        self.publications = publications
+        self._publishers: dict[bytes, LocalPublisher] = {}  # by source
+        self._combined: dict[str, list[Channel]] = {}  # by the name of each of their channels
         backplane.consume(self._deliver, self._on_gap)
 
     def metrics(self) -> dict[str, int]:
@@ -72,51 +86,88 @@ class Broadcaster:
         """Return whether a client may join a channel without exceeding `max_channels`."""
         return name in self._channels or len(self._channels) < self._max_channels
 
+    def channel(self, name: str) -> Channel:
+        """Return a channel; create it if there is none."""
+        return self._channels.get(name) or self._create_channel(name, (name,))
+
+    def combined_channel(self, names: Sequence[str]) -> Channel:
+        """Return the channel that has the messages of several others, in their one order.
+
+        Its members are sent each message with its channel's name; nobody publishes to it.
+        """
+        if len(names) == 1:
+            return self.channel(names[0])
+        key = ",".join(names)
+        channel = self._channels.get(key)
+        if channel is None:
+            channel = self._create_channel(key, names)
+            for name in names:
+                self._combined.setdefault(name, []).append(channel)
+        return channel
+
+    def _create_channel(self, key: str, names: Sequence[str]) -> Channel:
+        channel = self._channels[key] = Channel(
+            key,
+            names,
+            self,
+            pending_limit_bytes=self.pending_limit_bytes,
+            batch_limit_bytes=self.pending_limit_bytes // BATCHES_PER_BACKLOG,
+            deflate_from_bytes=self._deflate_from_bytes,
+        )
+        return channel
+
     def subscribe(
         self,
-        name: str,
+        channel: Channel,
         client: Connection,
         delivery_format: DeliveryFormat,
-        replay_request: ReplayRequest | None = None,
+        replay_request: ReplayRequest | None,
+        listener: ReplayListener | None = None,
     ) -> None:
-        """Subscribe a client to a channel; the first subscription creates the channel.
+        """Subscribe a client to a channel.
 
         Args:
-            name: of the channel.
+            channel: the channel.
             client: the connection to subscribe.
-            delivery_format: how it is sent messages. With positions, it is sent a welcome, too.
+            delivery_format: how it is sent messages.
             replay_request: messages to send before the client joins; None: none.
+            listener: notifies the client; None: it is sent no notices.
         """
-        channel = self._channels.get(name)
-        if channel is None:
-            channel = self._channels[name] = Channel(
-                name,
-                self,
-                pending_limit_bytes=self.pending_limit_bytes,
-                batch_limit_bytes=self.pending_limit_bytes // BATCHES_PER_BACKLOG,
-                deflate_from_bytes=self._deflate_from_bytes,
-            )
-        client.delivery_format = delivery_format
         if replay_request is None:
-            channel.add_member(client)
-            client.attach_sink(channel)
+            channel.add_member(client, delivery_format)
             return
-        recovery = Recovery(
-            client, channel, replay_request, self, self._history, self._deflate_from_bytes
-        )
-        client.attach_sink(channel)
-        recovery.start_replay()
+        Recovery(
+            client,
+            channel,
+            delivery_format,
+            replay_request,
+            listener,
+            self,
+            self._history,
+            self._deflate_from_bytes,
+        ).start_replay()
 
     async def wait_for_capacity(self, name: str) -> None:
         """Return when no high-water mark is exceeded; publish then, before any other await."""
-        channel = self._channels.get(name)
-        marks = channel.publish_limits if channel is not None else self.shared.publish_limits
+        marks = self.publish_limits_of(name)
         # Checked again after each wait: publishers that resume earlier may exceed a mark.
         while exceeded := next((mark for mark in marks if mark.is_exceeded), None):
             await exceeded.wait_below()
 
-    async def publish(self, name: str, messages: Sequence[Message]) -> Position:
+    def publish_limits_of(self, name: str) -> Sequence[HighWaterMark]:
+        """Return the high-water marks that pause those who publish to a channel."""
+        channel = self._channels.get(name)
+        return channel.publish_limits if channel is not None else self.shared.publish_limits
+
+    async def publish(
+        self, name: str, messages: Sequence[Message], source: bytes = b""
+    ) -> Position:
         """Publish messages from a caller that has no connection in the channel.
+
+        Args:
+            name: of the channel.
+            messages: what to publish.
+            source: of a request with an Idempotency-Key; empty: it has none.
 
         Returns:
             The position of the last message, once it is delivered on this replica; the newest
@@ -127,25 +178,70 @@ class Broadcaster:
         """
         if not messages:
             return self._history.newest
+        identity = None
+        if source:
+            if (first := self._first_position(source, messages)) is not None:
+                self.shared.counters.publish_repeats += len(messages)
+                return first
+            numbers = (0,) * len(messages)
+            identity = Identity(source, numbers, self.publications.complete_after)
         results: asyncio.Queue[Position | Refusal | None] = asyncio.Queue()
-        self.append(name, messages, AwaitedPublisher(results))
+        self.append(name, messages, AwaitedPublisher(results), identity)
         self.backplane.when_delivered(results.put_nowait)
         result = await results.get()
         if isinstance(result, Position):
-            return result
+            return (self._first_position(source, messages) if source else None) or result
         # None: the broker accepted the messages, and did not deliver them.
         raise RefusedError(result or Refusal.UNCONFIRMED)
 
+    def _first_position(self, source: bytes, messages: Sequence[Message]) -> Position | None:
+        """Return the position of the first request with a key; None: the log holds none.
+
+        Raises:
+            RefusedError: that request had other messages.
+        """
+        first = self.publications.key(source)
+        if first is None:
+            return None
+        if first.digest != content_digest(messages):
+            raise RefusedError(Refusal.IDEMPOTENCY_KEY_REUSED)
+        return first.position
+
+    # Publishers that are identified in the log, and have a connection here
+
+    def attach_publisher(
+        self, source: bytes, publisher: "LocalPublisher"
+    ) -> "LocalPublisher | None":
+        """Register the publisher of a source; return the one before, if there is one."""
+        previous = self._publishers.get(source)
+        self._publishers[source] = publisher
+        return previous
+
+    def detach_publisher(self, source: bytes, publisher: "LocalPublisher") -> None:
+        """Remove the publisher of a source, unless it was replaced."""
+        if self._publishers.get(source) is publisher:
+            del self._publishers[source]
+
     # ChannelHost
 
-    def append(self, channel: str, messages: Sequence[Message], publisher: Publisher) -> None:
-        """Append messages to the log, and count them: the one way in."""
+    def append(
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        publisher: Publisher,
+        identity: Identity | None = None,
+    ) -> None:
+        """Append messages to the log, and count them: the one way in.
+
+        Identified messages are counted when they are read back: they may be repeats.
+        """
         payload_bytes = 0
         for _, payload in messages:
             payload_bytes += len(payload)
-        self.shared.counters.messages += len(messages)
+        if identity is None:
+            self.shared.counters.messages += len(messages)
         self.shared.counters.received_bytes += payload_bytes
-        self.backplane.append(channel, messages, payload_bytes, publisher)
+        self.backplane.append(channel, messages, payload_bytes, publisher, identity)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
         """Call `callback` after `delay_s` seconds."""
@@ -153,8 +249,14 @@ class Broadcaster:
 
     def remove_channel(self, channel: Channel) -> None:
         """Remove a channel that has no members."""
-        if self._channels.get(channel.name) is channel:
-            del self._channels[channel.name]
+        if self._channels.get(channel.name) is not channel:
+            return
+        del self._channels[channel.name]
+        if len(channel.names) > 1:
+            for name in channel.names:
+                self._combined[name].remove(channel)
+                if not self._combined[name]:
+                    del self._combined[name]
 
     # Inside
 
@@ -163,18 +265,64 @@ class Broadcaster:
         if position <= self._history.floor:  # announced already
             return
         self._history.record_gap(position)
+        self.publications.record_gap(position)
         for channel in list(self._channels.values()):
-            channel.send_notice({"type": "gap", "position": str(position)})
+            channel.send_gap(position)
 
     def _deliver(self, entries: Sequence[LogEntry], identities: Identities | None) -> None:
-        for entry in entries:
-            self._history.add(entry)
-            channel = self._channels.get(entry.channel)
-            if channel is not None:
-                channel.deliver(entry)
+        if identities is not None:
+            self._deliver_identified(entries, identities)
+        else:
+            for entry in entries:
+                self._deliver_entry(entry)
         pending = self.shared.pending_fan_out
         if pending.is_exceeded:
             pending.pause_publisher(self.backplane)
+
+    def _deliver_entry(self, entry: LogEntry, publisher: Connection | None = None) -> None:
+        """Deliver an entry to its channel, and to those that combine it with others."""
+        self._history.add(entry)
+        channel = self._channels.get(entry.channel)
+        if channel is not None:
+            channel.deliver(entry, publisher)
+        if self._combined:
+            for combined in self._combined.get(entry.channel, ()):
+                combined.deliver(entry)
+
+    def _deliver_identified(self, entries: Sequence[LogEntry], identities: Identities) -> None:
+        """Deliver entries that are no repeats, and acknowledge those of publishers here."""
+        acknowledged: dict[LocalPublisher, list[tuple[int, Position | None]]] = {}
+        counters, repeats = self.shared.counters, 0
+        for publish in self.publications.read(entries, identities):
+            entry, source, number, first_position, is_repeat = publish
+            publisher = self._publishers.get(source) if source else None
+            if publisher is not None:
+                position = first_position if is_repeat else entry.position
+                acknowledged.setdefault(publisher, []).append((number, position))
+            if is_repeat:
+                repeats += 1
+            else:
+                connection = publisher.connection if publisher is not None else None
+                self._deliver_entry(entry, connection)
+        if identities.is_own:
+            identified = len(entries) - identities.indices.count(0)
+            counters.messages += identified - repeats
+            counters.publish_repeats += repeats
+        for publisher, publishes in acknowledged.items():
+            publisher.acknowledge(publishes)
+
+
+class LocalPublisher(Protocol):
+    """A publisher that is identified in the log, and has a connection to this replica.
+
+    Attributes:
+        connection: the connection.
+    """
+
+    connection: Connection
+
+    def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
+        """Record that publishes are in the log: their numbers, and positions where known."""
 
 
 class AwaitedPublisher:

@@ -10,12 +10,12 @@ Knows no broker, no history and no protocol.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from websocket_relay.backplane.interface import Backplane, LogEntry
+from websocket_relay.backplane.interface import Backplane, Identity, LogEntry, Position
 from websocket_relay.channels.batch import Batch, Recipients
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.wire.connection import Connection, WireProtocol
@@ -50,7 +50,13 @@ class ChannelHost(Protocol):
     shared: ConnectionContext
     backplane: Backplane
 
-    def append(self, channel: str, messages: Sequence[Message], publisher: Publisher) -> None:
+    def append(
+        self,
+        channel: str,
+        messages: Sequence[Message],
+        publisher: Publisher,
+        identity: Identity | None = None,
+    ) -> None:
         """Append messages to the log, and count them."""
 
     def schedule(self, work: SlicedWork) -> None:
@@ -71,6 +77,7 @@ class Channel:
 
     Args:
         name: as in the path.
+        names: of the channels whose messages it has: its own, unless it combines several.
         host: the broadcaster.
         pending_limit_bytes: publishers are paused while more than this is pending fan-out.
         batch_limit_bytes: a batch is sealed once its plain frames reach this size.
@@ -80,6 +87,7 @@ class Channel:
     def __init__(
         self,
         name: str,
+        names: Sequence[str],
         host: ChannelHost,
         *,
         pending_limit_bytes: int,
@@ -87,6 +95,7 @@ class Channel:
         deflate_from_bytes: int,
     ) -> None:
         self.name = name
+        self.names = names
         self._host = host
         self._shared = host.shared
         self._batch_limit_bytes = batch_limit_bytes
@@ -110,13 +119,33 @@ class Channel:
     def add_recovery(self, client: Connection, recovery: "Recovery") -> None:
         """Keep the channel for a client in recovery: it joins later, and may publish already."""
         self._recoveries[client] = recovery
+        if client.is_lagging:
+            recovery.pause()
 
-    def add_member(self, client: Connection) -> None:
+    def add_member(self, client: Connection, delivery_format: DeliveryFormat) -> None:
         """Add a member: it is sent all that is published from now on."""
-        self._members.setdefault(client.delivery_format, {})[client] = None
+        self._members.setdefault(delivery_format, {})[client] = None
         self._on_members_changed()
-        if self._recoveries.pop(client, None) is not None and client.memory_bytes:
+        self._recoveries.pop(client, None)
+        if client.is_lagging:
             self.on_backlog_started(client)
+
+    def remove_member(self, client: Connection, delivery_format: DeliveryFormat) -> None:
+        """Remove a client. Batches that still name it are written, or counted as drops."""
+        if recovery := self._recoveries.pop(client, None):
+            recovery.cancel()
+        else:
+            group = self._members[delivery_format]
+            del group[client]
+            if not group:
+                del self._members[delivery_format]
+            self._on_members_changed()
+        for mark in self.publish_limits:
+            mark.resume_publisher(client.protocol)
+        self._slow_members.pop(client, None)
+        self._delay_repaid_at.pop(client, None)
+        if not self._members and not self._recoveries:
+            self._host.remove_channel(self)
 
     # MessageSink of the clients' connections
 
@@ -132,21 +161,8 @@ class Channel:
                 self._shared.counters.publisher_pauses += 1
 
     def detach_connection(self, client: Connection) -> None:
-        """Remove a client. Batches that still name it are counted as drops when written."""
-        if recovery := self._recoveries.pop(client, None):
-            recovery.cancel()
-        else:
-            group = self._members[client.delivery_format]
-            del group[client]
-            if not group:
-                del self._members[client.delivery_format]
-            self._on_members_changed()
-        for mark in self.publish_limits:
-            mark.resume_publisher(client.protocol)
-        self._slow_members.pop(client, None)
-        self._delay_repaid_at.pop(client, None)
-        if not self._members and not self._recoveries:
-            self._host.remove_channel(self)
+        """Remove a client that ends."""
+        self.remove_member(client, client.delivery_format)
 
     def on_backlog_started(self, client: Connection) -> None:
         """Mark a member as slow: its socket is full."""
@@ -164,9 +180,13 @@ class Channel:
 
     def call_when_written(self, callback: Callable[[], None]) -> None:
         """Call `callback` once all that was published so far has been written."""
-        self._host.backplane.when_settled(partial(self._when_queue_is_written, callback))
+        self._host.backplane.when_settled(partial(self.when_queue_is_written, callback))
 
-    def _when_queue_is_written(self, callback: Callable[[], None]) -> None:
+    def when_queue_is_written(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the batches in the queue are written, which is now if it is empty.
+
+        Callbacks are called in their order.
+        """
         if not self._queue:
             callback()
             return
@@ -175,8 +195,13 @@ class Channel:
 
     # Fan-out
 
-    def deliver(self, entry: LogEntry) -> None:
-        """Add an entry of the log to the open batch, for the current members."""
+    def deliver(self, entry: LogEntry, publisher: Connection | None = None) -> None:
+        """Add an entry of the log to the open batch, for the current members.
+
+        Args:
+            entry: the message.
+            publisher: its connection, if it is one that may be sent no message of its own.
+        """
         if not self._members:  # clients in recovery read the entry from the history
             return
         batch = self._open_batch or self._start_batch()
@@ -184,18 +209,27 @@ class Channel:
         self._high_water_mark.bytes += memory_bytes
         self._shared.pending_fan_out.bytes += memory_bytes
         self._shared.counters.expected_deliveries += batch.recipients.count
+        if publisher is not None and self._is_without_echo(publisher):
+            self._shared.counters.expected_deliveries -= 1
+            batch.own_positions.setdefault(publisher, set()).add(entry.position)
         if batch.frame_bytes >= self._batch_limit_bytes:
             self._open_batch = None
 
-    def send_notice(self, notice: Mapping[str, object]) -> None:
-        """Send a notice to the members that get positions, after the batches in the queue."""
-        self._when_queue_is_written(lambda: self._write_notice(notice))
+    def _is_without_echo(self, publisher: Connection) -> bool:
+        return any(
+            publisher in group
+            for delivery_format, group in self._members.items()
+            if not delivery_format.echoes
+        )
 
-    def _write_notice(self, notice: Mapping[str, object]) -> None:
+    def send_gap(self, position: Position) -> None:
+        """Notify members that messages up to a position may be missing, after queued batches."""
+        self.when_queue_is_written(partial(self._write_gap, position))
+
+    def _write_gap(self, position: Position) -> None:
         for delivery_format, group in self._members.items():
-            if delivery_format.sends_positions:
-                data = delivery_format.encode_notice(notice)
-                self._shared.write(list(group), data, messages=0)
+            if notice := delivery_format.encode_gap(self.name, position):
+                self._shared.write(list(group), notice, messages=0)
 
     def _start_batch(self) -> Batch:
         recipients = self._recipients
@@ -232,23 +266,40 @@ class Channel:
 
     def _write(self, batch: Batch) -> Iterator[None]:
         """Encode a batch for each group of its recipients, and write it to the group."""
-        message_count = len(batch.entries)
+        entries, own_positions = batch.entries, batch.own_positions
         for index, (delivery_format, clients) in enumerate(batch.recipients.groups):
             if index:
                 yield
-            parts: list[bytes] = []
-            for part in delivery_format.encode_messages(batch.entries, self._deflate_from_bytes):
-                if parts:
+            if not own_positions or delivery_format.echoes:
+                yield from self._write_group(delivery_format, clients, entries)
+                continue
+            others = [client for client in clients if client not in own_positions]
+            if others:
+                yield from self._write_group(delivery_format, others, entries)
+            for publisher in own_positions.keys() & clients:
+                own = own_positions[publisher]
+                rest = [entry for entry in entries if entry.position not in own]
+                if rest:
                     yield
-                self._adjust_pending(len(part))
-                parts.append(part)
-            encoded = parts[0] if len(parts) == 1 else b"".join(parts)
-            step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
-            for start in range(0, len(clients), step):
-                if start:
-                    yield
-                self._shared.write(clients[start : start + step], encoded, message_count)
-            self._adjust_pending(-len(encoded))
+                    yield from self._write_group(delivery_format, [publisher], rest)
+
+    def _write_group(
+        self, delivery_format: DeliveryFormat, clients: list[Connection], entries: list[LogEntry]
+    ) -> Iterator[None]:
+        """Encode entries once, and write them to clients."""
+        parts: list[bytes] = []
+        for part in delivery_format.encode_messages(entries, self._deflate_from_bytes):
+            if parts:
+                yield
+            self._adjust_pending(len(part))
+            parts.append(part)
+        encoded = parts[0] if len(parts) == 1 else b"".join(parts)
+        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
+        for start in range(0, len(clients), step):
+            if start:
+                yield
+            self._shared.write(clients[start : start + step], encoded, len(entries))
+        self._adjust_pending(-len(encoded))
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)

@@ -5,6 +5,7 @@ Knows no channel, no message and no HTTP.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -17,7 +18,7 @@ CLIENTS_PER_SLICE = 200  # some microseconds each; then the sweep yields to the 
 
 @dataclass(frozen=True, slots=True)
 class Keepalive:
-    """The detection of dead connections.
+    """The detection of dead connections, by relay and clients.
 
     Any bytes from a client count as an answer, because a pong queues after a long message.
 
@@ -25,11 +26,13 @@ class Keepalive:
         clients: the connections.
         ping_interval_s: seconds between two ping sweeps.
         ping_timeout_s: seconds from a ping to the close (1011) of a client that is silent since.
+        encode_heartbeat: returns the notice for clients of relay.v1.
     """
 
     clients: ConnectionRegistry
     ping_interval_s: float
     ping_timeout_s: float
+    encode_heartbeat: Callable[[], bytes]
 
     async def run(self) -> None:
         """Ping all clients every interval, and close silent ones a timeout later; until cancelled.
@@ -46,15 +49,16 @@ class Keepalive:
                 await _close_silent_clients(self.clients, pinged_at)
             await asyncio.sleep(next_ping_at - loop.time())
             frame = control(PING, sweep_number.to_bytes(8, "big"))
-            unchecked_sweeps.append(await _ping_clients(self.clients, frame))
+            heartbeat = self.encode_heartbeat()
+            unchecked_sweeps.append(await _ping_clients(self.clients, frame, heartbeat))
             next_ping_at = max(next_ping_at + self.ping_interval_s, loop.time())
 
 
-async def _ping_clients(clients: ConnectionRegistry, frame: bytes) -> float:
+async def _ping_clients(clients: ConnectionRegistry, frame: bytes, heartbeat: bytes) -> float:
     """Ping all clients; return the loop time after the last ping."""
     loop = asyncio.get_running_loop()
     for number, client in enumerate(clients, 1):
-        client.ping(frame, loop.time())
+        client.ping(frame, heartbeat, loop.time())
         if number % CLIENTS_PER_SLICE == 0:
             await asyncio.sleep(0)
     return loop.time()

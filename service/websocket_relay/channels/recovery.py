@@ -8,15 +8,16 @@ at the client's own pace.
 Knows no broker, no HTTP and no other member of the channel.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from websocket_relay.backplane.interface import BackplaneState, LogEntry, Position
 from websocket_relay.channels.channel import Channel, ChannelHost
 from websocket_relay.channels.history import History
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.connection import Connection
+from websocket_relay.wire.delivery_format import DeliveryFormat
 
 REPLAY_CHUNK_BYTES = 65_536  # of payload in one write
 REPLAY_CHUNK_MESSAGES = 256  # in one write
@@ -38,6 +39,26 @@ class ReplayRequest(NamedTuple):
     since: Position | None
     history_count: int
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether there is something to replay."""
+        return self.since is not None or self.history_count > 0
+
+
+class ReplayListener(Protocol):
+    """Notifies a client of its replay."""
+
+    def on_replay_started(self, position: Position, *, is_recovered: bool) -> None:
+        """Record that all messages of the channel after a position follow.
+
+        Args:
+            position: where the replay starts.
+            is_recovered: whether that is all that the client requested.
+        """
+
+    def on_replay_finished(self, position: Position) -> None:
+        """Record that messages after a position are delivered as they are published."""
+
 
 class Recovery:
     """The replay for one client, which publishes to its channel, and joins it after the replay.
@@ -45,7 +66,9 @@ class Recovery:
     Args:
         client: the connection in recovery.
         channel: the channel that it joins.
+        delivery_format: how it is sent messages.
         request: what to replay.
+        listener: notifies the client; None: it is sent no notices.
         host: the broadcaster.
         history: the messages to replay.
         deflate_from_bytes: shorter messages are not compressed.
@@ -55,20 +78,24 @@ class Recovery:
         self,
         client: Connection,
         channel: Channel,
+        delivery_format: DeliveryFormat,
         request: ReplayRequest,
+        listener: ReplayListener | None,
         host: ChannelHost,
         history: History,
         deflate_from_bytes: int,
     ) -> None:
         self._client = client
         self._channel = channel
+        self._delivery_format = delivery_format
         self._request = request
+        self._listener = listener
         self._host = host
         self._history = history
         self._deflate_from_bytes = deflate_from_bytes
         self._cursor: Position | None = None  # replayed up to here; None: not known yet
         self._is_recovered = True
-        self._needs_welcome = True
+        self._is_started = listener is None
         self._started_at = monotonic()
         self._is_socket_full = False
         self._is_finished = False
@@ -99,16 +126,15 @@ class Recovery:
 
     def _replay(self) -> Iterator[None]:
         """Make one write at a time, until the client is a member or can't be written to."""
-        sends_positions = self._client.delivery_format.sends_positions
         while not self._is_finished and not self._is_socket_full:
             if self._cursor is None:
                 if self._is_since_unread():
                     self._wait_for_tail()
                     break
                 self._cursor = self._choose_start()
-            if sends_positions and self._needs_welcome:
-                self._needs_welcome = False
-                self._send_welcome(self._cursor)
+            if self._listener is not None and not self._is_started:
+                self._is_started = True
+                self._listener.on_replay_started(self._cursor, is_recovered=self._is_recovered)
             else:
                 self._cursor = self._send_after(self._cursor)
             yield
@@ -137,34 +163,38 @@ class Recovery:
 
     def _choose_start(self) -> Position:
         """Return the position after which the replay starts; count whether recovery is complete."""
-        history, name, since = self._history, self._channel.name, self._request.since
+        since, count = self._request
+        newest = self._history.newest
+        complete_after = max(map(self._history.complete_after, self._channel.names))
         if since is not None:
             is_in_log = since <= self._host.backplane.position
-            self._is_recovered = is_in_log and history.is_complete_after(name, since)
+            self._is_recovered = is_in_log and since >= complete_after
             counters = self._host.shared.counters
             counters.recovered += self._is_recovered
             counters.not_recovered += not self._is_recovered
-            return max(since, history.complete_after(name)) if is_in_log else history.newest
-        count = self._request.history_count
-        latest = history.latest_entries(name, count) if count else ()
+            return max(since, complete_after) if is_in_log else newest
+        latest = self._latest_entries(count) if count else ()
         if not latest:
-            return history.newest
-        return max(latest[0].position.before(), history.complete_after(name))  # not across a gap
+            return newest
+        return max(latest[0].position.before(), complete_after)  # not across a gap
 
-    def _send_welcome(self, position: Position) -> None:
-        self._client.sends_heartbeats = True
-        self._send_notice(
-            {
-                "type": "welcome",
-                "recovered": self._is_recovered,
-                "position": str(position),
-                "heartbeat_ms": round(self._host.shared.ping_interval_s * 1000),
-            }
-        )
+    def _latest_entries(self, count: int) -> Sequence[LogEntry]:
+        """Return the newest `count` entries of the channel, oldest first."""
+        names = self._channel.names
+        if len(names) == 1:
+            return self._history.latest_entries(names[0], count)
+        return sorted(
+            entry for name in names for entry in self._history.latest_entries(name, count)
+        )[-count:]
 
-    def _send_notice(self, notice: Mapping[str, object]) -> None:
-        data = self._client.delivery_format.encode_notice(notice)
-        self._host.shared.write([self._client], data, messages=0)
+    def _entries_after(self, position: Position, count: int) -> Sequence[LogEntry]:
+        """Return the first `count` entries of the channel after a position."""
+        names = self._channel.names
+        if len(names) == 1:
+            return self._history.entries_after(names[0], position, count)
+        return sorted(
+            entry for name in names for entry in self._history.entries_after(name, position, count)
+        )[:count]
 
     def _send_after(self, cursor: Position) -> Position:
         """Write some messages after a position; if there are none, make the client a member.
@@ -173,23 +203,24 @@ class Recovery:
             The new cursor.
         """
         name, floor = self._channel.name, self._history.floor
-        delivery_format = self._client.delivery_format
-        if delivery_format.sends_positions and floor > cursor:
+        delivery_format, shared = self._delivery_format, self._host.shared
+        if self._listener is not None and floor > cursor:
             # The log has lost messages in the meantime, right after the cursor or later: the
             # replay up to the floor would be incomplete. A client that is sent no notices gets
             # what there is, as members do.
             cursor = floor
-            self._send_notice({"type": "gap", "position": str(floor)})
-        if cursor < self._history.evicted_up_to(name):
+            shared.write([self._client], delivery_format.encode_gap(name, floor), messages=0)
+        if cursor < max(map(self._history.evicted_up_to, self._channel.names)):
             # The history evicted messages faster than the client read them.
             self._client.close(Close.SLOW_CONSUMER)
             return cursor
-        chunk = _first_chunk(self._history.entries_after(name, cursor, REPLAY_CHUNK_MESSAGES))
+        chunk = _first_chunk(self._entries_after(cursor, REPLAY_CHUNK_MESSAGES))
         if not chunk:
             self._is_finished = True
-            self._channel.add_member(self._client)
+            self._channel.add_member(self._client, delivery_format)
+            if self._listener is not None:
+                self._listener.on_replay_finished(cursor)
             return cursor
-        shared = self._host.shared
         data = b"".join(delivery_format.encode_messages(chunk, self._deflate_from_bytes))
         shared.counters.expected_deliveries += len(chunk)
         shared.write([self._client], data, messages=len(chunk))

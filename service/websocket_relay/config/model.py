@@ -308,6 +308,9 @@ class LimitsSettings(Section):
     max_message_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = Field(
         1_048_576, description="a larger message closes its publisher (1009)"
     )
+    max_channels_per_connection: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        128, description="subscriptions of one client of relay.v1, channels of one event stream"
+    )
     max_connections: Count = Field(
         0, description="concurrent clients; 0: limited by file descriptors only"
     )

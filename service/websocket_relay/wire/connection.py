@@ -63,8 +63,14 @@ class WireProtocol(Publisher, Pausable, Protocol):
     def count_complete_messages(self, batch: bytes, end: int) -> int:
         """Return how many messages end within the first `end` bytes of a batch."""
 
-    def ping(self, frame: bytes, now: float) -> None:
-        """Send a keepalive: `frame`, where the protocol has frames."""
+    def ping(self, frame: bytes, heartbeat: bytes, now: float) -> None:
+        """Send a keepalive.
+
+        Args:
+            frame: a ping, for a protocol that has frames.
+            heartbeat: a notice for a client of relay.v1: a script in a browser does not see pings.
+            now: the time of the event loop.
+        """
 
     def is_ping_overdue(self, since: float) -> bool:
         """Return whether a ping sent at `since` or before is still unanswered."""
@@ -84,10 +90,14 @@ class Sender(Protocol):
 
 
 class MessageSink(Protocol):
-    """Receives a connection's messages and state changes. Never blocks, never raises."""
+    """Receives a connection's messages and state changes. Never blocks."""
 
     def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
-        """Publish complete messages of a client."""
+        """Publish complete messages of a client.
+
+        Raises:
+            ProtocolViolationError: a message violates the protocol; those before it are published.
+        """
 
     def pause_if_over_limit(self, publisher: WireProtocol) -> None:
         """Pause a client that has more to publish, if too much waits to be written."""
@@ -149,7 +159,6 @@ class Connection(asyncio.Protocol):
         protocol: what the client speaks.
         delivery_format: how its messages are encoded.
         publish_policy: what the client may publish; None: anything.
-        sends_heartbeats: whether its client was sent a welcome, and is sent heartbeats.
         has_input_ended: whether nothing more is read: after TCP's FIN or TLS's close_notify, or
             after the end of TCP.
         write: sends a batch as far as the socket takes it, and returns how many bytes that are:
@@ -172,7 +181,6 @@ class Connection(asyncio.Protocol):
         "has_input_ended",
         "protocol",
         "publish_policy",
-        "sends_heartbeats",
         "shared",
         "state",
         "transport",
@@ -200,7 +208,6 @@ class Connection(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.delivery_format = PLAIN_FORMAT
         self.publish_policy: PublishPolicy | None = None
-        self.sends_heartbeats = False
         self._socket: Sender | None = None
         self.write = None
         self.protocol = protocol(self)
@@ -218,19 +225,24 @@ class Connection(asyncio.Protocol):
         """Whether the connection has a sink."""
         return self._sink is not None
 
+    @property
+    def is_member(self) -> bool:
+        """Whether the connection's sink may write to it."""
+        return self._is_member
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""
         self.transport = cast(asyncio.Transport, transport)
 
-    def open(self, response: bytes, encoding: int) -> None:
+    def open(self, response: bytes, delivery_format: DeliveryFormat) -> None:
         """Send the response head, and register the connection as established.
 
         Args:
             response: the whole response head.
-            encoding: see `delivery_format`.
+            delivery_format: how messages are encoded for the client.
         """
         shared = self.shared
-        self.delivery_format = DeliveryFormat.of(encoding, sends_positions=False)
+        self.delivery_format = delivery_format
         self._cancel_deadline()
         shared.clients.register(self)
         shared.counters.connections += 1
@@ -264,8 +276,17 @@ class Connection(asyncio.Protocol):
             sink.on_backlog_started(self)
         self.protocol.start_parsing(sink)
 
-    def start_expiry_timer(self, seconds: float) -> None:
-        """Close the connection after `seconds` (code 3000), unless it has closed by then."""
+    def start_expiry_timer(self, seconds: float | None) -> None:
+        """Close the connection after `seconds` (code 3000), unless it has closed by then.
+
+        Args:
+            seconds: from now; None: never. It replaces the time before.
+        """
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        if seconds is None:
+            return
         # uvloop rounds to milliseconds: one more, so that the timer never fires early.
         self._expiry_timer = asyncio.get_running_loop().call_later(
             seconds + 0.001, self.queue_close, Close.TOKEN_EXPIRED
@@ -368,10 +389,10 @@ class Connection(asyncio.Protocol):
         """Close the connection: the client's side has ended, and all of its bytes are parsed."""
         self._handle(ConnectionEvent.PARSED, Close.CONNECTION_LOST)
 
-    def ping(self, frame: bytes, now: float) -> None:
-        """Send a keepalive: `frame`, where the protocol has frames."""
+    def ping(self, frame: bytes, heartbeat: bytes, now: float) -> None:
+        """Send a keepalive, see `WireProtocol.ping`."""
         if self.state is ConnectionState.OPEN:
-            self.protocol.ping(frame, now)
+            self.protocol.ping(frame, heartbeat, now)
 
     def is_ping_overdue(self, since: float) -> bool:
         """Return whether a ping sent at `since` or before is still unanswered."""
@@ -469,6 +490,11 @@ class Connection(asyncio.Protocol):
         return (
             buffered_bytes if self._backlog is None else self._backlog.unsent_bytes(buffered_bytes)
         )
+
+    @property
+    def is_lagging(self) -> bool:
+        """Whether a part of what was written waits for the client to read."""
+        return self._backlog is not None
 
     @property
     def memory_bytes(self) -> int:

@@ -27,6 +27,7 @@ class ConnectionContext:
 
     Args:
         max_message_bytes: a larger message closes its sender.
+        max_channels_per_connection: subscriptions of one connection of relay.v1.
         compresses: whether clients that offer permessage-deflate get it.
         deadline_s: from TCP accept to the 101, and from a close frame to the connection's end.
         ping_interval_s: from one ping to the next.
@@ -43,6 +44,7 @@ class ConnectionContext:
         self,
         *,
         max_message_bytes: int,
+        max_channels_per_connection: int,
         compresses: bool,
         deadline_s: float,
         ping_interval_s: float,
@@ -55,6 +57,7 @@ class ConnectionContext:
         pending_fan_out: HighWaterMark,
     ) -> None:
         self.max_message_bytes = max_message_bytes
+        self.max_channels_per_connection = max_channels_per_connection
         self.compresses = compresses
         self.deadline_s = deadline_s
         self.ping_interval_s = ping_interval_s

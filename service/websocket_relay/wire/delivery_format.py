@@ -1,38 +1,47 @@
 """Encode messages as a client receives them. Knows no connection and no channel."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum, auto
 from functools import cache
 from typing import NamedTuple
 
-from websocket_relay.messages import TEXT, Message
+from websocket_relay.messages import Message
 from websocket_relay.wire import sse
 from websocket_relay.wire.deflate import PLAIN, deflate_messages
-from websocket_relay.wire.frames import encode_messages, header
+from websocket_relay.wire.frames import encode_messages
+from websocket_relay.wire.relay_v1 import encode_notice, prefix_headers
 
 Entry = tuple[object, str, int, bytes]
 """A `LogEntry` of the backplane: position, channel, kind, payload."""
 
-SSE = -1
-"""The encoding of an event stream."""
+
+class Layout(Enum):
+    """What a client is sent of a message."""
+
+    PAYLOAD = auto()  # nothing else
+    HEADER = auto()  # a header before the payload: relay.v1
+    EVENT = auto()  # a server-sent event
+    NAMED_EVENT = auto()  # one that names its channel
 
 
 class DeliveryFormat(NamedTuple):
     """How messages are encoded for a client.
 
     Attributes:
-        encoding: PLAIN, SSE, or the window bits of permessage-deflate (see `deflate`).
-        sends_positions: whether each message starts with its position (the subprotocol relay.v1).
+        layout: what it is sent of a message.
+        encoding: PLAIN, or the window bits of permessage-deflate (see `deflate`).
+        echoes: whether it is sent its own messages.
     """
 
+    layout: Layout
     encoding: int
-    sends_positions: bool
+    echoes: bool
 
     @classmethod
     @cache
-    def of(cls, encoding: int, *, sends_positions: bool) -> "DeliveryFormat":
+    def of(cls, layout: Layout, encoding: int = PLAIN, *, echoes: bool = True) -> "DeliveryFormat":
         """Return the format, which all connections share."""
-        return cls(encoding, sends_positions)
+        return cls(layout, encoding, echoes)
 
     def encode_messages(self, entries: Sequence[Entry], min_bytes: int) -> Iterator[bytes]:
         """Yield frames or events, and empty bytes where the caller may check the clock.
@@ -41,30 +50,24 @@ class DeliveryFormat(NamedTuple):
             entries: the messages.
             min_bytes: shorter messages are not compressed.
         """
-        if self.encoding == SSE:
-            return sse.encode_messages(entries)
+        if self.layout in EVENT_LAYOUTS:
+            return sse.encode_messages(entries, names_channels=self.layout is Layout.NAMED_EVENT)
         messages: Iterable[Message] = (entry[2:] for entry in entries)
-        if self.sends_positions:
-            messages = _prefix_positions(entries)
+        if self.layout is Layout.HEADER:
+            messages = prefix_headers(entries)
         if self.encoding == PLAIN:
             return encode_messages(messages)
         return deflate_messages(messages, self.encoding, min_bytes)
 
-    def encode_notice(self, notice: Mapping[str, object]) -> bytes:
-        """Return the frame or event of a notice, a message of the relay itself.
-
-        Args:
-            notice: its fields; `type` names its kind.
-        """
-        if self.encoding == SSE:
-            return sse.encode_event(str(notice["type"]), notice)
-        payload = b"\n" + json.dumps(notice, separators=(",", ":")).encode()
-        return header(TEXT, len(payload)) + payload
+    def encode_gap(self, channel: str, position: object) -> bytes:
+        """Return the notice that messages up to a position may be missing; empty: there is none."""
+        if self.layout is Layout.HEADER:
+            return encode_notice({"type": "gap", "channel": channel, "position": str(position)})
+        if self.layout in EVENT_LAYOUTS:
+            return sse.encode_event("gap", {"position": str(position)})
+        return b""
 
 
-PLAIN_FORMAT = DeliveryFormat.of(PLAIN, sends_positions=False)
+EVENT_LAYOUTS = (Layout.EVENT, Layout.NAMED_EVENT)
 
-
-def _prefix_positions(entries: Iterable[Entry]) -> Iterator[Message]:
-    for position, _, kind, payload in entries:
-        yield kind, b"%b\n%b" % (str(position).encode(), payload)
+PLAIN_FORMAT = DeliveryFormat.of(Layout.PAYLOAD)

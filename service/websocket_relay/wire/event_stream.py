@@ -11,7 +11,7 @@ import sys
 from websocket_relay.wire import sse
 from websocket_relay.wire.connection import Connection, MessageSink
 from websocket_relay.wire.context import ConnectionContext
-from websocket_relay.wire.delivery_format import SSE
+from websocket_relay.wire.delivery_format import DeliveryFormat
 
 RECONNECT_DELAY_MS = 500, 2500
 """Range of the delay before a client reconnects after its connection broke: a random one for each.
@@ -19,13 +19,17 @@ By default, all browsers wait for the same few seconds."""
 
 
 def open_event_stream(
-    transport: asyncio.Transport, shared: ConnectionContext, silence_s: float
+    transport: asyncio.Transport,
+    shared: ConnectionContext,
+    delivery_format: DeliveryFormat,
+    silence_s: float,
 ) -> Connection:
     """Take over a transport after the response head; return the connection.
 
     Args:
         transport: of the request.
         shared: bounds and counters.
+        delivery_format: how messages are encoded for the client.
         silence_s: a client whose machine acknowledges nothing for this long is closed, and so is
             one that reads nothing for this long while its socket is full.
     """
@@ -38,8 +42,32 @@ def open_event_stream(
     if sys.platform == "linux" and accepted.family != socket.AF_UNIX:
         silence_ms = round(silence_s * 1000)
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
-    connection.open(b"retry: %d\n\n" % random.randint(*RECONNECT_DELAY_MS), SSE)
+    connection.open(b"retry: %d\n\n" % random.randint(*RECONNECT_DELAY_MS), delivery_format)
     return connection
+
+
+class StreamNotices:
+    """The notices of a stream's replay: see `recovery.ReplayListener`.
+
+    Args:
+        connection: of the stream.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def on_replay_started(self, position: object, *, is_recovered: bool) -> None:
+        """Send the welcome, the first event."""
+        shared = self._connection.shared
+        fields = {
+            "recovered": is_recovered,
+            "position": str(position),
+            "heartbeat_ms": round(shared.ping_interval_s * 1000),
+        }
+        shared.write([self._connection], sse.encode_event("welcome", fields), messages=0)
+
+    def on_replay_finished(self, position: object) -> None:
+        """Send nothing: the events go on."""
 
 
 class EventStream:
@@ -62,7 +90,7 @@ class EventStream:
         """Return how many messages end within the first `end` bytes of a batch."""
         return batch.count(b"\n\n", 0, end)
 
-    def ping(self, frame: bytes, now: float) -> None:
+    def ping(self, frame: bytes, heartbeat: bytes, now: float) -> None:
         """Send a comment, so that proxies see traffic on the response."""
         self._connection.write_control(sse.KEEPALIVE_COMMENT)
 

@@ -19,7 +19,9 @@ from websocket_relay.wire.asgi import App, Event, Scope
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
 from websocket_relay.wire.deflate import PLAIN, negotiate
+from websocket_relay.wire.delivery_format import DeliveryFormat, Layout
 from websocket_relay.wire.http_connections import HttpConnections
+from websocket_relay.wire.relay_v1 import SUBPROTOCOL
 from websocket_relay.wire.request_head import RequestHead
 
 log = logging.getLogger(__name__)
@@ -175,7 +177,9 @@ class Handshake:
             head += f"Sec-WebSocket-Protocol: {event['subprotocol']}\r\n"
         if result.extensions:
             head += f"Sec-WebSocket-Extensions: {result.extensions}\r\n"
-        self._connection.open(f"{head}\r\n".encode("latin-1"), result.encoding)
+        layout = Layout.HEADER if event.get("subprotocol") == SUBPROTOCOL else Layout.PAYLOAD
+        delivery_format = DeliveryFormat.of(layout, result.encoding)
+        self._connection.open(f"{head}\r\n".encode("latin-1"), delivery_format)
 
     def refuse(self, error: RefusedError) -> None:
         """Send a refusal, and count the connection until its client has read it and disconnects."""

@@ -9,6 +9,10 @@ from websocket_relay.outcomes import Close
 
 KEEPALIVE_COMMENT = b":\n\n"
 
+TEXT_TYPE, BINARY_TYPE = b"message", b"binary"
+"""The types of events, followed by a colon and the channel in a stream of several channels. A
+browser dispatches an event without a type as `message`."""
+
 
 def encode_event(name: str, fields: Mapping[str, object]) -> bytes:
     """Return an event of the relay itself: a JSON object under a name.
@@ -21,21 +25,33 @@ def encode_event(name: str, fields: Mapping[str, object]) -> bytes:
     return f"{id_line}event: {name}\ndata: {text}\n\n".encode()
 
 
-def encode_messages(entries: Iterable[tuple[object, str, int, bytes]]) -> Iterator[bytes]:
+def encode_messages(
+    entries: Iterable[tuple[object, str, int, bytes]], *, names_channels: bool
+) -> Iterator[bytes]:
     """Yield one event for each message.
 
     Args:
         entries: position, channel, kind and payload of each. Clients send the position back in
             Last-Event-ID.
+        names_channels: whether the types of the events name the channels.
     """
-    for position, _, kind, payload in entries:
+    for position, channel, kind, payload in entries:
         name = str(position).encode()
+        event = b""
+        if names_channels:
+            event = b"event: %b:%b\n" % (
+                BINARY_TYPE if kind == BINARY else TEXT_TYPE,
+                channel.encode(),
+            )
+        elif kind == BINARY:
+            event = b"event: %b\n" % BINARY_TYPE
         if kind == BINARY:
-            yield b"id: %b\nevent: binary\ndata: %b\n\n" % (name, base64.b64encode(payload))
+            data = base64.b64encode(payload)
         elif b"\n" in payload or b"\r" in payload:
-            yield b"id: %b\ndata: %b\n\n" % (name, _data_lines(payload))
+            data = _data_lines(payload)
         else:
-            yield b"id: %b\ndata: %b\n\n" % (name, payload)
+            data = payload
+        yield b"id: %b\n%bdata: %b\n\n" % (name, event, data)
 
 
 def _data_lines(payload: bytes) -> bytes:

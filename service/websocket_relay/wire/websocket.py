@@ -7,11 +7,12 @@ one.
 from collections.abc import Iterator
 from time import monotonic
 
-from websocket_relay.messages import TEXT, Message
+from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.close_states import ConnectionState
 from websocket_relay.wire.connection import Connection, MessageSink
 from websocket_relay.wire.deflate import PLAIN
+from websocket_relay.wire.delivery_format import Layout
 from websocket_relay.wire.frames import (
     CLOSE,
     CONTROL,
@@ -20,14 +21,10 @@ from websocket_relay.wire.frames import (
     ProtocolViolationError,
     control,
     count_complete_messages,
-    header,
 )
 from websocket_relay.wire.frames import close as close_frame
 from websocket_relay.wire.parser import PAUSE, PAUSE_INFLATING, Parser, ParserEvent
-
-HEARTBEAT = b'\n{"type":"heartbeat"}'
-HEARTBEAT_FRAME = header(TEXT, len(HEARTBEAT)) + HEARTBEAT
-"""Follows each ping to a client of relay.v1: a script in a browser does not see pings."""
+from websocket_relay.wire.relay_v1 import MAX_COMMAND_BYTES
 
 
 class WebSocket:
@@ -74,8 +71,10 @@ class WebSocket:
     def start_parsing(self, sink: MessageSink) -> None:
         """Pass the client's messages to a sink; parse what arrived during the handshake."""
         self._sink = sink
-        inflates = self._connection.delivery_format.encoding != PLAIN
-        self._parser = Parser(self._connection.shared.max_message_bytes, inflates=inflates)
+        layout, encoding, _ = self._connection.delivery_format
+        header_bytes = MAX_COMMAND_BYTES if layout is Layout.HEADER else 0
+        max_bytes = self._connection.shared.max_message_bytes + header_bytes
+        self._parser = Parser(max_bytes, inflates=encoding != PLAIN)
         if early_data := self._take_early_data():
             self.data_received(early_data)
 
@@ -191,11 +190,12 @@ class WebSocket:
                 else:
                     messages.append(event)
         except ProtocolViolationError as error:
-            why = error.close
-            reason = f"{why.reason}: {error.detail}" if error.detail else why.reason
-            end = why, close_frame(why.code, reason)
+            end = _end_after(error)
         if messages:
-            self._sink.publish(self, messages)
+            try:
+                self._sink.publish(self, messages)
+            except ProtocolViolationError as error:
+                end = _end_after(error)
         if pongs and self._connection.state is ConnectionState.OPEN:
             # Nothing follows our own close frame: pings are not answered any more.
             self._connection.write_control(pongs)
@@ -248,10 +248,11 @@ class WebSocket:
         """Return a close frame."""
         return close_frame(why.code, why.text(retry_ms))
 
-    def ping(self, frame: bytes, now: float) -> None:
+    def ping(self, frame: bytes, heartbeat: bytes, now: float) -> None:
         """Send the keepalive's ping; silence is timed from the first unanswered one."""
         connection = self._connection
-        connection.write_control(frame + HEARTBEAT_FRAME if connection.sends_heartbeats else frame)
+        has_headers = connection.delivery_format.layout is Layout.HEADER
+        connection.write_control(frame + heartbeat if has_headers else frame)
         if not self._ping_unanswered_since:
             self._ping_unanswered_since = now
             self._drained_bytes_at_ping = connection.drained_bytes
@@ -304,6 +305,13 @@ class WebSocket:
         self._read_paused_at = 0.0
         if not self._connection.transport.is_closing():
             self._connection.transport.resume_reading()
+
+
+def _end_after(error: ProtocolViolationError) -> tuple[Close, bytes]:
+    """Return the close reason and the close frame that answer a violation."""
+    why = error.close
+    reason = f"{why.reason}: {error.detail}" if error.detail else why.reason
+    return why, close_frame(why.code, reason)
 
 
 def _close_response(payload: bytes) -> bytes:

@@ -1,0 +1,477 @@
+"""Own one connection of relay.v1: its commands, its subscriptions, and what it publishes.
+
+It is the sink of the connection. What it publishes carries the session and the id of the command
+through the log, and is acknowledged when it is read back from there: see `publications`.
+
+Knows no HTTP, no broker and no token.
+"""
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from websocket_relay.backplane.interface import Identity, Position
+from websocket_relay.channels.broadcaster import Broadcaster, LocalPublisher
+from websocket_relay.channels.channel import Channel
+from websocket_relay.channels.names import CHANNEL_NAME
+from websocket_relay.channels.publications import SessionName, SessionRecord
+from websocket_relay.channels.recovery import ReplayRequest
+from websocket_relay.messages import Message
+from websocket_relay.outcomes import Close, Refusal, RefusedError
+from websocket_relay.wire.asgi import start_now
+from websocket_relay.wire.connection import Connection, WireProtocol
+from websocket_relay.wire.delivery_format import DeliveryFormat
+from websocket_relay.wire.flow_control import HighWaterMark
+from websocket_relay.wire.frames import ProtocolViolationError
+from websocket_relay.wire.relay_v1 import Command, encode_notice, encode_published, parse_command
+
+CLIENT_ID_BYTES = 9
+
+MAX_HISTORY = 10**9 - 1
+"""As in a query: nine digits."""
+
+MAX_DEFERRED = 1_000
+"""Commands of one connection that wait until a channel is left."""
+
+
+class ChannelAccess(Protocol):
+    """What the client of a connection may do. Each check raises a RefusedError."""
+
+    @property
+    def user(self) -> str:
+        """The user of the client's token; empty: there is no token."""
+
+    def check_subscribe(self, channel: str) -> None:
+        """Check that the client may subscribe to a channel now."""
+
+    def check_publish(self, channel: str) -> None:
+        """Check that the client may publish to a channel."""
+
+    def may_stay_subscribed(self, channel: str) -> bool:
+        """Return whether the client may keep its subscription to a channel."""
+
+    async def renew(self, token: str) -> float | None:
+        """Replace the token; return the seconds until it expires, None: never."""
+
+
+class Subscription(NamedTuple):
+    """A subscription of a connection."""
+
+    channel: Channel
+    delivery_format: DeliveryFormat
+
+
+class ReplayNotices(NamedTuple):
+    """The notices of a replay: see `recovery.ReplayListener`.
+
+    Attributes:
+        connection: that subscribes.
+        channel: the name of the channel.
+        command_id: of the command.
+    """
+
+    connection: "RelayV1Connection"
+    channel: str
+    command_id: int
+
+    def on_replay_started(self, position: Position, *, is_recovered: bool) -> None:
+        """Answer the command."""
+        self.connection.send_notice(
+            "subscribed",
+            channel=self.channel,
+            id=self.command_id,
+            recovered=is_recovered,
+            position=str(position),
+        )
+
+    def on_replay_finished(self, position: Position) -> None:
+        """Report that the replay is complete."""
+        self.connection.send_notice("live", channel=self.channel, position=str(position))
+
+
+class RelayV1Connection(LocalPublisher):
+    """A connection of relay.v1, as the sink of its messages.
+
+    Args:
+        connection: the connection.
+        broadcaster: owns the channels.
+        access: what the client may do.
+        max_channels: subscriptions at most.
+    """
+
+    __slots__ = (
+        "_access",
+        "_broadcaster",
+        "_deferred",
+        "_last_number",
+        "_leaving",
+        "_marks",
+        "_max_channels",
+        "_renewal",
+        "_resumed",
+        "_source",
+        "_subscriptions",
+        "_unanswered",
+        "connection",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        broadcaster: Broadcaster,
+        access: ChannelAccess,
+        max_channels: int,
+    ) -> None:
+        self.connection = connection
+        self._broadcaster = broadcaster
+        self._access = access
+        self._max_channels = max_channels
+        self._subscriptions: dict[str, Subscription] = {}
+        self._leaving: dict[str, Channel] | None = None  # until what they had queued is written
+        self._deferred = 0
+        self._marks: set[HighWaterMark] | None = None  # at which the client was paused
+        self._renewal: asyncio.Task[None] | None = None
+        self._source = b""
+        self._last_number = 0  # of the latest publish over this connection
+        self._resumed: SessionRecord | None = (
+            None  # what the log held of the session when it was resumed
+        )
+        self._unanswered: deque[int] | None = None  # publishes that are not read back yet
+
+    # The session
+
+    def open_session(self, name: SessionName | None, seen: Position | None) -> None:
+        """Open a session, or resume one, and send the welcome.
+
+        Args:
+            name: of the session to resume; None: there is none.
+            seen: a position that the client had received before it sent the oldest publish that
+                was not answered; None: not known.
+        """
+        broadcaster, user = self._broadcaster, self._access.user
+        publications = broadcaster.publications
+        is_resumed = name is not None and publications.is_known(name, name.source_of(user), seen)
+        if name is None or not is_resumed:
+            name = SessionName.create(broadcaster.backplane.position, user)
+        self._source = name.source_of(user)
+        if is_resumed:
+            self._resumed = publications.session(self._source)
+        previous = broadcaster.attach_publisher(self._source, self)
+        if previous is not None:
+            previous.connection.close(Close.SESSION_RESUMED)
+        fields = {
+            "type": "welcome",
+            "client": secrets.token_urlsafe(CLIENT_ID_BYTES),
+            "session": name.text,
+            "resumed": is_resumed,
+            "position": str(broadcaster.backplane.position),
+            "heartbeat_ms": round(broadcaster.shared.ping_interval_s * 1000),
+        }
+        self.connection.write_control(encode_notice(fields))
+
+    # MessageSink of the connection
+
+    def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
+        """Carry out the client's commands.
+
+        Raises:
+            ProtocolViolationError: a header is not that of a command; those before are carried out.
+        """
+        channel, batch, numbers = "", list[Message](), list[int]()
+        try:
+            for kind, message in messages:
+                command = parse_command(message)
+                if command.type == "publish":
+                    if not self._accept_publish(command):
+                        continue
+                    if command.fields["channel"] != channel:
+                        self._append(channel, batch, numbers)
+                        channel, batch, numbers = command.fields["channel"], [], []
+                    batch.append((kind, command.payload))
+                    numbers.append(command.id)
+                else:
+                    self._append(channel, batch, numbers)
+                    batch, numbers = [], []
+                    self._run(command)
+        finally:
+            self._append(channel, batch, numbers)
+
+    def pause_if_over_limit(self, publisher: WireProtocol) -> None:
+        """Pause reading from the client while a high-water mark is exceeded."""
+        for mark in (*self._broadcaster.shared.publish_limits, *(self._marks or ())):
+            self._pause_at(mark)
+
+    def detach_connection(self, client: Connection) -> None:
+        """Leave all channels: the client ends."""
+        self._broadcaster.detach_publisher(self._source, self)
+        if self._renewal is not None:
+            self._renewal.cancel()
+        for channel, delivery_format in self._subscriptions.values():
+            channel.remove_member(client, delivery_format)
+        self._subscriptions.clear()
+        for mark in (*self._broadcaster.shared.publish_limits, *(self._marks or ())):
+            mark.resume_publisher(client.protocol)
+
+    def on_backlog_started(self, client: Connection) -> None:
+        """Mark the client as slow in all its channels."""
+        for channel, _ in self._subscriptions.values():
+            channel.on_backlog_started(client)
+
+    def on_backlog_drained(self, client: Connection) -> None:
+        """Clear the mark."""
+        for channel, _ in list(self._subscriptions.values()):
+            channel.on_backlog_drained(client)
+
+    def call_when_written(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once all that was published so far in its channels has been written."""
+        self._broadcaster.backplane.when_settled(partial(self._when_written, callback))
+
+    def _when_written(self, callback: Callable[[], None]) -> None:
+        channels = [channel for channel, _ in self._subscriptions.values()]
+        remaining = len(channels) + 1
+
+        def on_written() -> None:
+            nonlocal remaining
+            remaining -= 1
+            if not remaining:
+                callback()
+
+        for channel in channels:
+            channel.when_queue_is_written(on_written)
+        on_written()
+
+    # Publishing
+
+    def _accept_publish(self, command: Command) -> bool:
+        """Return whether a publish is to be appended; if not, it is answered."""
+        number = command.id
+        try:
+            channel = _channel_of(command)
+            if number <= self._last_number:
+                raise RefusedError(Refusal.INVALID_COMMAND, "id is not greater than the one before")
+            self._access.check_publish(channel)
+            if len(command.payload) > self._broadcaster.shared.max_message_bytes:
+                raise RefusedError(Refusal.MESSAGE_TOO_BIG)
+        except RefusedError as error:
+            self._send_error(number, error)
+            return False
+        self._last_number = number
+        resumed = self._resumed
+        if resumed is None:
+            return True
+        if number > resumed.last:
+            self._resumed = None  # the following ids are greater still
+            return True
+        self._broadcaster.shared.counters.publish_repeats += 1
+        self._write(encode_published(number, resumed.position_of(number)))
+        return False
+
+    def _append(self, channel: str, messages: Sequence[Message], numbers: Sequence[int]) -> None:
+        if not messages:
+            return
+        if self._unanswered is None:
+            self._unanswered = deque()
+        self._unanswered += numbers
+        broadcaster = self._broadcaster
+        identity = Identity(self._source, numbers, broadcaster.publications.complete_after)
+        broadcaster.append(channel, messages, self.connection.protocol, identity)
+        if not broadcaster.backplane.is_local:
+            broadcaster.backplane.when_delivered(partial(self._on_settled, numbers[-1]))
+        for mark in broadcaster.publish_limits_of(channel):
+            self._pause_at(mark)
+
+    def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
+        """Answer publishes that were read back.
+
+        Args:
+            publishes: their numbers, and their positions if they are known.
+        """
+        unanswered = self._unanswered
+        if unanswered is None:
+            return
+        frames = []
+        for number, position in publishes:
+            self._report_lost(number - 1)
+            if unanswered and unanswered[0] == number:
+                unanswered.popleft()
+                frames.append(encode_published(number, position))
+        self._write(b"".join(frames))
+
+    def _on_settled(self, number: int, _: Position | None) -> None:
+        """Record that all publishes up to a number are read back, or will not be."""
+        self._report_lost(number)
+
+    def _report_lost(self, number: int) -> None:
+        """Answer publishes up to a number: the broker accepted them, and did not deliver them."""
+        while self._unanswered and self._unanswered[0] <= number:
+            self._send_error(self._unanswered.popleft(), RefusedError(Refusal.UNCONFIRMED))
+
+    def _pause_at(self, mark: HighWaterMark) -> None:
+        shared = self._broadcaster.shared
+        if mark.is_exceeded and mark.pause_publisher(self.connection.protocol):
+            shared.counters.publisher_pauses += 1
+            if mark not in shared.publish_limits:
+                self._marks = {mark} | {each for each in self._marks or () if each.is_exceeded}
+
+    # Other commands
+
+    def _run(self, command: Command) -> None:
+        run = COMMANDS.get(command.type)
+        if run is None:
+            raise ProtocolViolationError(Close.PROTOCOL_ERROR, "unknown type of command")
+        if not self.connection.is_member:  # it is closing: what it publishes is still relayed
+            return
+        try:
+            run(self, command)
+        except RefusedError as error:
+            self._send_error(command.id, error)
+
+    def _subscribe(self, command: Command) -> None:
+        name = _channel_of(command)
+        if not self._is_deferred(name, command):
+            echo = command.fields.get("echo", True)
+            if type(echo) is not bool:
+                raise RefusedError(Refusal.INVALID_COMMAND, "echo must be true or false")
+            self.subscribe(name, command.id, _replay_request_of(command), echoes=echo)
+
+    def subscribe(
+        self, name: str, command_id: int, request: ReplayRequest, *, echoes: bool
+    ) -> None:
+        """Subscribe to a channel.
+
+        Args:
+            name: of the channel.
+            command_id: of the command to answer.
+            request: what to replay first.
+            echoes: whether the client is sent its own messages.
+
+        Raises:
+            RefusedError: the client may not, or a limit is reached.
+        """
+        broadcaster, connection = self._broadcaster, self.connection
+        if name in self._subscriptions:
+            raise RefusedError(Refusal.ALREADY_SUBSCRIBED)
+        if len(self._subscriptions) >= self._max_channels:
+            raise RefusedError(Refusal.CHANNELS_PER_CONNECTION)
+        self._access.check_subscribe(name)
+        channel = broadcaster.channel(name)
+        layout, encoding, _ = connection.delivery_format
+        delivery_format = DeliveryFormat.of(layout, encoding, echoes=echoes)
+        self._subscriptions[name] = Subscription(channel, delivery_format)
+        notices = ReplayNotices(self, name, command_id)
+        broadcaster.subscribe(channel, connection, delivery_format, request, notices)
+
+    def _unsubscribe(self, command: Command) -> None:
+        name = _channel_of(command)
+        if self._is_deferred(name, command):
+            return
+        if name not in self._subscriptions:
+            raise RefusedError(Refusal.NOT_SUBSCRIBED)
+        self._leave(name, {"id": command.id})
+
+    def _leave(self, name: str, fields: Mapping[str, object]) -> None:
+        """Leave a channel, and report it once what the channel had queued is written."""
+        channel, delivery_format = self._subscriptions.pop(name)
+        if self._leaving is None:
+            self._leaving = {}
+        self._leaving[name] = channel
+        channel.remove_member(self.connection, delivery_format)
+        channel.when_queue_is_written(partial(self._on_left, name, fields))
+
+    def _on_left(self, name: str, fields: Mapping[str, object]) -> None:
+        if self._leaving is not None:
+            self._leaving.pop(name, None)
+        self.send_notice("unsubscribed", channel=name, **fields)
+
+    def _is_deferred(self, name: str, command: Command) -> bool:
+        """Run a command later if its channel is being left; return whether that is so."""
+        channel = self._leaving.get(name) if self._leaving else None
+        if channel is None:
+            return False
+        if self._deferred >= MAX_DEFERRED:
+            raise RefusedError(Refusal.INVALID_COMMAND, "too many commands in progress")
+        self._deferred += 1
+        channel.when_queue_is_written(partial(self._run_deferred, command))
+        return True
+
+    def _run_deferred(self, command: Command) -> None:
+        self._deferred -= 1
+        self._run(command)
+
+    def _ping(self, command: Command) -> None:
+        self.send_notice("pong", id=command.id)
+
+    def _renew_token(self, command: Command) -> None:
+        token = command.fields.get("token")
+        if type(token) is not str:
+            raise RefusedError(Refusal.INVALID_COMMAND, "token must be text")
+        if self._renewal is not None:
+            raise RefusedError(Refusal.INVALID_COMMAND, "a token is being verified")
+        self._renewal = start_now(self._replace_token(command.id, token))
+
+    async def _replace_token(self, command_id: int, token: str) -> None:
+        try:
+            expires_in_s = await self._access.renew(token)
+        except RefusedError as error:
+            self._send_error(command_id, error)
+        else:
+            self.connection.start_expiry_timer(expires_in_s)
+            refusal = Refusal.NOT_AUTHORIZED
+            fields = {"status": int(refusal.status), "reason": refusal.reason}
+            for name in list(self._subscriptions):
+                if not self._access.may_stay_subscribed(name):
+                    self._leave(name, fields)
+            self.send_notice("token", id=command_id)
+        finally:
+            self._renewal = None
+
+    # Notices
+
+    def send_notice(self, kind: str, **fields: object) -> None:
+        """Send a message of the relay itself."""
+        self._write(encode_notice({"type": kind, **fields}))
+
+    def _send_error(self, command_id: int, error: RefusedError) -> None:
+        shared = self._broadcaster.shared
+        shared.refusals.record(error)
+        fields: dict[str, object] = {"status": int(error.status), "reason": str(error)}
+        if error.retry_after_s is not None:
+            fields["retry_after_s"] = error.retry_after_s
+        self.send_notice("error", id=command_id, **fields)
+
+    def _write(self, frames: bytes) -> None:
+        if frames:
+            self._broadcaster.shared.write((self.connection,), frames, messages=0)
+
+
+COMMANDS: dict[str, Callable[[RelayV1Connection, Command], None]] = {
+    "subscribe": RelayV1Connection._subscribe,
+    "unsubscribe": RelayV1Connection._unsubscribe,
+    "token": RelayV1Connection._renew_token,
+    "ping": RelayV1Connection._ping,
+}
+"""The commands besides `publish`."""
+
+
+def _channel_of(command: Command) -> str:
+    name = command.fields.get("channel")
+    if type(name) is not str:
+        raise RefusedError(Refusal.INVALID_COMMAND, "channel must be text")
+    if not CHANNEL_NAME.fullmatch(name):
+        raise RefusedError(Refusal.NO_SUCH_CHANNEL)
+    return name
+
+
+def _replay_request_of(command: Command) -> ReplayRequest:
+    since, history = command.fields.get("since"), command.fields.get("history", 0)
+    if type(history) is not int or not 0 <= history <= MAX_HISTORY:
+        raise RefusedError(Refusal.INVALID_COMMAND, "history must be a number of messages")
+    if since is None:
+        return ReplayRequest(None, history)
+    try:
+        return ReplayRequest(Position.parse(since if type(since) is str else ""), history)
+    except ValueError:
+        raise RefusedError(Refusal.INVALID_COMMAND, "since must be a position") from None

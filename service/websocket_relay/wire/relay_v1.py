@@ -1,0 +1,103 @@
+"""Encode and parse the messages of the subprotocol relay.v1. Knows no connection and no channel.
+
+A message is a header, one line of JSON, and a payload: docs/reference/relay-v1.md.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from websocket_relay.messages import TEXT, Message
+from websocket_relay.outcomes import Close
+from websocket_relay.wire.frames import ProtocolViolationError, header
+
+SUBPROTOCOL = "relay.v1"
+
+MAX_COMMAND_BYTES = 32_768
+"""Maximum size of the header of a command: a token of the maximum size, and room."""
+
+MAX_ID = 2**53 - 1
+"""The greatest integer that a number of JavaScript holds exactly."""
+
+
+class Command(NamedTuple):
+    """A command of a client.
+
+    Attributes:
+        type: what to do.
+        id: of the command.
+        fields: all fields of the header.
+        payload: what follows the header.
+    """
+
+    type: str
+    id: int
+    fields: Mapping[str, Any]
+    payload: bytes
+
+
+def parse_command(message: bytes) -> Command:
+    """Parse a message of a client.
+
+    Raises:
+        ProtocolViolationError: the header is not that of a command.
+    """
+    line, _, payload = message.partition(b"\n")
+    if len(line) > MAX_COMMAND_BYTES:
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header too long")
+    try:
+        fields = decode(line.decode())
+    except (ValueError, RecursionError):
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header is not JSON") from None
+    if type(fields) is not dict:
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header is not a JSON object")
+    kind, number = fields.get("type"), fields.get("id")
+    if type(kind) is not str:
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header has no type")
+    if type(number) is not int or not 0 < number <= MAX_ID:
+        raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header has no valid id")
+    return Command(kind, number, fields, payload)
+
+
+def encode_notice(fields: Mapping[str, object]) -> bytes:
+    """Return the frame of a message of the relay itself."""
+    text = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+    return header(TEXT, len(text)) + text
+
+
+def encode_published(number: int, position: object) -> bytes:
+    """Return the frame that acknowledges a publish.
+
+    Args:
+        number: id of the publish.
+        position: of the message; None: it is not known any more.
+    """
+    value = "null" if position is None else f'"{position}"'
+    text = f'{{"type":"published","id":{number},"position":{value}}}\n'.encode()
+    return header(TEXT, len(text)) + text
+
+
+def prefix_headers(entries: Iterable[tuple[object, str, int, bytes]]) -> Iterator[Message]:
+    """Yield messages as the subscribers of relay.v1 receive them.
+
+    Args:
+        entries: position, channel, kind and payload of each.
+    """
+    for position, channel, kind, payload in entries:
+        head = f'{{"channel":"{channel}","position":"{position}"}}\n'  # names need no escapes
+        yield kind, head.encode() + payload
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("duplicate key")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+# NaN and Infinity, which Python accepts, are not JSON.
+decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
