@@ -504,7 +504,7 @@ class RecordingClient:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def start_expiry_timer(self, seconds: float) -> None:
+    def start_expiry_timer(self, seconds: float | None) -> None:
         self.calls.append("start_expiry_timer")
 
     def when_lost(self, callback: Callable[[], None]) -> None:
@@ -540,8 +540,9 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         health=Lifecycle(),
     )
     client = RecordingClient()
-    request = AdmissionRequest("news", None, "", b"", [], "127.0.0.1")
-    admission.enforce_grant(client, await admission.admit(request))
+    request = AdmissionRequest(["news"], None, "", b"", [], "127.0.0.1")
+    grant = await admission.admit(request)
+    admission.enforce_grant(client, grant, may_publish=True)
     assert client.calls == calls
     assert (client.publish_policy is not None) is ("max_messages_per_s" in limits)
 

@@ -52,7 +52,7 @@ async def test_the_position_in_a_response_is_that_of_the_delivery_and_can_be_res
             assert subscriber.position == positions[number]
     for relay in (one, two):
         async with connect_relay_v1(relay, "news", since=positions[9]) as resumed:
-            assert resumed.welcome["recovered"] is True
+            assert resumed.subscribed["recovered"] is True
             assert await resumed.next_messages(10) == number_texts(10, 20)
         async with connect_relay_v1(relay, "news", since=positions[-1]) as resumed:
             assert (await publish_by_post(two, "news", b"next", TEXT_TYPE)).status_code == 202
@@ -96,7 +96,7 @@ async def test_the_position_of_an_empty_batch_can_be_resumed_from(
     response = await publish_by_post(relay, "news", b"", BATCH_TYPE)
     assert response.json()["messages"] == 0
     async with connect_relay_v1(relay, "news", since=response.json()["position"]) as client:
-        assert client.welcome["recovered"] is True
+        assert client.subscribed["recovered"] is True
 
 
 # Outages

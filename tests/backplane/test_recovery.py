@@ -56,9 +56,9 @@ async def _resume(stack: AsyncExitStack, relay: RelayProcess, since: str) -> Rel
             await asyncio.sleep(0.1)
 
 
-async def resume_and_return_welcome(relay: RelayProcess, since: str) -> object:
+async def resume_and_return_recovery(relay: RelayProcess, since: str) -> object:
     async with resuming_after_refusals(relay, since) as client:
-        return client.welcome
+        return client.recovery
 
 
 # A replica that lags
@@ -79,7 +79,7 @@ async def test_a_client_ahead_of_its_replica_is_recovered_when_the_replica_reach
 
     releasing = asyncio.create_task(release_after_pause())
     async with resuming_after_refusals(second, since) as client:
-        assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
+        assert client.recovery == (True, since)
         await publish(first, "next")
         assert await client.next_message() == "next"
     await releasing
@@ -94,20 +94,20 @@ async def test_a_broker_that_pauses_for_two_seconds_prevents_no_recovery(
     broker.freeze()
     try:
         resuming_clients = [
-            asyncio.create_task(resume_and_return_welcome(each, since)) for each in (first, second)
+            asyncio.create_task(resume_and_return_recovery(each, since)) for each in (first, second)
         ]
         await asyncio.sleep(PAUSE_S)
     finally:
         broker.thaw()
-    for welcome in await asyncio.gather(*resuming_clients):
-        assert welcome == {"type": "welcome", "recovered": True, "position": since}
+    for recovery in await asyncio.gather(*resuming_clients):
+        assert recovery == (True, since)
     for relay in (first, second):
         position = await publish(first, "after")
         async with resuming_after_refusals(relay, since) as client:
-            assert client.welcome["recovered"] is True
+            assert client.subscribed["recovered"] is True
             assert await client.next_message() == "after"
         async with resuming_after_refusals(relay, position) as client:
-            assert client.welcome == {"type": "welcome", "recovered": True, "position": position}
+            assert client.recovery == (True, position)
         since = position
 
 
@@ -126,7 +126,7 @@ async def test_a_client_ahead_of_its_replica_is_closed_without_a_welcome_in_an_o
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1013, "backplane unavailable")
     reads_proxy.release()
     async with resuming_after_refusals(second, since) as client:
-        assert client.welcome == {"type": "welcome", "recovered": True, "position": since}
+        assert client.recovery == (True, since)
 
 
 # Entries that are not in the log
@@ -141,9 +141,9 @@ async def test_the_latest_position_of_one_replica_is_recovered_on_another(
     await broker_log.purge()
     (second,) = await asyncio.to_thread(replicas_with, 1)
     async with connect_relay_v1(second, "news") as client:
-        assert client.welcome["recovered"] is True
+        assert client.subscribed["recovered"] is True
     async with connect_relay_v1(first, "news", since=client.position) as client:
-        assert client.welcome["recovered"] is True
+        assert client.subscribed["recovered"] is True
 
 
 @ONLY_NATS
@@ -152,7 +152,7 @@ async def test_a_position_after_the_end_of_the_log_is_not_recovered(
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
     async with connect_relay_v1(relay, "news", since="99999999999999-0-0") as client:
-        assert client.welcome["recovered"] is False
+        assert client.subscribed["recovered"] is False
         await publish(relay, "next")
         assert await client.next_message() == "next"
 
@@ -177,7 +177,7 @@ async def test_a_deleted_message_is_recovered_only_by_a_replica_that_had_read_it
         assert {notice["type"] for notice in subscriber.notices} == {"gap"}
     for relay, is_recovered in ((first, True), (second, False)):
         async with connect_relay_v1(relay, "news", since=before) as client:
-            assert client.welcome["recovered"] is is_recovered
+            assert client.subscribed["recovered"] is is_recovered
             if is_recovered:
                 assert await client.next_message() == "deleted"
             assert await client.next_message() == "after"

@@ -221,11 +221,11 @@ async def test_a_replica_that_starts_serves_the_history_before_its_start(
     (one,) = replicas_with(1)
     async with connect_relay_v1(one, "news") as client:
         for number in range(100):
-            await client.connection.send(str(number))
+            await client.publish(str(number))
         assert await client.next_messages(50) == number_texts(0, 50)
     (two,) = replicas_with(1)
     async with connect_relay_v1(two, "news", since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is True
+        assert resumed.subscribed["recovered"] is True
         assert await resumed.next_messages(50) == number_texts(50, 100)
     async with two.client(path="/channels/news?history=3") as other:
         assert await receive_many(other, 3) == number_texts(97, 100)
@@ -316,9 +316,9 @@ async def test_a_gap_of_the_stream_is_reported_to_subscribers_and_to_clients_tha
         assert len(received) < 101
         assert {notice["type"] for notice in client.notices} == {"gap"}
         async with connect_relay_v1(one, "news", since=before) as resumed:
-            assert resumed.welcome["recovered"] is False
+            assert resumed.subscribed["recovered"] is False
         async with connect_relay_v1(one, "news", since=client.position) as resumed:
-            assert resumed.welcome["recovered"] is True
+            assert resumed.subscribed["recovered"] is True
     counts = [await one.metric(f"websocket_backplane_{name}_total") for name in ("gaps", "lost")]
     assert any(counts)
 

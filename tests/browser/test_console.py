@@ -376,7 +376,7 @@ async def test_a_replayed_message_has_its_time_of_publication_or_an_upper_bound(
     async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
         for each in (relay_with(backplane={"url": broker.url}), relay):
             async with connect_relay_v1(each, channel) as publisher, browser.open_page() as page:
-                await publisher.connection.send("earlier")
+                await publisher.publish("earlier")
                 await publisher.next_message()
                 published_ms = int(publisher.position.partition("-")[0])
                 await page.clock.install(time=time.time() + 3_600)
@@ -386,7 +386,7 @@ async def test_a_replayed_message_has_its_time_of_publication_or_an_upper_bound(
                 expected = re.compile("^≤") if each is relay else published
                 await expect(row).to_have_text(expected)
                 await page.clock.run_for(1_000)
-                await publisher.connection.send("now")
+                await publisher.publish("now")
                 row = page.locator("#messages li", has_text="now").locator("time")
                 await expect(row).to_have_text(re.compile(r"^\d\d:\d\d:\d\d$"))
 

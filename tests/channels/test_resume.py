@@ -1,4 +1,4 @@
-"""History and recovery: `history`, `since` and the subprotocol `relay.v1`."""
+"""History and recovery: `history` and `since`."""
 
 import asyncio
 from collections.abc import Mapping
@@ -78,19 +78,19 @@ async def test_the_history_of_a_channel_outlives_its_last_client(
 # relay.v1
 
 
-async def test_a_relay_v1_client_receives_a_welcome_and_positions_and_a_plain_client_does_not(
+async def test_a_relay_v1_client_receives_positions_and_a_plain_client_does_not(
     relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(relay, channel) as resumable, relay.client(channel) as plain:
-        assert resumable.welcome["recovered"] is True
+        assert resumable.subscribed["recovered"] is True
         published: list[Message] = ["text", b"\x00\xff", "", b"", "two\nlines"]
         for message in published:
             await plain.send(message)
         assert await resumable.next_messages(len(published)) == published
         assert await receive_many(plain, len(published)) == published
-        await resumable.connection.send("no position in this direction")
-        assert await receive(plain) == "no position in this direction"
-        assert await resumable.next_message() == "no position in this direction"
+        await resumable.publish("from a client of relay.v1")
+        assert await receive(plain) == "from a client of relay.v1"
+        assert await resumable.next_message() == "from a client of relay.v1"
 
 
 async def test_the_position_of_a_message_is_the_same_for_all_clients(
@@ -98,10 +98,10 @@ async def test_the_position_of_a_message_is_the_same_for_all_clients(
 ) -> None:
     async with connect_relay_v1(relay, channel) as one, connect_relay_v1(relay, channel) as two:
         for number in range(20):
-            await one.connection.send(str(number))
-        assert [await one.next_with_position() for _ in range(20)] == [
-            await two.next_with_position() for _ in range(20)
-        ]
+            await one.publish(str(number))
+        for _ in range(20):
+            assert await one.next_message() == await two.next_message()
+            assert one.position == two.position
 
 
 async def test_a_client_that_resumes_receives_the_messages_after_its_position_and_new_ones(
@@ -113,18 +113,14 @@ async def test_a_client_that_resumes_receives_the_messages_after_its_position_an
         assert await client.next_messages(5) == number_texts(0, 5)
     await publish_all(relay, channel, *number_texts(5, 10))
     async with connect_relay_v1(relay, channel, since=client.position) as resumed:
-        assert resumed.welcome == {
-            "type": "welcome",
-            "recovered": True,
-            "position": client.position,
-        }
+        assert resumed.recovery == (True, client.position)
         assert await resumed.next_messages(5) == number_texts(5, 10)
         await publish_all(relay, channel, "new")
         assert await resumed.next_message() == "new"
     after = await relay.metric("websocket_history_replays_total", result="recovered")
     assert after == before + 1
     async with connect_relay_v1(relay, channel, since=resumed.position) as up_to_date:
-        assert up_to_date.welcome["recovered"] is True
+        assert up_to_date.subscribed["recovered"] is True
         await publish_all(relay, channel, "newer")
         assert await up_to_date.next_message() == "newer"
 
@@ -136,7 +132,7 @@ async def test_a_client_without_messages_resumes_at_the_position_of_its_welcome(
         pass
     await publish_all(relay, channel, "after the disconnection")
     async with connect_relay_v1(relay, channel, since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is True
+        assert resumed.subscribed["recovered"] is True
         assert await resumed.next_message() == "after the disconnection"
 
 
@@ -180,7 +176,7 @@ async def test_clients_that_resume_during_traffic_receive_every_message_once(
         position = start
         while len(received) < count:
             async with connect_relay_v1(relay, channel, since=position) as client:
-                assert client.welcome["recovered"] is True
+                assert client.subscribed["recovered"] is True
                 wanted = min(messages_at_a_time, count - len(received))
                 received += await client.next_messages(wanted)
                 position = client.position
@@ -279,7 +275,7 @@ async def test_a_close_frame_in_the_same_packet_as_the_request_is_answered(
 async def resume_unrecovered(relay: RelayProcess, channel: str, since: str) -> RelayV1Client:
     """Resume, assert that the client is not recovered, and read up to a new message."""
     async with connect_relay_v1(relay, channel, since=since) as client:
-        assert client.welcome["recovered"] is False
+        assert client.subscribed["recovered"] is False
         await publish_all(relay, channel, "new")
         while await client.next_message() != "new":
             pass
@@ -309,10 +305,12 @@ async def test_a_client_that_is_not_recovered_receives_the_messages_that_history
         pass
     await publish_all(relay, channel, *number_texts(0, 20))
     async with connect_relay_v1(relay, channel, since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is False
+        assert resumed.subscribed["recovered"] is False
         assert await resumed.next_messages(5) == number_texts(15, 20)
-    async with connect_relay_v1(relay, channel, since=resumed.welcome["position"]) as resumed_again:
-        assert resumed_again.welcome["recovered"] is True
+    async with connect_relay_v1(
+        relay, channel, since=resumed.subscribed["position"]
+    ) as resumed_again:
+        assert resumed_again.subscribed["recovered"] is True
         assert await resumed_again.next_messages(5) == number_texts(15, 20)
 
 
@@ -336,10 +334,10 @@ async def test_a_channel_keeps_its_history_however_many_messages_another_has(
         await publish_all(relay, "quiet", *number_texts(0, 3))
     await publish_all(relay, "busy", *number_texts(0, 50))
     async with connect_relay_v1(relay, "quiet", since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is True
+        assert resumed.subscribed["recovered"] is True
         assert await resumed.next_messages(3) == number_texts(0, 3)
     async with connect_relay_v1(relay, "busy", since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is False
+        assert resumed.subscribed["recovered"] is False
         assert await resumed.next_messages(7) == number_texts(43, 50)
 
 
@@ -355,9 +353,9 @@ async def test_a_client_with_every_message_of_its_channel_is_recovered_after_the
             relay, f"other-{number}", "fills the history with one message for each channel"
         )
     async with connect_relay_v1(relay, "quiet", history=5) as empty:
-        assert parse_position(empty.welcome["position"]) > parse_position(client.position)
+        assert parse_position(empty.subscribed["position"]) > parse_position(client.position)
     async with connect_relay_v1(relay, "quiet", since=client.position) as resumed:
-        assert resumed.welcome["recovered"] is True
+        assert resumed.subscribed["recovered"] is True
         await publish_all(relay, "quiet", "new")
         assert await resumed.next_message() == "new"
 
@@ -403,6 +401,10 @@ async def test_an_invalid_query_is_refused_with_400_before_the_upgrade(
         "history=1&history=2",
         "history=" + "9" * 400,
         "history=%D9%A1",
+        "echo=no",
+        "echo=false&echo=true",
+        "session=made-up",
+        "session=1-2-3.x&seen=now",
         "&".join(["since=1-2-3", *["a"] * 5_000]),
     ):
         async with await relay.connect_tcp() as raw:
@@ -425,7 +427,7 @@ async def test_history_and_positions_are_compressed(relay_with: StartRelay, chan
                 connect_relay_v1(relay, channel, history=100, compression=compression)
             )
             assert await client.next_messages(len(published)) == published
-            await client.connection.send(published[1])
+            await client.publish(published[1])
             assert await client.next_message() == published[1]
             published.append(published[1])
 

@@ -33,8 +33,10 @@ async def test_a_client_of_relay_v1_receives_a_heartbeat_with_each_ping(
     pinging_relay: RelayProcess, channel: str
 ) -> None:
     async with connect_relay_v1(pinging_relay, channel) as client:
-        assert client.heartbeat_ms == 200
-        assert await client.next_with_position() == ("", '{"type":"heartbeat"}')
+        assert client.welcome["heartbeat_ms"] == 200
+        await client.next_notice("live")
+        heartbeat = await client.next_notice("heartbeat")
+        assert heartbeat["position"] == client.position
 
 
 async def answer_pings(raw: RawClient, duration_s: float) -> None:

@@ -301,7 +301,7 @@ async def test_a_periodic_task_ends_while_it_sleeps(moment: Moment, tmp_path: Pa
         Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").run,
         Metrics().run,
         history.run,
-        Keepalive(ConnectionRegistry(), ping_interval_s=0.05, ping_timeout_s=0.05).run,
+        Keepalive(ConnectionRegistry(), 0.05, 0.05, encode_heartbeat=bytes).run,
     ]
 
     async def assert_cancelled(start: StartCoroutine) -> None:

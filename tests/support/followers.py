@@ -41,7 +41,7 @@ class ResumingFollower:
             try:
                 relay = relays[self._turn % len(relays)]
                 async with connect_relay_v1(relay, "news", since=self._position) as client:
-                    assert client.welcome["recovered"] is True
+                    assert client.subscribed["recovered"] is True
                     self.reconnections += 1
                     await self._receive(client)
             except (OSError, ConnectionClosed, InvalidStatus, EOFError):

@@ -1,4 +1,4 @@
-"""Clients with the subprotocol relay.v1: they receive positions and notices, and can resume."""
+"""Clients of the subprotocol relay.v1, with one channel by their path or any number by commands."""
 
 import asyncio
 import json
@@ -14,47 +14,104 @@ from tests.support.relay_process import RelayProcess, path_of, receive, receive_
 
 RELAY_V1 = Subprotocol("relay.v1")
 Message = str | bytes
+Notice = dict[str, Any]
+
+ROUTINE = {"heartbeat", "live", "published"}
+"""The types of notices that come at any time."""
+
+
+def encode_command(kind: str, payload: Message = "", **fields: object) -> Message:
+    """Return a command: its header, and its payload."""
+    header = json.dumps({"type": kind, **fields})
+    if isinstance(payload, bytes):
+        return header.encode() + b"\n" + payload
+    return f"{header}\n{payload}"
+
+
+def decode(received: Message) -> tuple[Notice, Message]:
+    """Return the header and the payload of what the relay sends."""
+    if isinstance(received, bytes):
+        line, _, payload = received.partition(b"\n")
+        return json.loads(line), payload
+    text_line, _, text = received.partition("\n")
+    return json.loads(text_line), text
 
 
 @dataclass
 class RelayV1Client:
-    """A client with the subprotocol relay.v1.
+    """A client of relay.v1.
 
     Args:
         connection: of the client.
-        welcome: the first notice, without the interval of heartbeats.
-        heartbeat_ms: that interval.
-        position: of the last message, before that of the welcome.
-        notices: all later notices.
+
+    Attributes:
+        welcome: the first notice.
+        subscribed: the answer to the subscription by the path; empty: there is none.
+        position: of the last message, before that of `subscribed`.
+        notices: those that `next_message` has passed over, without routine ones.
     """
 
     connection: ClientConnection
-    welcome: dict[str, Any] = field(default_factory=dict)
-    heartbeat_ms: int = 0
+    channel: str = ""
+    welcome: Notice = field(default_factory=dict)
+    subscribed: Notice = field(default_factory=dict)
     position: str = ""
-    notices: list[dict[str, Any]] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    last_id: int = 0
+
+    @property
+    def recovery(self) -> tuple[bool, str]:
+        """Whether the subscription by the path is recovered, and where its replay starts."""
+        return self.subscribed["recovered"], self.subscribed["position"]
+
+    async def receive(self) -> tuple[Notice, Message]:
+        """Return the header and the payload of whatever comes next."""
+        return decode(await receive(self.connection))
+
+    async def next_notice(self, kind: str = "") -> Notice:
+        """Return the next notice, of a kind if it is given; no message may come before it."""
+        header, payload = await self.receive()
+        while kind and header.get("type") in ROUTINE - {kind}:
+            header, payload = await self.receive()
+        assert header.get("type", "message") == (kind or header["type"]), (header, payload)
+        assert payload == ""
+        return header
 
     async def next_message(self) -> Message:
         """Return the next message; store its position, and the notices before it."""
-        position, message = await self.next_with_position()
-        while position == "":
-            self.notices.append(json.loads(message))
-            position, message = await self.next_with_position()
+        header, payload = await self.receive()
+        while "type" in header:
+            if header["type"] not in ROUTINE:
+                self.notices.append(header)
+            header, payload = await self.receive()
+        position = header["position"]
         assert parse_position(position) > parse_position(self.position), "positions must grow"
         self.position = position
-        return message
+        return payload
 
     async def next_messages(self, count: int) -> list[Message]:
         return [await self.next_message() for _ in range(count)]
 
-    async def next_with_position(self) -> tuple[str, Message]:
-        """Return the position and payload of the next message; a notice has an empty position."""
-        received = await receive(self.connection)
-        if isinstance(received, bytes):
-            position, _, payload = received.partition(b"\n")
-            return position.decode(), payload
-        text_position, _, text = received.partition("\n")
-        return text_position, text
+    async def send(self, kind: str, payload: Message = "", **fields: object) -> int:
+        """Send a command with the next id; return that."""
+        self.last_id += 1
+        header: dict[str, Any] = {"id": self.last_id, **fields}
+        await self.connection.send(encode_command(kind, payload, **header))
+        return self.last_id
+
+    async def publish(self, message: Message, **fields: object) -> int:
+        """Publish a message, to the channel of the path if no other is given; return the id."""
+        header: dict[str, Any] = {"channel": self.channel, **fields}
+        return await self.send("publish", message, **header)
+
+    async def subscribe(self, channel: str, **fields: object) -> Notice:
+        """Subscribe to a channel; return the answer."""
+        number = await self.send("subscribe", channel=channel, **fields)
+        notice = await self.next_notice()
+        while notice["type"] not in {"subscribed", "error"}:
+            notice = await self.next_notice()
+        assert notice["id"] == number
+        return notice
 
 
 def parse_position(position: str) -> tuple[int, ...]:
@@ -69,10 +126,28 @@ def path_with_query(channel: str, **query: object) -> str:
 
 
 @asynccontextmanager
+async def open_relay_v1(
+    relay: RelayProcess, path: str = "/", **options: Any
+) -> AsyncIterator[RelayV1Client]:
+    """Connect a client with relay.v1, and read its welcome.
+
+    Args:
+        options: of `RelayProcess.client`.
+    """
+    # With a bound on its unread messages, the library would not read the answer to its close frame.
+    options = {"max_queue": None} | options
+    async with relay.client(path=path, subprotocols=[RELAY_V1], **options) as connection:
+        assert connection.subprotocol == RELAY_V1
+        client = RelayV1Client(connection)
+        client.welcome = await client.next_notice("welcome")
+        yield client
+
+
+@asynccontextmanager
 async def connect_relay_v1(
     relay: RelayProcess, channel: str, *, since: str = "", history: int = 0, **options: Any
 ) -> AsyncIterator[RelayV1Client]:
-    """Connect a client with relay.v1, and read its welcome.
+    """Connect a client with relay.v1 that is subscribed by its path.
 
     Args:
         since: the position from which it resumes; empty: it does not resume.
@@ -82,18 +157,10 @@ async def connect_relay_v1(
     query: dict[str, object] = {"since": since} if since else {}
     if history:
         query["history"] = history
-    path = path_with_query(channel, **query)
-    # With a bound on its unread messages, the library would not read the answer to its close frame.
-    options = {"max_queue": None} | options
-    async with relay.client(path=path, subprotocols=[RELAY_V1], **options) as connection:
-        assert connection.subprotocol == RELAY_V1
-        client = RelayV1Client(connection)
-        position, welcome = await client.next_with_position()
-        assert position == "", "the first message is no notice"
-        client.welcome = json.loads(welcome)
-        assert client.welcome["type"] == "welcome"
-        client.heartbeat_ms = client.welcome.pop("heartbeat_ms")
-        client.position = client.welcome["position"]
+    async with open_relay_v1(relay, path_with_query(channel, **query), **options) as client:
+        client.channel = channel
+        client.subscribed = await client.next_notice("subscribed")
+        client.position = client.subscribed["position"]
         yield client
 
 

@@ -15,7 +15,7 @@ from websocket_relay.outcomes import Close, Drop
 from websocket_relay.refusals import Refusals
 from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
-from websocket_relay.wire.deflate import PLAIN
+from websocket_relay.wire.delivery_format import PLAIN_FORMAT
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.frames import close, count_complete_messages
 from websocket_relay.wire.partial_messages import PartialMessages
@@ -47,6 +47,7 @@ def context() -> ConnectionContext:
     counters = Counters()
     return ConnectionContext(
         max_message_bytes=MIB,
+        max_channels_per_connection=1,
         compresses=False,
         deadline_s=5,
         ping_interval_s=20,
@@ -70,7 +71,7 @@ async def connected(
     class OpenConnection(Connection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            self.open(b"start", PLAIN)
+            self.open(b"start", PLAIN_FORMAT)
             self.attach_sink(NullSink())
             accepted.put_nowait(self)
 

@@ -88,7 +88,8 @@ class Broadcaster:
 
     def channel(self, name: str) -> Channel:
         """Return a channel; create it if there is none."""
-        return self._channels.get(name) or self._create_channel(name, (name,))
+        channel = self._channels.get(name)
+        return channel if channel is not None else self._create_channel(name, (name,))
 
     def combined_channel(self, names: Sequence[str]) -> Channel:
         """Return the channel that has the messages of several others, in their one order.

@@ -64,7 +64,7 @@ class DeliveryFormat(NamedTuple):
         if self.layout is Layout.HEADER:
             return encode_notice({"type": "gap", "channel": channel, "position": str(position)})
         if self.layout in EVENT_LAYOUTS:
-            return sse.encode_event("gap", {"position": str(position)})
+            return sse.encode_event("gap", {"type": "gap", "position": str(position)})
         return b""
 
 

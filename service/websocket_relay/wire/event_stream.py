@@ -60,6 +60,7 @@ class StreamNotices:
         """Send the welcome, the first event."""
         shared = self._connection.shared
         fields = {
+            "type": "welcome",
             "recovered": is_recovered,
             "position": str(position),
             "heartbeat_ms": round(shared.ping_interval_s * 1000),
