@@ -52,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "limits": {
         "max_message_bytes": 1_048_576,
         "max_connections": 0,
+        "max_channels_per_connection": 128,
         "max_http_connections": 1000,
         "max_connections_per_ip": 0,
         "max_handshakes_per_s": 0,
@@ -107,6 +108,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("channels.max_channels", 7, "7"),
     ("limits.max_message_bytes", 65_536, "65536"),
     ("limits.max_connections", 12, "12"),
+    ("limits.max_channels_per_connection", 11, "11"),
     ("limits.max_http_connections", 13, "13"),
     ("limits.max_connections_per_ip", 3, "3"),
     ("limits.max_handshakes_per_s", 50, "50"),

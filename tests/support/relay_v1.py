@@ -92,19 +92,19 @@ class RelayV1Client:
     async def next_messages(self, count: int) -> list[Message]:
         return [await self.next_message() for _ in range(count)]
 
-    async def send(self, kind: str, payload: Message = "", **fields: object) -> int:
+    async def send(self, kind: str, payload: Message = "", **fields: Any) -> int:
         """Send a command with the next id; return that."""
         self.last_id += 1
         header: dict[str, Any] = {"id": self.last_id, **fields}
         await self.connection.send(encode_command(kind, payload, **header))
         return self.last_id
 
-    async def publish(self, message: Message, **fields: object) -> int:
+    async def publish(self, message: Message, **fields: Any) -> int:
         """Publish a message, to the channel of the path if no other is given; return the id."""
         header: dict[str, Any] = {"channel": self.channel, **fields}
         return await self.send("publish", message, **header)
 
-    async def subscribe(self, channel: str, **fields: object) -> Notice:
+    async def subscribe(self, channel: str, **fields: Any) -> Notice:
         """Subscribe to a channel; return the answer."""
         number = await self.send("subscribe", channel=channel, **fields)
         notice = await self.next_notice()

@@ -1,6 +1,6 @@
 """Collect messages that are written together, and their recipients. Knows no channel."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from websocket_relay.backplane.interface import ENTRY_BYTES, LogEntry, Position
 from websocket_relay.wire.connection import Connection
@@ -62,6 +62,32 @@ class Batch:
         self.opened_at = opened_at
         self.frame_bytes = 0
         self.memory_bytes = 0
+
+    @property
+    def groups(self) -> Iterable[tuple[DeliveryFormat, list[Connection], list[LogEntry]]]:
+        """The recipients that are sent the same bytes, and the entries in these."""
+        groups = self.recipients.groups
+        if self.own_positions:
+            return self._groups_without_echo()
+        return [(delivery_format, clients, self.entries) for delivery_format, clients in groups]
+
+    def _groups_without_echo(
+        self,
+    ) -> Iterator[tuple[DeliveryFormat, list[Connection], list[LogEntry]]]:
+        """Yield the groups; each recipient that is not sent entries of its own is one."""
+        own_positions = self.own_positions
+        for delivery_format, clients in self.recipients.groups:
+            if delivery_format.echoes:
+                yield delivery_format, clients, self.entries
+                continue
+            others = [client for client in clients if client not in own_positions]
+            if others:
+                yield delivery_format, others, self.entries
+            for publisher in own_positions.keys() & clients:
+                own = own_positions[publisher]
+                rest = [entry for entry in self.entries if entry.position not in own]
+                if rest:
+                    yield delivery_format, [publisher], rest
 
     def add(self, entry: LogEntry) -> int:
         """Add a message; return the bytes of memory that it takes."""

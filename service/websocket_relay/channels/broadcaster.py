@@ -5,7 +5,7 @@ connection. Knows no HTTP, no broker's library and no admission policy.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from websocket_relay.backplane.interface import (
@@ -37,6 +37,9 @@ fan-outs to full channels delay messages, so that fewer of them leave together: 
 with nats-py."""
 
 
+NO_PUBLISHERS: Mapping[Position, Connection] = {}
+
+
 class Broadcaster:
     """All channels of one replica.
 
@@ -48,7 +51,7 @@ class Broadcaster:
             fan-out.
         deflate_from_bytes: shorter messages are not compressed.
         history: the recent messages for clients that resume or request history.
-        publications: what the log says about identified publishes.
+        publications: the identified publishes in the log.
         written: called for each batch with the seconds from its first message to its last write.
     """
 
@@ -94,7 +97,7 @@ class Broadcaster:
     def combined_channel(self, names: Sequence[str]) -> Channel:
         """Return the channel that has the messages of several others, in their one order.
 
-        Its members are sent each message with its channel's name; nobody publishes to it.
+        Its members are sent each message with its channel's name. It has no publishers.
         """
         if len(names) == 1:
             return self.channel(names[0])
@@ -271,46 +274,49 @@ class Broadcaster:
             channel.send_gap(position)
 
     def _deliver(self, entries: Sequence[LogEntry], identities: Identities | None) -> None:
+        publishers: Mapping[Position, Connection] = NO_PUBLISHERS
         if identities is not None:
-            self._deliver_identified(entries, identities)
-        else:
-            for entry in entries:
-                self._deliver_entry(entry)
+            entries, publishers = self._without_repeats(entries, identities)
+        for entry in entries:
+            self._history.add(entry)
+            channel = self._channels.get(entry.channel)
+            if channel is not None:
+                channel.deliver(entry, publishers.get(entry.position) if publishers else None)
+            if self._combined:
+                for combined in self._combined.get(entry.channel, ()):
+                    combined.deliver(entry)
         pending = self.shared.pending_fan_out
         if pending.is_exceeded:
             pending.pause_publisher(self.backplane)
 
-    def _deliver_entry(self, entry: LogEntry, publisher: Connection | None = None) -> None:
-        """Deliver an entry to its channel, and to those that combine it with others."""
-        self._history.add(entry)
-        channel = self._channels.get(entry.channel)
-        if channel is not None:
-            channel.deliver(entry, publisher)
-        if self._combined:
-            for combined in self._combined.get(entry.channel, ()):
-                combined.deliver(entry)
+    def _without_repeats(
+        self, entries: Sequence[LogEntry], identities: Identities
+    ) -> tuple[Sequence[LogEntry], Mapping[Position, Connection]]:
+        """Return the entries that are no repeats; acknowledge those of publishers here.
 
-    def _deliver_identified(self, entries: Sequence[LogEntry], identities: Identities) -> None:
-        """Deliver entries that are no repeats, and acknowledge those of publishers here."""
+        Returns:
+            The entries, and by position the connections of their publishers.
+        """
         acknowledged: dict[LocalPublisher, list[tuple[int, Position | None]]] = {}
-        counters, repeats = self.shared.counters, 0
+        new: list[LogEntry] = []
+        publishers: dict[Position, Connection] = {}
         for publish in self.publications.read(entries, identities):
             entry, source, number, first_position, is_repeat = publish
+            if not is_repeat:
+                new.append(entry)
             publisher = self._publishers.get(source) if source else None
             if publisher is not None:
                 position = first_position if is_repeat else entry.position
+                publishers[entry.position] = publisher.connection
                 acknowledged.setdefault(publisher, []).append((number, position))
-            if is_repeat:
-                repeats += 1
-            else:
-                connection = publisher.connection if publisher is not None else None
-                self._deliver_entry(entry, connection)
         if identities.is_own:
+            repeats = len(entries) - len(new)
             identified = len(entries) - identities.indices.count(0)
-            counters.messages += identified - repeats
-            counters.publish_repeats += repeats
+            self.shared.counters.messages += identified - repeats
+            self.shared.counters.publish_repeats += repeats
         for publisher, publishes in acknowledged.items():
             publisher.acknowledge(publishes)
+        return new, publishers
 
 
 class LocalPublisher(Protocol):

@@ -266,40 +266,22 @@ class Channel:
 
     def _write(self, batch: Batch) -> Iterator[None]:
         """Encode a batch for each group of its recipients, and write it to the group."""
-        entries, own_positions = batch.entries, batch.own_positions
-        for index, (delivery_format, clients) in enumerate(batch.recipients.groups):
+        for index, (delivery_format, clients, entries) in enumerate(batch.groups):
             if index:
                 yield
-            if not own_positions or delivery_format.echoes:
-                yield from self._write_group(delivery_format, clients, entries)
-                continue
-            others = [client for client in clients if client not in own_positions]
-            if others:
-                yield from self._write_group(delivery_format, others, entries)
-            for publisher in own_positions.keys() & clients:
-                own = own_positions[publisher]
-                rest = [entry for entry in entries if entry.position not in own]
-                if rest:
+            parts: list[bytes] = []
+            for part in delivery_format.encode_messages(entries, self._deflate_from_bytes):
+                if parts:
                     yield
-                    yield from self._write_group(delivery_format, [publisher], rest)
-
-    def _write_group(
-        self, delivery_format: DeliveryFormat, clients: list[Connection], entries: list[LogEntry]
-    ) -> Iterator[None]:
-        """Encode entries once, and write them to clients."""
-        parts: list[bytes] = []
-        for part in delivery_format.encode_messages(entries, self._deflate_from_bytes):
-            if parts:
-                yield
-            self._adjust_pending(len(part))
-            parts.append(part)
-        encoded = parts[0] if len(parts) == 1 else b"".join(parts)
-        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
-        for start in range(0, len(clients), step):
-            if start:
-                yield
-            self._shared.write(clients[start : start + step], encoded, len(entries))
-        self._adjust_pending(-len(encoded))
+                self._adjust_pending(len(part))
+                parts.append(part)
+            encoded = parts[0] if len(parts) == 1 else b"".join(parts)
+            step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
+            for start in range(0, len(clients), step):
+                if start:
+                    yield
+                self._shared.write(clients[start : start + step], encoded, len(entries))
+            self._adjust_pending(-len(encoded))
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)

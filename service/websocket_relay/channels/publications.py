@@ -1,4 +1,4 @@
-"""Own what the log says about identified publishes: which are repeats, and of which publish.
+"""Own what is known of identified publishes in the log: which are repeats, and of which publish.
 
 Every replica reads the same log and decides alike. A decision depends on entries and their
 positions only, never on a clock or on what this replica has forgotten: each entry carries the
@@ -75,7 +75,7 @@ class SessionName(NamedTuple):
         """Return the source of the session's publishes.
 
         The log has no name of a session: who reads it can't publish in one. The user is a part of
-        the digest, so that nobody else publishes in the session with a tag made up for it.
+        the digest, so that no other user publishes in the session with a tag made up for it.
         """
         return bytes((SESSION,)) + _digest(self.text, user)
 
@@ -91,7 +91,7 @@ def new_origin() -> bytes:
 
 
 def _tag(secret: str, user: str) -> str:
-    """Return what tells a session of another user: without it, that user would get an empty one."""
+    """Return what shows that a session is another user's, who would get an empty one otherwise."""
     return _digest(secret, user).hex()[:6]
 
 
@@ -127,7 +127,7 @@ class Run(NamedTuple):
 
 
 class SessionRecord:
-    """What the log says about a session.
+    """What is known of a session.
 
     Attributes:
         last: the greatest number.
@@ -167,7 +167,7 @@ class SessionRecord:
 
 
 class KeyRecord(NamedTuple):
-    """What the log says about a request with an Idempotency-Key.
+    """What is known of a request with an Idempotency-Key.
 
     Attributes:
         position: of its last message.

@@ -14,7 +14,7 @@ from websocket_relay.wire.frames import ProtocolViolationError, header
 SUBPROTOCOL = "relay.v1"
 
 MAX_COMMAND_BYTES = 32_768
-"""Maximum size of the header of a command: a token of the maximum size, and room."""
+"""Maximum size of the header of a command: a token of the maximum size, and some more."""
 
 MAX_ID = 2**53 - 1
 """The greatest integer that a number of JavaScript holds exactly."""
