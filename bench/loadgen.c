@@ -41,6 +41,7 @@
 enum { MAX_EVENTS = 1024, READ_BYTES = 1 << 18, MAX_CONNS = 60000, MAX_PUBLISHERS = 4096 };
 enum { STAMPED_BYTES = 32, MAX_SIZE = 1 << 16, MIN_CARRY = 1024, DUE_MESSAGES = 4096 };
 enum { MAX_GAPS = 4096, PENDING_PINGS = 1 << 16, MAX_SECONDS = 3600 };
+enum { V1_HEADER = 128 }; /* of a message of relay.v1, at most */
 enum { MAX_EXTRA_HEADER = 2048, BODIES = 128, KNOWN = 1024, MAX_LIST = 16 };
 enum { TEXT_FRAME = 0x80 | OP_TEXT, RSV1 = 0x40, DEFLATED_FRAME = TEXT_FRAME | RSV1 };
 static const int64_t SECOND = 1000000000;
@@ -55,10 +56,10 @@ static struct {
     long listeners, publishers, inflight, size, core, clients, concurrency;
     double rate, warmup, duration, drain, hold;
     char arrivals[8], header[MAX_EXTRA_HEADER];
-    long spin, json, deflate, across, browser, tls, resume;
+    long spin, json, deflate, across, browser, tls, resume, v1, channels;
 } opt = {.listeners = 400, .publishers = 100, .inflight = 1, .size = 128, .core = -1,
          .clients = 5000, .concurrency = 256, .rate = 200, .warmup = 1, .duration = 5,
-         .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1};
+         .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1, .channels = -1};
 
 static const struct {
     const char *name;
@@ -87,6 +88,8 @@ static const struct {
     {"browser", &opt.browser, 0, 0, 1, "1: send the headers of a browser"},
     {"tls", &opt.tls, 0, 0, 1, "1: wss; certificates are not verified, that is the clients' cost"},
     {"resume", &opt.resume, 0, 0, 1, "1: resume the session of the first client"},
+    {"v1", &opt.v1, 0, 0, 1, "1: speak relay.v1"},
+    {"channels", &opt.channels, 0, -1, 1000, "v1: subscribe to so many; -1: to one by the path"},
     {"across", &opt.across, 0, 0, 1, "1: latency from the sending itself, to listeners only"},
 };
 enum { OPTIONS = sizeof options / sizeof *options };
@@ -191,7 +194,7 @@ typedef struct {
 static Window window;
 static struct {
     int64_t deliveries, duplicates, reordered, unexpected, damaged, sent, unsent, closed, failed;
-    int64_t recvs, bytes, idle_ns, pings, deflated, resumed;
+    int64_t recvs, bytes, idle_ns, pings, deflated, resumed, notices;
 } seen;
 
 static int64_t own_cpu_ns(void) {
@@ -355,6 +358,8 @@ static const char BROWSER[] =
     "Cookie: session=0123456789abcdef0123456789abcdef\r\n"
     "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n";
 
+#define V1_CHANNEL "bench"
+
 /* Several servers have equal shares of the clients: the first the first of them, and so on. */
 static long port_of(const Conn *c) {
     long count = 0;
@@ -364,7 +369,7 @@ static long port_of(const Conn *c) {
 
 static void send_request(Conn *c) {
     uint8_t nonce[16];
-    char key[KEY_CHARS + 1], request[256 + sizeof BROWSER + MAX_EXTRA_HEADER];
+    char key[KEY_CHARS + 1], request[384 + sizeof BROWSER + MAX_EXTRA_HEADER];
     for (int i = 0; i < 16; i += 8) {
         uint64_t bits = random_bits();
         memcpy(nonce + i, &bits, 8);
@@ -372,11 +377,13 @@ static void send_request(Conn *c) {
     wire_base64(nonce, sizeof nonce, key);
     wire_accept(key, c->accept_key);
     int len = snprintf(request, sizeof request,
-                       "GET / HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
+                       "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
-                       "Origin: %s://127.0.0.1:%ld\r\nSec-WebSocket-Version: 13\r\n%s%s%s\r\n",
-                       port_of(c), key, opt.tls ? "https" : "http", port_of(c),
-                       opt.deflate ? OFFER : "", opt.browser ? BROWSER : "", opt.header);
+                       "Origin: %s://127.0.0.1:%ld\r\nSec-WebSocket-Version: 13\r\n%s%s%s%s\r\n",
+                       opt.v1 && opt.channels < 0 ? "/channels/" V1_CHANNEL : "/", port_of(c), key,
+                       opt.tls ? "https" : "http", port_of(c), opt.deflate ? OFFER : "",
+                       opt.browser ? BROWSER : "",
+                       opt.v1 ? "Sec-WebSocket-Protocol: relay.v1\r\n" : "", opt.header);
     c->state = HANDSHAKING;
     /* A fresh socket's send buffer is empty: a short write can only be a broken connection. */
     if (conn_send(c, request, (size_t)len) != len) conn_closed(c);
@@ -443,6 +450,26 @@ static int take_extensions(Conn *c, const char *head) {
     return 1;
 }
 
+static void send_text(Conn *c, const char *text, size_t len) {
+    uint8_t frame[MAX_HEADER + V1_HEADER];
+    uint32_t mask = (uint32_t)random_bits();
+    size_t header = wire_header(frame, OP_TEXT, len, 1);
+    memcpy(frame + header, &mask, 4);
+    wire_mask(frame + header + 4, (const uint8_t *)text, len, mask);
+    if (conn_send(c, frame, header + 4 + len) < 0) return; /* found out by reading */
+}
+
+/* All clients have the same channels. */
+static void subscribe(Conn *c) {
+    char command[V1_HEADER];
+    for (long i = 1; i <= opt.channels; i++) {
+        int len = snprintf(command, sizeof command,
+                           "{\"type\":\"subscribe\",\"channel\":\"" V1_CHANNEL
+                           "-%ld\",\"id\":%ld}\n", i, i);
+        send_text(c, command, (size_t)len);
+    }
+}
+
 /* Returns the bytes of the answer's head, 0 while it is not all there, -1 when it is not a 101. */
 static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     static const char name[] = "sec-websocket-accept:";
@@ -456,6 +483,7 @@ static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     if (strncmp(value, c->accept_key, ACCEPT_CHARS) || !take_extensions(c, (char *)p)) return -1;
     c->state = OPEN;
     open_count++;
+    if (opt.v1 && opt.channels > 0) subscribe(c);
     return end + 4 - p;
 }
 
@@ -542,7 +570,12 @@ static size_t deflate_message(uint8_t *out, size_t room, const uint8_t *payload)
 }
 
 static void build_message(Publisher *p, int64_t stamp) {
-    static uint8_t plain[MAX_SIZE], packed[2 * MAX_SIZE];
+    static uint8_t framed[V1_HEADER + MAX_SIZE], packed[2 * MAX_SIZE];
+    uint8_t *plain = framed;
+    if (opt.v1) /* the ids of a session only grow, from 1 */
+        plain += sprintf((char *)framed,
+                         "{\"type\":\"publish\",\"channel\":\"" V1_CHANNEL "\",\"id\":%u}\n",
+                         p->sequence + 1);
     const uint8_t *payload = plain;
     size_t len = (size_t)opt.size;
     uint32_t number = (uint32_t)p->conn->publisher, mask = (uint32_t)random_bits();
@@ -553,6 +586,7 @@ static void build_message(Publisher *p, int64_t stamp) {
     else memset(plain + STAMPED_BYTES, filler(number), body_bytes());
     p->sequence++;
     if (p->conn->deflate) len = deflate_message(packed, sizeof packed, plain), payload = packed;
+    if (opt.v1) payload = framed, len += (size_t)(plain - framed);
     size_t header = wire_header(p->frame, OP_TEXT, len, 1);
     if (p->conn->deflate) p->frame[0] |= RSV1;
     memcpy(p->frame + header, &mask, 4);
@@ -729,6 +763,16 @@ static int control(Conn *c, int opcode, const uint8_t *payload, uint64_t len, in
     return 0;
 }
 
+/* A message of relay.v1 behind its header. Notices are the relay's own, and have a type. */
+static void headed_message(Conn *c, const uint8_t *p, uint64_t len, int64_t now) {
+    static const char channel[] = "{\"channel\":\"" V1_CHANNEL "\",\"position\":\"";
+    const uint8_t *end = memchr(p, '\n', len);
+    if (!end) seen.unexpected++;
+    else if (len < sizeof channel - 1 || memcmp(p, channel, sizeof channel - 1)) seen.notices++;
+    else if ((uint64_t)(p + len - end - 1) != (uint64_t)opt.size) seen.unexpected++;
+    else seen.damaged += !intact(end + 1), message(c, end + 1, now);
+}
+
 /* Walks the frames in place. Returns the bytes of the unfinished last one, -1 at the end. */
 static ssize_t walk(Conn *c, uint8_t *p, size_t have, int64_t now) {
     for (;;) {
@@ -737,7 +781,9 @@ static ssize_t walk(Conn *c, uint8_t *p, size_t have, int64_t now) {
         size_t header = wire_parse(p, have, &opcode, &len, &masked);
         if (header && (masked || len > MAX_SIZE)) return -1;
         if (!header || have < header + len) return (ssize_t)have;
-        if (p[0] == TEXT_FRAME && len == (uint64_t)opt.size) {
+        if (p[0] == TEXT_FRAME && opt.v1) {
+            headed_message(c, p + header, len, now);
+        } else if (p[0] == TEXT_FRAME && len == (uint64_t)opt.size) {
             seen.damaged += !intact(p + header);
             message(c, p + header, now);
         } else if (p[0] == DEFLATED_FRAME && c->deflate && header + len <= carry_bytes) {
@@ -852,7 +898,7 @@ static void allocate(long count, long publisher_total) {
                      Z_DEFAULT_STRATEGY) != Z_OK)
         die("out of memory");
     carry_bytes = opt.deflate ? deflateBound(&deflater, (uLong)opt.size) : (size_t)opt.size;
-    carry_bytes += MAX_HEADER;
+    carry_bytes += MAX_HEADER + V1_HEADER;
     if (carry_bytes < MIN_CARRY) carry_bytes = MIN_CARRY;
     if (opt.tls) tls_start();
     publisher_count = publisher_total;
@@ -1013,9 +1059,9 @@ static void print_books(int drained) {
            ",\"unsent\":%" PRId64 ",\"closed\":%" PRId64,
            differently_ordered(), seen.damaged, seen.unexpected, seen.unsent, seen.closed);
     printf(",\"drained\":%s,\"order_exact\":%s,\"recvs\":%" PRId64 ",\"bytes\":%" PRId64
-           ",\"deflated\":%" PRId64 "}\n",
+           ",\"deflated\":%" PRId64 ",\"notices\":%" PRId64 "}\n",
            drained ? "true" : "false", gaps_overflowed ? "false" : "true", seen.recvs, seen.bytes,
-           seen.deflated);
+           seen.deflated, seen.notices);
 }
 
 static void run_messages(void) {

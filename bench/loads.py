@@ -22,6 +22,7 @@ Values = dict[str, Any]
 IDLE_CLIENTS = 5000
 ARRIVING_CLIENTS = 3000
 TLS_CLIENTS = 2000
+V1_CLIENTS, V1_CHANNELS = 5000, 10
 STORM_CLIENTS = 10_000
 WARM_CLIENTS = 200
 FEED_BYTES = 1024
@@ -54,6 +55,8 @@ class Generator:
             options["header"] = servers[0].server.header
         if servers[0].server.tls:
             options["tls"] = 1
+        if servers[0].server.v1:
+            options["v1"] = 1
         pids = (*(pid for server in servers for pid in server.pids), *beside)
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
@@ -188,15 +191,26 @@ def _idle(generator: Generator, server: Running) -> Values:
     return _hold_idle(generator, server, IDLE_CLIENTS)
 
 
+def _v1_idle(generator: Generator, server: Running) -> Values:
+    """Measure clients without a channel, then the same with some."""
+    empty = _hold_idle(generator, server, V1_CLIENTS, channels=0)
+    subscribed = _hold_idle(generator, server, V1_CLIENTS, channels=V1_CHANNELS)
+    added = subscribed["private_bytes_after"] - empty["private_bytes_after"]
+    return empty | {
+        "subscribed": subscribed,
+        "bytes_per_channel": added / V1_CLIENTS / V1_CHANNELS,
+    }
+
+
 def _tls_idle(generator: Generator, server: Running) -> Values:
     return _hold_idle(generator, server, TLS_CLIENTS)
 
 
-def _hold_idle(generator: Generator, server: Running, count: int) -> Values:
-    generator.run("idle", server, clients=WARM_CLIENTS, hold=0)
+def _hold_idle(generator: Generator, server: Running, count: int, **options: Any) -> Values:
+    generator.run("idle", server, clients=WARM_CLIENTS, hold=0, **options)
     time.sleep(SETTLE_S / 2)
     before = server.private_bytes()
-    with generator.started("idle", server, clients=count) as process:
+    with generator.started("idle", server, clients=count, **options) as process:
         _wait_open(process)
         time.sleep(SETTLE_S)
         after = server.private_bytes()
@@ -439,6 +453,34 @@ LOADS = (
         (_RATE, _P50, _P99),
         rounds=CHECKS_ROUNDS,
         servers=("relay", "relay_checks"),
+    ),
+    Load(
+        "v1",
+        "fanout again, with relay.v1 or without",
+        _checks,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        rounds=CHECKS_ROUNDS,
+        servers=("relay", "relay_v1"),
+    ),
+    Load(
+        "v1_single",
+        "single again, with relay.v1 or without",
+        _checks_single,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        rounds=CHECKS_ROUNDS,
+        servers=("relay", "relay_v1"),
+    ),
+    Load(
+        "v1_idle",
+        f"{V1_CLIENTS:,} idle clients of relay.v1",
+        _v1_idle,
+        Figure("bytes_per_connection", "memory per idle connection", "KB", 1 / 1024),
+        (Figure("bytes_per_channel", "and of each channel", "B"),),
+        messages=False,
+        rounds=1,
+        servers=("relay_v1",),
     ),
     Load(
         "tls_idle",

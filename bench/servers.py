@@ -50,6 +50,7 @@ class Server:
     header: str = ""  # a header that its clients have to send
     deflates: bool = False  # it negotiates permessage-deflate with clients that offer it
     tls: bool = False  # its clients speak TLS
+    v1: bool = False  # its clients speak relay.v1
 
 
 def _nothing() -> None:
@@ -98,6 +99,7 @@ TLS = (
 
 SERVERS = (
     RELAY,
+    replace(RELAY, name="relay_v1", title="relay, relay.v1", variant=True, v1=True),
     replace(
         RELAY,
         name="relay_tls",

@@ -17,7 +17,7 @@ from websocket_relay.backplane.interface import (
 )
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
-from websocket_relay.channels.publications import Publications, content_digest
+from websocket_relay.channels.publications import Novelty, Publications, content_digest
 from websocket_relay.channels.recovery import Recovery, ReplayListener, ReplayRequest
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.outcomes import Refusal, RefusedError
@@ -300,18 +300,22 @@ class Broadcaster:
         acknowledged: dict[LocalPublisher, list[tuple[int, Position | None]]] = {}
         new: list[LogEntry] = []
         publishers: dict[Position, Connection] = {}
-        for publish in self.publications.read(entries, identities):
-            entry, source, number, first_position, is_repeat = publish
-            if not is_repeat:
+        sources, indices, numbers, _, is_own = identities
+        decisions = self.publications.decide(entries, identities)
+        for entry, index, number, decision in zip(
+            entries, indices, numbers, decisions, strict=True
+        ):
+            position = entry[0]
+            if decision is Novelty.NEW:
                 new.append(entry)
-            publisher = self._publishers.get(source) if source else None
+            publisher = self._publishers.get(sources[index - 1]) if index else None
             if publisher is not None:
-                position = first_position if is_repeat else entry.position
-                publishers[entry.position] = publisher.connection
-                acknowledged.setdefault(publisher, []).append((number, position))
-        if identities.is_own:
+                publishers[position] = publisher.connection
+                first = position if decision is Novelty.NEW else decision
+                acknowledged.setdefault(publisher, []).append((number, first))
+        if is_own:
             repeats = len(entries) - len(new)
-            identified = len(entries) - identities.indices.count(0)
+            identified = len(entries) - indices.count(0)
             self.shared.counters.messages += identified - repeats
             self.shared.counters.publish_repeats += repeats
         for publisher, publishes in acknowledged.items():

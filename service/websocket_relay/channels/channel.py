@@ -103,6 +103,7 @@ class Channel:
         self._high_water_mark = HighWaterMark(pending_limit_bytes)
         self.publish_limits = (self._high_water_mark, *self._shared.publish_limits)
         self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
+        self._echoless: list[dict[Connection, None]] = []  # members that get nothing of their own
         self._recoveries: dict[Connection, Recovery] = {}  # of clients that are not members yet
         self._recipients: Recipients | None = None  # snapshot of the members; None: outdated
         self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
@@ -209,18 +210,14 @@ class Channel:
         self._high_water_mark.bytes += memory_bytes
         self._shared.pending_fan_out.bytes += memory_bytes
         self._shared.counters.expected_deliveries += batch.recipients.count
-        if publisher is not None and self._is_without_echo(publisher):
+        if self._echoless and publisher is not None and self._is_without_echo(publisher):
             self._shared.counters.expected_deliveries -= 1
             batch.own_positions.setdefault(publisher, set()).add(entry.position)
         if batch.frame_bytes >= self._batch_limit_bytes:
             self._open_batch = None
 
     def _is_without_echo(self, publisher: Connection) -> bool:
-        return any(
-            publisher in group
-            for delivery_format, group in self._members.items()
-            if not delivery_format.echoes
-        )
+        return any(publisher in group for group in self._echoless)
 
     def send_gap(self, position: Position) -> None:
         """Notify members that messages up to a position may be missing, after queued batches."""
@@ -293,6 +290,8 @@ class Channel:
     # Inside
 
     def _on_members_changed(self) -> None:
+        members = self._members.items()
+        self._echoless = [group for delivery_format, group in members if not delivery_format.echoes]
         self._recipients = None
         self._open_batch = None
 

@@ -12,6 +12,7 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -146,16 +147,18 @@ class SessionRecord:
         """The number of records that it takes."""
         return len(self._runs)
 
-    def record(self, number: int, position: Position) -> None:
-        """Record a publish with a greater number."""
+    def record(self, number: int, position: Position) -> int:
+        """Record a publish with a greater number; return how many records that adds."""
         self.last, self.position = number, position
         first, size, (epoch, offset, index) = self._runs[-1]
         if number == first + size and position == (epoch, offset, index + size):
             self._runs[-1] = Run(first, size + 1, Position(epoch, offset, index))
-            return
-        if len(self._runs) >= MAX_RUNS:
-            del self._runs[0]
+            return 0
         self._runs.append(Run(number, 1, position))
+        if len(self._runs) <= MAX_RUNS:
+            return 1
+        del self._runs[0]
+        return 0
 
     def position_of(self, number: int) -> Position | None:
         """Return the position of a publish; None: it is not known any more."""
@@ -183,22 +186,14 @@ class KeyRecord(NamedTuple):
         return 1
 
 
-class Publish(NamedTuple):
-    """What the log decides about an identified entry.
+class Novelty(Enum):
+    """The decision about an entry that is no repeat."""
 
-    Attributes:
-        entry: the entry.
-        source: who published it; empty: it has no identity.
-        number: in that source.
-        first_position: of the publish, if the entry is a repeat of it and its position is known.
-        is_repeat: whether the log holds the same publish before.
-    """
+    NEW = auto()
 
-    entry: LogEntry
-    source: bytes
-    number: int
-    first_position: Position | None
-    is_repeat: bool
+
+Decision = Position | None | Novelty
+"""New, or the position of the publish that an entry repeats: None if that is not known any more."""
 
 
 class Publications:
@@ -252,56 +247,54 @@ class Publications:
         """Record that entries up to a position may be missing."""
         self.complete_after = max(self.complete_after, position)
 
-    def read(self, entries: Sequence[LogEntry], identities: Identities) -> list[Publish]:
-        """Decide about entries that are next to each other in the log, and record them."""
+    def decide(self, entries: Sequence[LogEntry], identities: Identities) -> list[Decision]:
+        """Record entries that are next to each other in the log, and decide about each."""
         sources, indices, numbers, complete_after, _ = identities
-        decisions: list[Publish] = []
+        decisions: list[Decision] = []
         at, count = 0, len(entries)
         while at < count:
-            index, start = indices[at], at
+            index = indices[at]
             source = sources[index - 1] if index else b""
-            if source[:1] == KEY_MARK:
+            kind = source[:1]
+            if kind == SESSION_MARK:
+                position = entries[at][0]
+                decisions.append(self._decide(source, numbers[at], position, complete_after))
+                at += 1
+            elif kind == KEY_MARK:
+                start = at
                 while at < count and indices[at] == index:
                     at += 1
-                batch = entries[start:at]
-                first = self._read_batch(source, batch, complete_after)
-                decisions += [Publish(each, source, 0, first, first is not None) for each in batch]
-                continue
-            entry, number = entries[at], numbers[at]
-            at += 1
-            if source[:1] == SESSION_MARK:
-                decisions.append(self._read_publish(entry, source, number, complete_after))
+                first = self._decide_batch(source, entries[start:at], complete_after)
+                decisions += [first] * (at - start)
             else:
-                decisions.append(Publish(entry, source, number, None, False))
+                decisions.append(Novelty.NEW)
+                at += 1
         self._forget()
         return decisions
 
-    def _read_publish(
-        self, entry: LogEntry, source: bytes, number: int, complete_after: Position
-    ) -> Publish:
-        record, position = self.session(source), entry.position
+    def _decide(
+        self, source: bytes, number: int, position: Position, complete_after: Position
+    ) -> Decision:
+        record = self.session(source)
         if record is None or record.position <= complete_after:
             self._put(source, SessionRecord(number, position))
         elif number <= record.last:
-            return Publish(entry, source, number, record.position_of(number), True)
+            return record.position_of(number)
         else:
-            self._size -= record.size
-            record.record(number, position)
-            self._size += record.size
+            self._size += record.record(number, position)
             self._records[source] = record, self._clock()
             self._records.move_to_end(source)
-        return Publish(entry, source, number, None, False)
+        return Novelty.NEW
 
-    def _read_batch(
+    def _decide_batch(
         self, source: bytes, entries: Sequence[LogEntry], complete_after: Position
-    ) -> Position | None:
-        """Return the position of the first request with a key; None: it is this one."""
+    ) -> Decision:
         record = self.key(source)
         if record is not None and record.position > complete_after:
             return record.position
         digest = content_digest([entry[2:] for entry in entries])
         self._put(source, KeyRecord(entries[-1].position, digest))
-        return None
+        return Novelty.NEW
 
     def _find(self, source: bytes) -> SessionRecord | KeyRecord | None:
         found = self._records.get(source)

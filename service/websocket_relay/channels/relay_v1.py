@@ -105,6 +105,7 @@ class RelayV1Connection(LocalPublisher):
     __slots__ = (
         "_access",
         "_broadcaster",
+        "_checked_channel",
         "_deferred",
         "_last_number",
         "_leaving",
@@ -135,6 +136,7 @@ class RelayV1Connection(LocalPublisher):
         self._marks: set[HighWaterMark] | None = None  # at which the client was paused
         self._renewal: asyncio.Task[None] | None = None
         self._source = b""
+        self._checked_channel = ""  # the client may publish to it
         self._last_number = 0  # of the latest publish over this connection
         self._resumed: SessionRecord | None = (
             None  # what the log held of the session when it was resumed
@@ -247,13 +249,15 @@ class RelayV1Connection(LocalPublisher):
 
     def _accept_publish(self, command: Command) -> bool:
         """Return whether a publish is to be appended; if not, it is answered."""
-        number = command.id
+        _, number, fields, payload = command
         try:
-            channel = _channel_of(command)
+            if fields.get("channel") != self._checked_channel:
+                channel = _channel_of(command)
+                self._access.check_publish(channel)
+                self._checked_channel = channel
             if number <= self._last_number:
                 raise RefusedError(Refusal.INVALID_COMMAND, "id is not greater than the one before")
-            self._access.check_publish(channel)
-            if len(command.payload) > self._broadcaster.shared.max_message_bytes:
+            if len(payload) > self._broadcaster.shared.max_message_bytes:
                 raise RefusedError(Refusal.MESSAGE_TOO_BIG)
         except RefusedError as error:
             self._send_error(number, error)
@@ -281,7 +285,8 @@ class RelayV1Connection(LocalPublisher):
         if not broadcaster.backplane.is_local:
             broadcaster.backplane.when_delivered(partial(self._on_settled, numbers[-1]))
         for mark in broadcaster.publish_limits_of(channel):
-            self._pause_at(mark)
+            if mark.is_exceeded:
+                self._pause_at(mark)
 
     def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
         """Answer publishes that were read back.
@@ -292,13 +297,14 @@ class RelayV1Connection(LocalPublisher):
         unanswered = self._unanswered
         if unanswered is None:
             return
-        frames = []
+        frames = b""
         for number, position in publishes:
-            self._report_lost(number - 1)
+            if unanswered and unanswered[0] < number:
+                self._report_lost(number - 1)
             if unanswered and unanswered[0] == number:
                 unanswered.popleft()
-                frames.append(encode_published(number, position))
-        self._write(b"".join(frames))
+                frames += encode_published(number, position)
+        self._write(frames)
 
     def _on_settled(self, number: int, _: Position | None) -> None:
         """Record that all publishes up to a number are read back, or will not be."""
@@ -418,6 +424,7 @@ class RelayV1Connection(LocalPublisher):
         except RefusedError as error:
             self._send_error(command_id, error)
         else:
+            self._checked_channel = ""
             self.connection.start_expiry_timer(expires_in_s)
             refusal = Refusal.NOT_AUTHORIZED
             fields = {"status": int(refusal.status), "reason": refusal.reason}

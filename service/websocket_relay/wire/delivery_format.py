@@ -11,7 +11,7 @@ from websocket_relay.wire.deflate import PLAIN, deflate_messages
 from websocket_relay.wire.frames import encode_messages
 from websocket_relay.wire.relay_v1 import encode_notice, prefix_headers
 
-Entry = tuple[object, str, int, bytes]
+Entry = tuple[tuple[int, int, int], str, int, bytes]
 """A `LogEntry` of the backplane: position, channel, kind, payload."""
 
 

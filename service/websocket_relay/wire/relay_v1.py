@@ -4,7 +4,9 @@ A message is a header, one line of JSON, and a payload: docs/reference/relay-v1.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from json.scanner import make_scanner
 from typing import Any, NamedTuple
 
 from websocket_relay.messages import TEXT, Message
@@ -36,6 +38,10 @@ class Command(NamedTuple):
     payload: bytes
 
 
+new_command: Callable[[tuple[str, int, Mapping[str, Any], bytes]], Command]
+new_command = partial(tuple.__new__, Command)  # a C call; the class itself is a Python call
+
+
 def parse_command(message: bytes) -> Command:
     """Parse a message of a client.
 
@@ -46,17 +52,18 @@ def parse_command(message: bytes) -> Command:
     if len(line) > MAX_COMMAND_BYTES:
         raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header too long")
     try:
-        fields = decode(line.decode())
-    except (ValueError, RecursionError):
+        text = line.decode().strip(JSON_SPACE)
+        fields, end = scan(text, 0)
+    except (ValueError, RecursionError, StopIteration):
         raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header is not JSON") from None
-    if type(fields) is not dict:
+    if type(fields) is not dict or end != len(text):
         raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header is not a JSON object")
     kind, number = fields.get("type"), fields.get("id")
     if type(kind) is not str:
         raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header has no type")
     if type(number) is not int or not 0 < number <= MAX_ID:
         raise ProtocolViolationError(Close.PROTOCOL_ERROR, "header has no valid id")
-    return Command(kind, number, fields, payload)
+    return new_command((kind, number, fields, payload))
 
 
 def encode_notice(fields: Mapping[str, object]) -> bytes:
@@ -77,14 +84,17 @@ def encode_published(number: int, position: object) -> bytes:
     return header(TEXT, len(text)) + text
 
 
-def prefix_headers(entries: Iterable[tuple[object, str, int, bytes]]) -> Iterator[Message]:
+def prefix_headers(
+    entries: Iterable[tuple[tuple[int, int, int], str, int, bytes]],
+) -> Iterator[Message]:
     """Yield messages as the subscribers of relay.v1 receive them.
 
     Args:
         entries: position, channel, kind and payload of each.
     """
-    for position, channel, kind, payload in entries:
-        head = f'{{"channel":"{channel}","position":"{position}"}}\n'  # names need no escapes
+    for (epoch, offset, index), channel, kind, payload in entries:
+        # Names need no escapes.
+        head = f'{{"channel":"{channel}","position":"{epoch}-{offset}-{index}"}}\n'
         yield kind, head.encode() + payload
 
 
@@ -100,4 +110,7 @@ def _refuse_constant(name: str) -> None:
 
 
 # NaN and Infinity, which Python accepts, are not JSON.
-decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
+scan = make_scanner(json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant))
+"""Returns the value at an index of a text, and where it ends; raises StopIteration for no value."""
+
+JSON_SPACE = " \t\r"

@@ -26,7 +26,7 @@ def encode_event(name: str, fields: Mapping[str, object]) -> bytes:
 
 
 def encode_messages(
-    entries: Iterable[tuple[object, str, int, bytes]], *, names_channels: bool
+    entries: Iterable[tuple[tuple[int, int, int], str, int, bytes]], *, names_channels: bool
 ) -> Iterator[bytes]:
     """Yield one event for each message.
 
