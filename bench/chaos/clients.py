@@ -1,18 +1,18 @@
 """Subscribe and publish as clients do, and record observations. Knows no process, no fault."""
 
 import asyncio
-import json
 import random
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlencode
 
 import httpx2
 from websocket_relay.backplane.interface import Position
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
-from websockets.typing import Subprotocol
 
 from bench.chaos.observations import (
     Answer,
@@ -28,9 +28,8 @@ from bench.chaos.observations import (
 )
 from tests.support.events_client import EventStreamResponse, ServerSentEvent
 from tests.support.relay_process import NO_CA
+from tests.support.relay_v1 import RELAY_V1, decode, encode_command
 from tests.support.tcp_proxy import HOST
-
-RELAY_V1 = Subprotocol("relay.v1")
 
 OPEN_S = 3.0
 SILENCE_S = 6.0
@@ -205,13 +204,16 @@ class WebSocketSubscriber(Resuming):
 
     async def _session(self, place: Place) -> str:
         since = self.position
-        query = f"?since={since}" if since else ""
-        url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}{query}"
+        query = {"since": str(since)} if since else {}
+        url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}"
+        url += "?" + urlencode(query | self._session_query())
         async with connect(url, subprotocols=[RELAY_V1], **self._options(place)) as connection:
             relay = place.name
             try:
                 async for data in connection:
-                    self._take(relay, since, data)
+                    header, payload = decode(data)
+                    self._take(relay, since, header, payload)
+                    await self._answer(connection, relay, header)
                     await self._before_next()
             except asyncio.CancelledError:
                 if self._chance.random() < 0.5:
@@ -225,17 +227,123 @@ class WebSocketSubscriber(Resuming):
     async def _before_next(self) -> None:
         """Wait, if the client reads slowly."""
 
-    def _take(self, relay: str, since: Position | None, data: str | bytes) -> None:
-        text = data if isinstance(data, str) else data.decode(errors="replace")
-        position, _, payload = text.partition("\n")
-        if position:
-            self._message(Position.parse(position), payload)
+    def _session_query(self) -> dict[str, str]:
+        """Return the parameters that resume a session."""
+        return {}
+
+    async def _answer(
+        self, connection: ClientConnection, relay: str, header: dict[str, Any]
+    ) -> None:
+        """Send what follows a notice, and record answers."""
+
+    def _take(
+        self, relay: str, since: Position | None, header: dict[str, Any], payload: str | bytes
+    ) -> None:
+        match header.get("type"):
+            case None:
+                self._message(Position.parse(header["position"]), payload)
+            case "subscribed":
+                self._welcomed(relay, since, header)
+            case "gap":
+                self._gap(Position.parse(header["position"]))
+
+
+class Unanswered(NamedTuple):
+    """A publish of a session that was not answered yet.
+
+    Attributes:
+        number: its id.
+        seen: the position that its client had received before it was sent first.
+    """
+
+    number: int
+    name: str
+    payload: str
+    seen: str
+
+
+class SessionClient(WebSocketSubscriber):
+    """A client of relay.v1 that publishes in a session, and sends again what was not answered."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.publishes = asyncio.Event()
+        self.published = self.resumed = self.unconfirmed = 0
+        self.unanswered: deque[Unanswered] = deque()
+        self._session_name = ""
+        self._seen = ""
+        self._sessions = 0
+        self._number = 0
+        self._publishing: asyncio.Task[None] | None = None
+
+    async def _session(self, place: Place) -> str:
+        try:
+            return await super()._session(place)
+        finally:
+            if self._publishing is not None:
+                self._publishing.cancel()
+                await asyncio.gather(self._publishing, return_exceptions=True)
+                self._publishing = None
+
+    def _session_query(self) -> dict[str, str]:
+        if not self._session_name:
+            return {}
+        query = {"session": self._session_name}
+        if self.unanswered:
+            query["seen"] = self.unanswered[0].seen
+        return query
+
+    async def _answer(
+        self, connection: ClientConnection, relay: str, header: dict[str, Any]
+    ) -> None:
+        self._seen = header.get("position") or self._seen
+        match header.get("type"):
+            case "welcome":
+                self._resume(header)
+                self._publishing = asyncio.create_task(self._publish(connection))
+            case "published":
+                self._settle(header["id"], 202, header["position"] or "", relay)
+            case "error":
+                self._settle(header["id"], header["status"], "", relay)
+
+    def _resume(self, welcome: dict[str, Any]) -> None:
+        self._session_name = welcome["session"]
+        if welcome["resumed"]:
+            self.resumed += 1
             return
-        control = json.loads(payload)
-        if control["type"] == "welcome":
-            self._welcomed(relay, since, control)
-        elif control["type"] == "gap":
-            self._gap(Position.parse(control["position"]))
+        self.unconfirmed += len(self.unanswered)
+        while self.unanswered:
+            self._settle(self.unanswered[0].number, 0, "", "")
+        self._sessions += 1
+        self._number = 0
+
+    def _settle(self, number: int, status: int, position: str, relay: str) -> None:
+        if not self.unanswered or self.unanswered[0].number != number:
+            text = f"{self.trace.subscriber}: answer {status} to {number}, out of order"
+            self._run.record.failures.append(text)
+            return
+        name = self.unanswered.popleft().name
+        self._run.record.answers.append(Answer((name,), status, position, relay, self._run.now_s()))
+
+    async def _publish(self, connection: ClientConnection) -> None:
+        for each in list(self.unanswered):
+            await self._send(connection, each)
+        while True:
+            await asyncio.sleep(WEBSOCKET_PAUSE_S * self._chance.uniform(0.5, 1.5))
+            await self.publishes.wait()
+            self._number += 1
+            name = named(self.trace.channel, self.trace.subscriber, self._sessions, self._number)
+            payload = payload_of(name, size_of(self._chance))
+            publish = Unanswered(self._number, name, payload, self._seen)
+            self.unanswered.append(publish)
+            self.published += 1
+            await self._send(connection, publish)
+
+    async def _send(self, connection: ClientConnection, publish: Unanswered) -> None:
+        channel, number = self.trace.channel, publish.number
+        await connection.send(
+            encode_command("publish", publish.payload, channel=channel, id=number)
+        )
 
 
 class SlowSubscriber(WebSocketSubscriber):
@@ -343,10 +451,17 @@ class PlainPublisher(Subscriber):
 
 
 class Poster:
-    """A backend: it publishes by POST, one request after the other, to any relay."""
+    """A backend: it publishes by POST, one request after the other, to any relay.
 
-    def __init__(self, run: Surroundings, name: str, channel: str) -> None:
+    Args:
+        repeats: it sends a request again until it is answered with 202, with an Idempotency-Key.
+    """
+
+    def __init__(
+        self, run: Surroundings, name: str, channel: str, *, repeats: bool = False
+    ) -> None:
         self.name = name
+        self._repeats = repeats
         self.channel = channel
         self._run = run
         self._chance = random.Random(name)
@@ -381,18 +496,26 @@ class Poster:
         payloads = [payload_of(name, size) for name in names]
         body = payloads[0] if count == 1 else "".join(f'"{each}"\n' for each in payloads)
         kind = "text/plain" if count == 1 else "application/x-ndjson"
-        relay = place.name
-        url = f"http://{HOST}:{place.port}/channels/{self.channel}"
-        status, position = await self._ask(url, body, kind)
+        headers = {"Content-Type": kind}
+        if self._repeats:
+            headers["Idempotency-Key"] = names[0].replace("/", ".")
+        while True:
+            relay = place.name
+            url = f"http://{HOST}:{place.port}/channels/{self.channel}"
+            status, position = await self._ask(url, body, headers)
+            if status == 202 or not self._repeats:
+                break
+            await asyncio.sleep(self._chance.uniform(*RETURN_S))
+            place = self._chance.choice(self._run.places)
         answer = Answer(tuple(names), status, position, relay, self._run.now_s())
         self._run.record.answers.append(answer)
         if status != 202:  # a later message may overtake it
             self._connection += 1
         return answer
 
-    async def _ask(self, url: str, body: str, kind: str) -> tuple[int, str]:
+    async def _ask(self, url: str, body: str, headers: dict[str, str]) -> tuple[int, str]:
         try:
-            found = await self._http.post(url, content=body, headers={"Content-Type": kind})
+            found = await self._http.post(url, content=body, headers=headers)
             position = found.json()["position"] if found.status_code == 202 else ""
         except (httpx2.HTTPError, OSError):
             return 0, ""

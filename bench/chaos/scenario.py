@@ -18,6 +18,7 @@ from bench.chaos.clients import (
     PlainPublisher,
     Poster,
     Resuming,
+    SessionClient,
     SlowSubscriber,
     Subscriber,
     WebSocketSubscriber,
@@ -32,6 +33,7 @@ JOIN_S = 15.0
 CALM_S = 1.0
 MARKER_S = 20.0
 MARKER_TRIES = 20
+POSTERS_PER_CHANNEL = 3
 LIMIT_S = 180.0
 """Time limit of a run, besides the time with faults."""
 
@@ -133,6 +135,7 @@ class Run:
                 poster.end()
             await asyncio.gather(*posting)
             await self._await_markers()
+            await self._await_answers()
             for subscriber in self._subscribers:
                 subscriber.end()
         for poster in self._posters:
@@ -150,15 +153,19 @@ class Run:
                 (EventSubscriber, "events", {"moves": True}),
                 (SlowSubscriber, "slow", {"moves": False}),
                 (PlainPublisher, "plain", {"moves": False}),
+                (SessionClient, "session", {"moves": False}),
+                (SessionClient, "roaming", {"moves": True}),
             ]
             for make, kind, options in kinds:
                 name = f"{kind}-{channel}-{seed}"
                 self._subscribers.append(make(self, name, channel, **options))
             self._posters += [Poster(self, f"post{n}-{channel}-{seed}", channel) for n in range(2)]
+            name = f"keyed-{channel}-{seed}"
+            self._posters.append(Poster(self, name, channel, repeats=True))
 
     def _publish(self, is_on: bool) -> None:
         for subscriber in self._subscribers:
-            if isinstance(subscriber, PlainPublisher):
+            if isinstance(subscriber, PlainPublisher | SessionClient):
                 (subscriber.publishes.set if is_on else subscriber.publishes.clear)()
 
     # What breaks
@@ -197,7 +204,7 @@ class Run:
     async def _await_markers(self) -> None:
         """Publish the last message of each channel, and wait until all subscribers have it."""
         markers: dict[str, str] = {}
-        for poster in self._posters[::2]:
+        for poster in self._posters[::POSTERS_PER_CHANNEL]:
             for _ in range(MARKER_TRIES):
                 answer = await poster.post(random.choice(self.places))
                 if answer.status == 202:
@@ -218,6 +225,22 @@ class Run:
                 text = f"{each.trace.subscriber} is not delivered {marker} in {MARKER_S:g} s"
                 self.record.failures.append(text)
 
+    async def _await_answers(self) -> None:
+        """Wait until each publish of a session is answered."""
+        sessions = self._sessions
+
+        def unanswered() -> list[SessionClient]:
+            return [each for each in sessions if each.unanswered]
+
+        if not await wait_until(lambda: not unanswered(), MARKER_S):
+            for each in unanswered():
+                text = f"{each.trace.subscriber}: {len(each.unanswered)} publishes without answer"
+                self.record.failures.append(text)
+
+    @property
+    def _sessions(self) -> list[SessionClient]:
+        return [each for each in self._subscribers if isinstance(each, SessionClient)]
+
     def _stats(self) -> dict[str, Any]:
         record = self.record
         steps = [step for trace in record.traces for step in trace.steps]
@@ -225,6 +248,11 @@ class Run:
         plain = [each for each in self._subscribers if isinstance(each, PlainPublisher)]
         relays = self._cluster.backplane_counters.values()
         return {
+            "sessions": {
+                "published": sum(each.published for each in self._sessions),
+                "resumed": sum(each.resumed for each in self._sessions),
+                "unconfirmed": sum(each.unconfirmed for each in self._sessions),
+            },
             "published": sum(each.published for each in plain)
             + sum(len(each.messages) for each in record.answers),
             "delivered": sum(isinstance(each, Delivered) for each in steps),

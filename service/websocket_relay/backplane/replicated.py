@@ -110,7 +110,9 @@ class ReplicatedBackplane:
     @property
     def position(self) -> Position:
         """The position up to which everything has been delivered here."""
-        return self.consumer.position
+        position = self.consumer.position
+        # An entry without messages has no position that clients could send back.
+        return position if position.index >= 0 else position._replace(index=0).before()
 
     @property
     def complete_until(self) -> float:

@@ -17,7 +17,7 @@ from websocket_relay.backplane.interface import (
 )
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
-from websocket_relay.channels.publications import Novelty, Publications, content_digest
+from websocket_relay.channels.publications import Decision, Publications, Verdict, content_digest
 from websocket_relay.channels.recovery import Recovery, ReplayListener, ReplayRequest
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.outcomes import Refusal, RefusedError
@@ -297,7 +297,7 @@ class Broadcaster:
         Returns:
             The entries, and by position the connections of their publishers.
         """
-        acknowledged: dict[LocalPublisher, list[tuple[int, Position | None]]] = {}
+        acknowledged: dict[LocalPublisher, list[tuple[int, Decision]]] = {}
         new: list[LogEntry] = []
         publishers: dict[Position, Connection] = {}
         sources, indices, numbers, _, is_own = identities
@@ -306,18 +306,18 @@ class Broadcaster:
             entries, indices, numbers, decisions, strict=True
         ):
             position = entry[0]
-            if decision is Novelty.NEW:
+            if decision is Verdict.NEW:
                 new.append(entry)
             publisher = self._publishers.get(sources[index - 1]) if index else None
             if publisher is not None:
                 publishers[position] = publisher.connection
-                first = position if decision is Novelty.NEW else decision
+                first = position if decision is Verdict.NEW else decision
                 acknowledged.setdefault(publisher, []).append((number, first))
         if is_own:
-            repeats = len(entries) - len(new)
+            dropped = len(entries) - len(new)
             identified = len(entries) - indices.count(0)
-            self.shared.counters.messages += identified - repeats
-            self.shared.counters.publish_repeats += repeats
+            self.shared.counters.messages += identified - dropped
+            self.shared.counters.publish_repeats += dropped - decisions.count(Verdict.LOST)
         for publisher, publishes in acknowledged.items():
             publisher.acknowledge(publishes)
         return new, publishers
@@ -332,8 +332,8 @@ class LocalPublisher(Protocol):
 
     connection: Connection
 
-    def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
-        """Record that publishes are in the log: their numbers, and positions where known."""
+    def acknowledge(self, publishes: Sequence[tuple[int, Decision]]) -> None:
+        """Record publishes that were read: their numbers, and their positions or what they are."""
 
 
 class AwaitedPublisher:

@@ -5,10 +5,10 @@ Its messages carry an origin through the log, by which they are found again at t
 
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.interface import Identity, Position
+from websocket_relay.backplane.interface import Identity
 from websocket_relay.channels.broadcaster import Broadcaster, LocalPublisher
 from websocket_relay.channels.channel import Channel
-from websocket_relay.channels.publications import new_origin
+from websocket_relay.channels.publications import Decision, new_origin
 from websocket_relay.messages import Message
 from websocket_relay.wire.connection import Connection, WireProtocol
 
@@ -31,7 +31,7 @@ class EcholessClient(LocalPublisher):
         self._source = new_origin()
         broadcaster.attach_publisher(self._source, self)
 
-    def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
+    def acknowledge(self, publishes: Sequence[tuple[int, Decision]]) -> None:
         """Do nothing: a plain client is sent no acknowledgements."""
 
     # MessageSink

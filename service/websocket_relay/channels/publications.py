@@ -113,6 +113,18 @@ def content_digest(messages: Sequence[tuple[int, bytes]]) -> bytes:
     return digest.digest()
 
 
+class Verdict(Enum):
+    """What a publish is, if it is not the repeat of one whose position is known."""
+
+    NEW = auto()  # the log does not hold it
+    FORGOTTEN = auto()  # a repeat; the position of the first one is not known any more
+    LOST = auto()  # the broker lost it, and the log holds later ones: it would be out of order
+
+
+Decision = Position | Verdict
+"""What is decided about an entry: a verdict, or the position of the publish that it repeats."""
+
+
 class Run(NamedTuple):
     """Publishes of a session with consecutive numbers, next to each other in one packet.
 
@@ -160,13 +172,15 @@ class SessionRecord:
         del self._runs[0]
         return 0
 
-    def position_of(self, number: int) -> Position | None:
-        """Return the position of a publish; None: it is not known any more."""
+    def find(self, number: int) -> Decision:
+        """Return the position of a publish, whose number is not greater than the last."""
         for first, size, (epoch, offset, index) in reversed(self._runs):
             if first <= number:
                 skipped = number - first
-                return Position(epoch, offset, index + skipped) if skipped < size else None
-        return None
+                if skipped < size:
+                    return Position(epoch, offset, index + skipped)
+                return Verdict.LOST
+        return Verdict.FORGOTTEN
 
 
 class KeyRecord(NamedTuple):
@@ -184,16 +198,6 @@ class KeyRecord(NamedTuple):
     def size(self) -> int:
         """The number of records that it takes."""
         return 1
-
-
-class Novelty(Enum):
-    """The decision about an entry that is no repeat."""
-
-    NEW = auto()
-
-
-Decision = Position | None | Novelty
-"""New, or the position of the publish that an entry repeats: None if that is not known any more."""
 
 
 class Publications:
@@ -267,7 +271,7 @@ class Publications:
                 first = self._decide_batch(source, entries[start:at], complete_after)
                 decisions += [first] * (at - start)
             else:
-                decisions.append(Novelty.NEW)
+                decisions.append(Verdict.NEW)
                 at += 1
         self._forget()
         return decisions
@@ -279,12 +283,12 @@ class Publications:
         if record is None or record.position <= complete_after:
             self._put(source, SessionRecord(number, position))
         elif number <= record.last:
-            return record.position_of(number)
+            return record.find(number)
         else:
             self._size += record.record(number, position)
             self._records[source] = record, self._clock()
             self._records.move_to_end(source)
-        return Novelty.NEW
+        return Verdict.NEW
 
     def _decide_batch(
         self, source: bytes, entries: Sequence[LogEntry], complete_after: Position
@@ -294,7 +298,7 @@ class Publications:
             return record.position
         digest = content_digest([entry[2:] for entry in entries])
         self._put(source, KeyRecord(entries[-1].position, digest))
-        return Novelty.NEW
+        return Verdict.NEW
 
     def _find(self, source: bytes) -> SessionRecord | KeyRecord | None:
         found = self._records.get(source)

@@ -17,7 +17,12 @@ from websocket_relay.backplane.interface import Identity, Position
 from websocket_relay.channels.broadcaster import Broadcaster, LocalPublisher
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.names import CHANNEL_NAME
-from websocket_relay.channels.publications import SessionName, SessionRecord
+from websocket_relay.channels.publications import (
+    Decision,
+    SessionName,
+    SessionRecord,
+    Verdict,
+)
 from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
@@ -269,8 +274,9 @@ class RelayV1Connection(LocalPublisher):
         if number > resumed.last:
             self._resumed = None  # the following ids are greater still
             return True
-        self._broadcaster.shared.counters.publish_repeats += 1
-        self._write(encode_published(number, resumed.position_of(number)))
+        decision = resumed.find(number)
+        self._broadcaster.shared.counters.publish_repeats += decision is not Verdict.LOST
+        self._write(self._encode_answer(number, decision))
         return False
 
     def _append(self, channel: str, messages: Sequence[Message], numbers: Sequence[int]) -> None:
@@ -288,23 +294,28 @@ class RelayV1Connection(LocalPublisher):
             if mark.is_exceeded:
                 self._pause_at(mark)
 
-    def acknowledge(self, publishes: Sequence[tuple[int, Position | None]]) -> None:
+    def acknowledge(self, publishes: Sequence[tuple[int, Decision]]) -> None:
         """Answer publishes that were read back.
 
         Args:
-            publishes: their numbers, and their positions if they are known.
+            publishes: their numbers, and their positions or what they are.
         """
         unanswered = self._unanswered
         if unanswered is None:
             return
         frames = b""
-        for number, position in publishes:
+        for number, decision in publishes:
             if unanswered and unanswered[0] < number:
                 self._report_lost(number - 1)
             if unanswered and unanswered[0] == number:
                 unanswered.popleft()
-                frames += encode_published(number, position)
+                frames += self._encode_answer(number, decision)
         self._write(frames)
+
+    def _encode_answer(self, number: int, decision: Decision) -> bytes:
+        if decision is Verdict.LOST:
+            return self._encode_error(number, RefusedError(Refusal.UNCONFIRMED))
+        return encode_published(number, None if decision is Verdict.FORGOTTEN else decision)
 
     def _on_settled(self, number: int, _: Position | None) -> None:
         """Record that all publishes up to a number are read back, or will not be."""
@@ -442,12 +453,16 @@ class RelayV1Connection(LocalPublisher):
         self._write(encode_notice({"type": kind, **fields}))
 
     def _send_error(self, command_id: int, error: RefusedError) -> None:
-        shared = self._broadcaster.shared
-        shared.refusals.record(error)
-        fields: dict[str, object] = {"status": int(error.status), "reason": str(error)}
+        self._write(self._encode_error(command_id, error))
+
+    def _encode_error(self, command_id: int, error: RefusedError) -> bytes:
+        """Count a refusal; return what answers the command."""
+        self._broadcaster.shared.refusals.record(error)
+        fields: dict[str, object] = {"type": "error", "id": command_id}
+        fields |= {"status": int(error.status), "reason": str(error)}
         if error.retry_after_s is not None:
             fields["retry_after_s"] = error.retry_after_s
-        self.send_notice("error", id=command_id, **fields)
+        return encode_notice(fields)
 
     def _write(self, frames: bytes) -> None:
         if frames:
