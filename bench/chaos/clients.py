@@ -302,7 +302,7 @@ class SessionClient(WebSocketSubscriber):
                 self._resume(header)
                 self._publishing = asyncio.create_task(self._publish(connection))
             case "published":
-                self._settle(header["id"], 202, header["position"] or "", relay)
+                self._settle(header["id"], 202, header["position"], relay)
             case "error":
                 self._settle(header["id"], header["status"], "", relay)
 

@@ -317,7 +317,7 @@ class Broadcaster:
             dropped = len(entries) - len(new)
             identified = len(entries) - indices.count(0)
             self.shared.counters.messages += identified - dropped
-            self.shared.counters.publish_repeats += dropped - decisions.count(Verdict.LOST)
+            self.shared.counters.publish_repeats += dropped - decisions.count(Verdict.UNKNOWN)
         for publisher, publishes in acknowledged.items():
             publisher.acknowledge(publishes)
         return new, publishers

@@ -117,8 +117,7 @@ class Verdict(Enum):
     """What a publish is, if it is not the repeat of one whose position is known."""
 
     NEW = auto()  # the log does not hold it
-    FORGOTTEN = auto()  # a repeat; the position of the first one is not known any more
-    LOST = auto()  # the broker lost it, and the log holds later ones: it would be out of order
+    UNKNOWN = auto()  # the log holds later ones, and it is not known whether it held this one
 
 
 Decision = Position | Verdict
@@ -179,8 +178,8 @@ class SessionRecord:
                 skipped = number - first
                 if skipped < size:
                     return Position(epoch, offset, index + skipped)
-                return Verdict.LOST
-        return Verdict.FORGOTTEN
+                break
+        return Verdict.UNKNOWN
 
 
 class KeyRecord(NamedTuple):

@@ -275,7 +275,7 @@ class RelayV1Connection(LocalPublisher):
             self._resumed = None  # the following ids are greater still
             return True
         decision = resumed.find(number)
-        self._broadcaster.shared.counters.publish_repeats += decision is not Verdict.LOST
+        self._broadcaster.shared.counters.publish_repeats += decision is not Verdict.UNKNOWN
         self._write(self._encode_answer(number, decision))
         return False
 
@@ -313,9 +313,9 @@ class RelayV1Connection(LocalPublisher):
         self._write(frames)
 
     def _encode_answer(self, number: int, decision: Decision) -> bytes:
-        if decision is Verdict.LOST:
+        if decision is Verdict.UNKNOWN:
             return self._encode_error(number, RefusedError(Refusal.UNCONFIRMED))
-        return encode_published(number, None if decision is Verdict.FORGOTTEN else decision)
+        return encode_published(number, decision)
 
     def _on_settled(self, number: int, _: Position | None) -> None:
         """Record that all publishes up to a number are read back, or will not be."""

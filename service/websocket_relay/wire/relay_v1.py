@@ -77,10 +77,9 @@ def encode_published(number: int, position: object) -> bytes:
 
     Args:
         number: id of the publish.
-        position: of the message; None: it is not known any more.
+        position: of the message.
     """
-    value = "null" if position is None else f'"{position}"'
-    text = f'{{"type":"published","id":{number},"position":{value}}}\n'.encode()
+    text = f'{{"type":"published","id":{number},"position":"{position}"}}\n'.encode()
     return header(TEXT, len(text)) + text
 
 
@@ -110,7 +109,11 @@ def _refuse_constant(name: str) -> None:
 
 
 # NaN and Infinity, which Python accepts, are not JSON.
-scan = make_scanner(json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant))
+scan = make_scanner(
+    json.JSONDecoder(  # type: ignore[arg-type]  # typeshed has the type of make_scanner itself
+        object_pairs_hook=_unique, parse_constant=_refuse_constant
+    )
+)
 """Returns the value at an index of a text, and where it ends; raises StopIteration for no value."""
 
 JSON_SPACE = " \t\r"
