@@ -121,8 +121,14 @@ class Recovery:
         self.start_replay()
 
     def cancel(self) -> None:
-        """End the recovery: the client disconnects."""
+        """End the recovery: the client leaves the channel, or disconnects.
+
+        A subscription that ends before its replay starts is answered all the same.
+        """
         self._is_finished = True
+        if self._listener is not None and not self._is_started:
+            position = self._cursor or self._request.since or self._history.newest
+            self._report_start(self._listener, position)
 
     def _replay(self) -> Iterator[None]:
         """Make one write at a time, until the client is a member or can't be written to."""
@@ -133,12 +139,15 @@ class Recovery:
                     break
                 self._cursor = self._choose_start()
             if self._listener is not None and not self._is_started:
-                self._is_started = True
-                self._listener.on_replay_started(self._cursor, is_recovered=self._is_recovered)
+                self._report_start(self._listener, self._cursor)
             else:
                 self._cursor = self._send_after(self._cursor)
             yield
         self._is_scheduled = False
+
+    def _report_start(self, listener: ReplayListener, position: Position) -> None:
+        self._is_started = True
+        listener.on_replay_started(position, is_recovered=self._is_recovered)
 
     def _is_since_unread(self) -> bool:
         """Return whether the log may hold the position `since`, not read by this replica yet.
