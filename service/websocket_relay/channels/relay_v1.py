@@ -38,8 +38,9 @@ CLIENT_ID_BYTES = 9
 MAX_HISTORY = 10**9 - 1
 """As in a query: nine digits."""
 
-MAX_DEFERRED = 1_000
-"""Commands of one connection that wait until a channel is left."""
+MAX_DEFERRED = 100
+"""Commands of one connection that wait until a channel is left. They are run in one turn of the
+event loop."""
 
 
 class ChannelAccess(Protocol):
@@ -67,6 +68,18 @@ class Subscription(NamedTuple):
 
     channel: Channel
     delivery_format: DeliveryFormat
+
+
+class DeferredCommand(NamedTuple):
+    """A command that waits until a channel is left. It keeps no payload and no header in memory.
+
+    Attributes:
+        id: of the command.
+        run: carries it out.
+    """
+
+    id: int
+    run: Callable[[], None]
 
 
 class ReplayNotices(NamedTuple):
@@ -136,8 +149,9 @@ class RelayV1Connection(LocalPublisher):
         self._access = access
         self._max_channels = max_channels
         self._subscriptions: dict[str, Subscription] = {}
-        self._leaving: dict[str, Channel] | None = None  # until what they had queued is written
-        self._deferred = 0
+        # By channel that is left, until what it had queued is written: the commands for it since.
+        self._leaving: dict[str, list[DeferredCommand]] | None = None
+        self._deferred = 0  # number of these commands
         self._marks: set[HighWaterMark] | None = None  # at which the client was paused
         self._renewal: asyncio.Task[None] | None = None
         self._source = b""
@@ -348,11 +362,12 @@ class RelayV1Connection(LocalPublisher):
 
     def _subscribe(self, command: Command) -> None:
         name = _channel_of(command)
-        if not self._is_deferred(name, command):
-            echo = command.fields.get("echo", True)
-            if type(echo) is not bool:
-                raise RefusedError(Refusal.INVALID_COMMAND, "echo must be true or false")
-            self.subscribe(name, command.id, _replay_request_of(command), echoes=echo)
+        echo = command.fields.get("echo", True)
+        if type(echo) is not bool:
+            raise RefusedError(Refusal.INVALID_COMMAND, "echo must be true or false")
+        request = _replay_request_of(command)
+        run = partial(self.subscribe, name, command.id, request, echoes=echo)
+        self._run_when_left(name, DeferredCommand(command.id, run))
 
     def subscribe(
         self, name: str, command_id: int, request: ReplayRequest, *, echoes: bool
@@ -383,40 +398,49 @@ class RelayV1Connection(LocalPublisher):
 
     def _unsubscribe(self, command: Command) -> None:
         name = _channel_of(command)
-        if self._is_deferred(name, command):
-            return
+        run = partial(self._end_subscription, name, command.id)
+        self._run_when_left(name, DeferredCommand(command.id, run))
+
+    def _end_subscription(self, name: str, command_id: int) -> None:
         if name not in self._subscriptions:
             raise RefusedError(Refusal.NOT_SUBSCRIBED)
-        self._leave(name, {"id": command.id})
+        self._leave(name, {"id": command_id})
 
     def _leave(self, name: str, fields: Mapping[str, object]) -> None:
         """Leave a channel, and report it once what the channel had queued is written."""
         channel, delivery_format = self._subscriptions.pop(name)
         if self._leaving is None:
             self._leaving = {}
-        self._leaving[name] = channel
+        self._leaving[name] = []
         channel.remove_member(self.connection, delivery_format)
         channel.when_queue_is_written(partial(self._on_left, name, fields))
 
     def _on_left(self, name: str, fields: Mapping[str, object]) -> None:
-        if self._leaving is not None:
-            self._leaving.pop(name, None)
-        self.send_notice("unsubscribed", channel=name, **fields)
+        """Report that a channel is left, and run the commands for it since.
 
-    def _is_deferred(self, name: str, command: Command) -> bool:
-        """Run a command later if its channel is being left; return whether that is so."""
-        channel = self._leaving.get(name) if self._leaving else None
-        if channel is None:
-            return False
+        They are run at once: no later command comes in between. The first of them may leave the
+        channel again, so that the others wait anew.
+        """
+        self.send_notice("unsubscribed", channel=name, **fields)
+        deferred = self._leaving.pop(name, []) if self._leaving else []
+        self._deferred -= len(deferred)
+        for command in deferred:
+            if self.connection.is_member:
+                try:
+                    self._run_when_left(name, command)
+                except RefusedError as error:
+                    self._send_error(command.id, error)
+
+    def _run_when_left(self, name: str, command: DeferredCommand) -> None:
+        """Run a command for a channel: now, or once the channel is left."""
+        deferred = self._leaving.get(name) if self._leaving else None
+        if deferred is None:
+            command.run()
+            return
         if self._deferred >= MAX_DEFERRED:
             raise RefusedError(Refusal.INVALID_COMMAND, "too many commands in progress")
         self._deferred += 1
-        channel.when_queue_is_written(partial(self._run_deferred, command))
-        return True
-
-    def _run_deferred(self, command: Command) -> None:
-        self._deferred -= 1
-        self._run(command)
+        deferred.append(command)
 
     def _ping(self, command: Command) -> None:
         self.send_notice("pong", id=command.id)
