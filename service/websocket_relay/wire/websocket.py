@@ -72,7 +72,7 @@ class WebSocket:
         """Pass the client's messages to a sink; parse what arrived during the handshake."""
         self._sink = sink
         layout, encoding, _ = self._connection.delivery_format
-        header_bytes = MAX_COMMAND_BYTES if layout is Layout.HEADER else 0
+        header_bytes = MAX_COMMAND_BYTES + 1 if layout is Layout.HEADER else 0  # and its line feed
         max_bytes = self._connection.shared.max_message_bytes + header_bytes
         self._parser = Parser(max_bytes, inflates=encoding != PLAIN)
         if early_data := self._take_early_data():
