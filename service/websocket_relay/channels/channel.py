@@ -203,6 +203,8 @@ class Channel:
             entry: the message.
             publisher: its connection, if it is one that may be sent no message of its own.
         """
+        if publisher is not None and (recovery := self._recoveries.get(publisher)):
+            recovery.record_own(entry.position)
         if not self._members:  # clients in recovery read the entry from the history
             return
         batch = self._open_batch or self._start_batch()

@@ -8,6 +8,7 @@ at the client's own pace.
 Knows no broker, no HTTP and no other member of the channel.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import NamedTuple, Protocol
@@ -94,6 +95,8 @@ class Recovery:
         self._history = history
         self._deflate_from_bytes = deflate_from_bytes
         self._cursor: Position | None = None  # replayed up to here; None: not known yet
+        # What the client has published since, if it is sent no message of its own.
+        self._own_positions: deque[Position] = deque()
         self._is_recovered = True
         self._is_started = listener is None
         self._started_at = monotonic()
@@ -129,6 +132,17 @@ class Recovery:
         if self._listener is not None and not self._is_started:
             position = self._cursor or self._request.since or self._history.newest
             self._report_start(self._listener, position)
+
+    def record_own(self, position: Position) -> None:
+        """Record a message of the client itself, which the replay will reach."""
+        if self._delivery_format.echoes:
+            return
+        own = self._own_positions
+        own.append(position)
+        # The history bounds their number: the replay does not reach those that it has evicted.
+        evicted_up_to = self._history.evicted_up_to(self._channel.name)
+        while own and own[0] <= evicted_up_to:
+            own.popleft()
 
     def _replay(self) -> Iterator[None]:
         """Make one write at a time, until the client is a member or can't be written to."""
@@ -230,10 +244,19 @@ class Recovery:
             if self._listener is not None:
                 self._listener.on_replay_finished(cursor)
             return cursor
-        data = b"".join(delivery_format.encode_messages(chunk, self._deflate_from_bytes))
-        shared.counters.expected_deliveries += len(chunk)
-        shared.write([self._client], data, messages=len(chunk))
+        if entries := self._without_own(chunk):
+            data = b"".join(delivery_format.encode_messages(entries, self._deflate_from_bytes))
+            shared.counters.expected_deliveries += len(entries)
+            shared.write([self._client], data, messages=len(entries))
         return chunk[-1].position
+
+    def _without_own(self, chunk: Sequence[LogEntry]) -> Sequence[LogEntry]:
+        """Return the entries of a chunk without those that the client itself has published."""
+        own, last = self._own_positions, chunk[-1].position
+        passed = set[Position]()
+        while own and own[0] <= last:
+            passed.add(own.popleft())
+        return [entry for entry in chunk if entry.position not in passed] if passed else chunk
 
 
 def _first_chunk(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:
