@@ -85,7 +85,10 @@ class RelayV1Client:
                 self.notices.append(header)
             header, payload = await self.receive()
         position = header["position"]
-        assert parse_position(position) > parse_position(self.position), "positions must grow"
+        is_first = not self.position
+        assert is_first or parse_position(position) > parse_position(self.position), (
+            "positions must grow"
+        )
         self.position = position
         return payload
 
