@@ -99,7 +99,7 @@ def _tag(secret: str, user: str) -> str:
 def _digest(*parts: str) -> bytes:
     digest = blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
-        encoded = part.encode()
+        encoded = part.encode(errors="surrogatepass")  # a user's name in JSON may have surrogates
         digest.update(b"%d:%b" % (len(encoded), encoded))
     return digest.digest()
 
