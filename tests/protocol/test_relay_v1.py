@@ -381,7 +381,7 @@ async def test_commands_above_the_bound_while_a_channel_is_left_are_refused(
             header = await next_header(raw)
             if "id" in header:
                 assert header["id"] not in answered
-                answered[header["id"]] = header.get("reason", header["type"])
+                answered[header["id"]] = str(header.get("reason", header["type"]))
         assert answered.pop(9_999) == "pong"
         assert answered.pop(1) == "unsubscribed"
         assert answered[2] == "subscribed"
