@@ -27,6 +27,7 @@ from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
 from websocket_relay.wire.asgi import start_now
+from websocket_relay.wire.close_states import ConnectionState
 from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.flow_control import HighWaterMark
@@ -296,13 +297,15 @@ class RelayV1Connection(LocalPublisher):
     def _append(self, channel: str, messages: Sequence[Message], numbers: Sequence[int]) -> None:
         if not messages:
             return
-        if self._unanswered is None:
-            self._unanswered = deque()
-        self._unanswered += numbers
         broadcaster = self._broadcaster
         identity = Identity(self._source, numbers, broadcaster.publications.complete_after)
+        is_answered = self.connection.is_member
+        if is_answered:
+            if self._unanswered is None:
+                self._unanswered = deque()
+            self._unanswered += numbers
         broadcaster.append(channel, messages, self.connection.protocol, identity)
-        if not broadcaster.backplane.is_local:
+        if is_answered and not broadcaster.backplane.is_local:
             broadcaster.backplane.when_delivered(partial(self._on_settled, numbers[-1]))
         for mark in broadcaster.publish_limits_of(channel):
             if mark.is_exceeded:
@@ -332,8 +335,13 @@ class RelayV1Connection(LocalPublisher):
         return encode_published(number, decision)
 
     def _on_settled(self, number: int, _: Position | None) -> None:
-        """Record that all publishes up to a number are read back, or will not be."""
-        self._report_lost(number)
+        """Record that all publishes up to a number are read back, or will not be.
+
+        A connection that closes answers no more: in an outage, for example, its client sends the
+        publishes again.
+        """
+        if self.connection.state is ConnectionState.OPEN and self.connection.is_member:
+            self._report_lost(number)
 
     def _report_lost(self, number: int) -> None:
         """Answer publishes up to a number: the broker accepted them, and did not deliver them."""
