@@ -260,7 +260,7 @@ async def test_a_token_is_verified_with_keys_that_are_fetched_first(
 ) -> None:
     """Other commands are carried out in the meantime, and a second token is refused."""
     first, second = make_signer("ES256", "first"), make_signer("ES256", "second", 1)
-    claims = {"sub": "ann", "relay": ALL}
+    claims: dict[str, Any] = {"sub": "ann", "relay": ALL}
     with KeyServer(key_set(first)) as server:
         jwt = {"jwks_url": server.url, "algorithms": ["ES256"]}
         relay = relay_with(auth={"mode": "jwt", "jwt": jwt})
@@ -339,7 +339,7 @@ async def test_a_session_is_resumed_with_another_token_of_its_user_only(
             assert other.welcome["session"] != session
             await other.publish("of another session", id=1, channel=channel)
             assert (await other.next_notice("published"))["position"] != position
-    permissions = {"subscribe": [], "publish": [channel]}
+    permissions: dict[str, Any] = {"subscribe": [], "publish": [channel]}
     async with open_with(jwt_relay, token_of(sub="ann", **permissions), path) as resumed:
         assert resumed.welcome["resumed"] is True
         assert resumed.welcome["session"] == session
