@@ -105,7 +105,7 @@ class EventStreamResponse:
 @asynccontextmanager
 async def request_events(
     relay: RelayProcess,
-    channel: str,
+    channel: str | None,
     query: str = "",
     *,
     version: str = "1.1",
@@ -115,6 +115,7 @@ async def request_events(
     """Request the events of a channel, and read the head of the response.
 
     Args:
+        channel: None: the path names none, the query may.
         query: of the URL, with its question mark.
         version: of HTTP.
         context: for TLS.
@@ -128,8 +129,8 @@ async def request_events(
         **(headers or {}),
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    path = f"/channels/{channel}/events{query}"
-    writer.write(f"GET {path} HTTP/{version}\r\n{lines}\r\n".encode())
+    path = f"/channels/{channel}/events" if channel is not None else "/events"
+    writer.write(f"GET {path}{query} HTTP/{version}\r\n{lines}\r\n".encode())
     events = EventStreamResponse(reader, writer)
     try:
         await events.read_head()
@@ -140,7 +141,7 @@ async def request_events(
 
 @asynccontextmanager
 async def subscribe_events(
-    relay: RelayProcess, channel: str, query: str = "", **options: Any
+    relay: RelayProcess, channel: str | None, query: str = "", **options: Any
 ) -> AsyncIterator[EventStreamResponse]:
     """Subscribe to the events of a channel, and read the event `welcome`."""
     async with request_events(relay, channel, query, **options) as events:
