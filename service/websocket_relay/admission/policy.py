@@ -106,7 +106,7 @@ class AdmissionPolicy:
         tokens: verifies tokens; None: no token is required.
         connections: returns the number of clients.
         has_descriptor: returns whether a file descriptor is free for another client.
-        has_capacity: returns whether a channel exists or may be created.
+        has_capacity: returns whether the channel of these names exists or may be created.
         health: the phase of the relay and the state of its backplane.
     """
 
@@ -117,7 +117,7 @@ class AdmissionPolicy:
         *,
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
-        has_capacity: Callable[[str], bool],
+        has_capacity: Callable[[Sequence[str]], bool],
         health: Lifecycle,
     ) -> None:
         self._addresses: IpCounter | None = None
@@ -280,7 +280,7 @@ class AdmissionPolicy:
         self._check_capacity((channel,))
 
     def _check_capacity(self, channels: Sequence[str]) -> None:
-        if not all(map(self._has_capacity, channels)):
+        if not self._has_capacity(channels):
             raise RefusedError(Refusal.CHANNELS)
 
     def _check_limits(self, network: str) -> None:

@@ -85,9 +85,14 @@ class Broadcaster:
         """Return the values of the metrics of the channels."""
         return {"channels": len(self._channels)}
 
-    def has_channel_capacity(self, name: str) -> bool:
-        """Return whether a client may join a channel without exceeding `max_channels`."""
-        return name in self._channels or len(self._channels) < self._max_channels
+    def has_channel_capacity(self, names: Sequence[str]) -> bool:
+        """Return whether a client may join a channel, or a combined one, within `max_channels`.
+
+        Args:
+            names: of the channels; none: the client joins later.
+        """
+        is_new = bool(names) and _key_of(names) not in self._channels
+        return not is_new or len(self._channels) < self._max_channels
 
     def channel(self, name: str) -> Channel:
         """Return a channel; create it if there is none."""
@@ -101,7 +106,7 @@ class Broadcaster:
         """
         if len(names) == 1:
             return self.channel(names[0])
-        key = ",".join(names)
+        key = _key_of(names)
         channel = self._channels.get(key)
         if channel is None:
             channel = self._create_channel(key, names)
@@ -321,6 +326,11 @@ class Broadcaster:
         for publisher, publishes in acknowledged.items():
             publisher.acknowledge(publishes)
         return new, publishers
+
+
+def _key_of(names: Sequence[str]) -> str:
+    """Return the name of the channel that has the messages of these: no name has a comma."""
+    return ",".join(names)
 
 
 class LocalPublisher(Protocol):
