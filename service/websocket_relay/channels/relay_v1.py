@@ -156,7 +156,7 @@ class RelayV1Connection(LocalPublisher):
         self._marks: set[HighWaterMark] | None = None  # at which the client was paused
         self._renewal: asyncio.Task[None] | None = None
         self._source = b""
-        self._checked_channel = ""  # the client may publish to it
+        self._checked_channel = ""  # the client may publish to it; empty: none is checked
         self._last_number = 0  # of the latest publish over this connection
         self._resumed: SessionRecord | None = (
             None  # what the log held of the session when it was resumed
@@ -271,7 +271,8 @@ class RelayV1Connection(LocalPublisher):
         """Return whether a publish is to be appended; if not, it is answered."""
         _, number, fields, payload = command
         try:
-            if fields.get("channel") != self._checked_channel:
+            channel = fields.get("channel")
+            if not channel or channel != self._checked_channel:
                 channel = _channel_of(command)
                 self._access.check_publish(channel)
                 self._checked_channel = channel
