@@ -174,7 +174,7 @@ NOT_JSON: dict[str, bytes] = {
 def test_a_header_that_is_not_one_json_object_without_repeated_keys_is_a_violation(
     case: str,
 ) -> None:
-    assert violation(NOT_JSON[case]) == "header is not JSON"
+    assert violation(NOT_JSON[case]) in {"header is not JSON", "header is not a JSON object"}
 
 
 @pytest.mark.parametrize("value", [b"[]", b"1", b'"ping"', b"null", b"true", b'[{"type":"ping"}]'])
