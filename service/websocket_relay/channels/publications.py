@@ -10,10 +10,12 @@ Pure. Knows no connection and no channel.
 
 import re
 import secrets
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from hashlib import blake2b
+from operator import attrgetter
 from typing import NamedTuple
 
 from websocket_relay.backplane.interface import (
@@ -31,8 +33,9 @@ MAX_RECORDS = 100_000
 """Records of sessions and keys at most, some 300 bytes each. A session has one for each of its
 latest publishes whose positions do not follow each other."""
 
-MAX_RUNS = 64
-"""Records of one session. The latest publishes are those that a client may send again."""
+MAX_RUNS = 1_024
+"""Records of one session. The latest publishes are those that a client may send again: at a
+thousand a second, each in a packet of its own, those of a second."""
 
 DIGEST_BYTES = SOURCE_BYTES - 1
 
@@ -173,13 +176,18 @@ class SessionRecord:
 
     def find(self, number: int) -> Decision:
         """Return the position of a publish, whose number is not greater than the last."""
-        for first, size, (epoch, offset, index) in reversed(self._runs):
-            if first <= number:
-                skipped = number - first
-                if skipped < size:
-                    return Position(epoch, offset, index + skipped)
-                break
+        found = bisect_right(self._runs, number, key=_first_of)
+        if found:
+            first, size, (epoch, offset, index) = self._runs[found - 1]
+            if number < first + size:
+                return Position(epoch, offset, index + number - first)
         return Verdict.UNKNOWN
+
+    def trim(self) -> int:
+        """Forget all records but the latest; return how many that were."""
+        trimmed = len(self._runs) - 1
+        del self._runs[:-1]
+        return trimmed
 
 
 class KeyRecord(NamedTuple):
@@ -219,6 +227,8 @@ class Publications:
         self._max_records = max_records
         # By source, in the order of their latest positions; with the time when each was read.
         self._records: OrderedDict[bytes, tuple[SessionRecord | KeyRecord, float]] = OrderedDict()
+        # Those of sessions with more than one record, in the same order.
+        self._trimmable: OrderedDict[bytes, SessionRecord] = OrderedDict()
         self._size = 0
 
     def __len__(self) -> int:
@@ -285,6 +295,9 @@ class Publications:
             return record.find(number)
         else:
             self._size += record.record(number, position)
+            if record.size > 1:
+                self._trimmable[source] = record
+                self._trimmable.move_to_end(source)
             self._records[source] = record, self._clock()
             self._records.move_to_end(source)
         return Verdict.NEW
@@ -307,19 +320,29 @@ class Publications:
         previous = self._records.pop(source, None)
         if previous is not None:
             self._size -= previous[0].size
+            self._trimmable.pop(source, None)
         self._records[source] = record, self._clock()
         self._size += record.size
 
     def _forget(self) -> None:
-        """Forget the oldest records, above the bound on their number or their age."""
+        """Forget the oldest records, above the bound on their number or their age.
+
+        Positions of earlier publishes go before sessions: a client that has been idle for some time
+        sends none of them again.
+        """
+        while self._size > self._max_records and self._trimmable:
+            _, longest_idle = self._trimmable.popitem(last=False)
+            self._size -= longest_idle.trim()
         oldest_s = self._clock() - self._max_age_s
         while self._records:
-            record, read_at = next(iter(self._records.values()))
+            source, (record, read_at) = next(iter(self._records.items()))
             if self._size <= self._max_records and read_at >= oldest_s:
                 break
-            self._records.popitem(last=False)
+            del self._records[source]
+            self._trimmable.pop(source, None)
             self._size -= record.size
             self.complete_after = max(self.complete_after, record.position)
 
 
+_first_of = attrgetter("first")
 SESSION_MARK, KEY_MARK = bytes((SESSION,)), bytes((IDEMPOTENCY_KEY,))
