@@ -500,7 +500,7 @@ class Relay:
                 continue
             subscription.on_disconnected()
             if isinstance(error, RejectedError):
-                subscription.end(error)
+                subscription.refuse(error)
             else:
                 delay_s = self._delay_s(error.retry_after_s)
                 loop = asyncio.get_running_loop()

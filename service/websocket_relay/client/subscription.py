@@ -183,7 +183,7 @@ class Subscription:
         elif received.type == "live" and not self._follow:
             self.end()
         elif received.type == "unsubscribed" and "status" in received.fields:
-            self.end(RejectedError(str(received.fields.get("reason"))))
+            self.refuse(received.error)
 
     def end(self, error: Exception | None = None) -> None:
         """End the iteration after the unread messages.
@@ -200,6 +200,10 @@ class Subscription:
         self.on_disconnected()
         self._owner.remove(self)
         self._changed.set()
+
+    def refuse(self, error: Exception) -> None:
+        """End the subscription, because the relay refuses it."""
+        self.end(RejectedError(f"{self.channel}: {error}"))
 
     def _on_subscribed(self, received: Received) -> None:
         if received.id != self._command_id:
