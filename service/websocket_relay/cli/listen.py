@@ -137,6 +137,7 @@ class MessagePrinter:
 
     def __init__(self, options: Namespace, *, names_channel: bool) -> None:
         self._remaining = options.count
+        self._subscriptions: Sequence[Subscription] = ()
         self._quiet = options.quiet
         self._names_channel = names_channel
         if options.json:
@@ -148,12 +149,10 @@ class MessagePrinter:
 
     async def print_all(self, subscriptions: Sequence[Subscription]) -> None:
         """Print the messages of all subscriptions until they end, or --count is reached."""
-        pending = tasks = {asyncio.create_task(self._print(each)) for each in subscriptions}
+        self._subscriptions = subscriptions
+        tasks = [asyncio.create_task(self._print(each)) for each in subscriptions]
         try:
-            while pending and self._remaining:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+            await asyncio.gather(*tasks)
         finally:
             await cancel_until_done(*tasks)
 
@@ -163,10 +162,11 @@ class MessagePrinter:
                 print_notice(f"{message.channel}: messages are missing before the next one")
             self._write(message)
             self._remaining -= 1
-            if not self._remaining or not subscription.unread:
-                sys.stdout.flush()
             if not self._remaining:
-                return
+                for each in self._subscriptions:
+                    each.unsubscribe()
+            if not subscription.unread:
+                sys.stdout.flush()
 
     def _write_json(self, message: Message) -> None:
         fields: dict[str, object] = {"channel": message.channel} if self._names_channel else {}

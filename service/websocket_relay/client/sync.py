@@ -10,6 +10,7 @@ import os
 import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -23,6 +24,10 @@ Result = TypeVar("Result")
 
 END_TIMEOUT_S = 1.0
 """Limit of the end of the thread, after the client was closed."""
+
+
+class _ClosedError(RuntimeError):
+    """The client was closed."""
 
 
 class RelayOptions(TypedDict, total=False):
@@ -73,14 +78,17 @@ class SyncSubscription:
 
     def __next__(self) -> Message:
         """Return the next message; raises what `Subscription` does."""
-        message = self._call(self._next)
+        try:
+            message = self._call(self._next)
+        except _ClosedError:
+            message = None
         if message is None:
             raise StopIteration
         return message
 
     def unsubscribe(self) -> None:
         """End the subscription: no further message is returned."""
-        with suppress(RuntimeError):  # the client was closed
+        with suppress(_ClosedError):
             self._call(self._unsubscribe)
 
     async def _next(self) -> Message | None:
@@ -97,6 +105,8 @@ class _Call:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._process_id = os.getpid()
+        self._is_ended = False
+        self._order = threading.Lock()  # no call is passed to the loop after it was stopped
         self._thread = threading.Thread(
             target=self._run, name="websocket-relay-client", daemon=True
         )
@@ -110,20 +120,24 @@ class _Call:
         """Run a coroutine; when the wait for it is interrupted, cancel it."""
         if os.getpid() != self._process_id:
             raise RuntimeError("the client was connected before a fork: connect it in this process")
-        if not self._thread.is_alive():
-            raise RuntimeError(CLOSED)
-        future = asyncio.run_coroutine_threadsafe(function(), self._loop)
+        with self._order:
+            if self._is_ended:
+                raise _ClosedError(CLOSED)
+            future = asyncio.run_coroutine_threadsafe(function(), self._loop)
         try:
             return future.result()
+        except CancelledError:  # by the end of the loop
+            raise _ClosedError(CLOSED) from None
         except BaseException:
             future.cancel()
             raise
 
     def end(self) -> None:
-        """End the thread."""
-        if os.getpid() == self._process_id and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(END_TIMEOUT_S)
+        """Cancel the calls of other threads, and end the thread."""
+        with self._order:
+            self._is_ended = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(END_TIMEOUT_S)
 
 
 class SyncRelay:
@@ -205,9 +219,10 @@ class SyncRelay:
         if self._call is None:
             return
         try:
-            self._run(lambda: self._relay.close(timeout_s))
-        finally:
-            self._call.end()
+            self._call(lambda: self._relay.close(timeout_s))
+        except _ClosedError:
+            return
+        self._call.end()
 
     def _run(self, function: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         if self._call is None:

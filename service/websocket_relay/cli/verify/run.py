@@ -51,8 +51,9 @@ examples:
 
 PROGRESS_S = 0.5
 POLL_S = 0.05
-SETTLE_TIMEOUT_S = 30.0
-"""Limit of the wait for answers and for deliveries at the end, from the last one that arrived."""
+SETTLE_TIMEOUT_S, OUTAGE_TIMEOUT_S = 5.0, 60.0
+"""Limits of the wait at the end, from the last answer, delivery or connection: where all clients
+are connected, and where not."""
 
 MAX_IN_FLIGHT = 1_000
 """Unanswered messages of one publisher; it waits at the limit, for example in an outage."""
@@ -194,6 +195,7 @@ class VerifyRun:
         now = perf_counter()
         if isinstance(event, Connected):
             self._connected.add(number)
+            self._last_progress = now
             if (lost_at := self._lost_at.pop(number, None)) is not None:
                 self._outages_s.append(now - lost_at)
         elif number in self._connected:
@@ -274,7 +276,8 @@ class VerifyRun:
         """Wait for answers and deliveries, as long as some arrive."""
         self._last_progress = perf_counter()
         while self._in_flight or self._judge.verdict().lost:
-            if perf_counter() - self._last_progress > SETTLE_TIMEOUT_S:
+            limit_s = OUTAGE_TIMEOUT_S if self._lost_at else SETTLE_TIMEOUT_S
+            if perf_counter() - self._last_progress > limit_s:
                 return
             done, _ = await asyncio.wait(receiving, timeout=POLL_S)
             for task in done:
