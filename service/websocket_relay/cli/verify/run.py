@@ -174,6 +174,8 @@ class VerifyRun:
                 for channel in load.channels
             ]
             receiving = [asyncio.create_task(self._receive(*each)) for each in subscriptions]
+            show("")
+            print_notice(f"connected to {shown_url(options)}; Ctrl-C ends publishing")
             try:
                 self._start = self._end = perf_counter()
                 await self._publish_until_the_end(relays[load.clients :], options.seconds, show)
