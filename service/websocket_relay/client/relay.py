@@ -54,6 +54,8 @@ START_PATIENCE_S = 30.0
 """A program and its relay are often started together."""
 
 CLOSED = "the client was closed"
+ANSWERS = frozenset({"published", "subscribed", "token", "error"})
+UNCONFIRMED_STATUS = 504
 
 
 class Relay:
@@ -106,11 +108,12 @@ class Relay:
         self._backoff = backoff(FIRST_WAIT_S, LONGEST_WAIT_S)
         self._ids = itertools.count(1)
         self._session = ""
-        self._position = ""  # the highest that was received
+        self._position = ""  # the highest that was received, and its numbers
+        self._position_numbers: tuple[int, ...] = ()
         self._outbox = Outbox(max_pending_bytes)
         self._publish_order = asyncio.Lock()
         self._subscriptions: dict[str, Subscription] = {}
-        self._renewals: dict[int, asyncio.Future[None]] = {}
+        self._on_answer: dict[int, Callable[[Received], None]] = {}  # by the id of the command
         self._token_expiry: float | None = None
         self._connection: RelayConnection | None = None
         self._was_connected = False  # at least once
@@ -175,14 +178,15 @@ class Relay:
             raise RuntimeError(f"already subscribed to {channel!r}")
         subscription = self._subscriptions[channel] = Subscription(
             channel,
-            self,
+            self._send_command,
+            self._subscriptions.pop,
             since=since,
             history=history,
             echo=echo,
             follow=follow,
             max_unread_bytes=self._max_unread_bytes,
         )
-        self.send_subscribe(subscription)
+        subscription.start()
         return subscription
 
     async def publish(self, channel: str, data: Data) -> str:
@@ -239,16 +243,14 @@ class Relay:
         token = await self._new_token()
         authorization(token)  # raises if it is invalid
         self._raise_unusable()
-        if self._connection is None:
-            return  # the next connection has a new token
-        id_ = next(self._ids)
-        renewed = self._renewals[id_] = asyncio.get_running_loop().create_future()
-        self._connection.enqueue({"type": "token", "token": token, "id": id_})
-        self._token_expiry = expiry_of(token)
-        try:
-            await renewed
-        finally:
-            del self._renewals[id_]
+        answers: list[Received] = []
+        connection = self._connection
+        if self._send_command("token", answers.append, token=token):
+            self._token_expiry = expiry_of(token)
+            # The next connection has a new token.
+            await self._wait_until(lambda: answers or self._connection is not connection)
+        if answers and answers[0].type == "error":
+            raise answers[0].error
 
     async def wait_closed(self) -> None:
         """Wait until the client is closed.
@@ -276,24 +278,6 @@ class Relay:
                         await self._connection.close()
         finally:
             await self._stop()
-
-    # For subscriptions
-
-    def send_subscribe(self, subscription: Subscription) -> None:
-        """Send `subscribe`, now or with the next connection."""
-        if self._connection is not None:
-            self._connection.enqueue(subscription.command(next(self._ids)))
-
-    def send_unsubscribe(self, subscription: Subscription) -> None:
-        """Send `unsubscribe`, if there is a connection."""
-        if self._connection is not None:
-            self._connection.enqueue(
-                {"type": "unsubscribe", "channel": subscription.channel, "id": next(self._ids)}
-            )
-
-    def remove(self, subscription: Subscription) -> None:
-        """Forget a subscription that has ended."""
-        self._subscriptions.pop(subscription.channel, None)
 
     # Waiting for a change of state
 
@@ -390,8 +374,9 @@ class Relay:
 
     def _delay_s(self, retry_after_s: float | None) -> float:
         """Return the reconnect delay: the relay's, or else that of the backoff."""
-        backoff_s = next(self._backoff)
-        return backoff_s if retry_after_s is None else min(retry_after_s, LONGEST_WAIT_S)
+        if retry_after_s is not None:
+            return min(retry_after_s, LONGEST_WAIT_S)
+        return next(self._backoff)
 
     async def _wait_before_retry(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
@@ -420,8 +405,7 @@ class Relay:
         self._connection = connection
         self._was_connected = True
         for subscription in self._subscriptions.values():
-            if subscription.is_wanted:
-                self.send_subscribe(subscription)
+            subscription.start()
         for pending in self._outbox:
             self._send_publish(pending)
         self._notify_waiters()
@@ -434,9 +418,8 @@ class Relay:
             connection.close_nowait()
             for subscription in self._subscriptions.values():
                 subscription.on_disconnected()
-            for renewed in self._renewals.values():
-                if not renewed.done():
-                    renewed.set_result(None)  # the next connection has a new token
+            self._on_answer.clear()
+            self._notify_waiters()
             await cancel_until_done(renewing)
 
     async def _renew_tokens(self) -> None:
@@ -458,59 +441,43 @@ class Relay:
         header = {"type": "publish", "channel": pending.channel, "id": pending.id}
         self._connection.enqueue(header, pending.payload, is_text=pending.is_text)
 
+    def _send_command(
+        self, kind: str, on_answer: Callable[[Received], None] | None = None, **fields: object
+    ) -> int:
+        """Send a command on the present connection; return its id, 0 if there is none."""
+        if self._connection is None:
+            return 0
+        id_ = next(self._ids)
+        self._connection.enqueue({"type": kind, "id": id_, **fields})
+        if on_answer is not None:
+            self._on_answer[id_] = on_answer
+        return id_
+
     def _on_position(self, position: str) -> None:
         """Keep the highest position: those of a replay are lower."""
-        if _numbers(position) > _numbers(self._position):
-            self._position = position
+        numbers = tuple(map(int, position.split("-")))
+        if numbers > self._position_numbers:
+            self._position, self._position_numbers = position, numbers
 
     def _on_received(self, received: Received) -> None:
         if received.position:
             self._on_position(received.position)
-        if received.type == "published":
-            pending = self._outbox.pop(received.id)
-            if pending is not None and not pending.answer.done():
-                pending.answer.set_result(received.position)
+        if received.type in ANSWERS:
+            if pending := self._outbox.pop(received.id):
+                _settle(pending, received)
+            elif on_answer := self._on_answer.pop(received.id, None):
+                on_answer(received)
             self._notify_waiters()
-        elif received.type == "error":
-            self._on_error(received)
-        elif received.type == "token":
-            renewed = self._renewals.get(received.id)
-            if renewed is not None and not renewed.done():
-                renewed.set_result(None)
         elif subscription := self._subscriptions.get(received.fields.get("channel", "")):
             subscription.on_received(received)
 
-    def _on_error(self, received: Received) -> None:
-        error = received.error
-        if pending := self._outbox.pop(received.id):
-            is_unconfirmed = received.fields.get("status") == 504
-            pending.fail(UnconfirmedError(1, str(error)) if is_unconfirmed else error)
-            self._notify_waiters()
-        elif renewed := self._renewals.get(received.id):
-            if not renewed.done():
-                renewed.set_exception(error)
-        else:
-            self._on_refused_subscription(received, error)
 
-    def _on_refused_subscription(
-        self, received: Received, error: RejectedError | UnavailableError
-    ) -> None:
-        for subscription in list(self._subscriptions.values()):
-            if not subscription.is_refused_by(received):
-                continue
-            subscription.on_disconnected()
-            if isinstance(error, RejectedError):
-                subscription.refuse(error)
-            else:
-                delay_s = self._delay_s(error.retry_after_s)
-                loop = asyncio.get_running_loop()
-                loop.call_later(delay_s, self._retry_subscribe, subscription)
-
-    def _retry_subscribe(self, subscription: Subscription) -> None:
-        if subscription.is_wanted:
-            self.send_subscribe(subscription)
-
-
-def _numbers(position: str) -> tuple[int, ...]:
-    """Return the numbers of a position, which are compared one by one."""
-    return tuple(map(int, position.split("-"))) if position else ()
+def _settle(pending: PendingPublish, received: Received) -> None:
+    """Pass the answer to a publish to its caller."""
+    if received.type != "error":
+        if not pending.answer.done():
+            pending.answer.set_result(received.position)
+    elif received.fields.get("status") == UNCONFIRMED_STATUS:
+        pending.fail(UnconfirmedError(1, str(received.error)))
+    else:
+        pending.fail(received.error)

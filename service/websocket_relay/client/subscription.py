@@ -7,28 +7,27 @@ the network, because the answers to its commands arrive there, too. Knows no con
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from websocket_relay.client.connection import Received
-from websocket_relay.client.errors import RejectedError
+from websocket_relay.client.errors import RejectedError, UnavailableError
 from websocket_relay.client.events import Message
 from websocket_relay.client.outbox import MESSAGE_BYTES
 
+RETRY_S = 1.0
+"""Delay after a temporary refusal that names none."""
 
-class SubscriptionOwner(Protocol):
-    """Sends the commands of its subscriptions."""
 
-    def send_subscribe(self, subscription: "Subscription") -> None:
-        """Send `subscribe`, now or with the next connection."""
+class SendCommand(Protocol):
+    """Sends a command on the present connection."""
 
-    def send_unsubscribe(self, subscription: "Subscription") -> None:
-        """Send `unsubscribe`, if there is a connection."""
-
-    def remove(self, subscription: "Subscription") -> None:
-        """Forget a subscription that has ended."""
+    def __call__(
+        self, kind: str, on_answer: Callable[[Received], None] | None = None, **fields: object
+    ) -> int:
+        """Return the id of the command; 0: there is no connection, and nothing was sent."""
 
 
 class Subscription:
@@ -38,7 +37,8 @@ class Subscription:
 
     Args:
         channel: the name of the channel.
-        owner: sends the commands.
+        send: sends the commands.
+        on_end: called with the name of the channel when the subscription has ended.
         since: the position after which to start; empty: with new messages.
         history: number of past messages to start with, where `since` is empty.
         echo: whether the messages that this client publishes are delivered.
@@ -52,7 +52,8 @@ class Subscription:
     def __init__(
         self,
         channel: str,
-        owner: SubscriptionOwner,
+        send: SendCommand,
+        on_end: Callable[[str], object],
         *,
         since: str,
         history: int,
@@ -61,7 +62,8 @@ class Subscription:
         max_unread_bytes: int,
     ) -> None:
         self.channel = channel
-        self._owner = owner
+        self._send = send
+        self._on_end = on_end
         self._position = since
         self._history = history
         self._echo = echo
@@ -128,7 +130,7 @@ class Subscription:
         self._unread_bytes -= _size_of(message)
         if self._is_paused and self._unread_bytes <= self._max_unread_bytes // 2:
             self._is_paused = False
-            self._owner.send_subscribe(self)
+            self.start()
         return message
 
     def unsubscribe(self) -> None:
@@ -141,29 +143,20 @@ class Subscription:
         """The number of received messages that are not read yet."""
         return len(self._unread)
 
-    # For the owner
+    # For the client
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether the command has to be sent on the present connection."""
-        return not self._command_id and not self._is_paused and not self._is_ended
-
-    def command(self, id_: int) -> dict[str, Any]:
-        """Return the command `subscribe`; what arrives before its answer is ignored."""
-        self._command_id = id_
-        self._is_subscribed = False
-        start: dict[str, Any] = {}
+    def start(self) -> None:
+        """Subscribe on the present connection, if that is to be done."""
+        if self._command_id or self._is_paused or self._is_ended:
+            return
+        fields: dict[str, object] = {"channel": self.channel}
         if self._position:
-            start = {"since": self._position}
+            fields["since"] = self._position
         elif self._history:
-            start = {"history": self._history}
+            fields["history"] = self._history
         if not self._echo:
-            start["echo"] = False
-        return {"type": "subscribe", "channel": self.channel, "id": id_, **start}
-
-    def is_refused_by(self, received: Received) -> bool:
-        """Return whether an error is the answer to the command."""
-        return received.id == self._command_id
+            fields["echo"] = False
+        self._command_id = self._send("subscribe", self._on_answer, **fields)
 
     def on_disconnected(self) -> None:
         """Forget the command: the connection has ended."""
@@ -172,18 +165,17 @@ class Subscription:
 
     def on_received(self, received: Received) -> None:
         """Process a message of the relay about the channel."""
-        if received.type == "subscribed":
-            self._on_subscribed(received)
-        elif not self._is_subscribed:
-            pass  # it belongs to an earlier subscription
-        elif not received.type:
-            self._on_message(received)
-        elif received.type == "gap":
-            self._has_gap = True
-        elif received.type == "live" and not self._follow:
-            self.end()
-        elif received.type == "unsubscribed" and "status" in received.fields:
-            self.refuse(received.error)
+        if not self._is_subscribed:
+            return  # it belongs to an earlier subscription
+        match received.type:
+            case "":
+                self._on_message(received)
+            case "gap":
+                self._has_gap = True
+            case "live" if not self._follow:
+                self.end()
+            case "unsubscribed" if "status" in received.fields:
+                self._refuse(received)
 
     def end(self, error: Exception | None = None) -> None:
         """End the iteration after the unread messages.
@@ -195,23 +187,35 @@ class Subscription:
             return
         self._is_ended = True
         self._error = error
-        if self._command_id:
-            self._owner.send_unsubscribe(self)
-        self.on_disconnected()
-        self._owner.remove(self)
+        self._stop()
+        self._on_end(self.channel)
         self._changed.set()
 
-    def refuse(self, error: Exception) -> None:
-        """End the subscription, because the relay refuses it."""
-        self.end(RejectedError(f"{self.channel}: {error}"))
+    def _stop(self) -> None:
+        """Unsubscribe. What arrives from now on is ignored."""
+        if self._command_id:
+            self._send("unsubscribe", channel=self.channel)
+        self.on_disconnected()
 
-    def _on_subscribed(self, received: Received) -> None:
+    def _on_answer(self, received: Received) -> None:
         if received.id != self._command_id:
+            return  # of a subscription that was stopped
+        if received.type == "error":
+            self._refuse(received)
             return
         self._has_gap |= not received.fields.get("recovered", True)
         self._position = received.position
         self._is_subscribed = self._was_subscribed = True
         self._changed.set()
+
+    def _refuse(self, received: Received) -> None:
+        """End, or try again later, because the relay does not carry out the command."""
+        self.on_disconnected()
+        error = received.error
+        if isinstance(error, UnavailableError):
+            asyncio.get_running_loop().call_later(error.retry_after_s or RETRY_S, self.start)
+        else:
+            self.end(RejectedError(f"{self.channel}: {error}"))
 
     def _on_message(self, received: Received) -> None:
         self._position = received.position
@@ -221,8 +225,7 @@ class Subscription:
         self._unread_bytes += _size_of(message)
         if self._unread_bytes >= self._max_unread_bytes:
             self._is_paused = True
-            self._owner.send_unsubscribe(self)
-            self.on_disconnected()
+            self._stop()
         self._changed.set()
 
     async def _wait(self) -> None:
