@@ -537,6 +537,8 @@ async def test_a_call_outside_the_block_of_the_client_is_an_error(
         await client.publish(channel, "lost")
     with pytest.raises(RuntimeError, match="the client was closed"):
         client.subscribe(channel)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        await client.__aenter__()
 
 
 # Closing

@@ -74,6 +74,8 @@ def test_close_ends_the_loops_of_other_threads(relay: RelayProcess, channel: str
     client.close()
     with pytest.raises(RuntimeError, match="the client was closed"):
         client.publish(channel, "lost")
+    with pytest.raises(RuntimeError, match="make a new one"):
+        client.connect()
 
 
 def test_errors_are_raised_in_the_thread_of_the_call(relay_with: StartRelay, channel: str) -> None:

@@ -131,7 +131,10 @@ class Relay:
             InvalidUrlError: the token is invalid.
             RejectedError: the relay rejects the client.
             UnavailableError: no connection within `start_patience_s`.
+            RuntimeError: the client was connected before.
         """
+        if self._task is not None:
+            raise RuntimeError("the client was connected before: make a new one")
         self._task = asyncio.create_task(self._run())
         try:
             await self._wait_until(lambda: self._was_connected)

@@ -174,7 +174,10 @@ class SyncRelay:
 
         Raises:
             InvalidUrlError, RejectedError, UnavailableError: see `Relay`.
+            RuntimeError: the client was connected before.
         """
+        if self._call is not None:
+            raise RuntimeError("the client was connected before: make a new one")
         self._call = _Call()
         try:
             self._call(self._relay.__aenter__)
