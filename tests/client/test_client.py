@@ -830,17 +830,19 @@ async def test_renew_token_changes_permissions_at_once(
         assert await client.publish(channel, "with the token before")
 
 
+@pytest.mark.parametrize("renewal", ["fails", "returns the same token"])
 async def test_a_client_reconnects_with_a_new_token_when_one_expires(
-    relay_with: StartRelay, channel: str
+    relay_with: StartRelay, channel: str, renewal: str
 ) -> None:
     relay = relay_with(auth=JWT)
     calls = count(1)
+    first = sign_token(exp=int(time.time()) + 3)
 
     def new_token() -> str:
         call = next(calls)
-        if call == 2:
-            raise OSError("the issuer is unavailable: the token is not renewed")
-        return sign_token(exp=int(time.time()) + (2 if call == 1 else 600))
+        if call == 2 and renewal == "fails":
+            raise OSError("the issuer is unavailable")
+        return first if call <= 2 else sign_token(exp=int(time.time()) + 600)
 
     log = EventLog()
     async with Relay(relay.ws_url(), token=new_token, on_event=log.append) as client:
@@ -849,6 +851,7 @@ async def test_a_client_reconnects_with_a_new_token_when_one_expires(
         assert event.reason == "closed by the relay: token expired (3000)"
         assert await client.publish(channel, "admitted again")
     assert log.events[-1] == Connected(is_resumed=True)
+    assert next(calls) == 4
 
 
 @pytest.mark.fast

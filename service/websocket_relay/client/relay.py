@@ -249,11 +249,12 @@ class Relay:
         answers: list[Received] = []
         connection = self._connection
         if self._send_command("token", answers.append, token=token):
-            self._token_expiry = expiry_of(token)
             # The next connection has a new token.
             await self._wait_until(lambda: answers or self._connection is not connection)
-        if answers and answers[0].type == "error":
-            raise answers[0].error
+        for answer in answers:
+            if answer.type == "error":
+                raise answer.error
+            self._token_expiry = expiry_of(token)
 
     async def wait_closed(self) -> None:
         """Wait until the client is closed.
@@ -402,9 +403,10 @@ class Relay:
         """Receive and send until the connection ends."""
         welcome = connection.welcome
         self._session = welcome.session
-        self._on_position(welcome.position)
         if not welcome.is_resumed:
             self._outbox.abandon("the relay no longer knows the session")
+            self._position_numbers = ()  # the log may be another one
+        self._on_position(welcome.position)
         self._connection = connection
         self._was_connected = True
         for subscription in self._subscriptions.values():
@@ -427,15 +429,19 @@ class Relay:
 
     async def _renew_tokens(self) -> None:
         """Renew the token before it expires; if that fails, the next connection has a new one."""
-        while callable(self._token) and self._token_expiry is not None:
-            left_s = self._token_expiry - time.time()
+        while callable(self._token) and (expiry := self._token_expiry) is not None:
+            left_s = expiry - time.time()
             if left_s <= 0:
                 return
             await asyncio.sleep(max(left_s - RENEWAL_MARGIN_S, left_s / 2))
+            if self._token_expiry != expiry:
+                continue  # the program has renewed it
             try:
                 await self.renew_token()
             except Exception:  # noqa: BLE001 - of the user's function, too; the old token counts
                 return
+            if self._token_expiry == expiry:
+                return  # there is no newer token yet
 
     def _send_publish(self, pending: PendingPublish) -> None:
         if self._connection is None:
