@@ -229,6 +229,29 @@ async def test_unread_messages_are_bounded_and_delay_neither_publishes_nor_other
         assert await next_payloads(slow, 300) == texts
 
 
+async def test_a_bounded_subscription_receives_a_long_replay_and_a_reconnection_once(
+    relay: RelayProcess, channel: str
+) -> None:
+    texts = [f"{number:0100}" for number in range(300)]
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(relay.ws_url()) as publisher,
+        Relay(proxy.url(), max_unread_bytes=2_000, on_event=log.append) as client,
+    ):
+        for text in texts:
+            await publisher.publish(channel, text)
+        async with client.subscribe(channel, history=300) as subscription:
+            received = await next_payloads(subscription, 100)
+            proxy.cut()
+            await log.wait_for(Connected, number=2)
+            received += await next_payloads(subscription, 200)
+        async with asyncio.timeout(PATIENCE_S):
+            replay = client.subscribe(channel, history=300, follow=False)
+            assert [message.data async for message in replay] == texts
+    assert received == texts
+
+
 async def test_a_loop_may_publish_each_message_that_it_receives(
     relay: RelayProcess, channel: str
 ) -> None:
@@ -315,6 +338,21 @@ async def test_a_refused_subscription_raises_in_its_own_iterator(
             await anext(client.subscribe(f"{channel}-other", since="yesterday"))
         await client.publish(channel, "hello")
         assert await next_payloads(subscription, 1) == ["hello"]
+
+
+async def test_a_subscription_that_is_refused_temporarily_is_retried(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(channels={"max_channels": 1})
+    async with Relay(relay.ws_url()) as client, Relay(relay.ws_url()) as other:
+        first = await client.subscribe(channel).__aenter__()
+        waiting = asyncio.create_task(other.subscribe(f"{channel}-other").__aenter__())
+        await relay.await_metric_at_least("websocket_refusals_total", 1, reason="channels")
+        assert not waiting.done()
+        first.unsubscribe()
+        async with asyncio.timeout(PATIENCE_S), await waiting as second:
+            await other.publish(f"{channel}-other", "second")
+            assert await next_payloads(second, 1) == ["second"]
 
 
 async def test_a_channel_has_one_subscription_at_a_time(relay: RelayProcess, channel: str) -> None:
