@@ -74,12 +74,6 @@ def refused_and_not_delivered(judge: DeliveryJudge) -> None:
     publish(judge, 4, Outcome.REFUSED)
 
 
-def acknowledged_without_a_position(judge: DeliveryJudge) -> None:
-    judge.on_settled(message(4), Outcome.ACKNOWLEDGED)
-    for subscriber in (0, 1):
-        deliver(judge, subscriber, 4)
-
-
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "plant",
@@ -88,7 +82,6 @@ def acknowledged_without_a_position(judge: DeliveryJudge) -> None:
         unconfirmed_and_not_delivered,
         unconfirmed_and_delivered_late,
         refused_and_not_delivered,
-        acknowledged_without_a_position,
     ],
 )
 def test_a_run_without_a_fault_is_clean(plant: Plant) -> None:

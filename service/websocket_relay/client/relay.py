@@ -198,9 +198,6 @@ class Relay:
         Waits while more than `max_pending_bytes` are unanswered. A call that is cancelled before
         its message was sent publishes nothing.
 
-        Returns:
-            The position; empty if the message was published and its position is no longer known.
-
         Raises:
             TypeError, UnicodeEncodeError: the data is not a valid message.
             ValueError: the message is larger than `max_message_bytes`.

@@ -104,7 +104,7 @@ class DeliveryJudge:
         """Record the outcome of a publish, once for each message.
 
         Args:
-            position: of an acknowledged message; empty: unknown.
+            position: of an acknowledged message.
         """
         source = (message.channel, message.publisher)
         self._settled[source] = max(self._settled[source], message.number)
