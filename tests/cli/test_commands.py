@@ -224,6 +224,8 @@ async def test_the_commands_take_the_url_from_the_environment(
     assert sent == CommandResult(0, "", "")
     past = ("listen", "-q", "--history", "9", "--exit")
     assert (await run_client(*past, channel, env=env)).stdout == "http://a message\n"
+    verified = await run_client("verify", *SHORT_VERIFY, "--channel", channel, env=env)
+    assert verified.exit_code == 0, verified.stdout
     # An argument has precedence.
     env = {"RELAY_URL": UNAVAILABLE_URL}
     assert (await run_client(*past, relay.ws_url(), channel, env=env)).exit_code == 0
