@@ -2,9 +2,9 @@
 
     from websocket_relay import Relay
 
-    async with Relay("ws://localhost:8443/channels/news") as relay:
-        await relay.send("hello")
-        async for message in relay:
+    async with Relay("ws://localhost:8443") as relay:
+        await relay.publish("news", "hello")
+        async for message in relay.subscribe("news", history=20):
             print(message.data)
 
 The names of the client are imported on first use: the relay and its commands do not need them.
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         RejectedError,
         Relay,
         RelayError,
+        Subscription,
+        SyncRelay,
+        SyncSubscription,
         UnavailableError,
-        Unconfirmed,
         UnconfirmedError,
     )
 
@@ -36,8 +38,10 @@ __all__ = [
     "RejectedError",
     "Relay",
     "RelayError",
+    "Subscription",
+    "SyncRelay",
+    "SyncSubscription",
     "UnavailableError",
-    "Unconfirmed",
     "UnconfirmedError",
     "__version__",
 ]

@@ -5,7 +5,9 @@ import sys
 
 from websocket_relay.server import signals
 
-OTHER_COMMANDS = frozenset({"check", "healthcheck", "dev-cert", "listen", "send", "bench"})
+OTHER_COMMANDS = frozenset(
+    {"check", "healthcheck", "dev-cert", "listen", "send", "bench", "verify"}
+)
 """Commands that are not the relay: signals do there what they do by default."""
 
 

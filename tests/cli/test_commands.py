@@ -1,19 +1,18 @@
-"""`listen`, `send` and `bench`: what they print, and how they end."""
+"""`listen`, `send`, `bench` and `verify`: what they print, and how they end."""
 
 import asyncio
 import base64
 import fcntl
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
 import termios
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,18 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
+from tests.support.client_commands import (
+    NO_PROXY,
+    RunningCommand,
+    pseudo_terminal,
+    run_client,
+    running,
+)
 from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import (
     PACKAGE,
     POLL_S,
-    ROOT,
     CommandResult,
     RelayProcess,
     StartRelay,
@@ -47,70 +52,6 @@ from tests.support.tcp_proxy import TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
 SHORT_RUN = ("--clients", "4", "--publishers", "2", "--duration", "0.3", "--warmup", "0.1")
-NO_PROXY = {"no_proxy": "*"}
-
-
-class RunningCommand:
-    """A running command, with its standard streams."""
-
-    def __init__(self, process: "asyncio.subprocess.Process") -> None:
-        self.process = process
-
-    async def next_line(self) -> str:
-        """Return the next line of standard output."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE_S):
-            return (await self.process.stdout.readline()).decode()
-
-    async def next_notice(self) -> str:
-        """Return the next line of standard error."""
-        assert self.process.stderr is not None
-        async with asyncio.timeout(PATIENCE_S):
-            return (await self.process.stderr.readline()).decode()
-
-    async def notice_with(self, words: str) -> str:
-        """Skip lines of standard error until one contains these words; return it."""
-        while words not in (line := await self.next_notice()):
-            assert line, f"the command ended without {words!r}"
-        return line
-
-    async def write_stdin(self, text: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(text.encode())
-        await self.process.stdin.drain()
-
-    async def finish(self) -> CommandResult:
-        """Close standard input, and wait for the end of the process."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        async with asyncio.timeout(PATIENCE_S):
-            stdout, stderr = await self.process.communicate()
-        code = self.process.returncode
-        assert code is not None
-        return CommandResult(code, (stdout or b"").decode(), (stderr or b"").decode())
-
-    async def exit_code(self) -> int:
-        """Wait for the end of the process; standard input stays open."""
-        async with asyncio.timeout(PATIENCE_S):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def running(
-    *arguments: str, stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE
-) -> AsyncIterator[RunningCommand]:
-    """Run a command in an interpreter, with pipes as its standard streams."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "websocket_relay", *arguments,
-        stdin=stdin, stdout=stdout, stderr=stderr,
-        env=environment(NO_PROXY),
-    )  # fmt: skip
-    try:
-        yield RunningCommand(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
 
 
 async def run_with_stdin(content: bytes, *arguments: str) -> CommandResult:
@@ -122,30 +63,12 @@ async def run_with_stdin(content: bytes, *arguments: str) -> CommandResult:
     return CommandResult(code, stdout.decode(), stderr.decode())
 
 
-async def run_client(*arguments: str, env: dict[str, str] | None = None) -> CommandResult:
-    """Run a command that reads no standard input; a fork, which takes less than an interpreter."""
-    return await asyncio.to_thread(
-        run_command, *arguments, directory=ROOT, env=NO_PROXY | (env or {})
-    )
-
-
 @asynccontextmanager
 async def listening(url: str, *arguments: str, stdout: int = PIPE) -> AsyncIterator[RunningCommand]:
     """Run `listen` and wait until it is connected."""
     async with running("listen", *arguments, url, stdout=stdout) as command:
         await command.notice_with("connected to")
         yield command
-
-
-@contextmanager
-def pseudo_terminal() -> Iterator[tuple[int, int]]:
-    """Open a pseudo-terminal: the descriptor that reads its screen, and that of the program."""
-    screen, program_side = pty.openpty()
-    try:
-        yield screen, program_side
-    finally:
-        os.close(screen)
-        os.close(program_side)
 
 
 async def wait_for_unread_bytes(pipe: int, count: int) -> None:
@@ -251,10 +174,73 @@ async def test_listen_prints_the_close_of_a_draining_relay_and_connects_to_the_n
         assert await old.stop() == 0
         assert "closed by the relay: draining; retry_ms=" in await command.next_notice()
         proxy.target = new.port
-        assert "missing" in await command.notice_with("connected to")  # memory:// keeps no messages
+        await command.notice_with("connected to")
         async with new.client(channel) as publisher:
             await publisher.send("on the new one")
+        # memory:// keeps no messages
+        missing = f"websocket-relay: {channel}: messages are missing before the next one\n"
+        assert await command.next_notice() == missing
         assert await command.next_line() == "on the new one\n"
+
+
+async def test_listen_names_the_channel_of_each_line_if_there_are_several(
+    relay: RelayProcess, channel: str
+) -> None:
+    names = (f"{channel}-a", f"{channel}-b")
+    messages: list[tuple[str, str | bytes]] = [(names[0], "text"), (names[1], b"\x00")]
+    for name, data in messages:
+        async with relay.client(name) as publisher:
+            await publisher.send(data)
+            await receive(publisher)
+    past = ("listen", "-q", "--history", "9", "--exit")
+    done = await run_client(*past, relay.ws_url(), *names)
+    assert sorted(done.stdout) == sorted(f"{names[0]}: text\n{names[1]}: \0")
+    assert done.exit_code == 0
+    done = await run_client(*past, "--json", relay.ws_url(), *names)
+    lines = {fields.pop("channel"): fields for fields in map(json.loads, done.stdout.splitlines())}
+    assert (lines[names[0]]["text"], lines[names[1]]["base64"]) == ("text", "AA==")
+
+
+async def test_listen_exits_after_the_messages_of_the_past(
+    relay: RelayProcess, channel: str
+) -> None:
+    url = url_of(relay, channel)
+    assert await run_client("listen", "-q", "--history", "2", "--exit", url) == CommandResult(
+        0, "", ""
+    )
+    async with relay.client(channel) as publisher:
+        await send_all(publisher, "one", "two", "three")
+        for _ in range(3):
+            await receive(publisher)
+    done = await run_client("listen", "-q", "--history", "2", "--exit", url)
+    assert done == CommandResult(0, "two\nthree\n", "")
+
+
+async def test_the_commands_take_the_url_from_the_environment(
+    relay: RelayProcess, channel: str
+) -> None:
+    env = {"RELAY_URL": relay.ws_url()}
+    sent = await run_client("send", "-q", "--channel", channel, "http://a message", env=env)
+    assert sent == CommandResult(0, "", "")
+    past = ("listen", "-q", "--history", "9", "--exit")
+    assert (await run_client(*past, channel, env=env)).stdout == "http://a message\n"
+    verified = await run_client("verify", *SHORT_VERIFY, "--channel", channel, env=env)
+    assert verified.exit_code == 0, verified.stdout
+    # An argument has precedence.
+    env = {"RELAY_URL": UNAVAILABLE_URL}
+    assert (await run_client(*past, relay.ws_url(), channel, env=env)).exit_code == 0
+    done = await run_client("send", "-q", "one", "two", env=env)
+    assert done.error_lines[-1] == "websocket-relay send: error: unrecognized arguments: one"
+
+
+async def test_listen_names_the_channel_that_it_may_not_subscribe_to(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(auth=JWT)
+    env = {"RELAY_TOKEN": sign_token(relay={"subscribe": [channel], "publish": []})}
+    done = await run_client("listen", "-q", relay.ws_url(), channel, "secret", env=env)
+    reason = "secret: not authorized for this channel"
+    assert done == CommandResult(1, "", f"websocket-relay: {relay.ws_url()}: {reason}\n")
 
 
 async def test_listen_ends_with_0_when_the_reader_of_its_output_exits_and_no_message_arrives(
@@ -374,55 +360,67 @@ async def test_send_publishes_a_file_or_its_input_as_one_binary_message(
         assert [await receive(subscriber), await receive(subscriber)] == [content, content]
 
 
-async def test_send_publishes_a_long_input_across_a_restart_of_the_relay(
-    relay_with: StartRelay, channel: str
+async def test_send_publishes_a_long_input_exactly_once_across_a_restart_of_a_replica(
+    redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
 ) -> None:
-    old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
-    async with TcpProxy(old.port) as proxy, running("send", proxy.url(path_of(channel))) as command:
-        await command.write_stdin("one\n" * 1_000)
+    old, new = redis_replicas
+    numbers = [str(number) for number in range(2_000)]
+    async with (
+        TcpProxy(old.port) as proxy,
+        running("send", proxy.url(path_of(channel))) as command,
+        new.client(channel) as subscriber,
+    ):
+        await command.write_stdin("\n".join(numbers[:1_000]) + "\n")
         await old.await_metric_at_least("websocket_messages_total", 100)
         proxy.target = new.port
-        assert await old.stop() == 0
-        await command.write_stdin("two\n" * 1_000)
+        assert await old.stop(signal.SIGKILL) != 0
+        await command.write_stdin("\n".join(numbers[1_000:]))
         done = await command.finish()
-    assert done.exit_code == 0, done.stderr
-    assert await new.metric("websocket_messages_total") >= 1_000
+        assert done.exit_code == 0, done.stderr
+        assert [await receive(subscriber) for _ in numbers] == numbers
 
 
 async def test_send_reports_the_number_of_unconfirmed_messages(
-    relay: RelayProcess, channel: str
+    relay_with: StartRelay, channel: str
 ) -> None:
+    """Without a broker, the log of a relay ends with it."""
+    old, new = relay_with(), relay_with()
     async with (
-        TcpProxy(relay.port) as proxy,
+        TcpProxy(old.port) as proxy,
         running("send", proxy.url(path_of(channel))) as command,
     ):
         await command.notice_with("connected to")
         proxy.lose_client_bytes()
-        await command.write_stdin("one\n")
+        await command.write_stdin("one\ntwo\n")
         await proxy.await_lost_bytes()
+        proxy.target = new.port
         proxy.cut()
         await command.notice_with("connection lost; retrying in")
         done = await command.finish()
     assert done.exit_code == 1
     shown = proxy.url(path_of(channel))
-    why = "1 message unconfirmed: connection lost"
+    why = "2 messages unconfirmed: the relay no longer knows the session"
     assert done.error_lines[-1] == f"websocket-relay: {shown}: {why}"
 
 
-@pytest.mark.parametrize("input_lines", [None, b"two\nsmall\n"], ids=["argument", "lines"])
-async def test_send_reports_a_message_that_the_relay_refuses_as_not_relayed(
-    relay_with: StartRelay, channel: str, input_lines: bytes | None
+@pytest.mark.parametrize("size", [1_001, 100_000], ids=["by an answer", "by a close"])
+@pytest.mark.parametrize("is_line", [False, True], ids=["argument", "line"])
+async def test_send_reports_a_message_that_the_relay_refuses_as_not_published(
+    relay_with: StartRelay, channel: str, size: int, is_line: bool
 ) -> None:
     relay = relay_with(limits={"max_message_bytes": 1_000})
-    url = url_of(relay, channel)
-    if input_lines is None:
-        done = await run_client("send", "-q", url, "x" * 1_001)
-    else:
-        done = await run_with_stdin(b"x" * 1_001 + b"\n" + input_lines, "send", "-q", url)
-    reason = "closed by the relay: message too big (1009)"
-    messages = "1 message" if input_lines is None else "3 messages"
+    url, message = url_of(relay, channel), "x" * size
+    async with relay.client(channel) as subscriber:
+        if is_line:
+            done = await run_with_stdin(f"before\n{message}\n".encode(), "send", "-q", url)
+            assert await receive(subscriber) == "before"
+        else:
+            done = await run_client("send", "-q", url, message)
+    close = "" if size == 1_001 else "closed by the relay: "
     assert done.exit_code == 1
-    assert done.stderr == f"websocket-relay: {url}: {reason}; {messages} not relayed\n"
+    (line,) = done.error_lines
+    assert line.startswith(f"websocket-relay: {url}: {close}message too big")
+    assert line.endswith("; 1 message not published")
 
 
 async def test_send_ends_when_the_relay_is_unavailable_though_its_input_is_open(
@@ -683,7 +681,13 @@ def test_quantiles_have_an_error_of_at_most_one_percent() -> None:
 # Errors: one line, and the documented exit status
 
 UNAVAILABLE_URL = "ws://127.0.0.1:1/channels/news"
-CLIENT_COMMANDS: Sequence[tuple[str, ...]] = (("listen",), ("send", "-q"), ("bench", *SHORT_RUN))
+SHORT_VERIFY = ("--clients", "2", "--publishers", "1", "--rate", "50", "--seconds", "0.3")
+CLIENT_COMMANDS: Sequence[tuple[str, ...]] = (
+    ("listen",),
+    ("send", "-q"),
+    ("bench", *SHORT_RUN),
+    ("verify", *SHORT_VERIFY),
+)
 
 each_client_command = pytest.mark.parametrize(
     "command", CLIENT_COMMANDS, ids=lambda command: command[0]
@@ -751,12 +755,13 @@ async def test_another_ctrl_c_ends_a_command_that_hangs(relay: RelayProcess, cha
         (CLIENT_COMMANDS[0], "localhost:8443/secret", "scheme isn't ws or wss"),
         (CLIENT_COMMANDS[1], "http://localhost/secret", "scheme isn't ws or wss"),
         (CLIENT_COMMANDS[2], "ws://:1/", "hostname isn't provided"),
+        (CLIENT_COMMANDS[3], "ws://relay/?since=1-0-0", "since is an option of `subscribe`"),
     ],
-    ids=["listen", "send", "bench"],
+    ids=["listen", "send", "bench", "verify"],
 )
 async def test_an_invalid_url_is_one_line_and_2(command: Sequence[str], url: str, why: str) -> None:
     done = await run_client(*with_url(command, url))
-    line = "not a channel URL such as ws://localhost:8443/channels/news: "
+    line = "not a relay URL such as ws://localhost:8443: "
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"websocket-relay: {line}")
     assert done.stderr.endswith(f"{why}\n")
@@ -833,6 +838,8 @@ async def test_a_certificate_is_trusted_if_ca_names_it(
         ["bench", "--bytes", "19", UNAVAILABLE_URL],
         ["bench", "--duration", "0", UNAVAILABLE_URL],
         ["bench", "--rate", "1", "--window", "1", UNAVAILABLE_URL],
+        ["verify"],
+        ["verify", "--clients", "0", UNAVAILABLE_URL],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
@@ -843,7 +850,7 @@ def test_wrong_usage_ends_with_2_and_one_error_line(tmp_path: Path, arguments: l
     assert done.error_lines[-1].startswith(f"websocket-relay {arguments[0]}: error: ")
 
 
-@pytest.mark.parametrize("command", ["listen", "send", "bench"])
+@pytest.mark.parametrize("command", ["listen", "send", "bench", "verify"])
 def test_the_help_has_examples_and_exit_statuses(tmp_path: Path, command: str) -> None:
     done = run_command(command, "--help", directory=tmp_path)
     assert (done.exit_code, done.stderr) == (0, "")
@@ -871,6 +878,7 @@ for arguments in (
     ["send", "-q", url, "hello"],
     ["listen", "-q", "--history", "1", "--count", "1", url],
     ["bench", "--duration", "0.1", "--warmup", "0", "--clients", "1", url],
+    ["verify", "--seconds", "0.1", "--clients", "1", url],
     ["serve"],
     [],
     ["check"],
@@ -887,7 +895,7 @@ def test_client_commands_run_without_the_modules_that_windows_lacks(
     done = run_python("-c", AS_ON_WINDOWS, url, directory=tmp_path, env=NO_PROXY)
     assert done.stdout.startswith("hello\n"), done.stderr
     statuses = [line.rpartition(" ")[2] for line in done.error_lines if line.startswith("[")]
-    assert statuses == ["0", "0", "0", "1", "1", "1"], done.stderr
+    assert statuses == ["0", "0", "0", "0", "1", "1", "1"], done.stderr
     line = "websocket-relay: the relay runs on Linux and macOS, its client also on Windows"
     assert done.error_lines.count(line) == 3
 
@@ -917,9 +925,7 @@ def client_only(tmp_path: Path) -> Callable[..., CommandResult]:
     return run
 
 
-@pytest.mark.parametrize(
-    "command", [CLIENT_COMMANDS[0], CLIENT_COMMANDS[2]], ids=["listen", "bench"]
-)
+@pytest.mark.parametrize("command", [*CLIENT_COMMANDS[:1], *CLIENT_COMMANDS[2:]], ids=str)
 def test_a_client_command_needs_no_dependency_of_the_relay(
     client_only: Callable[..., CommandResult], command: Sequence[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The Python client: receives every message once, sends none twice, and reconnects by itself."""
+"""The Python client: receives every message once, publishes exactly once, reconnects by itself."""
 
 import asyncio
 import json
@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,29 +16,30 @@ from websocket_relay.client import (
     InvalidUrlError,
     Message,
     RejectedError,
+    Relay,
+    Subscription,
     UnavailableError,
-    Unconfirmed,
     UnconfirmedError,
 )
-from websocket_relay.client import Relay as Client
-from websocket_relay.client.outbox import Outbox, size_of
+from websocket_relay.client import connection as client_connection
+from websocket_relay.client.outbox import MESSAGE_BYTES
 from websocket_relay.client.proxy import proxy_for
 from websocket_relay.client.relay import FIRST_WAIT_S, LONGEST_WAIT_S
+from websocket_relay.client.tokens import expiry_of
+from websocket_relay.client.url import RelayUrl
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
 from tests.support.addresses import INVALID_URLS
-from tests.support.brokers import RedisBroker
 from tests.support.certificates import make_pair
 from tests.support.issuer import SECRET, sign_token
-from tests.support.programs import ANY_REDIS, needed
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import RelayProcess, StartRelay, path_of, receive
+from tests.support.relay_process import RelayProcess, StartRelay, receive
 from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 JWT = {"mode": "jwt", "jwt": {"secret": SECRET}}
 RELAY_V1 = Subprotocol("relay.v1")
-Event = Connected | Disconnected | Unconfirmed
+Event = Connected | Disconnected
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +47,17 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
-async def next_messages(client: Client, number: int) -> list[Message]:
+async def next_messages(subscription: Subscription, number: int) -> list[Message]:
     async with asyncio.timeout(PATIENCE_S):
-        return [await anext(client) for _ in range(number)]
+        return [await anext(subscription) for _ in range(number)]
 
 
-async def next_payloads(client: Client, number: int) -> list[str | bytes]:
-    return [message.data for message in await next_messages(client, number)]
+async def next_payloads(subscription: Subscription, number: int) -> list[str | bytes]:
+    return [message.data for message in await next_messages(subscription, number)]
 
 
 class EventLog:
-    """The events that a client reports of its connection: `Client(url, on_event=log.append)`."""
+    """The events that a client reports of its connection: `Relay(url, on_event=log.append)`."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -79,330 +79,532 @@ class EventLog:
 # Receiving
 
 
-async def test_a_client_receives_text_and_binary_messages_with_their_positions(
+async def test_a_subscriber_receives_text_and_binary_messages_with_their_positions(
     relay: RelayProcess, channel: str
 ) -> None:
     published: list[str | bytes] = ["text\nof two lines", b"\x00\n\xff", "", b"", b"x" * 1_048_576]
-    async with Client(relay.ws_url(path_of(channel))) as client:
-        async with relay.client(channel) as publisher:
-            for data in published:
-                await publisher.send(data)
-        received = await next_messages(client, 5)
+    async with (
+        Relay(relay.ws_url()) as client,
+        client.subscribe(channel) as subscription,
+        relay.client(channel) as publisher,
+    ):
+        for data in published:
+            await publisher.send(data)
+        received = await next_messages(subscription, 5)
     assert [message.data for message in received] == published
+    assert {message.channel for message in received} == {channel}
     assert len({message.position for message in received}) == 5
     assert not any(message.after_gap for message in received)
 
 
-async def test_a_client_starts_after_a_position_or_with_the_last_messages(
+async def test_one_connection_receives_many_channels(relay: RelayProcess, channel: str) -> None:
+    names = [f"{channel}-{number}" for number in range(5)]
+    before = await relay.metric("websocket_connections_total")
+    async with Relay(relay.ws_url()) as client:
+        subscriptions = [client.subscribe(name) for name in names]
+        await asyncio.gather(*(client.publish(name, name) for name in names))
+        for name, subscription in zip(names, subscriptions, strict=True):
+            assert await next_payloads(subscription, 1) == [name]
+        assert await relay.metric("websocket_connections_total") == before + 1
+
+
+async def test_a_subscription_starts_after_a_position_or_with_the_last_messages(
     relay: RelayProcess, channel: str
 ) -> None:
-    url = relay.ws_url(path_of(channel))
-    async with Client(url) as client:
+    async with Relay(relay.ws_url()) as client:
+        positions = [await client.publish(channel, str(number)) for number in range(5)]
+        async with client.subscribe(channel, since=positions[2]) as subscription:
+            assert await next_payloads(subscription, 2) == ["3", "4"]
+        async with client.subscribe(channel, history=3) as subscription:
+            received = await next_messages(subscription, 3)
+        assert [message.data for message in received] == ["2", "3", "4"]
+        assert [message.position for message in received] == positions[2:]
+
+
+async def test_a_subscription_that_does_not_follow_ends_after_the_replay(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with Relay(relay.ws_url()) as client:
         for number in range(5):
-            await client.send(str(number))
-        received = await next_messages(client, 5)
-    async with Client(url, since=received[2].position) as client:
-        assert await next_payloads(client, 2) == ["3", "4"]
-    async with Client(url, history=3) as client:
-        assert await next_payloads(client, 3) == ["2", "3", "4"]
-    async with Client(f"{url}?history=1") as client:
-        assert await next_payloads(client, 1) == ["4"]
+            await client.publish(channel, str(number))
+        async with asyncio.timeout(PATIENCE_S):
+            replay = client.subscribe(channel, history=3, follow=False)
+            assert [message.data async for message in replay] == ["2", "3", "4"]
 
 
-async def test_a_client_that_loses_its_connection_receives_every_message_once(
+async def test_a_client_need_not_receive_its_own_messages(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
-        log = EventLog()
-        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
-            for number in range(40):
-                await publisher.send(str(number))
-                await receive(publisher)
-                if number % 20 == 10:
-                    await log.wait_for(Connected, number=1 + number // 20)
-                    proxy.cut()
-                    await log.wait_for(Disconnected, number=1 + number // 20)
-            assert await next_payloads(client, 40) == [str(number) for number in range(40)]
-    assert {each.is_recovered for each in log.events if isinstance(each, Connected)} == {True}
+    async with (
+        Relay(relay.ws_url()) as client,
+        relay.client(channel) as other,
+        client.subscribe(channel, echo=False) as subscription,
+    ):
+        await other.send("first")  # a replay, which ends before the next message, has all messages
+        assert await next_payloads(subscription, 1) == ["first"]
+        await client.publish(channel, "own")
+        await other.send("of another client")
+        assert await next_payloads(subscription, 1) == ["of another client"]
+
+
+async def test_each_subscription_resumes_after_its_last_message(
+    relay: RelayProcess, channel: str
+) -> None:
+    names = [f"{channel}-one", f"{channel}-two"]
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(proxy.url(), on_event=log.append) as client,
+        Relay(relay.ws_url()) as publisher,
+        client.subscribe(names[0]) as one,
+        client.subscribe(names[1]) as two,
+    ):
+        for number in range(40):
+            await publisher.publish(names[number % 2], str(number))
+            if number % 20 == 10:
+                await log.wait_for(Connected, number=1 + number // 20)
+                proxy.cut()
+                await log.wait_for(Disconnected, number=1 + number // 20)
+        assert await next_payloads(one, 20) == [str(number) for number in range(0, 40, 2)]
+        received = await next_messages(two, 20)
+    assert [message.data for message in received] == [str(number) for number in range(1, 40, 2)]
+    assert not any(message.after_gap for message in received)
 
 
 async def test_the_next_message_has_after_gap_when_the_relay_no_longer_has_the_missing_ones(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(history={"max_messages": 2})
-    async with TcpProxy(relay.port) as proxy, relay.client(channel) as publisher:
-        log = EventLog()
-        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
-            await publisher.send("before")
-            assert [each.after_gap for each in await next_messages(client, 1)] == [False]
-            proxy.cut()
-            await log.wait_for(Disconnected)
-            for number in range(5):
-                await publisher.send(str(number))
-                await receive(publisher)
-            await log.wait_for(Connected, number=2)
-            received = await next_messages(client, 2)
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(proxy.url(), on_event=log.append) as client,
+        Relay(relay.ws_url()) as publisher,
+        client.subscribe(channel) as subscription,
+    ):
+        await publisher.publish(channel, "before")
+        assert [each.after_gap for each in await next_messages(subscription, 1)] == [False]
+        proxy.cut()
+        await log.wait_for(Disconnected)
+        for number in range(5):
+            await publisher.publish(channel, str(number))
+        received = await next_messages(subscription, 2)
     assert [(each.data, each.after_gap) for each in received] == [("3", True), ("4", False)]
 
 
 async def test_a_client_of_a_draining_relay_reconnects_to_another(
-    relay_with: StartRelay, channel: str
+    redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
 ) -> None:
-    old = relay_with(shutdown={"spread_s": 0})
-    async with TcpProxy(old.port) as proxy:
-        log = EventLog()
-        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
-            await client.send("to the old relay")
-            assert await next_payloads(client, 1) == ["to the old relay"]
-            new = relay_with()
-            assert await old.stop() == 0
-            proxy.target = new.port
-            await log.wait_for(Connected, number=2)
-            await client.send("to the new relay")
-            assert await next_payloads(client, 1) == ["to the new relay"]
-    disconnected = log.events[1]
+    old, new = redis_replicas
+    log = EventLog()
+    urls = [old.ws_url(), new.ws_url()]
+    async with (
+        Relay(urls, on_event=log.append) as client,
+        client.subscribe(channel) as subscription,
+    ):
+        await client.publish(channel, "to the old relay")
+        assert await old.stop() == 0
+        await client.publish(channel, "to the new relay")
+        assert await next_payloads(subscription, 2) == ["to the old relay", "to the new relay"]
+    disconnected, connected = log.events[1], log.events[-1]
     assert isinstance(disconnected, Disconnected)
     assert disconnected.reason.startswith("closed by the relay: draining; retry_ms=")
+    assert connected == Connected(is_resumed=True)
 
 
-async def test_a_client_buffers_no_more_than_max_waiting_bytes(
+async def test_unread_messages_are_bounded_and_delay_neither_publishes_nor_other_channels(
     relay: RelayProcess, channel: str
 ) -> None:
-    url = relay.ws_url(path_of(channel))
-    async with Client(url, max_waiting_bytes=2_000) as client, relay.client(channel) as publisher:
-        for number in range(200):
-            await publisher.send(f"{number:0100}")
-            await receive(publisher)
-        assert client.waiting <= 2_000 // size_of("0" * 100) + 1
-        assert await next_payloads(client, 200) == [f"{number:0100}" for number in range(200)]
-
-
-# Sending
-
-
-async def test_flush_returns_when_every_message_is_relayed(
-    relay: RelayProcess, channel: str
-) -> None:
+    texts = [f"{number:0100}" for number in range(300)]
     async with (
-        relay.client(channel) as subscriber,
-        Client(relay.ws_url(path_of(channel)), listens=False) as client,
+        Relay(relay.ws_url(), max_unread_bytes=2_000) as client,
+        client.subscribe(channel) as slow,
+        client.subscribe(f"{channel}-other") as other,
     ):
-        for number in range(500):
-            await client.send(str(number))
-        await client.flush()
-        assert client.unconfirmed == 0
-        received = [await receive(subscriber) for _ in range(500)]
-    assert received == [str(number) for number in range(500)]
+        for text in texts:
+            await client.publish(channel, text)
+        await client.publish(f"{channel}-other", "passes")
+        assert await next_payloads(other, 1) == ["passes"]
+        assert slow.unread <= 2_000 // (100 + MESSAGE_BYTES) + 1
+        assert await next_payloads(slow, 300) == texts
 
 
-async def test_leaving_the_block_sends_every_message(relay: RelayProcess, channel: str) -> None:
-    async with relay.client(channel) as subscriber:
-        async with Client(relay.ws_url(path_of(channel)), listens=False) as client:
-            await client.send("last message")
-        assert client.unconfirmed == 0
-        assert await receive(subscriber) == "last message"
-
-
-async def test_messages_are_queued_within_a_limit_while_the_relay_is_unavailable(
+async def test_a_bounded_subscription_receives_a_long_replay_and_a_reconnection_once(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
-        log = EventLog()
-        limit = size_of("0") * 3
-        client = Client(proxy.url(path_of(channel)), max_pending_bytes=limit, on_event=log.append)
-        async with client:
-            proxy.target = None
+    texts = [f"{number:0100}" for number in range(300)]
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(relay.ws_url()) as publisher,
+        Relay(proxy.url(), max_unread_bytes=2_000, on_event=log.append) as client,
+    ):
+        for text in texts:
+            await publisher.publish(channel, text)
+        async with client.subscribe(channel, history=300) as subscription:
+            received = await next_payloads(subscription, 100)
             proxy.cut()
-            await log.wait_for(Disconnected)
+            await log.wait_for(Connected, number=2)
+            received += await next_payloads(subscription, 200)
+        async with asyncio.timeout(PATIENCE_S):
+            replay = client.subscribe(channel, history=300, follow=False)
+            assert [message.data async for message in replay] == texts
+    assert received == texts
+
+
+async def test_a_loop_may_publish_each_message_that_it_receives(
+    relay: RelayProcess, channel: str
+) -> None:
+    """The answers arrive on the connection that has the unread messages."""
+    results = f"{channel}-results"
+    async with (
+        Relay(relay.ws_url(), max_unread_bytes=2_000) as client,
+        Relay(relay.ws_url()) as other,
+        other.subscribe(results) as published,
+        client.subscribe(channel) as subscription,
+    ):
+        await asyncio.gather(*(other.publish(channel, str(number)) for number in range(200)))
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(200):
+                message = await anext(subscription)
+                await client.publish(results, message.data)
+        assert await next_payloads(published, 200) == [str(number) for number in range(200)]
+
+
+# Ends of a subscription
+
+
+async def test_a_loop_that_is_left_unsubscribes(relay: RelayProcess, channel: str) -> None:
+    async with Relay(relay.ws_url()) as client:
+        for number in range(3):
+            await client.publish(channel, str(number))
+        async with asyncio.timeout(PATIENCE_S):
+            async for message in client.subscribe(channel, history=3):
+                if message.data == "1":
+                    break
+        await relay.await_metric("websocket_channels", 0)
+        again = client.subscribe(channel, history=1)
+        assert await next_payloads(again, 1) == ["2"]
+
+
+async def test_a_block_keeps_its_subscription_over_several_loops(
+    relay: RelayProcess, channel: str
+) -> None:
+    received = []
+    async with Relay(relay.ws_url()) as client:
+        async with client.subscribe(channel) as subscription:
             for number in range(3):
-                await client.send(str(number))
-            one_more = asyncio.create_task(client.send("3"))
-            await log.wait_for(Disconnected, number=2)
-            assert not one_more.done()
-            proxy.target = relay.port
-            await one_more
-            await client.flush()
-        assert [await receive(subscriber) for _ in range(4)] == ["0", "1", "2", "3"]
+                await client.publish(channel, str(number))
+            async with asyncio.timeout(PATIENCE_S):
+                for _ in range(3):
+                    async for message in subscription:
+                        received.append(message.data)
+                        break
+        assert [message async for message in subscription] == []
+        await relay.await_metric("websocket_channels", 0)
+    assert received == ["0", "1", "2"]
 
 
-async def test_a_message_whose_echo_is_replayed_after_a_reconnection_is_not_sent_again(
+async def test_unsubscribe_and_close_end_the_loops_of_other_tasks(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
-        log = EventLog()
-        async with Client(proxy.url(path_of(channel)), on_event=log.append) as client:
-            proxy.lose_server_bytes()
-            await client.send("relayed, not confirmed")
-            assert await receive(subscriber) == "relayed, not confirmed"
-            proxy.cut()
-            await log.wait_for(Disconnected)
-            await client.send("afterwards")
-            await client.flush()
-            assert await next_payloads(client, 2) == ["relayed, not confirmed", "afterwards"]
-        assert await receive(subscriber) == "afterwards"
+    async def receive_all(subscription: Subscription) -> list[Message]:
+        return [message async for message in subscription]
+
+    async with asyncio.timeout(PATIENCE_S), Relay(relay.ws_url()) as client:
+        first, second = client.subscribe(channel), client.subscribe(f"{channel}-other")
+        loops = [asyncio.create_task(receive_all(each)) for each in (first, second)]
+        await client.publish(channel, "read")
+        first.unsubscribe()
+        await loops[0]
+        await client.close()
+        assert await loops[1] == []
 
 
-@pytest.mark.parametrize("repeats", [False, True])
-async def test_a_message_that_was_lost_with_its_connection_is_abandoned_or_with_repeats_sent_again(
-    relay: RelayProcess, channel: str, repeats: bool
+async def test_a_refused_subscription_raises_in_its_own_iterator(
+    relay_with: StartRelay, channel: str
 ) -> None:
-    async with TcpProxy(relay.port) as proxy, relay.client(channel) as subscriber:
-        log = EventLog()
-        async with Client(
-            proxy.url(path_of(channel)), repeats=repeats, on_event=log.append
-        ) as client:
+    relay = relay_with(auth=JWT)
+    token = sign_token(relay={"subscribe": [channel], "publish": ["*"]})
+    async with Relay(relay.ws_url(), token=token) as client:
+        subscription = client.subscribe(channel)
+        with pytest.raises(RejectedError, match="secret: not authorized for this channel"):
+            async for _ in client.subscribe("secret"):
+                pass
+        with pytest.raises(RejectedError, match="no such channel"):
+            async with client.subscribe("not a name"):
+                pass
+        with pytest.raises(RejectedError, match="since must be a position"):
+            await anext(client.subscribe(f"{channel}-other", since="yesterday"))
+        await client.publish(channel, "hello")
+        assert await next_payloads(subscription, 1) == ["hello"]
+
+
+async def test_a_subscription_that_is_refused_temporarily_is_retried(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(channels={"max_channels": 1})
+    async with Relay(relay.ws_url()) as client, Relay(relay.ws_url()) as other:
+        first = await client.subscribe(channel).__aenter__()
+        waiting = asyncio.create_task(other.subscribe(f"{channel}-other").__aenter__())
+        await relay.await_metric_at_least("websocket_refusals_total", 1, reason="channels")
+        assert not waiting.done()
+        first.unsubscribe()
+        async with asyncio.timeout(PATIENCE_S), await waiting as second:
+            await other.publish(f"{channel}-other", "second")
+            assert await next_payloads(second, 1) == ["second"]
+
+
+async def test_a_channel_has_one_subscription_at_a_time(relay: RelayProcess, channel: str) -> None:
+    async with Relay(relay.ws_url()) as client:
+        first = client.subscribe(channel)
+        with pytest.raises(RuntimeError, match="already subscribed to"):
+            client.subscribe(channel)
+        first.unsubscribe()
+        client.subscribe(channel)
+
+
+# Publishing
+
+
+async def test_publish_returns_the_position_at_which_subscribers_receive_the_message(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with Relay(relay.ws_url()) as client, client.subscribe(channel) as subscription:
+        positions = [await client.publish(channel, data) for data in ("text", b"\x00\xff")]
+        received = await next_messages(subscription, 2)
+    assert [message.position for message in received] == positions
+    assert [message.data for message in received] == ["text", b"\x00\xff"]
+
+
+async def test_several_tasks_publish_each_in_its_own_order(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with Relay(relay.ws_url()) as client, client.subscribe(channel) as subscription:
+
+        async def publish_all(name: str) -> None:
+            for number in range(50):
+                await client.publish(channel, f"{name} {number}")
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("a", "b", "c"):
+                group.create_task(publish_all(name))
+        received = [str(data) for data in await next_payloads(subscription, 150)]
+    for name in ("a", "b", "c"):
+        of_task = [text for text in received if text.startswith(name)]
+        assert of_task == [f"{name} {number}" for number in range(50)]
+
+
+async def test_unanswered_messages_are_bounded_and_published_in_order_after_an_outage(
+    relay: RelayProcess, channel: str
+) -> None:
+    log = EventLog()
+    limit = 3 * (MESSAGE_BYTES + 1)
+    async with (
+        TcpProxy(relay.port) as proxy,
+        relay.client(channel) as subscriber,
+        Relay(proxy.url(), max_pending_bytes=limit, on_event=log.append) as client,
+    ):
+        proxy.target = None
+        proxy.cut()
+        await log.wait_for(Disconnected)
+        publishing = [asyncio.create_task(client.publish(channel, text)) for text in "0123"]
+        await log.wait_for(Disconnected, number=2)
+        assert not any(task.done() for task in publishing)
+        publishing[3].cancel()  # it waits for capacity
+        proxy.target = relay.port
+        await asyncio.gather(*publishing[:3])
+        await client.publish(channel, "4")
+        assert [await receive(subscriber) for _ in range(4)] == ["0", "1", "2", "4"]
+
+
+async def test_a_call_that_is_cancelled_before_its_message_is_sent_publishes_nothing(
+    relay: RelayProcess, channel: str
+) -> None:
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        relay.client(channel) as subscriber,
+        Relay(proxy.url(), on_event=log.append) as client,
+    ):
+        proxy.target = None
+        proxy.cut()
+        await log.wait_for(Disconnected)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await client.publish(channel, "cancelled")
+        proxy.target = relay.port
+        await client.publish(channel, "published")
+        assert await receive(subscriber) == "published"
+
+
+@pytest.mark.parametrize("loses", ["client", "server"])
+async def test_a_message_in_flight_on_a_broken_connection_is_published_once(
+    relay: RelayProcess, channel: str, loses: str
+) -> None:
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        relay.client(channel) as subscriber,
+        Relay(proxy.url(), on_event=log.append) as client,
+    ):
+        if loses == "client":
             proxy.lose_client_bytes()
-            await client.send("lost")
-            await proxy.await_lost_bytes()
-            proxy.cut()
-            await log.wait_for(Disconnected)
-            if repeats:
-                await client.flush()
-            else:
-                with pytest.raises(UnconfirmedError, match="1 message unconfirmed"):
-                    await client.flush()
-            await client.send("afterwards")
-            await client.flush()
-        assert await receive(subscriber) == ("lost" if repeats else "afterwards")
-
-
-@pytest.mark.parametrize("repeats", [False, True])
-async def test_only_the_messages_in_flight_to_a_killed_relay_are_unconfirmed(
-    relay_with: StartRelay, channel: str, repeats: bool
-) -> None:
-    old, new = relay_with(), relay_with()
-    async with TcpProxy(old.port) as proxy, new.client(channel) as subscriber:
-        log = EventLog()
-        url = proxy.url(path_of(channel))
-        async with Client(url, repeats=repeats, listens=False, on_event=log.append) as client:
-            await client.send("confirmed")
-            await client.flush()
+        else:
             proxy.lose_server_bytes()
-            await client.send("relayed, not confirmed")
-            await old.await_metric("websocket_messages_total", 2)
-            assert await old.stop(signal.SIGKILL) != 0
-            proxy.target = new.port
-            proxy.cut()
-            await log.wait_for(Disconnected)
-            await client.send("afterwards")
-            if not repeats:
-                with pytest.raises(UnconfirmedError):
-                    await client.flush()
-            await client.flush()
-        expected = "relayed, not confirmed" if repeats else "afterwards"
-        assert await receive(subscriber) == expected
+        publishing = asyncio.create_task(client.publish(channel, "in flight"))
+        await proxy.await_lost_bytes()
+        proxy.cut()
+        assert await publishing
+        assert await log.wait_for(Connected, number=2) == Connected(is_resumed=True)
+        await client.publish(channel, "afterwards")
+        assert [await receive(subscriber) for _ in range(2)] == ["in flight", "afterwards"]
 
 
-@pytest.fixture
-async def two_replicas(tmp_path: Path, relay_with: StartRelay) -> AsyncIterator[list[RelayProcess]]:
-    """Two replicas with one broker."""
-    async with RedisBroker(needed(*ANY_REDIS), tmp_path / "broker") as broker:
-        backplane = {"url": broker.url}
-        yield [relay_with(backplane=backplane, shutdown={"spread_s": 0}) for _ in range(2)]
-
-
-async def test_a_drain_during_a_stream_of_messages_loses_none_and_duplicates_none(
-    two_replicas: list[RelayProcess], channel: str
+async def test_messages_in_flight_to_a_killed_replica_are_published_once_by_another(
+    redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
 ) -> None:
-    old, new = two_replicas
+    killed, other = redis_replicas
+    log = EventLog()
+    texts = [str(number) for number in range(1_000)]
+    urls = [killed.ws_url(), other.ws_url()]
+    async with (
+        Relay(other.ws_url()) as subscriber,
+        subscriber.subscribe(channel) as subscription,
+        Relay(urls, on_event=log.append) as client,
+    ):
+        publishing = [asyncio.create_task(client.publish(channel, text)) for text in texts]
+        await publishing[100]
+        assert await killed.stop(signal.SIGKILL) != 0
+        positions = await asyncio.gather(*publishing)
+        await client.publish(channel, "the end")
+        received = await next_messages(subscription, 1_001)
+    assert [message.data for message in received] == [*texts, "the end"]
+    assert [message.position for message in received[:-1]] == positions
+    assert log.events[-1] == Connected(is_resumed=True)
+
+
+async def test_a_drain_during_a_stream_of_messages_loses_none_and_doubles_none(
+    redis_replicas: tuple[RelayProcess, RelayProcess], channel: str
+) -> None:
+    old, new = redis_replicas
     texts = [str(number) for number in range(2_000)]
-    async with TcpProxy(old.port) as proxy, Client(new.ws_url(path_of(channel))) as subscriber:
-        receiving = asyncio.create_task(next_payloads(subscriber, len(texts)))
-        async with Client(proxy.url(path_of(channel)), listens=False) as client:
-            for number, text in enumerate(texts):
-                await client.send(text)
-                if number == 500:
-                    proxy.target = new.port  # of later connections
-                    old.signal()
-                if number % 50 == 0:
-                    await asyncio.sleep(0)
-            await client.flush()
-        assert await receiving == texts
+    async with (
+        Relay([old.ws_url(), new.ws_url()]) as client,
+        Relay(new.ws_url()) as subscriber,
+        subscriber.subscribe(channel) as subscription,
+    ):
+        publishing = [asyncio.create_task(client.publish(channel, text)) for text in texts]
+        await publishing[500]
+        old.signal()
+        await asyncio.gather(*publishing)
+        assert await next_payloads(subscription, len(texts)) == texts
     assert await old.exit_code() == 0
 
 
-async def test_messages_that_a_draining_relay_accepted_are_confirmed_without_their_echoes(
+async def test_a_message_in_flight_is_unconfirmed_if_the_relay_does_not_know_the_session(
     relay_with: StartRelay, channel: str
 ) -> None:
-    """The new relay has another log, so that no echo is replayed."""
-    old, new = relay_with(shutdown={"spread_s": 0}), relay_with()
-    async with TcpProxy(old.port) as proxy:
-        async with Client(proxy.url(path_of(channel)), listens=False) as client:
-            for number in range(1_500):
-                await client.send(str(number))
-                if number == 500:
-                    proxy.target = new.port
-                    old.signal()
-                if number % 50 == 0:
-                    await asyncio.sleep(0)
-            await client.flush()
-        assert await old.exit_code() == 0
+    """Without a broker, the log of a relay ends with it."""
+    old, new = relay_with(), relay_with()
+    log = EventLog()
+    async with TcpProxy(old.port) as proxy, Relay(proxy.url(), on_event=log.append) as client:
+        proxy.lose_server_bytes()
+        in_flight = asyncio.create_task(client.publish(channel, "in flight"))
+        await old.await_metric("websocket_messages_total", 1)
+        assert await old.stop(signal.SIGKILL) != 0
+        proxy.cut()
+        await log.wait_for(Disconnected)
+        not_sent = asyncio.create_task(client.publish(channel, "not sent before"))
+        proxy.target = new.port
+        with pytest.raises(UnconfirmedError, match="1 message unconfirmed: the relay no longer"):
+            await in_flight
+        assert await not_sent
+        assert await log.wait_for(Connected, number=2) == Connected(is_resumed=False)
 
 
-async def test_flush_fails_instead_of_blocking_when_unread_messages_pause_the_client(
-    relay: RelayProcess, channel: str
+async def test_the_relay_refuses_single_messages_and_the_others_pass(
+    relay_with: StartRelay, channel: str
 ) -> None:
-    async with Client(relay.ws_url(path_of(channel)), max_waiting_bytes=500) as client:
-        for number in range(100):
-            await client.send(str(number))
-        with pytest.raises(RuntimeError, match="unread messages block the client"):
-            async with asyncio.timeout(PATIENCE_S):
-                await client.flush()
-        assert await next_payloads(client, 100) == [str(each) for each in range(100)]
+    relay = relay_with(auth=JWT, limits={"max_message_bytes": 1_000})
+    token = sign_token(relay={"subscribe": ["*"], "publish": [channel]})
+    async with Relay(relay.ws_url(), token=token) as client:
+        results = await asyncio.gather(
+            client.publish(channel, "x" * 1_000),
+            client.publish(channel, "x" * 1_001),  # refused by an answer
+            client.publish("secret", "x"),
+            client.publish(channel, "x" * 100_000),  # refused by a close
+            client.publish(channel, "last"),
+            return_exceptions=True,
+        )
+        async with client.subscribe(channel, history=10) as subscription:
+            assert await next_payloads(subscription, 2) == ["x" * 1_000, "last"]
+    errors = [str(each) for each in results if isinstance(each, RejectedError)]
+    assert errors == [
+        "message too big",
+        "not authorized for this channel",
+        "closed by the relay: message too big (1009)",
+    ]
 
 
-async def test_invalid_data_is_refused_by_send(relay: RelayProcess, channel: str) -> None:
+async def test_invalid_data_is_refused_by_publish(relay: RelayProcess, channel: str) -> None:
     invalid: list[tuple[Any, type[Exception]]] = [
         ("unpaired surrogate \ud800", UnicodeEncodeError),
         (None, TypeError),
         (["a"], TypeError),
+        ("x" * 1_001, ValueError),
     ]
-    async with Client(relay.ws_url(path_of(channel))) as client:
+    async with Relay(relay.ws_url(), max_message_bytes=1_000) as client:
         for data, error in invalid:
             with pytest.raises(error):
-                await client.send(data)
-        await client.send("valid")
-        assert await next_payloads(client, 1) == ["valid"]
+                await client.publish(channel, data)
+        assert await client.publish(channel, "x" * 1_000)
 
 
-async def test_a_message_outside_the_block_of_the_client_is_an_error(
+async def test_a_call_outside_the_block_of_the_client_is_an_error(
     relay: RelayProcess, channel: str
 ) -> None:
-    client = Client(relay.ws_url(path_of(channel)))
-    for use in (client.send("lost"), anext(client)):
-        with pytest.raises(RuntimeError, match="use it in `async with`"):
-            await use
+    client = Relay(relay.ws_url())
+    with pytest.raises(RuntimeError, match="use it in `async with`"):
+        await client.publish(channel, "lost")
+    with pytest.raises(RuntimeError, match="use it in `async with`"):
+        client.subscribe(channel)
     async with client:
         pass
     with pytest.raises(RuntimeError, match="the client was closed"):
-        await client.send("lost")
-    assert client.unconfirmed == 0
+        await client.publish(channel, "lost")
+    with pytest.raises(RuntimeError, match="the client was closed"):
+        client.subscribe(channel)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        await client.__aenter__()
 
 
-@pytest.mark.fast
-def test_an_outbox_accepts_an_echo_of_its_oldest_message_only() -> None:
-    outbox = Outbox(1_000)
-    for text in ("a", "b", "a"):
-        outbox.append(text)
-    for _ in range(2):
-        outbox.next_to_send()
-    assert [outbox.confirm_echo(text) for text in ("b", "c", b"a", "a", "a", "b")] == [
-        False, False, False, True, False, True
-    ]  # fmt: skip
-    assert len(outbox) == 1
-    assert outbox.next_to_send() == "a"
+# Closing
 
 
-@pytest.mark.fast
-def test_an_outbox_sends_unconfirmed_messages_again_in_order_before_new_ones() -> None:
-    outbox = Outbox(1_000)
-    for text in "abc":
-        outbox.append(text)
-    outbox.next_to_send(), outbox.next_to_send()
-    outbox.send_again()
-    assert [outbox.next_to_send() for _ in range(3)] == ["a", "b", "c"]
-    assert outbox.abandon() == 3
-    assert outbox.has_capacity_for(1_000)
+async def test_close_waits_for_the_answers_to_all_messages(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with relay.client(channel) as subscriber:
+        async with Relay(relay.ws_url()) as client:
+            publishing = [
+                asyncio.create_task(client.publish(channel, str(number))) for number in range(100)
+            ]
+            await asyncio.sleep(0)
+        assert all([await task for task in publishing])
+        assert [await receive(subscriber) for _ in range(100)] == [str(each) for each in range(100)]
+
+
+async def test_close_ends_at_its_deadline(relay: RelayProcess, channel: str) -> None:
+    async with TcpProxy(relay.port) as proxy, Relay(proxy.url()) as client:
+        proxy.stall()
+        publishing = asyncio.create_task(client.publish(channel, "unanswered"))
+        await proxy.await_lost_bytes()
+        started_at = time.monotonic()
+        await client.close(timeout_s=0.1)
+        assert time.monotonic() - started_at < PATIENCE_S / 2
+        with pytest.raises(UnconfirmedError, match="the client was closed"):
+            await publishing
 
 
 # Connecting
@@ -410,23 +612,16 @@ def test_an_outbox_sends_unconfirmed_messages_again_in_order_before_new_ones() -
 
 async def test_a_permanent_refusal_is_raised_at_once(relay_with: StartRelay) -> None:
     relay = relay_with(auth=JWT)
-    no_permission, everything = sign_token(relay={}, exp=None), sign_token(exp=None)
-    cases: list[tuple[str, dict[str, Any], str]] = [
-        ("/channels/news", {}, "HTTP 401, token required"),
-        ("/channels/news", {"token": "a.b.c"}, "HTTP 401, invalid token: malformed"),
-        ("/channels/news", {"token": sign_token(exp=1)}, "HTTP 401, invalid token: expired"),
-        ("/channels/news", {"token": no_permission}, "HTTP 403, not authorized for this channel"),
-        ("/nowhere", {"token": everything}, "HTTP 404, no such channel"),
-        (
-            "/",
-            {"token": everything, "since": "yesterday"},
-            "HTTP 400, invalid query: since must be one position",
-        ),
+    cases: list[tuple[str, str, str]] = [
+        ("/", "", "HTTP 401, token required"),
+        ("/", "a.b.c", "HTTP 401, invalid token: malformed"),
+        ("/", sign_token(exp=1), "HTTP 401, invalid token: expired"),
+        ("/nowhere", sign_token(exp=None), "HTTP 404, no such channel"),
     ]
-    for path, options, text in cases:
+    for path, token, text in cases:
         started_at = time.monotonic()
         with pytest.raises(RejectedError) as raised:
-            async with Client(relay.ws_url(path), start_patience_s=PATIENCE_S, **options):
+            async with Relay(relay.ws_url(path), token=token, start_patience_s=PATIENCE_S):
                 pass
         assert str(raised.value).startswith(text)
         assert time.monotonic() - started_at < PATIENCE_S / 2
@@ -436,7 +631,7 @@ async def test_a_client_waits_for_a_relay_that_is_started_later_than_itself(
     relay: RelayProcess, channel: str
 ) -> None:
     with pytest.raises(UnavailableError, match="connection refused"):
-        async with Client("ws://127.0.0.1:1/", start_patience_s=0):
+        async with Relay("ws://127.0.0.1:1/", start_patience_s=0):
             pass
     async with TcpProxy(None) as proxy:
         log = EventLog()
@@ -446,26 +641,29 @@ async def test_a_client_waits_for_a_relay_that_is_started_later_than_itself(
             proxy.target = relay.port
 
         reachable = asyncio.create_task(make_reachable())
-        url = proxy.url(path_of(channel))
-        async with Client(url, on_event=log.append) as client:
-            await client.send("connected")
-            assert await next_payloads(client, 1) == ["connected"]
+        async with Relay(proxy.url(), on_event=log.append) as client:
+            assert await client.publish(channel, "connected")
         await reachable
 
 
 async def test_a_client_that_was_connected_gives_up_when_its_patience_ends(
     relay: RelayProcess, channel: str
 ) -> None:
-    async with (
-        TcpProxy(relay.port) as proxy,
-        Client(proxy.url(path_of(channel)), patience_s=0) as client,
-    ):
+    async with TcpProxy(relay.port) as proxy, Relay(proxy.url(), patience_s=0) as client:
+        subscription = client.subscribe(channel)
+        proxy.lose_client_bytes()
+        in_flight = asyncio.create_task(client.publish(channel, "in flight"))
+        await proxy.await_lost_bytes()
         proxy.target = None
         proxy.cut()
         with pytest.raises(UnavailableError):
-            await next_messages(client, 1)
+            await next_messages(subscription, 1)
+        with pytest.raises(UnconfirmedError):
+            await in_flight
         with pytest.raises(UnavailableError):
-            await client.send("unavailable")
+            await client.publish(channel, "unavailable")
+        with pytest.raises(UnavailableError):
+            await client.wait_closed()
 
 
 async def test_a_temporary_refusal_is_retried_after_the_time_in_retry_after(
@@ -474,8 +672,7 @@ async def test_a_temporary_refusal_is_retried_after_the_time_in_retry_after(
     relay = relay_with(limits={"max_connections": 1})
     async with relay.client(channel):
         log = EventLog()
-        url = relay.ws_url(path_of(channel))
-        client = Client(url, start_patience_s=PATIENCE_S, on_event=log.append)
+        client = Relay(relay.ws_url(), start_patience_s=PATIENCE_S, on_event=log.append)
         connecting = asyncio.create_task(client.__aenter__())
         event = await log.wait_for(Disconnected)
         connecting.cancel()
@@ -483,6 +680,19 @@ async def test_a_temporary_refusal_is_retried_after_the_time_in_retry_after(
     assert isinstance(event, Disconnected)
     assert event.reason == "HTTP 503, too many connections"
     assert 1 <= event.retry_s <= 6
+
+
+async def test_a_copy_of_a_client_is_rejected_instead_of_taking_turns_with_it(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with Relay(relay.ws_url()) as client, Relay(relay.ws_url()) as copy:
+        copy._session = client._session  # as after a fork
+        assert copy._connection is not None
+        copy._connection.close_nowait()
+        with pytest.raises(RejectedError, match="session resumed elsewhere"):
+            async with asyncio.timeout(PATIENCE_S):
+                await client.wait_closed()
+        assert await copy.publish(channel, "still connected")
 
 
 @asynccontextmanager
@@ -497,13 +707,25 @@ async def websocket_server(
         yield f"ws://127.0.0.1:{port}/"
 
 
+def welcome(heartbeat_ms: int = 20_000) -> str:
+    return json.dumps(
+        {
+            "type": "welcome",
+            "client": "a",
+            "session": "s",
+            "resumed": False,
+            "position": "1-0-0",
+            "heartbeat_ms": heartbeat_ms,
+        }
+    )
+
+
 @asynccontextmanager
 async def server_that_closes(code: int, reason: str) -> AsyncIterator[str]:
     """Run a server that sends a welcome and closes."""
-    welcome = {"type": "welcome", "recovered": True, "position": "1-0-0"}
 
     async def close(websocket: ServerConnection) -> None:
-        await websocket.send("\n" + json.dumps(welcome))
+        await websocket.send(welcome())
         await websocket.close(code, reason)
 
     async with websocket_server(close) as url:
@@ -511,10 +733,38 @@ async def server_that_closes(code: int, reason: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.fast
+async def test_a_connection_without_heartbeats_is_dead() -> None:
+    async def send_nothing(websocket: ServerConnection) -> None:
+        await websocket.send(welcome(heartbeat_ms=20))
+        await websocket.wait_closed()
+
+    log = EventLog()
+    async with websocket_server(send_nothing) as url, Relay(url, on_event=log.append):
+        event = await log.wait_for(Disconnected)
+    assert isinstance(event, Disconnected)
+    assert event.reason == "connection lost"
+
+
+@pytest.mark.fast
+async def test_a_server_that_sends_no_welcome_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_connection, "OPEN_TIMEOUT_S", 0.1)
+
+    async def send_nothing(websocket: ServerConnection) -> None:
+        await websocket.wait_closed()
+
+    async with websocket_server(send_nothing) as url:
+        with pytest.raises(UnavailableError, match="timed out"):
+            async with Relay(url, start_patience_s=0):
+                pass
+
+
+@pytest.mark.fast
 async def test_a_client_reconnects_after_the_time_in_the_close_of_a_draining_relay() -> None:
     log = EventLog()
     draining = server_that_closes(1001, "draining; retry_ms=1234")
-    async with draining as url, Client(url, on_event=log.append):
+    async with draining as url, Relay(url, on_event=log.append):
         event = await log.wait_for(Disconnected)
     assert event == Disconnected("closed by the relay: draining; retry_ms=1234 (1001)", 1.234)
 
@@ -523,7 +773,7 @@ async def test_a_client_reconnects_after_the_time_in_the_close_of_a_draining_rel
 @pytest.mark.parametrize("reason", ["draining; retry_ms=86400000", "draining"])
 async def test_no_close_makes_a_client_wait_longer_than_half_a_minute(reason: str) -> None:
     log = EventLog()
-    async with server_that_closes(1001, reason) as url, Client(url, on_event=log.append):
+    async with server_that_closes(1001, reason) as url, Relay(url, on_event=log.append):
         event = await log.wait_for(Disconnected)
     assert isinstance(event, Disconnected)
     longest_s = LONGEST_WAIT_S if "retry_ms" in reason else FIRST_WAIT_S
@@ -534,15 +784,16 @@ async def test_no_close_makes_a_client_wait_longer_than_half_a_minute(reason: st
 async def test_a_close_that_would_happen_again_is_raised_at_once() -> None:
     """An expired token is one, unless a function returns a new token for each connection."""
     for code, reason in (
-        (1008, "not allowed to publish"),
+        (1008, "session resumed elsewhere"),
         (1009, "message too big"),
         (1007, "x"),
+        (1002, "protocol error"),
         (3000, "token expired"),
     ):
-        async with server_that_closes(code, reason) as url:
+        async with server_that_closes(code, reason) as url, Relay(url, token="a.b.c") as client:
             with pytest.raises(RejectedError, match=rf"closed by the relay: {reason} \({code}\)"):
-                async with Client(url, token="a.b.c") as client:
-                    await next_messages(client, 1)
+                async with asyncio.timeout(PATIENCE_S):
+                    await client.wait_closed()
 
 
 @pytest.mark.parametrize(
@@ -551,83 +802,120 @@ async def test_a_close_that_would_happen_again_is_raised_at_once() -> None:
 @pytest.mark.fast
 async def test_a_client_reconnects_after_any_other_close(code: int, reason: str) -> None:
     log = EventLog()
-    async with server_that_closes(code, reason) as url, Client(url, on_event=log.append):
+    async with server_that_closes(code, reason) as url, Relay(url, on_event=log.append):
         await log.wait_for(Connected, number=2)
 
 
-async def test_the_token_function_is_called_before_every_connection(
+async def test_a_client_does_not_accept_a_message_above_its_own_limit(
+    relay: RelayProcess, channel: str
+) -> None:
+    async with (
+        Relay(relay.ws_url(), max_message_bytes=1_000) as client,
+        client.subscribe(channel) as subscription,
+        relay.client(channel) as publisher,
+    ):
+        await publisher.send("x" * 100_000)
+        with pytest.raises(RejectedError, match="over the client's size limit"):
+            await next_messages(subscription, 1)
+
+
+# Tokens
+
+
+async def test_a_token_is_renewed_before_it_expires_without_a_reconnection(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth=JWT)
     calls = count(1)
+    first_expiry = int(time.time()) + 3
 
     async def new_token() -> str:
-        return sign_token(exp=int(time.time()) + (2 if next(calls) == 1 else 60))
+        return sign_token(exp=first_expiry if next(calls) == 1 else first_expiry + 600)
 
     log = EventLog()
-    url = relay.ws_url(path_of(channel))
-    async with Client(url, token=new_token, on_event=log.append) as client:
-        event = await log.wait_for(Disconnected)
-        assert isinstance(event, Disconnected)
-        assert event.reason == "closed by the relay: token expired (3000)"
-        await client.send("admitted again")
-        assert await next_payloads(client, 1) == ["admitted again"]
+    async with (
+        Relay(relay.ws_url(), token=new_token, on_event=log.append) as client,
+        client.subscribe(channel) as subscription,
+    ):
+        while time.time() < first_expiry + 0.5:
+            await client.publish(channel, "with either token")
+            assert await next_payloads(subscription, 1) == ["with either token"]
+            await asyncio.sleep(0.05)
+    assert log.events == [Connected(is_resumed=False)]
     assert next(calls) == 3
 
 
-async def test_flush_raises_that_the_client_is_not_allowed_to_publish(
+async def test_renew_token_changes_permissions_at_once(
     relay_with: StartRelay, channel: str
 ) -> None:
     relay = relay_with(auth=JWT)
-    only_subscribe = sign_token(relay={"subscribe": ["*"]})
-    async with Client(relay.ws_url(path_of(channel)), token=only_subscribe) as client:
-        await client.send("not allowed")
-        with pytest.raises(RejectedError, match="not allowed to publish"):
-            await client.flush()
+    tokens = iter(
+        [
+            sign_token(exp=None),
+            sign_token(exp=None, relay={"subscribe": [], "publish": [channel]}),
+            sign_token("another secret that is as long as it should be", exp=None),
+        ]
+    )
+    async with Relay(relay.ws_url(), token=lambda: next(tokens)) as client:
+        subscription = client.subscribe(channel)
+        await client.publish(channel, "permitted")
+        assert await next_payloads(subscription, 1) == ["permitted"]
+        await client.renew_token()
+        with pytest.raises(RejectedError, match="not authorized for this channel"):
+            await next_messages(subscription, 1)
+        with pytest.raises(RejectedError, match="invalid token: signature"):
+            await client.renew_token()
+        assert await client.publish(channel, "with the token before")
 
 
-async def test_flush_raises_that_a_message_is_too_big_for_the_relay(
-    relay_with: StartRelay, channel: str
+@pytest.mark.parametrize("renewal", ["fails", "returns the same token"])
+async def test_a_client_reconnects_with_a_new_token_when_one_expires(
+    relay_with: StartRelay, channel: str, renewal: str
 ) -> None:
-    relay = relay_with(limits={"max_message_bytes": 1_000})
-    async with Client(relay.ws_url(path_of(channel)), listens=False) as client:
-        await client.send("x" * 1_000)
-        await client.flush()
-        await client.send("x" * 1_001)
-        with pytest.raises(RejectedError, match="message too big"):
-            await client.flush()
-        assert (client.unconfirmed, client.unsent) == (1, 1)
+    relay = relay_with(auth=JWT)
+    calls = count(1)
+    first = sign_token(exp=int(time.time()) + 3)
+
+    def new_token() -> str:
+        call = next(calls)
+        if call == 2 and renewal == "fails":
+            raise OSError("the issuer is unavailable")
+        return first if call <= 2 else sign_token(exp=int(time.time()) + 600)
+
+    log = EventLog()
+    async with Relay(relay.ws_url(), token=new_token, on_event=log.append) as client:
+        event = await log.wait_for(Disconnected)
+        assert isinstance(event, Disconnected)
+        assert event.reason == "closed by the relay: token expired (3000)"
+        assert await client.publish(channel, "admitted again")
+    assert log.events[-1] == Connected(is_resumed=True)
+    assert next(calls) == 4
 
 
-async def test_a_client_neither_sends_nor_accepts_a_message_above_its_own_limit(
-    relay: RelayProcess, channel: str
-) -> None:
-    url = relay.ws_url(path_of(channel))
-    async with Client(url, max_message_bytes=1_000) as client, relay.client(channel) as publisher:
-        with pytest.raises(ValueError, match="a message has at most 1,000 bytes"):
-            await client.send("x" * 1_001)
-        await client.send("x" * 1_000)
-        assert await next_payloads(client, 1) == ["x" * 1_000]
-        await publisher.send("x" * 2_000)
-        with pytest.raises(RejectedError, match="over the client's size limit"):
-            await next_messages(client, 1)
+@pytest.mark.fast
+def test_only_json_web_tokens_with_exp_have_a_known_expiry() -> None:
+    assert expiry_of(sign_token(exp=1_795_441_056)) == 1_795_441_056
+    for token in ("", "opaque", "a.b.c", "a.e30.c", "a.W10.c", sign_token(exp=None)):
+        assert expiry_of(token) is None
+
+
+# TLS
 
 
 async def test_an_untrusted_certificate_or_another_host_name_is_rejected(
     tls_relay_with: StartRelay, channel: str
 ) -> None:
     relay = tls_relay_with()
-    url = relay.ws_url(path_of(channel))
-    async with Client(url, ssl=relay.tls_context) as client:
-        await client.send("encrypted")
-        assert await next_payloads(client, 1) == ["encrypted"]
+    url = relay.ws_url()
+    async with Relay(url, ssl=relay.tls_context) as client:
+        assert await client.publish(channel, "encrypted")
     for context in (None, make_pair().client_context()):
         with pytest.raises(RejectedError, match="certificate not trusted: self"):
-            async with Client(url, ssl=context, start_patience_s=PATIENCE_S):
+            async with Relay(url, ssl=context, start_patience_s=PATIENCE_S):
                 pass
-    other_host_name = relay.ws_url(path_of(channel), host="127.1")
+    other_host_name = relay.ws_url(host="127.1")
     with pytest.raises(RejectedError, match="certificate is for another host name"):
-        async with Client(other_host_name, ssl=relay.tls_context, start_patience_s=PATIENCE_S):
+        async with Relay(other_host_name, ssl=relay.tls_context, start_patience_s=PATIENCE_S):
             pass
 
 
@@ -641,13 +929,13 @@ async def test_a_server_that_is_not_a_relay_is_rejected(relay: RelayProcess) -> 
 
     async with websocket_server(echo, subprotocol=None) as url:
         with pytest.raises(RejectedError, match="not a relay: subprotocol"):
-            async with Client(url, start_patience_s=PATIENCE_S):
+            async with Relay(url, start_patience_s=PATIENCE_S):
                 pass
     with pytest.raises(RejectedError, match="HTTP 404"):
-        async with Client(relay.metrics_url("/").replace("http", "ws")):
+        async with Relay(relay.metrics_url("/").replace("http", "ws")):
             pass
     with pytest.raises(UnavailableError, match="server does not speak TLS; try ws://"):
-        async with Client(relay.ws_url().replace("ws:", "wss:"), start_patience_s=0):
+        async with Relay(relay.ws_url().replace("ws:", "wss:"), start_patience_s=0):
             pass
 
 
@@ -677,19 +965,20 @@ async def test_an_invalid_answer_to_the_upgrade_is_an_error() -> None:
     for answer, kind, text in answers:
         async with server_that_answers(answer) as url:
             with pytest.raises(kind, match=text):
-                async with Client(url, start_patience_s=0):
+                async with Relay(url, start_patience_s=0):
                     pass
 
 
 @pytest.mark.fast
-async def test_an_invalid_welcome_is_rejected() -> None:
+@pytest.mark.parametrize("invalid", ["[" * 10_000, "\nhello", "[]", "{}", '{"type":"welcome"}'])
+async def test_an_invalid_welcome_is_rejected(invalid: str) -> None:
     async def send_invalid_welcome(websocket: ServerConnection) -> None:
-        await websocket.send("\n" + "[" * 500_000)
+        await websocket.send(invalid)
         await websocket.wait_closed()
 
     async with websocket_server(send_invalid_welcome) as url:
-        with pytest.raises(RejectedError, match="not a relay: invalid welcome message"):
-            async with Client(url):
+        with pytest.raises(RejectedError, match="not a relay: invalid"):
+            async with Relay(url):
                 pass
 
 
@@ -732,9 +1021,8 @@ async def test_a_client_connects_through_the_proxy_unless_no_proxy_has_the_relay
     async with ConnectProxy(relay.port) as proxy:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("no_proxy", no_proxy)
-        async with Client(relay.ws_url(path_of(channel)), uses_proxy=uses_proxy) as client:
-            await client.send("hello")
-            assert await next_payloads(client, 1) == ["hello"]
+        async with Relay(relay.ws_url(), uses_proxy=uses_proxy) as client:
+            assert await client.publish(channel, "hello")
         assert proxy.tunnels == tunnels
 
 
@@ -766,7 +1054,7 @@ async def test_the_error_of_a_connection_through_a_proxy_names_it_without_its_pa
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("https_proxy", "http://me:secret@127.0.0.1:1")
     with pytest.raises(UnavailableError) as raised:
-        async with Client("ws://relay.example/", start_patience_s=0):
+        async with Relay("ws://relay.example/", start_patience_s=0):
             pass
     assert str(raised.value) == "connection refused (via proxy http://127.0.0.1:1)"
 
@@ -781,26 +1069,42 @@ async def test_an_unusable_proxy_is_rejected_without_its_password(
     ):
         monkeypatch.setenv("socks_proxy", proxy)
         with pytest.raises(RejectedError, match=text) as raised:
-            async with Client(relay.ws_url()):
+            async with Relay(relay.ws_url()):
                 pass
         assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     "url",
-    [*INVALID_URLS, "ws://one..two/?access_token=secret", "ws://localhost/?history=secret"],
+    [*INVALID_URLS, "ws://one..two/?access_token=secret", "ws://localhost/?since=secret"],
 )
 @pytest.mark.fast
 def test_an_invalid_url_is_refused_by_an_error_that_does_not_repeat_it(url: str) -> None:
     with pytest.raises(InvalidUrlError) as raised:
-        Client(url)
-    assert str(raised.value).startswith("not a channel URL such as ws://")
+        Relay(url)
+    assert str(raised.value).startswith("not a relay URL such as ws://")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "relay_url", "channel"),
+    [
+        ("ws://relay", "ws://relay", "default"),
+        ("ws://relay/", "ws://relay/", "default"),
+        ("ws://relay/channels/news", "ws://relay/", "news"),
+        ("wss://relay/base/channels/a.b?x=1", "wss://relay/base/?x=1", "a.b"),
+        ("ws://relay/nowhere", "ws://relay/nowhere", "default"),
+    ],
+)
+@pytest.mark.fast
+def test_a_url_may_have_the_path_of_a_channel(url: str, relay_url: str, channel: str) -> None:
+    assert RelayUrl.parse(url) == RelayUrl(relay_url, channel)
+    assert Relay(url).channel == channel
 
 
 @pytest.mark.fast
 async def test_an_invalid_token_is_refused_by_an_error_that_does_not_repeat_it() -> None:
     with pytest.raises(InvalidUrlError) as raised:
-        async with Client("ws://127.0.0.1:1/", token="se\r\ncret"):
+        async with Relay("ws://127.0.0.1:1/", token="se\r\ncret"):
             pass
     assert "cret" not in str(raised.value).replace("secret", "")

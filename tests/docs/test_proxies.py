@@ -129,7 +129,7 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 class RecordingSubscriber:
-    """A client that resumes, and records its messages and its connections."""
+    """A client that resumes, and records its messages, gaps and connections."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.received: list[str] = []
@@ -140,27 +140,26 @@ class RecordingSubscriber:
 
     def _record(self, event: Event) -> None:
         self.disconnections += isinstance(event, Disconnected)
-        if isinstance(event, Connected):
-            self.connections += 1
-            self.gaps += not event.is_recovered
+        self.connections += isinstance(event, Connected)
 
     async def receive_all(self, is_connected: asyncio.Event) -> None:
         """Receive until the last message."""
-        async with self._client as client:
+        async with self._client as client, client.subscribe(CHANNEL) as subscription:
             is_connected.set()
-            async for message in client:
+            async for message in subscription:
+                self.gaps += message.after_gap
                 self.received.append(str(message.data))
                 if message.data == LAST_MESSAGE:
                     return
 
 
 async def publish_until(stop: asyncio.Event, client: Client, name: str) -> list[str]:
-    """Publish one message after another; return those that are confirmed."""
+    """Publish one message after another; return them."""
     published: list[str] = []
     async with client:
         while not stop.is_set():
             published.append(f"{name} {len(published)}")
-            await client.send(published[-1])
+            await client.publish(CHANNEL, published[-1])
             await asyncio.sleep(0.01)
     return published
 
@@ -205,7 +204,7 @@ async def subscribed(deployment: Deployment) -> AsyncIterator[Sequence[Recording
 
 async def publish_last_message(deployment: Deployment) -> None:
     async with deployment.resuming_client(CHANNEL) as client:
-        await client.send(LAST_MESSAGE)
+        await client.publish(CHANNEL, LAST_MESSAGE)
 
 
 def lost_and_duplicates(
@@ -229,9 +228,7 @@ async def test_a_reload_and_a_rolling_restart_under_load_lose_and_duplicate_noth
     stop, short = asyncio.Event(), ShortConnections()
     async with subscribed(deployment) as subscribers, asyncio.TaskGroup() as group:
         publishing = [
-            group.create_task(
-                publish_until(stop, deployment.resuming_client(CHANNEL, listens=False), name)
-            )
+            group.create_task(publish_until(stop, deployment.resuming_client(CHANNEL), name))
             for name in PUBLISHERS
         ]
         group.create_task(short.connect_until(stop, deployment))
@@ -278,7 +275,7 @@ async def test_a_client_that_is_cut_off_some_time_after_a_reload_resumes_and_mis
     proxy = await deployment.start(kind, {on_the_page: here})
     stop = asyncio.Event()
     async with subscribed(deployment) as subscribers, asyncio.TaskGroup() as group:
-        direct = Client(deployment.relays[0].ws_url(f"/channels/{CHANNEL}"), listens=False)
+        direct = Client(deployment.relays[0].ws_url())
         publishing = group.create_task(publish_until(stop, direct, "a"))
         await proxy.reload()
         async with asyncio.timeout(PATIENCE_S):

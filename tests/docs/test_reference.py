@@ -6,15 +6,17 @@ import inspect
 import math
 import re
 import runpy
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import websocket_relay
 from prometheus_client.parser import text_string_to_metric_families
 from websocket_relay.cli.main import CLIENT_COMMANDS, main
 from websocket_relay.client import events
+from websocket_relay.client.sync import RelayOptions
 from websocket_relay.config.changes import RELOADABLE
 from websocket_relay.config.loader import load
 from websocket_relay.config.model import JwtSettings
@@ -288,7 +290,7 @@ def options_on_the_page(heading: str) -> dict[str, str]:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "command", ["serve", "check", "healthcheck", "dev-cert", "listen", "send", "bench"]
+    "command", ["serve", "check", "healthcheck", "dev-cert", "listen", "send", "bench", "verify"]
 )
 def test_the_tables_of_options_are_those_of_the_help(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -324,22 +326,49 @@ def test_the_table_of_exit_statuses_is_complete() -> None:
 @pytest.mark.fast
 def test_every_exported_name_is_on_the_page_of_the_python_client() -> None:
     exported = {*websocket_relay.__all__} - {"__version__"}
-    assert {name for name in exported if f"`{name}`" not in PYTHON_CLIENT} == {"Relay"}
-    assert "## Relay\n" in PYTHON_CLIENT
+    assert {name for name in exported if f"`{name}`" not in PYTHON_CLIENT} == set()
+
+
+def assert_arguments(table: list[list[str]], call: Callable[..., Any], *positional: str) -> None:
+    """Compare a table of keyword arguments with those of a call."""
+    documented = {code_spans(name)[0]: default for name, default, _ in table}
+    parameters = inspect.signature(call).parameters
+    assert list(documented) == [name for name in parameters if name not in positional]
+    for name, default in documented.items():
+        if default == "no function":
+            continue
+        assert eval(code_spans(default)[0], {"math": math}) == parameters[name].default, name
+
+
+def members_in(table: list[list[str]], name: str) -> set[str]:
+    return {found for cell, _ in table for found in re.findall(rf"{name}\.(\w+)", cell)}
+
+
+def public_members(kind: type) -> set[str]:
+    return {name for name in vars(kind) if not name.startswith("_")}
 
 
 @pytest.mark.fast
 def test_the_arguments_of_the_python_client_have_the_defaults_in_the_table() -> None:
     arguments, members = tables(section(PYTHON_CLIENT, "Relay"))
-    documented = {code_spans(name)[0]: default for name, default, _ in arguments}
-    parameters = inspect.signature(websocket_relay.Relay).parameters
-    assert list(documented) == [name for name in parameters if name != "url"]
-    assert documented.pop("on_event") == "no function"
-    for name, default in documented.items():
-        assert eval(code_spans(default)[0], {"math": math}) == parameters[name].default, name
-    named = {name for name, _ in members}
-    public = {name for name in vars(websocket_relay.Relay) if not name.startswith("_")}
-    assert public == {found for cell in named for found in re.findall(r"relay\.(\w+)", cell)}
+    assert_arguments(arguments, websocket_relay.Relay, "url")
+    assert public_members(websocket_relay.Relay) | {"channel"} == members_in(members, "relay")
+
+
+@pytest.mark.fast
+def test_the_arguments_and_members_of_a_subscription_are_in_their_tables() -> None:
+    arguments, members, _ = tables(section(PYTHON_CLIENT, "Receiving"))
+    assert_arguments(arguments, websocket_relay.Relay.subscribe, "self", "channel")
+    assert_arguments(arguments, websocket_relay.SyncRelay.subscribe, "self", "channel")
+    assert {"channel", "unread", "unsubscribe"} == members_in(members, "subscription")
+
+
+@pytest.mark.fast
+def test_the_synchronous_client_has_the_options_and_members_of_the_page() -> None:
+    options = inspect.signature(websocket_relay.Relay).parameters.keys() - {"url"}
+    assert RelayOptions.__annotations__.keys() == options
+    members = members_in(first_table(PYTHON_CLIENT, "Without asyncio"), "relay")
+    assert public_members(websocket_relay.SyncRelay) == members
 
 
 @pytest.mark.fast
@@ -348,8 +377,8 @@ def test_the_fields_of_messages_and_events_are_in_their_tables() -> None:
         each: [field.name for field in dataclasses.fields(each)]
         for each in (events.Message, *get_args(events.Event))
     }
-    received = [code_spans(name)[0] for name, _ in first_table(PYTHON_CLIENT, "Receiving")]
-    assert received == fields.pop(events.Message)
+    received = tables(section(PYTHON_CLIENT, "Receiving"))[2]
+    assert [code_spans(name)[0] for name, _ in received] == fields.pop(events.Message)
     documented = {
         code_spans(row[0])[0]: code_spans(row[1]) for row in first_table(PYTHON_CLIENT, "Events")
     }

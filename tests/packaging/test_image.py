@@ -177,7 +177,7 @@ def test_the_health_check_needs_no_shell(engine: Engine, image: str, start: Star
 
 def test_the_script_of_helm_test_runs_in_the_image(start: Start) -> None:
     script = (ROOT / "helm" / "websocket-relay" / "files" / "round_trip.py").read_text()
-    relay = start(env={"RELAY_TEST_URL": "ws://localhost:8443/channels/"})
+    relay = start(env={"RELAY_TEST_URL": "ws://localhost:8443/"})
     assert relay.exec_python(script) == "two clients receive each other's messages, in one order"
 
 

@@ -36,6 +36,7 @@ from tests.support.certificates import make_pair
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.relay_process import RelayProcess
 from tests.support.stops import KINDS, misconfigured
+from tests.support.tcp_proxy import TcpProxy
 
 ENDS_WITHIN_S = 5.0
 """A few turns of the event loop and some repetitions, on a busy machine."""
@@ -321,16 +322,49 @@ async def test_a_python_client_ends_at_any_await(
 ) -> None:
     @asynccontextmanager
     async def run() -> AsyncIterator[CancelledRun]:
-        client = Client(relay.ws_url(f"/channels/{channel}"))
+        client = Client(relay.ws_url(), token=token)
 
-        async def send_and_receive() -> None:
+        async def publish_and_receive() -> None:
             async with client:
-                await client.send("hello")
-                await anext(client)
+                await client.renew_token()
+                async with client.subscribe(channel) as subscription:
+                    await client.publish(channel, "hello")
+                    await anext(subscription)
+                await client.close()
 
-        yield CancelledRun(lambda: run_cancellable(send_and_receive), lambda: False)
+        yield CancelledRun(lambda: run_cancellable(publish_and_receive), lambda: False)
 
-    assert await cancel_at_each_wait(run, moment, counts_all=True) > 5
+    async def token() -> str:
+        await asyncio.sleep(0)
+        return ""
+
+    assert await cancel_at_each_wait(run, moment, counts_all=True) > 10
+
+
+@pytest.mark.parametrize("call", ["publish", "iterate", "subscribe", "renew", "wait_closed"])
+async def test_a_call_of_a_python_client_ends_while_the_relay_does_not_answer(
+    relay: RelayProcess, channel: str, call: str
+) -> None:
+    async with TcpProxy(relay.port) as proxy:
+        client = Client(proxy.url(), max_pending_bytes=1)
+        await client.__aenter__()
+        proxy.stall()
+        calls: dict[str, StartCoroutine] = {
+            "publish": lambda: client.publish(channel, "hello"),
+            "iterate": lambda: anext(client.subscribe(channel)),
+            "subscribe": client.subscribe(channel + "-other").__aenter__,
+            "renew": client.renew_token,
+            "wait_closed": client.wait_closed,
+        }
+        tasks = [asyncio.create_task(calls[call]()) for _ in range(2 if call == "publish" else 1)]
+        await asyncio.wait(tasks, timeout=0.05)
+        for task in tasks:
+            task.cancel()
+        async with asyncio.timeout(ENDS_WITHIN_S):
+            await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
+        async with asyncio.timeout(ENDS_WITHIN_S):
+            await client.close(timeout_s=0.1)
 
 
 # The functions that end tasks and calls

@@ -81,7 +81,7 @@ RELAY = re.compile(
     r"(make run\b|websocket-relay( serve)?( --config-file \S+)?$)"
 )
 RELAY_PORT = re.compile(r"\bRELAY__SERVER__PORT=(\d+)")
-CLIENT = re.compile(r"\bwebsocket-relay (listen|send) ")
+CLIENT = re.compile(r"\bwebsocket-relay (listen|send|verify) ")
 KEEPS_RUNNING = re.compile(r"\s+# until Ctrl-C$")
 WEB_PAGE = re.compile(r"^python -m webbrowser (\S+)$")
 NPM_TOOL = re.compile(r"^npx (?P<tool>\S+)")

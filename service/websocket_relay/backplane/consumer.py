@@ -188,7 +188,7 @@ class Consumer:
         """Deliver the messages of the next entry; first report a gap before it, if there is one."""
         (epoch, offset), data, follows = entry
         previous_id, self._last_read_id = self._last_read_id, entry.entry_id
-        self.position = Position(epoch, offset, -1)  # before the first message of the entry
+        self.position = Position(epoch, offset, 0)  # clients may be sent it: no index is negative
         if data == FILLER_ENTRY:  # as a rule more of them follow; one gap is reported for all
             self._is_contiguous = False
             return
@@ -209,7 +209,7 @@ class Consumer:
             return
         producer, sequence, channels, kinds, payloads, heartbeat, identities = packet
         count = len(payloads)
-        self.position = Position(epoch, offset, count - 1)
+        self.position = Position(epoch, offset, max(count - 1, 0))  # a heartbeat has no message
         # Skip messages that were delivered here in an outage, and are in the log after all.
         local_producer, first_local = self._delivered_locally
         if count and (producer != local_producer or sequence < first_local):

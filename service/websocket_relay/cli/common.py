@@ -14,18 +14,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from websocket_relay.client import (
-    Connected,
-    Disconnected,
-    InvalidUrlError,
-    RejectedError,
-    Unconfirmed,
-)
-from websocket_relay.client.url import EXAMPLE_URL, ChannelUrl
+from websocket_relay.client import Connected, Disconnected, InvalidUrlError, RejectedError
+from websocket_relay.client.proxy import redacted
+from websocket_relay.client.url import EXAMPLE_URL, RelayUrl
 from websocket_relay.outcomes import FAILED, INTERRUPTED, WRONG_USAGE, RelayError
 from websocket_relay.trust import verifying_context
 
-TOKEN_VARIABLE = "RELAY_TOKEN"
+TOKEN_VARIABLE, URL_VARIABLE = "RELAY_TOKEN", "RELAY_URL"
+URL_SCHEMES = ("ws://", "wss://")
 UNTRUSTED = "certificate not trusted"
 
 EPILOG = f"""\
@@ -39,7 +35,13 @@ class UsageError(RelayError):
 
 
 def add_command(
-    commands: Any, name: str, summary: str, description: str, examples: str
+    commands: Any,
+    name: str,
+    summary: str,
+    description: str,
+    examples: str,
+    *,
+    url_count: str = "?",
 ) -> ArgumentParser:
     """Add a command with the arguments for the relay's URL, the token and the certificate.
 
@@ -48,6 +50,7 @@ def add_command(
         name: of the command.
         summary: one line, for the list of all commands.
         description, examples: for its own help.
+        url_count: argparse's `nargs` of the URL.
     """
     parser: ArgumentParser = commands.add_parser(
         name,
@@ -56,7 +59,12 @@ def add_command(
         epilog=examples + EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("url", metavar="URL", help=f"the channel's URL: {EXAMPLE_URL}")
+    parser.add_argument(
+        "url",
+        nargs=url_count,
+        metavar="URL",
+        help=f"the relay's URL: {EXAMPLE_URL} (default: {URL_VARIABLE})",
+    )
     group = parser.add_argument_group("connection")
     group.add_argument(
         "--token-file",
@@ -91,6 +99,32 @@ def add_reconnect_arguments(parser: ArgumentParser, default: str) -> None:
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="print errors only, no connection notices"
     )
+
+
+def run_with_url(
+    parser: ArgumentParser,
+    options: Namespace,
+    main: Callable[[Namespace], Coroutine[Any, Any, int]],
+    shift: Callable[[str], bool] = lambda _: False,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
+    """Run a command with the URL of its arguments or of the environment; return the exit status.
+
+    Args:
+        parser: of the command.
+        options: its arguments.
+        main: the command.
+        shift: takes the first argument where it is not the URL; returns whether it could.
+        loop_factory: creates the event loop; None: asyncio's.
+    """
+    default, urls = os.environ.get(URL_VARIABLE, ""), urls_of(options)
+    if not urls or (default and not urls[0].startswith(URL_SCHEMES)):
+        if not default:
+            parser.error("the following arguments are required: URL")
+        if urls and not shift(urls[0]):
+            parser.error(f"unrecognized arguments: {urls[0]}")
+        options.url = default
+    return run(main, options, loop_factory)
 
 
 def non_negative_seconds(text: str) -> float:
@@ -132,7 +166,7 @@ def tls_context(options: Namespace) -> ssl.SSLContext | None:
     file: Path | None = options.ca
     if file is None:
         return None
-    if not ChannelUrl.parse(options.url).is_secure:
+    if not all(RelayUrl.parse(url).is_secure for url in urls_of(options)):
         raise UsageError("--ca requires a wss:// URL")
     try:
         return verifying_context(file)
@@ -147,22 +181,32 @@ def print_notice(text: str) -> None:
     print(f"websocket-relay: {text}", file=sys.stderr, flush=True)
 
 
-def event_printer(
-    options: Namespace,
-) -> Callable[[Connected | Disconnected | Unconfirmed], None]:
-    """Return the function that prints a notice for each connect and disconnect."""
-    url = ChannelUrl.parse(options.url).redacted
+def urls_of(options: Namespace) -> list[str]:
+    """Return the URLs of a command."""
+    return [options.url] if isinstance(options.url, str) else options.url or []
 
-    def print_event(event: Connected | Disconnected | Unconfirmed) -> None:
+
+def shown_url(options: Namespace) -> str:
+    """Return the URL or URLs as they may be shown."""
+    return ", ".join(map(redacted, urls_of(options)))
+
+
+def show_progress(line: str) -> None:
+    """Replace the previous line of progress; cut a line that would not fit the terminal."""
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
+
+
+def event_printer(options: Namespace) -> Callable[[Connected | Disconnected], None]:
+    """Return the function that prints a notice for each connect and disconnect."""
+    url = shown_url(options)
+
+    def print_event(event: Connected | Disconnected) -> None:
         match event:
-            case Connected(is_recovered=True):
-                print_notice(f"connected to {url}")
             case Connected():
-                print_notice(f"connected to {url}; messages may be missing")
+                print_notice(f"connected to {url}")
             case Disconnected():
                 print_notice(f"{event.reason}; retrying in {event.retry_s:.1f} s")
-            case Unconfirmed():
-                pass  # the command's last line reports it
 
     return (lambda _: None) if options.quiet else print_event
 
@@ -185,8 +229,7 @@ def run(
         print_notice(str(error))
         return WRONG_USAGE
     except RelayError as error:
-        url = ChannelUrl.parse(options.url).redacted
-        print_notice(f"{url}: {error}{_advice(error, options)}")
+        print_notice(f"{shown_url(options)}: {error}{_advice(error, options)}")
         return FAILED
     except OSError as error:  # of a file, or of standard output
         print_notice(f"{error.filename or 'standard output'}: {error.strerror}")

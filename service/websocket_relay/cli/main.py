@@ -1,7 +1,7 @@
 """The entry point of the command line: argument parsing, and the commands of the operator.
 
-Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings. For `listen`, `send` and
-`bench` see `cli/common`: the same, and 130 after Ctrl-C.
+Exit status: 0 clean stop, 1 failure at run time, 2 bad usage or settings. For `listen`, `send`,
+`bench` and `verify` see `cli/common`: the same, and 130 after Ctrl-C.
 
 Slow modules are imported when they are needed: `send` does not wait for the server's imports, and
 Ctrl-C during an import ends the process without a traceback.
@@ -31,7 +31,7 @@ from websocket_relay.server.signals import CAN_BLOCK, Stop, flush_log, leave
 if TYPE_CHECKING:
     from websocket_relay.config.model import Settings
 
-CLIENT_COMMANDS = frozenset({"listen", "send", "bench"})
+CLIENT_COMMANDS = frozenset({"listen", "send", "bench", "verify"})
 """Commands that need the client's dependencies only."""
 
 OPTIONS = {
@@ -180,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     from websocket_relay import __version__
     from websocket_relay.cli import listen, send
     from websocket_relay.cli.bench import run as bench
+    from websocket_relay.cli.verify import run as verify
 
     parser = argparse.ArgumentParser(
         prog="websocket-relay",
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path(),
         help="output directory (default: the current one)",
     )
-    for module in (listen, send, bench):
+    for module in (listen, send, bench, verify):
         module.add_to(commands)
     return parser
 

@@ -1,11 +1,11 @@
-"""The command `send`: publish messages, and wait until they are relayed. Knows no server code."""
+"""The command `send`: publish messages, and wait until they are acknowledged. No server code."""
 
 import asyncio
 import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,37 +17,33 @@ from websocket_relay.cli.common import (
     add_reconnect_arguments,
     event_printer,
     print_notice,
-    run,
+    run_with_url,
     tls_context,
     token_source,
 )
-from websocket_relay.client import (
-    MAX_MESSAGE_BYTES,
-    RejectedError,
-    Relay,
-    UnavailableError,
-    UnconfirmedError,
-)
+from websocket_relay.client import MAX_MESSAGE_BYTES, Relay, UnconfirmedError
+from websocket_relay.outcomes import RelayError
 
 DESCRIPTION = """\
-Send one message to a channel, or every line of standard input.
+Publish one message, or every line of standard input. Each message is published exactly once.
 
-The exit status is 0 only if every message was relayed. When the connection is lost or the relay
-restarts, the command reconnects and sends the messages that were not relayed. A message that may or
-may not have been relayed is unconfirmed: it is not sent again, the exit status is 1, and the last
-line has their number. With --repeat unconfirmed messages are sent again, so some may be relayed
-twice."""
+When the connection is lost or the relay restarts, the command reconnects and sends what the relay
+has not acknowledged again, and no subscriber receives it twice. The exit status is 0 only if every
+message was acknowledged. Where the relay no longer knows what became of a message, it is
+unconfirmed: the exit status is 1, and the last line has the number of such messages."""
 
 EXAMPLES = """\
 examples:
-  websocket-relay send ws://localhost:8443/channels/news "hello"
-  tail -f log.txt | websocket-relay send ws://localhost:8443/channels/log
-  websocket-relay send --binary picture.png ws://localhost:8443/channels/pictures
+  websocket-relay send --channel news ws://localhost:8443 "hello"
+  tail -f log.txt | websocket-relay send --channel log ws://localhost:8443
+  websocket-relay send --binary picture.png --channel pictures ws://localhost:8443
 
 """
 
 PATIENCE_S = 30.0
 CHUNK_BYTES = 65_536
+MAX_IN_FLIGHT = 1_000
+"""Messages that are sent before the first of them is answered."""
 
 
 def add_to(commands: Any) -> None:
@@ -68,13 +64,25 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="send a file as one binary message; -: standard input",
     )
-    parser.add_argument("--repeat", action="store_true", help="send unconfirmed messages again")
+    parser.add_argument(
+        "--channel", metavar="NAME", help="name of the channel (default: that of the URL)"
+    )
     add_reconnect_arguments(parser, f"after one attempt at the start, later {PATIENCE_S:g}")
-    parser.set_defaults(run=lambda options: run(send, options))
+
+    def run_send(options: Namespace) -> int:
+        def shift(message: str) -> bool:
+            is_free = options.message is None and options.binary is None
+            if is_free:
+                options.message = message
+            return is_free
+
+        return run_with_url(parser, options, send, shift)
+
+    parser.set_defaults(run=run_send)
 
 
 def send(options: Namespace) -> Coroutine[Any, Any, int]:
-    """Read the message; return the coroutine that sends it and waits until it is relayed."""
+    """Read the message; return the coroutine that publishes it and waits for the answer."""
     return _send(options, _message(options))
 
 
@@ -85,28 +93,83 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
         token=token_source(options),
         ssl=tls_context(options),
         uses_proxy=not options.no_proxy,
-        listens=False,
-        repeats=options.repeat,
         start_patience_s=patience_s or 0.0,
         patience_s=PATIENCE_S if patience_s is None else patience_s,
         on_event=event_printer(options),
     )
+    publishes = Publishes(relay, options.channel or relay.channel)
     try:
         async with relay:
-            await (_send_lines(relay) if message is None else relay.send(message))
-            await relay.flush()
+            await (_send_lines(relay, publishes) if message is None else publishes.start(message))
+            await publishes.settle()
     except asyncio.CancelledError:
-        if relay.unconfirmed:
-            print_notice(str(UnconfirmedError(relay.unconfirmed, "interrupted")))
+        if publishes.in_flight:
+            print_notice(str(UnconfirmedError(publishes.in_flight, "interrupted")))
         raise
-    except (UnavailableError, RejectedError) as error:
-        if relay.unconfirmed > relay.unsent:
-            raise UnconfirmedError(relay.unconfirmed, str(error)) from None
-        if relay.unsent:
-            messages = "1 message" if relay.unsent == 1 else f"{relay.unsent:,} messages"
-            raise type(error)(f"{error}; {messages} not relayed") from None
+    except RelayError:
+        await publishes.settle()
+        publishes.raise_failures()
         raise
+    publishes.raise_failures()
     return 0
+
+
+class Publishes:
+    """The messages of this command: those in flight, and those that failed.
+
+    Args:
+        relay: publishes them.
+        channel: the name of the channel.
+
+    Attributes:
+        has_failures: set when a message was not acknowledged.
+    """
+
+    def __init__(self, relay: Relay, channel: str) -> None:
+        self.has_failures = asyncio.Event()
+        self._relay = relay
+        self._channel = channel
+        self._tasks: set[asyncio.Task[str]] = set()
+        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._failures: list[RelayError] = []
+
+    async def start(self, message: str | bytes) -> None:
+        """Publish a message, after those that were started before."""
+        await self._slots.acquire()
+        task = asyncio.create_task(self._relay.publish(self._channel, message))
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    @property
+    def in_flight(self) -> int:
+        """The number of messages that are not answered."""
+        return len(self._tasks)
+
+    async def settle(self) -> None:
+        """Wait until no message is in flight."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def raise_failures(self) -> None:
+        """Raise an error with the number of messages that failed, if any did."""
+        unconfirmed = [each for each in self._failures if isinstance(each, UnconfirmedError)]
+        refused = [each for each in self._failures if not isinstance(each, UnconfirmedError)]
+        reason = f"{refused[0]}; {_count(refused)} not published" if refused else ""
+        if unconfirmed:
+            raise UnconfirmedError(len(unconfirmed), reason or unconfirmed[0].reason)
+        if refused:
+            raise type(refused[0])(reason)
+
+    def _on_done(self, task: "asyncio.Task[str]") -> None:
+        self._tasks.discard(task)
+        self._slots.release()
+        if not task.cancelled() and isinstance(error := task.exception(), RelayError):
+            self._failures.append(error)
+            self.has_failures.set()
+
+
+def _count(messages: Sequence[object]) -> str:
+    return "1 message" if len(messages) == 1 else f"{len(messages):,} messages"
 
 
 def _message(options: Namespace) -> str | bytes | None:
@@ -136,23 +199,21 @@ def _file_content(file: Path) -> bytes:
     return b"".join(chunks)
 
 
-async def _send_lines(relay: Relay) -> None:
-    """Send standard input; end when the relay is lost, even while no input arrives."""
-    sending = asyncio.create_task(_read_and_send(relay))
-    failing = asyncio.create_task(_wait_for_failure(relay))
+async def _send_lines(relay: Relay, publishes: Publishes) -> None:
+    """Publish standard input; end at the first failure, even while no input arrives."""
+    reading = asyncio.create_task(_read_and_publish(publishes))
+    closed = asyncio.create_task(relay.wait_closed())
+    failed = asyncio.create_task(publishes.has_failures.wait())
+    tasks: tuple[asyncio.Task[Any], ...] = (reading, closed, failed)
     try:
-        await asyncio.wait({sending, failing}, return_when=asyncio.FIRST_COMPLETED)
-        await (sending if sending.done() else failing)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        await cancel_until_done(sending, failing)
+        await cancel_until_done(*tasks)
 
 
-async def _wait_for_failure(relay: Relay) -> None:
-    async for _ in relay:
-        pass  # with listens=False no message arrives: the loop ends when the relay is lost
-
-
-async def _read_and_send(relay: Relay) -> None:
+async def _read_and_publish(publishes: Publishes) -> None:
     line_number = 0
     async for lines in _input_lines():
         for line in lines:
@@ -160,9 +221,9 @@ async def _read_and_send(relay: Relay) -> None:
             try:
                 text = _decoded(line)
             except ValueError as error:
-                await relay.flush()
+                await publishes.settle()
                 raise UsageError(f"line {line_number} {error}") from None
-            await relay.send(text)
+            await publishes.start(text)
 
 
 def _decoded(line: bytes) -> str:

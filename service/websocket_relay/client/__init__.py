@@ -1,8 +1,8 @@
-"""Receive a channel without gaps, send to it, and reconnect automatically.
+"""Publish to channels, subscribe to them, and reconnect automatically.
 
-    async with Relay("ws://localhost:8443/channels/news") as relay:
-        await relay.send("hello")
-        async for message in relay:
+    async with Relay("ws://localhost:8443") as relay:
+        await relay.publish("news", "hello")
+        async for message in relay.subscribe("news", history=20):
             print(message.data)
 
 Knows the relay's public protocol, and no server code.
@@ -14,8 +14,10 @@ from websocket_relay.client.errors import (
     UnavailableError,
     UnconfirmedError,
 )
-from websocket_relay.client.events import Connected, Disconnected, Message, Unconfirmed
+from websocket_relay.client.events import Connected, Disconnected, Message
 from websocket_relay.client.relay import MAX_MESSAGE_BYTES, Relay
+from websocket_relay.client.subscription import Subscription
+from websocket_relay.client.sync import SyncRelay, SyncSubscription
 from websocket_relay.outcomes import RelayError
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "RejectedError",
     "Relay",
     "RelayError",
+    "Subscription",
+    "SyncRelay",
+    "SyncSubscription",
     "UnavailableError",
-    "Unconfirmed",
     "UnconfirmedError",
 ]

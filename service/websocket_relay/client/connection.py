@@ -1,11 +1,15 @@
-"""One connection to a relay, with the subprotocol that transmits positions.
+"""One connection to a relay, which speaks relay.v1 (docs/reference/relay-v1.md).
 
-Knows no earlier and no later connection, and no outbox.
+Knows no earlier and no later connection, no subscription and no outbox.
 """
 
+import asyncio
+import contextlib
 import json
 import re
 import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,47 +18,76 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidPro
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
+from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.client.errors import RejectedError, UnavailableError, error_for
+from websocket_relay.client.events import Data
 from websocket_relay.client.proxy import proxy_for
 from websocket_relay.outcomes import Close
 
 SUBPROTOCOL = Subprotocol("relay.v1")
 OPEN_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
-MAX_POSITION_BYTES = 256  # before each message; usually about 20
+MAX_HEADER_BYTES = 32_768
 RETRY_MS = re.compile(r"retry_ms=(\d{1,9})")
 
-PERMANENT_CLOSE_CODES = frozenset({1002, 1003, 1007, 1009, 1010})
+QUIET_CHECKS, QUIET_SHARE = 2, 0.75
+"""A connection is dead when so many checks in a row, each after this share of the time between two
+heartbeats, find that nothing arrived. A single check may run before a read that is due as well."""
+
+PERMANENT_CLOSE_CODES = frozenset({1002, 1003, 1007, 1010})
 """A retry would be closed with the same code: the data that was sent is the cause."""
 
-CLOSES_AFTER_ECHOES = frozenset({Close.BACKPLANE_UNAVAILABLE, Close.PARTIAL_MESSAGES})
-"""The closes with code 1013 that the relay sends after the echoes of everything it relayed."""
-
-Data = str | bytes
+SESSION_TAKEN = (1008, "session resumed elsewhere")
+"""A copy of this client has its session, for example in a fork: they would close each other."""
 
 
-class ReceivedMessage(NamedTuple):
+class Received(NamedTuple):
     """A message from the relay.
 
     Attributes:
-        position: empty for the relay's own messages.
-        data: as published.
+        type: empty: a message of a channel.
+        fields: of the header.
+        data: the payload.
     """
 
-    position: str
+    type: str
+    fields: Mapping[str, Any]
     data: Data
+
+    @property
+    def id(self) -> int:
+        """The id of the command that is answered; 0: none."""
+        found: int = self.fields.get("id", 0)
+        return found
+
+    @property
+    def position(self) -> str:
+        """The position in the header; empty: none."""
+        return self.fields.get("position") or ""
+
+    @property
+    def error(self) -> RejectedError | UnavailableError:
+        """The client's error for a command that was not carried out."""
+        reason = str(self.fields.get("reason", "without a reason"))
+        if self.fields.get("status") == 503:
+            return UnavailableError(reason, self.fields.get("retry_after_s"))
+        return RejectedError(reason)
 
 
 class Welcome(NamedTuple):
     """The relay's first message.
 
     Attributes:
-        is_recovered: whether the relay has every message since the requested position.
-        position: the position after which the messages start.
+        session: continues on the next connection.
+        is_resumed: whether it is the session that was asked for.
+        position: the position of the log.
+        heartbeat_s: the time between two heartbeats, in seconds.
     """
 
-    is_recovered: bool
+    session: str
+    is_resumed: bool
     position: str
+    heartbeat_s: float
 
 
 class ConnectionEnd(NamedTuple):
@@ -64,22 +97,15 @@ class ConnectionEnd(NamedTuple):
         reason: the cause, as text.
         rejection: the error that makes a retry useless; None if a retry may help.
         retry_after_s: seconds after which the relay asks the client to reconnect; None if unset.
-        has_all_echoes: whether the echo of every relayed message arrived before the end, so that
-            a message without an echo was not relayed.
-        is_all_relayed: whether every message that was sent is relayed, with or without an echo: a
-            draining relay continues to relay until its close frame is answered.
-        is_close_reply: whether the relay answered this client's close frame, which it does after
-            relaying everything that was sent before.
         token_expired: whether the next connection needs another token.
+        message_too_big: whether the relay refused a message for its size.
     """
 
     reason: str
     rejection: RejectedError | None = None
     retry_after_s: float | None = None
-    has_all_echoes: bool = False
-    is_all_relayed: bool = False
-    is_close_reply: bool = False
     token_expired: bool = False
+    message_too_big: bool = False
 
 
 class RelayConnection:
@@ -93,38 +119,40 @@ class RelayConnection:
     def __init__(self, connection: ClientConnection, welcome: Welcome) -> None:
         self._connection = connection
         self.welcome = welcome
+        self._queue: deque[tuple[bytes, bool]] = deque()
+        self._queue_grew = asyncio.Event()
+        self._is_quiet = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a message that is sent now is sent before any close frame."""
-        return self._connection.state is State.OPEN
+    def enqueue(
+        self, header: Mapping[str, Any], payload: bytes = b"", *, is_text: bool = True
+    ) -> None:
+        """Queue a command. Commands are sent in the order of these calls."""
+        line = json.dumps(header, separators=(",", ":")).encode()
+        self._queue.append((line + b"\n" + payload, is_text))
+        self._queue_grew.set()
 
-    async def receive(self) -> ReceivedMessage:
-        """Return the next message.
+    async def run(self, on_received: Callable[[Received], None]) -> ConnectionEnd:
+        """Send what is queued, and receive, until the connection ends.
 
-        Raises:
-            ConnectionClosed: there is none.
-        """
-        return _received(await self._connection.recv())
-
-    async def send(self, data: Data) -> None:
-        """Send a message; wait while the send buffer is full.
-
-        Raises:
-            ConnectionClosed: the message may have been sent all the same.
-        """
-        await self._connection.send(data)
-
-    async def ping(self) -> None:
-        """Send a ping and wait for its pong.
+        Args:
+            on_received: called with each message.
 
         Raises:
-            ConnectionClosed: no pong arrived.
+            RejectedError: a message is not of the protocol.
         """
-        await (await self._connection.ping())
+        tasks = [asyncio.create_task(self._send_queue()), asyncio.create_task(self._abort_quiet())]
+        try:
+            while True:
+                received = _received(await self._connection.recv())
+                self._is_quiet = False
+                on_received(received)
+        except ConnectionClosed as closed:
+            return _end_of(closed)
+        finally:
+            await cancel_until_done(*tasks)
 
     async def close(self) -> None:
-        """Do the closing handshake. The relay's reply comes after everything that it relayed."""
+        """Do the closing handshake."""
         await self._connection.close()
 
     def close_nowait(self) -> None:
@@ -136,6 +164,23 @@ class RelayConnection:
             connection.transport.close()
         else:
             connection.transport.abort()
+
+    async def _send_queue(self) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                while self._queue:
+                    frame, is_text = self._queue.popleft()
+                    await self._connection.send(frame, text=is_text)
+                self._queue_grew.clear()
+                await self._queue_grew.wait()
+
+    async def _abort_quiet(self) -> None:
+        quiet_checks = 0
+        while quiet_checks < QUIET_CHECKS:
+            self._is_quiet = True
+            await asyncio.sleep(self.welcome.heartbeat_s * QUIET_SHARE)
+            quiet_checks = quiet_checks + 1 if self._is_quiet else 0
+        self._connection.transport.abort()
 
 
 async def connect_to_relay(
@@ -149,7 +194,7 @@ async def connect_to_relay(
     """Connect, and receive the welcome.
 
     Args:
-        url: with the position or the history to start with.
+        url: with the session to resume.
         headers: additional headers of the request.
         context: verifies the relay's certificate; None: the library's default.
         max_message_bytes: a larger message closes the connection.
@@ -169,7 +214,8 @@ async def connect_to_relay(
             proxy=proxy,
             open_timeout=OPEN_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
-            max_size=max_message_bytes + MAX_POSITION_BYTES,
+            ping_interval=None,  # the relay sends heartbeats
+            max_size=max_message_bytes + MAX_HEADER_BYTES,
             **options,
         )
     except (
@@ -180,44 +226,39 @@ async def connect_to_relay(
         connection.transport.abort()
         raise RejectedError(f"not a relay: subprotocol {SUBPROTOCOL} not accepted")
     try:
-        return RelayConnection(connection, _welcome(_received(await connection.recv())))
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            return RelayConnection(connection, _welcome(_received(await connection.recv())))
     except ConnectionClosed as closed:
-        end = connection_end_of(closed)
+        end = _end_of(closed)
         raise end.rejection or UnavailableError(end.reason, end.retry_after_s) from None
+    except TimeoutError:
+        connection.transport.abort()
+        raise UnavailableError("timed out") from None
     except BaseException:  # cancelled, or no welcome: nothing else owns the connection
         connection.transport.abort()
         raise
 
 
-def connection_end_of(closed: ConnectionClosed) -> ConnectionEnd:
+def _end_of(closed: ConnectionClosed) -> ConnectionEnd:
     """Return what the end of a connection means."""
     frame = closed.rcvd
     if frame is None:
         return _end_without_close_frame(closed)
     code, close_reason = frame.code, frame.reason
     reason = f"closed by the relay: {close_reason or 'without a reason'} ({code})"
-    if code == Close.CLIENT.code:
-        return ConnectionEnd(reason, is_close_reply=closed.rcvd_then_sent is False)
-    if code == Close.DRAINING.code:
-        retry_ms = RETRY_MS.search(close_reason)
-        was_cut_off = closed.__cause__ is not None
-        return ConnectionEnd(
-            reason,
-            retry_after_s=int(retry_ms[1]) / 1000 if retry_ms else None,
-            is_all_relayed=not was_cut_off,
-        )
-    if code == Close.TOKEN_EXPIRED.code:
-        return ConnectionEnd(reason, has_all_echoes=True, token_expired=True)
-    if code in PERMANENT_CLOSE_CODES or (code, close_reason) == Close.PUBLISH_NOT_ALLOWED.value:
-        return ConnectionEnd(reason, RejectedError(reason), has_all_echoes=True)
-    is_after_echoes = (code, close_reason) in {each.value for each in CLOSES_AFTER_ECHOES}
-    return ConnectionEnd(reason, has_all_echoes=is_after_echoes or code == Close.RATE_LIMIT.code)
+    if code in PERMANENT_CLOSE_CODES or (code, close_reason) == SESSION_TAKEN:
+        return ConnectionEnd(reason, RejectedError(reason))
+    retry_ms = RETRY_MS.search(close_reason)
+    return ConnectionEnd(
+        reason,
+        retry_after_s=int(retry_ms[1]) / 1000 if retry_ms else None,
+        token_expired=code == Close.TOKEN_EXPIRED.code,
+        message_too_big=code == Close.MESSAGE_TOO_BIG.code,
+    )
 
 
 def _end_without_close_frame(closed: ConnectionClosed) -> ConnectionEnd:
     sent = closed.sent
-    if sent is not None and sent.code == 1011:
-        return ConnectionEnd("connection lost: ping timeout")
     if sent is not None and sent.code == Close.MESSAGE_TOO_BIG.code:
         reason = f"received a message over the client's size limit: {sent.reason}"
         return ConnectionEnd(reason, RejectedError(reason))  # resuming would replay the message
@@ -226,26 +267,33 @@ def _end_without_close_frame(closed: ConnectionClosed) -> ConnectionEnd:
     return ConnectionEnd("connection lost")
 
 
-def _received(raw: Data) -> ReceivedMessage:
-    """Split a message as received into position and data."""
+def _received(raw: Data) -> Received:
+    """Split a message into header and payload.
+
+    Raises:
+        RejectedError: it has no header.
+    """
+    head: Data
+    data: Data
     if isinstance(raw, str):
-        position, _, text = raw.partition("\n")
-        return ReceivedMessage(position, text)
-    head, _, payload = raw.partition(b"\n")
-    return ReceivedMessage(head.decode("ascii", "replace"), payload)
-
-
-def is_gap(data: Data) -> bool:
-    """Return whether one of the relay's own messages reports that its log lost messages."""
+        head, _, data = raw.partition("\n")
+    else:
+        head, _, data = raw.partition(b"\n")
     try:
-        return bool(json.loads(data)["type"] == "gap")
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
+        fields = json.loads(head)
+        return Received(fields.get("type", ""), fields, data)
+    except (ValueError, AttributeError, RecursionError):
+        raise RejectedError("not a relay: invalid message") from None
 
 
-def _welcome(message: ReceivedMessage) -> Welcome:
+def _welcome(received: Received) -> Welcome:
     try:
-        fields = json.loads(message.data)
-        return Welcome(bool(fields["recovered"]), str(fields["position"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        fields = received.fields
+        return Welcome(
+            str(fields["session"]),
+            bool(fields["resumed"]),
+            str(fields["position"]),
+            float(fields["heartbeat_ms"]) / 1000,
+        )
+    except (ValueError, TypeError, KeyError):
         raise RejectedError("not a relay: invalid welcome message") from None

@@ -24,15 +24,15 @@ RETRYABLE_4XX = frozenset({408, 425, 429})
 
 
 class InvalidUrlError(RelayError):
-    """The URL is not the URL of a channel, or the token is not a token."""
+    """The URL is not the URL of a relay, or the token is not a token."""
 
 
 class RejectedError(RelayError):
-    """The relay rejects this client, or the server is not a relay: retrying would not help."""
+    """The relay rejects this client or a command, or is not a relay: retrying would not help."""
 
 
 class UnavailableError(RelayError):
-    """The relay is not reachable now.
+    """The relay is not reachable, or can't carry out a command now.
 
     Args:
         reason: the cause.
@@ -45,7 +45,7 @@ class UnavailableError(RelayError):
 
 
 class UnconfirmedError(RelayError):
-    """Messages may or may not have been relayed.
+    """Messages may or may not have been published.
 
     Args:
         count: number of messages.
@@ -56,6 +56,7 @@ class UnconfirmedError(RelayError):
         messages = "1 message" if count == 1 else f"{count} messages"
         super().__init__(f"{messages} unconfirmed: {reason}")
         self.count = count
+        self.reason = reason
 
 
 def error_for(error: Exception, *, is_secure: bool, proxy: str | None = None) -> RelayError:

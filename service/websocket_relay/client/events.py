@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass
 
-from websocket_relay.client.connection import Data
+Data = str | bytes
+"""Text or binary, as published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of the channel.
+    """A message of a channel.
 
     Attributes:
         data: text or bytes, as published.
-        position: the message's position; `Relay(since=…)` resumes after it.
+        channel: the name of the channel.
+        position: the message's position; `subscribe(since=…)` resumes after it.
         after_gap: messages before this one are lost: the relay no longer had them.
     """
 
     data: Data
+    channel: str
     position: str
     after_gap: bool = False
 
@@ -25,10 +28,10 @@ class Connected:
     """The client is connected.
 
     Attributes:
-        is_recovered: whether the relay replays every message since the last connection.
+        is_resumed: whether the relay continues the session of the connection before.
     """
 
-    is_recovered: bool
+    is_resumed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +47,4 @@ class Disconnected:
     retry_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Unconfirmed:
-    """Messages may or may not have been relayed, and are not sent again.
-
-    Attributes:
-        count: number of messages.
-        reason: the cause.
-    """
-
-    count: int
-    reason: str
-
-
-Event = Connected | Disconnected | Unconfirmed
+Event = Connected | Disconnected

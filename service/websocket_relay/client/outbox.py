@@ -1,29 +1,48 @@
-"""Keep messages until their echo confirms that the relay relayed them. Knows no connection.
+"""Keep published messages until the relay answers them. Knows no connection and no frame."""
 
-The relay sends every message back to its publisher, in order, so the oldest unconfirmed message is
-echoed first. Messages carry no id: an echo is recognized by its content. When another client
-publishes the same content at the same time, its message counts as the echo.
-"""
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from collections import deque
-
-Data = str | bytes
+from websocket_relay.client.errors import UnconfirmedError
 
 MESSAGE_BYTES = 64
 """Overhead that is counted for each message, so that empty messages are bounded too."""
 
 
-def size_of(data: Data) -> int:
-    """Return the size that a message is counted with, in bytes.
+@dataclass(slots=True)
+class PendingPublish:
+    """A message that the relay has not answered.
 
-    Raises:
-        UnicodeEncodeError: the text has an unpaired surrogate.
+    Attributes:
+        id: of the command; ids grow.
+        channel: the name of the channel.
+        payload: the data, encoded.
+        is_text: whether the data is text.
+        answer: the message's position.
+        seen: the last position that was received before it was sent; empty: it was never sent.
     """
-    return MESSAGE_BYTES + len(data if isinstance(data, bytes) else data.encode())
+
+    id: int
+    channel: str
+    payload: bytes
+    is_text: bool
+    answer: asyncio.Future[str]
+    seen: str = ""
+
+    @property
+    def size(self) -> int:
+        """The size that the message is counted with, in bytes."""
+        return len(self.payload) + MESSAGE_BYTES
+
+    def fail(self, error: Exception) -> None:
+        """Raise an error to the caller, if there still is one."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Outbox:
-    """The unsent and the unconfirmed messages of one client, in order.
+    """The unanswered messages of one client, in the order of their ids.
 
     Args:
         max_bytes: size limit; a larger message is accepted when the outbox is empty.
@@ -32,62 +51,51 @@ class Outbox:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._unsent: deque[Data] = deque()
-        self._unconfirmed: deque[Data] = deque()
+        self._pending: dict[int, PendingPublish] = {}
 
     def __len__(self) -> int:
-        """Return the number of messages that are not confirmed, sent or not."""
-        return len(self._unsent) + len(self._unconfirmed)
+        return len(self._pending)
+
+    def __iter__(self) -> Iterator[PendingPublish]:
+        return iter(list(self._pending.values()))
+
+    def has_capacity_for(self, payload: bytes) -> bool:
+        """Return whether a message fits."""
+        size = len(payload) + MESSAGE_BYTES
+        return not self._pending or self._bytes + size <= self._max_bytes
+
+    def append(self, pending: PendingPublish) -> None:
+        """Append a message."""
+        self._pending[pending.id] = pending
+        self._bytes += pending.size
+
+    def pop(self, id_: int) -> PendingPublish | None:
+        """Remove the message with this id, which is answered; None: there is none."""
+        pending = self._pending.pop(id_, None)
+        if pending is not None:
+            self._bytes -= pending.size
+        return pending
 
     @property
-    def unsent_count(self) -> int:
-        """The number of messages that wait to be sent."""
-        return len(self._unsent)
+    def oldest_seen(self) -> str:
+        """The position received before the oldest message was sent; empty: none was sent."""
+        return next(iter(self._pending.values())).seen if self._pending else ""
 
     @property
-    def has_unsent(self) -> bool:
-        """Whether a message waits to be sent."""
-        return bool(self._unsent)
+    def largest_sent(self) -> PendingPublish | None:
+        """The largest message that was sent; None: none was sent."""
+        sent = (pending for pending in self._pending.values() if pending.seen)
+        return max(sent, key=lambda pending: pending.size, default=None)
 
-    @property
-    def has_unconfirmed(self) -> bool:
-        """Whether a message was sent and its echo has not arrived."""
-        return bool(self._unconfirmed)
+    def abandon(self, reason: str, unsent_error: Exception | None = None) -> None:
+        """Fail each message that was sent: it may or may not be published.
 
-    def has_capacity_for(self, size: int) -> bool:
-        """Return whether a message of this size fits."""
-        return not len(self) or self._bytes + size <= self._max_bytes
-
-    def append(self, data: Data) -> None:
-        """Append a message to send."""
-        self._unsent.append(data)
-        self._bytes += size_of(data)
-
-    def next_to_send(self) -> Data:
-        """Return the next message to send, and expect its echo from now on."""
-        data = self._unsent.popleft()
-        self._unconfirmed.append(data)
-        return data
-
-    def confirm_echo(self, data: Data) -> bool:
-        """Confirm the oldest unconfirmed message if `data` is its echo; return whether it is."""
-        if not self._unconfirmed or self._unconfirmed[0] != data:
-            return False
-        self._bytes -= size_of(self._unconfirmed.popleft())
-        return True
-
-    def confirm_all(self) -> None:
-        """Confirm every message that was sent."""
-        while self._unconfirmed:
-            self.confirm_echo(self._unconfirmed[0])
-
-    def send_again(self) -> None:
-        """Queue the unconfirmed messages for sending again, before all unsent ones."""
-        self._unsent.extendleft(reversed(self._unconfirmed))
-        self._unconfirmed.clear()
-
-    def abandon(self) -> int:
-        """Remove the unconfirmed messages; return their number."""
-        count = len(self._unconfirmed)
-        self.confirm_all()
-        return count
+        Args:
+            reason: the cause.
+            unsent_error: fails the others, which were never sent; None: they stay.
+        """
+        for pending in self:
+            error = UnconfirmedError(1, reason) if pending.seen else unsent_error
+            if error is not None:
+                self.pop(pending.id)
+                pending.fail(error)

@@ -1,44 +1,40 @@
-"""Receive one channel and send to it, over as many connections as needed. Knows no frame.
+"""Publish to channels and subscribe to them, over one connection after another. Knows no frame.
 
 Guarantees:
 
-- Receive: each message once, in the channel's one order, as long as the relay's history still has
-  the messages between two connections. Where it has not, or the relay's log lost messages, the
+- Receive: each message once, in the one order of its channel, as long as the relay's history still
+  has the messages between two connections. Where it has not, or the relay's log lost messages, the
   next message has `Message.after_gap`.
-- Send: in order, and never again what is known to have been relayed. A message is confirmed when
-  its echo arrives. After a connection has ended, the client looks for the missing echoes among the
-  messages that the relay replays. Some closes settle the question: a close for a limit comes after
-  the echoes of everything that was relayed, a drain means that everything is relayed. Any other
-  message is unconfirmed: it is abandoned, so that it is relayed at most once, or, with `repeats`,
-  sent again, so that it is relayed at least once.
+- Publish: exactly once. After a broken connection the client resumes its session, and sends what is
+  not answered again, with the same ids. Only where the relay no longer knows the session, or the
+  client gives up, a message is unconfirmed: it is published once or not at all.
 """
 
 import asyncio
-import contextlib
+import itertools
 import math
 import ssl
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import isawaitable
 from types import TracebackType
 from typing import Self
-
-from websockets.exceptions import ConnectionClosed
 
 from websocket_relay.backoff import backoff
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.client.connection import (
     ConnectionEnd,
-    Data,
+    Received,
     RelayConnection,
     connect_to_relay,
-    connection_end_of,
-    is_gap,
 )
 from websocket_relay.client.errors import RejectedError, UnavailableError, UnconfirmedError
-from websocket_relay.client.events import Connected, Disconnected, Event, Message, Unconfirmed
-from websocket_relay.client.outbox import MESSAGE_BYTES, Outbox, size_of
-from websocket_relay.client.url import ChannelUrl, authorization
+from websocket_relay.client.events import Connected, Data, Disconnected, Event
+from websocket_relay.client.outbox import Outbox, PendingPublish
+from websocket_relay.client.subscription import Subscription
+from websocket_relay.client.tokens import Token, authorization, expiry_of
+from websocket_relay.client.url import RelayUrl
 from websocket_relay.trust import verifying_context
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
@@ -47,92 +43,83 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 BACKOFF_RESET_S = 10.0
 """A connection that lasted longer resets the backoff."""
 
-QUIET_ROUNDS, QUIET_S = 2, 0.05
-REPLAY_TIMEOUT_S = 2.0
-"""The client waits for echoes among the replayed messages until two rounds of ping and pong brought
-no message, and on a channel that is never quiet for this time."""
+RENEWAL_MARGIN_S = 30.0
+"""A token is renewed so long before it expires, but not in the first half of its time."""
 
 MAX_PENDING_BYTES = 1_048_576
-MAX_WAITING_BYTES = 4_194_304
+MAX_UNREAD_BYTES = 1_048_576
 MAX_MESSAGE_BYTES = 67_108_864
 CLOSE_TIMEOUT_S = 10.0
 START_PATIENCE_S = 30.0
 """A program and its relay are often started together."""
 
-Token = str | Callable[[], str | Awaitable[str]]
+CLOSED = "the client was closed"
+ANSWERS = frozenset({"published", "subscribed", "token", "error"})
+UNCONFIRMED_STATUS = 504
 
 
 class Relay:
-    """A client of one channel, and the async iterator over its messages.
+    """A client of a relay: any number of channels on one connection.
 
     Args:
-        url: the channel's URL; `since` or `history` in its query apply.
-        token: a bearer token, or a function that returns one and is called before each connection.
+        url: the relay's URL, or those of its replicas: each attempt to connect uses the next one.
+        token: a bearer token, or a function that returns one, which is called for each connection
+            and before its token expires.
         ssl: verifies the certificate of a wss:// relay; None: the system's authorities.
         uses_proxy: connect through the proxy that the environment names; False: directly.
-        since: the position after which to start; empty: with new messages.
-        history: number of past messages to start with, where `since` is empty.
-        listens: False discards received messages: for a client that only publishes.
-        repeats: send unconfirmed messages again; some may be relayed twice.
         start_patience_s: how long to try to connect the first time; 0: one attempt.
         patience_s: how long to try to reconnect.
-        max_pending_bytes: limit of unconfirmed messages; `send` waits while it is exceeded.
-        max_waiting_bytes: limit of received messages that are not read yet; above it the client
-            pauses reading from the network.
-        max_message_bytes: a larger message is neither sent nor accepted.
+        max_pending_bytes: limit of unanswered messages; `publish` waits while it is exceeded.
+        max_unread_bytes: limit of the unread messages of each subscription.
+        max_message_bytes: a larger message is neither published nor accepted.
         on_event: called when the state of the connection changes.
+
+    Attributes:
+        channel: the channel in the (first) URL; `default` if it has none.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         token: Token = "",
         ssl: ssl.SSLContext | None = None,
         uses_proxy: bool = True,
-        since: str = "",
-        history: int = 0,
-        listens: bool = True,
-        repeats: bool = False,
         start_patience_s: float = START_PATIENCE_S,
         patience_s: float = math.inf,
         max_pending_bytes: int = MAX_PENDING_BYTES,
-        max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        self._url = ChannelUrl.parse(url)
+        urls = [RelayUrl.parse(each) for each in ([url] if isinstance(url, str) else url)]
+        self.channel = urls[0].channel
+        self._urls = itertools.cycle(urls)
         self._token = token
-        self._ssl = (ssl or verifying_context()) if self._url.is_secure else None
+        is_secure = any(each.is_secure for each in urls)
+        self._ssl = (ssl or verifying_context()) if is_secure else None
         self._uses_proxy = uses_proxy
-        self._position = since or self._url.since
-        self._history = history or self._url.history
-        self._listens = listens
-        self._repeats = repeats
         self._start_patience_s = start_patience_s
         self._patience_s = patience_s
-        self._max_unread_bytes = max_waiting_bytes
+        self._max_unread_bytes = max_unread_bytes
         self._max_message_bytes = max_message_bytes
         self._on_event = on_event
 
         self._backoff = backoff(FIRST_WAIT_S, LONGEST_WAIT_S)
+        self._ids = itertools.count(1)
+        self._session = ""
+        self._position = ""  # the highest that was received, and its numbers
+        self._position_numbers: tuple[int, ...] = ()
         self._outbox = Outbox(max_pending_bytes)
-        self._unread: deque[Message] = deque()
-        self._unread_bytes = 0
-        self._received_count = 0  # over all connections
-        self._has_gap = False  # before the next message
-        self._was_iterated = False
+        self._publish_order = asyncio.Lock()
+        self._subscriptions: dict[str, Subscription] = {}
+        self._on_answer: dict[int, Callable[[Received], None]] = {}  # by the id of the command
+        self._token_expiry: float | None = None
+        self._connection: RelayConnection | None = None
         self._was_connected = False  # at least once
-        self._is_connected = False
         self._is_closing = False
-        self._is_closed = False  # everything was sent, then the connection ended
-        # The end of the connection whose echoes are missing.
-        self._unresolved_end: ConnectionEnd | None = None
-        self._abandoned: Unconfirmed | None = None
         self._changed = asyncio.Event()  # set, and replaced, when anything above changes
-        self._waiter_count = 0
         self._fault: Exception | None = None
-        self._was_fault_raised = False
         self._task: asyncio.Task[None] | None = None
 
     # Public interface
@@ -144,7 +131,10 @@ class Relay:
             InvalidUrlError: the token is invalid.
             RejectedError: the relay rejects the client.
             UnavailableError: no connection within `start_patience_s`.
+            RuntimeError: the client was connected before.
         """
+        if self._task is not None:
+            raise RuntimeError("the client was connected before: make a new one")
         self._task = asyncio.create_task(self._run())
         try:
             await self._wait_until(lambda: self._was_connected)
@@ -164,157 +154,173 @@ class Relay:
         else:
             await self._stop()
 
-    async def send(self, data: Data) -> None:
-        """Queue a message, which is sent as soon as there is a connection.
+    def subscribe(
+        self,
+        channel: str,
+        *,
+        since: str = "",
+        history: int = 0,
+        echo: bool = True,
+        follow: bool = True,
+    ) -> Subscription:
+        """Subscribe to a channel. The command is sent before those of later calls.
 
-        Waits while more than `max_pending_bytes` are unconfirmed. Returns before this message is
-        confirmed; `flush` waits for that.
+        Args:
+            channel: the name of the channel.
+            since: the position after which to start; empty: with new messages.
+            history: number of past messages to start with, where `since` is empty.
+            echo: whether the messages that this client publishes are delivered.
+            follow: whether to continue after the replay; False ends the iteration there.
+
+        Raises:
+            RuntimeError: the client is subscribed to the channel already, not connected, or closed.
+            RelayError: the client has given up.
+        """
+        self._raise_unusable()
+        if channel in self._subscriptions:
+            raise RuntimeError(f"already subscribed to {channel!r}")
+        subscription = self._subscriptions[channel] = Subscription(
+            channel,
+            self._send_command,
+            self._subscriptions.pop,
+            since=since,
+            history=history,
+            echo=echo,
+            follow=follow,
+            max_unread_bytes=self._max_unread_bytes,
+        )
+        subscription.start()
+        return subscription
+
+    async def publish(self, channel: str, data: Data) -> str:
+        """Publish a message; return its position, once the relay has answered.
+
+        Waits while more than `max_pending_bytes` are unanswered. A call that is cancelled before
+        its message was sent publishes nothing.
 
         Raises:
             TypeError, UnicodeEncodeError: the data is not a valid message.
             ValueError: the message is larger than `max_message_bytes`.
             RuntimeError: the client is not connected yet, or was closed.
-            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
+            RejectedError: the relay refuses the message, or rejects the client.
+            UnavailableError: the relay can't publish it now, or was unavailable for `patience_s`.
+            UnconfirmedError: the message may or may not have been published.
         """
         if not isinstance(data, str | bytes):
             raise TypeError(f"a message is str or bytes, not {type(data).__name__}")
-        size = size_of(data)
-        if size - MESSAGE_BYTES > self._max_message_bytes:
+        payload = data if isinstance(data, bytes) else data.encode()
+        if len(payload) > self._max_message_bytes:
             raise ValueError(f"a message has at most {self._max_message_bytes:,} bytes")
-        if self._is_closing:
-            raise RuntimeError("the client was closed")
-        self._raise_fault()
-        await self._wait_for_echoes_until(lambda: self._outbox.has_capacity_for(size))
-        self._outbox.append(data)
-        self._notify_waiters()
+        async with self._publish_order:
+            self._raise_unusable()
+            await self._wait_until(
+                lambda: self._is_closing or self._outbox.has_capacity_for(payload)
+            )
+            self._raise_unusable()
+            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            pending = PendingPublish(
+                next(self._ids), channel, payload, isinstance(data, str), answer
+            )
+            self._outbox.append(pending)
+            self._send_publish(pending)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not pending.seen:
+                self._outbox.pop(pending.id)
+                self._notify_waiters()
+            raise
 
-    async def flush(self) -> None:
-        """Wait until every message is confirmed.
+    async def renew_token(self) -> None:
+        """Replace the token of the connection by a new one, without reconnecting.
+
+        The client does this by itself before a JSON Web Token expires.
 
         Raises:
-            UnconfirmedError: messages were abandoned.
-            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
+            RejectedError: the relay refuses the token; the previous one still counts.
+            RelayError: the client has given up.
         """
-        await self._wait_for_echoes_until(lambda: not len(self._outbox))
-        self._raise_abandoned()
+        token = await self._new_token()
+        authorization(token)  # raises if it is invalid
+        self._raise_unusable()
+        answers: list[Received] = []
+        connection = self._connection
+        if self._send_command("token", answers.append, token=token):
+            # The next connection has a new token.
+            await self._wait_until(lambda: answers or self._connection is not connection)
+        for answer in answers:
+            if answer.type == "error":
+                raise answer.error
+            self._token_expiry = expiry_of(token)
+
+    async def wait_closed(self) -> None:
+        """Wait until the client is closed.
+
+        Raises:
+            RelayError: the client has given up.
+        """
+        await self._wait_until(lambda: self._is_closing)
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Send the queued messages, do the closing handshake and disconnect.
+        """End all subscriptions, wait for the answers to all messages, and disconnect.
 
-        The relay replies to a close frame when it has relayed everything that was sent before.
-
-        Raises:
-            UnconfirmedError: messages may not have been relayed.
-            RelayError: the relay rejects the client, and no other call has raised that yet.
+        Args:
+            timeout_s: the limit of all this. A message without an answer is unconfirmed then.
         """
         self._is_closing = True
+        for subscription in list(self._subscriptions.values()):
+            subscription.end()
         self._notify_waiters()
         try:
-            if not self._was_fault_raised and (self._is_connected or len(self._outbox)):
+            with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    await self._wait_until(lambda: self._is_closed)
-        except TimeoutError:
-            if len(self._outbox):
-                raise UnconfirmedError(len(self._outbox), "close timed out") from None
+                    await self._wait_until(lambda: not len(self._outbox) or self._fault)
+                    if self._connection is not None:
+                        await self._connection.close()
         finally:
             await self._stop()
-        self._raise_abandoned()
-
-    @property
-    def unconfirmed(self) -> int:
-        """The number of messages that are not confirmed."""
-        return len(self._outbox)
-
-    @property
-    def unsent(self) -> int:
-        """The number of unconfirmed messages that are certainly not relayed."""
-        return self._outbox.unsent_count
-
-    @property
-    def waiting(self) -> int:
-        """The number of received messages that are not read yet."""
-        return len(self._unread)
-
-    def __aiter__(self) -> AsyncIterator[Message]:
-        return self
-
-    async def __anext__(self) -> Message:
-        """Return the next message of the channel.
-
-        Raises:
-            RelayError: the relay rejects the client, or was unavailable for `patience_s`.
-            StopAsyncIteration: `close` was called.
-        """
-        self._was_iterated = True
-        if not self._unread:
-            await self._wait_until(lambda: self._unread or self._is_closing)
-        if not self._unread:
-            raise StopAsyncIteration
-        message = self._unread.popleft()
-        self._unread_bytes -= size_of(message.data)
-        self._notify_waiters()
-        return message
 
     # Waiting for a change of state
 
     def _notify_waiters(self) -> None:
-        if self._waiter_count:
-            self._changed.set()
-            self._changed = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    def _raise_fault(self) -> None:
+    def _raise_unusable(self) -> None:
         if self._task is None:
             raise RuntimeError("the client is not connected: use it in `async with`")
         if self._fault is not None:
-            self._was_fault_raised = True
             raise self._fault
+        if self._is_closing:
+            raise RuntimeError(CLOSED)
 
     async def _wait_until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            self._raise_fault()
-            self._waiter_count += 1
-            try:
-                await self._changed.wait()
-            finally:
-                self._waiter_count -= 1
-
-    async def _wait_for_echoes_until(self, condition: Callable[[], object]) -> None:
-        """Wait for echoes. None arrives while unread messages before them pause the connection."""
-        await self._wait_until(lambda: condition() or self._is_stuck)
-        if not condition():
-            raise RuntimeError(
-                "unread messages block the client: iterate over it, or pass listens=False"
-            )
-
-    @property
-    def _is_stuck(self) -> bool:
-        return self._is_full and not self._was_iterated and not self._is_closing
-
-    @property
-    def _is_full(self) -> bool:
-        return self._unread_bytes > self._max_unread_bytes
-
-    def _raise_abandoned(self) -> None:
-        if self._abandoned is not None:
-            abandoned, self._abandoned = self._abandoned, None
-            raise UnconfirmedError(abandoned.count, abandoned.reason)
+            if self._fault is not None:
+                raise self._fault
+            await self._changed.wait()
 
     async def _stop(self) -> None:
+        self._is_closing = True
         if self._task is not None:
             await cancel_until_done(self._task)
+        self._settle_all(RuntimeError(CLOSED))
+
+    def _settle_all(self, error: Exception) -> None:
+        """End everything that waits for the relay: there is no further connection."""
+        self._outbox.abandon(str(error), error)
+        for subscription in list(self._subscriptions.values()):
+            subscription.end(None if self._is_closing else error)
+        self._notify_waiters()
 
     # All connections
 
     async def _run(self) -> None:
         try:
             await self._run_connections()
-        except asyncio.CancelledError:
-            self._fault = self._fault or RuntimeError("the client was closed")
-            raise
-        except Exception as fault:  # noqa: BLE001 - the task's edge: the next call raises it
+        except Exception as fault:  # noqa: BLE001 - the task's edge: all calls raise it
             self._fault = fault
-        finally:
-            self._notify_waiters()
+            self._settle_all(fault)
 
     async def _run_connections(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -323,16 +329,13 @@ class Relay:
             connected_at = clock()
             end = await self._run_connection(connection)
             if self._is_closing and not len(self._outbox):
-                self._is_closed = True
                 return
-            if self._unresolved_end is None and self._outbox.has_unconfirmed:
-                self._unresolved_end = end
             rejection = end.rejection
             if end.token_expired and not callable(self._token):
                 rejection = RejectedError(end.reason)
+            if end.message_too_big and not self._reject_largest(end.reason):
+                rejection = RejectedError(end.reason)
             if rejection is not None:
-                if self._unresolved_end is end and end.has_all_echoes:
-                    self._outbox.send_again()  # `unsent` counts them: they are not relayed
                 raise rejection
             if clock() - connected_at > BACKOFF_RESET_S:
                 self._backoff = backoff(FIRST_WAIT_S, LONGEST_WAIT_S)
@@ -353,103 +356,134 @@ class Relay:
                 await self._wait_before_retry(str(error), wait_s)
 
     async def _connect_once(self) -> RelayConnection:
-        token = self._token() if callable(self._token) else self._token
-        headers = authorization(await token if isawaitable(token) else token)
-        url = self._url.url_with_start(since=self._position, history=self._history)
+        token = await self._new_token()
+        headers = authorization(token)
+        self._token_expiry = expiry_of(token)
+        url = next(self._urls)
+        seen = self._outbox.oldest_seen or self._position
         return await connect_to_relay(
-            url, headers, self._ssl, self._max_message_bytes, uses_proxy=self._uses_proxy
+            url.with_session(self._session, seen),
+            headers,
+            self._ssl if url.is_secure else None,
+            self._max_message_bytes,
+            uses_proxy=self._uses_proxy,
         )
+
+    async def _new_token(self) -> str:
+        token = self._token() if callable(self._token) else self._token
+        return await token if isawaitable(token) else token
 
     def _delay_s(self, retry_after_s: float | None) -> float:
         """Return the reconnect delay: the relay's, or else that of the backoff."""
-        backoff_s = next(self._backoff)
-        return backoff_s if retry_after_s is None else min(retry_after_s, LONGEST_WAIT_S)
+        if retry_after_s is not None:
+            return min(retry_after_s, LONGEST_WAIT_S)
+        return next(self._backoff)
 
     async def _wait_before_retry(self, reason: str, wait_s: float) -> None:
         self._on_event(Disconnected(reason, wait_s))
         await asyncio.sleep(wait_s)
 
+    def _reject_largest(self, reason: str) -> bool:
+        """Reject the largest message that was sent; return whether there was one.
+
+        The relay closed the connection because one of them is over its limit. So the largest is.
+        """
+        largest = self._outbox.largest_sent
+        if largest is not None:
+            self._outbox.pop(largest.id)
+            largest.fail(RejectedError(reason))
+        return largest is not None
+
     # One connection
 
     async def _run_connection(self, connection: RelayConnection) -> ConnectionEnd:
         """Receive and send until the connection ends."""
-        self._position = connection.welcome.position
-        self._has_gap |= not connection.welcome.is_recovered
-        self._was_connected = self._is_connected = True
+        welcome = connection.welcome
+        self._session = welcome.session
+        if not welcome.is_resumed:
+            self._outbox.abandon("the relay no longer knows the session")
+            self._position_numbers = ()  # the log may be another one
+        self._on_position(welcome.position)
+        self._connection = connection
+        self._was_connected = True
+        for subscription in self._subscriptions.values():
+            subscription.start()
+        for pending in self._outbox:
+            self._send_publish(pending)
         self._notify_waiters()
-        self._on_event(Connected(connection.welcome.is_recovered))
-        writer = asyncio.create_task(self._send_messages(connection))
+        renewing = asyncio.create_task(self._renew_tokens())
         try:
-            end = await self._receive_messages(connection)
+            self._on_event(Connected(welcome.is_resumed))
+            return await connection.run(self._on_received)
         finally:
-            self._is_connected = False
+            self._connection = None
             connection.close_nowait()
-            await cancel_until_done(writer)
-        if not writer.cancelled():
-            writer.result()
-        if end.is_close_reply:
-            self._outbox.confirm_all()
-        return end
-
-    async def _receive_messages(self, connection: RelayConnection) -> ConnectionEnd:
-        try:
-            while True:
-                position, data = await connection.receive()
-                if position:  # the relay's own messages have none
-                    self._on_message(position, data)
-                elif is_gap(data):
-                    self._has_gap = True
-                if self._is_full:
-                    await self._wait_until(lambda: not self._is_full or self._is_closing)
-        except ConnectionClosed as closed:
-            return connection_end_of(closed)
-
-    def _on_message(self, position: str, data: Data) -> None:
-        self._position = position
-        self._received_count += 1
-        self._outbox.confirm_echo(data)
-        if self._listens and not self._is_closing:
-            self._unread.append(Message(data, position, self._has_gap))
-            self._unread_bytes += size_of(data)
-            self._has_gap = False
-        self._notify_waiters()
-
-    async def _send_messages(self, connection: RelayConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            if self._unresolved_end is not None:
-                await self._resolve_unconfirmed(connection, self._unresolved_end)
-            while not self._is_closing or self._outbox.has_unsent:
-                while self._outbox.has_unsent:
-                    if not connection.is_open:
-                        return  # else the outbox would count the message as sent
-                    await connection.send(self._outbox.next_to_send())
-                await self._wait_until(lambda: self._outbox.has_unsent or self._is_closing)
-            await connection.close()
-
-    async def _resolve_unconfirmed(self, connection: RelayConnection, end: ConnectionEnd) -> None:
-        """Confirm, send again or abandon the messages of the previous connection."""
-        if connection.welcome.is_recovered:
-            await self._wait_for_replayed_echoes(connection)
-        self._unresolved_end = None
-        if end.is_all_relayed and not connection.welcome.is_recovered:
-            self._outbox.confirm_all()
+            for subscription in self._subscriptions.values():
+                subscription.on_disconnected()
+            self._on_answer.clear()
             self._notify_waiters()
-        elif end.has_all_echoes or self._repeats:
-            self._outbox.send_again()
-        elif count := self._outbox.abandon():
-            abandoned_before = self._abandoned.count if self._abandoned else 0
-            self._abandoned = Unconfirmed(abandoned_before + count, end.reason)
-            self._on_event(Unconfirmed(count, end.reason))
-            self._notify_waiters()
+            await cancel_until_done(renewing)
 
-    async def _wait_for_replayed_echoes(self, connection: RelayConnection) -> None:
-        """Wait until every echo arrived, or the relay has replayed all messages."""
-        clock = asyncio.get_running_loop().time
-        deadline, quiet_rounds = clock() + REPLAY_TIMEOUT_S, 0
-        while self._outbox.has_unconfirmed and quiet_rounds < QUIET_ROUNDS and clock() < deadline:
-            received_before = self._received_count
-            await connection.ping()
-            # The pong overtakes messages in the receive queue of websockets.
-            await asyncio.sleep(QUIET_S)
-            is_quiet = received_before == self._received_count and not self._is_full
-            quiet_rounds = quiet_rounds + 1 if is_quiet else 0
+    async def _renew_tokens(self) -> None:
+        """Renew the token before it expires; if that fails, the next connection has a new one."""
+        while callable(self._token) and (expiry := self._token_expiry) is not None:
+            left_s = expiry - time.time()
+            if left_s <= 0:
+                return
+            await asyncio.sleep(max(left_s - RENEWAL_MARGIN_S, left_s / 2))
+            if self._token_expiry != expiry:
+                continue  # the program has renewed it
+            try:
+                await self.renew_token()
+            except Exception:  # noqa: BLE001 - of the user's function, too; the old token counts
+                return
+            if self._token_expiry == expiry:
+                return  # there is no newer token yet
+
+    def _send_publish(self, pending: PendingPublish) -> None:
+        if self._connection is None:
+            return
+        pending.seen = pending.seen or self._position
+        header = {"type": "publish", "channel": pending.channel, "id": pending.id}
+        self._connection.enqueue(header, pending.payload, is_text=pending.is_text)
+
+    def _send_command(
+        self, kind: str, on_answer: Callable[[Received], None] | None = None, **fields: object
+    ) -> int:
+        """Send a command on the present connection; return its id, 0 if there is none."""
+        if self._connection is None:
+            return 0
+        id_ = next(self._ids)
+        self._connection.enqueue({"type": kind, "id": id_, **fields})
+        if on_answer is not None:
+            self._on_answer[id_] = on_answer
+        return id_
+
+    def _on_position(self, position: str) -> None:
+        """Keep the highest position: those of a replay are lower."""
+        numbers = tuple(map(int, position.split("-")))
+        if numbers > self._position_numbers:
+            self._position, self._position_numbers = position, numbers
+
+    def _on_received(self, received: Received) -> None:
+        if received.position:
+            self._on_position(received.position)
+        if received.type in ANSWERS:
+            if pending := self._outbox.pop(received.id):
+                _settle(pending, received)
+            elif on_answer := self._on_answer.pop(received.id, None):
+                on_answer(received)
+            self._notify_waiters()
+        elif subscription := self._subscriptions.get(received.fields.get("channel", "")):
+            subscription.on_received(received)
+
+
+def _settle(pending: PendingPublish, received: Received) -> None:
+    """Pass the answer to a publish to its caller."""
+    if received.type != "error":
+        if not pending.answer.done():
+            pending.answer.set_result(received.position)
+    elif received.fields.get("status") == UNCONFIRMED_STATUS:
+        pending.fail(UnconfirmedError(1, str(received.error)))
+    else:
+        pending.fail(received.error)

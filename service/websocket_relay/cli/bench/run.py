@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Coroutine
@@ -27,11 +26,14 @@ from websocket_relay.cli.common import (
     non_negative_seconds,
     positive_int,
     print_notice,
-    run,
+    run_with_url,
+    show_progress,
+    shown_url,
     tls_context,
     token_source,
 )
-from websocket_relay.client.url import ChannelUrl, authorization
+from websocket_relay.client.tokens import authorization
+from websocket_relay.client.url import RelayUrl
 from websocket_relay.outcomes import FAILED, INTERRUPTED
 
 DESCRIPTION = f"""\
@@ -73,7 +75,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all results to a file"
     )
-    parser.set_defaults(run=lambda options: run(bench, options, _loop_factory()))
+    parser.set_defaults(
+        run=lambda options: run_with_url(parser, options, bench, loop_factory=_loop_factory())
+    )
 
 
 def _add_load(parser: ArgumentParser) -> None:
@@ -130,7 +134,7 @@ async def bench(options: Namespace) -> int:
     _raise_limit()
     if options.json:
         options.json.touch()  # report a wrong path before the measurement, not after it
-    bench_run = BenchRun(load_of(options), _show if sys.stderr.isatty() else lambda _: None)
+    bench_run = BenchRun(load_of(options), show_progress if sys.stderr.isatty() else lambda _: None)
     try:
         await bench_run.connect(options)
         was_interrupted = await _is_interrupted(bench_run.measure())
@@ -140,7 +144,7 @@ async def bench(options: Namespace) -> int:
     finally:
         bench_run.show("")
     result = bench_run.result()
-    url = ChannelUrl.parse(options.url).redacted
+    url = shown_url(options)
     print(table(url, result), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result.as_json(url), indent=2) + "\n")
@@ -195,7 +199,8 @@ class BenchRun:
             RelayError: a client could not connect.
         """
         load = self._load
-        uri = parse_uri(ChannelUrl.parse(options.url).url)
+        RelayUrl.parse(options.url)  # raises if it is invalid
+        uri = parse_uri(options.url)
         headers = authorization(token_source(options)())
         layout = BenchMessage.of(load.message_bytes)
         echo_handler = self._send_next if load.window else None
@@ -319,12 +324,6 @@ def _progress(load: BenchLoad, latest: Slice, cpu_share: float) -> str:
         f"  {latest.deliveries_per_s:,.0f} deliveries/s  p50 {milliseconds(latest.p50_ms)}"
         f"  p99 {milliseconds(latest.p99_ms)}  own CPU {cpu_share:.0%}"
     )
-
-
-def _show(line: str) -> None:
-    """Replace the previous line of progress; cut a line that would not fit the terminal."""
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
