@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +112,7 @@ async def _await_ready(server: Running) -> None:
 
 
 def _page(facts: dict[str, object], found: dict[str, list[Costs]]) -> str:
-    rows: list[Sequence[str]] = [
+    rows: list[list[str]] = [
         ["one publisher of 128 bytes", "acknowledged per second", "p50, ms", "p99, ms"]
     ]
     for name, rounds in found.items():

@@ -14,7 +14,13 @@ from tests.support.brokers import Broker
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import RelayProcess, StartReplicas
-from tests.support.relay_v1 import RelayV1Client, connect_relay_v1, path_with_query, publish_all
+from tests.support.relay_v1 import (
+    RelayV1Client,
+    connect_relay_v1,
+    open_relay_v1,
+    path_with_query,
+    publish_all,
+)
 from tests.support.tcp_proxy import BlockedReadsProxy
 
 PAUSE_S = 2.1
@@ -225,3 +231,13 @@ async def test_a_gap_during_a_replay_ends_the_replay_with_a_notice_and_is_ignore
         assert '"type":"gap"' in received[-2], "messages between the gap and the next message"
         assert 1 < len(received) < 1_000
         assert [await plain.read_message() for _ in range(1_001)] == [*messages, "after"]
+
+
+async def test_a_session_is_resumed_by_another_replica_before_the_first_message(
+    replicas_with: StartReplicas,
+) -> None:
+    one, two = await asyncio.to_thread(replicas_with, 2)
+    async with open_relay_v1(one) as client:
+        session, position = client.welcome["session"], client.welcome["position"]
+    async with open_relay_v1(two, f"/?session={session}&seen={position}") as client:
+        assert client.welcome["resumed"] is True

@@ -407,40 +407,53 @@ def members_of(declaration: str) -> list[str]:
         re.DOTALL | re.MULTILINE,
     )
     assert found is not None, declaration
-    names = re.findall(r"^  (?:readonly |get )?(\w+)\??[:(<]", found[1], re.MULTILINE)
+    names = re.findall(r"^  (?:readonly |get |set )?(\w+)\??[:(<]", found[1], re.MULTILINE)
     return list(dict.fromkeys(names))
 
 
 @pytest.mark.fast
-def test_the_options_of_the_browser_client_are_in_the_table() -> None:
-    documented = [code_spans(name)[0] for name, *_ in first_table(BROWSER_CLIENT, "Options")]
-    assert documented == members_of("RelayOptions")
+@pytest.mark.parametrize(
+    ("heading", "declaration"), [("Options", "RelayOptions"), ("Channel options", "ChannelOptions")]
+)
+def test_the_options_of_the_browser_client_are_in_the_tables(
+    heading: str, declaration: str
+) -> None:
+    documented = [code_spans(name)[0] for name, *_ in first_table(BROWSER_CLIENT, heading)]
+    assert documented == members_of(declaration)
 
 
 @pytest.mark.fast
-def test_the_members_of_the_browser_client_are_in_the_table() -> None:
+@pytest.mark.parametrize(
+    ("heading", "declaration"), [("Members", "Relay"), ("Channel members", "Channel")]
+)
+def test_the_members_of_the_browser_client_are_in_the_tables(
+    heading: str, declaration: str
+) -> None:
     documented = {
-        code_spans(name)[0].partition("(")[0] for name, _ in first_table(BROWSER_CLIENT, "Members")
+        code_spans(name)[0].partition("(")[0] for name, _ in first_table(BROWSER_CLIENT, heading)
     }
-    inherited = {"constructor", "addEventListener", "removeEventListener"}
-    assert documented == {*members_of("Relay")} - inherited
+    assert documented == {*members_of(declaration)} - {"constructor"}
 
 
 @pytest.mark.fast
-def test_the_events_of_the_browser_client_are_in_the_table() -> None:
+@pytest.mark.parametrize(
+    ("heading", "declaration"), [("Events", "Relay"), ("Channel events", "Channel")]
+)
+def test_the_events_of_the_browser_client_are_in_the_tables(heading: str, declaration: str) -> None:
     documented = {
-        code_spans(row[0])[0]: {*code_spans(row[1])}
-        for row in first_table(BROWSER_CLIENT, "Events")
+        code_spans(row[0])[0]: {*code_spans(row[1])} for row in first_table(BROWSER_CLIENT, heading)
     }
-    declared = {
-        name: {*members_of(f"Relay{name.capitalize()}Event")} for name in members_of("RelayEvents")
+    inherited = {"data"}  # of MessageEvent
+    assert documented == {
+        name: {*members_of(f"{declaration}{name.capitalize()}Event")}
+        | (inherited if name == "message" else set())
+        for name in members_of(f"{declaration}Events")
     }
-    assert documented == declared | {"message": declared["message"] | {"data"}}
 
 
 @pytest.mark.fast
-def test_the_reasons_of_the_browser_client_s_errors_are_in_the_table() -> None:
-    declared = re.search(r"^  why: (.+);$", TYPES_OF_RELAY_JS, re.MULTILINE)
+def test_the_codes_of_the_browser_client_s_errors_are_in_the_table() -> None:
+    declared = re.search(r"^export type RelayErrorCode = (.+);$", TYPES_OF_RELAY_JS, re.MULTILINE)
     assert declared is not None
-    documented = [code_spans(why)[0] for why, _ in first_table(BROWSER_CLIENT, "Sending")]
+    documented = [code_spans(code)[0] for code, _ in first_table(BROWSER_CLIENT, "Publishing")]
     assert documented == re.findall(r'"(\w+)"', declared[1])

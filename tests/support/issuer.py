@@ -249,14 +249,12 @@ def write_key_file(directory: Path, content: bytes) -> str:
     return str(file)
 
 
-def channel_token(
-    secret: str, channel: str, *, lasts_s: int = 600, may_publish: bool = True
-) -> str:
-    """Sign a token for one channel.
+def channel_token(secret: str, *channels: str, lasts_s: int = 600, may_publish: bool = True) -> str:
+    """Sign a token for channels.
 
     Args:
         lasts_s: the time until it expires, in seconds.
         may_publish: whether it also permits publishing.
     """
-    permissions = {"subscribe": [channel], "publish": [channel] if may_publish else []}
+    permissions = {"subscribe": channels, "publish": channels if may_publish else ()}
     return jwt.encode({"exp": int(time.time()) + lasts_s, "relay": permissions}, secret, "HS256")

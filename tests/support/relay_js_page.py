@@ -10,28 +10,44 @@ RELAY_JS = PACKAGE / "browser" / "relay.js"
 
 PAGE = """<!doctype html><title>a page</title><script type="module">
 import {Relay, RelayError} from "MODULE";
-Object.assign(window, {Relay, received: [], positions: [], events: [], outcomes: {}});
-window.start = (url, options) => {
-  window.relay = new Relay(url, options);
-  relay.addEventListener("message", ({data, position}) => {
-    received.push(typeof data === "string" ? data : [...new Uint8Array(data)]);
-    positions.push(position);
-  });
-  for (const type of ["open", "close", "gap", "refused", "state"]) {
-    relay.addEventListener(type, ({code, reason, state, retryInMs, status, transport}) =>
-      events.push({type, code, reason, state, retryInMs, status, transport}));
+const record = (target, types) => {
+  target.events = [];
+  for (const type of types) {
+    target.addEventListener(type, event => {
+      const {code, reason, recovered, retryInMs, state, status, transport} = event;
+      target.events.push({type, code, reason, recovered, retryInMs, state, status, transport});
+    });
   }
 };
-window.send = text => relay.send(text).then(
-  position => { outcomes[text] = position; },
-  error => { outcomes[text] = error.why; });
-window.sendError = data => {
-  try { relay.send(data); } catch (error) { return error.why; }
+Object.assign(window, {Relay, RelayError, outcomes: {}});
+window.join = (name, options) => {
+  const joined = Object.assign(relay.channel(name, options), {received: [], positions: []});
+  record(joined, ["subscribed", "gap", "refused"]);
+  joined.addEventListener("message", ({data, position}) => {
+    joined.received.push(typeof data === "string" ? data : [...new Uint8Array(data)]);
+    joined.positions.push(position);
+  });
+  return joined;
+};
+window.start = (url, name, {history, since, ...options} = {}) => {
+  window.relay = new Relay(url, options);
+  record(relay, ["state", "refused"]);
+  if (name) window.channel = join(name, {history, since});
+};
+window.publish = (text, name = channel.name) => {
+  outcomes[text] = undefined;
+  relay.publish(name, text).then(
+    position => { outcomes[text] = position; },
+    error => { outcomes[text] = error.code; });
+};
+window.areSettled = count => {
+  const values = Object.values(outcomes);
+  return values.length >= count && !values.includes(undefined);
 };
 window.isReady = true;
 </script>"""
-"""Records messages, their positions, other events, and the outcome of each sent text: its position
-or the reason of the error."""
+"""Joins channels, which record their messages, positions and events. Records the outcome of each
+published text: its position or the code of the error."""
 
 
 class Site:

@@ -28,17 +28,22 @@ def python_tool(name: str) -> str:
     return found
 
 
-def npm_command(name: str) -> list[str]:
-    """Return the command of a tool in npm/. The tools are installed when the lock file has changed.
+NODE = Path(playwright.__file__).with_name("driver") / "node"
+"""The Node.js of playwright: that of the system may be too old, or missing."""
 
-    They run on the Node.js of playwright: that of the system may be too old.
-    """
+
+def npm_command(name: str) -> list[str]:
+    """Return the command of a tool in npm/."""
+    return [str(NODE), str((npm_modules() / ".bin" / name).resolve())]
+
+
+def npm_modules() -> Path:
+    """Return the folder of the packages in npm/, installed when the lock file has changed."""
     lock = (NPM / "package-lock.json").read_bytes()
     directory = ROOT / "build" / "npm" / hashlib.sha256(lock).hexdigest()[:16]
     if not directory.exists():
         _install(directory)
-    node = Path(playwright.__file__).with_name("driver") / "node"
-    return [str(node), str((directory / "node_modules" / ".bin" / name).resolve())]
+    return directory / "node_modules"
 
 
 def _install(directory: Path) -> None:

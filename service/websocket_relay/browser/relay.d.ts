@@ -1,135 +1,112 @@
-/** Types of relay.js, the relay's client for browsers. */
+/** Types of relay.js, the relay's client for browsers, workers, Node and Deno. */
+
+export type RelayData = string | ArrayBuffer | ArrayBufferView;
+/** A JSON Web Token, or a function that returns a fresh one. */
+export type RelayToken = string | null | (() => string | null | Promise<string | null>);
+export type RelayTransport = "websocket" | "stream";
+/**
+ * - `idle`: nothing uses the connection
+ * - `connecting`: an attempt is in flight
+ * - `open`: connected
+ * - `waiting`: for the next attempt
+ * - `closed`: by the page, or refused by the relay
+ */
+export type RelayState = "idle" | "connecting" | "open" | "waiting" | "closed";
+/**
+ * - `refused`: the relay refused the message, or the client: it is not published
+ * - `unconfirmed`: it is unknown whether the message was published
+ * - `full`: more than `maxQueuedMessages` or `maxPendingBytes`
+ * - `closed`: the page closed the connection: it is not published
+ */
+export type RelayErrorCode = "refused" | "unconfirmed" | "full" | "closed";
 
 export interface RelayOptions {
-  /** A channel name, if `url` is the relay's base URL: `/channels/NAME` is appended. */
-  channel?: string;
   /**
    * A JSON Web Token, or a function that returns a fresh one for each connection. It is sent as a
-   * subprotocol or in a header, never in a URL. Only Relays with the same token share a stream.
+   * subprotocol or in a header, never in a URL.
    */
-  token?: string | (() => string | Promise<string>);
-  /** Number of the channel's last messages to receive first. Default: 0. */
-  history?: number;
-  /** Resume after this position: `Relay.position` of an earlier visit. */
-  since?: string;
-  /** Maximum number of queued messages. Default: 1,000. */
-  maxOffline?: number;
-  /** Maximum bytes of queued and unconfirmed messages. Default: 8 MiB. */
-  maxWaitingBytes?: number;
+  token?: RelayToken;
+  /** Maximum number of messages that wait for a connection. Default: 1,000. */
+  maxQueuedMessages?: number;
+  /** Maximum bytes of messages that are queued or not answered. Default: 8 MiB. */
+  maxPendingBytes?: number;
+  /** A constructor such as that of the package `ws`, for runtimes without a WebSocket. */
+  WebSocket?: new (url: string, protocols: string[]) => object;
 }
 
-export type RelayState = "connecting" | "open" | "waiting" | "closed";
-export type RelayTransport = "websocket" | "stream";
+export interface ChannelOptions {
+  /** Number of the channel's last messages to receive first. Default: 0. */
+  history?: number;
+  /** Resume after this position: `Channel.position` of an earlier visit. */
+  since?: string | null;
+}
 
 /** A message of the channel, delivered once and in order; includes this client's own. */
-export interface RelayMessageEvent extends MessageEvent<string | ArrayBuffer> {
+export interface ChannelMessageEvent extends MessageEvent<string | ArrayBuffer> {
   /** The position in the channel: increasing, the same for all subscribers. */
   readonly position: string;
 }
 
-/** A connection was opened while there was none. */
-export interface RelayOpenEvent extends Event {
-  readonly transport: RelayTransport;
+/** The relay has subscribed the channel: all messages after `position` follow. */
+export interface ChannelSubscribedEvent extends Event {
+  readonly position: string;
+  /** Whether the relay still has all messages since the last connection. */
+  readonly recovered: boolean;
 }
 
-/** A connection was closed. The client reconnects, unless "refused" follows. */
-export interface RelayCloseEvent extends Event {
-  /** A close code of the relay; 1006 after a network failure. */
-  readonly code: number;
-  readonly reason: string;
-}
-
-/** Messages between these positions may be missing: expired, or lost by the relay's log. */
-export interface RelayGapEvent extends Event {
-  /** The position of the last message received. */
+/** Messages between these positions may be missing: expired, or lost by the broker. */
+export interface ChannelGapEvent extends Event {
+  /** The position up to which all messages were received. */
   readonly since: string | null;
   /** The position after which nothing is missing. */
   readonly position: string;
 }
 
-/** The relay refused the connection permanently: for an invalid token, for example. */
-export interface RelayRefusedEvent extends Event {
-  /** 401, 403, ...: the refusals of the relay. */
+/** The relay does not permit the channel: the `Channel` receives nothing. */
+export interface ChannelRefusedEvent extends Event {
   readonly status: number;
   readonly reason: string;
+}
+
+export interface ChannelEvents {
+  message: ChannelMessageEvent;
+  subscribed: ChannelSubscribedEvent;
+  gap: ChannelGapEvent;
+  refused: ChannelRefusedEvent;
 }
 
 /** `Relay.state` or `Relay.transport` changed. */
 export interface RelayStateEvent extends Event {
   readonly state: RelayState;
   readonly transport: RelayTransport | null;
+  /** The close code of the relay, 1006 after a network failure, or undefined. */
+  readonly code: number | undefined;
+  /** The status of a refusal, or undefined. */
+  readonly status: number | undefined;
   /** The reason why there is no connection. */
   readonly reason: string;
   /** While "waiting": milliseconds until the next attempt. */
   readonly retryInMs: number;
 }
 
+/** The relay refused the connection permanently: for an invalid token, for example. */
+export interface RelayRefusedEvent extends Event {
+  readonly status: number;
+  readonly reason: string;
+}
+
 export interface RelayEvents {
-  message: RelayMessageEvent;
-  open: RelayOpenEvent;
-  close: RelayCloseEvent;
-  gap: RelayGapEvent;
-  refused: RelayRefusedEvent;
   state: RelayStateEvent;
+  refused: RelayRefusedEvent;
 }
 
-/** A message was not sent, or its delivery is unknown. */
-export class RelayError extends Error {
-  constructor(why: "full" | "closed" | "refused" | "uncertain", message: string);
-  /**
-   * - `full`: the send buffer is full
-   * - `closed`: the page closed the connection
-   * - `refused`: the relay rejected the message or the connection
-   * - `uncertain`: the connection was lost, and the message was not echoed over the next one; or a
-   *   POST had no definite answer
-   */
-  why: "full" | "closed" | "refused" | "uncertain";
-}
+export {}; // what has no `export` is not exported
 
-/**
- * A connection to a channel: reconnects until it is closed or refused, and resumes after the last
- * message received. Where WebSockets are blocked, the Relays of a page with the same channel and
- * token share one event stream.
- */
-export class Relay extends EventTarget {
-  /**
-   * Connect to a channel.
-   *
-   * @param url - of the channel: ws, wss, http or https, or relative to the page.
-   */
-  constructor(url: string | URL, options?: RelayOptions);
-
-  /** The token of the next connection. */
-  token: string | (() => string | Promise<string>) | null;
-  get state(): RelayState;
-  /** The transport of the active connection: "websocket", "stream", or null. */
-  get transport(): RelayTransport | null;
-  /** The position of the last message. Passed as `since`, it resumes without a gap. */
-  get position(): string | null;
-  /** The number of messages queued until there is a connection. */
-  get offline(): number;
-
-  /**
-   * Reconnect after `close()` or "refused", and resume after the last position. While "waiting":
-   * reconnect now.
-   */
-  open(): void;
-  /** Close the connection. Queued messages are discarded, and their promises rejected. */
-  close(): void;
-  /**
-   * Publish a message to the channel, at once or after the next reconnect.
-   *
-   * A message is never published twice. The promise may be ignored.
-   *
-   * @returns resolves with the position when the message is relayed. Rejects with a RelayError if
-   *   it is not, or if that is unknown.
-   * @throws RelayError: the send buffer is full ("full"), or the connection is closed ("closed").
-   */
-  send(data: string | ArrayBuffer | ArrayBufferView): Promise<string>;
-
-  addEventListener<Type extends keyof RelayEvents>(
+/** An EventTarget whose listeners are typed. */
+declare class TypedEventTarget<Events> extends EventTarget {
+  addEventListener<Type extends keyof Events>(
     type: Type,
-    listener: ((this: Relay, event: RelayEvents[Type]) => unknown) | null,
+    listener: ((event: Events[Type]) => unknown) | null,
     options?: boolean | AddEventListenerOptions,
   ): void;
   addEventListener(
@@ -137,9 +114,9 @@ export class Relay extends EventTarget {
     listener: EventListenerOrEventListenerObject | null,
     options?: boolean | AddEventListenerOptions,
   ): void;
-  removeEventListener<Type extends keyof RelayEvents>(
+  removeEventListener<Type extends keyof Events>(
     type: Type,
-    listener: ((this: Relay, event: RelayEvents[Type]) => unknown) | null,
+    listener: ((event: Events[Type]) => unknown) | null,
     options?: boolean | EventListenerOptions,
   ): void;
   removeEventListener(
@@ -147,4 +124,68 @@ export class Relay extends EventTarget {
     listener: EventListenerOrEventListenerObject | null,
     options?: boolean | EventListenerOptions,
   ): void;
+}
+
+/** A message was not published, or that is unknown; or a token was refused. */
+export class RelayError extends Error {
+  constructor(code: RelayErrorCode, message: string, status?: number);
+  readonly code: RelayErrorCode;
+  /** The status of the relay's refusal. */
+  readonly status: number | undefined;
+}
+
+/** A subscription to a channel, from `Relay.channel`, until `leave()`. */
+export interface Channel extends TypedEventTarget<ChannelEvents> {
+  readonly name: string;
+  /** The position up to which all messages were received; null before "subscribed". */
+  readonly position: string | null;
+  /** Publish a message to the channel: see `Relay.publish`. */
+  publish(data: RelayData): Promise<string>;
+  /** Receive nothing more. The subscription ends with its last `Channel`. */
+  leave(): void;
+}
+
+/**
+ * One connection to a relay, for all channels. It opens with the first channel or message, closes
+ * some seconds after the last one, and reconnects until it is closed or refused.
+ */
+export class Relay extends TypedEventTarget<RelayEvents> {
+  /** @param url - of the relay: ws, wss, http or https, or relative to the page. */
+  constructor(url: string | URL, options?: RelayOptions);
+
+  get state(): RelayState;
+  /** The transport of the connection: "websocket", "stream", or null. */
+  get transport(): RelayTransport | null;
+  /** The number of messages that wait for a connection. */
+  get queued(): number;
+  /** A new token replaces that of the connection at once. */
+  get token(): RelayToken;
+  set token(token: RelayToken);
+
+  /**
+   * Subscribe to a channel. Each call returns a `Channel` of its own; those of one name share the
+   * relay's messages.
+   *
+   * @throws TypeError: the URL or the name is invalid.
+   */
+  channel(name: string, options?: ChannelOptions): Channel;
+  /**
+   * Publish a message exactly once, now or after the next reconnect. It needs no subscription. The
+   * promise may be ignored.
+   *
+   * @returns resolves with the position once the message is in the log. Rejects with a RelayError.
+   * @throws TypeError: the URL, the name or the data is invalid.
+   */
+  publish(channel: string, data: RelayData): Promise<string>;
+  /**
+   * Replace the token of the connection by a fresh one, without a reconnect.
+   *
+   * @returns rejects if the token function fails, or with a RelayError if the relay refuses the
+   *   token; the previous one still counts then.
+   */
+  renewToken(): Promise<void>;
+  /** Continue after `close()` or "refused". While "waiting": reconnect now. */
+  open(): void;
+  /** Close the connection, and reject the messages that are not answered. Channels remain. */
+  close(): void;
 }

@@ -1,24 +1,24 @@
 // @ts-check
 /**
- * Connect a browser to a channel: reconnect, resume without gaps, send nothing twice.
+ * Subscribe to channels of a relay and publish to them, over one connection that resumes by itself.
  *
  *     import {Relay} from "https://relay.example/relay.js";
  *
- *     const relay = new Relay("wss://relay.example/channels/news");
- *     relay.addEventListener("message", ({data}) => console.log(data));
- *     relay.send("hello");
+ *     const relay = new Relay("wss://relay.example");
+ *     const news = relay.channel("news", {history: 20});
+ *     news.addEventListener("message", ({data}) => console.log(data));
+ *     await news.publish("hello");
  *
- * The transport is WebSocket with the subprotocol relay.v1, in which each message has a position; a
- * new connection resumes after the last received one. Where WebSockets are blocked, the client
- * reads server-sent events, in one stream for each channel and token of a page, and publishes by
- * POST. One file without dependencies; its types are in relay.d.ts. Runs in browsers released since
- * the end of 2021, in their workers, and in React Native.
+ * The transport is WebSocket with the subprotocol relay.v1. Where WebSockets are blocked, it is one
+ * stream of server-sent events for all channels, and POST. One file without dependencies. Its types
+ * are in relay.d.ts, with what the public names do. Runs in browsers released since the end of
+ * 2021, in workers, Node, Deno and React Native.
  *
  * Knows no page: no DOM beyond the lifecycle events of `document`, and no storage.
  */
 
-const SUBPROTOCOL = "relay.v1";
-const TOKEN_PATTERN = /^[\w.-]+$/; // valid as a subprotocol; covers JSON Web Tokens
+const TOKEN_PATTERN = /^[\w.-]*$/; // valid as a subprotocol; covers JSON Web Tokens
+const CHANNEL_PATTERN = /^[\w.:-]{1,128}$/;
 
 // Exponential backoff with jitter, so that clients do not reconnect in the same instant.
 const INITIAL_BACKOFF_MS = 500;
@@ -27,60 +27,40 @@ const MAX_RETRY_AFTER_MS = 300_000; // upper bound for a delay that the relay or
 const STABLE_AFTER_MS = 5_000; // a connection of this age resets the backoff
 
 const CONNECT_TIMEOUT_MS = 10_000; // from the attempt to the relay's welcome
-const ECHO_TIMEOUT_MS = 2_000; // after a reconnect, for the echo of an unconfirmed message
-
+const LINGER_MS = 5_000; // until a connection that nothing uses is closed
+const REPEAT_POST_MS = 120_000; // the relay remembers an Idempotency-Key for longer
 const STREAM_AFTER_BLOCKED = 2; // times in a row that the stream worked and the WebSocket did not
-const PROBE_EVERY_FAILURES = 4;
 const UPGRADE_RETRY_MS = [60_000, 600_000]; // between WebSocket attempts: first, longest
 
-const CLOCK_CHECK_MS = 5_000; // interval of the check for clock jumps
-const SLEEP_GAP_MS = 15_000; // a longer clock jump means that the machine slept
-const SLEEP_GAP_HIDDEN_MS = 75_000; // browsers run timers of hidden pages once a minute
-const WAKE_PROBE_MS = 2_000; // after a sleep, until a silent connection is replaced
+const TICK_MS = 1_000; // browsers run timers of hidden pages once a minute
+const SLEEP_GAP_MS = 15_000; // a longer time between ticks means that the machine slept
+const LATE_HEARTBEAT_MS = 500; // after a heartbeat was due, 20 s by default,
+const PROBE_MS = 3_000; // a silent connection is probed, and closed within 25 s
 
-// The relay sends a heartbeat every `heartbeat_ms` of its welcome, 20 s by default.
-const LATE_HEARTBEAT_MS = 500; // after that, a silent connection is verified as after a sleep,
-const SILENCE_MS = 4_500; // and closed this much later, 25 s after the last heartbeat
-
-const MAX_QUEUED_MESSAGES = 1_000;
-const MAX_PENDING_BYTES = 8 * 1024 * 1024;
 const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
-
-const HTTP1_CONNECTIONS = 6; // that a browser opens to one host, for all tabs together
-
-const CLOSE_GOING_AWAY = 1001;
-const CLOSE_TOKEN_EXPIRED = 3000;
-
-// The relay sends these closes after the echoes of all that it relayed.
-const CLOSE_REFUSES_ALL = /^1008 not allowed to publish/;
-const CLOSE_REFUSES_FIRST = /^(1002|1003|1007|1009|1010) /; // the first message without an echo
-const CLOSE_REFUSES_NONE = /^(1008 |3000 |1013 (backplane unavailable|too many partial messages))/;
-
-const FINAL_STATUSES = [401, 403];
 const FINAL_BEFORE_OPEN = [400, 404, 405, 426]; // later, a reloading proxy may send them
-
-const encoder = new TextEncoder();
+const NOT_FINAL_OF_POST = [401, 408, 429]; // and all from 500
 
 /** The part of an EventTarget that React Native needs, which has none. */
 class SmallEventTarget {
-  /** @type {Map<string, Map<any, boolean>>} by type: listeners, and whether each is called once */
-  #listeners = new Map();
+  /** @type {{type: string, listener: any, once: boolean}[]} */
+  #entries = [];
 
   /** @param {string} type @param {any} listener @param {{once?: boolean}} [options] */
   addEventListener(type, listener, options) {
-    const listeners = this.#listeners.get(type) ?? new Map();
-    this.#listeners.set(type, listeners.set(listener, options?.once ?? false));
+    this.removeEventListener(type, listener);
+    this.#entries.push({type, listener, once: options?.once ?? false});
   }
 
   /** @param {string} type @param {any} listener */
   removeEventListener(type, listener) {
-    this.#listeners.get(type)?.delete(listener);
+    const isOther = (/** @type {any} */ each) => each.type !== type || each.listener !== listener;
+    this.#entries = this.#entries.filter(isOther);
   }
 
-  /** @param {Event} event */
-  dispatchEvent(event) {
-    for (const [listener, isOnce] of [...(this.#listeners.get(event.type) ?? [])]) {
-      if (isOnce) this.removeEventListener(event.type, listener);
+  dispatchEvent(/** @type {Event} */ event) {
+    for (const {type, listener, once} of this.#entries.filter((each) => each.type === event.type)) {
+      if (once) this.removeEventListener(type, listener);
       try {
         if (typeof listener === "function") listener.call(this, event);
         else listener.handleEvent(event);
@@ -95,481 +75,633 @@ class SmallEventTarget {
 const hasEvents = Boolean(globalThis.EventTarget && globalThis.Event && globalThis.MessageEvent);
 const Target = /** @type {typeof EventTarget} */ (hasEvents ? EventTarget : SmallEventTarget);
 
-/**
- * @param {string} type
- * @param {object} fields
- * @param {MessageEventInit} [message]
- */
-function eventOf(type, fields, message) {
-  if (!hasEvents) return /** @type {Event} */ (Object.assign({type}, message, fields));
-  return Object.assign(message ? new MessageEvent(type, message) : new Event(type), fields);
+/** @param {EventTarget} target @param {string} type @param {object} fields @param {any} [init] */
+function emit(target, type, fields, init) {
+  /** @type {any} */
+  let event = {type, ...init};
+  if (hasEvents) event = init ? new MessageEvent(type, init) : new Event(type);
+  target.dispatchEvent(Object.assign(event, fields));
 }
 
-/** A message was not sent, or its delivery is unknown. `why` is machine-readable. */
+/** A message was not published, or that is unknown; or a token was refused. */
 export class RelayError extends Error {
-  /**
-   * @param {"full" | "closed" | "refused" | "uncertain"} why
-   * @param {string} message
-   */
-  constructor(why, message) {
+  /** @param {ErrorCode} code @param {string} message @param {number} [status] */
+  constructor(code, message, status) {
     super(message);
     this.name = "RelayError";
-    this.why = why;
+    this.code = code;
+    this.status = status;
   }
 }
 
-/** A connection to a channel that reconnects until it is closed or refused. */
-export class Relay extends Target {
-  #channelUrl;
-  #history;
-  #maxQueued;
-  #maxPendingBytes;
+/** What `Relay.channel` returns. The Relay calls the methods which relay.d.ts omits. */
+class Channel extends Target {
+  #relay;
+  #position;
+  #onLeave;
+  #hasLeft = false;
 
-  /** @type {"connecting" | "open" | "waiting" | "closed"} */
-  #state = "closed";
-  /** @type {Link | null} the active connection: its welcome has arrived */
-  #link = null;
-  /** @type {Link | null} the connection being opened; both may exist */
-  #candidate = null;
-  #attempt = 0; // number of the attempt: one that awaited a token detects that it is stale
-  #isConnecting = false;
-  #wasOpen = false;
-  #isFrozen = false;
-  #openedAt = 0;
-
-  #failureCount = 0; // consecutive
-  #unauthorizedCount = 0; // consecutive
-  #blockedCount = 0; // consecutive: the stream worked, the WebSocket did not
-  #prefersStream = false;
-  #upgradeMs = UPGRADE_RETRY_MS[0];
-
-  /** @type {string | null} */
-  #position = null;
-  /** @type {Outgoing[]} not sent yet */
-  #queue = [];
-  /** @type {Outgoing[]} sent over a closed connection, echo not received yet */
-  #unconfirmed = [];
-  #pendingBytes = 0; // of all messages not yet known to be relayed
-
-  /** @type {Timer} starts the next attempt */
-  #retryTimer;
-  #retryAt = 0;
-  #hasRetryHint = false; // the relay requested the delay of the next attempt
-  /** @type {Timer} */
-  #echoTimer;
-  /** @type {Timer} */
-  #upgradeTimer;
-  /** @type {Timer} */
-  #wakeTimer;
-  /** @type {Timer} */
-  #silenceTimer;
-  /** @type {Timer} */
-  #clockTimer;
-  #clockCheckedAt = 0;
-  #wasHidden = false;
-  /** @type {AbortController | null} removes the page's event listeners */
-  #pageListeners = null;
-
-  /**
-   * Connect to a channel.
-   *
-   * @param {string | URL} url of the channel: ws, wss, http or https, or relative to the page.
-   * @param {import("./relay.js").RelayOptions} [options]
-   */
-  constructor(url, options = {}) {
+  /** @param {Relay} relay @param {string} name @param {ChannelOptions} options @param {any} left */
+  constructor(relay, name, {history = 0, since = null}, left) {
     super();
-    this.#channelUrl = channelUrlOf(url, options.channel);
-    this.token = options.token ?? null;
-    this.#history = options.history ?? 0;
-    this.#position = options.since ?? null;
-    this.#maxQueued = options.maxOffline ?? MAX_QUEUED_MESSAGES;
-    this.#maxPendingBytes = options.maxWaitingBytes ?? MAX_PENDING_BYTES;
-    this.open();
+    this.name = name;
+    this.history = history;
+    this.#relay = relay;
+    this.#position = since;
+    this.#onLeave = left;
   }
 
-  /** "connecting", "open", "waiting" for the next attempt, or "closed". */
-  get state() {
-    return this.#state;
-  }
-
-  /** The transport of the active connection: "websocket", "stream", or null. */
-  get transport() {
-    return this.#link?.kind ?? null;
-  }
-
-  /** The position of the last message. Passed as `since`, it resumes without a gap. */
   get position() {
     return this.#position;
   }
 
-  /** The number of messages queued until there is a connection. */
-  get offline() {
+  publish(/** @type {Data} */ data) {
+    return this.#relay.publish(this.name, data);
+  }
+
+  leave() {
+    this.#hasLeft = true;
+    this.#onLeave();
+  }
+
+  /** @param {string} type @param {object} fields @param {MessageEventInit} [init] */
+  emit(type, fields, init) {
+    if (!this.#hasLeft) emit(this, type, fields, init); // another member may have ended this one
+  }
+
+  /** @param {string} position @param {string | Uint8Array} payload */
+  onMessage(position, payload) {
+    if (!this.onPosition(position)) return; // a duplicate
+    const data = typeof payload === "string" ? payload : payload.slice().buffer;
+    this.emit("message", {position}, {data, lastEventId: position});
+  }
+
+  /** @param {string} position all messages up to which were received */
+  onPosition(position) {
+    const isNew = isAfter(position, this.#position);
+    if (isNew) this.#position = position;
+    return isNew;
+  }
+
+  onLive(/** @type {string} */ position) {
+    const isFirst = this.#position === null;
+    this.onPosition(position);
+    if (isFirst) this.emit("subscribed", {recovered: true, position});
+  }
+
+  /** @param {string} position up to which messages may be missing */
+  onGap(position) {
+    const since = this.#position;
+    this.#position = position;
+    this.emit("gap", {since, position});
+  }
+}
+
+/** One connection to a relay. It opens when it is used, and reconnects until it is refused. */
+export class Relay extends Target {
+  #url;
+  #options;
+  /** @type {RelayState} */
+  #state = "idle";
+  /** @type {Link | null} */
+  #link = null;
+  #isOpen = false; // the welcome of the link has arrived
+  /** @type {Link["kind"]} of the last open link */
+  #kind = "websocket";
+  #attempt = 0; // number of the attempt: one that awaited a token detects that it is stale
+  #wasOpen = false;
+  #openedAt = 0;
+  #failureCount = 0; // consecutive
+  #unauthorizedCount = 0; // consecutive
+  #blockedCount = 0; // consecutive: the stream worked, the WebSocket did not
+  #upgradeMs = UPGRADE_RETRY_MS[0];
+  #retryAt = 0; // Infinity: once the frozen page is shown
+  #heartbeatMs = 0;
+  #receivedAt = 0;
+  #probedAt = 0; // 0: the connection is not probed
+  #tickedAt = 0;
+  /** @type {Record<string, Timer>} by name: connect, retry, upgrade, linger, tick */
+  #timers = {};
+  /** @type {AbortController | null} removes the page's event listeners */
+  #pageListeners = null;
+
+  /** @type {Map<string, Subscription>} by channel */
+  #subscriptions = new Map();
+  #session = "";
+  #seen = ""; // the last position received
+  #lastId = 0; // of a command: they grow over all connections
+  /** @type {Map<number, OnAnswer>} by id: commands in flight, without publishes */
+  #commands = new Map();
+  /** @type {Outgoing[]} sent by WebSocket and not answered, in the order of their ids */
+  #sent = [];
+  /** @type {Outgoing[]} not sent yet; of the first one a POST may be in flight */
+  #queue = [];
+  #pendingBytes = 0; // of both
+  #isPosting = false;
+
+  /** @param {string | URL} url @param {import("./relay.js").RelayOptions} [options] */
+  constructor(url, options = {}) {
+    super();
+    this.#url = url;
+    const bounds = {maxQueuedMessages: 1_000, maxPendingBytes: 8 * 1024 * 1024};
+    this.#options = {token: null, ...bounds, ...options};
+  }
+
+  get state() {
+    return this.#state;
+  }
+
+  get transport() {
+    return this.#state === "open" ? this.#kind : null;
+  }
+
+  get queued() {
     return this.#queue.length;
   }
 
-  /**
-   * Reconnect after `close()` or "refused", and resume after the last position. While "waiting":
-   * reconnect now.
-   */
-  open() {
-    if (this.#state === "waiting" && !this.#isFrozen) this.#connect();
-    if (this.#state !== "closed") return;
-    this.#failureCount = this.#unauthorizedCount = this.#blockedCount = 0;
-    this.#wasOpen = this.#isFrozen = false;
-    this.#addPageListeners();
-    this.#connect();
+  get token() {
+    return this.#options.token;
   }
 
-  /** Close the connection. Queued messages are discarded, and their promises rejected. */
+  set token(token) {
+    this.#options.token = token;
+    this.renewToken().catch(() => {}); // a failure shows when the previous token expires
+  }
+
+  /** @param {string} name @param {ChannelOptions} [options] */
+  channel(name, options = {}) {
+    this.#urlOf(name);
+    const added = {name, members: [], requestId: 0, isActive: false};
+    /** @type {Subscription} */
+    const subscription = this.#subscriptions.get(name) ?? added;
+    /** @type {Channel} */
+    const channel = new Channel(this, name, options, () => this.#leave(subscription, channel));
+    const [first] = subscription.isActive ? subscription.members : [];
+    const isReplayed = !first || channel.history > 0 || channel.position !== null;
+    const position = first?.position ?? null;
+    if (!isReplayed && position) queueMicrotask(() => channel.onLive(position));
+    this.#subscriptions.set(name, subscription);
+    subscription.members = [...subscription.members, channel];
+    if (this.#state === "idle") this.#start();
+    else if (this.#isOpen && isReplayed) this.#subscribe(subscription);
+    return channel;
+  }
+
+  /** @param {string} channel @param {Data} data */
+  publish(channel, data) {
+    const [url, bytes] = [this.#urlOf(channel), bytesOf(data)];
+    const size = bytes.length + MESSAGE_OVERHEAD_BYTES;
+    const content = {url, channel, data: typeof data === "string" ? data : bytes, size};
+    const message = {...content, id: 0, seen: "", key: "", postedAt: 0, ...deferred()};
+    const {maxPendingBytes, maxQueuedMessages} = this.#options;
+    this.#pendingBytes += size;
+    if (this.#state === "closed") {
+      this.#settle(message, new RelayError("closed", "the connection is closed"));
+    } else if (this.#pendingBytes > maxPendingBytes || this.#queue.length >= maxQueuedMessages) {
+      this.#settle(message, new RelayError("full", "too many messages are pending"));
+    } else {
+      this.#queue.push(message);
+      if (this.#state === "idle") this.#start();
+      else this.#flush();
+    }
+    return message.published;
+  }
+
+  async renewToken() {
+    const link = this.#link;
+    const token = await this.#fetchToken();
+    if (this.#state === "connecting") return this.#connect(); // not with the previous one
+    if (!this.#isOpen || link !== this.#link) return; // the next connection brings it
+    if (link?.kind !== "websocket") return this.#connect();
+    const {type, status, reason} = await new Promise((resolve) => {
+      this.#request(link, {type: "token", token}, resolve);
+    });
+    if (type === "error") throw new RelayError("refused", `${status} ${reason}`, status);
+  }
+
+  open() {
+    if (this.#state === "waiting") this.#connect();
+    else if (this.#state === "closed") this.#start();
+  }
+
   close() {
     if (this.#state === "closed") return;
     this.#shutDown(new RelayError("closed", "the page closed the connection"));
-    this.#setState("closed", {});
-  }
-
-  /**
-   * Publish a message to the channel, at once or after the next reconnect.
-   *
-   * A message is never published twice. The promise may be ignored.
-   *
-   * @param {string | ArrayBuffer | ArrayBufferView} data
-   * @returns {Promise<string>} resolves with the position when the message is relayed. Rejects with
-   *   a RelayError if it is not, or if that is unknown ("uncertain": the connection was lost, and
-   *   the message was not echoed over the next one).
-   * @throws {RelayError} the send buffer is full ("full"), or the connection is closed ("closed").
-   */
-  send(data) {
-    if (this.#state === "closed") throw new RelayError("closed", "the connection is closed");
-    const message = new Outgoing(data, (size) => (this.#pendingBytes -= size));
-    if (this.#pendingBytes + message.size > this.#maxPendingBytes) {
-      throw new RelayError("full", `send buffer full: limit ${this.#maxPendingBytes} bytes`);
-    }
-    if (this.#queue.length >= this.#maxQueued) {
-      throw new RelayError("full", `send buffer full: limit ${this.#maxQueued} messages`);
-    }
-    this.#pendingBytes += message.size;
-    this.#queue.push(message);
-    this.#flush();
-    return message.relayed;
+    this.#setState("closed");
   }
 
   // Connecting
 
-  /** Open a new connection. An active one stays until the new one replaces it. */
-  async #connect() {
-    if (this.#isConnecting) return;
-    clearTimeout(this.#retryTimer);
-    const attempt = ++this.#attempt;
-    this.#isConnecting = true;
-    if (!this.#link) this.#setState("connecting", {});
-    let token;
-    try {
-      token = await (typeof this.token === "function" ? this.token() : this.token);
-    } catch {
-      token = undefined; // the page's callback failed; the page knows the cause
-    }
-    if (attempt !== this.#attempt) return;
-    if (token === undefined) return this.#onAttemptFailed({reason: "the page has no token"});
-    if (token && !TOKEN_PATTERN.test(token)) {
-      return this.#onRefused(401, "a token has letters, digits, dots, - and _ only");
-    }
-    // A WebSocket is tried first, unless the last ones failed; beside a stream it is always tried.
-    this.#openLink(this.#prefersStream && !this.#link ? Stream : Socket, token ?? "");
+  #start() {
+    this.#failureCount = this.#unauthorizedCount = this.#blockedCount = 0;
+    this.#wasOpen = false;
+    this.#addPageListeners();
+    this.#connect();
   }
 
-  /**
-   * @param {typeof Socket | typeof Stream} Kind
-   * @param {string} token
-   */
-  #openLink(Kind, token) {
-    const channelUrl = new URL(this.#channelUrl);
-    const since = this.#position;
-    if (since) channelUrl.searchParams.set("since", since);
-    else if (this.#history) channelUrl.searchParams.set("history", String(this.#history));
-    /** @type {Link} */
-    const link = new Kind(channelUrl, token, {
-      welcome: (welcome) => this.#onWelcome(link, since, welcome),
-      message: (position, data) => link === this.#link && this.#onMessage(position, data),
-      gap: (position) => link === this.#link && this.#onGap(position),
-      ready: () => this.#flush(),
-      awaitsEchoes: () => this.#unconfirmed.length > 0,
-      lost: (end) => (link === this.#link ? this.#onLost(end) : this.#onConnectFailed(link, end)),
+  /** Close a connection that nothing uses, after some time: a page may leave and join at once. */
+  #linger() {
+    this.#setTimer("linger", LINGER_MS, () => {
+      const useCount = this.#subscriptions.size + this.#queue.length + this.#sent.length;
+      if (useCount || this.#state === "closed") return;
+      this.#shutDown();
+      this.#setState("idle");
     });
-    this.#candidate = link;
-    link.open();
   }
 
-  /**
-   * @param {Link} link
-   * @param {string | null} since
-   * @param {Welcome} welcome
-   */
-  #onWelcome(link, since, welcome) {
-    if (link !== this.#candidate) return;
-    if (link.kind === "websocket") {
-      this.#blockedCount = 0;
-      this.#prefersStream = false;
-    } else if (!this.#prefersStream && ++this.#blockedCount < STREAM_AFTER_BLOCKED) {
-      this.#dropCandidate();
-      return this.#onAttemptFailed({reason: "WebSocket blocked"});
-    } else {
-      this.#prefersStream = true;
-    }
-    this.#activate(link);
-    if (link !== this.#link) return; // the page has closed it in an event
-    if (welcome.heartbeat_ms) this.#watchHeartbeats(link, welcome.heartbeat_ms);
-    this.#applyWelcome(since, welcome);
+  /** @param {string} name @param {number} delayMs @param {() => void} act */
+  #setTimer(name, delayMs, act) {
+    clearTimeout(this.#timers[name]);
+    this.#timers[name] = setTimeout(act, delayMs);
   }
 
-  /** @param {Link} link */
-  #activate(link) {
-    const previous = this.#dropLink();
-    this.#candidate = null;
-    this.#isConnecting = false;
-    this.#link = link;
-    this.#wasOpen = true;
-    this.#unauthorizedCount = 0;
-    this.#openedAt = Date.now();
-    clearTimeout(this.#upgradeTimer);
-    if (link.kind === "stream") this.#scheduleUpgrade();
-    else this.#upgradeMs = UPGRADE_RETRY_MS[0];
-    if (previous?.kind !== link.kind) this.#setState("open", {});
-    if (!previous && this.#link) this.#emit("open", {transport: link.kind});
-  }
-
-  /**
-   * @param {string | null} since the requested position
-   * @param {Welcome} welcome
-   */
-  #applyWelcome(since, {recovered, position}) {
-    const before = this.#position;
-    // The previous connection may have advanced meanwhile. A recreated log starts lower.
-    const isNewLog = !recovered && since !== null && isAfter(since, position);
-    if (isNewLog || before === null || isAfter(position, before)) {
-      this.#position = position;
-      if (!recovered) this.#emit("gap", {since: before, position});
-    }
-    const echoTimeoutMs = isNewLog ? 0 : ECHO_TIMEOUT_MS; // a new log has no echoes
-    if (this.#unconfirmed.length) {
-      this.#echoTimer = setTimeout(() => this.#settleUnconfirmed(recovered), echoTimeoutMs);
-    }
-    this.#flush();
-  }
-
-  /**
-   * The relay's log lost messages while the connection was open.
-   *
-   * @param {string} position after which nothing is missing
-   */
-  #onGap(position) {
-    const since = this.#position;
-    if (since !== null && !isAfter(position, since)) return; // received over another connection
-    this.#position = position;
-    this.#emit("gap", {since, position});
-  }
-
-  /**
-   * @param {Link} link
-   * @param {End} end
-   */
-  #onConnectFailed(link, end) {
-    if (link !== this.#candidate) return;
-    this.#candidate = null;
-    if (link.kind === "websocket" && this.#shouldProbe()) return this.#openLink(Stream, link.token);
-    if (link.kind === "stream") {
-      if (!end.status) this.#blockedCount = 0; // unreachable, which is not blocked
-      this.#prefersStream = false;
-    }
-    this.#onAttemptFailed(end);
-  }
-
-  /** A browser hides why an upgrade failed; the status of a stream request is visible. */
-  #shouldProbe() {
-    if (this.#link) return false;
-    const isProbeDue = this.#failureCount % PROBE_EVERY_FAILURES === 0;
-    return this.#failureCount < 2 || this.#blockedCount > 0 || isProbeDue;
-  }
-
-  /** @param {End} end */
-  #onAttemptFailed(end) {
-    this.#isConnecting = false;
-    if (end.status && this.#isFinal(end.status)) return this.#onRefused(end.status, end.reason);
-    const isUnresponsive = this.#link && this.#link.receivedAt < this.#link.suspectedAt;
-    if (this.#link && !isUnresponsive) return; // the active connection is unaffected
-    if (this.#dropLink()) {
-      this.#emit("close", {code: 1006, reason: "connection unresponsive"});
-      if (this.#state === "closed") return;
-    }
-    this.#scheduleRetry(end);
-  }
-
-  /** @param {number} status */
-  #isFinal(status) {
-    if (status === 401 && typeof this.token === "function") return ++this.#unauthorizedCount > 1;
-    if (FINAL_STATUSES.includes(status)) return true;
-    return !this.#wasOpen && FINAL_BEFORE_OPEN.includes(status);
-  }
-
-  /** @param {End} end */
-  #onLost(end) {
-    const reason = end.reason ?? "";
-    if (this.#link?.kind === "websocket") this.#settleByClose(this.#link, `${end.code} ${reason}`);
+  /** Open a connection. It replaces an active one, and resumes where that one ends. */
+  async #connect(kind = this.#isBlocked() ? "stream" : "websocket") {
+    const isReplacement = this.#isOpen;
     this.#dropLink();
-    if (Date.now() - this.#openedAt >= STABLE_AFTER_MS) this.#failureCount = 0;
-    this.#emit("close", {code: end.code ?? 1006, reason});
-    if (this.#state === "closed") return; // the page closed it in that event
-    const status = end.code === CLOSE_TOKEN_EXPIRED ? 401 : end.status;
-    if (status && this.#isFinal(status)) return this.#onRefused(status, reason);
-    if (this.#isConnecting) this.#setState("connecting", {reason});
-    else this.#scheduleRetry(end);
+    const attempt = this.#attempt;
+    if (!isReplacement) this.#setState("connecting");
+    const token = await this.#fetchToken().catch(() => undefined); // the page knows the cause
+    if (attempt !== this.#attempt) return;
+    if (token === undefined) return this.#retry({reason: "the page has no token"});
+    if (TOKEN_PATTERN.test(token)) return this.#openLink(kind, token);
+    this.#onRefused({status: 401, reason: "a token has letters, digits, dots, - and _ only"});
   }
 
-  /**
-   * Settle the messages in flight, as far as the reason of the close allows.
-   *
-   * @param {Link} link
-   * @param {string} close its code and reason
-   */
-  #settleByClose({inFlight}, close) {
-    // A draining relay relays what it receives until the closing handshake, but a browser drops what
-    // it has not sent by then. Only a complete replay shows which messages were not relayed.
-    for (const message of inFlight) message.isDrained = close.startsWith("1001 draining");
-    const refusesFirst = CLOSE_REFUSES_FIRST.test(close);
-    const refusedCount = CLOSE_REFUSES_ALL.test(close) ? inFlight.length : Number(refusesFirst);
-    for (const message of inFlight.splice(0, refusedCount)) {
-      message.reject(new RelayError("refused", `not relayed: ${close}`));
+  /** Messages that were sent by WebSocket would be unconfirmed: they are worth more attempts. */
+  #isBlocked() {
+    return this.#blockedCount >= STREAM_AFTER_BLOCKED * (this.#sent.length ? 2 : 1);
+  }
+
+  async #fetchToken() {
+    const {token} = this.#options;
+    return (await (typeof token === "function" ? token() : token)) ?? "";
+  }
+
+  /** @param {string} kind @param {string} token */
+  #openLink(kind, token) {
+    /** @type {LinkListener} */
+    const listener = {
+      received: (header, payload) => link === this.#link && this.#onReceived(link, header, payload),
+      ended: (end) => link === this.#link && this.#onEnded(link, end),
+    };
+    /** @type {Link} */
+    const link = kind === "websocket"
+      ? openSocket(this.#socketUrl(), token, this.#options.WebSocket, listener)
+      : openStream(this.#urlOf(), token, [...this.#subscriptions.values()], listener);
+    this.#link = link;
+    const timeout = {reason: "connect timeout"};
+    this.#setTimer("connect", CONNECT_TIMEOUT_MS, () => listener.ended(timeout));
+  }
+
+  #socketUrl() {
+    const url = this.#urlOf();
+    url.protocol = url.protocol.replace("http", "ws");
+    if (this.#session) url.searchParams.set("session", this.#session);
+    if (this.#session && this.#sent.length) url.searchParams.set("seen", this.#sent[0].seen);
+    return url;
+  }
+
+  /** @param {string} [channel] @returns {URL} of the relay or of the channel, by HTTP */
+  #urlOf(channel) {
+    const url = new URL(this.#url, globalThis.document?.baseURI ?? globalThis.location?.href);
+    url.protocol = url.protocol.replace(/^ws/, "http");
+    if (!/^https?:$/.test(url.protocol)) throw new TypeError(`invalid relay URL: ${this.#url}`);
+    url.username = url.password = url.hash = ""; // fetch rejects credentials
+    const path = channel === undefined ? "/" : `/channels/${channel}`;
+    url.pathname = url.pathname.replace(/\/?$/, path);
+    if (channel === undefined || CHANNEL_PATTERN.test(channel)) return url;
+    throw new TypeError(`invalid channel name: ${channel}`);
+  }
+
+  /** @param {Link} link @param {Header} welcome */
+  #onWelcome(link, welcome) {
+    this.#blockedCount = link.kind === "stream" ? this.#blockedCount + 1 : 0;
+    if (link.kind === "stream" && !this.#isBlocked()) {
+      return this.#retry({reason: "WebSocket blocked"});
     }
-    if (refusesFirst || CLOSE_REFUSES_NONE.test(close)) this.#queue.unshift(...inFlight.splice(0));
+    clearTimeout(this.#timers.connect);
+    this.#isOpen = this.#wasOpen = true;
+    this.#unauthorizedCount = this.#probedAt = 0;
+    this.#openedAt = Date.now();
+    this.#heartbeatMs = welcome.heartbeat_ms ?? Infinity;
+    const isReplacement = this.transport === link.kind;
+    this.#kind = link.kind;
+    if (!isReplacement) this.#setState("open");
+    if (link !== this.#link) return; // the page has closed it in that event
+    if (link.kind === "websocket") this.#resumeSession(link, welcome);
+    else this.#resumeStream(link, welcome);
+    this.#flush();
+    this.#linger();
   }
 
-  /** @param {End} end */
-  #scheduleRetry({code, reason = "", retryMs}) {
-    const drainMs = code === CLOSE_GOING_AWAY ? /retry_ms=(\d+)/.exec(reason)?.[1] : undefined;
-    const hintMs = retryMs ?? drainMs;
-    const backoffMs = INITIAL_BACKOFF_MS * 2 ** Math.min(this.#failureCount, 10);
-    const waitMs =
-      hintMs === undefined
-        ? jittered(Math.min(MAX_BACKOFF_MS, backoffMs))
-        : Math.min(Number(hintMs), MAX_RETRY_AFTER_MS);
-    this.#failureCount += hintMs === undefined ? 1 : 0;
-    this.#hasRetryHint = hintMs !== undefined;
-    this.#retryAt = Date.now() + waitMs;
-    clearTimeout(this.#retryTimer);
-    this.#retryTimer = setTimeout(() => this.#connect(), waitMs);
-    this.#setState("waiting", {reason, retryInMs: Math.round(waitMs)});
+  /** @param {SocketLink} link @param {Header} welcome */
+  #resumeSession(link, {session = "", resumed, position}) {
+    this.#upgradeMs = UPGRADE_RETRY_MS[0];
+    if (!resumed) {
+      this.#rejectSent("the session has expired");
+      this.#seen = position;
+    }
+    this.#session = session;
+    for (const {channel, id, data} of this.#sent) link.publish(channel, id, data); // once in all
+    for (const subscription of this.#subscriptions.values()) this.#subscribe(subscription);
   }
 
-  /**
-   * @param {number} status
-   * @param {string} [reason]
-   */
-  #onRefused(status, reason = "") {
-    this.#shutDown(new RelayError("refused", `refused: ${status} ${reason}`));
-    this.#setState("closed", {reason});
-    this.#emit("refused", {status, reason});
+  /** @param {StreamLink} link @param {Header} welcome */
+  #resumeStream(link, welcome) {
+    this.#scheduleUpgrade(link);
+    this.#rejectSent("WebSockets are blocked"); // a POST is in no session
+    let isComplete = true;
+    for (const each of this.#subscriptions.values()) {
+      const isIn = link.subscriptions.includes(each); // or it was joined in the meantime
+      isComplete = isIn && this.#onSubscribed(each, link.replay, welcome) && isComplete;
+    }
+    if (!isComplete && link === this.#link) this.#connect();
   }
 
-  #scheduleUpgrade() {
-    this.#upgradeTimer = setTimeout(() => {
+  /** @param {StreamLink} link to be replaced by a WebSocket, once one opens */
+  #scheduleUpgrade(link) {
+    this.#setTimer("upgrade", this.#upgradeMs, () => {
       this.#upgradeMs = Math.min(this.#upgradeMs * 2, UPGRADE_RETRY_MS[1]);
-      this.#scheduleUpgrade();
-      this.#connect();
-    }, this.#upgradeMs);
+      this.#scheduleUpgrade(link);
+      const received = () => {
+        trial.close();
+        if (link === this.#link) this.#connect("websocket");
+      };
+      const {WebSocket} = this.#options;
+      const listener = {received, ended: () => {}};
+      const trial = openSocket(this.#socketUrl(), link.token, WebSocket, listener);
+    });
   }
 
-  /** @param {RelayError} error */
+  /** @param {Link} link @param {End} end */
+  #onEnded(link, end) {
+    if (this.#isOpen) return this.#onLost(end);
+    if (link.kind === "websocket") {
+      link.close();
+      // A browser hides why an upgrade failed; the status of a stream request is visible.
+      return this.#openLink("stream", link.token);
+    }
+    if (end.status === 403) return this.#refuseChannels(link, end);
+    this.#blockedCount = 0; // the next attempt is a WebSocket
+    this.#retry(end);
+  }
+
+  /** @param {StreamLink} link that is refused for some of its channels @param {End} end */
+  async #refuseChannels(link, end) {
+    const {subscriptions} = link;
+    const ends = subscriptions.length > 1 ? await link.probeChannels().catch(() => []) : [end];
+    if (link !== this.#link) return;
+    subscriptions.forEach((each, at) => ends[at]?.status === 403 && this.#refuse(each, ends[at]));
+    this.#retry({reason: end.reason});
+  }
+
+  #onLost(/** @type {End} */ end) {
+    if (end.code === 1009) this.#rejectLargest(end.reason);
+    if (Date.now() - this.#openedAt >= STABLE_AFTER_MS) this.#failureCount = 0;
+    const status = end.code === 3000 ? 401 : end.status;
+    this.#retry({...end, status, code: end.code ?? 1006});
+  }
+
+  /** @param {End} end after which the client connects again, unless it is final */
+  #retry(end) {
+    this.#dropLink();
+    const {code, status = 0, reason = ""} = end;
+    const hasFreshToken = typeof this.#options.token === "function" && !this.#unauthorizedCount;
+    if (status === 401) this.#unauthorizedCount += 1;
+    if (status === 401 && !hasFreshToken) return this.#onRefused(end);
+    if (!this.#wasOpen && FINAL_BEFORE_OPEN.includes(status)) return this.#onRefused(end);
+    const drainMs = code === 1001 ? /retry_ms=(\d+)/.exec(reason)?.[1] : undefined;
+    const hintMs = end.retryMs ?? drainMs;
+    const delayMs = hintMs === undefined ? backoffAfter(this.#failureCount++) : Number(hintMs);
+    const waitMs = Math.min(delayMs, MAX_RETRY_AFTER_MS);
+    this.#retryAt = Date.now() + waitMs;
+    this.#setTimer("retry", waitMs, () => this.#connect());
+    this.#setState("waiting", end, Math.round(waitMs));
+  }
+
+  #onRefused(/** @type {End} */ end) {
+    const {status, reason = ""} = end;
+    this.#shutDown(new RelayError("refused", `${status} ${reason}`, status));
+    this.#setState("closed", end);
+    emit(this, "refused", {status, reason});
+  }
+
+  /** @param {RelayError} [error] of queued messages */
   #shutDown(error) {
-    this.#attempt += 1;
-    this.#dropCandidate();
     this.#dropLink();
     this.#pageListeners?.abort();
-    clearInterval(this.#clockTimer);
-    clearTimeout(this.#retryTimer);
-    clearTimeout(this.#echoTimer);
-    clearTimeout(this.#upgradeTimer);
-    clearTimeout(this.#wakeTimer);
-    clearTimeout(this.#silenceTimer);
-    for (const message of [...this.#unconfirmed.splice(0), ...this.#queue.splice(0)]) {
-      message.reject(error);
-    }
+    if (error) this.#rejectSent(error.message);
+    if (error) for (const message of this.#queue.splice(0)) this.#settle(message, error);
+    for (const timer of Object.values(this.#timers)) clearTimeout(timer);
   }
 
-  #dropCandidate() {
-    this.#isConnecting = false;
-    this.#candidate?.close();
-    this.#candidate = null;
-  }
-
-  /** @returns {Link | null} the connection that was active */
   #dropLink() {
-    const link = this.#link;
-    if (!link) return null;
+    for (const name of ["connect", "retry", "upgrade"]) clearTimeout(this.#timers[name]);
+    this.#attempt += 1;
+    this.#link?.close();
     this.#link = null;
-    clearTimeout(this.#upgradeTimer);
-    clearTimeout(this.#echoTimer);
-    clearTimeout(this.#silenceTimer);
-    link.close();
-    this.#unconfirmed.push(...link.inFlight);
-    return link;
+    this.#isOpen = false;
+    for (const each of this.#subscriptions.values()) {
+      each.isActive = false;
+      each.requestId = 0;
+    }
+    for (const onAnswer of this.#commands.values()) onAnswer({type: "lost", position: ""});
+    this.#commands.clear();
   }
 
-  // Messages
-
-  /**
-   * @param {string} position
-   * @param {string | ArrayBuffer} data
-   */
-  #onMessage(position, data) {
-    if (this.#position !== null && !isAfter(position, this.#position)) return; // duplicate
-    this.#position = position;
-    this.#matchEcho(data)?.resolve(position);
-    this.dispatchEvent(eventOf("message", {position}, {data, lastEventId: position}));
+  /** @param {RelayState} state @param {End} [end] @param {number} [retryInMs] */
+  #setState(state, end = {}, retryInMs = 0) {
+    const {code, status, reason = ""} = end;
+    this.#state = state;
+    const {transport} = this;
+    emit(this, "state", {state, transport, code, status, reason, retryInMs});
   }
 
-  /**
-   * Match a message with one of this client's own: the relay echoes them unchanged and in order.
-   *
-   * @param {string | ArrayBuffer} data
-   */
-  #matchEcho(data) {
-    const at = this.#unconfirmed.findIndex((message) => message.matches(data));
+  // Receiving
+
+  /** @param {Link} link @param {Header} header @param {string | Uint8Array} payload */
+  #onReceived(link, header, payload) {
+    this.#receivedAt = Date.now();
+    const {type, id, channel = "", position} = header;
+    if (type === "welcome") return this.#onWelcome(link, header);
+    if (position && isAfter(position, this.#seen)) this.#seen = position;
+    if (id) return this.#onAnswer(id, header);
+    const subscription = this.#subscriptions.get(channel);
+    if (!subscription?.isActive) return; // of an earlier subscription: it will be replayed
+    if (type === "unsubscribed") return this.#refuse(subscription, header);
+    for (const member of subscription.members) {
+      if (type === "live") member.onLive(position);
+      else if (member.position === null) continue; // the replay is that of other members
+      else if (type === undefined) member.onMessage(position, payload);
+      else if (type === "gap" && isAfter(position, member.position)) member.onGap(position);
+    }
+    if (link.kind === "websocket" || type !== undefined) return;
+    for (const {isActive, members} of this.#subscriptions.values()) { // a stream has one order
+      if (isActive) for (const member of members) member.onPosition(position);
+    }
+  }
+
+  /** @param {number} id @param {Header} answer */
+  #onAnswer(id, answer) {
+    const at = this.#sent.findIndex((message) => message.id === id);
     if (at >= 0) {
-      const [found] = this.#unconfirmed.splice(at, 1);
-      this.#flush(); // it may have blocked the queue
-      return found;
+      const {type, position, status, reason} = answer;
+      const code = status === 504 ? "unconfirmed" : "refused";
+      const error = new RelayError(code, `${status} ${reason}`, status);
+      return this.#settle(this.#sent.splice(at, 1)[0], type === "error" ? error : position);
     }
-    const inFlight = this.#link?.inFlight;
-    return inFlight?.[0]?.matches(data) ? inFlight.shift() : undefined;
+    const onAnswer = this.#commands.get(id);
+    this.#commands.delete(id);
+    onAnswer?.(answer);
+  }
+
+  // Subscribing
+
+  #subscribe(/** @type {Subscription} */ subscription) {
+    const link = this.#link;
+    if (link?.kind !== "websocket") return void this.#connect();
+    const {name, members, requestId} = subscription;
+    if (requestId) this.#request(link, {type: "unsubscribe", channel: name});
+    const replay = replayFor(members);
+    const command = {type: "subscribe", channel: name, ...replay};
+    subscription.isActive = false;
+    const id = (subscription.requestId = this.#request(link, command, (answer) => {
+      if (id !== subscription.requestId) return; // it was repeated or ended in the meantime
+      const isError = answer.type === "error";
+      if (isError && answer.status !== 503) return this.#refuse(subscription, answer);
+      const repeat = () => id === subscription.requestId && this.#subscribe(subscription);
+      if (isError) setTimeout(repeat, retryMsOf(answer.retry_after_s));
+      else if (!this.#onSubscribed(subscription, replay, answer)) repeat();
+    }));
   }
 
   /**
-   * Resend or reject the messages whose echo did not arrive after the reconnect.
+   * Return whether all members receive all messages now. A replay by `history` may begin after the
+   * position of some: it only shows where the new members begin, and is repeated with `since`.
    *
-   * @param {boolean} isComplete whether all messages since the last connection were replayed
+   * @param {Subscription} subscription @param {Replay} replay @param {Header} answer
    */
-  #settleUnconfirmed(isComplete) {
-    const unconfirmed = this.#unconfirmed.splice(0);
-    for (const message of unconfirmed) message.shouldResend ||= isComplete && message.isDrained;
-    this.#queue.unshift(...unconfirmed.filter((message) => message.shouldResend));
-    for (const message of unconfirmed) {
-      if (message.shouldResend) message.shouldResend = message.isDrained = false;
-      else message.reject(new RelayError("uncertain", "connection lost: delivery unknown"));
+  #onSubscribed(subscription, {since, history = 0}, {recovered, position}) {
+    const {members} = subscription;
+    const isComplete = since !== undefined || members.every((each) => each.position === null);
+    subscription.isActive = isComplete;
+    for (const member of members) {
+      const before = member.position;
+      const isLater = before === null && !member.history && (since || history > 0);
+      if (isLater && this.#link?.kind === "websocket") continue; // until "live"
+      // A log that was created anew begins before `since`.
+      if (before === null) member.onPosition(position);
+      else if (since && !recovered && (!isAfter(before, position) || isAfter(since, position))) {
+        member.onGap(position);
+      }
+      if (isComplete) member.emit("subscribed", {recovered, position});
     }
-    this.#flush();
+    return isComplete;
   }
 
-  /** Unconfirmed messages that may be resent are settled first, which keeps the order. */
-  #canSend() {
-    /** @param {Outgoing} message */
-    const blocksQueue = ({shouldResend, isDrained, isPostPending}) =>
-      shouldResend || isDrained || isPostPending;
-    return this.#link !== null && !this.#unconfirmed.some(blocksQueue);
+  /** @param {Subscription} subscription @param {End} refusal */
+  #refuse(subscription, {status, reason}) {
+    const {members} = subscription;
+    this.#endSubscription(subscription);
+    for (const member of members) member.emit("refused", {status, reason});
+  }
+
+  /** @param {Subscription} subscription @param {Channel} channel */
+  #leave(subscription, channel) {
+    const {name, members, requestId} = subscription;
+    subscription.members = members.filter((each) => each !== channel);
+    if (subscription.members.length || this.#subscriptions.get(name) !== subscription) return;
+    const link = this.#link;
+    if (link?.kind === "websocket" && requestId) {
+      this.#request(link, {type: "unsubscribe", channel: name});
+    }
+    this.#endSubscription(subscription);
+  }
+
+  #endSubscription(/** @type {Subscription} */ subscription) {
+    subscription.isActive = false;
+    subscription.requestId = 0;
+    this.#subscriptions.delete(subscription.name);
+    this.#linger();
+  }
+
+  // Publishing
+
+  /** @param {SocketLink} link @param {object} command @param {OnAnswer} [onAnswer] */
+  #request(link, command, onAnswer) {
+    const id = ++this.#lastId;
+    if (onAnswer) this.#commands.set(id, onAnswer);
+    link.send({...command, id});
+    return id;
   }
 
   #flush() {
-    while (this.#queue.length && this.#canSend() && this.#link?.send(this.#queue[0])) {
-      this.#queue.shift();
+    const link = this.#link;
+    if (!link || !this.#isOpen) return;
+    if (link.kind === "stream" || this.#queue[0]?.key) return void this.#postQueue();
+    for (const message of this.#queue.splice(0)) {
+      message.id = ++this.#lastId;
+      message.seen = this.#seen;
+      this.#sent.push(message);
+      link.publish(message.channel, message.id, message.data);
     }
+  }
+
+  /** Publish by POST, one message at a time, which keeps the order. */
+  async #postQueue() {
+    if (this.#isPosting) return;
+    this.#isPosting = true;
+    for (let failureCount = 0; this.#link && this.#isOpen && this.#queue.length; ) {
+      const [message] = this.#queue;
+      if (this.#link.kind === "websocket" && !message.key) break;
+      await this.#post(message, this.#link, failureCount);
+      failureCount = message === this.#queue[0] ? failureCount + 1 : 0;
+    }
+    this.#isPosting = false;
+    if (this.#link?.kind === "websocket") this.#flush();
+  }
+
+  /** @param {Outgoing} message @param {Link} link @param {number} failureCount of this message */
+  async #post(message, link, failureCount) {
+    message.key ||= randomKey();
+    message.postedAt ||= Date.now();
+    const {position, status = 0, reason, retryMs} = await post(message, link.token);
+    if (this.#queue[0] !== message) return; // it was rejected when the connection was closed
+    if (status === 503) message.postedAt = 0; // it was not published
+    const isOld = message.postedAt > 0 && Date.now() - message.postedAt > REPEAT_POST_MS;
+    const isRefused = status >= 400 && status < 500 && !NOT_FINAL_OF_POST.includes(status);
+    if (position !== undefined || isOld || isRefused) {
+      const code = isRefused ? "refused" : "unconfirmed";
+      this.#queue.shift();
+      this.#settle(message, position ?? new RelayError(code, `${status} ${reason}`, status));
+    } else if (status && status !== 401) {
+      await new Promise((done) => setTimeout(done, retryMs ?? backoffAfter(failureCount)));
+    } else if (link === this.#link) {
+      this.#onLost({status, reason}); // the next connection has a fresh token
+    }
+  }
+
+  /** @param {Outgoing} message @param {string | RelayError} outcome */
+  #settle(message, outcome) {
+    this.#pendingBytes -= message.size;
+    if (outcome instanceof RelayError) message.reject(outcome);
+    else message.resolve(outcome);
+    this.#linger();
+  }
+
+  /** @param {string} reason why it is unknown what became of the messages that were sent */
+  #rejectSent(reason) {
+    for (const message of this.#sent.splice(0)) {
+      this.#settle(message, new RelayError("unconfirmed", reason));
+    }
+  }
+
+  /** Reject the message for which the relay has closed: sent again, it would have the same end. */
+  #rejectLargest(reason = "") {
+    const sizes = this.#sent.map(({size}) => size);
+    const [message] = this.#sent.splice(sizes.indexOf(Math.max(...sizes)), 1);
+    if (message) this.#settle(message, new RelayError("refused", reason, 413));
   }
 
   // Sleep and wake
@@ -578,544 +710,209 @@ export class Relay extends Target {
     this.#pageListeners = new AbortController();
     const {signal} = this.#pageListeners;
     const page = globalThis.document;
-    const checkClock = () => this.#checkClock();
+    const tick = () => this.#tick();
     globalThis.addEventListener?.("online", () => this.#onOnline(), {signal});
-    globalThis.addEventListener?.("pageshow", checkClock, {signal});
-    page?.addEventListener("visibilitychange", checkClock, {signal});
+    globalThis.addEventListener?.("pageshow", tick, {signal});
+    page?.addEventListener("visibilitychange", tick, {signal});
     page?.addEventListener("freeze", () => this.#onFreeze(), {signal});
-    page?.addEventListener("resume", () => this.#onThaw(), {signal});
-    this.#clockCheckedAt = Date.now();
-    this.#clockTimer = setInterval(checkClock, CLOCK_CHECK_MS);
+    page?.addEventListener("resume", () => this.open(), {signal});
+    this.#tickedAt = Date.now();
+    this.#timers.tick = setInterval(tick, TICK_MS);
   }
 
-  /** Detect a sleep of the machine by a clock jump: the network may have changed. */
-  #checkClock() {
+  /** Probe a connection that is silent for too long, or whose machine slept; close a dead one. */
+  #tick() {
     const now = Date.now();
-    const asleepMs = now - this.#clockCheckedAt - CLOCK_CHECK_MS;
-    const slept = asleepMs > (this.#wasHidden ? SLEEP_GAP_HIDDEN_MS : SLEEP_GAP_MS);
-    this.#clockCheckedAt = now;
-    this.#wasHidden = globalThis.document?.visibilityState === "hidden";
-    if (slept) this.#verifyLink();
-    if (this.#state === "waiting" && !this.#isFrozen && now >= this.#retryAt) this.#connect();
+    const slept = now - this.#tickedAt > SLEEP_GAP_MS; // the network may have changed
+    const isLate = now - this.#receivedAt > this.#heartbeatMs + LATE_HEARTBEAT_MS;
+    this.#tickedAt = now;
+    if (this.#state === "waiting" && now >= this.#retryAt) this.#connect();
+    if (this.#probedAt && this.#receivedAt >= this.#probedAt) this.#probedAt = 0;
+    if (!this.#isOpen) return;
+    if (this.#probedAt && now - this.#probedAt >= PROBE_MS) {
+      this.#onLost({reason: "connection unresponsive"});
+    } else if (slept || isLate) {
+      this.#probe(isLate);
+    }
+  }
+
+  /** @param {boolean} isLate a stream can't be probed: it is closed once its heartbeat is late */
+  #probe(isLate) {
+    const link = this.#link;
+    if (!link || !this.#isOpen || this.#probedAt) return;
+    if (link.kind === "websocket") this.#request(link, {type: "ping"});
+    if (link.kind === "websocket" || isLate) this.#probedAt = Date.now();
   }
 
   /** The network is available again, or has changed. */
   #onOnline() {
-    this.#verifyLink();
-    if (this.#state !== "waiting" || this.#hasRetryHint || this.#isFrozen) return;
-    clearTimeout(this.#retryTimer);
-    this.#retryTimer = setTimeout(() => this.#connect(), jittered(INITIAL_BACKOFF_MS));
-  }
-
-  /**
-   * Replace the connection unless it receives a message. A page can't send a ping, and a connection
-   * that died during a sleep reports nothing. The new connection resumes at the old one's position
-   * and replaces it once it is open: no message is lost.
-   */
-  #verifyLink() {
-    clearTimeout(this.#wakeTimer);
-    const [link, since] = [this.#link, Date.now()];
-    this.#wakeTimer = setTimeout(() => {
-      if (!link || link !== this.#link || link.receivedAt >= since) return;
-      link.suspectedAt = Date.now();
-      this.#connect();
-    }, WAKE_PROBE_MS + jittered(WAKE_PROBE_MS));
-  }
-
-  /**
-   * Verify a connection whose heartbeat is late, and close it if the silence lasts: its relay is
-   * frozen, or the network has lost the connection.
-   *
-   * @param {Link} link
-   * @param {number} heartbeatMs
-   */
-  #watchHeartbeats(link, heartbeatMs) {
-    const lateInMs = link.receivedAt + heartbeatMs + LATE_HEARTBEAT_MS - Date.now();
-    clearTimeout(this.#silenceTimer);
-    if (lateInMs > 0) {
-      this.#silenceTimer = setTimeout(() => this.#watchHeartbeats(link, heartbeatMs), lateInMs);
-      return;
-    }
-    const {receivedAt} = link;
-    this.#verifyLink();
-    this.#silenceTimer = setTimeout(() => {
-      if (link.receivedAt > receivedAt) return this.#watchHeartbeats(link, heartbeatMs);
-      this.#onLost({reason: "connection unresponsive"});
-    }, SILENCE_MS);
+    this.#probe(false);
+    if (this.#state !== "waiting" || this.#retryAt === Infinity) return;
+    this.#setTimer("retry", jittered(INITIAL_BACKOFF_MS), () => this.#connect());
   }
 
   /** Close the connection of a frozen page: it runs no code, and its messages would pile up. */
   #onFreeze() {
-    this.#isFrozen = true;
-    this.#attempt += 1;
-    this.#dropCandidate();
     this.#dropLink();
-    clearTimeout(this.#retryTimer);
+    this.#retryAt = Infinity;
     this.#setState("waiting", {reason: "page frozen"});
-  }
-
-  #onThaw() {
-    if (!this.#isFrozen) return;
-    this.#isFrozen = false;
-    this.#connect();
-  }
-
-  // Events
-
-  /**
-   * @param {"connecting" | "open" | "waiting" | "closed"} state
-   * @param {{reason?: string, retryInMs?: number}} fields
-   */
-  #setState(state, {reason = "", retryInMs = 0}) {
-    this.#state = state;
-    this.#emit("state", {state, transport: this.transport, reason, retryInMs});
-  }
-
-  /**
-   * @param {string} type
-   * @param {object} fields
-   */
-  #emit(type, fields) {
-    this.dispatchEvent(eventOf(type, fields));
-  }
-}
-
-/** A message that this client sends. */
-class Outgoing {
-  /** @type {(position: string) => void} */
-  #resolve = () => {};
-  /** @type {(error: RelayError) => void} */
-  #reject = () => {};
-  #isSettled = false;
-  #onSettled;
-
-  /**
-   * @param {string | ArrayBuffer | ArrayBufferView} data
-   * @param {(size: number) => void} onSettled
-   */
-  constructor(data, onSettled) {
-    this.#onSettled = onSettled;
-    const bytes = bytesOf(data);
-    /** A well-formed copy, equal to the echo. */
-    this.data = typeof data === "string" ? data.replace(/[\ud800-\udfff]/gu, "\ufffd") : bytes;
-    this.size = bytes.byteLength + MESSAGE_OVERHEAD_BYTES;
-    /** The message is known not to be relayed. */
-    this.shouldResend = false;
-    /** The relay was draining when the connection ended. */
-    this.isDrained = false;
-    /** A POST of the message is in flight. */
-    this.isPostPending = false;
-    this.relayed = new Promise((resolve, reject) => {
-      this.#resolve = resolve;
-      this.#reject = reject;
-    });
-    this.relayed.catch(() => {}); // an ignored promise causes no unhandledrejection event
-  }
-
-  /** @param {string} position */
-  resolve(position) {
-    this.#settle();
-    this.#resolve(position);
-  }
-
-  /** @param {RelayError} error */
-  reject(error) {
-    this.#settle();
-    this.#reject(error);
-  }
-
-  /** @param {string | ArrayBuffer} echo */
-  matches(echo) {
-    if (typeof echo === "string") return echo === this.data;
-    if (typeof this.data === "string" || echo.byteLength !== this.data.byteLength) return false;
-    const bytes = new Uint8Array(echo);
-    return this.data.every((byte, at) => byte === bytes[at]);
-  }
-
-  #settle() {
-    if (!this.#isSettled) this.#onSettled(this.size);
-    this.#isSettled = true;
-  }
-}
-
-/** A WebSocket link. The relay echoes what it relays; `inFlight` has what is not echoed yet. */
-class Socket {
-  kind = /** @type {const} */ ("websocket");
-  receivedAt = 0;
-  suspectedAt = 0; // when it had received nothing for too long; 0: never
-  /** @type {Outgoing[]} */
-  inFlight = [];
-  /** @type {WebSocket | null} */
-  #socket = null;
-  /** @type {Timer} */
-  #deadline;
-
-  /**
-   * @param {URL} channelUrl
-   * @param {string} token
-   * @param {LinkListener} listener
-   */
-  constructor(channelUrl, token, listener) {
-    this.channelUrl = channelUrl;
-    this.token = token;
-    this.listener = listener;
-  }
-
-  open() {
-    const offers = this.token ? [SUBPROTOCOL, "bearer", this.token] : [SUBPROTOCOL];
-    this.#deadline = setTimeout(() => this.#end({reason: "connect timeout"}), CONNECT_TIMEOUT_MS);
-    try {
-      this.#socket = new WebSocket(this.channelUrl.href, offers);
-    } catch {
-      // For example: a page loaded by https:// can't open a ws:// URL.
-      return this.#end({reason: "WebSocket URL rejected by the browser"});
-    }
-    this.#socket.binaryType = "arraybuffer";
-    this.#socket.onmessage = ({data}) => this.#onFrame(data);
-    this.#socket.onclose = ({code, reason}) => this.#end({code, reason});
-  }
-
-  /** @param {Outgoing} message */
-  send(message) {
-    if (this.#socket?.readyState !== WebSocket.OPEN) return false;
-    this.#socket.send(/** @type {string | BufferSource} */ (message.data));
-    this.inFlight.push(message);
-    return true;
-  }
-
-  close() {
-    clearTimeout(this.#deadline);
-    const socket = this.#socket;
-    this.#socket = null;
-    if (!socket) return;
-    socket.onmessage = socket.onclose = null;
-    socket.close();
-  }
-
-  /** @param {string | ArrayBuffer} data */
-  #onFrame(data) {
-    this.receivedAt = Date.now();
-    const [position, payload] = typeof data === "string" ? splitText(data) : splitBytes(data);
-    if (position) return this.listener.message(position, payload);
-    const event = JSON.parse(String(payload));
-    if (event.type === "gap") this.listener.gap(event.position);
-    if (event.type !== "welcome") return;
-    clearTimeout(this.#deadline);
-    this.listener.welcome(event);
-  }
-
-  /** @param {End} end */
-  #end(end) {
-    this.close();
-    this.listener.lost(end);
-  }
-}
-
-/** A link that receives server-sent events and publishes by POST. */
-class Stream {
-  kind = /** @type {const} */ ("stream");
-  /** @type {Outgoing[]} */
-  inFlight = [];
-  #isClosed = false;
-  #isSending = false;
-  /** @type {Timer} */
-  #postTimer;
-
-  /**
-   * @param {URL} channelUrl
-   * @param {string} token
-   * @param {LinkListener} listener
-   */
-  constructor(channelUrl, token, listener) {
-    this.channelUrl = new URL(channelUrl);
-    this.channelUrl.protocol = channelUrl.protocol === "wss:" ? "https:" : "http:";
-    this.token = token;
-    this.listener = listener;
-    this.reader = new EventReader(this);
-  }
-
-  get receivedAt() {
-    return this.reader.receivedAt;
-  }
-
-  get suspectedAt() {
-    return this.reader.suspectedAt;
-  }
-
-  set suspectedAt(time) {
-    this.reader.suspectedAt = time;
-  }
-
-  open() {
-    this.reader.read(this.channelUrl, this.token);
-  }
-
-  /** @param {Outgoing} message */
-  send(message) {
-    if (this.#isSending) return false; // one POST at a time keeps the order
-    this.#isSending = true;
-    this.inFlight.push(message);
-    this.#post(message);
-    return true;
-  }
-
-  close() {
-    this.#isClosed = true;
-    clearTimeout(this.#postTimer);
-    this.reader.remove(this);
-  }
-
-  /** @param {End} end */
-  end(end) {
-    if (this.#isClosed) return;
-    this.close();
-    this.listener.lost(end);
-  }
-
-  /** @param {ServerEvent} event */
-  onEvent({id, type, data}) {
-    if (type === "message") this.listener.message(id, data);
-    else if (type === "binary") this.listener.message(id, fromBase64(data));
-    else if (type === "close") this.end(JSON.parse(data));
-    else if (type === "gap") this.listener.gap(JSON.parse(data).position);
-    else if (type === "welcome") this.listener.welcome(JSON.parse(data));
-  }
-
-  /** @param {Outgoing} message */
-  async #post(message) {
-    const isText = typeof message.data === "string";
-    const type = isText ? "text/plain; charset=utf-8" : "application/octet-stream";
-    const body = /** @type {string | BufferSource} */ (message.data);
-    message.shouldResend = false;
-    message.isPostPending = true;
-    try {
-      // The POST completes even if another connection replaces this one meanwhile.
-      const init = {method: "POST", headers: {"Content-Type": type}, body};
-      const response = await authorizedFetch(this.channelUrl, this.token, init);
-      if (response.ok) this.#onRelayed(message, await response.json());
-      else this.#onRejected(message, await refusalOf(response));
-    } catch {
-      message.isPostPending = false;
-      this.end({reason: "connection failed"});
-    }
-  }
-
-  /**
-   * @param {Outgoing} message
-   * @param {{position: string}} answer
-   */
-  #onRelayed(message, {position}) {
-    message.resolve(position);
-    this.#finishPost(message);
-  }
-
-  /**
-   * @param {Outgoing} message
-   * @param {End} end
-   */
-  #onRejected(message, end) {
-    message.isPostPending = false;
-    if (end.status === 401) {
-      message.shouldResend = true; // over the next connection, which brings a fresh token
-      this.end(end);
-    } else if (end.status === 503) {
-      message.shouldResend = true;
-      if (this.#isClosed) return;
-      this.#postTimer = setTimeout(() => this.#post(message), end.retryMs ?? INITIAL_BACKOFF_MS);
-    } else {
-      // A 504 of the relay, or an error of a proxy after it has passed the message on.
-      const answer = `${end.status} ${end.reason}`;
-      const isUncertain = Number(end.status) >= 500;
-      if (isUncertain) message.reject(new RelayError("uncertain", `delivery unknown: ${answer}`));
-      else message.reject(new RelayError("refused", `not relayed: ${answer}`));
-      this.#finishPost(message);
-    }
-  }
-
-  /** @param {Outgoing} message */
-  #finishPost(message) {
-    message.isPostPending = false;
-    this.inFlight = this.inFlight.filter((each) => each !== message);
-    this.#isSending = false;
-    this.listener.ready();
   }
 }
 
 /**
- * One event stream, shared by the links of the page that have the same channel and token.
+ * Open a connection by WebSocket.
  *
- * Each link opens a reader, which receives the replay that this link requests. At its welcome the
- * links of two readers move to the one at the lower position: its events include all those of the
- * other. A Relay skips what it has received.
+ * @param {URL} url @param {string} token @param {any} WebSocket @param {LinkListener} listener
+ */
+function openSocket(url, token, WebSocket = globalThis.WebSocket, {received, ended}) {
+  /** @type {any} */
+  let socket;
+  try {
+    socket = new WebSocket(url.href, token ? ["relay.v1", "bearer", token] : ["relay.v1"]);
+    socket.binaryType = "arraybuffer";
+    socket.onmessage = (/** @type {MessageEvent} */ {data}) => received(...parseFrame(data));
+    socket.onclose = (/** @type {CloseEvent} */ {code, reason}) => ended({code, reason});
+    socket.onerror = () => {}; // the package `ws` throws an error that is not handled
+  } catch {
+    // For example: a page loaded by https:// can't open a ws:// URL; Node 20 has no WebSocket.
+    queueMicrotask(() => ended({reason: "no WebSocket can be created"}));
+  }
+  return {
+    kind: /** @type {const} */ ("websocket"),
+    token,
+    /** @param {object} header */
+    send: (header) => socket?.send(JSON.stringify(header)),
+    /** @param {string} channel @param {number} id @param {string | Uint8Array} data */
+    publish(channel, id, data) {
+      const line = `${JSON.stringify({type: "publish", channel, id})}\n`;
+      if (typeof data === "string") return socket?.send(line + data);
+      const header = Uint8Array.from(line, (char) => char.charCodeAt(0)); // it is ASCII
+      const frame = new Uint8Array(header.length + data.length);
+      frame.set(header);
+      frame.set(data, header.length);
+      socket?.send(frame);
+    },
+    close() {
+      if (!socket) return;
+      socket.onmessage = socket.onclose = null;
+      socket.close();
+    },
+  };
+}
+
+/**
+ * Open a connection by server-sent events, one stream for all channels. Its events are passed on as
+ * messages of relay.v1. Without a channel there is no stream, and only POSTs are made.
  *
  * It uses fetch instead of EventSource: the token goes into a header instead of the URL, and the
  * status of a refusal is visible.
+ *
+ * @param {URL} url @param {string} token @param {Subscription[]} all @param {LinkListener} listener
  */
-class EventReader {
-  /** @type {Set<EventReader>} of the page; two of one channel only if they could not be merged */
-  static #open = new Set();
+function openStream(url, token, all, {received, ended}) {
+  const abort = new AbortController();
+  const replay = replayFor(all.flatMap(({members}) => members));
 
-  receivedAt = 0;
-  suspectedAt = 0; // when it had received nothing for too long; 0: never
-  #key = ""; // readers with the same key receive the same live events
-  #position = "";
-  #links;
-  #abort = new AbortController();
-  /** @type {Timer} */
-  #deadline;
-
-  /** @param {Stream} link */
-  constructor(link) {
-    this.#links = new Set([link]);
+  /** @param {Subscription[]} some @param {Replay} replay */
+  function get(some, {since, history}) {
+    const streamUrl = new URL(url);
+    streamUrl.pathname += some.length ? "events" : "relay.js"; // is it a relay?
+    for (const {name} of some) streamUrl.searchParams.append("channel", name);
+    if (since) streamUrl.searchParams.set("since", since);
+    if (history) streamUrl.searchParams.set("history", String(history));
+    const method = some.length ? "GET" : "HEAD";
+    return authorizedFetch(streamUrl, token, {method, signal: abort.signal});
   }
 
-  /**
-   * @param {URL} channelUrl
-   * @param {string} token
-   */
-  async read(channelUrl, token) {
-    const url = new URL(channelUrl);
-    url.pathname = url.pathname.replace(/\/?$/, "/events");
-    const init = {headers: {Accept: "text/event-stream"}, signal: this.#abort.signal};
-    this.#deadline = setTimeout(() => this.#onTimeout(), CONNECT_TIMEOUT_MS);
-    try {
-      const response = await authorizedFetch(url, token, init);
-      if (response.status !== 200 || !response.body) return this.#end(await refusalOf(response));
-      for (const name of ["since", "history"]) url.searchParams.delete(name);
-      this.#key = `${url} ${token}`;
-      await this.#readBody(response.body);
-      this.#end({reason: "stream ended"});
-    } catch {
-      this.#end({reason: "connection failed"}); // or rejected by CORS
-    }
-  }
-
-  /** @param {Stream} link the last one closes the reader */
-  remove(link) {
-    this.#links.delete(link);
-    if (!this.#links.size) this.#close();
-  }
-
-  /** @param {NonNullable<Response["body"]>} body */
-  async #readBody(body) {
-    const events = new EventParser();
+  async function read() {
+    const response = await get(all, replay);
+    if (!response.ok) return refusalOf(response);
+    if (!all.length) return void received({type: "welcome", position: ""}, "");
     const decoder = new TextDecoder();
-    const reader = body.getReader();
-    for (;;) {
+    const reader = /** @type {NonNullable<Response["body"]>} */ (response.body).getReader();
+    for (let pending = ""; ; ) {
       const {done, value} = await reader.read();
-      if (done) return;
-      this.receivedAt = Date.now();
-      for (const event of events.feed(decoder.decode(value, {stream: true}))) this.#onEvent(event);
+      if (done) return {reason: "stream ended"};
+      received({type: "heartbeat", position: ""}, ""); // or a comment
+      const events = (pending + decoder.decode(value, {stream: true})).split("\n\n");
+      pending = events.pop() ?? "";
+      for (const event of events) onEvent(parseEvent(event));
     }
   }
 
-  /** @param {ServerEvent} event */
-  #onEvent(event) {
-    this.#position = event.id;
-    for (const link of this.#links) link.onEvent(event);
-    if (event.type === "welcome" && this.#links.size) this.#merge();
+  /** @param {ServerEvent} event its type has the channel where the stream has several */
+  function onEvent({id: position, event, data}) {
+    if (data === undefined) return;
+    const [type, channel = all[0].name] = event.split(/:(.*)/);
+    if (type === "message") received({channel, position}, data);
+    else if (type === "binary") received({channel, position}, fromBase64(data));
+    else if (type === "close") ended(JSON.parse(data));
+    else if (type === "welcome") received({...JSON.parse(data), type}, "");
+    else if (type === "gap") all.forEach(({name}) => received({type, channel: name, position}, ""));
   }
 
-  /** Take over the links of another reader of the channel, or give it those of this one. */
-  #merge() {
-    clearTimeout(this.#deadline);
-    const awaitsEchoes = () => [...this.#links].some(({listener}) => listener.awaitsEchoes());
-    for (const other of EventReader.#open) {
-      if (other.#key !== this.#key) continue;
-      if (!isAfter(this.#position, other.#position)) {
-        other.#moveLinks(this);
-      } else if (other.receivedAt >= other.suspectedAt && !awaitsEchoes()) {
-        return this.#moveLinks(other); // not dead, and its lag can't hide an echo in the replay
-      }
-    }
-    EventReader.#open.add(this);
-  }
-
-  /** @param {EventReader} target */
-  #moveLinks(target) {
-    for (const link of this.#links) {
-      link.reader = target;
-      target.#links.add(link);
-    }
-    this.#links.clear();
-    this.#close();
-  }
-
-  #onTimeout() {
-    const count = EventReader.#open.size;
-    const hint = count < HTTP1_CONNECTIONS ? "" : `: the page has ${count} event streams open`;
-    this.#end({reason: `connect timeout${hint}`});
-  }
-
-  /** @param {End} end */
-  #end(end) {
-    if (this.#abort.signal.aborted) return;
-    this.#close();
-    for (const link of this.#links) link.end(end);
-  }
-
-  #close() {
-    clearTimeout(this.#deadline);
-    EventReader.#open.delete(this);
-    this.#abort.abort();
-  }
+  const lost = {reason: "connection failed"}; // or rejected by CORS
+  read().then((end) => end && ended(end), () => ended(lost));
+  return {
+    kind: /** @type {const} */ ("stream"),
+    token,
+    replay,
+    subscriptions: all,
+    /** Return how the relay answers for each channel alone. */
+    probeChannels: () => Promise.all(all.map(async (each) => refusalOf(await get([each], {})))),
+    close: () => abort.abort(),
+  };
 }
 
-/** Parse server-sent events (HTML standard, section 9.2.6). */
-class EventParser {
-  #partialLine = "";
-  #id = "";
-  #type = "";
-  /** @type {string[]} */
-  #data = [];
-
-  /** @param {string} text */
-  *feed(text) {
-    const lines = (this.#partialLine + text).split(/\r?\n/);
-    this.#partialLine = lines.pop() ?? "";
-    for (const line of lines) {
-      const event = line ? this.#parseLine(line) : this.#takeEvent();
-      if (event) yield event;
-    }
+/** @param {string} text a server-sent event (HTML standard, section 9.2.6) */
+function parseEvent(text) {
+  /** @type {{id: string, event: string, data?: string}} */
+  const fields = {id: "", event: "message"};
+  for (const line of text.split("\n")) {
+    const [, name, value] = /^(\w+): ?(.*)$/.exec(line) ?? [];
+    const before = fields.data === undefined ? "" : `${fields.data}\n`;
+    if (name === "data") fields.data = before + value;
+    else if (name === "id" || name === "event") fields[name] = value;
   }
-
-  /** @param {string} line */
-  #parseLine(line) {
-    const [, field, value] = /** @type {RegExpExecArray} */ (/^([^:]*):? ?(.*)$/s.exec(line));
-    if (field === "data") this.#data.push(value);
-    else if (field === "event") this.#type = value;
-    else if (field === "id") this.#id = value;
-  }
-
-  /** @returns {ServerEvent | undefined} */
-  #takeEvent() {
-    const event = {id: this.#id, type: this.#type || "message", data: this.#data.join("\n")};
-    const isEmpty = !this.#data.length;
-    this.#type = "";
-    this.#data = [];
-    return isEmpty ? undefined : event;
-  }
+  return fields;
 }
 
-/**
- * @param {string | URL} url
- * @param {string} [channel]
- */
-function channelUrlOf(url, channel) {
-  const channelUrl = new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href);
-  channelUrl.protocol = channelUrl.protocol.replace(/^http/, "ws");
-  if (!/^wss?:$/.test(channelUrl.protocol)) throw new TypeError(`invalid relay URL: ${channelUrl}`);
-  channelUrl.username = channelUrl.password = channelUrl.hash = ""; // fetch rejects credentials
-  if (channel !== undefined) {
-    const path = `/channels/${encodeURIComponent(channel)}`;
-    channelUrl.pathname = channelUrl.pathname.replace(/\/?$/, path);
+/** @param {string | ArrayBuffer} frame @returns {[Header, string | Uint8Array]} and the payload */
+function parseFrame(frame) {
+  if (typeof frame === "string") {
+    const end = frame.indexOf("\n");
+    return [JSON.parse(frame.slice(0, end)), frame.slice(end + 1)];
   }
-  return channelUrl;
+  const bytes = new Uint8Array(frame);
+  const end = bytes.indexOf(10);
+  return [JSON.parse(String.fromCharCode(...bytes.subarray(0, end))), bytes.subarray(end + 1)];
 }
 
-/** @param {string | ArrayBuffer | ArrayBufferView} data */
+/** @param {Channel[]} members @returns what the relay has to replay for them */
+function replayFor(members) {
+  const positions = members.flatMap(({position}) => position ?? []);
+  const newMembers = members.filter(({position}) => position === null);
+  const history = Math.max(0, ...newMembers.map((each) => each.history));
+  /** @type {Replay} */
+  const replay = {};
+  if (history) replay.history = history;
+  else if (positions.length) replay.since = positions.reduce((a, b) => (isAfter(a, b) ? b : a));
+  return replay;
+}
+
+/** Return the promise of a message's position, and its two functions. */
+function deferred() {
+  let resolve = (/** @type {string} */ _) => {};
+  let reject = (/** @type {RelayError} */ _) => {};
+  /** @type {Promise<string>} */
+  const published = new Promise((...functions) => ([resolve, reject] = functions));
+  published.catch(() => {}); // an ignored promise causes no unhandledrejection event
+  return {published, resolve, reject};
+}
+
+/** @param {Data} data */
 function bytesOf(data) {
-  if (typeof data === "string") return encoder.encode(data);
+  if (typeof data === "string") return new TextEncoder().encode(data);
   if (data instanceof ArrayBuffer) return new Uint8Array(data.slice(0));
   if (ArrayBuffer.isView(data)) {
     return new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice();
@@ -1123,61 +920,64 @@ function bytesOf(data) {
   throw new TypeError("message must be a string, an ArrayBuffer or a view of one");
 }
 
-/**
- * @param {string} text
- * @returns {[string, string]} position and message
- */
-function splitText(text) {
-  const end = text.indexOf("\n");
-  return [text.slice(0, end), text.slice(end + 1)];
-}
-
-/**
- * @param {ArrayBuffer} buffer
- * @returns {[string, ArrayBuffer]} position and message
- */
-function splitBytes(buffer) {
-  const end = new Uint8Array(buffer).indexOf(10);
-  return [String.fromCharCode(...new Uint8Array(buffer, 0, end)), buffer.slice(end + 1)];
-}
-
 /** @param {string} text */
 function fromBase64(text) {
-  return Uint8Array.from(atob(text), (char) => char.charCodeAt(0)).buffer;
+  return Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+}
+
+/** Return an Idempotency-Key. A page without TLS has no `crypto.randomUUID`. */
+function randomKey() {
+  return crypto.getRandomValues(new Uint32Array(4)).join("-");
 }
 
 /**
  * Compare two positions: three numbers each, of up to 64 bits.
  *
- * @param {string} one
- * @param {string} other
+ * @param {string} one @param {string | null} other null: before all
  */
 function isAfter(one, other) {
-  const [ours, theirs] = [one, other].map((position) => position.split("-").map(BigInt));
+  const [ours, theirs] = [one, other ?? ""].map((position) => position.split("-").map(BigInt));
   const at = ours.findIndex((number, index) => number !== theirs[index]);
-  return at >= 0 && ours[at] > theirs[at];
+  return at >= 0 && ours[at] > (theirs[at] ?? -1n);
 }
 
-/**
- * @param {URL} url
- * @param {string} token
- * @param {RequestInit} init
- */
+/** @param {Outgoing} message @param {string} token @returns {Promise<End & {position?: string}>} */
+async function post({url, data, key}, token) {
+  const type = typeof data === "string" ? "text/plain; charset=utf-8" : "application/octet-stream";
+  const headers = {"Content-Type": type, "Idempotency-Key": key};
+  const body = /** @type {string | BufferSource} */ (data);
+  try {
+    const response = await authorizedFetch(url, token, {method: "POST", headers, body});
+    return response.ok ? await response.json() : await refusalOf(response);
+  } catch {
+    return {reason: "connection failed"};
+  }
+}
+
+/** @param {URL} url @param {string} token @param {RequestInit} init */
 function authorizedFetch(url, token, init) {
   const headers = new Headers(init.headers);
   if (token) headers.set("Authorization", `Bearer ${token}`);
   return fetch(url.href, {...init, headers, cache: "no-store"});
 }
 
-/**
- * @param {Response} response
- * @returns {Promise<End>}
- */
+/** @param {Response} response @returns {Promise<End>} */
 async function refusalOf(response) {
+  if (response.ok) return {};
   const seconds = response.headers.get("Retry-After") ?? "";
-  const retryMs = /^\d+$/.test(seconds) ? Number(seconds) * 1000 + jittered(1000) : undefined;
+  const retryMs = /^\d+$/.test(seconds) ? retryMsOf(Number(seconds)) : undefined;
   const reason = (await response.text().catch(() => "")).trim().slice(0, 200);
   return {status: response.status, reason, retryMs};
+}
+
+/** Return the delay that the relay requests, with jitter. */
+function retryMsOf(seconds = 1) {
+  return Math.min(seconds * 1000, MAX_RETRY_AFTER_MS) + jittered(1000);
+}
+
+/** @param {number} failureCount */
+function backoffAfter(failureCount) {
+  return jittered(Math.min(MAX_BACKOFF_MS, INITIAL_BACKOFF_MS * 2 ** Math.min(failureCount, 10)));
 }
 
 /** @param {number} maxMs @returns {number} a random delay between half of it and all of it */
@@ -1186,18 +986,33 @@ function jittered(maxMs) {
 }
 
 /**
+ * @typedef {import("./relay.js").ChannelOptions} ChannelOptions
+ * @typedef {import("./relay.js").RelayState} RelayState
+ * @typedef {import("./relay.js").RelayErrorCode} ErrorCode
+ * @typedef {string | ArrayBuffer | ArrayBufferView} Data
+ * @typedef {(answer: Header) => void} OnAnswer
+ * @typedef {{url: URL, channel: string, data: string | Uint8Array, size: number, id: number,
+ *   seen: string, key: string, postedAt: number} & ReturnType<typeof deferred>} Outgoing a message
+ *   to publish. When it is sent, it is given an id and the last position received before (`seen`),
+ *   or the key of its POSTs and the time of the first one that may have published it
  * @typedef {ReturnType<typeof setTimeout> | undefined} Timer
- * @typedef {Socket | Stream} Link
- * @typedef {{recovered: boolean, position: string, heartbeat_ms?: number}} Welcome
- * @typedef {{id: string, type: string, data: string}} ServerEvent
+ * @typedef {ReturnType<typeof openSocket>} SocketLink
+ * @typedef {ReturnType<typeof openStream>} StreamLink
+ * @typedef {SocketLink | StreamLink} Link
+ * @typedef {ReturnType<typeof parseEvent>} ServerEvent
+ * @typedef {{since?: string, history?: number}} Replay
  * @typedef {{code?: number, status?: number, reason?: string, retryMs?: number}} End why a
  *   connection ended or failed to open
+ * @typedef {{type?: string, id?: number, channel?: string, position: string, session?: string,
+ *   resumed?: boolean, recovered?: boolean, heartbeat_ms?: number, status?: number,
+ *   reason?: string, retry_after_s?: number}} Header of a message of the relay
+ * @typedef {object} Subscription to a channel, shared by its members
+ * @property {string} name
+ * @property {Channel[]} members
+ * @property {number} requestId of the last `subscribe` on this connection; 0: none
+ * @property {boolean} isActive answered: until then a message is of an earlier subscription
  *
- * @typedef {object} LinkListener the callbacks of a link
- * @property {(welcome: Welcome) => void} welcome the link is open
- * @property {(position: string, data: string | ArrayBuffer) => void} message
- * @property {(position: string) => void} gap the relay's log lost messages before this position
- * @property {() => void} ready the link can send again
- * @property {() => boolean} awaitsEchoes the link's replay decides which messages are sent again
- * @property {(end: End) => void} lost the link ended, or failed to open
+ * @typedef {object} LinkListener is notified of what a link receives, and of its end
+ * @property {(header: Header, payload: string | Uint8Array) => void} received
+ * @property {(end: End) => void} ended
  */

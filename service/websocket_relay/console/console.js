@@ -42,6 +42,8 @@ const tokenDialog = /** @type {HTMLDialogElement} */ (byId("token-dialog"));
 
 /** @type {Relay | null} */
 let relay = null;
+/** @type {import("./relay.js").Channel | null} */
+let subscription = null;
 let channel = "";
 /** @type {string | undefined} the last position of the previous connection */
 let position;
@@ -464,37 +466,41 @@ function connect() {
   connectedQuery = formQuery();
   updatePageUrl();
   document.title = `${channel} · websocket-relay`;
-  const created = new Relay("./", {
-    channel,
-    token: secret.value,
-    history: Number(historyField.value),
-    since,
-    maxWaitingBytes: 2 * MAX_SEND_BYTES,
-  });
+  const created = new Relay("./", {token: secret.value, maxPendingBytes: 2 * MAX_SEND_BYTES});
   relay = created;
   /** @param {(event: any) => void} act */
   const ifCurrent = (act) => (/** @type {Event} */ event) => created === relay && act(event);
+  let lastState = "idle";
   let wasConnected = false;
   let replayUntil = 0;
-  created.addEventListener("message", ifCurrent(({position, data}) => {
-    list.addMessage(position, data, performance.now() < replayUntil);
-  }));
-  created.addEventListener("state", ifCurrent(showState));
-  created.addEventListener("gap", ifCurrent(() => {
-    list.addNote("gap: messages may be missing, the relay's history does not reach back", "note bad");
+  created.addEventListener("state", ifCurrent((event) => {
+    const {state, transport, code, reason} = event;
+    if (state === "open" && lastState !== "open") {
+      const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
+      list.addNote(`connected ${wasConnected ? "again" : `to ${channel}`}${how}`);
+      const isReplay = wasConnected || since !== undefined || historyField.value !== "0";
+      replayUntil = isReplay ? performance.now() + REPLAY_MS : 0;
+      wasConnected = true;
+    } else if (lastState === "open" && state !== "open") {
+      list.addNote(`connection lost: ${code} ${reason}`.trim(), "note bad");
+    }
+    lastState = state;
+    showState(event);
   }));
   created.addEventListener("refused", ifCurrent(onRefused));
-  created.addEventListener("close", ifCurrent(({code, reason}) => {
-    list.addNote(`connection lost: ${code} ${reason}`.trim(), "note bad");
+  const joined = created.channel(channel, {history: Number(historyField.value), since});
+  subscription = joined;
+  joined.addEventListener("message", ifCurrent(({position, data}) => {
+    list.addMessage(position, data, performance.now() < replayUntil);
   }));
-  created.addEventListener("open", ifCurrent(({transport}) => {
-    const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
-    list.addNote(`connected ${wasConnected ? "again" : `to ${channel}`}${how}`);
-    const isReplay = wasConnected || since !== undefined || historyField.value !== "0";
-    replayUntil = isReplay ? performance.now() + REPLAY_MS : 0;
-    wasConnected = true;
+  joined.addEventListener("gap", ifCurrent(() => {
+    list.addNote("gap: messages may be missing, the relay's history does not reach back", "note bad");
   }));
-  showState({state: created.state});
+  joined.addEventListener("refused", ifCurrent((refusal) => {
+    lastState = "closed"; // not lost
+    created.close();
+    onRefused(refusal);
+  }));
 }
 
 /** Close the connection, and keep its position for a resume. */
@@ -502,7 +508,8 @@ function closeRelay() {
   const previous = relay;
   relay = null;
   previous?.close();
-  position = previous?.position ?? position;
+  position = subscription?.position ?? position;
+  subscription = null;
 }
 
 function disconnect() {
@@ -592,16 +599,11 @@ query(byId("stats-unavailable"), "button").addEventListener("click", () => promp
 /** @param {string | ArrayBuffer} data @param {string} what the start of a note about a failure */
 function send(data, what) {
   const sentAt = performance.now();
-  /** @param {Error} error */
-  const failed = (error) => list.addNote(`${what}: ${error.message}`, "note bad");
-  /** @param {string} position */
-  const relayed = (position) => list.markOwn(position, performance.now() - sentAt);
-  try {
-    relay?.send(data).then(relayed, failed);
-    if (relay?.offline) list.addNote(`${relay.offline} to be sent when there is a connection`);
-  } catch (error) {
-    failed(/** @type {Error} */ (error));
-  }
+  subscription?.publish(data).then(
+    (position) => list.markOwn(position, performance.now() - sentAt),
+    (error) => list.addNote(`${what}: ${error.message}`, "note bad"),
+  );
+  if (relay?.queued) list.addNote(`${relay.queued} to be sent when there is a connection`);
 }
 
 /** Note and return whether a message is too large. @param {number} size @param {string} what */
