@@ -292,20 +292,62 @@ async def test_a_slow_stream_of_several_channels_loses_nothing_and_leaves_nothin
         await slow.send(f"GET /events{query_of('a', 'b')} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         assert (await slow.read_response()).status == 200
         await relay.await_metric("websocket_connected_clients", 1)
-        async with open_relay_v1(relay) as publisher:
-            for number, text in enumerate(texts):
-                await publisher.publish(text, channel="ab"[number % 2])
 
-            async def read() -> bytes:
-                received = bytearray()
-                while texts[-1].encode() not in received:
-                    received += await slow.read_chunk()
-                return bytes(received)
+        async def publish() -> None:
+            async with open_relay_v1(relay) as publisher:
+                for number, text in enumerate(texts):
+                    await publisher.publish(text, channel="ab"[number % 2])
 
-            received = await read()
+        received = bytearray()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(publish())
+            while texts[-1].encode() not in received[-20_000:]:
+                chunk = await slow.read_chunk(16_384)
+                assert chunk, "the stream has ended"
+                received += chunk
         found = [line for line in received.decode().splitlines() if line.startswith("data: ")]
         assert [line.removeprefix("data: ") for line in found[1:]] == texts
     await relay.await_metric("websocket_channels", 0)
+    await assert_counters_add_up_at_rest(relay)
+
+
+async def test_a_stream_that_stalls_slows_the_publishers_of_its_channels_only_and_is_closed(
+    relay_with: StartRelay,
+) -> None:
+    limits = {
+        "send_backlog_bytes": 131_072,
+        "max_message_bytes": 65_536,
+        "handshake_timeout_s": 1,
+    }
+    relay = relay_with(limits=limits)
+    async with (
+        await relay.connect_tcp(receive_buffer_bytes=4_096) as stalled,
+        open_relay_v1(relay) as publisher,
+        open_relay_v1(relay) as other,
+    ):
+        await stalled.send(f"GET /events{query_of('a', 'b')} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        assert (await stalled.read_response()).status == 200
+        published = 0
+
+        async def publish() -> None:
+            nonlocal published
+            while True:
+                await publisher.publish("x" * 16_000, channel="a")
+                published += 1
+
+        publishing = asyncio.create_task(publish())
+        await relay.await_metric_at_least("websocket_publisher_pauses_total", 1)
+        assert published * 16_000 < 24 << 20, "what the kernel buffers, and the limits"
+        await other.publish("to another channel", channel="c")
+        await other.next_notice("published")
+        await relay.await_metric("websocket_closes_total", 1, reason="slow_consumer")
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        last = await publisher.publish("after", channel="a")
+        while (await publisher.next_notice("published"))["id"] < last:
+            pass
+    await relay.await_metric("websocket_channels", 0)
+    await relay.await_metric("websocket_paused_publishers", 0)
     await assert_counters_add_up_at_rest(relay)
 
 

@@ -97,7 +97,10 @@ class Broadcaster:
     def channel(self, name: str) -> Channel:
         """Return a channel; create it if there is none."""
         channel = self._channels.get(name)
-        return channel if channel is not None else self._create_channel(name, (name,))
+        if channel is None:
+            channel = self._create_channel(name, (name,))
+            channel.limit_publishers(self._marks_of_combined(name))
+        return channel
 
     def combined_channel(self, names: Sequence[str]) -> Channel:
         """Return the channel that has the messages of several others, in their one order.
@@ -112,7 +115,17 @@ class Broadcaster:
             channel = self._create_channel(key, names)
             for name in names:
                 self._combined.setdefault(name, []).append(channel)
+                self._on_combined_changed(name)
         return channel
+
+    def _marks_of_combined(self, name: str) -> Sequence[HighWaterMark]:
+        """Return the high-water marks of the channels that combine a channel with others."""
+        return [combined.high_water_mark for combined in self._combined.get(name, ())]
+
+    def _on_combined_changed(self, name: str) -> None:
+        channel = self._channels.get(name)
+        if channel is not None:
+            channel.limit_publishers(self._marks_of_combined(name))
 
     def _create_channel(self, key: str, names: Sequence[str]) -> Channel:
         channel = self._channels[key] = Channel(
@@ -166,7 +179,9 @@ class Broadcaster:
     def publish_limits_of(self, name: str) -> Sequence[HighWaterMark]:
         """Return the high-water marks that pause those who publish to a channel."""
         channel = self._channels.get(name)
-        return channel.publish_limits if channel is not None else self.shared.publish_limits
+        if channel is not None:
+            return channel.publish_limits
+        return (*self._marks_of_combined(name), *self.shared.publish_limits)
 
     async def publish(
         self, name: str, messages: Sequence[Message], source: bytes = b""
@@ -266,6 +281,7 @@ class Broadcaster:
                 self._combined[name].remove(channel)
                 if not self._combined[name]:
                     del self._combined[name]
+                self._on_combined_changed(name)
 
     # Inside
 

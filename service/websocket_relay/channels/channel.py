@@ -10,7 +10,7 @@ Knows no broker, no history and no protocol.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -100,8 +100,8 @@ class Channel:
         self._shared = host.shared
         self._batch_limit_bytes = batch_limit_bytes
         self._deflate_from_bytes = deflate_from_bytes
-        self._high_water_mark = HighWaterMark(pending_limit_bytes)
-        self.publish_limits = (self._high_water_mark, *self._shared.publish_limits)
+        self.high_water_mark = HighWaterMark(pending_limit_bytes)
+        self.limit_publishers(())
         self._members: dict[DeliveryFormat, dict[Connection, None]] = {}
         self._echoless: list[dict[Connection, None]] = []  # members that get nothing of their own
         self._recoveries: dict[Connection, Recovery] = {}  # of clients that are not members yet
@@ -116,6 +116,10 @@ class Channel:
 
     def __len__(self) -> int:
         return sum(map(len, self._members.values()))
+
+    def limit_publishers(self, marks: Iterable[HighWaterMark]) -> None:
+        """Pause publishers at the marks of channels that combine this one with others, too."""
+        self.publish_limits = (self.high_water_mark, *marks, *self._shared.publish_limits)
 
     def add_recovery(self, client: Connection, recovery: "Recovery") -> None:
         """Keep the channel for a client in recovery: it joins later, and may publish already."""
@@ -209,7 +213,7 @@ class Channel:
             return
         batch = self._open_batch or self._start_batch()
         memory_bytes = batch.add(entry)
-        self._high_water_mark.bytes += memory_bytes
+        self.high_water_mark.bytes += memory_bytes
         self._shared.pending_fan_out.bytes += memory_bytes
         self._shared.counters.expected_deliveries += batch.recipients.count
         if self._echoless and publisher is not None and self._is_without_echo(publisher):
@@ -300,10 +304,10 @@ class Channel:
     def _adjust_pending(self, size: int) -> None:
         """Add to the bytes that are pending fan-out or, if `size` is negative, free some."""
         if size > 0:
-            self._high_water_mark.bytes += size
+            self.high_water_mark.bytes += size
             self._shared.pending_fan_out.bytes += size
         elif size:
-            self._high_water_mark.drained(-size)
+            self.high_water_mark.drained(-size)
             self._shared.pending_fan_out.drained(-size)
 
     # Delay policy. If a slow member still drains, and the next batch would not fit into its send
@@ -321,7 +325,9 @@ class Channel:
         full = [
             client for client in draining if client.backlog_bytes + batch.frame_bytes > limit_bytes
         ]
-        if full and self._may_delay(full, len(draining) * 2 >= len(self), now):
+        # Members of a channel that combines others share their publishers with many more.
+        is_half_slow = len(self.names) == 1 and len(draining) * 2 >= len(self)
+        if full and self._may_delay(full, is_half_slow, now):
             return True
         self._delayed_since = 0.0
         return False
