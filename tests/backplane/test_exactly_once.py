@@ -682,7 +682,7 @@ async def test_a_thousand_messages_in_flight_are_answered_when_they_are_sent_aga
         "session=1-2-3.abcdefghijklmnopqrstuvabcdef&seen=now",
     ],
 )
-async def test_a_session_that_is_none_is_refused_or_replaced(
+async def test_an_invalid_session_is_refused_and_an_empty_one_is_new(
     relay_with: StartRelay, query: str
 ) -> None:
     relay = relay_with()

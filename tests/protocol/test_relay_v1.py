@@ -662,7 +662,7 @@ async def test_a_payload_may_have_max_message_bytes_and_one_byte_more_is_refused
         assert len(await receive_many(other, 4)) == 4
 
 
-async def test_the_longest_header_leaves_room_for_the_largest_payload(
+async def test_the_largest_payload_is_accepted_after_the_longest_header(
     relay_with: StartRelay,
 ) -> None:
     size = 1_000
