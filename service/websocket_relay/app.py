@@ -29,7 +29,7 @@ from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import upgrade_router, websocket_router
 from websocket_relay.backplane.access import BrokerAccess
-from websocket_relay.backplane.factory import open_backplane
+from websocket_relay.backplane.factory import MIN_RETENTION, open_backplane
 from websocket_relay.backplane.interface import Backplane, BackplaneState
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
@@ -261,7 +261,9 @@ class Replica:
             pending_limit_bytes=settings.limits.send_backlog_bytes,
             deflate_from_bytes=settings.compression.min_message_bytes,
             history=self._history,
-            publications=Publications(settings.history.max_age_s, time.monotonic),
+            publications=Publications(
+                max(settings.history.max_age_s, MIN_RETENTION.max_age_s), time.monotonic
+            ),
             written=self._metrics.observe_delivery,
         )
 

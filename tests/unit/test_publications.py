@@ -12,6 +12,7 @@ from websocket_relay.backplane.interface import (
     Identities,
     LogEntry,
     Position,
+    Source,
 )
 from websocket_relay.channels.publications import (
     MAX_RUNS,
@@ -52,7 +53,7 @@ class Log:
         numbers: tuple[int, ...],
         complete_after: Position,
     ) -> list[Decision]:
-        identities = Identities((source,), (1,) * len(numbers), numbers, complete_after)
+        identities = Identities((Source(source, complete_after),), (1,) * len(numbers), numbers)
         return self.publications.decide(entries, identities)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from websocket_relay.backplane.interface import SOURCE_BYTES, Identities, Position
+from websocket_relay.backplane.interface import SOURCE_BYTES, Identities, Position, Source
 from websocket_relay.messages import BINARY, TEXT
 from websocket_relay.outcomes import RelayError
 
@@ -34,9 +34,11 @@ the index of the part and the count of parts (part)."""
 MESSAGE_OVERHEAD_BYTES = 7
 """Bytes that a message takes in the columns besides its payload: length, channel and kind."""
 
-IDENTITIES_HEAD = struct.Struct("<QQQH")
-"""Position after which the producer knows all identities; count of sources. The sources follow,
-then a column of their indices, and one of the numbers."""
+SOURCE_COUNT = struct.Struct("<H")
+"""Begins the identities. The sources follow, then a column of their indices, and one of numbers."""
+
+SOURCE = struct.Struct(f"<{SOURCE_BYTES}sQQQ")
+"""The key of a source, and the position after which all identities were known."""
 
 IDENTITY_OVERHEAD_BYTES = 10
 """Bytes that the identity of a message takes in the columns: index of the source, and number."""
@@ -112,12 +114,12 @@ def pack(packet: Packet) -> bytes:
 
 
 def _pack_identities(identities: Identities) -> bytes:
-    sources, indices, numbers, complete_after, _ = identities
+    sources, indices, numbers, _ = identities
     count = len(indices)
     return b"".join(
         (
-            IDENTITIES_HEAD.pack(*complete_after, len(sources)),
-            *sources,
+            SOURCE_COUNT.pack(len(sources)),
+            *(SOURCE.pack(key, *complete_after) for key, complete_after in sources),
             struct.pack(f"<{count}H", *indices),
             struct.pack(f"<{count}Q", *numbers),
         )
@@ -188,18 +190,20 @@ def _unpack_identities(data: bytes, at: int, count: int) -> tuple[Identities, in
         FormatError: the bytes are not that.
     """
     try:
-        *complete_after, source_count = IDENTITIES_HEAD.unpack_from(data, at)
-        at += IDENTITIES_HEAD.size
-        end = at + source_count * SOURCE_BYTES
-        sources = [data[start : start + SOURCE_BYTES] for start in range(at, end, SOURCE_BYTES)]
+        (source_count,) = SOURCE_COUNT.unpack_from(data, at)
+        at += SOURCE_COUNT.size
+        end = at + source_count * SOURCE.size
+        sources = [
+            Source(key, Position(*position))
+            for key, *position in SOURCE.iter_unpack(memoryview(data)[at:end])
+        ]
         indices = struct.unpack_from(f"<{count}H", data, end)
         numbers = struct.unpack_from(f"<{count}Q", data, end + 2 * count)
     except struct.error:
         raise FormatError("truncated") from None
-    if max(indices, default=0) > source_count:
+    if max(indices, default=0) > len(sources):
         raise FormatError("unknown source")
-    identities = Identities(sources, indices, numbers, Position(*complete_after))
-    return identities, end + IDENTITY_OVERHEAD_BYTES * count
+    return Identities(sources, indices, numbers), end + IDENTITY_OVERHEAD_BYTES * count
 
 
 def split_into_parts(data: bytes, max_bytes: int) -> Iterator[bytes]:

@@ -70,7 +70,19 @@ SESSION, IDEMPOTENCY_KEY, ORIGIN = 1, 2, 3
 connection that is sent no message of its own."""
 
 SOURCE_BYTES = 17
-"""Size of a source: its kind, and a digest or a random number."""
+"""Size of the key of a source: its kind, and a digest or a random number."""
+
+
+class Source(NamedTuple):
+    """Who publishes messages that are identified.
+
+    Attributes:
+        key: the kind, and a digest or a random number: SOURCE_BYTES.
+        complete_after: the publisher's replica knew all identified messages after this position.
+    """
+
+    key: bytes
+    complete_after: Position
 
 
 class Identity(NamedTuple):
@@ -79,17 +91,15 @@ class Identity(NamedTuple):
     Attributes:
         source: who publishes.
         numbers: of the messages in that source, growing; equal for the messages of a batch.
-        complete_after: the publisher's replica knows all identified messages after this position.
     """
 
-    source: bytes
+    source: Source
     numbers: Sequence[int]
-    complete_after: Position
 
     def of_each(self) -> "Identities":
         """Return the same for each of the messages, which this replica appended."""
-        source, numbers, complete_after = self
-        return Identities((source,), (1,) * len(numbers), numbers, complete_after, True)
+        source, numbers = self
+        return Identities((source,), (1,) * len(numbers), numbers, is_own=True)
 
 
 class Identities(NamedTuple):
@@ -99,14 +109,12 @@ class Identities(NamedTuple):
         sources: of the entries. Each append has one of its own, unless it is a session's.
         indices: one for each entry: of its source, counted from 1; 0: it has no identity.
         numbers: one for each entry: see `Identity`.
-        complete_after: see `Identity`.
         is_own: whether this replica appended the entries.
     """
 
-    sources: Sequence[bytes]
+    sources: Sequence[Source]
     indices: Sequence[int]
     numbers: Sequence[int]
-    complete_after: Position
     is_own: bool = False
 
 

@@ -20,18 +20,17 @@ from websocket_relay.backplane.codec import (
     IDENTITY_OVERHEAD_BYTES,
     MESSAGE_OVERHEAD_BYTES,
     PRODUCER_EPOCHS,
+    SOURCE,
     Packet,
     pack,
     split_into_parts,
 )
 from websocket_relay.backplane.interface import (
     IDEMPOTENCY_KEY,
-    SOURCE_BYTES,
-    START,
     AppendMessages,
     Identities,
     Identity,
-    Position,
+    Source,
 )
 from websocket_relay.backplane.stream import BrokerError, Retries, Stream
 from websocket_relay.messages import Message, Publisher
@@ -71,7 +70,6 @@ class OutgoingPacket:
         is_sent: whether its append was started, so the stream may contain it.
         sources: of the messages that have an identity, see `Identities`.
         indices, numbers: columns, up to the last of these messages.
-        complete_after: of the latest of them.
     """
 
     channels: list[str] = field(default_factory=list)
@@ -82,10 +80,9 @@ class OutgoingPacket:
     size: int = 0
     sequence: int = 0
     is_sent: bool = False
-    sources: list[bytes] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    complete_after: Position = START
 
     @property
     def memory_bytes(self) -> int:
@@ -94,22 +91,22 @@ class OutgoingPacket:
 
     def add_identity(self, identity: Identity) -> int:
         """Add the identity of messages before they are added; return the bytes that it takes."""
-        source, numbers, self.complete_after = identity
+        source, numbers = identity
         sources = self.sources
         # Two requests with one key are two appends: only the first of them is relayed.
-        if not sources or sources[-1] != source or source[0] == IDEMPOTENCY_KEY:
+        if not sources or sources[-1] != source or source.key[0] == IDEMPOTENCY_KEY:
             sources.append(source)
         self._pad_columns()
         self.indices += [len(sources)] * len(numbers)
         self.numbers += numbers
-        return SOURCE_BYTES + IDENTITY_OVERHEAD_BYTES * len(numbers)
+        return SOURCE.size + IDENTITY_OVERHEAD_BYTES * len(numbers)
 
     def identities(self) -> Identities | None:
         """Return the identities of all messages; None if there is none."""
         if not self.sources:
             return None
         self._pad_columns()
-        return Identities(self.sources, self.indices, self.numbers, self.complete_after, True)
+        return Identities(self.sources, self.indices, self.numbers, is_own=True)
 
     def _pad_columns(self) -> None:
         missing = [0] * (len(self.payloads) - len(self.indices))

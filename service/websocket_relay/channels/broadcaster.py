@@ -14,6 +14,7 @@ from websocket_relay.backplane.interface import (
     Identity,
     LogEntry,
     Position,
+    Source,
 )
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
@@ -207,8 +208,8 @@ class Broadcaster:
             if (first := self._first_position(source, messages)) is not None:
                 self.shared.counters.publish_repeats += len(messages)
                 return first
-            numbers = (0,) * len(messages)
-            identity = Identity(source, numbers, self.publications.complete_after)
+            origin = Source(source, self.publications.complete_after)
+            identity = Identity(origin, (0,) * len(messages))
         results: asyncio.Queue[Position | Refusal | None] = asyncio.Queue()
         self.append(name, messages, AwaitedPublisher(results), identity)
         self.backplane.when_delivered(results.put_nowait)
@@ -321,7 +322,7 @@ class Broadcaster:
         acknowledged: dict[LocalPublisher, list[tuple[int, Decision]]] = {}
         new: list[LogEntry] = []
         publishers: dict[Position, Connection] = {}
-        sources, indices, numbers, _, is_own = identities
+        sources, indices, numbers, is_own = identities
         decisions = self.publications.decide(entries, identities)
         for entry, index, number, decision in zip(
             entries, indices, numbers, decisions, strict=True
@@ -329,7 +330,7 @@ class Broadcaster:
             position = entry[0]
             if decision is Verdict.NEW:
                 new.append(entry)
-            publisher = self._publishers.get(sources[index - 1]) if index else None
+            publisher = self._publishers.get(sources[index - 1].key) if index else None
             if publisher is not None:
                 publishers[position] = publisher.connection
                 first = position if decision is Verdict.NEW else decision

@@ -5,7 +5,7 @@ Its messages carry an origin through the log, by which they are found again at t
 
 from collections.abc import Callable, Sequence
 
-from websocket_relay.backplane.interface import Identity
+from websocket_relay.backplane.interface import START, Identity, Source
 from websocket_relay.channels.broadcaster import Broadcaster, LocalPublisher
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.publications import Decision, new_origin
@@ -28,8 +28,8 @@ class EcholessClient(LocalPublisher):
         self.connection = connection
         self._channel = channel
         self._broadcaster = broadcaster
-        self._source = new_origin()
-        broadcaster.attach_publisher(self._source, self)
+        self._source = Source(new_origin(), START)
+        broadcaster.attach_publisher(self._source.key, self)
 
     def acknowledge(self, publishes: Sequence[tuple[int, Decision]]) -> None:
         """Do nothing: a plain client is sent no acknowledgements."""
@@ -38,8 +38,7 @@ class EcholessClient(LocalPublisher):
 
     def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
         """Publish the client's messages, with its origin."""
-        complete_after = self._broadcaster.publications.complete_after
-        identity = Identity(self._source, (0,) * len(messages), complete_after)
+        identity = Identity(self._source, (0,) * len(messages))
         self._broadcaster.append(self._channel.name, messages, publisher, identity)
         self._channel.pause_if_over_limit(publisher)
 
@@ -49,7 +48,7 @@ class EcholessClient(LocalPublisher):
 
     def detach_connection(self, client: Connection) -> None:
         """Remove the client from the channel."""
-        self._broadcaster.detach_publisher(self._source, self)
+        self._broadcaster.detach_publisher(self._source.key, self)
         self._channel.detach_connection(client)
 
     def on_backlog_started(self, client: Connection) -> None:

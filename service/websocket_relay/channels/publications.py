@@ -1,9 +1,10 @@
 """Own what is known of identified publishes in the log: which are repeats, and of which publish.
 
 Every replica reads the same log and decides alike. A decision depends on entries and their
-positions only, never on a clock or on what this replica has forgotten: each entry carries the
-position after which its publisher's replica knew all identified publishes, `complete_after`. What
-another replica remembers from before that position does not count.
+positions only, never on a clock or on what this replica has forgotten: each source carries the
+position after which its replica knew all identified publishes, `complete_after`: when the session
+was opened there, or the request arrived. What another replica remembers from before that position
+does not count.
 
 Pure. Knows no connection and no channel.
 """
@@ -27,6 +28,7 @@ from websocket_relay.backplane.interface import (
     Identities,
     LogEntry,
     Position,
+    Source,
 )
 
 MAX_RECORDS = 100_000
@@ -262,12 +264,12 @@ class Publications:
 
     def decide(self, entries: Sequence[LogEntry], identities: Identities) -> list[Decision]:
         """Record entries that are next to each other in the log, and decide about each."""
-        sources, indices, numbers, complete_after, _ = identities
+        sources, indices, numbers, _ = identities
         decisions: list[Decision] = []
         at, count = 0, len(entries)
         while at < count:
             index = indices[at]
-            source = sources[index - 1] if index else b""
+            source, complete_after = sources[index - 1] if index else NO_SOURCE
             kind = source[:1]
             if kind == SESSION_MARK:
                 position = entries[at][0]
@@ -345,4 +347,5 @@ class Publications:
 
 
 _first_of = attrgetter("first")
+NO_SOURCE = Source(b"", START)
 SESSION_MARK, KEY_MARK = bytes((SESSION,)), bytes((IDEMPOTENCY_KEY,))

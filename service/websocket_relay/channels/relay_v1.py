@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from websocket_relay.backplane.interface import Identity, Position
+from websocket_relay.backplane.interface import START, Identity, Position, Source
 from websocket_relay.channels.broadcaster import Broadcaster, LocalPublisher
 from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.names import CHANNEL_NAME
@@ -126,12 +126,13 @@ class RelayV1Connection(LocalPublisher):
         "_broadcaster",
         "_checked_channel",
         "_deferred",
+        "_last_known",
         "_last_number",
         "_leaving",
         "_marks",
         "_max_channels",
+        "_record",
         "_renewal",
-        "_resumed",
         "_source",
         "_subscriptions",
         "_unanswered",
@@ -155,12 +156,12 @@ class RelayV1Connection(LocalPublisher):
         self._deferred = 0  # number of these commands
         self._marks: set[HighWaterMark] | None = None  # at which the client was paused
         self._renewal: asyncio.Task[None] | None = None
-        self._source = b""
+        self._source = Source(b"", START)
         self._checked_channel = ""  # the client may publish to it; empty: none is checked
         self._last_number = 0  # of the latest publish over this connection
-        self._resumed: SessionRecord | None = (
-            None  # what the log held of the session when it was resumed
-        )
+        # What the log held of the session when it was resumed; kept if the replica forgets it.
+        self._record: SessionRecord | None = None
+        self._last_known = 0  # the greatest number of the session that was read from the log
         self._unanswered: deque[int] | None = None  # publishes that are not read back yet
 
     # The session
@@ -178,10 +179,12 @@ class RelayV1Connection(LocalPublisher):
         is_resumed = name is not None and publications.is_known(name, name.source_of(user), seen)
         if name is None or not is_resumed:
             name = SessionName.create(broadcaster.backplane.position, user)
-        self._source = name.source_of(user)
-        if is_resumed:
-            self._resumed = publications.session(self._source)
-        previous = broadcaster.attach_publisher(self._source, self)
+        key = name.source_of(user)
+        self._source = Source(key, publications.complete_after)
+        self._record = publications.session(key) if is_resumed else None
+        if self._record is not None:
+            self._last_known = self._record.last
+        previous = broadcaster.attach_publisher(key, self)
         if previous is not None:
             previous.connection.close(Close.SESSION_RESUMED)
         fields = {
@@ -228,7 +231,7 @@ class RelayV1Connection(LocalPublisher):
 
     def detach_connection(self, client: Connection) -> None:
         """Leave all channels: the client ends."""
-        self._broadcaster.detach_publisher(self._source, self)
+        self._broadcaster.detach_publisher(self._source.key, self)
         if self._renewal is not None:
             self._renewal.cancel()
         for channel, delivery_format in self._subscriptions.values():
@@ -271,35 +274,37 @@ class RelayV1Connection(LocalPublisher):
         """Return whether a publish is to be appended; if not, it is answered."""
         _, number, fields, payload = command
         try:
+            if number <= self._last_number:
+                raise RefusedError(Refusal.INVALID_COMMAND, "id is not greater than the one before")
+            if number <= self._last_known:
+                self._answer_repeat(number)
+                return False
             channel = fields.get("channel")
             if not channel or channel != self._checked_channel:
                 channel = _channel_of(command)
                 self._access.check_publish(channel)
                 self._checked_channel = channel
-            if number <= self._last_number:
-                raise RefusedError(Refusal.INVALID_COMMAND, "id is not greater than the one before")
             if len(payload) > self._broadcaster.shared.max_message_bytes:
                 raise RefusedError(Refusal.MESSAGE_TOO_BIG)
         except RefusedError as error:
             self._send_error(number, error)
             return False
         self._last_number = number
-        resumed = self._resumed
-        if resumed is None:
-            return True
-        if number > resumed.last:
-            self._resumed = None  # the following ids are greater still
-            return True
-        decision = resumed.find(number)
+        return True
+
+    def _answer_repeat(self, number: int) -> None:
+        """Answer a publish that the log holds, as far as is known: it is not appended again."""
+        self._last_number = number
+        record = self._broadcaster.publications.session(self._source.key) or self._record
+        decision = record.find(number) if record is not None else Verdict.UNKNOWN
         self._broadcaster.shared.counters.publish_repeats += decision is not Verdict.UNKNOWN
         self._write(self._encode_answer(number, decision))
-        return False
 
     def _append(self, channel: str, messages: Sequence[Message], numbers: Sequence[int]) -> None:
         if not messages:
             return
         broadcaster = self._broadcaster
-        identity = Identity(self._source, numbers, broadcaster.publications.complete_after)
+        identity = Identity(self._source, numbers)
         is_answered = self.connection.is_member
         if is_answered:
             if self._unanswered is None:
@@ -319,10 +324,9 @@ class RelayV1Connection(LocalPublisher):
             publishes: their numbers, and their positions or what they are.
         """
         unanswered = self._unanswered
-        if unanswered is None:
-            return
         frames = b""
         for number, decision in publishes:
+            self._last_known = max(self._last_known, number)
             if unanswered and unanswered[0] < number:
                 self._report_lost(number - 1)
             if unanswered and unanswered[0] == number:
