@@ -574,56 +574,32 @@ async def test_after_a_restart_in_one_process_a_session_is_unknown(relay_with: S
         assert session.name != name
 
 
-async def test_a_session_is_known_by_its_opening_by_its_last_publish_and_by_a_position(
-    relay_with: StartRelay,
-) -> None:
-    relay = relay_with(history={"max_age_s": 0.3})
-    silent, publishing, forgotten = (PublisherSession() for _ in range(3))
-    for session in (silent, publishing, forgotten):
-        async with session.connect(relay):
-            pass
-    async with forgotten.connect(relay) as client:
-        assert forgotten.resumed is True, "by its opening"
-        await forgotten.publish(client, "1")
-        await forgotten.await_answers(client)
-    async with publishing.connect(relay) as client:
-        # Once the history has forgotten the message, the next publish makes the relay forget it.
-        await relay.await_metric("websocket_history_messages", 0)
-        await publishing.publish(client, "1")
-        await publishing.await_answers(client)
-    async with publishing.connect(relay):
-        assert publishing.resumed is True, "by its last publish"
-    silent.seen = publishing.positions[1]
-    async with silent.connect(relay):
-        assert silent.resumed is True, "by the position"
-    for session in (silent, forgotten):
-        name, session.seen = session.name, ""
-        async with session.connect(relay):
-            assert session.resumed is False
-            assert session.name != name
-    async with forgotten.connect(relay):
-        assert forgotten.resumed is True, "by the opening of the new session"
-
-
-@pytest.mark.parametrize("is_ahead", [False, True])
-async def test_after_a_gap_a_session_is_known_by_a_later_position_only(
-    replicas_with: StartReplicas, broker_log: BrokerLog, is_ahead: bool
+@pytest.mark.parametrize("evidence", ["none", "position", "publish", "opening"])
+async def test_after_a_gap_a_session_is_known_by_a_later_position_publish_or_opening_only(
+    replicas_with: StartReplicas, broker_log: BrokerLog, evidence: str
 ) -> None:
     (relay,) = await asyncio.to_thread(replicas_with, 1)
     session = PublisherSession()
     async with session.connect(relay) as client:
         await session.publish(client, "1")
         await session.await_answers(client)
-    name = session.name
-    await broker_log.append_raw(b"no packet")
-    await relay.await_metric("websocket_backplane_unreadable_total", 1)
-    session.seen = session.positions[1]
-    if is_ahead:
+        session.seen = session.positions[1]
+        await broker_log.append_raw(b"no packet")
+        await relay.await_metric("websocket_backplane_unreadable_total", 1)
+        if evidence == "publish":
+            await session.publish(client, "after the gap")
+            await session.await_answers(client)
+    if evidence == "position":
         response = await publish_by_post(relay, "news", b"after the gap", TEXT_TYPE)
         session.seen = response.json()["position"]
+    elif evidence == "opening":
+        session = PublisherSession()
+        async with session.connect(relay):
+            pass
+    name = session.name
     async with session.connect(relay) as client:
-        assert session.resumed is is_ahead
-        assert (session.name == name) is is_ahead
+        assert session.resumed is (evidence != "none")
+        assert (session.name == name) is (evidence != "none")
         await session.publish(client, "2")
         await session.await_answers(client)
 
