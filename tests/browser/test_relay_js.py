@@ -901,6 +901,19 @@ async def test_a_token_function_that_fails_is_called_again(
     assert [each["reason"] for each in await tab.states("waiting")] == ["the page has no token"]
 
 
+async def test_a_token_that_is_set_during_an_attempt_is_that_of_the_connection(
+    tab: RelayTab, jwt_relay: RelayProcess, secret: str, channel: str
+) -> None:
+    await tab.page.evaluate(
+        """([url, channel, token]) => {
+            start(url, channel, {token: () => new Promise(() => {})});
+            relay.token = token;
+        }""",
+        [jwt_relay.ws_url(), channel, channel_token(secret, channel)],
+    )
+    await tab.wait_until("relay.state === 'open'")
+
+
 async def test_an_invalid_token_is_not_sent(
     tab: RelayTab, relay: RelayProcess, channel: str
 ) -> None:

@@ -268,11 +268,12 @@ export class Relay extends Target {
   }
 
   async renewToken() {
-    const link = this.#link;
+    const attempt = this.#attempt;
     const token = await this.#fetchToken();
-    if (this.#state === "connecting") return this.#connect(); // not with the previous one
-    if (!this.#isOpen || link !== this.#link) return; // the next connection brings it
-    if (link?.kind !== "websocket") return this.#connect();
+    if (attempt !== this.#attempt) return; // a later one has brought it
+    if (["idle", "waiting", "closed"].includes(this.#state)) return; // the next one brings it
+    const link = this.#link;
+    if (!this.#isOpen || link?.kind !== "websocket") return this.#connect();
     const {type, status, reason} = await new Promise((resolve) => {
       this.#request(link, {type: "token", token}, resolve);
     });
