@@ -953,6 +953,22 @@ async def test_a_refusal_by_a_limit_is_retried_after_its_delay(
     await tab.wait_until("relay.state === 'open'")
 
 
+async def test_the_network_s_return_does_not_shorten_the_delay_of_a_limit(
+    relay_with: StartRelay, channel: str
+) -> None:
+    relay = relay_with(limits={"max_connections": 1})
+    async with relay.client(), open_tab_with_clock() as tab:
+        clock = tab.page.clock
+        await clock.pause_at(await tab.page.evaluate("Date.now() / 1000 + 0.1"))
+        await tab.start(relay.ws_url(), channel)
+        await tab.await_state("waiting")
+        (wait,) = await tab.states("waiting")
+        assert wait["retryInMs"] >= 1000
+        await tab.page.evaluate("window.dispatchEvent(new Event('online'))")
+        await clock.run_for(500)  # longer than the delay after a return without a limit
+        assert await tab.page.evaluate("relay.state") == "waiting"
+
+
 # Blocked WebSockets: one event stream, and POST
 
 

@@ -175,7 +175,8 @@ export class Relay extends Target {
   #unauthorizedCount = 0; // consecutive
   #blockedCount = 0; // consecutive: the stream worked, the WebSocket did not
   #upgradeMs = UPGRADE_RETRY_MS[0];
-  #retryAt = 0; // Infinity: once the frozen page is shown
+  #retryAt = 0;
+  #isRetryFixed = false; // the relay requested the delay, or the page is frozen
   #heartbeatMs = 0;
   #receivedAt = 0;
   #probedAt = 0; // 0: the connection is not probed
@@ -474,6 +475,7 @@ export class Relay extends Target {
     if (!this.#wasOpen && FINAL_BEFORE_OPEN.includes(status)) return this.#onRefused(end);
     const drainMs = code === 1001 ? /retry_ms=(\d+)/.exec(reason)?.[1] : undefined;
     const hintMs = end.retryMs ?? drainMs;
+    this.#isRetryFixed = hintMs !== undefined;
     const delayMs = hintMs === undefined ? backoffAfter(this.#failureCount++) : Number(hintMs);
     const waitMs = Math.min(delayMs, MAX_RETRY_AFTER_MS);
     this.#retryAt = Date.now() + waitMs;
@@ -748,7 +750,7 @@ export class Relay extends Target {
   /** The network is available again, or has changed. */
   #onOnline() {
     this.#probe(false);
-    if (this.#state !== "waiting" || this.#retryAt === Infinity) return;
+    if (this.#state !== "waiting" || this.#isRetryFixed) return;
     this.#setTimer("retry", jittered(INITIAL_BACKOFF_MS), () => this.#connect());
   }
 
@@ -756,6 +758,7 @@ export class Relay extends Target {
   #onFreeze() {
     this.#dropLink();
     this.#retryAt = Infinity;
+    this.#isRetryFixed = true;
     this.#setState("waiting", {reason: "page frozen"});
   }
 }
