@@ -147,6 +147,28 @@ async def test_a_client_need_not_receive_its_own_messages(
         assert await next_payloads(subscription, 1) == ["of another client"]
 
 
+async def test_a_replay_has_no_own_messages_either_where_there_is_no_echo(
+    relay: RelayProcess, channel: str
+) -> None:
+    log = EventLog()
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(relay.ws_url()) as other,
+        Relay(proxy.url(), on_event=log.append) as client,
+    ):
+        for number in range(0, 40, 2):
+            await client.publish(channel, f"own {number}")
+            await other.publish(channel, str(number + 1))
+        async with client.subscribe(channel, echo=False, history=40) as subscription:
+            received = await next_payloads(subscription, 20)
+            await client.publish(channel, "own")
+            proxy.cut()
+            await log.wait_for(Connected, number=2)
+            await other.publish(channel, "last")
+            received += await next_payloads(subscription, 1)
+    assert received == [*(str(number) for number in range(1, 40, 2)), "last"]
+
+
 async def test_each_subscription_resumes_after_its_last_message(
     relay: RelayProcess, channel: str
 ) -> None:

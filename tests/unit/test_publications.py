@@ -164,3 +164,16 @@ def test_a_session_that_its_publishers_replica_does_not_know_starts_again() -> N
     log.append(session(1), 3, complete_after=position)
     assert log.decisions == [Verdict.NEW]
     assert len(log.publications) == 1
+
+
+def test_a_session_holds_the_positions_of_its_own_publishes_only() -> None:
+    log = Log()
+    own = [*(log.append(session(1), number) for number in (1, 2)), log.append(session(1), 3, 4)]
+    other = log.append(session(2), 1)
+    own.append(log.append(session(1), 9))
+    record = log.publications.session(session(1))
+    assert record is not None
+    assert all(record.holds(position) for position in own)
+    assert record.holds(own[2]._replace(index=0))
+    for position in (START, other, own[2]._replace(index=2), Position(2, 1, 0)):
+        assert not record.holds(position)

@@ -185,6 +185,14 @@ class SessionRecord:
                 return Position(epoch, offset, index + number - first)
         return Verdict.UNKNOWN
 
+    def holds(self, position: Position) -> bool:
+        """Return whether a publish is known to have this position; positions grow with numbers."""
+        found = bisect_right(self._runs, position, key=_position_of)
+        if not found:
+            return False
+        _, size, (epoch, offset, index) = self._runs[found - 1]
+        return position[:2] == (epoch, offset) and position.index < index + size
+
     def trim(self) -> int:
         """Forget all records but the latest; return how many that were."""
         trimmed = len(self._runs) - 1
@@ -346,6 +354,6 @@ class Publications:
             self.complete_after = max(self.complete_after, record.position)
 
 
-_first_of = attrgetter("first")
+_first_of, _position_of = attrgetter("first"), attrgetter("position")
 NO_SOURCE = Source(b"", START)
 SESSION_MARK, KEY_MARK = bytes((SESSION,)), bytes((IDEMPOTENCY_KEY,))

@@ -60,6 +60,9 @@ class ReplayListener(Protocol):
     def on_replay_finished(self, position: Position) -> None:
         """Record that messages after a position are delivered as they are published."""
 
+    def is_own(self, position: Position) -> bool:
+        """Return whether the client is known to have published the message at a position."""
+
 
 class Recovery:
     """The replay for one client, which publishes to its channel, and joins it after the replay.
@@ -251,12 +254,19 @@ class Recovery:
         return chunk[-1].position
 
     def _without_own(self, chunk: Sequence[LogEntry]) -> Sequence[LogEntry]:
-        """Return the entries of a chunk without those that the client itself has published."""
-        own, last = self._own_positions, chunk[-1].position
+        """Return the entries of a chunk that the client is to be sent: not its own without echo."""
+        if self._delivery_format.echoes:
+            return chunk
+        own, last, listener = self._own_positions, chunk[-1].position, self._listener
         passed = set[Position]()
         while own and own[0] <= last:
             passed.add(own.popleft())
-        return [entry for entry in chunk if entry.position not in passed] if passed else chunk
+        return [
+            entry
+            for entry in chunk
+            if entry.position not in passed
+            and not (listener is not None and listener.is_own(entry.position))
+        ]
 
 
 def _first_chunk(entries: Sequence[LogEntry]) -> Sequence[LogEntry]:

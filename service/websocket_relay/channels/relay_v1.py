@@ -110,6 +110,10 @@ class ReplayNotices(NamedTuple):
         """Report that the replay is complete."""
         self.connection.send_notice("live", channel=self.channel, position=str(position))
 
+    def is_own(self, position: Position) -> bool:
+        """Return whether the session is known to have published the message at a position."""
+        return self.connection.has_published(position)
+
 
 class RelayV1Connection(LocalPublisher):
     """A connection of relay.v1, as the sink of its messages.
@@ -359,6 +363,11 @@ class RelayV1Connection(LocalPublisher):
             shared.counters.publisher_pauses += 1
             if mark not in shared.publish_limits:
                 self._marks = {mark} | {each for each in self._marks or () if each.is_exceeded}
+
+    def has_published(self, position: Position) -> bool:
+        """Return whether the session is known to have published the message at a position."""
+        record = self._broadcaster.publications.session(self._source.key)
+        return record is not None and record.holds(position)
 
     # Other commands
 

@@ -70,6 +70,10 @@ class StreamNotices:
     def on_replay_finished(self, position: object) -> None:
         """Send nothing: the events go on."""
 
+    def is_own(self, position: object) -> bool:
+        """Return False: a stream publishes nothing."""
+        return False
+
 
 class EventStream:
     """Server-sent events, as the protocol of a connection: see `connection.WireProtocol`.
