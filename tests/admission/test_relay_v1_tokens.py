@@ -362,17 +362,23 @@ async def test_another_user_does_not_close_the_connection_of_a_session(
             assert closed == (1008, "session resumed elsewhere")
 
 
-async def test_a_resent_message_without_the_permission_is_refused(
+async def test_a_repeat_is_answered_without_the_permission_and_a_new_message_is_refused(
     jwt_relay: RelayProcess, channel: str
 ) -> None:
+    """The message was permitted when it was relayed."""
     async with open_with(jwt_relay, token_of(**ALL)) as client:
         path = f"/?session={client.welcome['session']}"
         await client.publish("message", channel=channel)
-        await client.next_notice("published")
+        position = (await client.next_notice("published"))["position"]
     async with open_with(jwt_relay, token_of(subscribe=["*"]), path) as resumed:
         assert resumed.welcome["resumed"] is True
         await resumed.publish("message", id=1, channel=channel)
+        assert (await resumed.next_notice("published"))["position"] == position
+        await resumed.publish("new", id=2, channel=channel)
         assert (await resumed.next_notice("error"))["status"] == 403
+        assert (await resumed.subscribe(channel, history=9))["type"] == "subscribed"
+        assert await resumed.next_message() == "message"
+        await resumed.next_notice("live")
 
 
 async def test_permissions_of_plain_clients_are_not_those_of_relay_v1(

@@ -316,13 +316,3 @@ async def test_a_repeat_on_a_replica_that_has_just_started_is_not_relayed(
     async with one.client("news") as subscriber:
         await post(two, "after")
         assert await receive(subscriber) == "after"
-
-
-async def test_a_key_is_forgotten_with_the_retention(relay_with: StartRelay) -> None:
-    relay = relay_with(history={"max_age_s": 0.2})
-    first = position_of(await post(relay, "message", "key"))
-    assert position_of(await post(relay, "message", "key")) == first
-    await relay.await_metric("websocket_history_messages", 0)
-    await post(relay, "another", "another-key")
-    second = position_of(await post(relay, "message", "key"))
-    assert parse_position(second) > parse_position(first)
