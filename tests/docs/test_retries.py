@@ -51,13 +51,14 @@ def waits(script: Any) -> list[float]:
 
 
 @contextmanager
-def answering(statuses: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
-    """Answer one request after another with these; yield the URL and the bodies received."""
-    left, bodies = list(statuses), []
+def answering(statuses: Sequence[int]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Answer one request after another with these; yield the URL, and keys and bodies received."""
+    left, requests = list(statuses), []
 
     class Answers(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            requests.append((self.headers["Idempotency-Key"], body))
             status = left.pop(0)
             if status == CUT_OFF:
                 self.close_connection = True
@@ -74,40 +75,37 @@ def answering(statuses: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
-            yield f"http://{HOST}:{server.server_address[1]}/channels/news", bodies
+            yield f"http://{HOST}:{server.server_address[1]}/channels/news", requests
         finally:
             server.shutdown()
             thread.join()
 
 
-@pytest.mark.parametrize("at_least_once", [False, True])
-def test_a_message_that_is_not_published_is_sent_again_when_the_relay_asks_for_it(
-    script: Any, waits: list[float], *, at_least_once: bool
-) -> None:
-    with answering([503, 503, 202]) as (url, bodies):
-        assert script.publish(url, "text", at_least_once=at_least_once) == "1-2-3"
-    assert (bodies, waits) == (["text"] * 3, [3, 3])
-
-
-@pytest.mark.parametrize("outcome", [504, 502, CUT_OFF])
-def test_a_message_that_may_be_published_is_sent_again_only_on_request(
+@pytest.mark.parametrize("outcome", [503, 504, 502, 408, CUT_OFF])
+def test_a_message_is_sent_again_under_its_key_until_the_relay_accepts_it(
     script: Any, waits: list[float], outcome: int
 ) -> None:
-    with answering([outcome, 202]) as (url, bodies):
+    with answering([outcome, outcome, 202]) as (url, requests):
+        assert script.publish(url, "text") == "1-2-3"
+    keys = {key for key, _ in requests}
+    assert len(keys) == 1
+    assert [body for _, body in requests] == ["text"] * 3
+    assert waits == [1 if outcome == CUT_OFF else 3] * 2
+
+
+def test_each_message_has_a_key_of_its_own(script: Any) -> None:
+    with answering([202, 202]) as (url, requests):
+        for _ in range(2):
+            script.publish(url, "text")
+    assert len({key for key, _ in requests}) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 413, 422])
+def test_a_refusal_of_the_request_is_final(script: Any, waits: list[float], status: int) -> None:
+    with answering([status]) as (url, requests):
         with pytest.raises(script.PublishError):
             script.publish(url, "text")
-        assert (bodies, waits) == (["text"], [])
-        assert script.publish(url, "text", at_least_once=True) == "1-2-3"
-
-
-@pytest.mark.parametrize("at_least_once", [False, True])
-def test_a_refusal_of_the_request_is_final(
-    script: Any, waits: list[float], *, at_least_once: bool
-) -> None:
-    with answering([401]) as (url, bodies):
-        with pytest.raises(script.PublishError):
-            script.publish(url, "text", at_least_once=at_least_once)
-        assert (bodies, waits) == (["text"], [])
+        assert (len(requests), waits) == (1, [])
 
 
 def test_a_relay_that_is_not_there_is_tried_for_a_minute(script: Any, waits: list[float]) -> None:

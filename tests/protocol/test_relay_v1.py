@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from tests.support.accounting import assert_counters_add_up_at_rest
 from tests.support.events_client import subscribe_events
@@ -17,6 +18,7 @@ from tests.support.relay_process import (
     StartRelay,
     await_close,
     path_of,
+    receive,
     receive_many,
 )
 from tests.support.relay_v1 import (
@@ -406,7 +408,7 @@ async def test_thousands_of_subscriptions_that_end_at_once_leave_nothing(
         unsubscribed = 0
         while unsubscribed < pairs:
             header = await next_header(raw)
-            assert header["type"] in {"subscribed", "unsubscribed", "live", "pong"}
+            assert header["type"] in {"subscribed", "unsubscribed", "live", "pong", "heartbeat"}
             unsubscribed += header["type"] == "unsubscribed"
         await sending
         await relay.await_metric("websocket_channels", 0)
@@ -1019,3 +1021,16 @@ async def test_heartbeats_carry_the_latest_position(relay_with: StartRelay) -> N
         await publish_all(relay, "news", "message", "of a channel without this client")
         positions = [(await client.next_notice("heartbeat"))["position"] for _ in range(2)]
         assert parse_position(positions[1]) > parse_position(first["position"])
+
+
+async def test_an_invalid_session_is_refused_and_plain_clients_may_have_a_parameter_of_that_name(
+    relay: RelayProcess, channel: str
+) -> None:
+    for query in ("session=made-up", "session=1-2-3.x&seen=now", "session=a&session=b"):
+        with pytest.raises(InvalidStatus) as refused:
+            async with open_relay_v1(relay, f"/?{query}"):
+                pass
+        assert refused.value.response.status_code == 400
+        async with relay.client(path=f"{path_of(channel)}?{query}") as plain:
+            await plain.send("plain")
+            assert await receive(plain) == "plain"

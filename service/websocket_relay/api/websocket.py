@@ -61,7 +61,7 @@ def websocket_router(
             channel = channel_of(websocket)
             subscribes = not is_relay_v1 or "channel" in websocket.path_params
             replay, echoes = replay_request_of(query), wants_echo(query)
-            session = session_request_of(query)
+            session = session_request_of(query if is_relay_v1 else b"")
             channels = (channel,) if subscribes else ()
             grant = await admission.admit(admission_request_of(websocket, channels))
             access = admission.access_of(grant)
