@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from websocket_relay.backplane.codec import (
     HEAD,
+    IDENTITY_OVERHEAD_BYTES,
     MAX_HEARTBEAT_BYTES,
     PACKET_MARK,
     PART,
+    SOURCE,
+    SOURCE_COUNT,
     FormatError,
     Packet,
     PartAssembler,
@@ -17,6 +20,18 @@ from websocket_relay.backplane.codec import (
     split_into_parts,
     unpack,
 )
+from websocket_relay.backplane.interface import (
+    IDEMPOTENCY_KEY,
+    ORIGIN,
+    SESSION,
+    SOURCE_BYTES,
+    START,
+    Identities,
+    Identity,
+    Position,
+    Source,
+)
+from websocket_relay.backplane.producer import OutgoingPacket
 
 pytestmark = pytest.mark.fast
 
@@ -24,6 +39,14 @@ PRODUCERS = st.integers(0, 2**64 - 1)
 SEQUENCES = st.integers(0, 2**64 - 1)
 CHANNELS = st.text("abc:._-XYZ019", min_size=1, max_size=128)
 MESSAGES = st.lists(st.tuples(CHANNELS, st.sampled_from([1, 2]), st.binary(max_size=300)))
+
+U64 = st.integers(0, 2**64 - 1)
+KEYS = st.builds(
+    lambda kind, digest: bytes((kind,)) + digest,
+    st.sampled_from([SESSION, IDEMPOTENCY_KEY, ORIGIN]),
+    st.binary(min_size=SOURCE_BYTES - 1, max_size=SOURCE_BYTES - 1),
+)
+SOURCES = st.builds(Source, KEYS, st.builds(Position, U64, U64, U64))
 
 MAX_BYTES = 1 << 20
 
@@ -40,6 +63,18 @@ def packet_of(
     kinds = bytes(kind for _, kind, _ in messages)
     payloads = [payload for _, _, payload in messages]
     return Packet(producer, sequence, channels, kinds, payloads, heartbeat)
+
+
+@st.composite
+def identified_packets(draw: st.DrawFn) -> Packet:
+    """Return packets of which some messages may have an identity."""
+    packet = packet_of(draw(MESSAGES), heartbeat=draw(st.none() | st.binary(max_size=20)))
+    count = len(packet.payloads)
+    sources = draw(st.lists(SOURCES, max_size=5))
+    indices = draw(st.lists(st.integers(0, len(sources)), min_size=count, max_size=count))
+    numbers = draw(st.lists(U64, min_size=count, max_size=count))
+    identities = Identities(sources, tuple(indices), tuple(numbers))
+    return packet._replace(identities=identities)
 
 
 def parts_of(
@@ -107,6 +142,119 @@ def test_a_packet_without_its_end_or_with_trailing_bytes_is_a_format_error(
         unpack(packed[: data.draw(st.integers(0, len(packed) - 1))])
     with pytest.raises(FormatError):
         unpack(packed + b"x")
+
+
+@deterministic
+@given(identified_packets())
+def test_packing_and_unpacking_preserve_identities(packet: Packet) -> None:
+    assert unpack(pack(packet)) == packet
+    assert unpack(pack(packet._replace(identities=None))).identities is None
+
+
+@deterministic
+@given(identified_packets(), st.data())
+def test_a_changed_packet_with_identities_is_another_packet_or_a_format_error(
+    packet: Packet, data: st.DataObject
+) -> None:
+    packed = bytearray(pack(packet))
+    for _ in range(3):
+        packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        changed = unpack(bytes(packed))
+    except FormatError:
+        return
+    count = len(changed.payloads)
+    assert len(changed.channels) == len(changed.kinds) == count
+    if changed.identities is not None:
+        sources, indices, numbers, is_own = changed.identities
+        assert len(indices) == len(numbers) == count
+        assert max(indices, default=0) <= len(sources)
+        assert {len(source.key) for source in sources} <= {SOURCE_BYTES}
+        assert not is_own
+
+
+@deterministic
+@given(identified_packets(), st.data())
+def test_identities_without_their_end_or_with_trailing_bytes_are_a_format_error(
+    packet: Packet, data: st.DataObject
+) -> None:
+    packed = pack(packet._replace(heartbeat=None))
+    with pytest.raises(FormatError):
+        unpack(packed[: data.draw(st.integers(0, len(packed) - 1))])
+    with pytest.raises(FormatError):
+        unpack(packed + b"x")
+
+
+def test_identities_that_declare_too_many_sources_are_a_format_error() -> None:
+    source = Source(bytes((SESSION,)) + bytes(SOURCE_BYTES - 1), START)
+    packet = packet_of([("news", 1, b"")])
+    packed = pack(packet._replace(identities=Identities([source], [1], [1])))
+    column_bytes = SOURCE.size + IDENTITY_OVERHEAD_BYTES
+    at = len(packed) - SOURCE_COUNT.size - column_bytes
+    for count in (0, 2, 2**16 - 1):
+        with pytest.raises(FormatError):
+            unpack(packed[:at] + SOURCE_COUNT.pack(count) + packed[-column_bytes:])
+
+
+def test_a_message_of_an_unknown_source_is_a_format_error() -> None:
+    packet = packet_of([("news", 1, b"")])
+    packed = pack(packet._replace(identities=Identities([], [0], [0])))
+    assert unpack(packed).identities == Identities([], (0,), (0,))
+    with pytest.raises(FormatError, match="unknown source"):
+        unpack(pack(packet._replace(identities=Identities([], [1], [0]))))
+
+
+APPENDS = st.lists(
+    st.tuples(
+        st.none()
+        | st.builds(
+            Source,
+            st.sampled_from([bytes((kind,)) * SOURCE_BYTES for kind in range(1, 4)]),
+            st.sampled_from([START, Position(1, 2, 3)]),
+        ),
+        st.integers(1, 3),
+    ),
+    max_size=12,
+)
+
+
+@deterministic
+@given(APPENDS)
+def test_a_packet_of_identified_and_plain_messages_has_the_identity_of_each(
+    appends: list[tuple[Source | None, int]],
+) -> None:
+    outgoing = OutgoingPacket()
+    expected: list[tuple[Source | None, int]] = []
+    for number, (source, count) in enumerate(appends, 1):
+        if source is not None:
+            size = outgoing.add_identity(Identity(source, [number] * count))
+            assert size == SOURCE.size + IDENTITY_OVERHEAD_BYTES * count
+        outgoing.payloads += [b""] * count
+        expected += [(source, number if source is not None else 0)] * count
+    identities = outgoing.identities()
+    if identities is None:
+        assert not any(source for source, _ in appends)
+        return
+    sources, indices, numbers, is_own = identities
+    found = [sources[index - 1] if index else None for index in indices]
+    assert list(zip(found, numbers, strict=True)) == expected
+    assert is_own
+    packet = packet_of([("news", 1, b"")] * len(expected))._replace(identities=identities)
+    unpacked = unpack(pack(packet)).identities
+    assert unpacked == Identities(sources, tuple(indices), tuple(numbers))
+
+
+def test_each_request_with_a_key_has_a_source_of_its_own_and_a_session_one() -> None:
+    for kind, count in ((SESSION, 1), (IDEMPOTENCY_KEY, 2), (ORIGIN, 1)):
+        outgoing = OutgoingPacket()
+        for number in (1, 2):
+            source = Source(bytes((kind,)) * SOURCE_BYTES, START)
+            outgoing.add_identity(Identity(source, [number]))
+            outgoing.payloads.append(b"")
+        identities = outgoing.identities()
+        assert identities is not None
+        assert identities.indices == [1, count]
+        assert len(identities.sources) == count
 
 
 def test_a_packet_that_declares_too_many_messages_is_a_format_error_at_once() -> None:
