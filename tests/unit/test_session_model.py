@@ -8,7 +8,9 @@ by number and by age, miss packets, and start at the trimmed start of the log.
 What the model requires of a relay, besides the table:
 
 - A source has the position after which its replica knew all publishes when the connection was
-  opened, also after that replica has forgotten or missed some.
+  opened, also after that replica has forgotten or missed some. It is not after the client's own
+  evidence, that is, the opening of the session and the position that it had received: the replica
+  may have missed what is before the session's last publish.
 - A connection keeps the greatest number of its session that its replica has read: in the table when
   the session was resumed, and in the log since. A publish up to that number is answered, and not
   appended. The table alone is not enough: it may forget the session in the meantime.
@@ -32,10 +34,6 @@ What the model excludes:
 - A replica that has forgotten what the connection of a publish had not read: what was not in the
   log yet, what its replica missed, or read after the connection was replaced. Its memory is shorter
   than a message takes to arrive. In the model such a replica ends before it reads the packet.
-- A session that is resumed because of its last publish alone, on a replica that has missed a later
-  one of it: that last publish is a late copy. Nothing in the log shows this to the replica. It
-  appends a message that the client sends again, and all others deliver it a second time. In the
-  model the session is not resumed.
 
 The examples are the same in every run.
 """
@@ -483,35 +481,20 @@ class SessionModel(RuleBasedStateMachine):
         """Connect a client that is not connected; resume its session if that is possible."""
         seen = next((each.seen for each in client.unanswered.values()), None)
         session = client.session
-        if session is None or not self._is_known(client, replica, session, seen):
+        table = replica.table
+        if session is None or not table.is_known(session, client.source, seen):
             if session is not None:
                 assert not self._is_surely_known(client, replica, session, seen)
                 client.unanswered.clear()  # reported as unconfirmed
             client.session = session = SessionName.create(replica.position, client.user)
             client.source = session.source_of(client.user)
             self.honest_sources.add(client.source)
-        connection = client.connection = self._accept(replica, client.source, client)
+        evidence = max(session.opened_at, seen or START)
+        connection = client.connection = self._accept(replica, client.source, client, evidence)
         self._send_position(connection, replica.position)
         for message in client.unanswered.values():
             self._send(connection, message)
         return connection
-
-    def _is_known(
-        self,
-        client: ModelClient,
-        replica: ModelReplica,
-        session: SessionName,
-        seen: Position | None,
-    ) -> bool:
-        """Return whether a session is resumed: not because of a late copy."""
-        table = replica.table
-        record = table.session(client.source)
-        known_without_record = max(session.opened_at, seen or START) >= table.complete_after
-        if record is not None and not known_without_record:
-            later = [each for each in self.delivered[client.source] if each.number > record.last]
-            if any(each.position.offset in replica.missed for each in later):
-                return False
-        return table.is_known(session, client.source, seen)
 
     def _is_surely_known(
         self,
@@ -529,12 +512,16 @@ class SessionModel(RuleBasedStateMachine):
         return not replica.forgets and known_at >= replica.start
 
     def _accept(
-        self, replica: ModelReplica, source: bytes, client: ModelClient | None
+        self,
+        replica: ModelReplica,
+        source: bytes,
+        client: ModelClient | None,
+        evidence: Position,
     ) -> Connection:
         """Return a new connection of a session; it replaces the previous one on the replica."""
         record = replica.table.session(source)
         connection = Connection(
-            Source(source, replica.table.complete_after),
+            Source(source, min(replica.table.complete_after, evidence)),
             client,
             record,
             0 if record is None else record.last,
@@ -751,7 +738,8 @@ class SessionModel(RuleBasedStateMachine):
         replica, name = self._replica(number), self.liar_sessions[session]
         source = name.source_of(LIAR)
         if replica.table.is_known(name, source, seen):
-            connection = self._accept(replica, source, None)
+            evidence = max(name.opened_at, seen or START)
+            connection = self._accept(replica, source, None, evidence)
             for each in sorted(numbers):
                 self._send(connection, self._new_message(each, START))
             self._advance(replica, progress)

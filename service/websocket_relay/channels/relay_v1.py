@@ -184,7 +184,10 @@ class RelayV1Connection(LocalPublisher):
         if name is None or not is_resumed:
             name = SessionName.create(broadcaster.backplane.position, user)
         key = name.source_of(user)
-        self._source = Source(key, publications.complete_after)
+        # Not after the client's own evidence: this replica may have missed what is before the
+        # session's last publish, and the client may send it again.
+        evidence = max(name.opened_at, seen or START)
+        self._source = Source(key, min(publications.complete_after, evidence))
         self._record = publications.session(key) if is_resumed else None
         if self._record is not None:
             self._last_known = self._record.last
