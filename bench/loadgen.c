@@ -88,7 +88,7 @@ static const struct {
     {"browser", &opt.browser, 0, 0, 1, "1: send the headers of a browser"},
     {"tls", &opt.tls, 0, 0, 1, "1: wss; certificates are not verified, that is the clients' cost"},
     {"resume", &opt.resume, 0, 0, 1, "1: resume the session of the first client"},
-    {"v1", &opt.v1, 0, 0, 1, "1: speak relay.v1"},
+    {"v1", &opt.v1, 0, 0, 2, "1: speak relay.v1; 2: listeners only, publishers are plain"},
     {"channels", &opt.channels, 0, -1, 1000, "v1: subscribe to so many; -1: to one by the path"},
     {"across", &opt.across, 0, 0, 1, "1: latency from the sending itself, to listeners only"},
 };
@@ -360,6 +360,8 @@ static const char BROWSER[] =
 
 #define V1_CHANNEL "bench"
 
+static int speaks_v1(const Conn *c) { return opt.v1 == 1 || (opt.v1 == 2 && c->publisher < 0); }
+
 /* Several servers have equal shares of the clients: the first the first of them, and so on. */
 static long port_of(const Conn *c) {
     long count = 0;
@@ -383,7 +385,7 @@ static void send_request(Conn *c) {
                        opt.v1 && opt.channels < 0 ? "/channels/" V1_CHANNEL : "/", port_of(c), key,
                        opt.tls ? "https" : "http", port_of(c), opt.deflate ? OFFER : "",
                        opt.browser ? BROWSER : "",
-                       opt.v1 ? "Sec-WebSocket-Protocol: relay.v1\r\n" : "", opt.header);
+                       speaks_v1(c) ? "Sec-WebSocket-Protocol: relay.v1\r\n" : "", opt.header);
     c->state = HANDSHAKING;
     /* A fresh socket's send buffer is empty: a short write can only be a broken connection. */
     if (conn_send(c, request, (size_t)len) != len) conn_closed(c);
@@ -483,7 +485,7 @@ static ssize_t take_answer(Conn *c, uint8_t *p, size_t have) {
     if (strncmp(value, c->accept_key, ACCEPT_CHARS) || !take_extensions(c, (char *)p)) return -1;
     c->state = OPEN;
     open_count++;
-    if (opt.v1 && opt.channels > 0) subscribe(c);
+    if (speaks_v1(c) && opt.channels > 0) subscribe(c);
     return end + 4 - p;
 }
 
@@ -572,7 +574,7 @@ static size_t deflate_message(uint8_t *out, size_t room, const uint8_t *payload)
 static void build_message(Publisher *p, int64_t stamp) {
     static uint8_t framed[V1_HEADER + MAX_SIZE], packed[2 * MAX_SIZE];
     uint8_t *plain = framed;
-    if (opt.v1) /* the ids of a session only grow, from 1 */
+    if (speaks_v1(p->conn)) /* the ids of a session only grow, from 1 */
         plain += sprintf((char *)framed,
                          "{\"type\":\"publish\",\"channel\":\"" V1_CHANNEL "\",\"id\":%u}\n",
                          p->sequence + 1);
@@ -586,7 +588,7 @@ static void build_message(Publisher *p, int64_t stamp) {
     else memset(plain + STAMPED_BYTES, filler(number), body_bytes());
     p->sequence++;
     if (p->conn->deflate) len = deflate_message(packed, sizeof packed, plain), payload = packed;
-    if (opt.v1) payload = framed, len += (size_t)(plain - framed);
+    if (speaks_v1(p->conn)) payload = framed, len += (size_t)(plain - framed);
     size_t header = wire_header(p->frame, OP_TEXT, len, 1);
     if (p->conn->deflate) p->frame[0] |= RSV1;
     memcpy(p->frame + header, &mask, 4);
@@ -781,7 +783,7 @@ static ssize_t walk(Conn *c, uint8_t *p, size_t have, int64_t now) {
         size_t header = wire_parse(p, have, &opcode, &len, &masked);
         if (header && (masked || len > MAX_SIZE)) return -1;
         if (!header || have < header + len) return (ssize_t)have;
-        if (p[0] == TEXT_FRAME && opt.v1) {
+        if (p[0] == TEXT_FRAME && speaks_v1(c)) {
             headed_message(c, p + header, len, now);
         } else if (p[0] == TEXT_FRAME && len == (uint64_t)opt.size) {
             seen.damaged += !intact(p + header);

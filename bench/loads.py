@@ -56,7 +56,7 @@ class Generator:
         if servers[0].server.tls:
             options["tls"] = 1
         if servers[0].server.v1:
-            options["v1"] = 1
+            options["v1"] = servers[0].server.v1
         pids = (*(pid for server in servers for pid in server.pids), *beside)
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
@@ -456,12 +456,12 @@ LOADS = (
     ),
     Load(
         "v1",
-        "fanout again, with relay.v1 or without",
+        "fanout again: plain, listeners of relay.v1, and publishers, too, with acknowledgements",
         _checks,
         _PER_CPU,
         (_RATE, _P50, _P99),
         rounds=CHECKS_ROUNDS,
-        servers=("relay", "relay_v1"),
+        servers=("relay", "relay_v1_listeners", "relay_v1"),
     ),
     Load(
         "v1_single",

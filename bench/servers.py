@@ -50,7 +50,7 @@ class Server:
     header: str = ""  # a header that its clients have to send
     deflates: bool = False  # it negotiates permessage-deflate with clients that offer it
     tls: bool = False  # its clients speak TLS
-    v1: bool = False  # its clients speak relay.v1
+    v1: int = 0  # 1: its clients speak relay.v1; 2: its listeners do
 
 
 def _nothing() -> None:
@@ -99,7 +99,8 @@ TLS = (
 
 SERVERS = (
     RELAY,
-    replace(RELAY, name="relay_v1", title="relay, relay.v1", variant=True, v1=True),
+    replace(RELAY, name="relay_v1", title="relay, relay.v1", variant=True, v1=1),
+    replace(RELAY, name="relay_v1_listeners", title="relay, listeners v1", variant=True, v1=2),
     replace(
         RELAY,
         name="relay_tls",
