@@ -284,6 +284,13 @@ class Broadcaster:
                     del self._combined[name]
                 self._on_combined_changed(name)
 
+    def count_subscribers(self, names: Sequence[str]) -> int:
+        """Return how many clients here may be sent the messages of some channels."""
+        channels = {self._channels[name] for name in names if name in self._channels}
+        for name in names:
+            channels.update(self._combined.get(name, ()))
+        return sum(map(len, channels))
+
     # Inside
 
     def _on_gap(self, position: Position) -> None:

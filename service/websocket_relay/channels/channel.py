@@ -68,6 +68,9 @@ class ChannelHost(Protocol):
     def remove_channel(self, channel: "Channel") -> None:
         """Remove a channel that has no members."""
 
+    def count_subscribers(self, names: Sequence[str]) -> int:
+        """Return how many clients here may be sent the messages of some channels."""
+
     def observe_delivery(self, seconds: float) -> None:
         """Record the time from a batch's first message to its last write."""
 
@@ -313,7 +316,7 @@ class Channel:
     # Delay policy. If a slow member still drains, and the next batch would not fit into its send
     # backlog, the channel delays the batch until it fits. Flow control pauses the publishers in
     # the meantime, so a publisher that is merely fast slows down to the pace of its subscribers.
-    # If at least half of the members are slow, the publisher has to adapt to them. A few slow
+    # If at least half of a publisher's subscribers are slow, it has to adapt to them. A few slow
     # members may delay the others only a little; then the write closes the slow members.
 
     def _must_delay(self, batch: Batch) -> bool:
@@ -325,8 +328,7 @@ class Channel:
         full = [
             client for client in draining if client.backlog_bytes + batch.frame_bytes > limit_bytes
         ]
-        # Members of a channel that combines others share their publishers with many more.
-        is_half_slow = len(self.names) == 1 and len(draining) * 2 >= len(self)
+        is_half_slow = len(draining) * 2 >= self._host.count_subscribers(self.names)
         if full and self._may_delay(full, is_half_slow, now):
             return True
         self._delayed_since = 0.0
