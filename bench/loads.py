@@ -57,6 +57,8 @@ class Generator:
             options["tls"] = 1
         if servers[0].server.v1:
             options["v1"] = servers[0].server.v1
+        if servers[0].server.size:
+            options["size"] = servers[0].server.size
         pids = (*(pid for server in servers for pid in server.pids), *beside)
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(
@@ -151,6 +153,19 @@ def _checks(generator: Generator, server: Running) -> Values:
         listeners=400,
         publishers=100,
         inflight=1,
+        warmup=0.3,
+        duration=CHECKS_TURN_S,
+    )
+
+
+def _v1_queue(generator: Generator, server: Running) -> Values:
+    """Ten messages of each publisher under way: whom a server serves first does not matter."""
+    return generator.run(
+        "closed",
+        server,
+        listeners=400,
+        publishers=100,
+        inflight=10,
         warmup=0.3,
         duration=CHECKS_TURN_S,
     )
@@ -461,7 +476,16 @@ LOADS = (
         _PER_CPU,
         (_RATE, _P50, _P99),
         rounds=CHECKS_ROUNDS,
-        servers=("relay", "relay_v1_listeners", "relay_v1"),
+        servers=("relay", "relay_wide", "relay_v1_listeners", "relay_v1"),
+    ),
+    Load(
+        "v1_queue",
+        "ten messages of each publisher under way: plain, as wide as relay.v1, listeners of it",
+        _v1_queue,
+        _PER_CPU,
+        (_RATE, _P50, _P99),
+        rounds=CHECKS_ROUNDS,
+        servers=("relay", "relay_wide", "relay_v1_listeners"),
     ),
     Load(
         "v1_single",

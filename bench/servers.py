@@ -26,6 +26,7 @@ QUIET_S = 0.1
 ROOT = prepare.HERE.parent
 SECRET = "of no use elsewhere: for the servers of the benchmark"
 TOKEN_VALID_S = 86_400
+V1_SIZE = 128 + len('{"channel":"bench","position":"1796122146086-100000-0"}\n')
 PLENTY = str(10**6)  # a limit that is checked and never reached
 
 
@@ -51,6 +52,7 @@ class Server:
     deflates: bool = False  # it negotiates permessage-deflate with clients that offer it
     tls: bool = False  # its clients speak TLS
     v1: int = 0  # 1: its clients speak relay.v1; 2: its listeners do
+    size: int = 0  # payload bytes of its messages; 0: as the load has them
 
 
 def _nothing() -> None:
@@ -99,6 +101,9 @@ TLS = (
 
 SERVERS = (
     RELAY,
+    replace(
+        RELAY, name="relay_wide", title="relay, plain, bytes as v1", variant=True, size=V1_SIZE
+    ),
     replace(RELAY, name="relay_v1", title="relay, relay.v1", variant=True, v1=1),
     replace(RELAY, name="relay_v1_listeners", title="relay, listeners v1", variant=True, v1=2),
     replace(

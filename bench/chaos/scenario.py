@@ -161,7 +161,8 @@ class Run:
                 self._subscribers.append(make(self, name, channel, **options))
             self._posters += [Poster(self, f"post{n}-{channel}-{seed}", channel) for n in range(2)]
             name = f"keyed-{channel}-{seed}"
-            self._posters.append(Poster(self, name, channel, repeats=True))
+            is_first = channel == CHANNELS[0]
+            self._posters.append(Poster(self, name, channel, repeats=True, runs_curl=is_first))
 
     def _publish(self, is_on: bool) -> None:
         for subscriber in self._subscribers:
