@@ -314,8 +314,7 @@ class ConnectionAccess:
 
     def check_subscribe(self, channel: str) -> None:
         """Check that the client may subscribe to a channel now."""
-        permissions = self._permissions
-        if permissions is not None and not permissions.may_subscribe(channel):
+        if not self.may_subscribe(channel):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         self._policy.check_subscription(channel)
 
@@ -325,8 +324,8 @@ class ConnectionAccess:
         if permissions is not None and not permissions.may_publish(channel):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
 
-    def may_stay_subscribed(self, channel: str) -> bool:
-        """Return whether the client may keep its subscription to a channel."""
+    def may_subscribe(self, channel: str) -> bool:
+        """Return whether the client has the permission to subscribe to a channel."""
         return self._permissions is None or self._permissions.may_subscribe(channel)
 
     async def renew(self, token: str) -> float | None:

@@ -57,8 +57,8 @@ class ChannelAccess(Protocol):
     def check_publish(self, channel: str) -> None:
         """Check that the client may publish to a channel."""
 
-    def may_stay_subscribed(self, channel: str) -> bool:
-        """Return whether the client may keep its subscription to a channel."""
+    def may_subscribe(self, channel: str) -> bool:
+        """Return whether the client has the permission to subscribe to a channel."""
 
     async def renew(self, token: str) -> float | None:
         """Replace the token; return the seconds until it expires, None: never."""
@@ -489,7 +489,7 @@ class RelayV1Connection(LocalPublisher):
             refusal = Refusal.NOT_AUTHORIZED
             fields = {"status": int(refusal.status), "reason": refusal.reason}
             for name in list(self._subscriptions):
-                if not self._access.may_stay_subscribed(name):
+                if not self._access.may_subscribe(name):
                     self._leave(name, fields)
             self.send_notice("token", id=command_id)
         finally:
