@@ -979,10 +979,10 @@ async def test_a_stream_is_used_if_websockets_are_blocked(
         proxy.blocks_upgrades = True
         await tab.open(proxy.url(), channel)
         assert await tab.page.evaluate("relay.transport") == "stream"
-        await other.send("two\nlines, ünder \U0001f600")
+        await other.send("two\nlines, ünder \u2028 \U0001f600")
         await other.send(b"\x00\xff")
         await other.send("")
-        await tab.await_messages(["two\nlines, ünder \U0001f600", [0, 255], ""])
+        await tab.await_messages(["two\nlines, ünder \u2028 \U0001f600", [0, 255], ""])
         await tab.publish("typed", "here")
         await tab.page.evaluate("channel.publish(new Uint8Array([1, 2]))")
         await receive_many(other, 3)

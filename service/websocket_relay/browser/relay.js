@@ -873,7 +873,7 @@ function parseEvent(text) {
   /** @type {{id: string, event: string, data?: string}} */
   const fields = {id: "", event: "message"};
   for (const line of text.split("\n")) {
-    const [, name, value] = /^(\w+): ?(.*)$/.exec(line) ?? [];
+    const [, name, value] = /^(\w+): ?(.*)$/s.exec(line) ?? [];
     const before = fields.data === undefined ? "" : `${fields.data}\n`;
     if (name === "data") fields.data = before + value;
     else if (name === "id" || name === "event") fields[name] = value;
