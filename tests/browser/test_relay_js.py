@@ -22,7 +22,6 @@ from tests.support.relay_js_page import RELAY_JS, serve_relay_js_page
 from tests.support.relay_process import (
     RelayProcess,
     StartRelay,
-    eventually,
     path_of,
     receive,
     receive_many,
@@ -43,6 +42,7 @@ class UpgradeProxy(TcpProxy):
 
     Attributes:
         blocks_upgrades: whether upgrades are refused, as by a proxy without WebSockets.
+        loses_post_answers: whether the answers to POSTs are lost, and their connections stay open.
         post_status: the status with which POSTs are answered once the relay has answered; empty:
             the relay's answer is passed on.
         streams: the number of requests for an event stream.
@@ -52,6 +52,7 @@ class UpgradeProxy(TcpProxy):
     def __init__(self, target: int | None) -> None:
         super().__init__(target)
         self.blocks_upgrades = False
+        self.loses_post_answers = False
         self.post_status = b""
         self.streams = 0
         self.upgrades = 0
@@ -61,6 +62,7 @@ class UpgradeProxy(TcpProxy):
         self.streams += data.startswith(b"GET ") and b"/events" in data.split(b"\r\n", 1)[0]
         if data.startswith(b"POST "):
             self._posts.add(connection)
+            connection.loses_server_bytes = self.loses_post_answers
         if b"upgrade: websocket" not in data.lower():
             return data
         self.upgrades += 1
@@ -652,15 +654,15 @@ async def test_messages_over_the_rate_limit_are_sent_again_and_published_once(
     await tab.assert_published_once(15)
 
 
-async def test_relay_js_needs_no_event_target_and_no_text_decoder(
+async def test_relay_js_needs_no_message_event_and_no_text_decoder(
     relay: RelayProcess, channel: str
 ) -> None:
-    """As in React Native."""
+    """As in React Native with polyfills for EventTarget and URL."""
     async with serve_relay_js_page() as site, browser.open_page() as page:
-        names = ("EventTarget", "Event", "MessageEvent", "TextDecoder")
+        names = ("MessageEvent", "TextDecoder")
         await page.add_init_script("".join(f"delete window.{name};" for name in names))
         tab = await load(page, site.origin)
-        assert await page.evaluate("window.EventTarget") is None
+        assert await page.evaluate("window.TextDecoder") is None
         await tab.open(relay.ws_url(), channel)
         await tab.publish("typed \U0001f600")
         await tab.await_messages(["typed \U0001f600"])
@@ -753,15 +755,19 @@ async def test_a_live_connection_is_kept_after_a_sleep(relay: RelayProcess, chan
 
 
 async def test_a_frozen_page_disconnects_and_resumes_without_a_gap(
-    tab: RelayTab, relay: RelayProcess, channel: str
+    relay_with: StartRelay, channel: str
 ) -> None:
-    await tab.open(relay.ws_url(), channel)
-    # A browser without a window never freezes a page by itself.
-    await tab.page.evaluate("document.dispatchEvent(new Event('freeze'))")
-    await relay.await_metric("websocket_connected_clients", 0)
-    await publish_all(relay, channel, *number_texts(0, 100))
-    await tab.page.evaluate("document.dispatchEvent(new Event('resume'))")
-    await tab.await_messages(number_texts(0, 100))
+    relay = relay_with()
+    async with open_tab_with_clock() as tab:
+        clock = tab.page.clock
+        await tab.open(relay.ws_url(), channel)
+        # A browser without a window never freezes a page by itself. Freezing stops the timers.
+        await clock.pause_at(await tab.page.evaluate("Date.now() / 1000") + 60)
+        await tab.page.evaluate("document.dispatchEvent(new Event('freeze'))")
+        await relay.await_metric("websocket_connected_clients", 0)
+        await publish_all(relay, channel, *number_texts(0, 100))
+        await clock.resume()
+        await tab.await_messages(number_texts(0, 100))
 
 
 TIME_FROM_ONLINE_TO_CONNECTING = """new Promise(resolve => {
@@ -835,7 +841,9 @@ async def test_a_new_token_ends_the_subscriptions_that_it_does_not_permit(
     await tab.open(jwt_relay.ws_url(), "one", token=token)
     await tab.page.evaluate("window.two = join('two')")
     await tab.wait_until("two.position !== null")
-    await tab.page.evaluate("token => { relay.token = token; }", channel_token(secret, "two"))
+    await tab.page.evaluate(
+        "token => { relay.token = token; relay.renewToken(); }", channel_token(secret, "two")
+    )
     await tab.wait_until("channel.events.some(({type}) => type === 'refused')")
     await tab.page.evaluate("publish('to two', 'two')")
     await tab.await_messages(["to two"], "two")
@@ -908,6 +916,7 @@ async def test_a_token_that_is_set_during_an_attempt_is_that_of_the_connection(
         """([url, channel, token]) => {
             start(url, channel, {token: () => new Promise(() => {})});
             relay.token = token;
+            relay.renewToken();
         }""",
         [jwt_relay.ws_url(), channel, channel_token(secret, channel)],
     )
@@ -1074,14 +1083,23 @@ async def test_a_post_without_an_answer_for_two_minutes_is_unconfirmed(
         await tab.open(proxy.url(), channel)
         proxy.post_status = b"504 Gateway Timeout"
         await tab.publish("0")
-
-        async def advance() -> tuple[bool, object]:
-            await tab.page.clock.run_for(10_000)
-            return await tab.page.evaluate("areSettled(1)"), proxy.streams
-
-        await eventually(advance, "settled")
+        await tab.await_messages(["0"])
+        await tab.page.clock.fast_forward(121_000)
         assert await tab.outcomes(1) == {"0": "unconfirmed"}
         await tab.await_messages(["0"])
+
+
+async def test_a_post_without_an_answer_is_unconfirmed_when_the_page_closes(
+    tab: RelayTab, relay: RelayProcess, channel: str
+) -> None:
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        await tab.open(proxy.url(), channel)
+        proxy.loses_post_answers = True
+        await tab.publish("0", "1")
+        await tab.await_messages(["0"])
+        await tab.page.evaluate("relay.close()")
+        assert await tab.outcomes(2) == {"0": "unconfirmed", "1": "closed"}
 
 
 async def test_messages_are_posted_without_a_subscription(
@@ -1110,29 +1128,42 @@ async def test_a_refused_message_on_a_stream_is_rejected(
         assert await tab.page.evaluate("relay.state") == "open"
 
 
-async def test_a_stream_is_replaced_by_a_websocket_when_upgrades_succeed(
-    relay: RelayProcess, channel: str
+async def test_a_stream_that_ends_is_replaced_by_a_websocket_when_upgrades_succeed(
+    tab: RelayTab, relay: RelayProcess, channel: str
 ) -> None:
     """A message that was posted and not answered is posted again, before later ones are sent."""
-    async with UpgradeProxy(relay.port) as proxy, open_tab_with_clock() as tab:
-        page = tab.page
+    async with UpgradeProxy(relay.port) as proxy:
         proxy.blocks_upgrades = True
         await tab.open(proxy.url(), channel)
         proxy.post_status = b"504 Gateway Timeout"
         await tab.publish("0", "1")
         await tab.await_messages(["0"])
         proxy.blocks_upgrades = False
-        await page.clock.pause_at(await page.evaluate("Date.now() / 1000") + 61)
-        await tab.wait_until("relay.transport === 'websocket'")
+        await tab.await_state("waiting")
         await publish_all(relay, channel, "of another client")
+        await tab.wait_until("relay.transport === 'websocket'")
         await tab.publish("2")
         proxy.post_status = b""
-        await page.clock.resume()
         await tab.await_messages(["0", "of another client", "1", "2"])
-        outcomes, positions = await tab.outcomes(3), await page.evaluate("channel.positions")
+        outcomes, positions = await tab.outcomes(3), await tab.page.evaluate("channel.positions")
         assert list(outcomes.values()) == [positions[0], *positions[2:]]
-        states = [each["state"] for each in await tab.events("state")]
-        assert states[-2:] == ["open", "open"]
+
+
+async def test_a_post_ends_with_its_stream_and_is_repeated(
+    tab: RelayTab, relay: RelayProcess, channel: str
+) -> None:
+    """A network that fails leaves a POST without an answer. Later messages do not wait for it."""
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = True
+        await tab.open(proxy.url(), channel)
+        proxy.loses_post_answers = True
+        await tab.publish("0", "1")
+        await tab.await_messages(["0"])
+        proxy.loses_post_answers = False
+        proxy.stall()
+        await tab.page.evaluate("window.dispatchEvent(new Event('online'))")
+        await tab.await_messages(["0", "1"])
+        await tab.assert_published_once(2)
 
 
 # The types

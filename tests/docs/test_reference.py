@@ -443,10 +443,8 @@ def test_the_events_of_the_browser_client_are_in_the_tables(heading: str, declar
     documented = {
         code_spans(row[0])[0]: {*code_spans(row[1])} for row in first_table(BROWSER_CLIENT, heading)
     }
-    inherited = {"data"}  # of MessageEvent
     assert documented == {
         name: {*members_of(f"{declaration}{name.capitalize()}Event")}
-        | (inherited if name == "message" else set())
         for name in members_of(f"{declaration}Events")
     }
 

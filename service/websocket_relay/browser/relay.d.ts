@@ -42,7 +42,8 @@ export interface ChannelOptions {
 }
 
 /** A message of the channel, delivered once and in order; includes this client's own. */
-export interface ChannelMessageEvent extends MessageEvent<string | ArrayBuffer> {
+export interface ChannelMessageEvent extends Event {
+  readonly data: string | ArrayBuffer;
   /** The position in the channel: increasing, the same for all subscribers. */
   readonly position: string;
 }
@@ -153,14 +154,13 @@ export class Relay extends TypedEventTarget<RelayEvents> {
   /** @param url - of the relay: ws, wss, http or https, or relative to the page. */
   constructor(url: string | URL, options?: RelayOptions);
 
-  get state(): RelayState;
+  readonly state: RelayState;
   /** The transport of the connection: "websocket", "stream", or null. */
-  get transport(): RelayTransport | null;
-  /** The number of messages that wait for a connection. */
+  readonly transport: RelayTransport | null;
+  /** The number of messages that wait for a connection, or to be sent again. */
   get queued(): number;
-  /** A new token replaces that of the connection at once. */
-  get token(): RelayToken;
-  set token(token: RelayToken);
+  /** Used by the next connection; `renewToken()` replaces that of the current one. */
+  token: RelayToken;
 
   /**
    * Subscribe to a channel. Each call returns a `Channel` of its own; those of one name share the
@@ -178,7 +178,8 @@ export class Relay extends TypedEventTarget<RelayEvents> {
    */
   publish(channel: string, data: RelayData): Promise<string>;
   /**
-   * Replace the token of the connection by a fresh one, without a reconnect.
+   * Replace the token of the connection by `token`, or by what that function returns, without a
+   * reconnect.
    *
    * @returns rejects if the token function fails, or with a RelayError if the relay refuses the
    *   token; the previous one still counts then.

@@ -588,6 +588,7 @@ byId("token-form").addEventListener("submit", (event) => {
   if (!relay) return;
   relay.token = secret.value;
   if (relay.state === "closed") connect();
+  else relay.renewToken().catch(() => {}); // a failure shows when the previous token expires
 });
 tokenDialog.addEventListener("close", () => (tokenField.value = ""));
 byId("token-cancel").addEventListener("click", () => tokenDialog.close());
