@@ -5,16 +5,17 @@ standard error, never a traceback. Knows no server code.
 """
 
 import asyncio
+import math
 import os
 import signal
 import ssl
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from websocket_relay.client import Connected, Disconnected, InvalidUrlError, RejectedError
+from websocket_relay.client import Connected, Disconnected, InvalidUrlError, RejectedError, Relay
 from websocket_relay.client.proxy import redacted
 from websocket_relay.client.url import EXAMPLE_URL, RelayUrl
 from websocket_relay.outcomes import FAILED, INTERRUPTED, WRONG_USAGE, RelayError
@@ -141,6 +142,33 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise ArgumentTypeError("must be 1 or more")
     return value
+
+
+def new_client(
+    options: Namespace,
+    on_event: Callable[[Connected | Disconnected], None],
+    *,
+    urls: Sequence[str] = (),
+    patience_s: float = math.inf,
+) -> Relay:
+    """Return a client with the arguments of a command.
+
+    Args:
+        options: the arguments.
+        on_event: called when the state of the connection changes.
+        urls: of the relay; empty: those in the arguments.
+        patience_s: how long to try to reconnect, where --patience is not given.
+    """
+    given_s: float | None = getattr(options, "patience", None)
+    return Relay(
+        urls or urls_of(options),
+        token=token_source(options),
+        ssl=tls_context(options),
+        uses_proxy=not options.no_proxy,
+        start_patience_s=given_s or 0.0,
+        patience_s=patience_s if given_s is None else given_s,
+        on_event=on_event,
+    )
 
 
 def token_source(options: Namespace) -> Callable[[], str]:

@@ -18,13 +18,12 @@ from websocket_relay.cli.common import (
     add_command,
     add_reconnect_arguments,
     event_printer,
+    new_client,
     positive_int,
     print_notice,
     run_with_url,
-    tls_context,
-    token_source,
 )
-from websocket_relay.client import Connected, Disconnected, Message, Relay, Subscription
+from websocket_relay.client import Connected, Disconnected, Message, Subscription
 
 DESCRIPTION = """\
 Print the messages of channels, one a line, until Ctrl-C.
@@ -101,15 +100,7 @@ async def listen(options: Namespace) -> int:
         if is_subscribed or isinstance(event, Disconnected):
             print_event(event)
 
-    relay = Relay(
-        options.url,
-        token=token_source(options),
-        ssl=tls_context(options),
-        uses_proxy=not options.no_proxy,
-        start_patience_s=options.patience or 0.0,
-        patience_s=math.inf if options.patience is None else options.patience,
-        on_event=on_event,
-    )
+    relay = new_client(options, on_event)
     channels = dict.fromkeys(options.channels or [relay.channel])
     printer = MessagePrinter(options, names_channel=len(channels) > 1)
     async with _broken_pipe_ends_it(), relay, AsyncExitStack() as stack:

@@ -16,10 +16,9 @@ from websocket_relay.cli.common import (
     add_command,
     add_reconnect_arguments,
     event_printer,
+    new_client,
     print_notice,
     run_with_url,
-    tls_context,
-    token_source,
 )
 from websocket_relay.client import MAX_MESSAGE_BYTES, Relay, UnconfirmedError
 from websocket_relay.outcomes import RelayError
@@ -87,16 +86,7 @@ def send(options: Namespace) -> Coroutine[Any, Any, int]:
 
 
 async def _send(options: Namespace, message: str | bytes | None) -> int:
-    patience_s = options.patience
-    relay = Relay(
-        options.url,
-        token=token_source(options),
-        ssl=tls_context(options),
-        uses_proxy=not options.no_proxy,
-        start_patience_s=patience_s or 0.0,
-        patience_s=PATIENCE_S if patience_s is None else patience_s,
-        on_event=event_printer(options),
-    )
+    relay = new_client(options, event_printer(options), patience_s=PATIENCE_S)
     publishes = Publishes(relay, options.channel or relay.channel)
     try:
         async with relay:

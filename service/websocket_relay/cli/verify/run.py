@@ -17,14 +17,13 @@ from websocket_relay.cli.bench.summary import milliseconds
 from websocket_relay.cli.bench.tally import Latencies
 from websocket_relay.cli.common import (
     add_command,
+    new_client,
     non_negative_seconds,
     positive_int,
     print_notice,
     run_with_url,
     show_progress,
     shown_url,
-    tls_context,
-    token_source,
     urls_of,
 )
 from websocket_relay.cli.verify.judge import DeliveryJudge, MessageId, Outcome
@@ -157,13 +156,10 @@ class VerifyRun:
         async with AsyncExitStack() as stack:
             relays = [
                 await stack.enter_async_context(
-                    Relay(
-                        urls[number % len(urls) :] + urls[: number % len(urls)],
-                        token=token_source(options),
-                        ssl=tls_context(options),
-                        uses_proxy=not options.no_proxy,
-                        start_patience_s=0.0,
-                        on_event=partial(self._on_event, number),
+                    new_client(
+                        options,
+                        partial(self._on_event, number),
+                        urls=urls[number % len(urls) :] + urls[: number % len(urls)],
                     )
                 )
                 for number in range(load.clients + load.publishers)
