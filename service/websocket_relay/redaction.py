@@ -1,4 +1,4 @@
-"""Redact the secrets in a broker's URL, and in texts that may contain them. Knows no broker."""
+"""Redact the secrets in a URL, and in texts that may contain them. Knows no broker and no relay."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SHORTEST_SECRET = 3
 
 
 def redacted(url: str) -> str:
-    """Return a URL as it may be logged: the address without credentials and query."""
+    """Return a URL as it may be logged or shown: the address without credentials and query."""
     if "://" not in url:
         return HIDDEN  # not a URL: any part may be secret
     if is_ambiguous(url):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from websocket_relay.client import Connected, Disconnected, InvalidUrlError, RejectedError, Relay
-from websocket_relay.client.proxy import redacted
 from websocket_relay.client.url import EXAMPLE_URL, RelayUrl
 from websocket_relay.outcomes import FAILED, INTERRUPTED, WRONG_USAGE, RelayError
+from websocket_relay.redaction import redacted
 from websocket_relay.trust import verifying_context
 
 TOKEN_VARIABLE, URL_VARIABLE = "RELAY_TOKEN", "RELAY_URL"

@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidProxy, ProtocolError
 from websockets.protocol import State
+from websockets.proxy import get_proxy
 from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
 
 from websocket_relay.cancellation import cancel_until_done
 from websocket_relay.client.errors import RejectedError, UnavailableError, error_for
 from websocket_relay.client.events import Data
-from websocket_relay.client.proxy import proxy_for
 from websocket_relay.outcomes import Close
 
 SUBPROTOCOL = Subprotocol("relay.v1")
@@ -205,7 +206,7 @@ async def connect_to_relay(
         UnavailableError: a retry may help.
     """
     options: dict[str, Any] = {"ssl": context} if context is not None else {}
-    proxy = proxy_for(url) if uses_proxy else None
+    proxy = get_proxy(parse_uri(url)) if uses_proxy else None
     try:
         connection = await connect(
             url,

@@ -11,8 +11,8 @@ import ssl
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, ProxyError
 from websockets.http11 import Response
 
-from websocket_relay.client.proxy import redacted
 from websocket_relay.outcomes import RelayError
+from websocket_relay.redaction import redacted
 
 ERRNO = re.compile(r"\[Errno (-?\d+)\]")
 RETRY_AFTER = re.compile(r"\d{1,9}", re.ASCII)
