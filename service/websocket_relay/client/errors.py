@@ -59,6 +59,13 @@ class UnconfirmedError(RelayError):
         self.reason = reason
 
 
+class ClosedError(RuntimeError):
+    """The program has closed the client."""
+
+    def __init__(self) -> None:
+        super().__init__("the client was closed")
+
+
 def error_for(error: Exception, *, is_secure: bool, proxy: str | None = None) -> RelayError:
     """Return the client's error for an error of the network or of the opening handshake.
 
