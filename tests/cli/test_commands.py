@@ -20,7 +20,7 @@ import websockets
 from websocket_relay.cli.bench.clients import BenchClient, BenchMessage
 from websocket_relay.cli.bench.summary import BenchLoad, BenchResult, table
 from websocket_relay.cli.bench.tally import Latencies, Tally
-from websocket_relay.client import MAX_MESSAGE_BYTES
+from websocket_relay.client.connection import MAX_MESSAGE_BYTES
 from websockets.asyncio.client import ClientConnection
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request

@@ -62,7 +62,7 @@ async def use_relay() -> None:
 
 
 def use_sync_relay() -> None:
-    with SyncRelay("ws://a", token=lambda: "", patience_s=1, max_pending_bytes=1) as relay:
+    with SyncRelay("ws://a", token=lambda: "", patience_s=1, max_unread_bytes=1) as relay:
         assert_type(relay.publish("news", "text"), str)
         with relay.subscribe("news", history=1) as subscription:
             assert_type(subscription, SyncSubscription)
@@ -78,7 +78,7 @@ def errors() -> list[RelayError]:
         return [RejectedError("a"), InvalidUrlError("a")]
     except UnavailableError as error:
         assert_type(error.retry_after_s, float | None)
+        assert_type(error.code, int)
     except UnconfirmedError as error:
-        assert_type(error.count, int)
-        assert_type(error.reason, str)
+        assert_type(error, UnconfirmedError)
     return []

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from websocket_relay.cli.common import (
     print_notice,
     run_with_url,
 )
-from websocket_relay.client import MAX_MESSAGE_BYTES, Relay, UnconfirmedError
+from websocket_relay.client import Relay, UnconfirmedError
+from websocket_relay.client.connection import MAX_MESSAGE_BYTES
 from websocket_relay.outcomes import RelayError
 
 DESCRIPTION = """\
@@ -94,7 +95,7 @@ async def _send(options: Namespace, message: str | bytes | None) -> int:
             await publishes.settle()
     except asyncio.CancelledError:
         if publishes.in_flight:
-            print_notice(str(UnconfirmedError(publishes.in_flight, "interrupted")))
+            print_notice(f"{_count(publishes.in_flight)} unconfirmed: interrupted")
         raise
     except RelayError:
         await publishes.settle()
@@ -144,9 +145,10 @@ class Publishes:
         """Raise an error with the number of messages that failed, if any did."""
         unconfirmed = [each for each in self._failures if isinstance(each, UnconfirmedError)]
         refused = [each for each in self._failures if not isinstance(each, UnconfirmedError)]
-        reason = f"{refused[0]}; {_count(refused)} not published" if refused else ""
+        reason = f"{refused[0]}; {_count(len(refused))} not published" if refused else ""
         if unconfirmed:
-            raise UnconfirmedError(len(unconfirmed), reason or unconfirmed[0].reason)
+            reason = reason or str(unconfirmed[0])
+            raise UnconfirmedError(f"{_count(len(unconfirmed))} unconfirmed: {reason}")
         if refused:
             raise type(refused[0])(reason)
 
@@ -158,8 +160,8 @@ class Publishes:
             self.has_failures.set()
 
 
-def _count(messages: Sequence[object]) -> str:
-    return "1 message" if len(messages) == 1 else f"{len(messages):,} messages"
+def _count(messages: int) -> str:
+    return "1 message" if messages == 1 else f"{messages:,} messages"
 
 
 def _message(options: Namespace) -> str | bytes | None:

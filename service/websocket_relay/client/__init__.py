@@ -15,13 +15,12 @@ from websocket_relay.client.errors import (
     UnconfirmedError,
 )
 from websocket_relay.client.events import Connected, Disconnected, Message
-from websocket_relay.client.relay import MAX_MESSAGE_BYTES, Relay
+from websocket_relay.client.relay import Relay
 from websocket_relay.client.subscription import Subscription
 from websocket_relay.client.sync import SyncRelay, SyncSubscription
 from websocket_relay.outcomes import RelayError
 
 __all__ = [
-    "MAX_MESSAGE_BYTES",
     "Connected",
     "Disconnected",
     "InvalidUrlError",

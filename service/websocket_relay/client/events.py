@@ -1,9 +1,18 @@
 """The values that a client receives: messages, and changes of its connection."""
 
 from dataclasses import dataclass
+from typing import Any
 
 Data = str | bytes
 """Text or binary, as published."""
+
+Header = dict[str, Any]
+"""The JSON object at the start of each message of relay.v1."""
+
+
+def encoded(data: Data) -> bytes:
+    """Return a payload as it is sent; raises UnicodeEncodeError for invalid text."""
+    return data.encode() if isinstance(data, str) else data
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,27 +6,18 @@ the network, because the answers to its commands arrive there, too. Knows no con
 """
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Protocol, Self
+from sys import getsizeof
+from typing import Self
 
-from websocket_relay.client.connection import Received
-from websocket_relay.client.errors import RejectedError, UnavailableError
-from websocket_relay.client.events import Message
-from websocket_relay.client.outbox import MESSAGE_BYTES
+from websocket_relay.client.errors import RejectedError, UnavailableError, error_in
+from websocket_relay.client.events import Data, Header, Message
 
 RETRY_S = 1.0
 """Delay after a temporary refusal that names none."""
-
-
-class SendCommand(Protocol):
-    """Sends a command on the present connection."""
-
-    def __call__(
-        self, kind: str, on_answer: Callable[[Received], None] | None = None, **fields: object
-    ) -> int:
-        """Return the id of the command; 0: there is no connection, and nothing was sent."""
 
 
 class Subscription:
@@ -35,12 +26,9 @@ class Subscription:
     A loop over it ends the subscription when it is left; inside of `async with` the block does.
 
     Args:
-        channel: the name of the channel.
-        send: sends the commands.
+        request: the command, without an id.
+        send: sends a command on the present connection; returns its id, 0 if there is none.
         on_end: called with the name of the channel when the subscription has ended.
-        since: the position after which to start; empty: with new messages.
-        history: number of past messages to start with, where `since` is empty.
-        echo: whether the messages that this client publishes are delivered.
         follow: whether to continue after the replay.
         max_unread_bytes: limit of received messages that are not read yet.
 
@@ -50,22 +38,17 @@ class Subscription:
 
     def __init__(
         self,
-        channel: str,
-        send: SendCommand,
+        request: Header,
+        send: Callable[[Header], int],
         on_end: Callable[[str], object],
         *,
-        since: str,
-        history: int,
-        echo: bool,
         follow: bool,
         max_unread_bytes: int,
     ) -> None:
-        self.channel = channel
+        self.channel: str = request["channel"]
+        self._request = request
         self._send = send
         self._on_end = on_end
-        self._position = since
-        self._history = history
-        self._echo = echo
         self._follow = follow
         self._max_unread_bytes = max_unread_bytes
         self._unread: deque[Message] = deque()
@@ -73,8 +56,6 @@ class Subscription:
         self._has_gap = False  # before the next message
         self._command_id = 0  # of the last `subscribe` on this connection; 0: none
         self._is_subscribed = False  # that command was answered
-        self._was_subscribed = False  # at least once
-        self._is_paused = False
         self._is_ended = False
         self._error: Exception | None = None
         self._is_block = False  # of `async with`
@@ -91,8 +72,9 @@ class Subscription:
         """
         self._is_block = True
         try:
-            while not self._was_subscribed and not self._is_ended:
-                await self._wait()
+            while not (self._is_subscribed or self._unread or self._is_ended):
+                self._changed.clear()
+                await self._changed.wait()
             if self._error is not None:
                 raise self._error
         except BaseException:
@@ -115,16 +97,13 @@ class Subscription:
             StopAsyncIteration: the subscription has ended.
         """
         while not self._unread:
-            if self._error is not None:
-                raise self._error
             if self._is_ended:
-                raise StopAsyncIteration
-            await self._wait()
+                raise self._error or StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
         message = self._unread.popleft()
-        self._unread_bytes -= _size_of(message)
-        if self._is_paused and self._unread_bytes <= self._max_unread_bytes // 2:
-            self._is_paused = False
-            self.start()
+        self._unread_bytes -= getsizeof(message.data)
+        self.start()
         return message
 
     def unsubscribe(self) -> None:
@@ -140,36 +119,36 @@ class Subscription:
     # For the client
 
     def start(self) -> None:
-        """Subscribe on the present connection, if that is to be done."""
-        if self._command_id or self._is_paused or self._is_ended:
-            return
-        fields: dict[str, object] = {"channel": self.channel}
-        if self._position:
-            fields["since"] = self._position
-        elif self._history:
-            fields["history"] = self._history
-        if not self._echo:
-            fields["echo"] = False
-        self._command_id = self._send("subscribe", self._on_answer, **fields)
+        """Subscribe on the present connection, unless that is done or too much is unread."""
+        has_capacity = self._unread_bytes <= self._max_unread_bytes // 2
+        if has_capacity and not self._command_id and not self._is_ended:
+            self._command_id = self._send(self._request)
 
     def on_disconnected(self) -> None:
         """Forget the command: the connection has ended."""
         self._command_id = 0
         self._is_subscribed = False
 
-    def on_received(self, received: Received) -> None:
-        """Process a message of the relay about the channel."""
-        if not self._is_subscribed:
-            return  # it belongs to an earlier subscription
-        match received.type:
-            case "":
-                self._on_message(received)
+    def on_received(self, header: Header, data: Data) -> None:
+        """Process a message of the relay about the channel, or an error."""
+        match header.get("type"):
+            case "subscribed" if header.get("id") == self._command_id:
+                self._has_gap |= not header.get("recovered", True)
+                self._request["since"] = header["position"]
+                self._is_subscribed = True
+                self._changed.set()
+            case "error" if header.get("id") == self._command_id:
+                self._on_refusal(header)
+            case _ if not self._is_subscribed:
+                pass  # it belongs to an earlier subscription
+            case None:
+                self._on_message(Message(data, self.channel, header["position"], self._has_gap))
             case "gap":
                 self._has_gap = True
             case "live" if not self._follow:
                 self.end()
-            case "unsubscribed" if "status" in received.fields:
-                self._refuse(received)
+            case "unsubscribed" if "status" in header:  # a new token does not permit it
+                self._on_refusal(header)
 
     def end(self, error: Exception | None = None) -> None:
         """End the iteration after the unread messages.
@@ -188,43 +167,26 @@ class Subscription:
     def _stop(self) -> None:
         """Unsubscribe. What arrives from now on is ignored."""
         if self._command_id:
-            self._send("unsubscribe", channel=self.channel)
+            self._send({"type": "unsubscribe", "channel": self.channel})
         self.on_disconnected()
 
-    def _on_answer(self, received: Received) -> None:
-        if received.id != self._command_id:
-            return  # of a subscription that was stopped
-        if received.type == "error":
-            self._refuse(received)
-            return
-        self._has_gap |= not received.fields.get("recovered", True)
-        self._position = received.position
-        self._is_subscribed = self._was_subscribed = True
-        self._changed.set()
-
-    def _refuse(self, received: Received) -> None:
+    def _on_refusal(self, header: Header) -> None:
         """End, or try again later, because the relay does not carry out the command."""
         self.on_disconnected()
-        error = received.error
+        error = error_in(header)
         if isinstance(error, UnavailableError):
             asyncio.get_running_loop().call_later(error.retry_after_s or RETRY_S, self.start)
         else:
             self.end(RejectedError(f"{self.channel}: {error}"))
 
-    def _on_message(self, received: Received) -> None:
-        self._position = received.position
-        message = Message(received.data, self.channel, received.position, self._has_gap)
+    def _on_message(self, message: Message) -> None:
+        self._request["since"] = message.position
         self._has_gap = False
         self._unread.append(message)
-        self._unread_bytes += _size_of(message)
+        self._unread_bytes += getsizeof(message.data)
         if self._unread_bytes >= self._max_unread_bytes:
-            self._is_paused = True
             self._stop()
         self._changed.set()
-
-    async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
 
 
 class _Loop(AsyncIterator[Message]):
@@ -232,23 +194,15 @@ class _Loop(AsyncIterator[Message]):
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
+        self._thread_id = threading.get_ident()
         self._loop = asyncio.get_running_loop()
 
     async def __anext__(self) -> Message:
         return await self._subscription.__anext__()
 
     def __del__(self) -> None:
-        try:
-            is_here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            is_here = False
-        if is_here:
+        if threading.get_ident() == self._thread_id:
             self._subscription.unsubscribe()
-            return
-        with suppress(RuntimeError):  # collected in another thread, or when the loop is closed
-            self._loop.call_soon_threadsafe(self._subscription.unsubscribe)
-
-
-def _size_of(message: Message) -> int:
-    data = message.data
-    return MESSAGE_BYTES + (len(data) if isinstance(data, bytes) else len(data.encode()))
+        else:  # cyclic garbage is collected in any thread
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._subscription.unsubscribe)

@@ -1,8 +1,7 @@
 """Parse the URL of a relay. Knows no connection."""
 
 import re
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from websockets.exceptions import InvalidURI
@@ -12,23 +11,24 @@ from websocket_relay.client.errors import InvalidUrlError
 
 EXAMPLE_URL = "ws://localhost:8443"
 INVALID_URL = f"not a relay URL such as {EXAMPLE_URL}"
-DEFAULT_CHANNEL = "default"
+OPTIONS = frozenset({"since", "history", "echo", "session", "seen"})
+"""Query parameters that the client sets itself."""
+
 CHANNEL_PATH = re.compile(r"(?P<base>.*/)channels/(?P<channel>[^/]+)/?")
-RESERVED = frozenset({"since", "history", "echo", "session", "seen"})
-"""Query parameters that the client sets: as options of a subscription, or for a session."""
 
 
-@dataclass(frozen=True, slots=True)
-class RelayUrl:
+class RelayUrl(NamedTuple):
     """The URL of a relay.
 
     Attributes:
         url: without the path of a channel.
         channel: the channel in the path of the URL; `default` if there is none.
+        is_secure: whether connections use TLS.
     """
 
     url: str
     channel: str
+    is_secure: bool
 
     @classmethod
     def parse(cls, url: str) -> Self:
@@ -38,25 +38,19 @@ class RelayUrl:
             InvalidUrlError: the URL is invalid. The text does not repeat it.
         """
         try:
-            parse_uri(url)
+            is_secure = parse_uri(url).secure
             parts = urlsplit(url)
             (parts.hostname or "").encode("idna")
-            reserved = RESERVED & {name for name, _ in parse_qsl(parts.query, True)}
+            options = OPTIONS & dict(parse_qsl(parts.query, True)).keys()
         except InvalidURI as error:
             raise InvalidUrlError(f"{INVALID_URL}: {error.msg}") from None
         except ValueError:  # its text may repeat a secret of the URL
             raise InvalidUrlError(INVALID_URL) from None
-        if reserved:
-            raise InvalidUrlError(f"{INVALID_URL}: {min(reserved)} is an option of `subscribe`")
+        if options:
+            raise InvalidUrlError(f"{INVALID_URL}: {min(options)} is an option of `subscribe`")
         found = CHANNEL_PATH.fullmatch(parts.path)
-        if found is None:
-            return cls(url, DEFAULT_CHANNEL)
-        return cls(urlunsplit(parts._replace(path=found["base"])), found["channel"])
-
-    @property
-    def is_secure(self) -> bool:
-        """Whether connections use TLS."""
-        return urlsplit(self.url).scheme == "wss"
+        path, channel = (found["base"], found["channel"]) if found else (parts.path, "default")
+        return cls(urlunsplit(parts._replace(path=path)), channel, is_secure)
 
     def with_session(self, session: str, seen: str) -> str:
         """Return the URL that resumes a session; an empty one opens a new session.
