@@ -159,7 +159,7 @@ def _checks(generator: Generator, server: Running) -> Values:
 
 
 def _v1_queue(generator: Generator, server: Running) -> Values:
-    """Ten messages of each publisher under way: whom a server serves first does not matter."""
+    """Ten messages of each publisher in flight: whom a server serves first does not matter."""
     return generator.run(
         "closed",
         server,
@@ -480,7 +480,7 @@ LOADS = (
     ),
     Load(
         "v1_queue",
-        "ten messages of each publisher under way: plain, as wide as relay.v1, listeners of it",
+        "ten messages of each publisher in flight: plain, as wide as relay.v1, listeners of it",
         _v1_queue,
         _PER_CPU,
         (_RATE, _P50, _P99),

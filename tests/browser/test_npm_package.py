@@ -131,22 +131,41 @@ for (const data of ["ü", new Uint8Array([1, 2]), "the end"]) await channel.publ
 await end;
 console.log(relay.transport, received.join(" "));
 relay.close(); // the process ends: no timer keeps it alive
+const timers = () => process.getActiveResourcesInfo().filter(type => type === "Timeout");
+const count = timers().length;
+channel.leave();
+if (timers().length > count) throw new Error("a timer of a closed relay keeps the process running");
 """
 
+SOCKET_WITHOUT_CLOSE_EVENT = """
+const {setTimeout} = globalThis; // a connection that waits for its timeout never opens
+globalThis.setTimeout = (act, ms) => setTimeout(act, ms < 10_000 ? ms : 2 ** 30);
+class WebSocket {
+  constructor() { queueMicrotask(() => this.onerror()); }
+  close() {}
+}
+"""
+"""As that of Node 22 when no connection can be established."""
 
-@pytest.mark.parametrize("has_websocket", ["of its own", "of the package ws", "none"])
+
+@pytest.mark.parametrize(
+    "has_websocket", ["of its own", "of the package ws", "without a close event", "none"]
+)
 async def test_relay_js_runs_in_node(
     relay: RelayProcess, tmp_path: Path, has_websocket: str
 ) -> None:
     """Node 20 has no WebSocket: it is given one, or uses an event stream."""
-    uses_ws = has_websocket == "of the package ws"
-    if uses_ws:
+    imports = {
+        "of the package ws": 'import WebSocket from "ws";',
+        "without a close event": SOCKET_WITHOUT_CLOSE_EVENT,
+    }
+    if has_websocket == "of the package ws":
         (tmp_path / "node_modules").symlink_to(await asyncio.to_thread(npm_modules))
     script = (
         NODE_SCRIPT.replace("RELAY_JS", RELAY_JS.as_uri())
         .replace("URL", relay.http_url("/"))
-        .replace("IMPORT", 'import WebSocket from "ws";' if uses_ws else "")
-        .replace("OPTIONS", "WebSocket" if uses_ws else "")
+        .replace("IMPORT", imports.get(has_websocket, ""))
+        .replace("OPTIONS", "WebSocket" if has_websocket in imports else "")
     )
     (tmp_path / "client.mjs").write_text(script)
     flags = () if has_websocket == "of its own" else ("--no-experimental-websocket",)
@@ -154,7 +173,7 @@ async def test_relay_js_runs_in_node(
         command = (str(NODE), *flags, "client.mjs")
         output = await asyncio.to_thread(run, *command, directory=tmp_path)
         assert [await receive(other) for _ in range(3)] == ["ü", b"\x01\x02", "the end"]
-    transport = "stream" if has_websocket == "none" else "websocket"
+    transport = "stream" if has_websocket in ("without a close event", "none") else "websocket"
     assert output == f"{transport} ü 1,2 the end\n"
 
 

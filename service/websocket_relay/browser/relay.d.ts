@@ -103,28 +103,25 @@ export interface RelayEvents {
 
 export {}; // what has no `export` is not exported
 
+// Projects without the types of a page, for Node or for workers, lack the names of these.
+type Listener = Parameters<EventTarget["addEventListener"]>[1];
+type AddOptions = Parameters<EventTarget["addEventListener"]>[2];
+type RemoveOptions = Parameters<EventTarget["removeEventListener"]>[2];
+
 /** An EventTarget whose listeners are typed. */
 declare class TypedEventTarget<Events> extends EventTarget {
   addEventListener<Type extends keyof Events>(
     type: Type,
     listener: ((event: Events[Type]) => unknown) | null,
-    options?: boolean | AddEventListenerOptions,
+    options?: AddOptions,
   ): void;
-  addEventListener(
-    type: string,
-    listener: EventListenerOrEventListenerObject | null,
-    options?: boolean | AddEventListenerOptions,
-  ): void;
+  addEventListener(type: string, listener: Listener, options?: AddOptions): void;
   removeEventListener<Type extends keyof Events>(
     type: Type,
     listener: ((event: Events[Type]) => unknown) | null,
-    options?: boolean | EventListenerOptions,
+    options?: RemoveOptions,
   ): void;
-  removeEventListener(
-    type: string,
-    listener: EventListenerOrEventListenerObject | null,
-    options?: boolean | EventListenerOptions,
-  ): void;
+  removeEventListener(type: string, listener: Listener, options?: RemoveOptions): void;
 }
 
 /** A message was not published, or that is unknown; or a token was refused. */

@@ -415,7 +415,8 @@ export class Relay extends EventTarget {
       if (answer.type === "subscribed") return this.#onSubscribed(subscription, replay, answer);
       if (answer.status !== 503) return this.#refuse(subscription, answer);
       subscription.replay = null;
-      setTimeout(() => this.#subscribeAll(), retryMsOf(answer.retry_after_s));
+      const timer = setTimeout(() => this.#subscribeAll(), retryMsOf(answer.retry_after_s));
+      /** @type {any} */ (timer).unref?.(); // it keeps no process of Node running
     });
   }
 
@@ -627,7 +628,7 @@ function openSocket(url, token, WebSocket = globalThis.WebSocket, {received, end
     socket.binaryType = "arraybuffer";
     socket.onmessage = (/** @type {MessageEvent} */ {data}) => received(...parseFrame(data));
     socket.onclose = (/** @type {CloseEvent} */ {code, reason}) => ended({code, reason});
-    socket.onerror = () => {}; // the package `ws` throws an error that is not handled
+    socket.onerror = () => socket.onclose?.({code: 1006}); // in Node 22 no close event follows
   } catch {
     // For example: a page loaded by https:// can't open a ws:// URL; Node 20 has no WebSocket.
     queueMicrotask(() => ended({reason: "no WebSocket can be created"}));
