@@ -3,13 +3,18 @@
 import asyncio
 import os
 import pty
-import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, CommandResult, environment, run_command
+from tests.support.relay_process import (
+    ROOT,
+    CommandResult,
+    environment,
+    relay_command,
+    run_command,
+)
 
 NO_PROXY = {"no_proxy": "*"}
 
@@ -63,9 +68,9 @@ class RunningCommand:
 async def running(
     *arguments: str, stdin: int = PIPE, stdout: int = PIPE, stderr: int = PIPE
 ) -> AsyncIterator[RunningCommand]:
-    """Run a command in an interpreter, with pipes as its standard streams."""
+    """Run a command as a process of its own, with pipes as its standard streams."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "websocket_relay", *arguments,
+        *relay_command(), *arguments,
         stdin=stdin, stdout=stdout, stderr=stderr,
         env=environment(NO_PROXY),
     )  # fmt: skip

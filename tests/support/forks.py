@@ -3,8 +3,13 @@
 An interpreter that starts and imports the relay takes half a second of CPU time; a fork takes a
 hundredth of a second. A fork is a process like any other: it has its own event loop, working
 directory, environment, files and memory, and ends as an interpreter does. Linux only.
+
+A shell runs a fork by the program that `ForkServer.program` returns. It hands its arguments,
+directory, environment, limits and standard streams to the fork, passes on the signals that it
+receives, and ends as the fork ends.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -12,6 +17,7 @@ import os
 import pkgutil
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -20,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +35,48 @@ from typing import IO
 STATUS = struct.Struct("i")
 MAX_REQUEST_BYTES = 262_144  # most of it is the environment
 MAX_DESCRIPTORS = 65_536
+
+PROGRAM = """\
+#!{python} -IS
+import json, os, resource, signal, socket, sys
+
+SIGNALS = {{signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1,
+           signal.SIGUSR2}}
+
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+umask = os.umask(0)
+os.umask(umask)
+request = {{
+    "arguments": sys.argv[1:],
+    "directory": os.getcwd(),
+    "env": dict(os.environ),
+    "umask": umask,
+    "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE),
+}}
+control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, {max_request_bytes})
+control.connect({address!r})
+socket.send_fds(control, [json.dumps(request).encode()], [0, 1, 2])
+_, (fork,), _, _ = socket.recv_fds(control, 1, 1)
+
+
+def pass_on(number, frame):
+    try:
+        signal.pidfd_send_signal(fork, number)
+    except ProcessLookupError:  # it has ended, and its status is on the way
+        pass
+
+
+for number in SIGNALS:
+    signal.signal(number, pass_on)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+status = int.from_bytes(control.recv(4), sys.byteorder, signed=True)
+if status < 0:
+    if -status in SIGNALS:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
 
 
 class ForkedProcess:
@@ -85,6 +134,29 @@ class ForkServer:
     def __init__(self) -> None:
         self._control: socket.socket | None = None
         self._lock = threading.Lock()
+        self._address = f"\0relay-tests-{uuid.uuid4().hex}"
+        self._program: Path | None = None
+
+    def program(self) -> Path:
+        """Return the path of a program `websocket-relay` that runs a command as a fork.
+
+        See `PROGRAM`. It is alone in its directory.
+        """
+        with self._lock:
+            self._launch_once()
+            if self._program is None:
+                directory = Path(tempfile.mkdtemp())
+                atexit.register(shutil.rmtree, directory)
+                self._program = directory / "websocket-relay"
+                self._program.write_text(
+                    PROGRAM.format(
+                        python=sys.executable,
+                        address=self._address,
+                        max_request_bytes=MAX_REQUEST_BYTES,
+                    )
+                )
+                self._program.chmod(0o755)
+            return self._program
 
     def run(
         self, arguments: Sequence[str], directory: Path, env: Mapping[str, str], timeout_s: float
@@ -131,29 +203,37 @@ class ForkServer:
             "arguments": arguments,
             "directory": str(directory),
             "env": dict(env),
-            "max_descriptors": max_descriptors,
+            "descriptors": None if max_descriptors is None else (max_descriptors, max_descriptors),
         }
         with self._lock:
-            if self._control is None:
-                self._control = self._launch()
-            socket.send_fds(self._control, [json.dumps(request).encode()], [stdout, *write_ends])
-            (pid,) = STATUS.unpack(self._control.recv(STATUS.size))
+            control = self._launch_once()
+            socket.send_fds(control, [json.dumps(request).encode()], [stdout, *write_ends])
+            (pid,) = STATUS.unpack(control.recv(STATUS.size))
         for descriptor in write_ends:
             os.close(descriptor)
         return ForkedProcess(pid, open(stderr, encoding="utf-8"), status)
 
+    def _launch_once(self) -> socket.socket:
+        if self._control is None:
+            self._control = self._launch()
+        return self._control
+
     def _launch(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_REQUEST_BYTES)
-        with theirs:
+        programs = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        programs.bind(self._address)
+        programs.listen(64)
+        with theirs, programs:
             # It ends when the other end of the socket is closed, at the latest when this process
             # ends.
+            descriptors = (theirs.fileno(), programs.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.support.forks", *map(str, descriptors)],
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
             )
         return ours
 
@@ -164,31 +244,68 @@ FORK_SERVER = ForkServer()
 # In the process that forks, and in the forks
 
 
-def serve(control: socket.socket) -> bool:
-    """Fork for each request, until the tests end; return whether this process is a fork."""
+def serve(control: socket.socket, programs: socket.socket) -> bool:
+    """Fork for each request, until the tests end; return whether this process is a fork.
+
+    Args:
+        control: has requests of the tests, with descriptors for standard output and standard error,
+            and a pipe for the exit status.
+        programs: accepts connections of processes that run `PROGRAM`. Each has one request, with
+            descriptors for standard input, output and error.
+    """
     wakeup, write_wakeup = os.pipe()
     os.set_blocking(write_wakeup, False)
     signal.set_wakeup_fd(write_wakeup)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, int] = {}
+    connected: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([control.fileno(), wakeup], [], [])
+        sockets = (control.fileno(), programs.fileno())
+        ready, _, _ = select.select([wakeup, *sockets, *connected], [], [])
         if wakeup in ready:
             os.read(wakeup, 1024)
             _report_exits(running)
+            connected = {each: pid for each, pid in connected.items() if pid in running}
+        for connection in connected.keys() & {*ready}:  # its other end was killed
+            os.kill(connected.pop(connection), signal.SIGKILL)
         if control.fileno() in ready:
             content, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
             if not content:  # the tests have ended
                 return False
-            stdout, stderr, status = descriptors
-            pid = os.fork()
-            if pid == 0:
-                _prepare_fork(json.loads(content), stdout, stderr)
+            *streams, status = descriptors
+            if not (pid := _fork(content, [None, *streams])):
                 return True
-            os.close(stdout)
-            os.close(stderr)
             running[pid] = status
             control.send(STATUS.pack(pid))
+        if programs.fileno() in ready:
+            connection, pid = _fork_for_program(programs)
+            if not pid:
+                return True
+            running[pid], connected[connection] = connection, pid
+
+
+def _fork_for_program(programs: socket.socket) -> tuple[int, int]:
+    """Accept a connection and fork for its request; return its descriptor and the process id."""
+    connection, _ = programs.accept()
+    content, streams, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
+    if not (pid := _fork(content, streams)):
+        return 0, 0
+    handle = os.pidfd_open(pid)
+    with suppress(OSError):  # the program was killed
+        socket.send_fds(connection, [b"\0"], [handle])
+    os.close(handle)
+    return connection.detach(), pid
+
+
+def _fork(content: bytes, streams: Sequence[int | None]) -> int:
+    """Fork, and close the streams here; return the process id, or 0 in the fork."""
+    pid = os.fork()
+    if pid == 0:
+        _prepare_fork(json.loads(content), streams)
+        return 0
+    for each in filter(None, streams):
+        os.close(each)
+    return pid
 
 
 def _report_exits(running: dict[int, int]) -> None:
@@ -202,20 +319,30 @@ def _report_exits(running: dict[int, int]) -> None:
             os.close(pipe)
 
 
-def _prepare_fork(request: Mapping[str, object], stdout: int, stderr: int) -> None:
-    """Give a fork the state of a new interpreter with the arguments of the request."""
+def _prepare_fork(request: Mapping[str, object], streams: Sequence[int | None]) -> None:
+    """Give a fork the state of a new interpreter with the arguments of the request.
+
+    Args:
+        request: see `ForkServer.start` and `PROGRAM`.
+        streams: descriptors that become standard input, output and error; None: unchanged.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
+    for number, descriptor in enumerate(streams):
+        if descriptor is not None:
+            os.dup2(descriptor, number)
     os.closerange(3, MAX_DESCRIPTORS)
     env, directory, arguments = request["env"], request["directory"], request["arguments"]
     assert isinstance(env, dict)
     assert isinstance(directory, str)
     assert isinstance(arguments, list)
-    if (limit := request["max_descriptors"]) is not None:
-        assert isinstance(limit, int)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if (limits := request["descriptors"]) is not None:
+        assert isinstance(limits, list)
+        soft, hard = limits
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if (umask := request.get("umask")) is not None:
+        assert isinstance(umask, int)
+        os.umask(umask)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(env)
@@ -234,7 +361,8 @@ def main() -> int:
         if module.name.rpartition(".")[2] not in ("__main__", "tracing"):
             importlib.import_module(module.name)
     gc.freeze()  # otherwise a collection in a fork copies every page of memory that it visits
-    return run() if serve(socket.socket(fileno=int(sys.argv[1]))) else 0
+    control, programs = (socket.socket(fileno=int(each)) for each in sys.argv[1:])
+    return run() if serve(control, programs) else 0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from typing import Self
 from playwright.async_api import CDPSession, Error, Page
 
 from tests.support import browser
+from tests.support.forks import FORK_SERVER
 from tests.support.markdown import anchor_of
 from tests.support.programs import ANY_REDIS, CURL, NATS, OPENSSL, PROMTOOL, TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
@@ -260,7 +261,10 @@ class PageReader:
             "json": self._check_json,
             "console": self._check_that_it_runs_elsewhere,
         }
-        path = os.pathsep.join((str(ROOT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)))
+        programs = [str(ROOT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)]
+        if sys.platform == "linux":  # forks, because the pages start dozens of relays and clients
+            programs.insert(0, str(FORK_SERVER.program().parent))
+        path = os.pathsep.join(programs)
         self._env = user_environment(
             {
                 "PATH": path,

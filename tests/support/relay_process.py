@@ -88,6 +88,12 @@ def run_command(
     return CommandResult(*FORK_SERVER.run(arguments, directory, environment(env), PATIENCE_S))
 
 
+def relay_command() -> list[str]:
+    """Return the first words of a command line of the relay; a fork runs it if possible."""
+    interpreter = [sys.executable, "-m", "websocket_relay"]
+    return [str(FORK_SERVER.program())] if sys.platform == "linux" else interpreter
+
+
 def _may_fork(env: Mapping[str, str] | None) -> bool:
     """Return whether a process may be a fork (forks.py): not with variables for Python itself."""
     return sys.platform == "linux" and not any(name.startswith("PYTHON") for name in env or {})
