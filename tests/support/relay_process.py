@@ -6,6 +6,7 @@ Knows the command line, the settings file, the log and the metrics page, and no 
 import asyncio
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from signal import SIGTERM, Signals
 from types import TracebackType
@@ -21,7 +23,6 @@ from typing import Any, Self
 
 import httpx2
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Data
@@ -115,6 +116,12 @@ def run_python(
     return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
+METRICS_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+FAMILY = re.compile(r"^# TYPE (\w+) ", re.MULTILINE)
+SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsPage:
     """The metrics page at one moment."""
@@ -124,11 +131,13 @@ class MetricsPage:
 
     @classmethod
     def parse(cls, page: str) -> Self:
-        families = list(text_string_to_metric_families(page))
-        samples = tuple(sample for family in families for sample in family.samples)
-        counters = {f"{family.name}_total" for family in families if family.type == "counter"}
-        plain = {family.name for family in families}
-        return cls(frozenset(counters | plain | {sample.name for sample in samples}), samples)
+        """Parse a page. A test of its own validates the format with the parser of a library."""
+        assert "\\" not in page, "the values of labels have no escape sequences"
+        samples = tuple(
+            Sample(name, dict(LABEL.findall(labels)), float(value))
+            for name, labels, value in SAMPLE.findall(page)
+        )
+        return cls(frozenset({*FAMILY.findall(page), *(each.name for each in samples)}), samples)
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with this name and these labels."""
@@ -375,11 +384,11 @@ class RelayProcess:
 
     # The ports
 
-    @property
+    @cached_property
     def port(self) -> int:
         return int(self.block_until_logged("relay listening")["port"])
 
-    @property
+    @cached_property
     def metrics_port(self) -> int:
         return int(self.block_until_logged("metrics listening")["port"])
 
@@ -442,7 +451,18 @@ class RelayProcess:
     # The metrics
 
     async def metrics(self) -> MetricsPage:
-        return MetricsPage.parse((await self.get_metrics()).raise_for_status().text)
+        """Request the metrics page; with less processor time than `get_metrics` takes."""
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection(HOST, self.metrics_port)
+            try:
+                writer.write(METRICS_REQUEST)
+                answer = await reader.read()
+            finally:
+                writer.close()
+        head, _, page = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), answer
+        assert b"\r\ncontent-length: %d" % len(page) in head.lower(), answer
+        return MetricsPage.parse(page.decode())
 
     async def metric(self, name: str, **labels: str) -> float:
         return (await self.metrics()).value(name, **labels)
