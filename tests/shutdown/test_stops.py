@@ -1,4 +1,8 @@
-"""Stops while the broker is faulty: a small run of `make stops`."""
+"""Stops while the broker is faulty: a small run of `make stops`.
+
+The relays are forks, which take a tenth of the processor time of an interpreter: each is stopped
+when it listens. `tests/shutdown/test_signals.py` stops interpreters while they start.
+"""
 
 import asyncio
 from pathlib import Path
@@ -29,5 +33,6 @@ WITH_REDIS = ("flapping", "frozen")
 async def test_a_relay_stops_in_time_while_its_broker_is_faulty(
     kind: str, condition: str, tmp_path: Path
 ) -> None:
-    (end,) = await stop_many(kind, condition, 1, tmp_path, asyncio.Semaphore(1), SPAN_S)
+    slots = asyncio.Semaphore(1)
+    (end,) = await stop_many(kind, condition, 1, tmp_path, slots, SPAN_S, are_forks=True)
     assert end.is_clean, end

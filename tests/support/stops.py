@@ -265,6 +265,7 @@ async def stop_relay(
     *,
     after_s: float,
     is_listening: bool,
+    is_fork: bool = False,
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
     pause_s: float = 0.0,
 ) -> StopResult:
@@ -275,13 +276,17 @@ async def stop_relay(
         slots: bounds how many relays run at a time.
         after_s: the time of the first signal, after the start or after the relay listens.
         is_listening: whether `after_s` begins when the relay listens.
+        is_fork: whether it is a fork (forks.py), which starts without blocked signals.
         signals: to send, in order.
         pause_s: between two signals.
     """
     async with slots:
         try:
-            with blocked_signals():
-                relay.launch()
+            if is_fork:
+                relay.start()
+            else:
+                with blocked_signals():
+                    relay.launch()
             if is_listening:
                 await await_listening(relay)
             await asyncio.sleep(after_s)
@@ -319,6 +324,8 @@ async def stop_many(
     directory: Path,
     slots: asyncio.Semaphore,
     span_s: float = RUN_SPAN_S,
+    *,
+    are_forks: bool = False,
 ) -> list[StopResult]:
     """Stop relays in one condition, each at a random moment.
 
@@ -329,6 +336,7 @@ async def stop_many(
         directory: for all of them.
         slots: bounds how many relays run at a time.
         span_s: the signals are sent within this time.
+        are_forks: whether the relays are forks, see `stop_relay`.
     """
 
     async def stop(number: int, url: str) -> StopResult:
@@ -340,6 +348,7 @@ async def stop_many(
             slots,
             after_s=random.uniform(0, span_s if is_listening else min(span_s, START_SPAN_S)),
             is_listening=is_listening,
+            is_fork=are_forks,
             signals=[signal.SIGTERM] * random.choice((1, 1, 2, 20)),
             pause_s=random.choice((0, 0.02)),
         )
