@@ -10,7 +10,8 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
@@ -43,9 +44,10 @@ def uses_in(source: Path) -> set[Use]:
     for file in sorted((source / PACKAGE).rglob("*.py")):
         module = file.relative_to(source / PACKAGE).with_suffix("").as_posix()
         tree = ast.parse(file.read_text())
-        names = {*_imported(tree), *_accessed(tree)}
+        nodes = list(ast.walk(tree))
+        names = {*_imported(nodes), *_accessed(tree, nodes)}
         if file.name != "__main__.py":
-            names |= set(_inherited(tree, file.relative_to(source)))
+            names |= set(_inherited(nodes, file.relative_to(source)))
         found |= {Use(module, name) for name in names}
     return found
 
@@ -54,9 +56,9 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__") and name not in DOCUMENTED
 
 
-def _imported(tree: ast.Module) -> Iterator[str]:
+def _imported(nodes: Sequence[ast.AST]) -> Iterator[str]:
     """Yield the private names that are imported from libraries."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
         library = node.module.partition(".")[0]
@@ -77,10 +79,10 @@ def _is_exported(module: str, name: str) -> bool:
     return not _is_private(name) and (is_submodule or name in getattr(imported, "__all__", [name]))
 
 
-def _accessed(tree: ast.Module) -> Iterator[str]:
+def _accessed(tree: ast.Module, nodes: Sequence[ast.AST]) -> Iterator[str]:
     """Yield the private attributes of other objects than `self` and the module's classes."""
     own = {"self", "cls", *(each.name for each in tree.body if isinstance(each, ast.ClassDef))}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and not _is_of(own, node) and _is_private(node.attr):
             yield node.attr
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ACCESSORS:
@@ -96,14 +98,14 @@ def _is_of(own: set[str], node: ast.Attribute) -> bool:
     return isinstance(owner, ast.Name) and owner.id in own
 
 
-def _inherited(tree: ast.Module, file: Path) -> Iterator[str]:
+def _inherited(nodes: Sequence[ast.AST], file: Path) -> Iterator[str]:
     """Yield the private names of libraries' classes that subclasses use, or define again."""
     module = importlib.import_module(".".join(file.with_suffix("").parts))
-    for node in ast.walk(tree):
+    for node in nodes:
         kind = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
         if inspect.isclass(kind):
-            theirs = _names_of_libraries(kind)
-            yield from (name for name in _own_names(node) if _is_private(name) and name in theirs)
+            private = {name for name in _own_names(node) if _is_private(name)}
+            yield from private & _names_of_libraries(kind) if private else ()
 
 
 def _names_of_libraries(kind: type) -> set[str]:
@@ -111,13 +113,14 @@ def _names_of_libraries(kind: type) -> set[str]:
     return {name for base in bases for name in names_of(base)}
 
 
-def names_of(kind: type) -> set[str]:
+@cache
+def names_of(kind: type) -> frozenset[str]:
     """Return the names of a class without its bases: attributes, methods, and what it assigns."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     except (OSError, TypeError, SyntaxError):  # written in C
-        return set(vars(kind))
-    return {*vars(kind), *_own_names(tree)}
+        return frozenset(vars(kind))
+    return frozenset({*vars(kind), *_own_names(tree)})
 
 
 def _own_names(tree: ast.AST) -> Iterator[str]:
