@@ -212,7 +212,7 @@ async def assert_relayed(
     compresses=st.booleans(),
     early=st.just(0) | st.integers(0, 1 << 12),
 )
-@settings(deterministic, max_examples=40)
+@settings(deterministic, max_examples=25)
 async def test_valid_frames_split_anywhere_make_the_same_messages_for_all_subscribers(
     checked_relay: RelayProcess,
     sequence: FrameSequence,
@@ -225,7 +225,7 @@ async def test_valid_frames_split_anywhere_make_the_same_messages_for_all_subscr
 
 
 @given(sequence=valid_frames(compressed=True), places=split_places, compresses=st.booleans())
-@settings(deterministic, max_examples=40)
+@settings(deterministic, max_examples=25)
 async def test_valid_compressed_frames_make_the_same_messages_for_all_subscribers(
     checked_relay: RelayProcess, sequence: FrameSequence, places: list[int], compresses: bool
 ) -> None:
@@ -332,7 +332,7 @@ def test_any_octets_are_parsed_as_the_reference_parses_them(
 
 @given(octets=any_octets(), places=split_places)
 @example(octets=frame(TEXT, b"\xed\xa0", fin=False), places=[])
-@settings(deterministic, max_examples=50)
+@settings(deterministic, max_examples=30)
 async def test_any_octets_have_the_outcome_that_the_rfc_requires(
     checked_relay: RelayProcess, octets: bytes, places: list[int]
 ) -> None:
@@ -341,7 +341,7 @@ async def test_any_octets_have_the_outcome_that_the_rfc_requires(
 
 
 @given(octets=any_octets(compressed=True), places=split_places)
-@settings(deterministic, max_examples=50)
+@settings(deterministic, max_examples=30)
 async def test_any_octets_of_a_client_with_compression_have_the_outcome_that_the_rfc_requires(
     checked_relay: RelayProcess, octets: bytes, places: list[int]
 ) -> None:
@@ -414,7 +414,7 @@ STATUSES = {100, 101, 200, 202, 400, 404, 405, 408, 413, 421, 426, 429, 431, 501
     trailing=valid_frames(compressed=False),
     places=split_places,
 )
-@settings(deterministic, max_examples=80)
+@settings(deterministic, max_examples=50)
 async def test_any_octets_before_an_upgrade_have_an_http_response_or_a_clean_end(
     checked_relay: RelayProcess,
     requests: list[bytes],

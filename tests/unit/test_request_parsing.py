@@ -239,7 +239,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=3_000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1_000, deadline=None, derandomize=True, database=None)
 @given(PIECES)
 def test_what_is_accepted_is_read_by_h11_in_the_same_way(pieces: list[bytes]) -> None:
     """The other way round h11 is more lenient: see DIFFERENCES."""
