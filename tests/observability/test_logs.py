@@ -15,11 +15,12 @@ from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import jwt_settings
 from tests.support.issuer import sign_token
-from tests.support.raw_client import BINARY, CLOSE, PATIENCE_S, TEXT, frame, raw_websocket
+from tests.support.raw_client import BINARY, CLOSE, TEXT, frame, raw_websocket
 from tests.support.relay_process import (
     HOST,
     NO_CA,
     PACKAGE,
+    PROGRAM_S,
     ROOT,
     RelayProcess,
     StartRelay,
@@ -246,7 +247,7 @@ def run_program(log_format: str) -> list[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=PROGRAM_S,
         check=False,
     )
     assert done.returncode == 1

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from tests.support.project import PROJECT
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import PACKAGE, ROOT, CommandResult
+from tests.support.relay_process import PACKAGE, PROGRAM_S, ROOT, CommandResult
 from tests.support.shell import user_environment
 
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
@@ -32,7 +32,7 @@ def make(*arguments: str, directory: Path = ROOT) -> CommandResult:
         env=user_environment(),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=PROGRAM_S,
         check=False,
     )
     return CommandResult(done.returncode, done.stdout, done.stderr)

@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from tests.support.helm import CHART, newest_helm
-from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, CommandResult
+from tests.support.relay_process import PROGRAM_S, ROOT, CommandResult
 from tests.support.tools import npm_command, python_tool
 
 GITHUB = ROOT / ".github"
@@ -51,7 +50,7 @@ def run(
         env=os.environ | dict(env or {}),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=PROGRAM_S,
         check=False,
     )
     return CommandResult(done.returncode, done.stdout, done.stderr)

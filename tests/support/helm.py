@@ -26,8 +26,7 @@ import yaml
 
 from tests.support.once import prepare_once
 from tests.support.programs import HELM, KUBECTL, needed
-from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import ROOT, merged
+from tests.support.relay_process import PROGRAM_S, ROOT, merged
 
 CHART = ROOT / "helm" / "websocket-relay"
 CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
@@ -125,7 +124,7 @@ def run_tool(command: Sequence[str], stdin: str = "") -> str:
             env=os.environ | {"HOME": home, "KUBECONFIG": os.devnull} | WITHOUT_GC,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=PROGRAM_S,
             check=False,
         )
     if done.returncode:

@@ -33,6 +33,10 @@ from tests.support.raw_client import PATIENCE_S, RawClient, raw_websocket
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service" / "websocket_relay"
 POLL_S = 0.02
+PROGRAM_S = 50.0
+"""The timeout of a program that only computes: a linter takes three seconds of processor time, and
+much longer on a busy machine."""
+
 HOST = "127.0.0.1"
 NO_CA = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """A context without certificates: httpx2 loads those of the system otherwise, which is slow."""
@@ -110,7 +114,7 @@ def run_python(
         env=environment(env),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=PROGRAM_S,
         check=False,
     )
     return CommandResult(done.returncode, done.stdout, done.stderr)
