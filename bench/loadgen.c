@@ -56,7 +56,7 @@ static struct {
     long listeners, publishers, inflight, size, core, clients, concurrency;
     double rate, warmup, duration, drain, hold;
     char arrivals[8], header[MAX_EXTRA_HEADER];
-    long spin, json, deflate, across, browser, tls, resume, v1, channels;
+    long spin, json, deflate, across, browser, tls, resume, v1, channels, watch;
 } opt = {.listeners = 400, .publishers = 100, .inflight = 1, .size = 128, .core = -1,
          .clients = 5000, .concurrency = 256, .rate = 200, .warmup = 1, .duration = 5,
          .drain = 20, .hold = 3600, .arrivals = "even", .spin = 1, .channels = -1};
@@ -90,6 +90,7 @@ static const struct {
     {"resume", &opt.resume, 0, 0, 1, "1: resume the session of the first client"},
     {"v1", &opt.v1, 0, 0, 2, "1: speak relay.v1; 2: listeners only, publishers are plain"},
     {"channels", &opt.channels, 0, -1, 1000, "v1: subscribe to so many; -1: to one by the path"},
+    {"watch", &opt.watch, 0, 0, 1, "1: v1: with who is in the channel of the path"},
     {"across", &opt.across, 0, 0, 1, "1: latency from the sending itself, to listeners only"},
 };
 enum { OPTIONS = sizeof options / sizeof *options };
@@ -362,6 +363,11 @@ static const char BROWSER[] =
 
 static int speaks_v1(const Conn *c) { return opt.v1 == 1 || (opt.v1 == 2 && c->publisher < 0); }
 
+static const char *path(void) {
+    if (!opt.v1 || opt.channels >= 0) return "/";
+    return opt.watch ? "/channels/" V1_CHANNEL "?presence=true" : "/channels/" V1_CHANNEL;
+}
+
 /* Several servers have equal shares of the clients: the first the first of them, and so on. */
 static long port_of(const Conn *c) {
     long count = 0;
@@ -382,7 +388,7 @@ static void send_request(Conn *c) {
                        "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%ld\r\nUpgrade: websocket\r\n"
                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
                        "Origin: %s://127.0.0.1:%ld\r\nSec-WebSocket-Version: 13\r\n%s%s%s%s\r\n",
-                       opt.v1 && opt.channels < 0 ? "/channels/" V1_CHANNEL : "/", port_of(c), key,
+                       path(), port_of(c), key,
                        opt.tls ? "https" : "http", port_of(c), opt.deflate ? OFFER : "",
                        opt.browser ? BROWSER : "",
                        speaks_v1(c) ? "Sec-WebSocket-Protocol: relay.v1\r\n" : "", opt.header);

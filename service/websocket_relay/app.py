@@ -21,6 +21,7 @@ from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy
 from websocket_relay.api.console import console_router
 from websocket_relay.api.cors import Cors
 from websocket_relay.api.metrics import metrics_router
+from websocket_relay.api.presence import presence_router
 from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import answer_refusals
@@ -30,11 +31,13 @@ from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import upgrade_router, websocket_router
 from websocket_relay.backplane.access import BrokerAccess
 from websocket_relay.backplane.factory import MIN_RETENTION, open_backplane
-from websocket_relay.backplane.interface import Backplane, BackplaneState
+from websocket_relay.backplane.interface import Backplane, BackplaneState, Position
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
 from websocket_relay.channels.keepalive import Keepalive
 from websocket_relay.channels.publications import Publications
+from websocket_relay.cluster.control_log import ControlLog
+from websocket_relay.cluster.lives import Lives
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
@@ -42,6 +45,8 @@ from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.metrics import Metrics
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal, TlsFailure
+from websocket_relay.presence.attendance import PresenceAttendance
+from websocket_relay.presence.presence import Presence
 from websocket_relay.refusals import Refusals
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.context import ConnectionContext
@@ -119,6 +124,7 @@ class Replica:
         lifecycle: the phase of the relay, which `server` moves on.
         shared: the context of all connections on the relay's port.
         backplane: the log.
+        presence: who is in which channel, on all replicas; None: no channel has presence.
         jwks: the signing keys that are fetched; None: none are.
         tracing: the spans of requests; None: no tracing.
     """
@@ -150,6 +156,19 @@ class Replica:
         self.lifecycle = Lifecycle(is_backplane_down=self._is_backplane_down)
         self._history = self._make_history()
         self._broadcaster = self._make_broadcaster()
+        self._control, self._lives = ControlLog(self.backplane), Lives()
+        self._broadcaster.on_control = self._control.on_entry
+        self.presence = self._make_presence() if settings.presence.channels else None
+        self._attendance: PresenceAttendance | None = None
+        if self.presence is not None:
+            self._attendance = PresenceAttendance(
+                self.presence,
+                settings.presence.max_clients,
+                self._broadcaster.notify_watchers,
+            )
+            self._broadcaster.attendance = self._attendance
+            self._broadcaster.gap_listeners.append(self.presence.on_gap)
+            self.backplane.heard = self._on_heartbeat
         self._descriptors = self._make_descriptors()
         self._admission = self._make_admission(tokens)
         self._cors = Cors(CORS_OPTIONS, _cors_origins(settings), self._refusals)
@@ -168,6 +187,9 @@ class Replica:
         yield self._metrics
         yield self._history
         yield self.backplane
+        if self.presence is not None and self._attendance is not None:
+            yield self.presence
+            yield self._attendance
         if self._certificates is not None:
             yield self._certificates
 
@@ -267,6 +289,22 @@ class Replica:
             written=self._metrics.observe_delivery,
         )
 
+    def _make_presence(self) -> Presence:
+        settings = self._settings.presence
+        return Presence(
+            settings.channels,
+            grace_s=settings.grace_s,
+            control=self._control,
+            lives=self._lives,
+            is_alone=self.backplane.is_local,
+            is_up=lambda: self.backplane.state is BackplaneState.UP,
+        )
+
+    def _on_heartbeat(self, position: Position, description: bytes) -> None:
+        facts = _parse_description(description)
+        if isinstance(life := facts.get("life"), str):
+            self._lives.record_sign(life, position, facts)
+
     # Decisions
 
     def _is_backplane_down(self) -> bool:
@@ -338,7 +376,9 @@ class Replica:
             # Not include_router: FastAPI matches the routes of an included router twice.
             app.router.routes += router.routes
         app.add_middleware(self._cors.wrap)
-        websockets = websocket_router(self._admission, self._broadcaster, base_path=base_path)
+        websockets = websocket_router(
+            self._admission, self._broadcaster, base_path=base_path, presence=self._attendance
+        )
 
         def by_kind(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             """Pass handshakes to their routes without the middlewares, which are HTTP's."""
@@ -353,7 +393,10 @@ class Replica:
         max_bytes = settings.limits.max_message_bytes
         yield publish_router(*parts, base_path=base_path, max_bytes=max_bytes)
         silence_s = settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s
-        yield events_router(*parts, base_path=base_path, silence_s=silence_s)
+        yield events_router(
+            *parts, base_path=base_path, silence_s=silence_s, presence=self._attendance
+        )
+        yield presence_router(self._admission, self._attendance, base_path=base_path)
         yield probes_router(self.lifecycle)
         yield browser_client_router(base_path=base_path)
         if settings.console.enabled:
@@ -405,7 +448,12 @@ class Replica:
     def _describe(self) -> bytes:
         """Return the description of this replica, for the stats of the others."""
         clients, messages = len(self.shared.clients), self._counters.messages
-        facts = {"name": self._name[:64], "clients": clients, "messages": messages}
+        facts: dict[str, Any] = {
+            "name": self._name[:64],
+            "clients": clients,
+            "messages": messages,
+            "life": self._lives.own,
+        }
         return json.dumps(facts).encode()
 
 

@@ -12,6 +12,7 @@ class Phase(StrEnum):
 
     STARTING = "starting"
     WAITING_FOR_BACKPLANE = "waiting for the backplane"  # and for the history in it
+    WAITING_FOR_REPLICAS = "waiting for the other replicas"  # to state who is there
     WAITING_FOR_KEYS = "waiting for signing keys"  # for the first fetch of auth.jwt.jwks_url
     READY = "ready"
     DRAINING = "draining"  # load balancers notice; new clients are still accepted
@@ -21,17 +22,24 @@ class Phase(StrEnum):
 NEXT: Mapping[Phase, tuple[Phase, ...]] = {
     Phase.STARTING: (
         Phase.WAITING_FOR_BACKPLANE,
+        Phase.WAITING_FOR_REPLICAS,
         Phase.WAITING_FOR_KEYS,
         Phase.READY,
         Phase.DRAINING,
     ),
-    Phase.WAITING_FOR_BACKPLANE: (Phase.WAITING_FOR_KEYS, Phase.READY, Phase.DRAINING),
+    Phase.WAITING_FOR_BACKPLANE: (
+        Phase.WAITING_FOR_REPLICAS,
+        Phase.WAITING_FOR_KEYS,
+        Phase.READY,
+        Phase.DRAINING,
+    ),
+    Phase.WAITING_FOR_REPLICAS: (Phase.WAITING_FOR_KEYS, Phase.READY, Phase.DRAINING),
     Phase.WAITING_FOR_KEYS: (Phase.READY, Phase.DRAINING),
     Phase.READY: (Phase.DRAINING,),
     Phase.DRAINING: (Phase.REFUSING,),
     Phase.REFUSING: (),
 }
-"""The phases that may follow each phase. Only the two of waiting may be left out."""
+"""The phases that may follow each phase. Only those of waiting may be left out."""
 
 
 class Lifecycle:

@@ -2,8 +2,9 @@
 
 from typing import Protocol
 
-TEXT, BINARY = 1, 2
-"""The kinds of messages. The packets on a broker contain these numbers (see `backplane.codec`)."""
+TEXT, BINARY, CONTROL = 1, 2, 3
+"""The kinds of messages. The packets on a broker contain these numbers (see `backplane.codec`).
+What replicas tell each other is no message, and sent to no client: see `cluster.control_log`."""
 
 Message = tuple[int, bytes]
 """A kind and a payload."""

@@ -127,6 +127,7 @@ class Refusal(Enum):
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
     NO_SUCH_CHANNEL = (HTTPStatus.NOT_FOUND, "no such channel")
+    NO_PRESENCE = (HTTPStatus.NOT_FOUND, "no presence in this channel")  # see presence.channels
     # Commands of relay.v1.
     INVALID_COMMAND = (HTTPStatus.BAD_REQUEST, "invalid command")  # followed by the problem
     CHANNELS_PER_CONNECTION = (HTTPStatus.BAD_REQUEST, "too many channels on this connection")
@@ -173,6 +174,7 @@ class TokenProblem(StrEnum):
     AUDIENCE = "wrong audience"
     UNEXPECTED_AUDIENCE = "unexpected audience"
     ISSUER = "wrong issuer"
+    INFO = "info too large"  # above 1 KiB
     OTHER_USER = "other user"  # a token that replaces one must be of the same user
 
 

@@ -444,9 +444,10 @@ class RelayProcess:
         """Open a TCP connection to the relay's port, without a request."""
         return await RawClient.connect(HOST, self.port, receive_buffer_bytes=receive_buffer_bytes)
 
-    async def get(self, path: str) -> httpx2.Response:
-        """Send a GET request to the port of the relay."""
-        return await _get(self.http_url(path), self.tls_context or NO_CA)
+    async def get(self, path: str, token: str = "") -> httpx2.Response:
+        """Send a GET request to the port of the relay, with a token if one is given."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return await _get(self.http_url(path), self.tls_context or NO_CA, headers)
 
     async def get_metrics(self, path: str = "/metrics") -> httpx2.Response:
         """Send a GET request to the metrics port."""
@@ -564,6 +565,8 @@ def _event_of(line: str) -> dict[str, Any] | None:
     return parsed if is_event else None
 
 
-async def _get(url: str, context: ssl.SSLContext) -> httpx2.Response:
+async def _get(
+    url: str, context: ssl.SSLContext, headers: Mapping[str, str] | None = None
+) -> httpx2.Response:
     async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=PATIENCE_S) as http:
-        return await http.get(url)
+        return await http.get(url, headers=headers)

@@ -1,4 +1,4 @@
-"""Fetch and cache an issuer's public keys (a JWK set, RFC 7517). The only module that uses httpx2.
+"""Fetch and cache an issuer's public keys (a JWK set, RFC 7517).
 
 Cached keys stay in use while the issuer's server is down. An outage affects only tokens that name
 an unknown key. A proxy and the trusted authorities come from the environment. Knows no token and no
@@ -8,16 +8,12 @@ claim.
 import asyncio
 import json
 import logging
-import os
-import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -29,8 +25,14 @@ from websocket_relay.backoff import backoff
 from websocket_relay.cancellation import Deadline, cancel_until_done
 from websocket_relay.config.model import is_web_address
 from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
+from websocket_relay.outgoing_http import (
+    ProxyError,
+    proxy_of,
+    root_cause,
+    transport_to,
+    trusted_authorities,
+)
 from websocket_relay.token_bucket import TokenBucket
-from websocket_relay.trust import accept_home_made_cas
 from websocket_relay.wire.asgi import enter_task
 
 log = logging.getLogger(__name__)
@@ -58,9 +60,6 @@ INITIAL_BACKOFF_S = 1.0
 FETCH_INTERVAL_S."""
 
 SETTING = "auth.jwt.jwks_url"
-CA_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-"""OpenSSL's own; the first has precedence, as in httpx2."""
-
 PARSERS: dict[str, Callable[[Any], object]] = {
     "RSA": RSAAlgorithm.from_jwk,
     "EC": ECAlgorithm.from_jwk,
@@ -104,10 +103,10 @@ class Jwks:
         self._is_reachable = False  # whether the last fetch succeeded
         self._fetch_rate = TokenBucket(1 / FETCH_INTERVAL_S, FETCH_BURST)
         self._fetching: asyncio.Task[None] | None = None
-        self._tls = _trusted_authorities()
+        self._tls = trusted_authorities(SETTING)
         try:
-            _transport(url, self._tls)
-        except FetchError as error:
+            transport_to(url, self._tls)
+        except ProxyError as error:
             raise UnusableSettingError(SETTING, str(error)) from None
 
     async def __aenter__(self) -> Self:
@@ -185,9 +184,9 @@ class Jwks:
                     url = _discovered_url(document, url)
                     document = await self._document(url)
             self._keys = await key_set(document)
-        except (FetchError, TimeoutError) as error:
+        except (FetchError, ProxyError, TimeoutError) as error:
             reason = str(error) or f"timeout after {FETCH_S:g} seconds"
-            if (proxy := _proxy_of(url)) is not None:
+            if (proxy := proxy_of(url)) is not None:
                 reason += f" (through the proxy in {proxy.variable})"
             self._is_reachable = False
             self.fetches["error"] += 1
@@ -210,7 +209,7 @@ class Jwks:
         body = bytearray()
         # Not kept: between two fetches it would idle for minutes. FETCH_S applies to the whole,
         # httpx2's timeouts to each step.
-        transport = _transport(url, self._tls)
+        transport = transport_to(url, self._tls)
         try:
             async with (
                 httpx2.AsyncClient(transport=transport, timeout=None) as http,
@@ -222,7 +221,7 @@ class Jwks:
                     if len(body) > MAX_BYTES:
                         raise FetchError(f"more than {MAX_BYTES} bytes")
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-            raise FetchError(_root_cause(error)) from None
+            raise FetchError(root_cause(error)) from None
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
@@ -230,65 +229,6 @@ class Jwks:
         if not isinstance(document, dict):
             raise FetchError("not a JWK set")
         return document
-
-
-@dataclass(frozen=True, slots=True)
-class Proxy:
-    """A proxy, and the environment variable that names it."""
-
-    variable: str
-    url: str
-
-
-def _proxy_of(url: str) -> Proxy | None:
-    """Return the proxy for a URL by http_proxy, https_proxy, all_proxy and no_proxy."""
-    parts = urlsplit(url)
-    if proxy_bypass(parts.netloc):
-        return None
-    proxies = getproxies()
-    scheme = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
-    if scheme is None:
-        return None
-    # Lower case first, as in getproxies.
-    names = (name for name in sorted(os.environ, reverse=True) if name.lower() == f"{scheme}_proxy")
-    address = proxies[scheme]
-    address = address if "://" in address else f"http://{address}"
-    return Proxy(next(names, "the settings of this system"), address)
-
-
-def _trusted_authorities() -> ssl.SSLContext:
-    """Return the authorities of the system, or those that a variable of OpenSSL names.
-
-    Raises:
-        UnusableSettingError: the variable names no file or directory with certificates.
-    """
-    variable = next((name for name in CA_VARIABLES if os.environ.get(name)), None)
-    try:
-        if variable is not None:
-            Path(os.environ[variable]).stat()  # OpenSSL ignores a missing directory
-        return accept_home_made_cas(httpx2.create_ssl_context())
-    except OSError as error:  # ssl.SSLError is one
-        source = f"{variable}={os.environ[variable]}" if variable else "this system's authorities"
-        reason = "no certificates in PEM" if isinstance(error, ssl.SSLError) else error.strerror
-        raise UnusableSettingError(SETTING, f"{source}: {reason}") from None
-
-
-def _transport(url: str, tls: ssl.SSLContext) -> httpx2.AsyncHTTPTransport:
-    """Return the way to a URL, directly or through its proxy.
-
-    Raises:
-        FetchError: the proxy can't be used. Its URL may contain a password, so it is not shown.
-    """
-    proxy = _proxy_of(url)
-    try:
-        return httpx2.AsyncHTTPTransport(verify=tls, proxy=proxy.url if proxy else None)
-    except (ImportError, ValueError, httpx2.InvalidURL):
-        assert proxy is not None
-        parts = urlsplit(url)
-        raise FetchError(
-            f"{proxy.variable} is no HTTP proxy like http://proxy.example:3128, and SOCKS is not"
-            f" supported; set {parts.scheme}_proxy to one, or no_proxy to {parts.hostname}"
-        ) from None
 
 
 def _check_head(response: httpx2.Response) -> None:
@@ -307,19 +247,6 @@ def _discovered_url(document: dict[str, Any], url: str) -> str:
     if (urlsplit(url).scheme, urlsplit(found).scheme) == ("https", "http"):
         raise FetchError("its jwks_uri is not https")
     return found
-
-
-def _root_cause(error: BaseException) -> str:
-    """Return the message of the innermost cause that has one, such as "Connection refused"."""
-    message = type(error).__name__
-    cause: BaseException | None = error
-    while cause is not None:
-        message = getattr(cause, "strerror", None) or str(cause) or message
-        if isinstance(cause, BaseExceptionGroup):  # one attempt for each address of the name
-            cause = cause.exceptions[0]
-        else:
-            cause = cause.__cause__ or cause.__context__
-    return message
 
 
 async def key_set(document: dict[str, Any]) -> tuple[NamedKey, ...]:

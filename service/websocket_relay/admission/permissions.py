@@ -7,8 +7,14 @@ as `relay:subscribe:news`: identity providers differ in the types that a claim m
 import json
 from typing import Any, NamedTuple
 
+from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
+from websocket_relay.patterns import matches_any
+
 CLAIM = "relay"
 SCOPE_PREFIX = "relay:"
+
+MAX_INFO_BYTES = 1024
+"""Of `info`, as compact JSON: it is sent to all who watch a channel with its holder in it."""
 
 
 class Permissions(NamedTuple):
@@ -21,6 +27,8 @@ class Permissions(NamedTuple):
         expires_at: seconds since 1970; None: never.
         stats: whether the holder may read the relay's stats.
         user: the holder, by the claim `sub`; empty: the token names none.
+        info: what others are shown of the holder, any JSON value; None: nothing.
+        admin: whether the holder may use the server API.
     """
 
     subscribe: tuple[str, ...]
@@ -28,6 +36,8 @@ class Permissions(NamedTuple):
     expires_at: float | None
     stats: bool = False
     user: str = ""
+    info: Any = None
+    admin: bool = False
 
     @classmethod
     def of(
@@ -37,6 +47,9 @@ class Permissions(NamedTuple):
 
         Args:
             path: as for `find_claim`.
+
+        Raises:
+            RefusedError: the holder's info is too large.
         """
         claim = _parsed(find_claim(claims, path))
         subject = claims.get("sub")
@@ -44,7 +57,12 @@ class Permissions(NamedTuple):
         if not isinstance(claim, dict):
             return cls((), (), expires_at, user=user)
         subscribe, publish = _patterns(claim.get("subscribe")), _patterns(claim.get("publish"))
-        return cls(subscribe, publish, expires_at, claim.get("stats") is True, user)
+        is_admin = claim.get("admin") is True
+        stats = claim.get("stats") is True or is_admin
+        info = claim.get("info")
+        if not is_info(info):
+            raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.INFO)
+        return cls(subscribe, publish, expires_at, stats, user, info, is_admin)
 
     @property
     def is_empty(self) -> bool:
@@ -53,11 +71,19 @@ class Permissions(NamedTuple):
 
     def may_subscribe(self, channel: str) -> bool:
         """Return whether the holder may subscribe to the channel."""
-        return any(_matches(pattern, channel) for pattern in self.subscribe)
+        return matches_any(self.subscribe, channel)
 
     def may_publish(self, channel: str) -> bool:
         """Return whether the holder may publish to the channel."""
-        return any(_matches(pattern, channel) for pattern in self.publish)
+        return matches_any(self.publish, channel)
+
+
+def is_info(value: object) -> bool:
+    """Return whether others may be shown a value: it is JSON, and not too large."""
+    try:
+        return len(json.dumps(value, separators=(",", ":")).encode()) <= MAX_INFO_BYTES
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def find_claim(claims: object, path: str) -> object:
@@ -100,6 +126,7 @@ def _of_scopes(scopes: list[Any]) -> dict[str, Any]:
         "subscribe": channels("subscribe"),
         "publish": channels("publish"),
         "stats": f"{SCOPE_PREFIX}stats" in words,
+        "admin": f"{SCOPE_PREFIX}admin" in words,
     }
 
 
@@ -107,9 +134,3 @@ def _patterns(claim: object) -> tuple[str, ...]:
     if not isinstance(claim, list):
         return ()
     return tuple(pattern for pattern in claim if isinstance(pattern, str))
-
-
-def _matches(pattern: str, channel: str) -> bool:
-    if pattern.endswith("*"):
-        return channel.startswith(pattern[:-1])
-    return channel == pattern

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.ip_counter import IpCounter, network_key
@@ -196,6 +196,17 @@ class AdmissionPolicy:
         self._check_availability()
         return user
 
+    async def admit_reader(self, request: AdmissionRequest) -> None:
+        """Admit a reader of who is in channels, who needs the permission to subscribe to them.
+
+        Raises:
+            RefusedError: a check failed.
+        """
+        self._check_origin(request)
+        if self._tokens is not None:
+            _remaining_s(await self._authorize_subscriber(request))
+        self._check_availability()
+
     async def admit_viewer(self, request: AdmissionRequest) -> None:
         """Admit a reader of the relay's stats.
 
@@ -311,6 +322,11 @@ class ConnectionAccess:
     def user(self) -> str:
         """The user of the client's token; empty: there is none."""
         return self._permissions.user if self._permissions is not None else ""
+
+    @property
+    def info(self) -> Any:
+        """What others are shown of the client, any JSON value; None: nothing."""
+        return self._permissions.info if self._permissions is not None else None
 
     def check_subscribe(self, channel: str) -> None:
         """Check that the client may subscribe to a channel now."""

@@ -102,17 +102,17 @@ def replay_request_of(query: bytes, *, last_event_id: str = "") -> ReplayRequest
     return ReplayRequest(since, last)
 
 
-def wants_echo(query: bytes) -> bool:
-    """Return whether a client is sent its own messages.
+def flag_of(query: bytes, name: str, *, default: bool) -> bool:
+    """Return a parameter that is true or false.
 
     Raises:
-        RefusedError: the parameter is invalid.
+        RefusedError: it is neither.
     """
-    if b"echo=" not in query:
-        return True
-    values = _parameters(query).get("echo", ["true"])
+    if f"{name}=".encode() not in query:
+        return default
+    values = _parameters(query).get(name, [str(default).lower()])
     if values not in (["true"], ["false"]):
-        raise RefusedError(Refusal.INVALID_QUERY, "echo must be true or false")
+        raise RefusedError(Refusal.INVALID_QUERY, f"{name} must be true or false")
     return values == ["true"]
 
 

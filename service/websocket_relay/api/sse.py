@@ -4,12 +4,14 @@ Knows no message: after the handover the event stream belongs to wire.sse.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from websocket_relay.admission.policy import AdmissionPolicy, Grant
+from websocket_relay.api.identities import identity_of
 from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
@@ -18,14 +20,20 @@ from websocket_relay.api.requests import (
     admission_request_of,
     channel_of,
     channels_of_query,
+    flag_of,
     replay_request_of,
 )
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.channels.broadcaster import Broadcaster
+from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.recovery import ReplayRequest
+from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.presence.attendance import PresenceAttendance
+from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat, Layout
 from websocket_relay.wire.event_stream import StreamNotices, open_event_stream
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
+from websocket_relay.wire.sse import encode_event
 
 HEAD = {
     "Cache-Control": "no-store, no-transform",  # a proxy that compresses would buffer events
@@ -66,16 +74,30 @@ PARAMETERS = [
         "description": "like `since`, and overrides it",
         "schema": {"type": "string"},
     },
+    {
+        "name": "presence",
+        "in": "query",
+        "description": "`true`: who is in the channel, then events `joined` and `left`",
+        "schema": {"type": "boolean"},
+    },
     TOKEN_PARAMETER,
 ]
 
 
 class Subscription(NamedTuple):
-    """The channels of an event stream, what its client may do, and what is replayed to it first."""
+    """The channels of an event stream, and what its client may do and gets.
+
+    Attributes:
+        channels: names.
+        grant: what the client may do.
+        replay: what is replayed to it first.
+        watched: the channels of which it is told who joins and leaves.
+    """
 
     channels: Sequence[str]
     grant: Grant
     replay: ReplayRequest
+    watched: Sequence[str]
 
 
 class EventsResponse(Response):
@@ -88,6 +110,7 @@ class EventsResponse(Response):
         admission: enforces the grant.
         broadcaster: owns the channels.
         silence_s: see `open_event_stream`.
+        presence: of clients in channels; None: there is none.
     """
 
     media_type = "text/event-stream"
@@ -98,6 +121,7 @@ class EventsResponse(Response):
         admission: AdmissionPolicy,
         broadcaster: Broadcaster,
         silence_s: float,
+        presence: PresenceAttendance | None,
     ) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
@@ -105,6 +129,7 @@ class EventsResponse(Response):
         self._admission = admission
         self._broadcaster = broadcaster
         self._silence_s = silence_s
+        self._presence = presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head and hand the connection over."""
@@ -121,16 +146,30 @@ class EventsResponse(Response):
             await send({"type": "http.response.body"})
         elif (transport := connection.detach_transport()) is not None:
             broadcaster = self._broadcaster
-            names, grant, replay = self._subscription
+            names, grant, replay, watched = self._subscription
             delivery_format = NAMED_EVENTS if len(names) > 1 else EVENTS
             client = open_event_stream(
                 transport, broadcaster.shared, delivery_format, self._silence_s
             )
             self._admission.enforce_grant(client, grant, may_publish=False)
             channel = broadcaster.combined_channel(names)
-            notices = StreamNotices(client)
+            who_is_here = None
+            if self._presence is not None:
+                access = self._admission.access_of(grant)
+                client.identity = identity_of(access)
+                if watched:
+                    who_is_here = partial(self._watch, channel, client, watched)
+            notices = StreamNotices(client, who_is_here)
             broadcaster.subscribe(channel, client, delivery_format, replay, notices)
             client.attach_sink(channel)
+
+    def _watch(self, channel: Channel, client: Connection, names: Sequence[str]) -> None:
+        """Send who is in some channels, and from now on who joins and leaves."""
+        assert self._presence is not None
+        channel.add_watcher(client, client.delivery_format)
+        for name in names:
+            fields = {"type": "presence", "channel": name, **self._presence.who_is_here(name)}
+            client.write_control(encode_event("presence", fields))
 
 
 def events_router(
@@ -139,6 +178,7 @@ def events_router(
     *,
     base_path: str,
     silence_s: float,
+    presence: PresenceAttendance | None,
 ) -> APIRouter:
     """Return the routes of `/events` and `/channels/{channel}/events`.
 
@@ -147,7 +187,17 @@ def events_router(
         broadcaster: owns the channels.
         base_path: the prefix of both paths.
         silence_s: see `open_event_stream`.
+        presence: of clients in channels; None: there is none.
     """
+
+    def watched_of(query: bytes, channels: Sequence[str]) -> Sequence[str]:
+        """Return the channels of which a client is told who joins and leaves."""
+        if not flag_of(query, "presence", default=False):
+            return ()
+        watched = presence.covered(channels) if presence is not None else ()
+        if not watched:
+            raise RefusedError(Refusal.NO_PRESENCE)
+        return watched
 
     async def listen(request: Request) -> Response:
         last_event_id = request.headers.get("last-event-id", "")
@@ -158,12 +208,13 @@ def events_router(
             channels: Sequence[str] = (channel_of(request),)
         else:
             channels = channels_of_query(query, broadcaster.shared.max_channels_per_connection)
+        watched = watched_of(query, channels)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain()
         grant = await admission.admit(admission_request_of(request, channels))
 
-        subscription = Subscription(channels, grant, replay)
-        return EventsResponse(subscription, admission, broadcaster, silence_s)
+        subscription = Subscription(channels, grant, replay, watched)
+        return EventsResponse(subscription, admission, broadcaster, silence_s, presence)
 
     router = APIRouter()
     for path, parameters in (("", [CHANNELS_PARAMETER]), (CHANNEL_PATH, [CHANNEL_PARAMETER])):

@@ -7,22 +7,25 @@ from fastapi.responses import PlainTextResponse
 
 from websocket_relay.admission.credentials import select_subprotocol
 from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.api.identities import identity_of
+from websocket_relay.api.presence import require_presence
 from websocket_relay.api.refusals import no_such_path, response_to
 from websocket_relay.api.requests import (
     CHANNEL_PATH,
     DEFAULT_PATH,
     admission_request_of,
     channel_of,
+    flag_of,
     replay_request_of,
     session_of,
     session_request_of,
-    wants_echo,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.echoless import EcholessClient
 from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.channels.relay_v1 import RelayV1Connection
 from websocket_relay.outcomes import RefusedError
+from websocket_relay.presence.attendance import PresenceAttendance
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.handshake import HANDSHAKE_KEY, WEBSOCKET_CONNECTION_KEY
@@ -37,6 +40,7 @@ def websocket_router(
     broadcaster: Broadcaster,
     *,
     base_path: str,
+    presence: PresenceAttendance | None,
 ) -> APIRouter:
     """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
 
@@ -48,9 +52,8 @@ def websocket_router(
         admission: decides who may subscribe.
         broadcaster: owns the channels.
         base_path: the prefix of both paths.
+        presence: of clients in channels; None: there is none.
     """
-
-    shared = broadcaster.shared
 
     async def subscribe(websocket: WebSocket) -> None:
         scope = websocket.scope
@@ -60,8 +63,11 @@ def websocket_router(
         try:
             channel = channel_of(websocket)
             subscribes = not is_relay_v1 or "channel" in websocket.path_params
-            replay, echoes = replay_request_of(query), wants_echo(query)
+            replay, echoes = replay_request_of(query), flag_of(query, "echo", default=True)
             session = session_request_of(query if is_relay_v1 else b"")
+            watches = is_relay_v1 and flag_of(query, "presence", default=False)
+            if watches:
+                require_presence(presence, channel)
             channels = (channel,) if subscribes else ()
             grant = await admission.admit(admission_request_of(websocket, channels))
             access = admission.access_of(grant)
@@ -75,13 +81,15 @@ def websocket_router(
         client: Connection = scope[WEBSOCKET_CONNECTION_KEY]
         if not is_relay_v1:
             admission.enforce_grant(client, grant, may_publish=grant.may_publish(channel))
+            client.identity = identity_of(access) if presence is not None else None
             _subscribe_plain(client, channel, replay, echoes=echoes)
             return
         admission.enforce_grant(client, grant, may_publish=True)
-        sink = RelayV1Connection(client, broadcaster, access, shared.max_channels_per_connection)
+        sink = RelayV1Connection(client, broadcaster, access, presence)
         sink.open_session(name, session.seen)
+        client.identity = identity_of(access, sink.client_id) if presence is not None else None
         for each in channels:
-            sink.subscribe(each, PATH_COMMAND_ID, replay, echoes=echoes)
+            sink.subscribe(each, PATH_COMMAND_ID, replay, echoes=echoes, watches=watches)
         client.attach_sink(sink)
 
     def _subscribe_plain(

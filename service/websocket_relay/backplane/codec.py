@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from websocket_relay.backplane.interface import SOURCE_BYTES, Identities, Position, Source
-from websocket_relay.messages import BINARY, TEXT
+from websocket_relay.messages import BINARY, CONTROL, TEXT
 from websocket_relay.outcomes import RelayError
 
 PACKET = 1
@@ -54,7 +54,7 @@ MAX_PRODUCERS = 10_000
 MAX_CHANNELS = 65_536
 MAX_HEARTBEAT_BYTES = 1024
 
-KINDS = bytes((TEXT, BINARY))
+KINDS = bytes((TEXT, BINARY, CONTROL))
 
 MAX_PARTIAL_PACKETS = 16
 """Bound on the memory of partial packets, in packets of the largest size."""

@@ -150,6 +150,9 @@ None where no entry has one."""
 AppendMessages = Callable[[str, Sequence[Message], int, Publisher, Identity | None], None]
 """See `Backplane.append`."""
 
+OnHeartbeat = Callable[[Position, bytes], None]
+"""Receives the description of a replica, and the position in the log at which it was alive."""
+
 OnGap = Callable[[Position], None]
 """Receives the position from which on the log is complete again. Messages before that position that
 were not delivered may have existed. So it is called at the start, too."""
@@ -176,6 +179,7 @@ class Backplane(Protocol):
         up: set while `state` is UP.
         is_local: whether entries are delivered within `append`.
         relays_locally: whether messages are relayed on this replica alone during an outage.
+        heard: called with each heartbeat of a replica that is read. A local log has none.
     """
 
     counters: BackplaneCounters
@@ -183,6 +187,7 @@ class Backplane(Protocol):
     up: asyncio.Event
     is_local: bool
     relays_locally: bool
+    heard: OnHeartbeat
 
     @property
     def state(self) -> BackplaneState:

@@ -12,6 +12,7 @@ from websocket_relay.backplane.interface import (
     Identity,
     OnEntries,
     OnGap,
+    OnHeartbeat,
     Position,
     new_entry,
     new_position,
@@ -33,6 +34,7 @@ class MemoryBackplane:
         self.started, self.up = asyncio.Event(), asyncio.Event()
         self.started.set()
         self.up.set()
+        self.heard: OnHeartbeat = lambda _position, _description: None
         # Milliseconds since 1970: greater than the epoch of any earlier process.
         self._epoch = time.time_ns() // 1_000_000
         self._offset = 0

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from websocket_relay.backplane.codec import PRODUCER_EPOCHS
 from websocket_relay.backplane.confirmations import Confirmations, OnPosition
 from websocket_relay.backplane.consumer import Consumer
-from websocket_relay.backplane.heartbeat import Heartbeats
-from websocket_relay.backplane.interface import BackplaneState, Position
+from websocket_relay.backplane.heartbeat import TIMESTAMP, Heartbeats
+from websocket_relay.backplane.interface import BackplaneState, OnHeartbeat, Position
 from websocket_relay.backplane.outage import OutageMonitor, ResponsiveClock
 from websocket_relay.backplane.producer import MAX_PACKET_BYTES, PendingBytes, Producer
 from websocket_relay.backplane.stream import Retries, Stream
@@ -41,6 +41,7 @@ class ReplicatedBackplane:
 
     Attributes:
         stream, producer, consumer, outages: the parts.
+        heard: see `interface.Backplane`.
     """
 
     is_local = False
@@ -101,6 +102,7 @@ class ReplicatedBackplane:
         self.resume_reading = self.consumer.resume_reading
         self.replicas = self._heartbeats.replicas
         self.started, self.up = self.outages.started, self.outages.up
+        self.heard: OnHeartbeat = lambda _position, _description: None
 
     @property
     def state(self) -> BackplaneState:
@@ -158,6 +160,7 @@ class ReplicatedBackplane:
     def _on_heartbeat(self, producer: int, heartbeat: bytes) -> None:
         """Record a heartbeat that was read."""
         self._heartbeats.record_heartbeat(producer // PRODUCER_EPOCHS, heartbeat)
+        self.heard(self.consumer.position, heartbeat[TIMESTAMP.size :])
         if producer == self.producer.producer_id:
             self._heartbeats.record_own_heartbeat(heartbeat)
             self.outages.on_heartbeat_read()

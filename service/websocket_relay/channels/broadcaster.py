@@ -20,7 +20,7 @@ from websocket_relay.channels.channel import Channel
 from websocket_relay.channels.history import History
 from websocket_relay.channels.publications import Decision, Publications, Verdict, content_digest
 from websocket_relay.channels.recovery import Recovery, ReplayListener, ReplayRequest
-from websocket_relay.messages import Message, Publisher
+from websocket_relay.messages import CONTROL, Message, Publisher
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.context import ConnectionContext
@@ -54,6 +54,10 @@ class Broadcaster:
         history: the recent messages for clients that resume or request history.
         publications: the identified publishes in the log.
         written: called for each batch with the seconds from its first message to its last write.
+
+    Attributes:
+        attendance: of clients in channels; None: nobody asks.
+        on_control: receives the entries that replicas write for each other.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class Broadcaster:
         self.publications = publications
         self._publishers: dict[bytes, LocalPublisher] = {}  # by source
         self._combined: dict[str, list[Channel]] = {}  # by the name of each of their channels
+        self.attendance: Attendance | None = None
+        self.on_control: Callable[[LogEntry], None] = lambda _: None
+        self.gap_listeners: list[Callable[[], None]] = []
         backplane.consume(self._deliver, self._on_gap)
 
     def metrics(self) -> dict[str, int]:
@@ -156,6 +163,8 @@ class Broadcaster:
             replay_request: messages to send before the client joins; None: none.
             listener: notifies the client; None: it is sent no notices.
         """
+        if self.attendance is not None:
+            self.attendance.on_subscribed(channel.names, client)
         if replay_request is None:
             channel.add_member(client, delivery_format)
             return
@@ -284,6 +293,18 @@ class Broadcaster:
                     del self._combined[name]
                 self._on_combined_changed(name)
 
+    def on_left(self, channel: Channel, client: Connection) -> None:
+        """Record that a client has left a channel."""
+        if self.attendance is not None:
+            self.attendance.on_unsubscribed(channel.names, client)
+
+    def notify_watchers(self, name: str, fields: Mapping[str, object]) -> None:
+        """Tell the clients here that watch a channel who has joined or left it."""
+        if (channel := self._channels.get(name)) is not None:
+            channel.notify_watchers(fields)
+        for combined in self._combined.get(name, ()):
+            combined.notify_watchers(fields)
+
     def count_subscribers(self, names: Sequence[str]) -> int:
         """Return how many clients here may be sent the messages of some channels."""
         channels = {self._channels[name] for name in names if name in self._channels}
@@ -301,12 +322,17 @@ class Broadcaster:
         self.publications.record_gap(position)
         for channel in list(self._channels.values()):
             channel.send_gap(position)
+        for listener in self.gap_listeners:
+            listener()
 
     def _deliver(self, entries: Sequence[LogEntry], identities: Identities | None) -> None:
         publishers: Mapping[Position, Connection] = NO_PUBLISHERS
         if identities is not None:
             entries, publishers = self._without_repeats(entries, identities)
         for entry in entries:
+            if entry[2] == CONTROL:
+                self.on_control(entry)
+                continue
             self._history.add(entry)
             channel = self._channels.get(entry.channel)
             if channel is not None:
@@ -355,6 +381,16 @@ class Broadcaster:
 def _key_of(names: Sequence[str]) -> str:
     """Return the name of the channel that has the messages of these: no name has a comma."""
     return ",".join(names)
+
+
+class Attendance(Protocol):
+    """Records who is subscribed to which channels."""
+
+    def on_subscribed(self, names: Sequence[str], client: Connection) -> None:
+        """Record that a client subscribes to channels."""
+
+    def on_unsubscribed(self, names: Sequence[str], client: Connection) -> None:
+        """Record that a client has left channels, or its connection ends."""
 
 
 class LocalPublisher(Protocol):

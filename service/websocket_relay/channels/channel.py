@@ -10,13 +10,14 @@ Knows no broker, no history and no protocol.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from websocket_relay.backplane.interface import Backplane, Identity, LogEntry, Position
 from websocket_relay.channels.batch import Batch, Recipients
+from websocket_relay.channels.notices import Notices, Watchers
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
@@ -68,6 +69,9 @@ class ChannelHost(Protocol):
     def remove_channel(self, channel: "Channel") -> None:
         """Remove a channel that has no members."""
 
+    def on_left(self, channel: "Channel", client: Connection) -> None:
+        """Record that a client has left a channel."""
+
     def count_subscribers(self, names: Sequence[str]) -> int:
         """Return how many clients here may be sent the messages of some channels."""
 
@@ -110,7 +114,10 @@ class Channel:
         self._recoveries: dict[Connection, Recovery] = {}  # of clients that are not members yet
         self._recipients: Recipients | None = None  # snapshot of the members; None: outdated
         self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
-        self._queue: deque[Batch | Callable[[], None]] = deque()
+        self._queue: deque[Batch | Notices | Callable[[], None]] = deque()
+        self._watching: dict[Connection, DeliveryFormat] = {}  # members that are told who is here
+        self._watchers: Watchers | None = None  # snapshot of these; None: outdated
+        self._open_notices: Notices | None = None  # accepts notices; the last ones in the queue
         # Members with a full socket: drained bytes at the last check, and time of the last change.
         self._slow_members: dict[Connection, tuple[int, float]] = {}
         # Members that delayed a batch: the time at which DELAY_SHARE has made up for the delay.
@@ -150,8 +157,11 @@ class Channel:
             self._on_members_changed()
         for mark in self.publish_limits:
             mark.resume_publisher(client.protocol)
+        if self._watching.pop(client, None) is not None:
+            self._watchers = self._open_notices = None
         self._slow_members.pop(client, None)
         self._delay_repaid_at.pop(client, None)
+        self._host.on_left(self, client)
         if not self._members and not self._recoveries:
             self._host.remove_channel(self)
 
@@ -198,8 +208,36 @@ class Channel:
         if not self._queue:
             callback()
             return
-        self._open_batch = None
+        self._open_batch = self._open_notices = None
         self._queue.append(callback)
+
+    # Who is here
+
+    def add_watcher(self, client: Connection, delivery_format: DeliveryFormat) -> None:
+        """Tell a member from now on who joins and leaves."""
+        self._watching[client] = delivery_format
+        self._watchers = self._open_notices = None
+
+    def notify_watchers(self, fields: Mapping[str, object]) -> None:
+        """Write a notice to the members that watch, behind what was published before it."""
+        if not self._watching:
+            return
+        notices = self._open_notices or self._start_notices()
+        self._adjust_pending(notices.add(fields))
+        if notices.memory_bytes >= self._batch_limit_bytes:
+            self._open_notices = None
+
+    def _start_notices(self) -> Notices:
+        if self._watchers is None:
+            self._watchers = {}
+            for client, delivery_format in self._watching.items():
+                self._watchers.setdefault(delivery_format, []).append(client)
+        self._open_batch = None
+        self._open_notices = notices = Notices(self._watchers)
+        if not self._queue:
+            self._host.schedule(self._fan_out())
+        self._queue.append(notices)
+        return notices
 
     # Fan-out
 
@@ -244,6 +282,7 @@ class Channel:
         if not recipients.batches:
             self._adjust_pending(recipients.memory_bytes)
         recipients.batches += 1
+        self._open_notices = None
         self._open_batch = batch = Batch(recipients, perf_counter())
         if not self._queue:
             self._host.schedule(self._fan_out())
@@ -254,7 +293,14 @@ class Channel:
         """Write the batches of the queue, one step of writes at a time, until it is empty."""
         while self._queue:
             batch = self._queue[0]
-            if not isinstance(batch, Batch):
+            if isinstance(batch, Notices):
+                if self._open_notices is batch:
+                    self._open_notices = None
+                for clients, encoded in batch.groups():
+                    yield from self._write_in_steps(clients, encoded, 0)
+                self._queue.popleft()
+                self._adjust_pending(-batch.memory_bytes)
+            elif not isinstance(batch, Batch):
                 batch()
                 self._queue.popleft()
             elif self._slow_members and self._must_delay(batch):
@@ -282,12 +328,18 @@ class Channel:
                 self._adjust_pending(len(part))
                 parts.append(part)
             encoded = parts[0] if len(parts) == 1 else b"".join(parts)
-            step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
-            for start in range(0, len(clients), step):
-                if start:
-                    yield
-                self._shared.write(clients[start : start + step], encoded, len(entries))
+            yield from self._write_in_steps(clients, encoded, len(entries))
             self._adjust_pending(-len(encoded))
+
+    def _write_in_steps(
+        self, clients: list[Connection], encoded: bytes, messages: int
+    ) -> Iterator[None]:
+        """Write the same bytes to some clients, one step of writes at a time."""
+        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
+        for start in range(0, len(clients), step):
+            if start:
+                yield
+            self._shared.write(clients[start : start + step], encoded, messages)
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)

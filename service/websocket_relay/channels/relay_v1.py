@@ -7,7 +7,6 @@ Knows no HTTP, no broker and no token.
 """
 
 import asyncio
-import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from websocket_relay.channels.publications import (
     Verdict,
 )
 from websocket_relay.channels.recovery import ReplayRequest
+from websocket_relay.identity import client_id_of
 from websocket_relay.messages import Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
 from websocket_relay.wire.asgi import start_now
@@ -33,8 +33,6 @@ from websocket_relay.wire.delivery_format import DeliveryFormat
 from websocket_relay.wire.flow_control import HighWaterMark
 from websocket_relay.wire.frames import ProtocolViolationError
 from websocket_relay.wire.relay_v1 import Command, encode_notice, encode_published, parse_command
-
-CLIENT_ID_BYTES = 9
 
 MAX_HISTORY = 10**9 - 1
 """As in a query: nine digits."""
@@ -64,6 +62,16 @@ class ChannelAccess(Protocol):
         """Replace the token; return the seconds until it expires, None: never."""
 
 
+class WhoIsHere(Protocol):
+    """The presence in channels."""
+
+    def check(self, channel: str) -> None:
+        """Check that a channel has presence; raise a RefusedError if it has none."""
+
+    def who_is_here(self, channel: str) -> Mapping[str, object]:
+        """Return who is in a channel, as it is sent to a client."""
+
+
 class Subscription(NamedTuple):
     """A subscription of a connection."""
 
@@ -90,11 +98,13 @@ class ReplayNotices(NamedTuple):
         connection: that subscribes.
         channel: the name of the channel.
         command_id: of the command.
+        watches: whether the client is told from then on who joins and leaves.
     """
 
     connection: "RelayV1Connection"
     channel: str
     command_id: int
+    watches: bool
 
     def on_replay_started(self, position: Position, *, is_recovered: bool) -> None:
         """Answer the command."""
@@ -109,6 +119,8 @@ class ReplayNotices(NamedTuple):
     def on_replay_finished(self, position: Position) -> None:
         """Report that the replay is complete."""
         self.connection.send_notice("live", channel=self.channel, position=str(position))
+        if self.watches:
+            self.connection.watch(self.channel, self.command_id)
 
     def is_own(self, position: Position) -> bool:
         """Return whether the session is known to have published the message at a position."""
@@ -122,7 +134,7 @@ class RelayV1Connection(LocalPublisher):
         connection: the connection.
         broadcaster: owns the channels.
         access: what the client may do.
-        max_channels: subscriptions at most.
+        presence: in channels; None: there is none.
     """
 
     __slots__ = (
@@ -134,7 +146,7 @@ class RelayV1Connection(LocalPublisher):
         "_last_number",
         "_leaving",
         "_marks",
-        "_max_channels",
+        "_presence",
         "_record",
         "_renewal",
         "_source",
@@ -148,12 +160,12 @@ class RelayV1Connection(LocalPublisher):
         connection: Connection,
         broadcaster: Broadcaster,
         access: ChannelAccess,
-        max_channels: int,
+        presence: WhoIsHere | None,
     ) -> None:
         self.connection = connection
         self._broadcaster = broadcaster
         self._access = access
-        self._max_channels = max_channels
+        self._presence = presence
         self._subscriptions: dict[str, Subscription] = {}
         # By channel that is left, until what it had queued is written: the commands for it since.
         self._leaving: dict[str, list[DeferredCommand]] | None = None
@@ -196,13 +208,18 @@ class RelayV1Connection(LocalPublisher):
             previous.connection.close(Close.SESSION_RESUMED)
         fields = {
             "type": "welcome",
-            "client": secrets.token_urlsafe(CLIENT_ID_BYTES),
+            "client": self.client_id,
             "session": name.text,
             "resumed": is_resumed,
             "position": str(broadcaster.backplane.position),
             "heartbeat_ms": round(broadcaster.shared.ping_interval_s * 1000),
         }
         self.connection.write_control(encode_notice(fields))
+
+    @property
+    def client_id(self) -> str:
+        """The id of the session's client."""
+        return client_id_of(self._source.key)
 
     # MessageSink of the connection
 
@@ -387,15 +404,20 @@ class RelayV1Connection(LocalPublisher):
 
     def _subscribe(self, command: Command) -> None:
         name = _channel_of(command)
-        echo = command.fields.get("echo", True)
-        if type(echo) is not bool:
-            raise RefusedError(Refusal.INVALID_COMMAND, "echo must be true or false")
+        echo = _flag_of(command, "echo", default=True)
         request = _replay_request_of(command)
-        run = partial(self.subscribe, name, command.id, request, echoes=echo)
+        watches = _flag_of(command, "presence", default=False)
+        run = partial(self.subscribe, name, command.id, request, echoes=echo, watches=watches)
         self._run_when_left(name, DeferredCommand(command.id, run))
 
     def subscribe(
-        self, name: str, command_id: int, request: ReplayRequest, *, echoes: bool
+        self,
+        name: str,
+        command_id: int,
+        request: ReplayRequest,
+        *,
+        echoes: bool,
+        watches: bool = False,
     ) -> None:
         """Subscribe to a channel.
 
@@ -404,6 +426,7 @@ class RelayV1Connection(LocalPublisher):
             command_id: of the command to answer.
             request: what to replay first.
             echoes: whether the client is sent its own messages.
+            watches: whether it is told who joins and leaves.
 
         Raises:
             RefusedError: the client may not, or a limit is reached.
@@ -411,15 +434,45 @@ class RelayV1Connection(LocalPublisher):
         broadcaster, connection = self._broadcaster, self.connection
         if name in self._subscriptions:
             raise RefusedError(Refusal.ALREADY_SUBSCRIBED)
-        if len(self._subscriptions) >= self._max_channels:
+        if len(self._subscriptions) >= broadcaster.shared.max_channels_per_connection:
             raise RefusedError(Refusal.CHANNELS_PER_CONNECTION)
         self._access.check_subscribe(name)
+        if watches:
+            self._check_presence(name)
         channel = broadcaster.channel(name)
         layout, encoding, _ = connection.delivery_format
         delivery_format = DeliveryFormat.of(layout, encoding, echoes=echoes)
         self._subscriptions[name] = Subscription(channel, delivery_format)
-        notices = ReplayNotices(self, name, command_id)
+        notices = ReplayNotices(self, name, command_id, watches)
         broadcaster.subscribe(channel, connection, delivery_format, request, notices)
+
+    def watch(self, name: str, command_id: int) -> None:
+        """Send who is in a channel, and from now on who joins and leaves."""
+        if subscription := self._subscriptions.get(name):
+            subscription.channel.add_watcher(self.connection, subscription.delivery_format)
+            self._send_who_is_here(name, command_id)
+
+    def _ask_presence(self, command: Command) -> None:
+        name = _channel_of(command)
+        if name not in self._subscriptions and not self._access.may_subscribe(name):
+            raise RefusedError(Refusal.NOT_AUTHORIZED)
+        self._check_presence(name)
+        self._send_who_is_here(name, command.id)
+
+    def _check_presence(self, name: str) -> None:
+        if self._presence is None:
+            raise RefusedError(Refusal.NO_PRESENCE)
+        self._presence.check(name)
+
+    def _send_who_is_here(self, name: str, command_id: int) -> None:
+        assert self._presence is not None
+        fields = self._presence.who_is_here(name)
+        send = partial(self.send_notice, "presence", channel=name, id=command_id, **fields)
+        subscription = self._subscriptions.get(name)
+        if subscription is None:
+            send()
+        else:  # behind the joins and leaves that it already has
+            subscription.channel.when_queue_is_written(send)
 
     def _unsubscribe(self, command: Command) -> None:
         name = _channel_of(command)
@@ -523,6 +576,7 @@ COMMANDS: dict[str, Callable[[RelayV1Connection, Command], None]] = {
     "unsubscribe": RelayV1Connection._unsubscribe,
     "token": RelayV1Connection._renew_token,
     "ping": RelayV1Connection._ping,
+    "presence": RelayV1Connection._ask_presence,
 }
 """The commands besides `publish`."""
 
@@ -534,6 +588,13 @@ def _channel_of(command: Command) -> str:
     if not CHANNEL_NAME.fullmatch(name):
         raise RefusedError(Refusal.NO_SUCH_CHANNEL)
     return name
+
+
+def _flag_of(command: Command, name: str, *, default: bool) -> bool:
+    value = command.fields.get(name, default)
+    if type(value) is not bool:
+        raise RefusedError(Refusal.INVALID_COMMAND, f"{name} must be true or false")
+    return value
 
 
 def _replay_request_of(command: Command) -> ReplayRequest:

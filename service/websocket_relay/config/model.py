@@ -371,6 +371,24 @@ class HistorySettings(Section):
     max_age_s: PositiveSeconds = Field(300, description="older messages are removed")
 
 
+class PresenceSettings(Section):
+    """Who is in a channel, over all replicas."""
+
+    channels: Texts = Field(
+        (),
+        description="patterns of channels that have it; a * at the end stands for any rest",
+        json_schema_extra={ITEMS: "patterns of channel names"},
+    )
+    grace_s: Seconds = Field(
+        10,
+        description="a client of relay.v1 whose connection broke has left after this time, unless"
+        " it resumes its session; the clients of a replica that is gone leave after it, too",
+    )
+    max_clients: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        1000, description="clients of a channel that are listed; of more only the number is told"
+    )
+
+
 class BrokerUrl(SecretStr):
     """A URL that may contain a password, which its text form redacts."""
 
@@ -621,6 +639,7 @@ class Settings(BaseSettings):
     keepalive: KeepaliveSettings = KeepaliveSettings()
     compression: CompressionSettings = CompressionSettings()
     history: HistorySettings = HistorySettings()
+    presence: PresenceSettings = PresenceSettings()
     backplane: BackplaneSettings = BackplaneSettings()
     auth: AuthSettings = AuthSettings()
     console: ConsoleSettings = ConsoleSettings()

@@ -163,6 +163,9 @@ async def _become_ready(settings: Settings, relay: Replica, ports: Sequence[List
         await backplane.started.wait()
     if lifecycle.is_backplane_down:  # in an outage, and backplane.on_outage is reject
         await backplane.up.wait()
+    if relay.presence is not None and not relay.presence.complete.is_set():
+        lifecycle.advance_to(Phase.WAITING_FOR_REPLICAS)
+        await relay.presence.complete.wait()
     if relay.jwks is not None:
         lifecycle.advance_to(Phase.WAITING_FOR_KEYS)
         await relay.jwks.fetch_until_available()

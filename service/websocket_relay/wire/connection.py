@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, cast
 
+from websocket_relay.identity import ClientIdentity
 from websocket_relay.messages import Message, Pausable, Publisher
 from websocket_relay.outcomes import Close, Drop, Refusal, RefusedError
 from websocket_relay.wire.close_states import (
@@ -159,6 +160,7 @@ class Connection(asyncio.Protocol):
         protocol: what the client speaks.
         delivery_format: how its messages are encoded.
         publish_policy: what the client may publish; None: anything.
+        identity: who the client is; None: nothing here asks.
         has_input_ended: whether nothing more is read: after TCP's FIN or TLS's close_notify, or
             after the end of TCP.
         write: sends a batch as far as the socket takes it, and returns how many bytes that are:
@@ -179,6 +181,7 @@ class Connection(asyncio.Protocol):
         "data_received",
         "delivery_format",
         "has_input_ended",
+        "identity",
         "protocol",
         "publish_policy",
         "shared",
@@ -208,6 +211,7 @@ class Connection(asyncio.Protocol):
         self._on_lost: Callable[[], None] | None = None
         self.delivery_format = PLAIN_FORMAT
         self.publish_policy: PublishPolicy | None = None
+        self.identity: ClientIdentity | None = None
         self._socket: Sender | None = None
         self.write = None
         self.protocol = protocol(self)
@@ -229,6 +233,11 @@ class Connection(asyncio.Protocol):
     def is_member(self) -> bool:
         """Whether the connection's sink may write to it."""
         return self._is_member
+
+    @property
+    def close_reason(self) -> Close | None:
+        """Why the connection ends, or has ended; None: it does not."""
+        return self._close_reason
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""

@@ -1,6 +1,6 @@
 """Encode messages as a client receives them. Knows no connection and no channel."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from functools import cache
 from typing import NamedTuple
@@ -58,6 +58,18 @@ class DeliveryFormat(NamedTuple):
         if self.encoding == PLAIN:
             return encode_messages(messages)
         return deflate_messages(messages, self.encoding, min_bytes)
+
+    def encode_notice(self, fields: Mapping[str, object]) -> bytes:
+        """Return a notice about a channel; empty: a plain WebSocket is sent none.
+
+        Args:
+            fields: of the notice, its `type` among them.
+        """
+        if self.layout is Layout.HEADER:
+            return encode_notice(fields)
+        if self.layout in EVENT_LAYOUTS:
+            return sse.encode_event(str(fields["type"]), fields)
+        return b""
 
     def encode_gap(self, channel: str, position: object) -> bytes:
         """Return the notice that messages up to a position may be missing; empty: there is none."""

@@ -7,6 +7,7 @@ import asyncio
 import random
 import socket
 import sys
+from collections.abc import Callable
 
 from websocket_relay.wire import sse
 from websocket_relay.wire.connection import Connection, MessageSink
@@ -51,10 +52,12 @@ class StreamNotices:
 
     Args:
         connection: of the stream.
+        finished: is called once the replay is complete; None: nothing is.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, finished: Callable[[], None] | None = None) -> None:
         self._connection = connection
+        self._finished = finished
 
     def on_replay_started(self, position: object, *, is_recovered: bool) -> None:
         """Send the welcome, the first event."""
@@ -68,7 +71,9 @@ class StreamNotices:
         shared.write([self._connection], sse.encode_event("welcome", fields), messages=0)
 
     def on_replay_finished(self, position: object) -> None:
-        """Send nothing: the events go on."""
+        """Send no event: the messages go on."""
+        if self._finished is not None:
+            self._finished()
 
     def is_own(self, position: object) -> bool:
         """Return False: a stream publishes nothing."""

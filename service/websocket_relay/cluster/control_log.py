@@ -1,0 +1,98 @@
+"""Own the control entries: what replicas tell each other through the log, and no client is sent.
+
+All replicas read them in one order, among the messages. So state that is computed from them alone,
+by the same rules, is the same on every replica at the same position. Knows no rule.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from websocket_relay.backplane.interface import Backplane, LogEntry, Position
+from websocket_relay.messages import CONTROL
+
+log = logging.getLogger(__name__)
+
+CLUSTER = "$"
+"""Takes the place of a channel in entries that are about none: no channel has this name."""
+
+Fields = Mapping[str, Any]
+
+
+class ControlEntry(NamedTuple):
+    """A control entry that was read.
+
+    Attributes:
+        position: in the log.
+        channel: that it is about, or CLUSTER.
+        fields: its content.
+    """
+
+    position: Position
+    channel: str
+    fields: Fields
+
+
+Handler = Callable[[ControlEntry], None]
+
+
+class ControlLog:
+    """Appends control entries, and passes those that are read to their handlers.
+
+    Args:
+        backplane: the log.
+    """
+
+    def __init__(self, backplane: Backplane) -> None:
+        self._backplane = backplane
+        self._handlers: dict[str, Handler] = {}
+
+    def handle(self, kind: str, handler: Handler) -> None:
+        """Pass all entries of a kind to a handler, of every replica, in the order of the log."""
+        self._handlers[kind] = handler
+
+    def append(
+        self,
+        kind: str,
+        fields: Fields,
+        channel: str = CLUSTER,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Append an entry. With a log in memory, it is read before this returns.
+
+        Args:
+            kind: whose handler reads it.
+            fields: what JSON can hold.
+            channel: that it is about.
+            failed: called if the entry is not in the log, or this is unknown.
+        """
+        payload = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+        messages = [(CONTROL, payload)]
+        self._backplane.append(channel, messages, len(payload), _Appended(failed))
+
+    def on_entry(self, entry: LogEntry) -> None:
+        """Pass an entry to its handler.
+
+        An entry of a kind that nobody handles is of a newer version, or of a replica with other
+        settings.
+        """
+        position, channel, _, payload = entry
+        try:
+            fields = json.loads(payload)
+            handler = self._handlers.get(fields.get("kind"))
+            if handler is not None:
+                handler(ControlEntry(position, channel, fields))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.exception("control entry not understood")
+
+
+class _Appended:
+    """The publisher of a control entry."""
+
+    def __init__(self, failed: Callable[[], None]) -> None:
+        self._failed = failed
+
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
+        """Report that the entry is not in the log, or that this is unknown."""
+        self._failed()

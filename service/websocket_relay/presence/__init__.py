@@ -1,0 +1,1 @@
+"""Who is subscribed to a channel, on all replicas."""

@@ -1,0 +1,117 @@
+"""Connect clients and their channels with presence: who enters and exits, and who is told.
+
+Knows no protocol and no broker.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from websocket_relay.outcomes import Close, Refusal, RefusedError
+from websocket_relay.presence.presence import Presence
+from websocket_relay.presence.roster import Change, Person
+from websocket_relay.wire.connection import Connection
+
+COUNTS_S = 1.0
+"""Interval between two notices of how many clients are in a channel that has too many to list."""
+
+FINAL = (Close.CLIENT, Close.TOKEN_EXPIRED, Close.PROTOCOL_ERROR, Close.PUBLISH_NOT_ALLOWED)
+"""After these a client does not resume its session: it, or the relay, has ended it."""
+
+Notify = Callable[[str, Mapping[str, object]], None]
+
+
+class PresenceAttendance:
+    """What presence learns of the clients here, and what they are told of it.
+
+    Args:
+        presence: of all replicas.
+        max_listed: clients of one channel that are listed; of more only the number is told.
+        notify: writes a notice to the clients here that watch a channel.
+    """
+
+    def __init__(self, presence: Presence, max_listed: int, notify: Notify) -> None:
+        self._presence = presence
+        self._max_listed = max_listed
+        self._notify = notify
+        # Channels with too many clients; whether their number has changed since it was told.
+        self._crowded: dict[str, bool] = {}
+        presence.told.append(self._on_change)
+
+    async def run(self) -> None:
+        """Tell numbers of clients, until cancelled."""
+        while True:
+            await asyncio.sleep(COUNTS_S)
+            for channel in [name for name, has_changed in self._crowded.items() if has_changed]:
+                self._crowded[channel] = False
+                fields = self.who_is_here(channel)
+                if self._presence.rosters.count(channel) <= self._max_listed:
+                    del self._crowded[channel]  # they are listed again, and told one by one
+                self._notify(channel, {"type": "presence", "channel": channel, **fields})
+
+    # Attendance
+
+    def on_subscribed(self, names: Sequence[str], client: Connection) -> None:
+        """Record that a client subscribes to channels."""
+        identity = client.identity
+        if identity is None:
+            return
+        since = round(time.time(), 3)
+        for name in names:
+            if self._presence.covers(name):
+                person = Person(identity.client, identity.user, identity.info, since)
+                self._presence.enter(name, person, client)
+
+    def on_unsubscribed(self, names: Sequence[str], client: Connection) -> None:
+        """Record that a client has left channels, or its connection ends."""
+        identity = client.identity
+        if identity is None:
+            return
+        code, may_return = 0, False
+        if not client.is_member:  # its connection ends
+            reason = client.close_reason or Close.CONNECTION_LOST
+            code = reason.code
+            may_return = identity.may_return and reason not in FINAL
+        for name in names:
+            if self._presence.covers(name):
+                self._presence.exit(name, identity.client, client, code=code, may_return=may_return)
+
+    # Those who watch
+
+    def check(self, channel: str) -> None:
+        """Check that a channel has presence.
+
+        Raises:
+            RefusedError: it has none.
+        """
+        if not self._presence.covers(channel):
+            raise RefusedError(Refusal.NO_PRESENCE)
+
+    def covered(self, names: Sequence[str]) -> Sequence[str]:
+        """Return those of some channels that have presence."""
+        return [name for name in names if self._presence.covers(name)]
+
+    def who_is_here(self, channel: str) -> dict[str, Any]:
+        """Return who is in a channel, as it is sent to a client: of too many, the number alone."""
+        rosters = self._presence.rosters
+        count = rosters.count(channel)
+        if count > self._max_listed:
+            return {"count": count}
+        return {"count": count, "clients": [each.fields() for each in rosters.people(channel)]}
+
+    def _on_change(self, change: Change) -> None:
+        channel, person = change.channel, change.person
+        count = self._presence.rosters.count(channel)
+        if channel in self._crowded or count > self._max_listed:
+            self._crowded[channel] = True
+            return
+        fields: dict[str, object] = {
+            "type": "joined" if change.joined else "left",
+            "channel": channel,
+            "client": person.client,
+            "user": person.user,
+        }
+        if person.info is not None:
+            fields["info"] = person.info
+        self._notify(channel, fields)

@@ -1,0 +1,283 @@
+"""Who is in a channel: what clients are told of each other, on one relay."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.accounting import assert_counters_add_up_at_rest
+from tests.support.admission import jwt_settings
+from tests.support.events_client import subscribe_events
+from tests.support.http_requests import TEXT_TYPE, publish_by_post
+from tests.support.issuer import sign_token
+from tests.support.relay_process import RelayProcess, StartRelay, eventually
+from tests.support.relay_v1 import Notice, RelayV1Client, connect_relay_v1, open_relay_v1
+
+ROOM = "room.1"
+GRACE_S = 0.3
+
+
+@pytest.fixture
+def relay(relay_with: StartRelay) -> RelayProcess:
+    return relay_with(presence={"channels": ["room.*"], "grace_s": GRACE_S})
+
+
+async def who(relay: RelayProcess, channel: str = ROOM, token: str = "") -> dict[str, Any]:
+    """Return who is in a channel."""
+    response = await relay.get(f"/channels/{channel}/presence", token)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+async def watch(client: RelayV1Client, channel: str = ROOM) -> list[str]:
+    """Subscribe with presence; return the ids of the clients that are there."""
+    number = await client.send("subscribe", channel=channel, presence=True)
+    assert (await client.next_notice("subscribed"))["id"] == number
+    found = await client.next_notice("presence")
+    assert (found["id"], found["count"]) == (number, len(found["clients"]))
+    return [each["client"] for each in found["clients"]]
+
+
+def brief(notice: Notice) -> tuple[str, str]:
+    """Return the type of a notice, and the client."""
+    return notice["type"], notice["client"]
+
+
+async def next_change(client: RelayV1Client) -> tuple[str, str]:
+    """Return the next notice, of somebody who joined or left."""
+    return brief(await client.next_notice())
+
+
+async def test_a_watcher_is_told_who_is_here_and_then_who_joins_and_leaves(
+    relay: RelayProcess,
+) -> None:
+    async with open_relay_v1(relay) as watcher, open_relay_v1(relay) as other:
+        own = watcher.welcome["client"]
+        await other.subscribe(ROOM)
+        here = await watch(watcher)
+        assert sorted(here) == sorted([own, other.welcome["client"]])
+        async with connect_relay_v1(relay, ROOM) as third:
+            joined = ("joined", third.welcome["client"])
+            assert await next_change(watcher) == joined
+        assert await next_change(watcher) == ("left", third.welcome["client"])
+        await other.send("unsubscribe", channel=ROOM)
+        assert await next_change(watcher) == ("left", other.welcome["client"])
+        await watcher.send("presence", channel=ROOM)
+        found = await watcher.next_notice("presence")
+        assert [each["client"] for each in found["clients"]] == [own]
+        assert found["count"] == 1
+
+
+async def test_a_stream_has_events_of_who_is_here_and_who_joins_and_leaves(
+    relay: RelayProcess,
+) -> None:
+    async with (
+        connect_relay_v1(relay, ROOM) as client,
+        subscribe_events(relay, ROOM, "?presence=true") as events,
+    ):
+        first = await events.next_event()
+        assert first.name == "presence"
+        found = json.loads(first.data)
+        assert (found["channel"], found["count"]) == (ROOM, 2)
+        await client.send("unsubscribe", channel=ROOM)
+        left = await events.next_event()
+        assert left.name == "left"
+        assert json.loads(left.data) == {
+            "type": "left",
+            "channel": ROOM,
+            "client": client.welcome["client"],
+            "user": "",
+        }
+        await client.subscribe(ROOM)
+        assert (await events.next_event()).name == "joined"
+
+
+async def test_a_stream_of_several_channels_names_the_channel_of_each_change(
+    relay: RelayProcess,
+) -> None:
+    query = "?channel=room.a&channel=room.b&channel=other&presence=true"
+    async with subscribe_events(relay, None, query) as events, open_relay_v1(relay) as client:
+        first = [json.loads((await events.next_event()).data) for _ in range(2)]
+        assert [(each["channel"], each["count"]) for each in first] == [
+            ("room.a", 1),
+            ("room.b", 1),
+        ]
+        await client.subscribe("other")
+        await client.subscribe("room.b")
+        joined = json.loads((await events.next_event()).data)
+        assert (joined["type"], joined["channel"]) == ("joined", "room.b")
+
+
+async def test_clients_of_all_kinds_are_here_and_plain_ones_are_told_nothing(
+    relay: RelayProcess,
+) -> None:
+    async with (
+        relay.client(ROOM) as plain,
+        subscribe_events(relay, ROOM),
+        connect_relay_v1(relay, ROOM),
+    ):
+        found = await who(relay)
+        assert found["count"] == len({each["client"] for each in found["clients"]}) == 3
+        async with relay.client(ROOM):
+            assert (await who(relay))["count"] == 4
+        await publish_by_post(relay, ROOM, b"message", TEXT_TYPE)
+        assert await plain.recv() == "message"
+    await await_empty(relay)
+    await assert_counters_add_up_at_rest(relay)
+
+
+async def await_empty(relay: RelayProcess) -> None:
+    """Wait until nobody is in the room."""
+
+    async def check() -> tuple[bool, object]:
+        found = await who(relay)
+        return found == {"count": 0, "clients": []}, found
+
+    await eventually(check, "an empty room")
+
+
+async def test_changes_and_messages_are_in_one_order(relay: RelayProcess) -> None:
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        for number in range(5):
+            async with connect_relay_v1(relay, ROOM) as client:
+                await client.publish(str(number))
+                await client.next_notice("published")
+            assert await next_change(watcher) == ("joined", client.welcome["client"])
+            assert (await watcher.receive())[1] == str(number)
+            assert await next_change(watcher) == ("left", client.welcome["client"])
+
+
+async def test_a_client_that_resumes_its_session_in_time_was_not_away(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        async with connect_relay_v1(relay, ROOM) as client:
+            first = client.welcome
+            client.connection.transport.abort()
+        assert await next_change(watcher) == ("joined", first["client"])
+        await relay.await_metric("websocket_connected_clients", 1)
+        async with open_relay_v1(relay, f"/?session={first['session']}") as again:
+            assert again.welcome["resumed"] is True
+            assert again.welcome["client"] == first["client"]
+            await again.subscribe(ROOM)
+            await again.publish("here", channel=ROOM)
+            assert (await watcher.receive())[1] == "here"
+            assert (await who(relay))["count"] == 2
+        assert await next_change(watcher) == ("left", first["client"])
+
+
+async def test_a_client_that_does_not_return_has_left_after_the_grace(
+    relay: RelayProcess,
+) -> None:
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        async with connect_relay_v1(relay, ROOM) as client:
+            client.connection.transport.abort()
+        name = client.welcome["client"]
+        assert await next_change(watcher) == ("joined", name)
+        assert await next_change(watcher) == ("left", name)
+        async with open_relay_v1(relay, f"/?session={client.welcome['session']}") as again:
+            await again.subscribe(ROOM)
+            assert await next_change(watcher) == ("joined", name)
+
+
+async def test_a_client_without_a_session_has_left_at_once(relay_with: StartRelay) -> None:
+    relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        async with relay.client(ROOM) as plain:
+            kind, name = await next_change(watcher)
+            assert kind == "joined"
+            plain.transport.abort()
+        assert await next_change(watcher) == ("left", name)
+
+
+async def test_the_user_and_the_info_of_its_token_are_shown_of_a_client(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(auth=jwt_settings(), presence={"channels": ["*"]})
+    permissions = {"subscribe": ["*"], "info": {"name": "Ada", "color": [1, 2]}}
+    token = sign_token(sub="ada", relay=permissions)
+    other = sign_token(sub="bob", relay={"subscribe": ["*"]})
+    async with (
+        open_relay_v1(relay, additional_headers={"Authorization": f"Bearer {other}"}) as watcher,
+    ):
+        await watch(watcher)
+        async with connect_relay_v1(
+            relay, ROOM, additional_headers={"Authorization": f"Bearer {token}"}
+        ):
+            joined = await watcher.next_notice("joined")
+            assert (joined["user"], joined["info"]) == ("ada", permissions["info"])
+            found = await who(relay, token=other)
+            shown = {each["user"]: each.get("info") for each in found["clients"]}
+            assert shown == {"ada": permissions["info"], "bob": None}
+        assert (await watcher.next_notice("left"))["user"] == "ada"
+
+
+async def test_who_is_here_is_for_those_who_may_subscribe(relay_with: StartRelay) -> None:
+    relay = relay_with(auth=jwt_settings(), presence={"channels": ["*"]})
+    token = sign_token(relay={"subscribe": ["lobby"], "publish": ["*"]})
+    headers = {"Authorization": f"Bearer {token}"}
+    path = f"/channels/{ROOM}/presence"
+    assert (await relay.get(path)).status_code == 401
+    assert (await relay.get(path, token)).status_code == 403
+    assert (await relay.get("/channels/lobby/presence", token)).status_code == 200
+    async with open_relay_v1(relay, additional_headers=headers) as client:
+        await client.send("presence", channel=ROOM)
+        assert (await client.next_notice("error"))["status"] == 403
+
+
+async def test_in_a_channel_without_presence_nobody_is_shown(relay: RelayProcess) -> None:
+    response = await relay.get("/channels/lobby/presence")
+    assert (response.status_code, response.text) == (404, "no presence in this channel\n")
+    response = await relay.get("/channels/lobby/events?presence=true")
+    assert (response.status_code, response.text) == (404, "no presence in this channel\n")
+    response = await relay.get(f"/channels/{ROOM}/events?presence=1")
+    assert response.status_code == 400
+    async with open_relay_v1(relay) as client:
+        for kind, flags in (("presence", {}), ("subscribe", {"presence": True})):
+            fields: dict[str, Any] = {"channel": "lobby", **flags}
+            await client.send(kind, **fields)
+            error = await client.next_notice("error")
+            assert (error["status"], error["reason"]) == (404, "no presence in this channel")
+        await client.send("subscribe", channel=ROOM, presence=1)
+        assert (await client.next_notice("error"))["status"] == 400
+    assert await relay.metric("websocket_refusals_total", reason="no_presence") == 4
+
+
+async def test_of_a_full_channel_only_the_number_of_clients_is_told(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={"channels": ["*"], "max_clients": 2})
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        async with relay.client(ROOM):
+            assert (await watcher.next_notice())["type"] == "joined"
+            async with relay.client(ROOM), relay.client(ROOM):
+                number = await watcher.next_notice("presence")
+                while number["count"] < 4:  # told once a second
+                    number = await watcher.next_notice("presence")
+                assert "clients" not in number
+                assert await who(relay) == {"count": 4}
+            listed = await watcher.next_notice("presence")
+            while "clients" not in listed:
+                listed = await watcher.next_notice("presence")
+            assert (listed["count"], len(listed["clients"])) == (2, 2)
+        assert (await watcher.next_notice())["type"] == "left"
+
+
+async def test_two_connections_of_one_session_are_one_client(relay: RelayProcess) -> None:
+    async with open_relay_v1(relay) as watcher, open_relay_v1(relay) as first:
+        await first.subscribe(ROOM)
+        assert len(await watch(watcher)) == 2
+        session = first.welcome["session"]
+        async with open_relay_v1(relay, f"/?session={session}") as second:
+            await second.subscribe(ROOM)
+            await second.publish("message", channel=ROOM)
+            assert (await watcher.receive())[1] == "message"
+            assert (await who(relay))["count"] == 2
+        assert await next_change(watcher) == ("left", first.welcome["client"])

@@ -1,0 +1,345 @@
+"""Rosters on several replicas, against the truth: a list as the log, replicas as objects.
+
+Replicas start, lag, die, freeze and forget; clients come, move to another replica, and go; the log
+is trimmed, and appends fail.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from websocket_relay.backplane.interface import LogEntry, Position
+from websocket_relay.cluster.control_log import ControlLog
+from websocket_relay.cluster.lives import Lives
+from websocket_relay.messages import CONTROL
+from websocket_relay.outcomes import Close
+from websocket_relay.presence.presence import Presence
+from websocket_relay.presence.roster import Change, Person
+
+pytestmark = pytest.mark.fast
+
+GRACE_S = 4.0
+CHANNELS = ("a", "b")
+HEARTBEAT = ""  # stands in the place of a channel
+MAX_REPLICAS = 3
+SETTLE_TURNS = 80
+TURN_S = 0.5
+
+
+@dataclass(eq=False)
+class Client:
+    """A client of one channel; with a session, it may move."""
+
+    name: str
+    channel: str
+    has_session: bool
+    connection: "Connected | None" = None
+
+
+@dataclass(eq=False)
+class Connected:
+    """A connection, as presence sees it."""
+
+    client: Client
+    replica: "Replica"
+    is_ended: bool = False
+
+    def close(self, why: Close) -> None:
+        """End the connection: its client has another one."""
+        assert why is Close.SESSION_RESUMED
+        self.is_ended = True
+        if self.client.connection is self:
+            self.client.connection = None
+
+    def end(self, *, may_return: bool) -> None:
+        """End the connection, from the client's side or by the network."""
+        if not self.is_ended:
+            self.is_ended = True
+            arguments = self.client.channel, self.client.name, self
+            self.replica.presence.exit(*arguments, code=1000, may_return=may_return)
+
+
+class Log:
+    """What is read by all."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, bytes]] = []
+        self.first = 0  # what is before is trimmed
+        self.now_s = 1000.0
+
+
+@dataclass(eq=False)
+class Replica:
+    """One replica, between its log and its clients."""
+
+    log: Log
+    outbox: list[tuple[str, bytes, object]] = field(default_factory=list)
+    told: list[Change] = field(default_factory=list)
+    connections: list[Connected] = field(default_factory=list)
+    is_up: bool = True
+    is_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        """Start reading what the log still holds."""
+        self.cursor = self.log.first
+        control = ControlLog(self)  # type: ignore[arg-type]
+        self.control = control
+        self.lives = Lives(lambda: self.log.now_s)
+        self.presence = Presence(
+            ["*"],
+            grace_s=GRACE_S,
+            control=control,
+            lives=self.lives,
+            is_alone=False,
+            is_up=lambda: self.is_up,
+            clock=lambda: self.log.now_s,
+        )
+        self.presence.told.append(self._on_change)
+
+    def _on_change(self, change: Change) -> None:
+        if self.presence.complete.is_set():
+            self.told.append(change)
+
+    def append(self, channel: str, messages: list[tuple[int, bytes]], _: int, by: object) -> None:
+        """Take an entry, as a backplane does."""
+        self.outbox += [(channel, payload, by) for _, payload in messages]
+
+    def send(self, count: int) -> None:
+        """Append some of what was taken."""
+        sent, self.outbox = self.outbox[:count], self.outbox[count:]
+        self.log.entries += [(channel, payload) for channel, payload, _ in sent]
+
+    def beat(self) -> None:
+        """Append a heartbeat, behind all else."""
+        self.send(len(self.outbox))
+        self.log.entries.append((HEARTBEAT, self.lives.own.encode()))
+
+    def read(self, count: int) -> None:
+        """Read some entries."""
+        if self.cursor < self.log.first:  # they are gone
+            self.cursor = self.log.first
+            self.presence.on_gap()
+        for channel, payload in self.log.entries[self.cursor : self.cursor + count]:
+            position = Position(1, self.cursor + 1, 0)
+            self.cursor += 1
+            if channel == HEARTBEAT:
+                self.lives.record_sign(payload.decode(), position, {})
+            else:
+                self.control.on_entry(LogEntry(position, channel, CONTROL, payload))
+
+    def lose(self) -> None:
+        """Lose what was taken, in an outage."""
+        lost, self.outbox = self.outbox, []
+        for _, _, by in lost:
+            by.fail_publish(is_unconfirmed=False)  # type: ignore[attr-defined]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is known to be missing here."""
+        presence = self.presence
+        return presence.complete.is_set() and not (presence._must_ask or presence._asked_at)
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """Return who is in which channel, and where."""
+        return self.presence.rosters.owners()
+
+
+class Replicas(RuleBasedStateMachine):
+    """What may happen to replicas and their clients."""
+
+    @initialize()
+    def begin(self) -> None:
+        """Start the first replica."""
+        self.log = Log()
+        self.replicas = [Replica(self.log)]
+        self.clients: list[Client] = []
+        self.settle()
+
+    def pick(self, number: int, *, running: bool = False) -> Replica:
+        """Return one of the replicas."""
+        found = [each for each in self.replicas if not (running and each.is_frozen)]
+        return (found or self.replicas)[number % len(found or self.replicas)]
+
+    def connected(self) -> list[Client]:
+        """Return the clients that are connected."""
+        return [each for each in self.clients if each.connection is not None]
+
+    # Replicas
+
+    @precondition(lambda self: len(self.replicas) < MAX_REPLICAS)
+    @rule()
+    def start(self) -> None:
+        """Start another replica."""
+        self.replicas.append(Replica(self.log))
+
+    @precondition(lambda self: len(self.replicas) > 1)
+    @rule(number=st.integers(0, 9), sent=st.integers(0, 3))
+    def kill(self, number: int, sent: int) -> None:
+        """End a replica; some of what it took is appended."""
+        replica = self.pick(number)
+        replica.send(sent)
+        self.replicas.remove(replica)
+        for connection in replica.connections:
+            connection.is_ended = True
+            if connection.client.connection is connection:
+                connection.client.connection = None
+
+    @rule(number=st.integers(0, 9))
+    def freeze(self, number: int) -> None:
+        """Freeze a replica."""
+        self.pick(number).is_frozen = True
+
+    @rule()
+    def thaw(self) -> None:
+        """Let all replicas go on."""
+        for replica in self.replicas:
+            replica.is_frozen = False
+
+    @rule(number=st.integers(0, 9))
+    def break_off(self, number: int) -> None:
+        """Begin an outage of one replica, or end it."""
+        replica = self.pick(number)
+        replica.is_up = not replica.is_up
+        replica.lose()
+
+    @rule(kept=st.integers(0, 30))
+    def trim(self, kept: int) -> None:
+        """Trim the log."""
+        self.log.first = max(self.log.first, len(self.log.entries) - kept)
+
+    @rule(number=st.integers(0, 9), count=st.integers(1, 20))
+    def read(self, number: int, count: int) -> None:
+        """Let a replica read some entries."""
+        replica = self.pick(number)
+        if not replica.is_frozen:
+            replica.read(count)
+
+    @rule(number=st.integers(0, 9), count=st.integers(1, 5))
+    def send(self, number: int, count: int) -> None:
+        """Let a replica append some of what it took."""
+        replica = self.pick(number)
+        if not replica.is_frozen and replica.is_up:
+            replica.send(count)
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 2.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass."""
+        self.turn(seconds)
+
+    def turn(self, seconds: float) -> None:
+        """Let time pass, and the replicas do what is due."""
+        self.log.now_s += seconds
+        for replica in self.replicas:
+            if not replica.is_frozen:
+                replica.presence.tick()
+                if replica.is_up:
+                    replica.beat()
+
+    # Clients
+
+    @rule(number=st.integers(0, 9), channel=st.sampled_from(CHANNELS), has_session=st.booleans())
+    def connect(self, number: int, channel: str, has_session: bool) -> None:
+        """Connect a new client."""
+        client = Client(f"client-{len(self.clients)}", channel, has_session)
+        self.clients.append(client)
+        self.attach(client, self.pick(number, running=True))
+
+    def attach(self, client: Client, replica: Replica) -> None:
+        """Connect a client to a replica."""
+        if replica.is_frozen or not replica.presence.complete.is_set():
+            return
+        client.connection = connection = Connected(client, replica)
+        replica.connections.append(connection)
+        person = Person(client.name, "", None, self.log.now_s)
+        replica.presence.enter(client.channel, person, connection)
+
+    @precondition(lambda self: self.connected())
+    @rule(number=st.integers(0, 99), is_final=st.booleans())
+    def disconnect(self, number: int, is_final: bool) -> None:
+        """Disconnect a client."""
+        clients = self.connected()
+        client = clients[number % len(clients)]
+        connection, client.connection = client.connection, None
+        assert connection is not None
+        if not connection.replica.is_frozen:
+            connection.end(may_return=client.has_session and not is_final)
+        elif not client.has_session or is_final:
+            client.has_session = False
+            connection.client = client
+
+    @rule(number=st.integers(0, 99), to=st.integers(0, 9))
+    def resume(self, number: int, to: int) -> None:
+        """Let a client resume its session; its old connection may still look open."""
+        clients = [each for each in self.clients if each.has_session]
+        if clients:
+            self.attach(clients[number % len(clients)], self.pick(to, running=True))
+
+    # What holds
+
+    @invariant()
+    def replicas_agree(self) -> None:
+        """Compare replicas that have read as far."""
+        exact = [each for each in self.replicas if each.is_exact]
+        for one, two in pairwise(exact):
+            if one.cursor == two.cursor:
+                assert one.table() == two.table()
+
+    @precondition(lambda self: len(self.log.entries) > 60)
+    @rule()
+    def settle(self) -> None:
+        """Heal everything, and wait."""
+        for replica in self.replicas:
+            replica.is_frozen, replica.is_up = False, True
+            for connection in replica.connections:
+                if connection.client.connection is not connection:  # TCP finds out
+                    connection.end(may_return=connection.client.has_session)
+            replica.connections = [each for each in replica.connections if not each.is_ended]
+        for _ in range(SETTLE_TURNS):
+            self.turn(TURN_S)
+            for replica in self.replicas:
+                replica.read(len(self.log.entries))
+        self.check_truth()
+
+    def check_truth(self) -> None:
+        """Compare the rosters with who is connected, and what was told with the rosters."""
+        truth: dict[str, set[str]] = {}
+        for client in self.connected():
+            truth.setdefault(client.channel, set()).add(client.name)
+        for replica in self.replicas:
+            assert replica.is_exact
+            found = {channel: set(clients) for channel, clients in replica.table().items()}
+            assert found == truth
+            for told in self.told_of_each(replica):
+                assert all(one != two for one, two in pairwise(told))
+
+    def told_of_each(self, replica: Replica) -> Iterator[list[bool]]:
+        """Yield what a replica has told of each client."""
+        told: dict[tuple[str, str], list[bool]] = {}
+        for change in replica.told:
+            told.setdefault((change.channel, change.person.client), []).append(change.joined)
+        yield from told.values()
+
+    def teardown(self) -> None:
+        """Settle at the end of each run."""
+        if hasattr(self, "log"):
+            self.settle()
+
+
+def test_rosters_are_alike_on_all_replicas_and_true_at_rest() -> None:
+    run_state_machine_as_test(
+        Replicas,
+        settings=settings(
+            max_examples=60, stateful_step_count=50, deadline=None, derandomize=True, database=None
+        ),
+    )
