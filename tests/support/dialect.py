@@ -27,7 +27,8 @@ WORDS = (
     r"|rights|doors?|under way|take(?:s)? note|figures|rooms?|doubts?|courier|office"
     r"|in hand|letting in|let(?:s)? in|in work|good for|be had|that is none"
 )
-DIALECT = re.compile(rf"(?<![A-Za-z])(?:{WORDS})(?![A-Za-z])", re.IGNORECASE)
+DIALECT = re.compile(rf"(?<![a-z])(?:{WORDS})(?![a-z])")
+"""Searched in lower case, because `re.IGNORECASE` takes five times as long."""
 
 FOLDERS = ("service", "tests", "bench", "helm", "docs", "examples")
 EXEMPT = {"docs/glossary.md", "tests/support/dialect.py"}
@@ -37,8 +38,11 @@ SUFFIXES = {".py", ".md", ".js", ".ts", ".html", ".yaml", ".toml"}
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Yield the texts of a file: of code its comments, strings and names, of other files all."""
-    source = path.read_text(encoding="utf-8")
+    """Yield the texts of a file: of code its comments, strings and names, of other files all.
+
+    They are in lower case.
+    """
+    source = path.read_text(encoding="utf-8").lower()
     if not DIALECT.search(source.replace("_", " ")):  # to find tokens takes a hundred times as long
         return
     if path.suffix != ".py":
