@@ -59,6 +59,7 @@ from websocket_relay.wire.relay_v1 import encode_notice
 from websocket_relay.wire.send_backlog import SendBacklogs
 
 if TYPE_CHECKING:
+    from websocket_relay.admission.hook import AdmissionHook
     from websocket_relay.admission.jwks import Jwks
     from websocket_relay.admission.verifier import TokenVerifier
     from websocket_relay.tracing import Tracing
@@ -126,6 +127,7 @@ class Replica:
         backplane: the log.
         presence: who is in which channel, on all replicas; None: no channel has presence.
         jwks: the signing keys that are fetched; None: none are.
+        hook: the backend that decides about clients; None: none does.
         tracing: the spans of requests; None: no tracing.
     """
 
@@ -145,6 +147,7 @@ class Replica:
             else None
         )
         self.jwks: Jwks | None = None
+        self.hook = self._make_hook() if settings.auth.mode == "hook" else None
         tokens = self.load_tokens(settings)
         self.jwks = tokens.jwks if tokens is not None else None
         self.tracing = _load_tracing(self._name, environ or {})
@@ -205,7 +208,7 @@ class Replica:
         Raises:
             UnusableSettingError: the keys can't be used.
         """
-        if settings.auth.mode == "none":
+        if settings.auth.mode != "jwt":
             return None
         # Importing it takes 0.2 s, which most relays do not need.
         from websocket_relay.admission.verifier import TokenVerifier
@@ -220,6 +223,10 @@ class Replica:
             tokens: a new verifier; None: keep the present one.
         """
         self._admission.configure(_admission_limits(settings), tokens)
+        if self.hook is not None:
+            hook = settings.auth.hook
+            secret = settings.hooks.secret.get_secret_value()
+            self.hook.configure(secret, hook.headers, hook.timeout_s)
         self._cors.allow(_cors_origins(settings))
         self.port.http_connections.max_connections = settings.limits.max_http_connections
         # Of the channels that are created from now on.
@@ -325,11 +332,24 @@ class Replica:
     def _make_admission(self, tokens: "TokenVerifier | None") -> AdmissionPolicy:
         return AdmissionPolicy(
             _admission_limits(self._settings),
-            tokens,
+            tokens or self.hook,
             connections=lambda: len(self.shared.clients),
             has_descriptor=self._descriptors.can_accept_client,
             has_capacity=self._broadcaster.has_channel_capacity,
             health=self.lifecycle,
+        )
+
+    def _make_hook(self) -> "AdmissionHook":
+        from websocket_relay.admission.hook import AdmissionHook  # importing httpx2 takes 0.1 s
+
+        hook = self._settings.auth.hook
+        return AdmissionHook(
+            hook.url,
+            self._settings.hooks.secret.get_secret_value(),
+            hook.headers,
+            timeout_s=hook.timeout_s,
+            max_in_flight=hook.max_in_flight,
+            observe=self._metrics.add_auth_hook(),
         )
 
     # HTTP
@@ -422,6 +442,8 @@ class Replica:
             yield self._counters.tls_metrics
         if self.jwks is not None:
             yield self.jwks.metrics
+        if self.hook is not None:
+            yield self.hook.metrics
 
     def _metrics_of_several_parts(self) -> Values:
         relay, metrics = self.port.http_connections, self.metrics_port.http_connections
@@ -496,6 +518,7 @@ def _admission_limits(settings: Settings) -> AdmissionLimits:
         AllowedOrigins(settings.server.allowed_origins),
         max_connections=limits.max_connections,
         max_connections_per_ip=limits.max_connections_per_ip,
+        max_connections_per_user=limits.max_connections_per_user,
         max_handshakes_per_s=limits.max_handshakes_per_s,
         max_messages_per_s=limits.max_messages_per_s,
     )

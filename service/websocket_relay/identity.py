@@ -5,6 +5,9 @@ import secrets
 from base64 import urlsafe_b64encode
 from typing import Any, NamedTuple
 
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
 CLIENT_ID_BYTES = 9
 
 
@@ -13,7 +16,7 @@ class ClientIdentity(NamedTuple):
 
     Attributes:
         client: id of its connection, or of its session if it has one.
-        user: the subject of its token; empty: not known.
+        user: the user of its token or certificate; empty: not known.
         info: what others are shown, any JSON value; None: nothing.
         may_return: whether it has a session, which it may resume on another replica.
         since: when it connected, in seconds since 1970.
@@ -39,3 +42,21 @@ def client_id_of(session: bytes) -> str:
     """
     digest = hashlib.blake2b(session, digest_size=CLIENT_ID_BYTES, person=b"client").digest()
     return urlsafe_b64encode(digest).decode()
+
+
+def user_of_certificate(certificate: bytes) -> str:
+    """Return the user that a client's certificate names; empty: it names none.
+
+    That is its common name, or the whole subject (RFC 4514) if it has none, or several.
+
+    Args:
+        certificate: DER; its chain is verified.
+    """
+    try:
+        subject = x509.load_der_x509_certificate(certificate).subject
+        names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except ValueError:  # OpenSSL accepts more than this parser
+        return ""
+    if len(names) == 1 and isinstance(name := names[0].value, str) and name:
+        return name
+    return subject.rfc4514_string()

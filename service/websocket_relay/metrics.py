@@ -33,6 +33,8 @@ LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25
 
 BACKPLANE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
 
+HOOK_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
 LAG_INTERVAL_S = 0.05
 
 PREFIX = "websocket_"
@@ -64,6 +66,7 @@ GAUGES = {
     "paused_publishers": "Number of publishers that flow control pauses now.",
     "backplane_up": "Whether the backplane is up (1) or in an outage (0).",
     "backplane_pending_bytes": "Bytes of messages that are not appended to the log yet.",
+    "auth_hook_in_flight": "Number of requests to auth.hook.url that are not answered yet.",
     "history_messages": "Number of messages in the history.",
     "history_bytes": "Bytes of memory that the history uses.",
     "ready": "Whether the relay accepts clients (1) or not (0).",
@@ -113,6 +116,7 @@ COUNTERS = {
     "tls_reloads": "Number of reloads of the certificate, by result.",
     "tls_handshake_failures": "Number of TLS handshakes that failed, by reason.",
     "jwks_fetches": "Number of fetches of the signing keys, by result.",
+    "auth_hook_requests": "Number of requests to auth.hook.url, by result.",
 }
 """Likewise of the counters."""
 
@@ -125,6 +129,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "tls_reloads": ["result"],
     "tls_handshake_failures": ["reason"],
     "jwks_fetches": ["result"],
+    "auth_hook_requests": ["result"],
 }
 
 
@@ -162,6 +167,14 @@ class Metrics(Collector):
         self._sources: tuple[Callable[[], Values], ...] = ()
         self.registry.register(self)
         self._pages = PageCache()
+
+    def add_auth_hook(self) -> Callable[[float], None]:
+        """Register the histogram of auth.hook.url; return the method that observes a value."""
+        return self._histogram(
+            "websocket_auth_hook_seconds",
+            "Time from a request to auth.hook.url to its answer, or to its failure.",
+            HOOK_BUCKETS_S,
+        )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Callable[[float], None]:
         """Register a histogram; return the method that observes a value."""

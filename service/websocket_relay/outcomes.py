@@ -123,6 +123,13 @@ class Refusal(Enum):
         "invalid token",  # followed by the TokenProblem
         {"WWW-Authenticate": 'Bearer error="invalid_token"'},
     )
+    # The backend that auth.hook.url names answered 401 or 403.
+    NOT_AUTHENTICATED = (
+        HTTPStatus.UNAUTHORIZED,
+        "not authenticated",
+        {"WWW-Authenticate": "Bearer"},
+    )
+    FORBIDDEN = (HTTPStatus.FORBIDDEN, "not authorized")
     ORIGIN_NOT_ALLOWED = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
@@ -141,9 +148,13 @@ class Refusal(Enum):
     DESCRIPTORS = (HTTPStatus.SERVICE_UNAVAILABLE, "too few file descriptors")
     CONNECTIONS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
     CONNECTIONS_PER_IP = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections from this address")
+    CONNECTIONS_PER_USER = (HTTPStatus.SERVICE_UNAVAILABLE, "too many connections of this user")
     HANDSHAKES = (HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes")
     CHANNELS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many channels")
     SIGNING_KEYS = (HTTPStatus.SERVICE_UNAVAILABLE, "signing keys unavailable")  # auth.jwt.jwks_url
+    HOOK_UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "hook unavailable")  # auth.hook.url
+    HOOK_ANSWER_INVALID = (HTTPStatus.SERVICE_UNAVAILABLE, "hook answer invalid")
+    HOOK_REQUESTS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many hook requests")
     BACKPLANE_UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
     UNCONFIRMED = (HTTPStatus.GATEWAY_TIMEOUT, "publish unconfirmed")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")

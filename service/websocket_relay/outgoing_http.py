@@ -3,13 +3,14 @@
 A proxy and the trusted authorities come from the environment. Knows no token, no hook and no event.
 """
 
-import asyncio
 import hashlib
 import hmac
 import os
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
+from websocket_relay.cancellation import Deadline
 from websocket_relay.outcomes import RelayError, UnusableSettingError
 from websocket_relay.trust import accept_home_made_cas
 
@@ -31,13 +33,21 @@ IDLE_S = 60.0
 
 ONE_CONNECTION = httpx2.Limits(max_connections=1, max_keepalive_connections=0)
 
+LOST_CONNECTION = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
+"""The connection ended before the answer. A server closes a kept connection when it has been idle,
+which may be the moment at which it is used again."""
+
 
 class ProxyError(RelayError):
     """The environment names a proxy that can't be used."""
 
 
 class CallError(RelayError):
-    """A request was not answered, or with too many bytes. The message has the reason."""
+    """A request was not answered. The message has the reason."""
+
+
+class AnswerTooLargeError(CallError):
+    """The answer has more than MAX_ANSWER_BYTES."""
 
 
 class CallAnswer(NamedTuple):
@@ -65,8 +75,7 @@ class SignedCalls:
         self, url: str, secret: str, *, timeout_s: float, max_connections: int, setting: str
     ) -> None:
         self._url = url
-        self._secret = secret.encode()
-        self._timeout_s = timeout_s
+        self.configure(secret, timeout_s)
         limits = httpx2.Limits(
             max_connections=max_connections,
             max_keepalive_connections=max_connections,
@@ -76,31 +85,54 @@ class SignedCalls:
             transport = transport_to(url, trusted_authorities(setting), limits)
         except ProxyError as error:
             raise UnusableSettingError(setting, str(error)) from None
-        self._http = httpx2.AsyncClient(transport=transport, timeout=None, follow_redirects=False)
+        self._http = httpx2.AsyncClient(
+            transport=transport,
+            timeout=None,
+            follow_redirects=False,
+            # A cookie of one answer, such as a session, must not be sent with the next request.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        )
+
+    def configure(self, secret: str, timeout_s: float) -> None:
+        """Replace the secret and the deadline, for the calls from now on."""
+        self._secret = secret.encode()
+        self._timeout_s = timeout_s
 
     async def post(self, body: bytes) -> CallAnswer:
         """Send a JSON body; return the answer, whatever its status.
 
+        If the connection ends before the answer, the body is sent once more: the receiver has to
+        accept repeats.
+
         Raises:
             CallError: there was none in time.
         """
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # what is not inflated has a known size
+        }
         if self._secret:
             headers[SIGNATURE_HEADER] = sign(self._secret, body, int(time.time()))
-        answer = bytearray()
+        timeout_s = self._timeout_s
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._http.stream("POST", self._url, content=body, headers=headers) as response,
-            ):
-                async for chunk in response.aiter_bytes():
-                    answer += chunk
-                    if len(answer) > MAX_ANSWER_BYTES:
-                        raise CallError(f"answer of more than {MAX_ANSWER_BYTES} bytes")
+            async with Deadline(timeout_s):
+                try:
+                    return await self._send(body, headers)
+                except LOST_CONNECTION:
+                    return await self._send(body, headers)
         except TimeoutError:
-            raise CallError(f"timeout after {self._timeout_s:g} seconds") from None
+            raise CallError(f"timeout after {timeout_s:g} seconds") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise CallError(root_cause(error)) from None
+
+    async def _send(self, body: bytes, headers: Mapping[str, str]) -> CallAnswer:
+        answer = bytearray()
+        async with self._http.stream("POST", self._url, content=body, headers=headers) as response:
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise AnswerTooLargeError(f"answer of more than {MAX_ANSWER_BYTES} bytes")
         return CallAnswer(response.status_code, bytes(answer))
 
     async def close(self) -> None:

@@ -17,10 +17,14 @@ SETTINGS = {
     Refusal.DESCRIPTORS: "ulimit -n",
     Refusal.CONNECTIONS: "limits.max_connections",
     Refusal.CONNECTIONS_PER_IP: "limits.max_connections_per_ip",
+    Refusal.CONNECTIONS_PER_USER: "limits.max_connections_per_user",
     Refusal.HANDSHAKES: "limits.max_handshakes_per_s",
     Refusal.CHANNELS: "channels.max_channels",
     Refusal.ORIGIN_NOT_ALLOWED: "server.allowed_origins",
     Refusal.SIGNING_KEYS: "auth.jwt.jwks_url",
+    Refusal.HOOK_UNAVAILABLE: "auth.hook.url",
+    Refusal.HOOK_ANSWER_INVALID: "auth.hook.url",
+    Refusal.HOOK_REQUESTS: "auth.hook.max_in_flight",
     Refusal.PARTIAL_MESSAGES: "limits.total_backlog_bytes",
 }
 """The refusals that may need an operator, and the setting to change. All others are errors of the

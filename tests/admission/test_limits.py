@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
-from websocket_relay.admission.ip_counter import IpCounter, network_key
+from websocket_relay.admission.client_counter import ClientCounter, network_key
 from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy, AdmissionRequest
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.origins import AllowedOrigins
@@ -310,7 +310,7 @@ def test_the_key_of_an_address_is_its_ipv4_address_or_ipv6_network() -> None:
 
 @pytest.mark.fast
 def test_the_counter_forgets_an_address_when_its_last_client_has_disconnected() -> None:
-    addresses = IpCounter(3)
+    addresses = ClientCounter(3)
     hosts = [network_key(f"2001:db8:{number:x}::1") for number in range(1000)]
     for host in hosts * 3:
         assert addresses.is_below_limit(host)
@@ -528,6 +528,7 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
     off = {
         "max_connections": 0,
         "max_connections_per_ip": 0,
+        "max_connections_per_user": 0,
         "max_handshakes_per_s": 0,
         "max_messages_per_s": 0,
     }

@@ -55,6 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_channels_per_connection": 128,
         "max_http_connections": 1000,
         "max_connections_per_ip": 0,
+        "max_connections_per_user": 0,
         "max_handshakes_per_s": 0,
         "max_messages_per_s": 0,
         "handshake_timeout_s": 10,
@@ -77,6 +78,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
             "claim": "relay",
             "leeway_s": 0,
         },
+        "hook": {
+            "url": "",
+            "headers": ["cookie", "authorization"],
+            "timeout_s": 5,
+            "max_in_flight": 100,
+        },
+    },
+    "hooks": {
+        "url": "",
+        "secret": "",
+        "messages": [],
+        "timeout_s": 5,
+        "max_pending": 100_000,
     },
     "shutdown": {"readiness_delay_s": 0, "spread_s": 5, "timeout_s": 10},
     "logging": {"level": "info", "format": "text"},
@@ -111,6 +125,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("limits.max_channels_per_connection", 11, "11"),
     ("limits.max_http_connections", 13, "13"),
     ("limits.max_connections_per_ip", 3, "3"),
+    ("limits.max_connections_per_user", 4, "4"),
     ("limits.max_handshakes_per_s", 50, "50"),
     ("limits.max_messages_per_s", 20, "20"),
     ("limits.handshake_timeout_s", 2.5, "2.5"),
@@ -150,6 +165,15 @@ LEAVES: list[tuple[str, Any, str]] = [
     ),
     ("auth.jwt.claim", "app_metadata.relay", "app_metadata.relay"),
     ("auth.jwt.leeway_s", 2.5, "2.5"),
+    ("auth.hook.url", "https://app.example/relay", "https://app.example/relay"),
+    ("auth.hook.headers", ["x-session", "cookie"], "X-Session, cookie"),
+    ("auth.hook.timeout_s", 2.5, "2.5"),
+    ("auth.hook.max_in_flight", 7, "7"),
+    ("hooks.url", "https://app.example/events", "https://app.example/events"),
+    ("hooks.secret", MASKED, SECRET),
+    ("hooks.messages", ["orders.*", "news"], "orders.*, news"),
+    ("hooks.timeout_s", 2.5, "2.5"),
+    ("hooks.max_pending", 10, "10"),
     ("console.enabled", False, "false"),
     ("shutdown.readiness_delay_s", 1, "1"),
     ("shutdown.spread_s", 2.5, "2.5"),
@@ -611,6 +635,85 @@ def test_a_missing_key_is_reported_with_the_variable_that_requires_it(check: Che
 
 
 NO_TOKENS = "auth.mode is none: all clients are accepted"
+
+
+# The backend that decides about clients
+
+
+def hook_settings(**of_hook: Any) -> dict[str, Any]:
+    """Return settings without warnings, with which a backend is asked."""
+    hook = {"url": "http://app.example/relay"} | of_hook
+    return {
+        "auth": {"mode": "hook", "hook": hook},
+        "hooks": {"secret": SECRET},
+        "server": {"allowed_origins": ["https://app.example"]},
+    }
+
+
+def test_the_mode_hook_needs_a_url(check: Check) -> None:
+    assert check(yaml.safe_dump(hook_settings())).faults == []
+    done = check(yaml.safe_dump(hook_settings(url="")))
+    assert_rejected(done, "config.yaml", "auth.mode is hook", "auth.hook.url")
+    assert_rejected(check("{}", RELAY__AUTH__MODE="hook"), "RELAY__AUTH__MODE", "auth.hook.url")
+
+
+@pytest.mark.parametrize(
+    "url", ["app.example", "ftp://app.example", "http://", "http://app.example:x", "http://a b"]
+)
+def test_the_url_of_a_hook_is_http_or_https(check: Check, url: str) -> None:
+    assert_rejected(check(yaml.safe_dump(hook_settings(url=url))), "auth.hook.url", "a URL like")
+    assert_rejected(check(yaml.safe_dump({"hooks": {"url": url}})), "hooks.url", "a URL like")
+
+
+def test_the_password_in_the_url_of_a_hook_is_rejected_and_not_shown(check: Check) -> None:
+    for settings in (
+        hook_settings(url="http://relay:s3cr3t@app.example/"),
+        {"hooks": {"url": "http://relay:s3cr3t@app.example/"}},
+    ):
+        done = check(yaml.safe_dump(settings))
+        assert_rejected(done, "not shown", "without a password")
+        assert "s3cr3t" not in done.stderr
+
+
+@pytest.mark.parametrize("headers", [["a b"], [""], ["cookie:"], ["ä"], [5]])
+def test_headers_that_a_hook_gets_are_names_of_headers(check: Check, headers: list[Any]) -> None:
+    done = check(yaml.safe_dump(hook_settings(headers=headers)))
+    assert_rejected(done, "auth.hook.headers", "names of headers")
+
+
+def test_names_of_headers_have_lower_case_and_are_listed_once(check: Check) -> None:
+    done = check(yaml.safe_dump(hook_settings(headers=["Cookie", "X-Session", "cookie"])))
+    assert leaf(effective(done), "auth.hook.headers") == ["cookie", "x-session"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "warnings"),
+    [
+        ({}, []),
+        (
+            {"hooks": {}},
+            ["hooks.secret is empty: requests are not signed (unsigned: auth.hook.url)"],
+        ),
+        (
+            {"server": {"allowed_origins": ["*"]}},
+            ["any page may use the cookies of its visitors (allowed_origins: *)"],
+        ),
+        ({"auth": {"hook": {"url": "http://a.example"}}}, [f"{NO_TOKENS} (unused: auth.hook.url)"]),
+    ],
+)
+def test_a_hook_that_others_may_misuse_or_that_is_unused_is_a_warning(
+    check: Check, changed: dict[str, Any], warnings: list[str]
+) -> None:
+    done = check(yaml.safe_dump(hook_settings() | changed))
+    assert done.faults == [f"websocket-relay: warning: {warning}" for warning in warnings]
+
+
+def test_without_cookies_any_origin_is_no_warning(check: Check) -> None:
+    settings = hook_settings(headers=["authorization"]) | {"server": {"allowed_origins": ["*"]}}
+    assert check(yaml.safe_dump(settings)).faults == []
+
+
+# Unused keys
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,19 @@ class CertificatePair:
         return context
 
 
-def make_pair(*, valid_days: int = 30, issuer: CertificatePair | None = None) -> CertificatePair:
-    """Create a certificate for localhost, 127.0.0.1 and ::1; without an issuer self-signed."""
+def make_pair(
+    *,
+    valid_days: int = 30,
+    issuer: CertificatePair | None = None,
+    subject: str = "CN=localhost",
+) -> CertificatePair:
+    """Create a certificate for localhost, 127.0.0.1 and ::1; without an issuer self-signed.
+
+    Args:
+        subject: as RFC 4514 writes it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name.from_rfc4514_string(subject)
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     names = x509.SubjectAlternativeName(
         [

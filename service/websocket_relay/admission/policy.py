@@ -6,11 +6,11 @@ Knows no HTTP framework: a refusal is an exception, which others turn into a res
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from websocket_relay.admission.credentials import find_token
-from websocket_relay.admission.ip_counter import IpCounter, network_key
+from websocket_relay.admission.client_counter import ClientCounter, network_key
 from websocket_relay.admission.permissions import Permissions
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.origins import AllowedOrigins
@@ -18,11 +18,15 @@ from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
 from websocket_relay.token_bucket import TokenBucket
 from websocket_relay.wire.publish_policy import PublishPolicy
 
-if TYPE_CHECKING:
-    from websocket_relay.admission.verifier import TokenVerifier
-
 MESSAGE_BURST_S = 2
 """A client may send the messages of this many seconds in one burst."""
+
+
+class Action(StrEnum):
+    """What a client wants to do with a channel."""
+
+    SUBSCRIBE = "subscribe"
+    PUBLISH = "publish"
 
 
 class AdmissionRequest(NamedTuple):
@@ -37,6 +41,8 @@ class AdmissionRequest(NamedTuple):
         host: the client's address; a trusted proxy may have forwarded it.
         scheme: of the URL that the client used: http, https, ws or wss; likewise.
         authorization: the values of all Authorization header lines.
+        headers: the names and values of all header lines.
+        subject: the user that the client's certificate names; empty: it has none.
     """
 
     channels: Sequence[str]
@@ -47,6 +53,33 @@ class AdmissionRequest(NamedTuple):
     host: str | None
     scheme: str = ""
     authorization: Sequence[str] = ()
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    subject: str = ""
+
+
+class RequestSource(NamedTuple):
+    """Where the request came from that opened a connection.
+
+    Attributes:
+        address: of the client.
+        origin: the value of its Origin header; None: there was none.
+    """
+
+    address: str | None
+    origin: str | None
+
+
+class Authenticator(Protocol):
+    """Finds out what clients may do: by their tokens, or by asking the backend."""
+
+    async def authenticate(self, request: AdmissionRequest, action: Action) -> Permissions:
+        """Return what the client of a request may do; raise a RefusedError if it is refused."""
+
+    def source_of(self, request: AdmissionRequest) -> RequestSource | None:
+        """Return what `renew` needs to know of a request; None: nothing."""
+
+    async def renew(self, token: str, source: RequestSource | None) -> Permissions:
+        """Return what a connected client may do by a new token; raise a RefusedError likewise."""
 
 
 class AdmittedClient(Protocol):
@@ -65,14 +98,18 @@ class Grant(NamedTuple):
     """The conditions under which a client is admitted.
 
     Attributes:
-        permissions: of its token; None: it may do all.
-        expires_in_s: seconds until its token expires; None: never.
+        permissions: of the client; None: it may do all.
+        expires_in_s: seconds until the permissions expire; None: never.
         network: its key for the limit per address.
+        user: who it is, by its permissions or its certificate; empty: not known.
+        source: of its request, for a renewal.
     """
 
     permissions: Permissions | None
     expires_in_s: float | None
     network: str
+    user: str
+    source: RequestSource | None
 
     def may_publish(self, channel: str) -> bool:
         """Return whether the client may publish to a channel."""
@@ -81,12 +118,13 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What clients are admitted by, besides tokens.
+    """What clients are admitted by, besides their permissions.
 
     Attributes:
         allowed_origins: the accepted origins.
         max_connections: concurrent clients; 0: no limit.
         max_connections_per_ip: concurrent clients from one address; 0: no limit.
+        max_connections_per_user: concurrent clients of one user; 0: no limit.
         max_handshakes_per_s: upgrade requests per second; 0: no limit.
         max_messages_per_s: messages per second from one client; 0: no limit.
     """
@@ -94,6 +132,7 @@ class AdmissionLimits:
     allowed_origins: AllowedOrigins
     max_connections: int
     max_connections_per_ip: int
+    max_connections_per_user: int
     max_handshakes_per_s: int
     max_messages_per_s: int
 
@@ -103,7 +142,7 @@ class AdmissionPolicy:
 
     Args:
         limits: origins and limits.
-        tokens: verifies tokens; None: no token is required.
+        authenticator: finds out what clients may do; None: they may do all.
         connections: returns the number of clients.
         has_descriptor: returns whether a file descriptor is free for another client.
         has_capacity: returns whether the channel of these names exists or may be created.
@@ -113,39 +152,38 @@ class AdmissionPolicy:
     def __init__(
         self,
         limits: AdmissionLimits,
-        tokens: "TokenVerifier | None",
+        authenticator: Authenticator | None,
         *,
         connections: Callable[[], int],
         has_descriptor: Callable[[], bool],
         has_capacity: Callable[[Sequence[str]], bool],
         health: Lifecycle,
     ) -> None:
-        self._addresses: IpCounter | None = None
+        self._addresses: ClientCounter | None = None
+        self._users: ClientCounter | None = None
         self._connections = connections
         self._has_descriptor = has_descriptor
         self._has_capacity = has_capacity
         self._health = health
-        self._tokens = tokens
+        self._authenticator = authenticator
         self.configure(limits)
 
-    def configure(self, limits: AdmissionLimits, tokens: "TokenVerifier | None" = None) -> None:
+    def configure(
+        self, limits: AdmissionLimits, authenticator: Authenticator | None = None
+    ) -> None:
         """Replace the settings. Admitted clients keep their grants.
 
-        Addresses are counted while they are limited: clients that were admitted before the first
-        limit do not count.
+        Addresses and users are counted while they are limited: clients that were admitted before
+        the first limit do not count.
 
         Args:
             limits: as above.
-            tokens: a new verifier; None: keep the present one.
+            authenticator: a new one; None: keep the present one.
         """
         self.limits = limits
-        self._tokens = tokens or self._tokens
-        if not limits.max_connections_per_ip:
-            self._addresses = None
-        elif self._addresses is None:
-            self._addresses = IpCounter(limits.max_connections_per_ip)
-        else:
-            self._addresses.limit = limits.max_connections_per_ip
+        self._authenticator = authenticator or self._authenticator
+        self._addresses = _counter(self._addresses, limits.max_connections_per_ip)
+        self._users = _counter(self._users, limits.max_connections_per_user)
         rate = limits.max_handshakes_per_s
         self._handshakes = TokenBucket(rate, rate) if rate else None
 
@@ -166,35 +204,35 @@ class AdmissionPolicy:
             RefusedError: a check failed.
         """
         self._check_cheaply(request)
-        permissions = (
-            await self._authorize_subscriber(request) if self._tokens is not None else None
-        )
+        permissions, source = None, None
+        if self._authenticator is not None:
+            permissions = await self._authorize_subscriber(self._authenticator, request)
+            source = self._authenticator.source_of(request)
         network = network_key(request.host) if self._addresses is not None else ""
-        self._check_limits(network)
+        user = _user_of(permissions, request)
+        self._check_limits(network, user)
         self._check_capacity(request.channels)
-        if permissions is None:
-            return Grant(None, expires_in_s=None, network=network)
-        return Grant(permissions, _remaining_s(permissions), network)
+        expires_in_s = _remaining_s(permissions) if permissions is not None else None
+        return Grant(permissions, expires_in_s, network, user, source)
 
     async def admit_publisher(self, request: AdmissionRequest) -> str:
         """Admit a publisher that makes one request and does not subscribe.
 
         Returns:
-            The user of its token; empty: it has none.
+            Its user; empty: not known.
 
         Raises:
             RefusedError: a check failed.
         """
         self._check_origin(request)
-        user = ""
-        if self._tokens is not None:
-            permissions = await self._authenticate(request)
-            user = permissions.user
+        permissions = None
+        if self._authenticator is not None:
+            permissions = await self._authenticator.authenticate(request, Action.PUBLISH)
             if not all(map(permissions.may_publish, request.channels)):
                 raise RefusedError(Refusal.NOT_AUTHORIZED)
             _remaining_s(permissions)
         self._check_availability()
-        return user
+        return _user_of(permissions, request)
 
     async def admit_reader(self, request: AdmissionRequest) -> None:
         """Admit a reader of who is in channels, who needs the permission to subscribe to them.
@@ -203,8 +241,8 @@ class AdmissionPolicy:
             RefusedError: a check failed.
         """
         self._check_origin(request)
-        if self._tokens is not None:
-            _remaining_s(await self._authorize_subscriber(request))
+        if self._authenticator is not None:
+            _remaining_s(await self._authorize_subscriber(self._authenticator, request))
         self._check_availability()
 
     async def admit_viewer(self, request: AdmissionRequest) -> None:
@@ -213,15 +251,15 @@ class AdmissionPolicy:
         Raises:
             RefusedError: a check failed.
         """
-        if self._tokens is not None:
-            permissions = await self._authenticate(request)
+        if self._authenticator is not None:
+            permissions = await self._authenticator.authenticate(request, Action.SUBSCRIBE)
             if not permissions.stats:
                 raise RefusedError(Refusal.STATS_NOT_AUTHORIZED)
             _remaining_s(permissions)
 
     def access_of(self, grant: Grant) -> "ConnectionAccess":
         """Return what an admitted client of relay.v1 may do, and may be granted later."""
-        return ConnectionAccess(self, grant.permissions)
+        return ConnectionAccess(self, grant)
 
     def enforce_grant(self, client: AdmittedClient, grant: Grant, *, may_publish: bool) -> None:
         """Enforce a grant on a client, and count the client until its connection has ended.
@@ -237,9 +275,15 @@ class AdmissionPolicy:
             client.publish_policy = PublishPolicy(may_publish=may_publish, rate=rate)
         if grant.expires_in_s is not None:
             client.start_expiry_timer(grant.expires_in_s)
+        counted = []
         if self._addresses is not None:
-            self._addresses.add_client(grant.network)
-            client.when_lost(partial(self._addresses.remove_client, grant.network))
+            counted.append((self._addresses, grant.network))
+        if self._users is not None and grant.user:
+            counted.append((self._users, grant.user))
+        for counter, key in counted:
+            counter.add_client(key)
+        if counted:
+            client.when_lost(partial(_remove_client, counted))
 
     def _check_cheaply(self, request: AdmissionRequest) -> None:
         """Make the checks that need no cryptography."""
@@ -260,26 +304,27 @@ class AdmissionPolicy:
         if self._health.is_backplane_down:
             raise RefusedError(Refusal.BACKPLANE_UNAVAILABLE)
 
-    async def _authorize_subscriber(self, request: AdmissionRequest) -> Permissions:
-        permissions = await self._authenticate(request)
+    async def _authorize_subscriber(
+        self, authenticator: Authenticator, request: AdmissionRequest
+    ) -> Permissions:
+        permissions = await authenticator.authenticate(request, Action.SUBSCRIBE)
         if not all(map(permissions.may_subscribe, request.channels)):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         return permissions
 
-    async def _authenticate(self, request: AdmissionRequest) -> Permissions:
-        assert self._tokens is not None
-        token = find_token(request.authorization, request.query, request.subprotocols)
-        if token is None:
-            raise RefusedError(Refusal.TOKEN_REQUIRED)
-        return await self._tokens.verify(token)
+    async def renew(self, token: str, source: RequestSource | None) -> Permissions | None:
+        """Return the permissions by another token of an admitted client; None: it needs none.
 
-    async def verify(self, token: str) -> Permissions | None:
-        """Return the permissions of another token of an admitted client; None: it needs none.
+        Args:
+            token: the new one.
+            source: of the client's grant.
 
         Raises:
-            RefusedError: the token is invalid, or the keys are unavailable now.
+            RefusedError: the token is refused, or can't be checked now.
         """
-        return await self._tokens.verify(token) if self._tokens is not None else None
+        if self._authenticator is None:
+            return None
+        return await self._authenticator.renew(token, source)
 
     def check_subscription(self, channel: str) -> None:
         """Check that an admitted client may create a channel now.
@@ -294,34 +339,36 @@ class AdmissionPolicy:
         if not self._has_capacity(channels):
             raise RefusedError(Refusal.CHANNELS)
 
-    def _check_limits(self, network: str) -> None:
-        self._check_availability()  # again: it may have changed while the token was verified
+    def _check_limits(self, network: str, user: str) -> None:
+        self._check_availability()  # again: it may have changed while the client was authenticated
         if self.limits.max_connections and self._connections() >= self.limits.max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():
             raise RefusedError(Refusal.DESCRIPTORS)
         if self._addresses is not None and not self._addresses.is_below_limit(network):
             raise RefusedError(Refusal.CONNECTIONS_PER_IP)
+        if self._users is not None and user and not self._users.is_below_limit(user):
+            raise RefusedError(Refusal.CONNECTIONS_PER_USER)
 
 
 class ConnectionAccess:
     """What the client of one connection may do: see `channels.relay_v1.ChannelAccess`.
 
     Args:
-        policy: decides about tokens and limits.
-        permissions: of the client's token; None: it may do all.
+        policy: decides about permissions and limits.
+        grant: the conditions under which the client was admitted.
+
+    Attributes:
+        user: who the client is; empty: not known.
     """
 
-    __slots__ = ("_permissions", "_policy")
+    __slots__ = ("_permissions", "_policy", "_source", "user")
 
-    def __init__(self, policy: AdmissionPolicy, permissions: Permissions | None) -> None:
+    def __init__(self, policy: AdmissionPolicy, grant: Grant) -> None:
         self._policy = policy
-        self._permissions = permissions
-
-    @property
-    def user(self) -> str:
-        """The user of the client's token; empty: there is none."""
-        return self._permissions.user if self._permissions is not None else ""
+        self._permissions = grant.permissions
+        self._source = grant.source
+        self.user = grant.user
 
     @property
     def info(self) -> Any:
@@ -350,11 +397,11 @@ class ConnectionAccess:
         Raises:
             RefusedError: it is invalid, or another user's.
         """
-        permissions = await self._policy.verify(token)
-        if permissions is None:
+        permissions = await self._policy.renew(token, self._source)
+        if permissions is None or self._permissions is None:
             return None
         remaining_s = _remaining_s(permissions)
-        if permissions.user != self.user:
+        if permissions.user != self._permissions.user:
             raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.OTHER_USER)
         self._permissions = permissions
         return remaining_s
@@ -372,3 +419,24 @@ def _remaining_s(permissions: Permissions) -> float | None:
     if remaining_s <= 0:
         raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.EXPIRED)
     return remaining_s
+
+
+def _user_of(permissions: Permissions | None, request: AdmissionRequest) -> str:
+    """Return who a client is: by its permissions, or else by its certificate; empty: not known."""
+    user = permissions.user if permissions is not None else ""
+    return user or request.subject
+
+
+def _counter(present: ClientCounter | None, limit: int) -> ClientCounter | None:
+    """Return the counter for a limit, which may have changed; None: there is no limit."""
+    if not limit:
+        return None
+    if present is None:
+        return ClientCounter(limit)
+    present.limit = limit
+    return present
+
+
+def _remove_client(counted: Sequence[tuple[ClientCounter, str]]) -> None:
+    for counter, key in counted:
+        counter.remove_client(key)

@@ -17,6 +17,7 @@ import jwt
 from jwt.algorithms import HMACAlgorithm, OKPAlgorithm
 from jwt.warnings import InsecureKeyLengthWarning
 
+from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.permissions import Permissions, find_claim
 from websocket_relay.admission.public_keys import KeySource, PublicKey, PublicKeyFile
 from websocket_relay.config.model import SECRET_BYTES, JwtSettings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from jwt.types import Options
 
     from websocket_relay.admission.jwks import Jwks
+    from websocket_relay.admission.policy import Action, AdmissionRequest, RequestSource
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ FAR_FUTURE = 253_402_300_800  # the year 10000
 
 
 class TokenVerifier:
-    """The checks that a token has to pass.
+    """The checks that a token has to pass, as an authenticator: see `policy.Authenticator`.
 
     Args:
         settings: keys, algorithms, audience, issuer and leeway.
@@ -82,6 +84,25 @@ class TokenVerifier:
             self._keys = PublicKeyFile(Path(settings.public_key_file), public)
         # PyJWT would warn on standard error, for every token. The relay warns once, at the start.
         warnings.simplefilter("ignore", InsecureKeyLengthWarning)
+
+    async def authenticate(self, request: "AdmissionRequest", action: "Action") -> Permissions:
+        """Return the permissions of the token in a request.
+
+        Raises:
+            RefusedError: there is none, or it is invalid, or the keys are unavailable now.
+        """
+        token = find_token(request.authorization, request.query, request.subprotocols)
+        if token is None:
+            raise RefusedError(Refusal.TOKEN_REQUIRED)
+        return await self.verify(token)
+
+    def source_of(self, request: "AdmissionRequest") -> "RequestSource | None":
+        """Return None: a token is verified alike for all."""
+        return None
+
+    async def renew(self, token: str, source: "RequestSource | None") -> Permissions:
+        """Return the permissions of a token."""
+        return await self.verify(token)
 
     async def verify(self, token: str) -> Permissions:
         """Verify a token and return its permissions.

@@ -8,7 +8,11 @@ from fastapi.responses import JSONResponse
 
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import refusal_responses
-from websocket_relay.api.requests import TOKEN_PARAMETER, admission_request_of
+from websocket_relay.api.requests import (
+    TOKEN_PARAMETER,
+    admission_request_of,
+    cancelled_when_lost,
+)
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.api.static_files import static_file
 from websocket_relay.page_cache import PageCache
@@ -61,7 +65,8 @@ def console_router(
         return bytes(JSONResponse(stats()).body)
 
     async def serve_stats(request: Request) -> Response:
-        await admission.admit_viewer(admission_request_of(request, ()))
+        with cancelled_when_lost(request):
+            await admission.admit_viewer(admission_request_of(request, ()))
         return Response(await pages.get("stats", render), media_type="application/json")
 
     router = APIRouter()

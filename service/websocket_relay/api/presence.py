@@ -12,6 +12,7 @@ from websocket_relay.api.requests import (
     CHANNEL_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
+    cancelled_when_lost,
     channel_of,
 )
 from websocket_relay.api.routes import add_get_route
@@ -60,7 +61,8 @@ def presence_router(
 
     async def read_presence(request: Request) -> JSONResponse:
         channel = channel_of(request)
-        await admission.admit_reader(admission_request_of(request, (channel,)))
+        with cancelled_when_lost(request):
+            await admission.admit_reader(admission_request_of(request, (channel,)))
         return JSONResponse(require_presence(presence, channel).who_is_here(channel))
 
     router = APIRouter()

@@ -23,6 +23,7 @@ from websocket_relay.api.requests import (
     DEFAULT_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
+    cancelled_when_lost,
     channel_of,
 )
 from websocket_relay.channels.broadcaster import Broadcaster
@@ -113,7 +114,8 @@ def publish_router(
         media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
             channel, key = channel_of(request), _idempotency_key(request)
-            user = await admission.admit_publisher(admission_request_of(request, (channel,)))
+            with cancelled_when_lost(request):
+                user = await admission.admit_publisher(admission_request_of(request, (channel,)))
             source = key_source(key, channel, user) if key else b""
             _require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:

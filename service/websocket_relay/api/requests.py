@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.types import Scope
 
 from websocket_relay.admission.policy import AdmissionRequest
 from websocket_relay.backplane.interface import Position
@@ -13,6 +15,7 @@ from websocket_relay.channels.names import CHANNEL_NAME, DEFAULT_CHANNEL
 from websocket_relay.channels.publications import SessionName
 from websocket_relay.channels.recovery import ReplayRequest
 from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.wire.http_protocol import CONNECTION_KEY, PEER_KEY, HttpProtocol
 
 COUNT = re.compile(r"[0-9]{1,9}", re.ASCII)
 MAX_PARAMETERS = 1_000
@@ -31,7 +34,7 @@ CHANNEL_PARAMETER = {
 TOKEN_PARAMETER = {
     "name": "access_token",
     "in": "query",
-    "description": "a token, if auth.mode is jwt; prefer `Authorization: Bearer TOKEN`",
+    "description": "a token, if auth.mode is jwt or hook; prefer `Authorization: Bearer TOKEN`",
     "schema": {"type": "string"},
 }
 
@@ -75,7 +78,29 @@ def admission_request_of(connection: HTTPConnection, channels: Sequence[str]) ->
         client[0] if client is not None else None,
         scope["scheme"],
         authorization,
+        scope["headers"],
+        _subject_of(scope),
     )
+
+
+def _subject_of(scope: Scope) -> str:
+    """Return the user that the client's certificate names; empty: it has none.
+
+    A certificate of a trusted proxy, which has forwarded another address, names the proxy.
+    """
+    peer: tuple[str, int] | None
+    peer, subject = scope[PEER_KEY]
+    return subject if scope["client"] == peer else ""
+
+
+def cancelled_when_lost(request: Request) -> AbstractContextManager[None]:
+    """Cancel the task of a request if its client disconnects meanwhile.
+
+    It is for admission, which may ask the backend. What follows must not be cancelled: a message
+    may be appended already.
+    """
+    connection: HttpProtocol = request.scope[CONNECTION_KEY]
+    return connection.cancelled_when_lost()
 
 
 def replay_request_of(query: bytes, *, last_event_id: str = "") -> ReplayRequest:

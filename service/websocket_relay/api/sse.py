@@ -18,6 +18,7 @@ from websocket_relay.api.requests import (
     CHANNEL_PATH,
     TOKEN_PARAMETER,
     admission_request_of,
+    cancelled_when_lost,
     channel_of,
     channels_of_query,
     flag_of,
@@ -211,8 +212,8 @@ def events_router(
         watched = watched_of(query, channels)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain()
-        grant = await admission.admit(admission_request_of(request, channels))
-
+        with cancelled_when_lost(request):
+            grant = await admission.admit(admission_request_of(request, channels))
         subscription = Subscription(channels, grant, replay, watched)
         return EventsResponse(subscription, admission, broadcaster, silence_s, presence)
 

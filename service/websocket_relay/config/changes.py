@@ -18,17 +18,23 @@ Model = TypeVar("Model", bound=BaseModel)
 
 KEYS = ("auth",)
 
+HOOK_SECRET: SettingPath = ("hooks", "secret")
+
 RELOADABLE: frozenset[SettingPath] = frozenset(
     {
         ("server", "allowed_origins"),
         ("limits", "max_connections"),
         ("limits", "max_connections_per_ip"),
+        ("limits", "max_connections_per_user"),
         ("limits", "max_handshakes_per_s"),
         ("limits", "max_http_connections"),
         ("limits", "max_messages_per_s"),
         ("limits", "send_backlog_bytes"),
         ("limits", "total_backlog_bytes"),
         ("logging", "level"),
+        HOOK_SECRET,
+        ("auth", "hook", "headers"),
+        ("auth", "hook", "timeout_s"),
         *(("auth", "jwt", name) for name in JwtSettings.model_fields if name != "jwks_url"),
     }
 )
@@ -59,11 +65,13 @@ def compare(running: Settings, loaded: Settings, *, only_keys: bool = False) -> 
     Args:
         running: the settings of the relay.
         loaded: the new ones.
-        only_keys: whether only the settings of tokens may change.
+        only_keys: whether only the settings of tokens and hooks.secret may change.
     """
-    considered = (path for path in LEAVES if path[:1] == KEYS or not only_keys)
+    considered = (
+        path for path in LEAVES if path[:1] == KEYS or path == HOOK_SECRET or not only_keys
+    )
     differing = [path for path in considered if _value(running, path) != _value(loaded, path)]
-    # The settings of tokens are valid together only: all of them change now, or none.
+    # The settings of `auth` are valid together only: all of them change now, or none.
     keeps_keys = any(path[:1] == KEYS and path not in RELOADABLE for path in differing)
     settings, applied, needs_restart = running, [], []
     for path in differing:

@@ -387,6 +387,7 @@ def _shown(value: object, path: tuple[str, ...] = ()) -> str:
     # A key or a password may be in the place of the file that contains it.
     is_file = path != () and path[-1].endswith(FILE_SUFFIX)
     may_be_secret = path in SECRET_PATHS or is_file or path[:2] == ("auth", "jwt")
+    may_be_secret = may_be_secret or path in URLS
     if may_be_secret and not (path[2:3] == ("algorithms",) and _is_algorithm_like(value)):
         return "the value (not shown)"
     return _SHORT.repr(list(value) if isinstance(value, tuple) else value)
@@ -399,6 +400,9 @@ def _is_algorithm_like(value: object) -> bool:
 
 SECRET_PATHS = {path[:length] for path in SECRETS for length in range(1, len(path) + 1)}
 """The paths of the secrets, and of the sections that contain them."""
+
+URLS = {("auth", "hook", "url"), ("hooks", "url")}
+"""A URL that is rejected may contain a password."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

@@ -139,6 +139,8 @@ STREAM_NAME = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 NATS_STREAM_NAME = re.compile(r"[^ .*>/\\]{1,255}")
 SUBJECT = re.compile(r"[A-Za-z0-9_$-]+(\.[A-Za-z0-9_$-]+)*", re.ASCII)
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)
+"""A name of a header field (RFC 9110 section 5.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +323,9 @@ class LimitsSettings(Section):
     )
     max_connections_per_ip: Count = Field(
         0, description="concurrent clients from one address, or one IPv6 /64; 0: no limit"
+    )
+    max_connections_per_user: Count = Field(
+        0, description="concurrent clients of one user, on each replica; 0: no limit"
     )
     max_handshakes_per_s: Count = Field(0, description="upgrade requests per second; 0: no limit")
     max_messages_per_s: Count = Field(
@@ -557,17 +562,61 @@ class JwtSettings(Section):
                 yield algorithm, SECRET_BYTES[algorithm]
 
 
+class AuthHookSettings(Section):
+    """The backend that decides about clients by their sessions; hooks.secret signs the requests."""
+
+    url: str = Field("", description="asked by POST who a client is, and which channels it may use")
+    headers: Texts = Field(
+        ("cookie", "authorization"),
+        description="headers of a client's request that are passed on",
+        json_schema_extra={ITEMS: "names of headers"},
+    )
+    timeout_s: PositiveSeconds = Field(
+        5, description="without an answer for this long, the client is refused (503)"
+    )
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100, description="requests at a time; beyond it clients are refused (503)"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return _hook_address(value)
+
+    @field_validator("headers")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(FIELD_NAME.fullmatch, value)):
+            raise ValueError("names of headers, like cookie")
+        return tuple(dict.fromkeys(map(str.lower, value)))
+
+
+def _hook_address(value: str) -> str:
+    if value and not is_web_address(value):
+        raise ValueError("a URL like https://app.example/relay, without a password")
+    return value
+
+
 class AuthSettings(Section):
     """Authentication of clients."""
 
-    mode: Literal["none", "jwt"] = Field(
-        "none", description="none: all clients are accepted; jwt: a token is required"
+    mode: Literal["none", "jwt", "hook"] = Field(
+        "none",
+        description="none: all clients are accepted; jwt: a token is required; hook: your backend"
+        " is asked",
     )
     jwt: JwtSettings = JwtSettings()
+    hook: AuthHookSettings = AuthHookSettings()
+
+    @model_validator(mode="after")
+    def _a_hook_to_ask(self) -> "AuthSettings":
+        if self.mode == "hook" and not self.hook.url:
+            raise ValueError("auth.mode is hook; it needs auth.hook.url")
+        return self
 
     @model_validator(mode="after")
     def _a_key_for_every_algorithm(self) -> "AuthSettings":
-        if self.mode == "none":
+        if self.mode != "jwt":
             return self
         with_secret = [name for name in self.jwt.algorithms if name in SECRET_BYTES]
         others = [name for name in self.jwt.algorithms if name not in SECRET_BYTES]
@@ -586,6 +635,36 @@ class AuthSettings(Section):
             names = ", ".join(others)
             raise ValueError(f"{names} needs auth.jwt.public_key_file or auth.jwt.jwks_url")
         return self
+
+
+class HooksSettings(Section):
+    """Requests of the relay to your backend."""
+
+    url: str = Field("", description="receives events by POST (webhooks); empty: none")
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="signs every request to hooks.url and auth.hook.url (Relay-Signature); empty:"
+        " they are not signed",
+    )
+    messages: Texts = Field(
+        (),
+        description="patterns of channels whose messages are events, too; a * at the end stands for"
+        " any rest",
+        json_schema_extra={ITEMS: "patterns of channel names"},
+    )
+    timeout_s: PositiveSeconds = Field(
+        5, description="events that are not accepted within this time are sent again"
+    )
+    max_pending: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
+        100_000, description="events that wait to be sent; beyond it they are dropped and counted"
+    )
+
+    _utf_8 = field_validator("secret")(_in_utf_8)
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return _hook_address(value)
 
 
 class ConsoleSettings(Section):
@@ -642,6 +721,7 @@ class Settings(BaseSettings):
     presence: PresenceSettings = PresenceSettings()
     backplane: BackplaneSettings = BackplaneSettings()
     auth: AuthSettings = AuthSettings()
+    hooks: HooksSettings = HooksSettings()
     console: ConsoleSettings = ConsoleSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     logging: LoggingSettings = LoggingSettings()
@@ -672,15 +752,28 @@ class Settings(BaseSettings):
         jwt = self.auth.jwt
         if self.auth.mode == "none":
             named = [*dict(jwt.all_secrets), *jwt.public_key_settings]
-            if named:
-                unused = ", ".join(f"auth.jwt.{name}" for name in named)
+            unused = [f"auth.jwt.{name}" for name in named]
+            unused += ["auth.hook.url"] if self.auth.hook.url else []
+            if unused:
                 yield SettingsWarning(
-                    "auth.mode is none: all clients are accepted", {"unused": unused}
+                    "auth.mode is none: all clients are accepted", {"unused": ", ".join(unused)}
                 )
+            return
+        if self.auth.mode == "hook":
+            yield from self._hook_warnings()
             return
         for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():
             facts = {"algorithm": algorithm, "min_bytes": min_bytes}
             yield SettingsWarning("auth.jwt.secret is short", facts)
+
+    def _hook_warnings(self) -> Iterator[SettingsWarning]:
+        if not self.hooks.secret.get_secret_value():
+            facts = {"unsigned": "auth.hook.url"}
+            yield SettingsWarning("hooks.secret is empty: requests are not signed", facts)
+        if "cookie" in self.auth.hook.headers and "*" in self.server.allowed_origins:
+            # Browsers send cookies with the WebSockets of any page.
+            facts = {"allowed_origins": "*"}
+            yield SettingsWarning("any page may use the cookies of its visitors", facts)
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":

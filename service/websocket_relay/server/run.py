@@ -92,6 +92,8 @@ async def _serve(
     async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
         if relay.jwks is not None:
             await owned.enter_async_context(relay.jwks)  # the ports open before it has keys
+        if relay.hook is not None:
+            owned.push_async_callback(relay.hook.close)
         # Before the broker's name is resolved: uvloop resolves two names at a time, and treats
         # "127.0.0.1" as one, too.
         ports = await open_ports(settings, relay, owned)
@@ -113,6 +115,8 @@ async def _serve(
         log.info("draining", extra={"clients": len(relay.shared.clients)})
         await asyncio.sleep(min(delay_s, max(0.0, until - loop.time())))
         relay.lifecycle.advance_to(Phase.REFUSING)
+        if relay.hook is not None:
+            relay.hook.refuse_pending()
         # Clients need time for the closing handshake: the spread leaves a fifth for it.
         spread_s = min(settings.shutdown.spread_s, max(0.0, until - loop.time()) * 0.8)
         await close_all(relay.shared.clients, spread_s=spread_s, rng=random.Random())

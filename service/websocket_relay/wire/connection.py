@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
         self._close_reason: Close | None = None  # the first one counts
         self._close_frame = b""
         self._expiry_timer: asyncio.TimerHandle | None = None
-        self._on_lost: Callable[[], None] | None = None
+        self._on_lost: Callable[[], object] | None = None
         self.delivery_format = PLAIN_FORMAT
         self.publish_policy: PublishPolicy | None = None
         self.identity: ClientIdentity | None = None
@@ -252,6 +252,7 @@ class Connection(asyncio.Protocol):
         """
         shared = self.shared
         self.delivery_format = delivery_format
+        self._on_lost = None
         self._cancel_deadline()
         shared.clients.register(self)
         shared.counters.connections += 1
@@ -301,8 +302,11 @@ class Connection(asyncio.Protocol):
             seconds + 0.001, self.queue_close, Close.TOKEN_EXPIRED
         )
 
-    def when_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, when the TCP connection has ended."""
+    def when_lost(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, when the TCP connection has ended.
+
+        It replaces the one before, as does the end of the handshake.
+        """
         self._on_lost = callback
 
     def start_deadline(self, seconds: float) -> None:

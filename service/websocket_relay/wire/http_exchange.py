@@ -75,6 +75,7 @@ class HttpExchange:
         delimits_by_close: whether the end of the connection ends a response that has no
             Content-Length (RFC 9112 section 6.3), as with HTTP/1.0.
         keeps_alive: whether another request may follow.
+        on_lost: called once if the client disconnects; None: nothing is.
         is_safe: whether the method changes nothing.
         has_started: whether the response has begun.
         is_complete: whether all of the response is written.
@@ -104,6 +105,7 @@ class HttpExchange:
         "is_received",
         "is_safe",
         "keeps_alive",
+        "on_lost",
     )
 
     def __init__(
@@ -129,6 +131,7 @@ class HttpExchange:
         self._waiter: asyncio.Future[None] | None = None
         self.delimits_by_close = head.version == "1.0"
         self.has_started = self.is_complete = self.is_disconnected = False
+        self.on_lost: Callable[[], object] | None = None
         self.is_received = not head.has_body
         self.is_safe = head.method in SAFE_METHODS
         self.keeps_alive = head.keeps_alive
@@ -168,6 +171,9 @@ class HttpExchange:
         """Record that the client can't receive the response any more."""
         self.is_disconnected = True
         self._wake()
+        if self.on_lost is not None:
+            self.on_lost()
+            self.on_lost = None
 
     @property
     def _has_unread(self) -> bool:

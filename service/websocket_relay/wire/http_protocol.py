@@ -7,10 +7,12 @@ channel.
 import asyncio
 import select
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, cast
 
+from websocket_relay.identity import user_of_certificate
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.asgi import Scope, start_now
 from websocket_relay.wire.connection import Connection
@@ -30,10 +32,15 @@ from websocket_relay.wire.request_head import (
 )
 from websocket_relay.wire.sockets import peer_of
 from websocket_relay.wire.time_slicer import SLICE_S
+from websocket_relay.wire.tls_transport import CERTIFICATE
 from websocket_relay.wire.websocket import WebSocket
 
 CONNECTION_KEY = "relay.connection"
 """The key of the HttpProtocol in the ASGI scope of its requests."""
+
+PEER_KEY = "relay.peer"
+"""The key of a pair: the address of the peer, which may be a proxy, and the user that its
+certificate names; empty: it names none."""
 
 ASGI_VERSIONS = {"version": "3.0", "spec_version": "2.4"}
 
@@ -96,6 +103,7 @@ class HttpProtocol(asyncio.Protocol):
         self._observe = observe
         self._loop = asyncio.get_running_loop()
         self.peer: tuple[str, int] | None = None
+        self._subject: str | None = None  # the user of the peer's certificate; None: not read yet
         self._transport: asyncio.Transport
         self._refusal = b""  # the response to the first request, if it is refused already
         # Reading
@@ -323,6 +331,9 @@ class HttpProtocol(asyncio.Protocol):
     def _scope(self, kind: str, head: RequestHead) -> Scope:
         if self.peer is None:
             self.peer = peer_of(self._transport)
+        if self._subject is None:
+            certificate = self._transport.get_extra_info(CERTIFICATE)
+            self._subject = user_of_certificate(certificate) if certificate else ""
         is_secure = self._transport.get_extra_info("sslcontext") is not None
         scheme = "http" if kind == "http" else "ws"
         return {
@@ -338,6 +349,7 @@ class HttpProtocol(asyncio.Protocol):
             "raw_path": head.path,
             "query_string": head.query,
             "headers": head.headers,
+            PEER_KEY: (self.peer, self._subject),
         }
 
     def on_exchange_complete(self) -> None:
@@ -523,6 +535,19 @@ class HttpProtocol(asyncio.Protocol):
             self._drain_timer.cancel()
             self._drain_timer = None
 
+    @contextmanager
+    def cancelled_when_lost(self) -> Iterator[None]:
+        """Cancel the current task, which is that of the request, if the client disconnects."""
+        exchange, task = self._exchange, asyncio.current_task()
+        if exchange is None or task is None:  # it has disconnected already
+            yield
+            return
+        exchange.on_lost = task.cancel
+        try:
+            yield
+        finally:
+            exchange.on_lost = None
+
     # Leaving HTTP
 
     def delimit_body_by_close(self) -> None:
@@ -581,3 +606,4 @@ class HttpProtocol(asyncio.Protocol):
         if task is not None:
             self._add_task(task)
             connection.start_deadline(deadline_s)
+            connection.when_lost(task.cancel)

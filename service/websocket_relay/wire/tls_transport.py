@@ -40,6 +40,9 @@ RECORD_BYTES = 16_384
 
 MIN_READ_BYTES = 256
 
+CERTIFICATE = "certificate"
+"""The name of an extra info of the transport: the client's certificate, DER; None: it has none."""
+
 _incoming, _outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
 """Between OpenSSL and the sockets of all connections. Both are empty whenever a method returns:
 OpenSSL takes all that it is given and keeps the part of a record itself, and what it has to send is
@@ -373,6 +376,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         """Return a fact about the connection, as asyncio's transports do."""
         if name == "sslcontext":
             return self._ssl.context if self._ssl is not None else default
+        if name == CERTIFICATE:
+            return self._ssl.getpeercert(binary_form=True) if self._ssl is not None else default
         return self._tcp.get_extra_info(name, default)
 
 

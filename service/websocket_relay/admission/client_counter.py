@@ -1,4 +1,4 @@
-"""Count clients by IP address. Knows no connection."""
+"""Count clients by IP address, and by user. Knows no connection."""
 
 import ipaddress
 from functools import lru_cache
@@ -12,11 +12,11 @@ SITE_BITS = 64
 6177), so a single address does not identify a client."""
 
 
-class IpCounter:
-    """The number of clients from each address.
+class ClientCounter:
+    """The number of clients by a key: a network, or a user.
 
     Args:
-        limit: maximum number of concurrent clients from one address, or one IPv6 /64.
+        limit: maximum number of concurrent clients with one key.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,24 +24,24 @@ class IpCounter:
         self._clients: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Return the number of addresses with at least one client."""
+        """Return the number of keys with at least one client."""
         return len(self._clients)
 
-    def is_below_limit(self, network: str) -> bool:
-        """Return whether the address is below the limit."""
-        return self._clients.get(network, 0) < self.limit
+    def is_below_limit(self, key: str) -> bool:
+        """Return whether a key is below the limit."""
+        return self._clients.get(key, 0) < self.limit
 
-    def add_client(self, network: str) -> None:
+    def add_client(self, key: str) -> None:
         """Add a client."""
-        self._clients[network] = self._clients.get(network, 0) + 1
+        self._clients[key] = self._clients.get(key, 0) + 1
 
-    def remove_client(self, network: str) -> None:
+    def remove_client(self, key: str) -> None:
         """Remove a client."""
-        remaining = self._clients[network] - 1
+        remaining = self._clients[key] - 1
         if remaining:
-            self._clients[network] = remaining
+            self._clients[key] = remaining
         else:
-            del self._clients[network]
+            del self._clients[key]
 
 
 @lru_cache(maxsize=1024)  # behind a proxy, or in a storm, the same addresses return
