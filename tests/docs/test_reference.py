@@ -8,6 +8,7 @@ import re
 import runpy
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -191,10 +192,13 @@ def labels_on_the_page(cell: str) -> dict[tuple[str, ...], set[tuple[str, ...]]]
 async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) -> None:
     with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
-        relay = tls_relay_with(auth={"mode": "jwt", "jwt": jwt})
-        page = (await relay.get_metrics()).raise_for_status().text
+        hook = {"url": f"http://{HOST}:9/"}
+        pages = []
+        for auth in ({"mode": "jwt", "jwt": jwt}, {"mode": "hook", "hook": hook}):
+            relay = tls_relay_with(auth=auth)
+            pages.append((await relay.get_metrics()).raise_for_status().text)
     exported = {}
-    for family in text_string_to_metric_families(page):
+    for family in chain.from_iterable(map(text_string_to_metric_families, pages)):
         if not family.name.startswith("websocket_"):
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name

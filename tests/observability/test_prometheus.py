@@ -21,7 +21,14 @@ from tests.support.prometheus import (
     missing_series,
     shorten_waits,
 )
-from tests.support.relay_process import MetricsPage, RelayProcess, StartRelay, eventually, receive
+from tests.support.relay_process import (
+    HOST,
+    MetricsPage,
+    RelayProcess,
+    StartRelay,
+    eventually,
+    receive,
+)
 
 ALERTS = CHART / "files" / "alerts.yaml"
 DASHBOARD: Mapping[str, Any] = json.loads((CHART / "files" / "dashboard.json").read_text())
@@ -59,12 +66,13 @@ def pair() -> CertificatePair:
 async def scraped_relays(
     start: StartRelay, broker: RedisBroker, directory: Path
 ) -> AsyncIterator[tuple[Prometheus, Mapping[str, RelayProcess]]]:
-    """Run a relay with a broker, one that requires tokens, and a Prometheus that scrapes both."""
+    """Run relays with a broker, with tokens, with a hook, and a Prometheus that scrapes them."""
     with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
         relays = {
             "relay-0": start(backplane={"url": broker.url}),
             "relay-1": start(auth={"mode": "jwt", "jwt": jwt}),
+            "relay-2": start(auth={"mode": "hook", "hook": {"url": f"http://{HOST}:9/"}}),
         }
         rules = shorten_waits(ALERTS, directory)
         async with Prometheus(directory / "prometheus", relays, rules) as prometheus:
@@ -84,8 +92,9 @@ async def assert_all_queries_have_answers(
     prometheus: Prometheus, relays: Mapping[str, RelayProcess]
 ) -> None:
     # A rate needs a sample from before the events.
-    await prometheus.await_result("count(websocket_ready) == 4")  # each is scraped by two jobs
+    await prometheus.await_result("count(websocket_ready) == 6")  # each is scraped by two jobs
     await cause_events(relays["relay-0"], relays["relay-1"])
+    assert (await relays["relay-2"].get("/channels/news/events")).status_code == 503
     pages = [await relay.metrics() for relay in relays.values()]
     page = MetricsPage(
         frozenset().union(*(each.names for each in pages)),

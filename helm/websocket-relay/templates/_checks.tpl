@@ -112,6 +112,14 @@ config.backplane.url is not the address of a broker that the relay supports; set
 {{- if and $keys (not (regexMatch (printf `^https?://([A-Za-z0-9._~-]+|\[%s\])(:%s)?([/?#][!-~]*)?$` (include "websocket-relay.ipv6" .) (include "websocket-relay.portNumber" .)) $keys)) }}
 config.auth.jwt.jwks_url is not a valid address; set it to one like https://issuer.example.com/jwks.json, without a user or a password
 {{- end }}
+{{- range $setting, $url := dict "auth.hook.url" .Values.config.auth.hook.url "hooks.url" .Values.config.hooks.url }}
+{{- if and $url (not (regexMatch (printf `^https?://([A-Za-z0-9._~-]+|\[%s\])(:%s)?([/?#][!-~]*)?$` (include "websocket-relay.ipv6" $) (include "websocket-relay.portNumber" $)) $url)) }}
+config.{{ $setting }} is not a valid address; set it to one like https://app.example.com/relay, without a user or a password
+{{- end }}
+{{- end }}
+{{- if .Values.config.hooks.secret }}
+config.hooks.secret is set, and would be readable in the pod; put it into a Secret, set secrets.hookSecret.name to that and leave this empty
+{{- end }}
 {{- if $isSecret }}
 config.backplane.url contains a user or a password, which would be readable in the pod; put the address into a Secret, set secrets.backplaneUrl.name to it and leave config.backplane.url at its default
 {{- end }}
@@ -293,6 +301,9 @@ tls.secretName is {{ .tls.secretName }} and config.server.tls.enabled is false, 
 {{- $kind := ternary "secret" "key" (hasPrefix "HS" .) -}}
 {{- $_ := set $signed $kind (append (get $signed $kind) .) -}}
 {{- end -}}
+{{- if and (eq $auth.mode "hook") (not $auth.hook.url) }}
+config.auth.mode is hook and config.auth.hook.url is empty; set it to the address of your backend
+{{- end }}
 {{- if not $auth.jwt.algorithms }}
 config.auth.jwt.algorithms is empty; set it to the algorithms of the tokens, like [RS256]
 {{- end }}
@@ -301,7 +312,7 @@ config.auth.jwt.algorithms is empty; set it to the algorithms of the tokens, lik
 {{- if or $secret $more $byKey }}
 {{ ternary "secrets.jwtSecret.name" $name (not (not $secret)) }} is set and config.auth.mode is none, so no token is required; set config.auth.mode to jwt, or leave the first out
 {{- end }}
-{{- else }}
+{{- else if eq $auth.mode "jwt" }}
 {{- if and $signed.secret (not $secret) (not $auth.jwt.secret) }}
 config.auth.jwt.algorithms has {{ join ", " $signed.secret }} and secrets.jwtSecret.name is empty; set it to the Secret with the shared secret of the tokens, or config.auth.jwt.algorithms to algorithms with public keys
 {{- end }}

@@ -71,6 +71,7 @@ backplaneCreds: RELAY__BACKPLANE__CREDS_FILE
 backplaneNkey: RELAY__BACKPLANE__NKEY_FILE
 jwtSecret: RELAY__AUTH__JWT__SECRET_FILE
 jwtSecrets: RELAY__AUTH__JWT__SECRETS_FILE
+hookSecret: RELAY__HOOKS__SECRET_FILE
 jwtPublicKey: RELAY__AUTH__JWT__PUBLIC_KEY_FILE
 {{- end -}}
 
