@@ -602,7 +602,7 @@ def test_a_claim_in_another_place_or_form_permits_nothing() -> None:
         ("relay.", {"relay": NEWS}),
         ("relay", {"relay": "{" + "[" * 100_000}),
         ("relay", {"relay": json.dumps([NEWS])}),
-        ("scope", {"scope": "relay:subscribe relay:Subscribe:news subscribe:news relay:administrator"}),
+        ("scope", {"scope": "relay:subscribe relay:Subscribe:news subscribe:news relay:admins"}),
         ("scope", {"scope": "xrelay:subscribe:news"}),
     ):
         assert Permissions.of(claims, None, path).is_empty, claims

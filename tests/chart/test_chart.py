@@ -361,6 +361,14 @@ MISFITS: list[list[Misfit]] = [
             ["config.shutdown.timeout_s", "config.shutdown.spread_s", "25 or more"],
         ),
         (
+            nested_values("config.hooks.secret", "pa55word"),
+            ["config.hooks.secret", "secrets.hookSecret.name"],
+        ),
+        (
+            nested_values("config.hooks.url", "https://relay:pa55word@app.example.com"),
+            ["config.hooks.url", "https://"],
+        ),
+        (
             nested_values("config.auth.jwt.secret", "pa55word"),
             ["config.auth.jwt.secret", "secrets.jwtSecret.name"],
         ),
@@ -627,6 +635,16 @@ MISFITS: list[list[Misfit]] = [
         (
             nested_values("tls.caSecretName", "relay-nats-ca"),
             ["tls.caSecretName", "needs TLS", "config.backplane.url", "tls://"],
+        ),
+    ],
+    [
+        (
+            nested_values("config.auth.mode", "hook"),
+            ["config.auth.mode is hook", "config.auth.hook.url"],
+        ),
+        (
+            nested_values("config.hooks.url", "app.example.com"),
+            ["config.hooks.url", "https://"],
         ),
     ],
     [

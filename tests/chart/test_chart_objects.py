@@ -263,6 +263,7 @@ def test_secrets_are_references_and_not_values() -> None:
         ("RELAY__BACKPLANE__KEY_FILE", "relay-broker-client", "tls.key"),
         ("RELAY__AUTH__JWT__SECRET_FILE", "relay-jwt", "secret"),
         ("RELAY__AUTH__JWT__SECRETS_FILE", "relay-jwt", "secrets.json"),
+        ("RELAY__HOOKS__SECRET_FILE", "relay-hooks", "secret"),
         ("RELAY__AUTH__JWT__PUBLIC_KEY_FILE", "relay-jwt-key", "public.pem"),
     ):
         directory, _, file = variables[name].rpartition("/")
@@ -508,6 +509,18 @@ def test_a_network_policy_allows_egress_to_the_broker_and_to_the_signing_keys(
         nested_values("networkPolicy.enabled", True),
     )
     assert egress_ports(objects) == ports
+
+
+def test_a_network_policy_allows_egress_to_the_backend_that_is_asked_and_gets_events() -> None:
+    peers = [{"namespaceSelector": {"matchLabels": {"name": "app"}}}]
+    objects = rendered(
+        nested_values("config.auth", {"mode": "hook", "hook": {"url": "http://app:8000/relay"}}),
+        nested_values("config.hooks.url", "https://app.example.com/events"),
+        nested_values("networkPolicy", {"enabled": True, "hooksTo": peers}),
+    )
+    assert egress_ports(objects) == {8000, 443}
+    rules = find_object(objects, "NetworkPolicy")["spec"]["egress"][1:]
+    assert [rule["to"] for rule in rules] == [peers, peers]
 
 
 def test_a_network_policy_allows_clients_prometheus_and_helm_test() -> None:

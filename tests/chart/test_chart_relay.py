@@ -35,6 +35,7 @@ SECRETS: Secrets = {
     "relay-broker-client": {"tls.crt": PAIR.certificate_pem, "tls.key": PAIR.key_pem},
     "relay-broker-ca": {"ca.crt": PAIR.certificate_pem},
     "relay-jwt": {"secret": SECRET.encode(), "secrets.json": f'["the next {SECRET}"]'.encode()},
+    "relay-hooks": {"secret": SECRET.encode()},
     "relay-jwt-key": {"public.pem": SIGNER.public_pem},
     "relay-test-token": {"token": SIGNER.token(exp=int(time.time()) + 3600).encode() + b"\n"},
 }

@@ -10,7 +10,7 @@ import yaml
 
 from tests.support.helm import CHART, RELEASE, Values, find_object, newest_helm
 from tests.support.prometheus import JOB, missing_series, promtool
-from tests.support.relay_process import ROOT, StartRelay
+from tests.support.relay_process import HOST, ROOT, StartRelay
 
 ALERTS = CHART / "files" / "alerts.yaml"
 CASES = sorted(Path(__file__).with_name("alerts").glob("*.yaml"))
@@ -164,5 +164,6 @@ def test_values_disable_alerts_and_set_labels_the_runbook_and_the_selector() -> 
 
 
 async def test_the_alerts_use_metrics_that_a_relay_has(tls_relay_with: StartRelay) -> None:
-    page = await tls_relay_with().metrics()
+    hook = {"url": f"http://{HOST}:9/"}
+    page = await tls_relay_with(auth={"mode": "hook", "hook": hook}).metrics()
     assert missing_series([rule["expr"] for rule in all_rules()], page) == set()

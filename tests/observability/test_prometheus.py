@@ -94,7 +94,6 @@ async def assert_all_queries_have_answers(
     # A rate needs a sample from before the events.
     await prometheus.await_result("count(websocket_ready) == 6")  # each is scraped by two jobs
     await cause_events(relays["relay-0"], relays["relay-1"])
-    assert (await relays["relay-2"].get("/channels/news/events")).status_code == 503
     pages = [await relay.metrics() for relay in relays.values()]
     page = MetricsPage(
         frozenset().union(*(each.names for each in pages)),

@@ -80,6 +80,7 @@ class AdmissionHook:
         )
         self._results = {"ok": 0, "refused": 0, "error": 0, "cancelled": 0}
         self._in_flight = 0
+        self._is_stopping = False
         self._scopes: set[asyncio.Timeout] = set()  # of the questions in flight
         self._failures = FailureLog(url)
 
@@ -117,7 +118,8 @@ class AdmissionHook:
         return await self._ask(encode_renewal(source or RequestSource(None, None), token))
 
     def refuse_pending(self) -> None:
-        """Refuse the clients whose questions are in flight: the relay stops."""
+        """Refuse the clients whose questions are in flight, and later ones: the relay stops."""
+        self._is_stopping = True
         for scope in self._scopes:
             scope.reschedule(asyncio.get_running_loop().time())
 
@@ -126,6 +128,8 @@ class AdmissionHook:
         await self._calls.close()
 
     async def _ask(self, question: bytes) -> Permissions:
+        if self._is_stopping:
+            raise RefusedError(Refusal.DRAINING)
         if self._in_flight >= self._max_in_flight:
             raise RefusedError(Refusal.HOOK_REQUESTS)
         self._in_flight += 1

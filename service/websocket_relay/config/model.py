@@ -768,12 +768,14 @@ class Settings(BaseSettings):
 
     def _hook_warnings(self) -> Iterator[SettingsWarning]:
         if not self.hooks.secret.get_secret_value():
-            facts = {"unsigned": "auth.hook.url"}
-            yield SettingsWarning("hooks.secret is empty: requests are not signed", facts)
+            yield SettingsWarning(
+                "hooks.secret is empty: requests are not signed", {"unsigned": "auth.hook.url"}
+            )
         if "cookie" in self.auth.hook.headers and "*" in self.server.allowed_origins:
             # Browsers send cookies with the WebSockets of any page.
-            facts = {"allowed_origins": "*"}
-            yield SettingsWarning("any page may use the cookies of its visitors", facts)
+            yield SettingsWarning(
+                "any page may use the cookies of its visitors", {"allowed_origins": "*"}
+            )
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":
