@@ -272,6 +272,20 @@ async def test_a_backend_that_restarts_between_two_questions_refuses_no_client(
     assert await hook_relay.metric(REQUESTS, result="error") == 0
 
 
+async def test_a_question_is_repeated_once_if_its_connection_ends_before_the_answer(
+    hook_relay: RelayProcess, backend: HookBackend, channel: str
+) -> None:
+    """A backend closes a kept connection when it is idle, which may be just when it is used."""
+    await assert_admitted(with_cookie(hook_relay, channel))
+    backend.unanswered = 1
+    await assert_admitted(with_cookie(hook_relay, channel))
+    assert len(backend.questions) == 3
+    assert backend.questions[1].body == backend.questions[2].body
+    backend.unanswered = 2
+    await assert_unavailable(hook_relay, channel, Refusal.HOOK_UNAVAILABLE)
+    assert len(backend.questions) == 5
+
+
 async def test_a_cookie_of_the_backend_is_not_sent_with_the_next_question(
     hook_relay: RelayProcess, backend: HookBackend, channel: str
 ) -> None:

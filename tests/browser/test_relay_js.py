@@ -15,6 +15,7 @@ from playwright.async_api import Page
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests.support import browser
+from tests.support.hook_backend import ANN, HookBackend, hook_settings
 from tests.support.issuer import channel_token
 from tests.support.programs import TYPESCRIPT, needed
 from tests.support.raw_client import PATIENCE_S
@@ -873,6 +874,23 @@ async def test_an_expired_token_is_replaced_by_the_token_function(
     (wait,) = await tab.states("waiting")
     assert (wait["code"], wait["reason"]) == (3000, "token expired")
     assert await tab.events("refused") == []
+
+
+async def test_a_client_with_a_session_reconnects_when_its_permissions_expire(
+    tab: RelayTab, relay_with: StartRelay, channel: str
+) -> None:
+    async with HookBackend() as backend:
+        backend.permit(**ANN, expires_in_s=2)
+        relay = relay_with(**hook_settings(backend))
+        await tab.start(relay.ws_url(), channel)
+        await tab.wait_until("relay.events.some(({state}) => state === 'waiting')")
+        backend.permit(**ANN)
+        await tab.wait_until("relay.events.filter(({state}) => state === 'open').length >= 2")
+        await tab.publish("0")
+        await tab.await_messages(["0"])
+        assert await tab.events("refused") == []
+        waits = await tab.states("waiting")
+        assert {(wait["code"], wait["reason"]) for wait in waits} == {(3000, "token expired")}
 
 
 async def test_an_expired_token_without_a_replacement_ends_the_reconnections(

@@ -826,7 +826,14 @@ async def test_a_close_that_would_happen_again_is_raised_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"), [(1008, "rate limit"), (1013, "slow consumer"), (1000, ""), (1011, "x")]
+    ("code", "reason"),
+    [
+        (1008, "rate limit"),
+        (1013, "slow consumer"),
+        (1000, ""),
+        (1011, "x"),
+        (3000, "token expired"),  # of a client without a token: its session decides
+    ],
 )
 @pytest.mark.fast
 async def test_a_client_reconnects_after_any_other_close(code: int, reason: str) -> None:

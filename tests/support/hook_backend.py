@@ -51,6 +51,7 @@ class HookBackend:
         status, body, headers: of its answers.
         may_answer: questions wait for their answers while it is not set.
         closes_without_answer: whether it closes each connection instead of answering.
+        unanswered: how many of the next questions it does not answer, likewise.
         questions: all that it was asked.
         connections: how many were opened to it.
         abandoned: how many ended while a question waited for its answer.
@@ -60,6 +61,7 @@ class HookBackend:
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=dict)
     closes_without_answer: bool = False
+    unanswered: int = 0
     questions: list[Question] = field(default_factory=list)
     connections: int = 0
     abandoned: int = 0
@@ -153,7 +155,8 @@ class HookBackend:
             self.questions.append(question)
             self._changed.notify_all()
         await self._wait_for_permission(reader)
-        if self.closes_without_answer:
+        if self.closes_without_answer or self.unanswered:
+            self.unanswered = max(0, self.unanswered - 1)
             raise ConnectionError
         headers = {"Content-Length": str(len(self.body)), **self.headers}
         text = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

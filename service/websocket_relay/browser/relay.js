@@ -317,7 +317,8 @@ export class Relay extends EventTarget {
   /** @param {End} end after which the client connects again, unless it is final */
   #retry(end) {
     const {code = this.transport ? 1006 : undefined, reason = ""} = end;
-    const status = code === 3000 ? 401 : end.status ?? 0;
+    // Without a token a backend decides, by the cookie that the next connection brings.
+    const status = code === 3000 && this.token ? 401 : end.status ?? 0;
     this.#dropLink();
     if (code === 1009) this.#refuseLargest(reason);
     const hasFreshToken = typeof this.token === "function" && !this.#wasUnauthorized;
