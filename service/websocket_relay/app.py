@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from websocket_relay.admission.hook import AdmissionHook
     from websocket_relay.admission.jwks import Jwks
     from websocket_relay.admission.verifier import TokenVerifier
+    from websocket_relay.hooks.delivery import HookDelivery
+    from websocket_relay.presence.roster import Change
     from websocket_relay.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ PENDING_PART, UNPROCESSED_PART, APPENDS_PART = 2, 4, 16
 fan-out, a quarter is received but unprocessed, and a sixteenth is pending append to the log, which
 is what a broker accepts in 0.1 s. The rest is headroom: each of the three may be exceeded by one
 message."""
+
+MAX_HOOK_BYTES = 67_108_864
+"""Memory of the events that the receiver of webhooks has not accepted, besides hooks.max_pending:
+each of them may have the content of a message."""
 
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -126,6 +132,7 @@ class Replica:
         shared: the context of all connections on the relay's port.
         backplane: the log.
         presence: who is in which channel, on all replicas; None: no channel has presence.
+        hooks: the delivery of webhooks; None: there is no `hooks.url`.
         jwks: the signing keys that are fetched; None: none are.
         hook: the backend that decides about clients; None: none does.
         tracing: the spans of requests; None: no tracing.
@@ -172,6 +179,8 @@ class Replica:
             self._broadcaster.attendance = self._attendance
             self._broadcaster.gap_listeners.append(self.presence.on_gap)
             self.backplane.heard = self._on_heartbeat
+        self._hook_facts: Callable[[], Mapping[str, str]] = dict
+        self.hooks = self._make_hooks() if settings.hooks.url else None
         self._descriptors = self._make_descriptors()
         self._admission = self._make_admission(tokens)
         self._cors = Cors(CORS_OPTIONS, _cors_origins(settings), self._refusals)
@@ -193,6 +202,8 @@ class Replica:
         if self.presence is not None and self._attendance is not None:
             yield self.presence
             yield self._attendance
+        if self.hooks is not None:
+            yield self.hooks
         if self._certificates is not None:
             yield self._certificates
 
@@ -307,8 +318,60 @@ class Replica:
             is_up=lambda: self.backplane.state is BackplaneState.UP,
         )
 
+    def _make_hooks(self) -> "HookDelivery":
+        # Importing httpx2 takes 0.2 s, which most relays do not need.
+        from websocket_relay.hooks.delivery import HookDelivery
+        from websocket_relay.hooks.duty import Duty
+        from websocket_relay.hooks.pending import PendingEvents
+        from websocket_relay.hooks.queue import EventQueue
+        from websocket_relay.outgoing_http import SignedCalls
+
+        settings, backplane, presence = self._settings.hooks, self.backplane, self.presence
+        is_alone = backplane.is_local
+        pending = PendingEvents(
+            self._control,
+            EventQueue(settings.max_pending, MAX_HOOK_BYTES),
+            settings.messages,
+            is_alone=is_alone,
+            is_presence_complete=lambda: presence is None or presence.complete.is_set(),
+            is_relayed_alone=lambda: backplane.is_relaying_alone,
+        )
+        duty = Duty(
+            self._control,
+            self._lives,
+            is_alone=is_alone,
+            is_up=lambda: backplane.state is BackplaneState.UP,
+            is_complete=lambda: presence is None or presence.complete.is_set(),
+            is_started=lambda: pending.is_started,
+            position=lambda: backplane.position,
+        )
+        if presence is not None:
+            presence.told.append(partial(_tell_hooks, presence, pending.on_change))
+        if settings.messages:
+            self._broadcaster.on_message = pending.on_message
+        self._broadcaster.gap_listeners.append(duty.on_gap)
+        self._hook_facts = duty.facts
+        backplane.heard = self._on_heartbeat
+        receiver = SignedCalls(
+            settings.url,
+            settings.secret.get_secret_value(),
+            timeout_s=settings.timeout_s,
+            max_connections=1,
+            setting="hooks.url",
+        )
+        return HookDelivery(
+            pending,
+            duty,
+            self._control,
+            receiver,
+            is_alone=is_alone,
+            when_settled=backplane.when_settled,
+        )
+
     def _on_heartbeat(self, position: Position, description: bytes) -> None:
         facts = _parse_description(description)
+        if isinstance(at := facts.get("at"), float):
+            self._control.time = at
         if isinstance(life := facts.get("life"), str):
             self._lives.record_sign(life, position, facts)
 
@@ -444,6 +507,8 @@ class Replica:
             yield self.jwks.metrics
         if self.hook is not None:
             yield self.hook.metrics
+        if self.hooks is not None:
+            yield self.hooks.metrics
 
     def _metrics_of_several_parts(self) -> Values:
         relay, metrics = self.port.http_connections, self.metrics_port.http_connections
@@ -475,8 +540,16 @@ class Replica:
             "clients": clients,
             "messages": messages,
             "life": self._lives.own,
+            "at": round(time.time(), 3),
+            **self._hook_facts(),
         }
         return json.dumps(facts).encode()
+
+
+def _tell_hooks(presence: Presence, on_change: Callable[..., None], change: "Change") -> None:
+    count = presence.rosters.count(change.channel)
+    code = None if change.joined else change.code
+    on_change(change.channel, change.person.client, change.person.user, code, count)
 
 
 def _load_tracing(replica: str, environ: Mapping[str, str]) -> "Tracing | None":

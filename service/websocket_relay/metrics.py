@@ -72,6 +72,9 @@ GAUGES = {
     "ready": "Whether the relay accepts clients (1) or not (0).",
     "draining": "Whether the relay shuts down (1) or not (0).",
     "draining_clients": "Number of clients that a shutdown has not closed yet.",
+    "hook_pending_events": "Number of events that the receiver of webhooks has not accepted yet.",
+    "hook_pending_bytes": "Bytes of memory that these events use.",
+    "hook_pending_seconds": "Age of the oldest of these events, in seconds.",
     "tls_certificate_expiry_timestamp_seconds": (
         "Time at which the served certificate expires, in seconds since 1970."
     ),
@@ -117,6 +120,9 @@ COUNTERS = {
     "tls_handshake_failures": "Number of TLS handshakes that failed, by reason.",
     "jwks_fetches": "Number of fetches of the signing keys, by result.",
     "auth_hook_requests": "Number of requests to auth.hook.url, by result.",
+    "hook_events": "Number of events that the receiver of webhooks has accepted from this replica.",
+    "hook_events_dropped": "Number of events that no receiver will be sent.",
+    "hook_attempts": "Number of requests to the receiver of webhooks, by result.",
 }
 """Likewise of the counters."""
 
@@ -130,6 +136,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "tls_handshake_failures": ["reason"],
     "jwks_fetches": ["result"],
     "auth_hook_requests": ["result"],
+    "hook_attempts": ["result"],
 }
 
 

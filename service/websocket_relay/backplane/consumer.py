@@ -108,6 +108,7 @@ class Consumer:
         producers: what was read of each producer.
         position: the position up to which everything has been delivered here.
         unread_seen_at: the latest time at which the stream held further entries, by the clock.
+        is_relaying_alone: whether the entries that are delivered now are not in the stream.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Consumer:
         self.producers = ProducerStates()
         self.position = START
         self.unread_seen_at = 0.0
+        self.is_relaying_alone = False
         self._last_read_id: Id = (0, 0)
         # Whether nothing is missing before the next entry; false at the start, too.
         self._is_contiguous = False
@@ -302,4 +304,6 @@ class Consumer:
         if entries:
             self.position = entries[-1].position
             self._counters.local += len(entries)
+            self.is_relaying_alone = True
             self._deliver(entries, identities)
+            self.is_relaying_alone = False

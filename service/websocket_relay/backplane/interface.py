@@ -194,6 +194,10 @@ class Backplane(Protocol):
         """Whether the log can be appended to and read."""
 
     @property
+    def is_relaying_alone(self) -> bool:
+        """Whether the entries that are delivered now are in no log: no other replica reads them."""
+
+    @property
     def position(self) -> Position:
         """The position up to which everything has been delivered here."""
 

@@ -25,6 +25,7 @@ class MemoryBackplane:
     """`memory://`: delivers entries before `append` returns."""
 
     is_local = True
+    is_relaying_alone = False
     relays_locally = True
 
     def __init__(self, describe: Callable[[], bytes]) -> None:

@@ -110,6 +110,11 @@ class ReplicatedBackplane:
         return self.outages.state
 
     @property
+    def is_relaying_alone(self) -> bool:
+        """Whether the entries that are delivered now are in no log."""
+        return self.consumer.is_relaying_alone
+
+    @property
     def position(self) -> Position:
         """The position up to which everything has been delivered here."""
         position = self.consumer.position

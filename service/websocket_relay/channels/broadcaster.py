@@ -58,6 +58,7 @@ class Broadcaster:
     Attributes:
         attendance: of clients in channels; None: nobody asks.
         on_control: receives the entries that replicas write for each other.
+        on_message: receives each message that is relayed; None: nobody asks.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Broadcaster:
         self._combined: dict[str, list[Channel]] = {}  # by the name of each of their channels
         self.attendance: Attendance | None = None
         self.on_control: Callable[[LogEntry], None] = lambda _: None
+        self.on_message: Callable[[LogEntry], None] | None = None
         self.gap_listeners: list[Callable[[], None]] = []
         backplane.consume(self._deliver, self._on_gap)
 
@@ -329,10 +331,13 @@ class Broadcaster:
         publishers: Mapping[Position, Connection] = NO_PUBLISHERS
         if identities is not None:
             entries, publishers = self._without_repeats(entries, identities)
+        on_message = self.on_message
         for entry in entries:
             if entry[2] == CONTROL:
                 self.on_control(entry)
                 continue
+            if on_message is not None:
+                on_message(entry)
             self._history.add(entry)
             channel = self._channels.get(entry.channel)
             if channel is not None:

@@ -6,6 +6,7 @@ by the same rules, is the same on every replica at the same position. Knows no r
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,10 +43,19 @@ class ControlLog:
 
     Args:
         backplane: the log.
+        clock: seconds since 1970.
+
+    Attributes:
+        reading: the entry that is passed to its handler now; None: none is.
+        time: when the latest entry, or heartbeat, that was read was appended, by the clock of its
+            replica. So it is the same on every replica at the same position. 0: none was read.
     """
 
-    def __init__(self, backplane: Backplane) -> None:
+    def __init__(self, backplane: Backplane, clock: Callable[[], float] = time.time) -> None:
         self._backplane = backplane
+        self._clock = clock
+        self.reading: ControlEntry | None = None
+        self.time = 0.0
         self._handlers: dict[str, Handler] = {}
 
     def handle(self, kind: str, handler: Handler) -> None:
@@ -67,7 +77,8 @@ class ControlLog:
             channel: that it is about.
             failed: called if the entry is not in the log, or this is unknown.
         """
-        payload = json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode()
+        stamped = {"kind": kind, "at": round(self._clock(), 3), **fields}
+        payload = json.dumps(stamped, separators=(",", ":")).encode()
         messages = [(CONTROL, payload)]
         self._backplane.append(channel, messages, len(payload), _Appended(failed))
 
@@ -78,13 +89,18 @@ class ControlLog:
         settings.
         """
         position, channel, _, payload = entry
+        outer = self.reading  # with a log in memory, a handler that appends
         try:
             fields = json.loads(payload)
+            self.time = float(fields.get("at", self.time))
             handler = self._handlers.get(fields.get("kind"))
             if handler is not None:
-                handler(ControlEntry(position, channel, fields))
+                self.reading = ControlEntry(position, channel, fields)
+                handler(self.reading)
         except (ValueError, TypeError, KeyError, AttributeError):
             log.exception("control entry not understood")
+        finally:
+            self.reading = outer
 
 
 class _Appended:

@@ -186,11 +186,21 @@ async def _finish(relay: Replica, port: Listener, until: float) -> None:
     """Wait for closing handshakes, appends and responses, until a time of the loop's clock."""
     if cut_off := await wait_until_closed(relay.shared.clients, until=until):
         log.warning("clients aborted", extra={"clients": cut_off})
+    await asyncio.gather(_flush(relay, until), _finish_requests(relay, port, until))
+
+
+async def _flush(relay: Replica, until: float) -> None:
+    """Wait until all that was appended is in the log, and deliver what webhooks are pending."""
+    if relay.hooks is not None:
+        await relay.hooks.drain(until)
     try:
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
     except TimeoutError:
         log.error("messages unconfirmed", extra={"messages": relay.backplane.unconfirmed_messages})
+
+
+async def _finish_requests(relay: Replica, port: Listener, until: float) -> None:
     relay.port.http_connections.evict_idle(Refusal.DRAINING)  # the next request may never arrive
     if unanswered := await port.wait_for_responses(until=until):
         log.warning("requests aborted", extra={"requests": unanswered})

@@ -1,0 +1,1 @@
+"""Webhooks: what happens in channels, delivered to a server of the operator."""
