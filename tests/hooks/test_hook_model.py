@@ -130,8 +130,8 @@ class ModelReplica:
 class WebhookModel(RuleBasedStateMachine):
     """The replicas, the log and the receiver."""
 
-    @initialize(max_pending=st.sampled_from([3, 1000]))
-    def start(self, max_pending: int) -> None:
+    @initialize(max_pending=st.sampled_from([3, 1000]), is_started=st.booleans())
+    def start(self, max_pending: int, is_started: bool) -> None:
         self.max_pending = max_pending
         self.log = ModelLog()
         self.replicas: list[ModelReplica] = []
@@ -139,6 +139,8 @@ class WebhookModel(RuleBasedStateMachine):
         self.published: list[EventId] = []
         for _ in range(2):
             self.start_replica()
+        if is_started:
+            self._rest()
 
     @rule(channel=st.sampled_from(["news", "news.b", "other"]), count=st.integers(1, 4))
     def publish(self, channel: str, count: int) -> None:
@@ -162,6 +164,14 @@ class WebhookModel(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
     def wait(self, seconds: float) -> None:
         self.log.seconds += seconds
+
+    @rule()
+    def advance(self) -> None:
+        self.log.seconds += 1
+        for replica in self.replicas:
+            replica.send_heartbeat()
+        for replica in self.replicas:
+            replica.read_entries(10_000)
 
     @rule(number=NUMBERS, count=st.integers(1, 5))
     def send_request(self, number: int, count: int) -> None:
@@ -232,11 +242,8 @@ class WebhookModel(RuleBasedStateMachine):
     def _rest(self) -> None:
         """Let everything happen that is due, with a receiver that accepts."""
         for _ in range(12):
-            self.log.seconds += 1
-            for replica in self.replicas:
-                replica.send_heartbeat()
+            self.advance()
             for number, replica in enumerate(self.replicas):
-                replica.read_entries(10_000)
                 replica.send_request(100)
                 self.answer(number, True, True)
                 replica.append_done()

@@ -83,6 +83,9 @@ class HookDelivery:
         when_settled: calls back once all that was appended is read.
         pauses_s: the first and the longest pause after failures.
         clock: monotonic time in seconds.
+
+    Attributes:
+        started: set once all that happens is delivered: nothing is published before that.
     """
 
     def __init__(
@@ -115,7 +118,9 @@ class HookDelivery:
         self._attempted = asyncio.Event()
         self._delivered = 0
         self._attempts = dict.fromkeys((ACCEPTED, REJECTED, UNANSWERED), 0)
-        pending.changed = self._awake.set
+        pending.changed = self._on_changed
+        self.started = asyncio.Event()
+        self._on_changed()
 
     async def run(self) -> None:
         """Deliver events until cancelled."""
@@ -136,6 +141,11 @@ class HookDelivery:
             "hook_pending_bytes": queue.bytes,
             "hook_pending_seconds": max(0.0, time.time() - at) if at else 0.0,
         }
+
+    def _on_changed(self) -> None:
+        self._awake.set()
+        if self._pending.is_started:
+            self.started.set()
 
     # What is due
 

@@ -170,6 +170,8 @@ async def _become_ready(settings: Settings, relay: Replica, ports: Sequence[List
     if relay.presence is not None and not relay.presence.complete.is_set():
         lifecycle.advance_to(Phase.WAITING_FOR_REPLICAS)
         await relay.presence.complete.wait()
+    if relay.hooks is not None and backplane.up.is_set():
+        await relay.hooks.started.wait()
     if relay.jwks is not None:
         lifecycle.advance_to(Phase.WAITING_FOR_KEYS)
         await relay.jwks.fetch_until_available()

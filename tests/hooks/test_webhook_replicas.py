@@ -1,0 +1,149 @@
+"""Webhooks of several replicas on one log: one of them delivers, and any other can go on."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from signal import SIGKILL
+from typing import Any
+
+import pytest
+
+from tests.support.hook_receiver import HookReceiver
+from tests.support.http_requests import TEXT_TYPE, publish_by_post
+from tests.support.relay_process import RelayProcess, StartReplicas
+
+SHUTDOWN = {"spread_s": 0, "timeout_s": 10}
+
+
+@pytest.fixture
+def receiver() -> Iterator[HookReceiver]:
+    with HookReceiver() as started:
+        yield started
+
+
+async def publish(relay: RelayProcess, *texts: str) -> None:
+    for text in texts:
+        answer = await publish_by_post(relay, "news", text.encode(), TEXT_TYPE)
+        answer.raise_for_status()
+
+
+async def accepted(receiver: HookReceiver, count: int) -> Sequence[dict[str, Any]]:
+    return await asyncio.to_thread(receiver.block_until_accepted, count)
+
+
+async def started_replicas(
+    replicas_with: StartReplicas, receiver: HookReceiver, count: int = 2
+) -> Sequence[RelayProcess]:
+    """Start replicas; return them once one delivers, that one first."""
+    replicas = replicas_with(
+        count,
+        hooks={**receiver.settings, "messages": ["*"]},
+        presence={"channels": ["news"], "grace_s": 1},
+        shutdown=SHUTDOWN,
+    )
+    await publish(replicas[0], "started")
+    await accepted(receiver, 1)
+    attempts = [await each.metric("websocket_hook_events_total") for each in replicas]
+    assert sorted(attempts) == [0] * (count - 1) + [1]
+    return sorted(replicas, key=lambda each: attempts[replicas.index(each)] == 0)
+
+
+async def test_each_event_is_delivered_by_one_replica(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    replicas = await started_replicas(replicas_with, receiver, count=3)
+    async with replicas[1].client("news"), replicas[2].client("news"):
+        for number in range(12):
+            await publish(replicas[number % 3], str(number))
+        events = await accepted(receiver, 1 + 3 + 12)
+    assert [event["text"] for event in events if "text" in event][1:] == [
+        str(number) for number in range(12)
+    ]
+    await accepted(receiver, 1 + 3 + 12 + 3)
+    kinds = [event["type"] for event in receiver.accepted if event["type"] != "published"]
+    assert kinds[0] == "occupied"
+    assert sorted(kinds[1:3]) == ["joined"] * 2
+    assert kinds[3:] == ["left", "left", "vacated"]
+    assert len(receiver.accepted) == 19
+    for replica in replicas:
+        await replica.await_metric("websocket_hook_pending_events", 0)
+    assert [await each.metric("websocket_hook_events_total") for each in replicas] == [19, 0, 0]
+
+
+async def test_another_replica_delivers_what_a_killed_one_has_not(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    delivering, other = await started_replicas(replicas_with, receiver)
+    async with delivering.client("news"):
+        await accepted(receiver, 3)
+        receiver.status = 503
+        await publish(other, "first", "second")
+        await asyncio.to_thread(receiver.block_until_requested, receiver.requests + 1)
+        delivering.signal(SIGKILL)
+        receiver.status = 200
+        await publish(other, "third")
+        events = await accepted(receiver, 8)
+    assert [event["text"] for event in events if "text" in event][1:] == [
+        "first",
+        "second",
+        "third",
+    ]
+    assert [(event["type"], event.get("code")) for event in events[-2:]] == [
+        ("left", 1006),
+        ("vacated", None),
+    ]
+    assert await other.metric("websocket_hook_events_total") >= 5
+
+
+async def test_another_replica_goes_on_where_a_stopped_one_ended(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    delivering, other = await started_replicas(replicas_with, receiver)
+    await publish(other, *map(str, range(20)))
+    assert await delivering.stop() == 0
+    await publish(other, "after the stop")
+    events = await accepted(receiver, 22)
+    texts = ["started", *map(str, range(20)), "after the stop"]
+    assert [event["text"] for event in events] == texts
+    assert [event["text"] for event in receiver.accepted] == texts  # no event was repeated
+
+
+async def test_a_replica_that_can_be_replaced_does_not_wait_for_a_receiver_that_fails(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    delivering, other = await started_replicas(replicas_with, receiver)
+    receiver.status = 503
+    await publish(other, "pending")
+    started_at = asyncio.get_running_loop().time()
+    assert await delivering.stop() == 0
+    assert asyncio.get_running_loop().time() - started_at < SHUTDOWN["timeout_s"] / 2
+    receiver.status = 200
+    assert [event["text"] for event in await accepted(receiver, 2)] == ["started", "pending"]
+
+
+async def test_a_replica_that_starts_alone_delivers_what_is_left_in_the_log(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    (first,) = await started_replicas(replicas_with, receiver, count=1)
+    receiver.status = 503
+    await publish(first, "first", "second")
+    first.signal(SIGKILL)
+    await first.exit_code()
+    receiver.status = 200
+    replicas_with(1, hooks={**receiver.settings, "messages": ["*"]})
+    events = await accepted(receiver, 3)
+    assert [event["text"] for event in events] == ["started", "first", "second"]
+    assert len([event for event in receiver.accepted if event["text"] == "started"]) <= 2
+
+
+async def test_what_is_in_the_log_before_webhooks_are_enabled_is_not_delivered(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    (without,) = replicas_with(1)
+    await publish(without, "before")
+    with_hooks = replicas_with(2, hooks={**receiver.settings, "messages": ["*"]})
+    await publish(without, "after")
+    events = await accepted(receiver, 1)
+    assert [event["text"] for event in events] == ["after"]
+    for replica in with_hooks:
+        await replica.await_metric("websocket_hook_pending_events", 0)
+        assert await replica.metric("websocket_hook_events_dropped_total") == 0
