@@ -373,6 +373,10 @@ MISFITS: list[list[Misfit]] = [
             ["config.auth.jwt.secret", "secrets.jwtSecret.name"],
         ),
         (
+            nested_values("config.hooks.secret", "pa55word"),
+            ["config.hooks.secret", "secrets.hooksSecret.name"],
+        ),
+        (
             nested_values("config.auth.jwt.secrets", ["pa55word"]),
             ["config.auth.jwt.secrets", "secrets.jwtSecrets.name"],
         ),

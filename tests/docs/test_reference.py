@@ -192,10 +192,10 @@ def labels_on_the_page(cell: str) -> dict[tuple[str, ...], set[tuple[str, ...]]]
 async def test_the_tables_of_metrics_are_complete(tls_relay_with: StartRelay) -> None:
     with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
-        hook = {"url": f"http://{HOST}:9/"}
+        hook, hooks = {"url": f"http://{HOST}:9/"}, {"url": f"http://{HOST}:9/"}
         pages = []
         for auth in ({"mode": "jwt", "jwt": jwt}, {"mode": "hook", "hook": hook}):
-            relay = tls_relay_with(auth=auth)
+            relay = tls_relay_with(auth=auth, hooks=hooks)
             pages.append((await relay.get_metrics()).raise_for_status().text)
     exported = {}
     for family in chain.from_iterable(map(text_string_to_metric_families, pages)):

@@ -164,6 +164,7 @@ def test_values_disable_alerts_and_set_labels_the_runbook_and_the_selector() -> 
 
 
 async def test_the_alerts_use_metrics_that_a_relay_has(tls_relay_with: StartRelay) -> None:
-    hook = {"url": f"http://{HOST}:9/"}
-    page = await tls_relay_with(auth={"mode": "hook", "hook": hook}).metrics()
+    backend = {"url": f"http://{HOST}:9/"}
+    relay = tls_relay_with(auth={"mode": "hook", "hook": backend}, hooks=backend)
+    page = await relay.metrics()
     assert missing_series([rule["expr"] for rule in all_rules()], page) == set()

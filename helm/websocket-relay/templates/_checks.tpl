@@ -129,6 +129,9 @@ config.backplane.url and secrets.backplaneUrl.name both set the broker's address
 {{- if dig "password" "" .Values.config.backplane }}
 config.backplane.password is set, and would be readable in the pod; put it into a Secret, set secrets.backplanePassword.name to that and leave config.backplane.password empty
 {{- end }}
+{{- if .Values.config.hooks.secret }}
+config.hooks.secret is set, and would be readable in the pod; put it into a Secret, set secrets.hooksSecret.name to that and leave config.hooks.secret empty
+{{- end }}
 {{- range $setting, $value := dict "secret" "jwtSecret" "secrets" "jwtSecrets" }}
 {{- if get $.Values.config.auth.jwt $setting }}
 config.auth.jwt.{{ $setting }} is set, and would be readable in the pod; put it into a Secret, set secrets.{{ $value }}.name to that and leave this empty

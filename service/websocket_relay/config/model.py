@@ -394,37 +394,6 @@ class PresenceSettings(Section):
     )
 
 
-class HooksSettings(Section):
-    """Webhooks: what happens in channels, delivered to a server of the operator."""
-
-    url: str = Field("", description="URL that events are POSTed to; empty: none are")
-    secret: SecretStr = Field(
-        SecretStr(""), description="signs the requests of the relay; empty: they are not signed"
-    )
-    messages: Texts = Field(
-        (),
-        description="patterns of channels whose messages are events, too; a * at the end stands for"
-        " any rest",
-        json_schema_extra={ITEMS: "patterns of channel names"},
-    )
-    timeout_s: PositiveSeconds = Field(
-        5, description="a request that is not answered in this time is sent again"
-    )
-    max_pending: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
-        100_000,
-        description="events that are kept until they are accepted; further ones are dropped",
-    )
-
-    _utf_8 = field_validator("secret")(_in_utf_8)
-
-    @field_validator("url")
-    @classmethod
-    def _url(cls, value: str) -> str:
-        if value and not is_web_address(value):
-            raise ValueError("a URL like https://backend.example/hooks, without a password")
-        return value
-
-
 class BrokerUrl(SecretStr):
     """A URL that may contain a password, which its text form redacts."""
 
@@ -669,7 +638,7 @@ class AuthSettings(Section):
 
 
 class HooksSettings(Section):
-    """Requests of the relay to your backend."""
+    """Webhooks: what happens in channels, delivered to your backend. And how it trusts the relay."""
 
     url: str = Field("", description="receives events by POST (webhooks); empty: none")
     secret: SecretStr = Field(
@@ -750,7 +719,6 @@ class Settings(BaseSettings):
     compression: CompressionSettings = CompressionSettings()
     history: HistorySettings = HistorySettings()
     presence: PresenceSettings = PresenceSettings()
-    hooks: HooksSettings = HooksSettings()
     backplane: BackplaneSettings = BackplaneSettings()
     auth: AuthSettings = AuthSettings()
     hooks: HooksSettings = HooksSettings()
