@@ -75,8 +75,8 @@ is what a broker accepts in 0.1 s. The rest is headroom: each of the three may b
 message."""
 
 MAX_HOOK_BYTES = 67_108_864
-"""Memory of the events that the receiver of webhooks has not accepted, besides hooks.max_pending:
-each of them may have the content of a message."""
+"""Payloads of the messages that the receiver of webhooks has not accepted: hooks.max_pending of
+them may be too many."""
 
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -346,7 +346,7 @@ class Replica:
             position=lambda: backplane.position,
         )
         if presence is not None:
-            presence.told.append(partial(_tell_hooks, presence, pending.on_change))
+            presence.told.append(partial(_pass_to_hooks, presence, pending.on_change))
         if settings.messages:
             self._broadcaster.on_message = pending.on_message
         self._broadcaster.gap_listeners.append(duty.on_gap)
@@ -546,7 +546,7 @@ class Replica:
         return json.dumps(facts).encode()
 
 
-def _tell_hooks(presence: Presence, on_change: Callable[..., None], change: "Change") -> None:
+def _pass_to_hooks(presence: Presence, on_change: Callable[..., None], change: "Change") -> None:
     count = presence.rosters.count(change.channel)
     code = None if change.joined else change.code
     on_change(change.channel, change.person.client, change.person.user, code, count)

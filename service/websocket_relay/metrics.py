@@ -73,7 +73,7 @@ GAUGES = {
     "draining": "Whether the relay shuts down (1) or not (0).",
     "draining_clients": "Number of clients that a shutdown has not closed yet.",
     "hook_pending_events": "Number of events that the receiver of webhooks has not accepted yet.",
-    "hook_pending_bytes": "Bytes of memory that these events use.",
+    "hook_pending_bytes": "Payload bytes of these events.",
     "hook_pending_seconds": "Age of the oldest of these events, in seconds.",
     "tls_certificate_expiry_timestamp_seconds": (
         "Time at which the served certificate expires, in seconds since 1970."

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import pytest
 
+from tests.support.brokers import Broker
 from tests.support.hook_receiver import HookReceiver
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.relay_process import RelayProcess, StartReplicas
@@ -120,19 +121,38 @@ async def test_a_replica_that_can_be_replaced_does_not_wait_for_a_receiver_that_
     assert [event["text"] for event in await accepted(receiver, 2)] == ["started", "pending"]
 
 
+@pytest.mark.parametrize("end", [SIGKILL, SIGTERM])
 async def test_a_replica_that_starts_alone_delivers_what_is_left_in_the_log(
-    replicas_with: StartReplicas, receiver: HookReceiver
+    replicas_with: StartReplicas, receiver: HookReceiver, end: Signals
 ) -> None:
     (first,) = await started_replicas(replicas_with, receiver, count=1)
     receiver.status = 503
     await publish(first, "first", "second")
-    first.signal(SIGKILL)
-    await first.exit_code()
+    assert await first.stop(end) == (0 if end is SIGTERM else -SIGKILL)
+    assert "messages unconfirmed" not in [event["event"] for event in first.log_events]
     receiver.status = 200
     replicas_with(1, hooks={**receiver.settings, "messages": ["*"]})
     events = await accepted(receiver, 3)
     assert [event["text"] for event in events] == ["started", "first", "second"]
     assert len([event for event in receiver.accepted if event["text"] == "started"]) <= 2
+
+
+async def test_delivery_continues_after_an_outage_of_the_broker(
+    replicas_with: StartReplicas, receiver: HookReceiver, broker: Broker
+) -> None:
+    replicas = await started_replicas(replicas_with, receiver)
+    receiver.status = 503
+    await publish(replicas[0], "before")
+    broker.stop()
+    for replica in replicas:
+        await replica.await_log("backplane outage")
+    receiver.status = 200
+    await broker.start()
+    for replica in replicas:
+        await replica.await_metric("websocket_backplane_up", 1)
+    await publish(replicas[1], "after")
+    events = await accepted(receiver, 3)
+    assert [event["text"] for event in events] == ["started", "before", "after"]
 
 
 async def test_what_is_in_the_log_before_webhooks_are_enabled_is_not_delivered(

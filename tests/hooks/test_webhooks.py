@@ -173,7 +173,7 @@ async def test_a_receiver_that_restarts_is_sent_all_events_in_order(
     assert [event["text"] for event in await accepted(receiver, 40)] == texts
 
 
-async def test_the_receiver_is_told_how_many_events_did_not_fit(
+async def test_the_receiver_learns_how_many_events_did_not_fit(
     relay_with: StartRelay, receiver: HookReceiver
 ) -> None:
     receiver.status = 503

@@ -66,7 +66,7 @@ class Batch:
         self.events = 0
         self.last = NO_EVENT
 
-    def has_room(self, size: int) -> bool:
+    def fits(self, size: int) -> bool:
         """Return whether so many bytes fit: the first event always does."""
         return not self.events or len(self.body) + size + len(TAIL) <= MAX_BATCH_BYTES
 
@@ -279,7 +279,7 @@ async def encode_batch(events: Sequence[Event]) -> Batch:
     body, rest_bytes = batch.body, SLICE_BYTES
     for event in events:
         end = len(body)
-        if not batch.has_room(event.payload_bytes):
+        if not batch.fits(event.payload_bytes):
             break
         body += b"," if batch.events else b""
         for piece in encode(event):
@@ -288,7 +288,7 @@ async def encode_batch(events: Sequence[Event]) -> Batch:
             if rest_bytes < 0:
                 rest_bytes = SLICE_BYTES
                 await asyncio.sleep(0)
-        if not batch.has_room(0):
+        if not batch.fits(0):
             del body[end:]
             break
         batch.events += 1

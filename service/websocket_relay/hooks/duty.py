@@ -30,7 +30,7 @@ class Duty:
 
     Args:
         control: the control entries.
-        lives: the replicas.
+        replicas: those that are alive.
         is_alone: whether there are no others.
         is_up: returns whether entries can be appended. In an outage no replica delivers.
         is_complete: returns whether this replica knows the clients of all others.
@@ -42,7 +42,7 @@ class Duty:
     def __init__(
         self,
         control: ControlLog,
-        lives: Lives,
+        replicas: Lives,
         *,
         is_alone: bool,
         is_up: Callable[[], bool],
@@ -52,7 +52,7 @@ class Duty:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control = control
-        self._lives = lives
+        self._replicas = replicas
         self._is_alone = is_alone
         self._is_up = is_up
         self._is_complete = is_complete
@@ -67,7 +67,7 @@ class Duty:
         control.handle("hooks.resign", self._on_resignation)
 
     def facts(self) -> Mapping[str, str]:
-        """Return what the heartbeats of this replica say about it."""
+        """Return the facts about this replica for its heartbeats."""
         return {FACT: str(self._ready_at)} if self._ready_at is not None else {}
 
     def tick(self) -> None:
@@ -83,14 +83,14 @@ class Duty:
             self._start()
         elif self._ready_at is None and not self._has_resigned:
             self._ready_at = self._position()
-        self._is_first = min(self._candidates(), default=(START, ""))[1] == self._lives.own
+        self._is_first = min(self._candidates(), default=(START, ""))[1] == self._replicas.own
 
     def _start(self) -> None:
         """Append `hooks.start`: the log contains nothing of a replica that has delivered."""
         now = self._clock()
         if now >= self._start_due:
             self._start_due = now + START_S
-            self._control.append("hooks.start", {"life": self._lives.own})
+            self._control.append("hooks.start", {"life": self._replicas.own})
 
     def is_own(self) -> bool:
         """Return whether this replica delivers now."""
@@ -100,14 +100,16 @@ class Duty:
 
     def has_successor(self) -> bool:
         """Return whether another replica can deliver instead of this one."""
-        return not self._is_alone and any(life != self._lives.own for _, life in self._candidates())
+        return not self._is_alone and any(
+            life != self._replicas.own for _, life in self._candidates()
+        )
 
     def resign(self) -> None:
         """Let another replica deliver from now on: this one ends."""
         self._has_resigned = True
         self._ready_at = None
         if not self._is_alone and self._is_up():
-            self._control.append("hooks.resign", {"life": self._lives.own})
+            self._control.append("hooks.resign", {"life": self._replicas.own})
 
     def on_gap(self) -> None:
         """Record that this replica may have missed events."""
@@ -116,7 +118,7 @@ class Duty:
     def _candidates(self) -> list[tuple[Position, str]]:
         return [
             (ready_at, life)
-            for life, facts in self._lives.alive(SILENCE_S).items()
+            for life, facts in self._replicas.alive(SILENCE_S).items()
             if life not in self._resigned and (ready_at := _ready_at(facts)) is not None
         ]
 

@@ -12,9 +12,6 @@ from websocket_relay.messages import TEXT
 JOINED, LEFT, OCCUPIED, VACATED = "joined", "left", "occupied", "vacated"
 PUBLISHED, DROPPED = "published", "dropped"
 
-EVENT_BYTES = 600
-"""Memory of an event besides its payload: its objects and a list slot."""
-
 PIECE_BYTES = 49_152
 """Payload bytes that are encoded at a time. A multiple of 3: base64 has no padding in between."""
 
@@ -72,11 +69,6 @@ class Event(NamedTuple):
     def payload_bytes(self) -> int:
         """The size of the payload."""
         return len(self.message[1]) if self.message is not None else 0
-
-    @property
-    def memory_bytes(self) -> int:
-        """The memory that the event takes."""
-        return self.payload_bytes + EVENT_BYTES
 
 
 def encode(event: Event) -> Iterator[bytes]:

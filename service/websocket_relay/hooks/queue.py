@@ -18,10 +18,10 @@ class EventQueue:
 
     Args:
         max_events: events beyond it are dropped.
-        max_bytes: likewise of the memory of the events.
+        max_bytes: likewise of the payloads of the events.
 
     Attributes:
-        bytes: memory of the events.
+        bytes: payloads of the events.
     """
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
@@ -29,7 +29,7 @@ class EventQueue:
         self._max_bytes = max_bytes
         self._events: list[Event] = []
         # Whether the last event is one of dropped events whose number may still grow: it is not
-        # delivered then. Once the queue has room the number is final, and the same on all replicas.
+        # delivered then. Once events were removed it is final, and the same on all replicas.
         self._is_last_open = False
         self.bytes = 0
 
@@ -52,7 +52,7 @@ class EventQueue:
         For those that do not fit there is one event with their number. It has the id of the last.
         """
         if len(self._events) < self._max_events:
-            size = self.bytes + event.memory_bytes
+            size = self.bytes + event.payload_bytes
             if size <= self._max_bytes:
                 self._events.append(event)
                 self.bytes = size
@@ -64,20 +64,16 @@ class EventQueue:
     def _record_dropped(self, event: Event) -> None:
         count = 1
         if self._is_last_open:
-            last = self._events.pop()
-            self.bytes -= last.memory_bytes
-            count += last.facts["count"]
+            count += self._events.pop().facts["count"]
         # If it is the first, nothing is removed before it is delivered.
         self._is_last_open = bool(self._events)
-        marker = Event(event.event_id, event.at, DROPPED, "", {"count": count})
-        self._events.append(marker)
-        self.bytes += marker.memory_bytes
+        self._events.append(Event(event.event_id, event.at, DROPPED, "", {"count": count}))
 
     def remove_through(self, event_id: EventId) -> None:
         """Remove the events up to an id."""
         count = bisect_right(self._events, event_id, key=_id_of)
         if count:
-            self.bytes -= sum(event.memory_bytes for event in self._events[:count])
+            self.bytes -= sum(event.payload_bytes for event in self._events[:count])
             del self._events[:count]
             self._is_last_open = False
 

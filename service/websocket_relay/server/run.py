@@ -37,6 +37,9 @@ CUT_OFF_RESERVE_S = 0.5
 """The part of shutdown.timeout_s reserved for closing the ports (FINISH_S) and exiting. The rest of
 it is slack for a busy machine: at the deadline the process is killed as it is, with status 1."""
 
+LAST_APPEND_S = 0.2
+"""The part of shutdown.timeout_s reserved for writing into the log which webhooks were accepted."""
+
 LAST_TRACES_S = 1.0
 """Maximum time to export the last spans, within shutdown.timeout_s."""
 
@@ -194,7 +197,7 @@ async def _finish(relay: Replica, port: Listener, until: float) -> None:
 async def _flush(relay: Replica, until: float) -> None:
     """Wait until all that was appended is in the log, and deliver what webhooks are pending."""
     if relay.hooks is not None:
-        await relay.hooks.drain(until)
+        await relay.hooks.drain(until - LAST_APPEND_S)
     try:
         async with asyncio.timeout_at(until):
             await relay.backplane.flush()
