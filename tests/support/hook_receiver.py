@@ -95,7 +95,8 @@ class HookReceiver:
         """Block until a condition holds."""
         with self._changed:
             held = self._changed.wait_for(lambda: fits(self), PATIENCE_S)
-            assert held, (self.requests, self.accepted[-50:], self.problems)
+            latest = [(event["id"], event["type"]) for event in self.accepted[-50:]]
+            assert held, (self.requests, len(self.accepted), latest, self.problems)
         assert self.problems == []
 
     def block_until_accepted(self, count: int) -> Sequence[HookEvent]:
