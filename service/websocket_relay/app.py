@@ -26,6 +26,7 @@ from websocket_relay.api.probes import probes_router
 from websocket_relay.api.publish import publish_router
 from websocket_relay.api.refusals import answer_refusals
 from websocket_relay.api.request_metrics import RequestMetrics
+from websocket_relay.api.server_api import ServerApi, server_api_router
 from websocket_relay.api.sse import events_router
 from websocket_relay.api.static_files import browser_client_router
 from websocket_relay.api.websocket import upgrade_router, websocket_router
@@ -35,9 +36,12 @@ from websocket_relay.backplane.interface import Backplane, BackplaneState, Posit
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.history import History
 from websocket_relay.channels.keepalive import Keepalive
+from websocket_relay.channels.operations import Operations
 from websocket_relay.channels.publications import Publications
+from websocket_relay.cluster.blocks import Blocks, BlockStatements
 from websocket_relay.cluster.control_log import ControlLog
 from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.questions import ALIVE_S, Questions
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
@@ -140,7 +144,8 @@ class Replica:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
         self._settings = settings
-        self._started_at = time.monotonic()
+        self._started_at, self._since = time.monotonic(), round(time.time())
+        self._log_level = logs.LogLevel(settings.logging.level)
         self._name = socket.gethostname()
         self._counters, self._metrics = Counters(), Metrics()
         tls = settings.server.tls
@@ -178,6 +183,12 @@ class Replica:
             )
             self._broadcaster.attendance = self._attendance
             self._broadcaster.gap_listeners.append(self.presence.on_gap)
+        self._blocks = Blocks()
+        self._questions: Questions | None = None
+        self._block_statements: BlockStatements | None = None
+        if settings.has_api:
+            self._questions, self._block_statements = self._make_operations()
+        if self.presence is not None or settings.has_api:
             self.backplane.heard = self._on_heartbeat
         self._hook_facts: Callable[[], Mapping[str, str]] = dict
         self.hooks = self._make_hooks() if settings.hooks.url else None
@@ -204,6 +215,8 @@ class Replica:
             yield self._attendance
         if self.hooks is not None:
             yield self.hooks
+        if self._block_statements is not None:
+            yield self._block_statements
         if self._certificates is not None:
             yield self._certificates
 
@@ -233,7 +246,9 @@ class Replica:
             settings: the new ones.
             tokens: a new verifier; None: keep the present one.
         """
-        self._admission.configure(_admission_limits(settings), tokens)
+        api_key = settings.api.key.get_secret_value()
+        self._admission.configure(_admission_limits(settings), tokens, api_key)
+        self._log_level.configure(settings.logging.level)
         if self.hook is not None:
             hook = settings.auth.hook
             secret = settings.hooks.secret.get_secret_value()
@@ -368,6 +383,38 @@ class Replica:
             when_settled=backplane.when_settled,
         )
 
+    def _make_operations(self) -> tuple[Questions, BlockStatements]:
+        """Return the questions of the server API, with all that answers them."""
+        backplane = self.backplane
+        operations = Operations(self._broadcaster, self._blocks, self._name)
+        questions = Questions(
+            self._control,
+            self._lives,
+            name=self._name,
+            is_alone=backplane.is_local,
+            is_up=lambda: backplane.state is BackplaneState.UP,
+            has_started=backplane.started.is_set,
+            schedule=self._broadcaster.schedule,
+        )
+        questions.respond("disconnect", operations.disconnect)
+        questions.respond("channels", operations.busiest_channels)
+        questions.respond("clients", operations.list_clients)
+        statements = BlockStatements(
+            self._blocks,
+            self._control,
+            is_alone=backplane.is_local,
+            up=backplane.up,
+            learned=operations.disconnect_user,
+        )
+        self._broadcaster.gap_listeners.append(statements.on_gap)
+        return questions, statements
+
+    def _replica_facts(self) -> list[Mapping[str, Any]]:
+        """Return what the heartbeats of the replicas that are alive say of them."""
+        if self.backplane.is_local:
+            return [_parse_description(self._describe())]
+        return list(self._lives.alive(ALIVE_S).values())
+
     def _on_heartbeat(self, position: Position, description: bytes) -> None:
         facts = _parse_description(description)
         if isinstance(at := facts.get("at"), float):
@@ -400,6 +447,8 @@ class Replica:
             has_descriptor=self._descriptors.can_accept_client,
             has_capacity=self._broadcaster.has_channel_capacity,
             health=self.lifecycle,
+            blocks=self._blocks,
+            api_key=self._settings.api.key.get_secret_value(),
         )
 
     def _make_hook(self) -> "AdmissionHook":
@@ -460,7 +509,11 @@ class Replica:
             app.router.routes += router.routes
         app.add_middleware(self._cors.wrap)
         websockets = websocket_router(
-            self._admission, self._broadcaster, base_path=base_path, presence=self._attendance
+            self._admission,
+            self._broadcaster,
+            base_path=base_path,
+            presence=self._attendance,
+            identifies=self._identifies,
         )
 
         def by_kind(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -468,6 +521,11 @@ class Replica:
             return (websockets if scope["type"] == "websocket" else app)(scope, receive, send)
 
         return self.tracing.traced(by_kind) if self.tracing else by_kind
+
+    @property
+    def _identifies(self) -> bool:
+        """Whether connections get an identity, which takes memory."""
+        return self.presence is not None or self._questions is not None
 
     def _routers(self, base_path: str) -> Iterator[APIRouter]:
         """Yield the routers of the relay's port, in the order in which they are asked."""
@@ -477,8 +535,22 @@ class Replica:
         yield publish_router(*parts, base_path=base_path, max_bytes=max_bytes)
         silence_s = settings.keepalive.ping_interval_s + settings.keepalive.ping_timeout_s
         yield events_router(
-            *parts, base_path=base_path, silence_s=silence_s, presence=self._attendance
+            *parts,
+            base_path=base_path,
+            silence_s=silence_s,
+            presence=self._attendance,
+            identifies=self._identifies,
         )
+        if self._questions is not None:
+            api = ServerApi(
+                *parts,
+                self._questions,
+                self._blocks,
+                self._log_level,
+                self._replica_facts,
+                max_bytes=max_bytes,
+            )
+            yield server_api_router(api, base_path=base_path)
         yield presence_router(self._admission, self._attendance, base_path=base_path)
         yield probes_router(self.lifecycle)
         yield browser_client_router(base_path=base_path)
@@ -500,6 +572,9 @@ class Replica:
         yield self.lifecycle.metrics
         yield logs.metrics
         yield self._metrics_of_several_parts
+        if self._questions is not None:
+            yield self._questions.metrics
+            yield self._blocks.metrics
         if self._certificates is not None:
             yield self._certificates.metrics
             yield self._counters.tls_metrics
@@ -542,6 +617,8 @@ class Replica:
             "life": self._lives.own,
             "at": round(time.time(), 3),
             **self._hook_facts(),
+            "version": __version__,
+            "since": self._since,
         }
         return json.dumps(facts).encode()
 

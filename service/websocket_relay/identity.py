@@ -20,6 +20,7 @@ class ClientIdentity(NamedTuple):
         info: what others are shown, any JSON value; None: nothing.
         may_return: whether it has a session, which it may resume on another replica.
         since: when it connected, in seconds since 1970.
+        address: of its machine, which a trusted proxy may have forwarded; empty: not known.
     """
 
     client: str
@@ -27,6 +28,7 @@ class ClientIdentity(NamedTuple):
     info: Any
     may_return: bool
     since: float
+    address: str = ""
 
 
 def new_client_id() -> str:

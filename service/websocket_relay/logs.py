@@ -3,6 +3,7 @@
 Lines are written in a thread: a reader that stalls blocks nothing. Knows no event.
 """
 
+import asyncio
 import logging
 import os
 import re
@@ -162,6 +163,35 @@ def set_level(level: str) -> None:
     root.setLevel(level.upper())
     for name, quiet in QUIET.items():
         logging.getLogger(name).setLevel(max(quiet, root.level))
+
+
+class LogLevel:
+    """The minimum level, which may differ from that of the settings for a time.
+
+    Args:
+        configured: the level of the settings.
+    """
+
+    def __init__(self, configured: str) -> None:
+        self._configured = configured
+        self._revert: asyncio.TimerHandle | None = None
+
+    def configure(self, level: str) -> None:
+        """Log from a level of the settings on; while another one is set, after its end."""
+        self._configured = level
+        if self._revert is None:
+            set_level(level)
+
+    def set_for(self, level: str, seconds: float) -> None:
+        """Log from another level on for some seconds. It replaces the one before."""
+        if self._revert is not None:
+            self._revert.cancel()
+        self._revert = asyncio.get_running_loop().call_later(seconds, self._end)
+        set_level(level)
+
+    def _end(self) -> None:
+        self._revert = None
+        set_level(self._configured)
 
 
 def metrics() -> dict[str, int]:

@@ -67,6 +67,7 @@ GAUGES = {
     "backplane_up": "Whether the backplane is up (1) or in an outage (0).",
     "backplane_pending_bytes": "Bytes of messages that are not appended to the log yet.",
     "auth_hook_in_flight": "Number of requests to auth.hook.url that are not answered yet.",
+    "blocked_users": "Number of users that the server API has blocked for now.",
     "history_messages": "Number of messages in the history.",
     "history_bytes": "Bytes of memory that the history uses.",
     "ready": "Whether the relay accepts clients (1) or not (0).",
@@ -113,6 +114,8 @@ COUNTERS = {
         "Number of messages that were relayed on this replica only because of an outage."
     ),
     "history_replays": "Number of clients that resumed after a position, by result.",
+    "questions": "Number of questions and orders to all replicas, by result.",
+    "blocks_dropped": "Number of blocks that were dropped because there were too many.",
     "log_lines_dropped": (
         "Number of log lines that were dropped because they could not be written in time."
     ),
@@ -132,6 +135,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "closes": ["code", "reason"],
     "refusals": ["reason"],
     "history_replays": ["result"],
+    "questions": ["result"],
     "tls_reloads": ["result"],
     "tls_handshake_failures": ["reason"],
     "jwks_fetches": ["result"],

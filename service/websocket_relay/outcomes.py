@@ -86,6 +86,7 @@ class Close(Enum):
     BACKPLANE_UNAVAILABLE = (1013, "backplane unavailable")  # publish or replay failed in an outage
     PARTIAL_MESSAGES = (1013, "too many partial messages")  # the sum of all is too large
     TOKEN_EXPIRED = (3000, "token expired")  # the token's exp has passed
+    DISCONNECTED = (4000, "disconnected")  # by the server API, which may send another code and text
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -133,6 +134,8 @@ class Refusal(Enum):
     ORIGIN_NOT_ALLOWED = (HTTPStatus.FORBIDDEN, "origin not allowed")
     NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for this channel")
     STATS_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for stats")
+    API_NOT_AUTHORIZED = (HTTPStatus.FORBIDDEN, "not authorized for the API")
+    BLOCKED = (HTTPStatus.FORBIDDEN, "user is blocked")  # by the server API
     NO_SUCH_CHANNEL = (HTTPStatus.NOT_FOUND, "no such channel")
     NO_PRESENCE = (HTTPStatus.NOT_FOUND, "no presence in this channel")  # see presence.channels
     # Commands of relay.v1.
@@ -157,6 +160,8 @@ class Refusal(Enum):
     HOOK_REQUESTS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many hook requests")
     BACKPLANE_UNAVAILABLE = (HTTPStatus.SERVICE_UNAVAILABLE, "backplane unavailable")
     UNCONFIRMED = (HTTPStatus.GATEWAY_TIMEOUT, "publish unconfirmed")
+    API_REQUESTS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many API requests")
+    BLOCKS = (HTTPStatus.SERVICE_UNAVAILABLE, "too many blocked users")
     DRAINING = (HTTPStatus.SERVICE_UNAVAILABLE, "draining")
     INTERNAL_ERROR = (HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")  # a bug, see the log
 

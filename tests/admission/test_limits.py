@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from websocket_relay.admission.client_counter import ClientCounter, network_key
 from websocket_relay.admission.policy import AdmissionLimits, AdmissionPolicy, AdmissionRequest
+from websocket_relay.cluster.blocks import Blocks
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.token_bucket import MAX_CREDIT_S, TokenBucket
@@ -539,6 +540,8 @@ async def test_admission_sets_nothing_on_a_client_for_a_limit_that_is_off(
         has_descriptor=lambda: True,
         has_capacity=lambda channel: True,
         health=Lifecycle(),
+        blocks=Blocks(),
+        api_key="",
     )
     client = RecordingClient()
     request = AdmissionRequest(["news"], None, "", b"", [], "127.0.0.1")

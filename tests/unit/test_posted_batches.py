@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from websocket_relay.api.publish import _collect
+from websocket_relay.api.publish import collect
 from websocket_relay.messages import TEXT, Message
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.time_slicer import TimeSlicer
@@ -28,7 +28,7 @@ async def test_a_request_that_is_cancelled_before_its_batch_is_parsed_causes_no_
     errors: list[object] = []
     loop.set_exception_handler(lambda _, facts: errors.append(facts))
     slicer = TimeSlicer()
-    request = asyncio.create_task(_collect(lines(count, fails=fails), slicer))
+    request = asyncio.create_task(collect(lines(count, fails=fails), slicer))
     await asyncio.sleep(0)  # the parsing is scheduled
     request.cancel()
     with suppress(asyncio.CancelledError, RefusedError):

@@ -1,8 +1,9 @@
-"""Decide which clients are admitted, publish or read stats.
+"""Decide which clients are admitted, publish, read stats or use the server API.
 
 Knows no HTTP framework: a refusal is an exception, which others turn into a response.
 """
 
+import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from websocket_relay.admission.client_counter import ClientCounter, network_key
+from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.permissions import Permissions
+from websocket_relay.cluster.blocks import Blocks
 from websocket_relay.lifecycle import Lifecycle
 from websocket_relay.origins import AllowedOrigins
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
@@ -147,6 +150,8 @@ class AdmissionPolicy:
         has_descriptor: returns whether a file descriptor is free for another client.
         has_capacity: returns whether the channel of these names exists or may be created.
         health: the phase of the relay and the state of its backplane.
+        blocks: the users that are refused.
+        api_key: see `configure`.
     """
 
     def __init__(
@@ -158,6 +163,8 @@ class AdmissionPolicy:
         has_descriptor: Callable[[], bool],
         has_capacity: Callable[[Sequence[str]], bool],
         health: Lifecycle,
+        blocks: Blocks,
+        api_key: str,
     ) -> None:
         self._addresses: ClientCounter | None = None
         self._users: ClientCounter | None = None
@@ -166,10 +173,14 @@ class AdmissionPolicy:
         self._has_capacity = has_capacity
         self._health = health
         self._authenticator = authenticator
-        self.configure(limits)
+        self._blocks = blocks
+        self.configure(limits, api_key=api_key)
 
     def configure(
-        self, limits: AdmissionLimits, authenticator: Authenticator | None = None
+        self,
+        limits: AdmissionLimits,
+        authenticator: Authenticator | None = None,
+        api_key: str = "",
     ) -> None:
         """Replace the settings. Admitted clients keep their grants.
 
@@ -179,7 +190,9 @@ class AdmissionPolicy:
         Args:
             limits: as above.
             authenticator: a new one; None: keep the present one.
+            api_key: of the server API; empty: none opens it.
         """
+        self._api_key = api_key.encode()
         self.limits = limits
         self._authenticator = authenticator or self._authenticator
         self._addresses = _counter(self._addresses, limits.max_connections_per_ip)
@@ -209,7 +222,7 @@ class AdmissionPolicy:
             permissions = await self._authorize_subscriber(self._authenticator, request)
             source = self._authenticator.source_of(request)
         network = network_key(request.host) if self._addresses is not None else ""
-        user = _user_of(permissions, request)
+        user = self._admitted_user(permissions, request)
         self._check_limits(network, user)
         self._check_capacity(request.channels)
         expires_in_s = _remaining_s(permissions) if permissions is not None else None
@@ -231,8 +244,8 @@ class AdmissionPolicy:
             if not all(map(permissions.may_publish, request.channels)):
                 raise RefusedError(Refusal.NOT_AUTHORIZED)
             _remaining_s(permissions)
-        self._check_availability()
-        return _user_of(permissions, request)
+        self.check_availability()
+        return self._admitted_user(permissions, request)
 
     async def admit_reader(self, request: AdmissionRequest) -> None:
         """Admit a reader of who is in channels, who needs the permission to subscribe to them.
@@ -242,8 +255,10 @@ class AdmissionPolicy:
         """
         self._check_origin(request)
         if self._authenticator is not None:
-            _remaining_s(await self._authorize_subscriber(self._authenticator, request))
-        self._check_availability()
+            permissions = await self._authorize_subscriber(self._authenticator, request)
+            self._check_block(permissions.user)
+            _remaining_s(permissions)
+        self.check_availability()
 
     async def admit_viewer(self, request: AdmissionRequest) -> None:
         """Admit a reader of the relay's stats.
@@ -256,6 +271,29 @@ class AdmissionPolicy:
             if not permissions.stats:
                 raise RefusedError(Refusal.STATS_NOT_AUTHORIZED)
             _remaining_s(permissions)
+
+    async def admit_admin(self, request: AdmissionRequest) -> None:
+        """Admit a user of the server API, by its key or a token of an admin.
+
+        Neither is taken from the query: URLs are logged.
+
+        Raises:
+            RefusedError: a check failed.
+        """
+        self._check_origin(request)
+        secret = find_token(request.authorization, b"", ())
+        if secret is None:
+            raise RefusedError(Refusal.TOKEN_REQUIRED)
+        if self._api_key and hmac.compare_digest(secret.encode(), self._api_key):
+            return
+        if self._authenticator is None:
+            raise RefusedError(Refusal.INVALID_TOKEN)
+        asked = request._replace(query=b"", subprotocols=())
+        permissions = await self._authenticator.authenticate(asked, Action.SUBSCRIBE)
+        if not permissions.admin:
+            raise RefusedError(Refusal.API_NOT_AUTHORIZED)
+        self._check_block(permissions.user)
+        _remaining_s(permissions)
 
     def access_of(self, grant: Grant) -> "ConnectionAccess":
         """Return what an admitted client of relay.v1 may do, and may be granted later."""
@@ -288,7 +326,7 @@ class AdmissionPolicy:
     def _check_cheaply(self, request: AdmissionRequest) -> None:
         """Make the checks that need no cryptography."""
         self._check_origin(request)
-        self._check_availability()
+        self.check_availability()
         if self._handshakes is not None and not self._handshakes.take(time.monotonic()):
             raise RefusedError(Refusal.HANDSHAKES)
 
@@ -298,7 +336,12 @@ class AdmissionPolicy:
         ):
             raise RefusedError(Refusal.ORIGIN_NOT_ALLOWED)
 
-    def _check_availability(self) -> None:
+    def check_availability(self) -> None:
+        """Check that what is published now can be relayed.
+
+        Raises:
+            RefusedError: the relay drains, or its backplane is down.
+        """
         if self._health.refuses_upgrades:
             raise RefusedError(Refusal.DRAINING)
         if self._health.is_backplane_down:
@@ -312,6 +355,16 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         return permissions
 
+    def _admitted_user(self, permissions: Permissions | None, request: AdmissionRequest) -> str:
+        """Return the user of a request, who may be blocked."""
+        user = _user_of(permissions, request)
+        self._check_block(user)
+        return user
+
+    def _check_block(self, user: str) -> None:
+        if self._blocks and self._blocks.is_blocked(user):
+            raise RefusedError(Refusal.BLOCKED)
+
     async def renew(self, token: str, source: RequestSource | None) -> Permissions | None:
         """Return the permissions by another token of an admitted client; None: it needs none.
 
@@ -320,11 +373,13 @@ class AdmissionPolicy:
             source: of the client's grant.
 
         Raises:
-            RefusedError: the token is refused, or can't be checked now.
+            RefusedError: the token is refused, its user is blocked, or it can't be checked now.
         """
         if self._authenticator is None:
             return None
-        return await self._authenticator.renew(token, source)
+        permissions = await self._authenticator.renew(token, source)
+        self._check_block(permissions.user)
+        return permissions
 
     def check_subscription(self, channel: str) -> None:
         """Check that an admitted client may create a channel now.
@@ -332,7 +387,7 @@ class AdmissionPolicy:
         Raises:
             RefusedError: it may not.
         """
-        self._check_availability()
+        self.check_availability()
         self._check_capacity((channel,))
 
     def _check_capacity(self, channels: Sequence[str]) -> None:
@@ -340,7 +395,7 @@ class AdmissionPolicy:
             raise RefusedError(Refusal.CHANNELS)
 
     def _check_limits(self, network: str, user: str) -> None:
-        self._check_availability()  # again: it may have changed while the client was authenticated
+        self.check_availability()  # again: it may have changed while the client was authenticated
         if self.limits.max_connections and self._connections() >= self.limits.max_connections:
             raise RefusedError(Refusal.CONNECTIONS)
         if not self._has_descriptor():

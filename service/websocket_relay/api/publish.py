@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
@@ -33,6 +33,8 @@ from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.time_slicer import TimeSlicer
+
+T = TypeVar("T")
 
 MAX_BATCH = 10_000
 """Messages in one request. They are appended in one turn of the event loop, and so are
@@ -117,12 +119,12 @@ def publish_router(
             with cancelled_when_lost(request):
                 user = await admission.admit_publisher(admission_request_of(request, (channel,)))
             source = key_source(key, channel, user) if key else b""
-            _require_identity_coding(request)
+            require_identity_coding(request)
             async with MessageBatch(shared.partial_messages) as batch:
-                body = await _read_body(request, max_bytes, batch)
+                body = await read_body(request, max_bytes, batch)
                 messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
                 await broadcaster.wait_for_capacity(channel)
-            _require_connected(request)
+            require_connected(request)
             position = await broadcaster.publish(channel, messages, source)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
@@ -208,20 +210,21 @@ def _idempotency_key(request: Request) -> str:
     return keys[0]
 
 
-def _require_identity_coding(request: Request) -> None:
+def require_identity_coding(request: Request) -> None:
+    """Refuse a body that is compressed."""
     codings = ",".join(request.headers.getlist("content-encoding"))
     if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
         raise RefusedError(Refusal.CONTENT_CODING)
 
 
-def _require_connected(request: Request) -> None:
+def require_connected(request: Request) -> None:
     """Raise if the client has disconnected: it may have published to another replica since."""
     connection: HttpProtocol = request.scope[CONNECTION_KEY]
     if connection.is_disconnected:
         raise ClientDisconnect
 
 
-async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> bytes:
+async def read_body(request: Request, max_bytes: int, batch: MessageBatch) -> bytes:
     """Return the body of a request; refuse one that is too large as early as possible."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
@@ -250,21 +253,21 @@ async def _decode(
     if len(text) > max_bytes:
         raise RefusedError(Refusal.MESSAGE_TOO_BIG)
     if media_type.is_batch:
-        return await _collect(_lines(text), slicer)
+        return await collect(_lines(text), slicer)
     if not _is_utf8(text):
         raise RefusedError(Refusal.INVALID_MESSAGE, "text is not UTF-8")
     return [(TEXT, text)]
 
 
-async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Message]:
+async def collect(messages: Iterator[T], slicer: TimeSlicer) -> list[T]:
     """Return all messages, parsed in time slices shared with other input.
 
     Raises:
         RefusedError: a line is not a message.
     """
-    done: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
 
-    def collect() -> Iterator[None]:
+    def work() -> Iterator[None]:
         collected = []
         while not done.done():  # the caller may be cancelled between two steps
             try:
@@ -275,7 +278,7 @@ async def _collect(messages: Iterator[Message], slicer: TimeSlicer) -> list[Mess
                 done.set_exception(error)
             yield
 
-    slicer.schedule_work(collect())
+    slicer.schedule_work(work())
     return await done
 
 

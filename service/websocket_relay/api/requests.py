@@ -116,7 +116,7 @@ def replay_request_of(query: bytes, *, last_event_id: str = "") -> ReplayRequest
     """
     since, last = None, 0
     if b"since=" in query or b"history=" in query:
-        parameters = _parameters(query)
+        parameters = parameters_of(query)
         since = _position("since", parameters["since"]) if "since" in parameters else None
         counts = parameters.get("history", ["0"])
         if len(counts) > 1 or not COUNT.fullmatch(counts[0]):
@@ -135,7 +135,7 @@ def flag_of(query: bytes, name: str, *, default: bool) -> bool:
     """
     if f"{name}=".encode() not in query:
         return default
-    values = _parameters(query).get(name, [str(default).lower()])
+    values = parameters_of(query).get(name, [str(default).lower()])
     if values not in (["true"], ["false"]):
         raise RefusedError(Refusal.INVALID_QUERY, f"{name} must be true or false")
     return values == ["true"]
@@ -161,7 +161,7 @@ def session_request_of(query: bytes) -> SessionRequest:
     """
     if b"session=" not in query:
         return SessionRequest("", None)
-    parameters = _parameters(query)
+    parameters = parameters_of(query)
     sessions = parameters.get("session", [""])
     if len(sessions) > 1:
         raise RefusedError(Refusal.INVALID_QUERY, "session must be one session")
@@ -191,7 +191,7 @@ def channels_of_query(query: bytes, max_channels: int) -> Sequence[str]:
     """
     if b"channel=" not in query:
         return (DEFAULT_CHANNEL,)
-    names = sorted(set(_parameters(query).get("channel", [DEFAULT_CHANNEL])))
+    names = sorted(set(parameters_of(query).get("channel", [DEFAULT_CHANNEL])))
     if len(names) > max_channels:
         raise RefusedError(Refusal.INVALID_QUERY, f"at most {max_channels} channels")
     if not all(map(CHANNEL_NAME.fullmatch, names)):
@@ -199,7 +199,12 @@ def channels_of_query(query: bytes, max_channels: int) -> Sequence[str]:
     return names
 
 
-def _parameters(query: bytes) -> dict[str, list[str]]:
+def parameters_of(query: bytes) -> dict[str, list[str]]:
+    """Return the values of each parameter.
+
+    Raises:
+        RefusedError: there are too many parameters.
+    """
     try:
         text = query.decode("latin-1")
         return parse_qs(text, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)

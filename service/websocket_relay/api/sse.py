@@ -93,12 +93,14 @@ class Subscription(NamedTuple):
         grant: what the client may do.
         replay: what is replayed to it first.
         watched: the channels of which it is told who joins and leaves.
+        address: of its client; None: it is not known.
     """
 
     channels: Sequence[str]
     grant: Grant
     replay: ReplayRequest
     watched: Sequence[str]
+    address: str | None
 
 
 class EventsResponse(Response):
@@ -112,6 +114,7 @@ class EventsResponse(Response):
         broadcaster: owns the channels.
         silence_s: see `open_event_stream`.
         presence: of clients in channels; None: there is none.
+        identifies: whether the connection gets an identity.
     """
 
     media_type = "text/event-stream"
@@ -123,6 +126,8 @@ class EventsResponse(Response):
         broadcaster: Broadcaster,
         silence_s: float,
         presence: PresenceAttendance | None,
+        *,
+        identifies: bool,
     ) -> None:
         super().__init__(headers=HEAD)
         del self.headers["content-length"]
@@ -131,6 +136,7 @@ class EventsResponse(Response):
         self._broadcaster = broadcaster
         self._silence_s = silence_s
         self._presence = presence
+        self._identifies = identifies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head and hand the connection over."""
@@ -147,7 +153,7 @@ class EventsResponse(Response):
             await send({"type": "http.response.body"})
         elif (transport := connection.detach_transport()) is not None:
             broadcaster = self._broadcaster
-            names, grant, replay, watched = self._subscription
+            names, grant, replay, watched, address = self._subscription
             delivery_format = NAMED_EVENTS if len(names) > 1 else EVENTS
             client = open_event_stream(
                 transport, broadcaster.shared, delivery_format, self._silence_s
@@ -155,11 +161,11 @@ class EventsResponse(Response):
             self._admission.enforce_grant(client, grant, may_publish=False)
             channel = broadcaster.combined_channel(names)
             who_is_here = None
-            if self._presence is not None:
+            if self._identifies:
                 access = self._admission.access_of(grant)
-                client.identity = identity_of(access)
-                if watched:
-                    who_is_here = partial(self._watch, channel, client, watched)
+                client.identity = identity_of(access, address)
+            if watched:
+                who_is_here = partial(self._watch, channel, client, watched)
             notices = StreamNotices(client, who_is_here)
             broadcaster.subscribe(channel, client, delivery_format, replay, notices)
             client.attach_sink(channel)
@@ -180,6 +186,7 @@ def events_router(
     base_path: str,
     silence_s: float,
     presence: PresenceAttendance | None,
+    identifies: bool,
 ) -> APIRouter:
     """Return the routes of `/events` and `/channels/{channel}/events`.
 
@@ -189,6 +196,7 @@ def events_router(
         base_path: the prefix of both paths.
         silence_s: see `open_event_stream`.
         presence: of clients in channels; None: there is none.
+        identifies: whether connections get an identity.
     """
 
     def watched_of(query: bytes, channels: Sequence[str]) -> Sequence[str]:
@@ -212,10 +220,13 @@ def events_router(
         watched = watched_of(query, channels)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain()
+        asked = admission_request_of(request, channels)
         with cancelled_when_lost(request):
-            grant = await admission.admit(admission_request_of(request, channels))
-        subscription = Subscription(channels, grant, replay, watched)
-        return EventsResponse(subscription, admission, broadcaster, silence_s, presence)
+            grant = await admission.admit(asked)
+        subscription = Subscription(channels, grant, replay, watched, asked.host)
+        return EventsResponse(
+            subscription, admission, broadcaster, silence_s, presence, identifies=identifies
+        )
 
     router = APIRouter()
     for path, parameters in (("", [CHANNELS_PARAMETER]), (CHANNEL_PATH, [CHANNEL_PARAMETER])):

@@ -41,6 +41,7 @@ def websocket_router(
     *,
     base_path: str,
     presence: PresenceAttendance | None,
+    identifies: bool,
 ) -> APIRouter:
     """Return the routes of `/` and `/channels/{channel}`, and a 404 for every other upgrade.
 
@@ -53,6 +54,7 @@ def websocket_router(
         broadcaster: owns the channels.
         base_path: the prefix of both paths.
         presence: of clients in channels; None: there is none.
+        identifies: whether connections get an identity.
     """
 
     async def subscribe(websocket: WebSocket) -> None:
@@ -69,7 +71,8 @@ def websocket_router(
             if watches:
                 require_presence(presence, channel)
             channels = (channel,) if subscribes else ()
-            grant = await admission.admit(admission_request_of(websocket, channels))
+            request = admission_request_of(websocket, channels)
+            grant = await admission.admit(request)
             access = admission.access_of(grant)
             name = session_of(session, access.user)
         except RefusedError as error:
@@ -81,13 +84,14 @@ def websocket_router(
         client: Connection = scope[WEBSOCKET_CONNECTION_KEY]
         if not is_relay_v1:
             admission.enforce_grant(client, grant, may_publish=grant.may_publish(channel))
-            client.identity = identity_of(access) if presence is not None else None
+            client.identity = identity_of(access, request.host) if identifies else None
             _subscribe_plain(client, channel, replay, echoes=echoes)
             return
         admission.enforce_grant(client, grant, may_publish=True)
         sink = RelayV1Connection(client, broadcaster, access, presence)
         sink.open_session(name, session.seen)
-        client.identity = identity_of(access, sink.client_id) if presence is not None else None
+        identity = identity_of(access, request.host, sink.client_id) if identifies else None
+        client.identity = identity
         for each in channels:
             sink.subscribe(each, PATH_COMMAND_ID, replay, echoes=echoes, watches=watches)
         client.attach_sink(sink)

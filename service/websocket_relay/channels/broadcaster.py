@@ -5,7 +5,9 @@ connection. Knows no HTTP, no broker's library and no admission policy.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from websocket_relay.backplane.interface import (
@@ -181,9 +183,9 @@ class Broadcaster:
             self._deflate_from_bytes,
         ).start_replay()
 
-    async def wait_for_capacity(self, name: str) -> None:
+    async def wait_for_capacity(self, *names: str) -> None:
         """Return when no high-water mark is exceeded; publish then, before any other await."""
-        marks = self.publish_limits_of(name)
+        marks = list(dict.fromkeys(chain.from_iterable(map(self.publish_limits_of, names))))
         # Checked again after each wait: publishers that resume earlier may exceed a mark.
         while exceeded := next((mark for mark in marks if mark.is_exceeded), None):
             await exceeded.wait_below()
@@ -229,6 +231,23 @@ class Broadcaster:
             return (self._first_position(source, messages) if source else None) or result
         # None: the broker accepted the messages, and did not deliver them.
         raise RefusedError(result or Refusal.UNCONFIRMED)
+
+    async def publish_each(self, messages: Sequence[tuple[str, Message]]) -> Sequence[Position]:
+        """Publish messages to channels, next to each other.
+
+        The caller has checked that the backplane is available, without an await since.
+
+        Returns:
+            The position of each message, once all are delivered on this replica.
+
+        Raises:
+            RefusedError: they could not be relayed, or this is unknown of some.
+        """
+        awaited = AwaitedPublishes(len(messages))
+        for index, (name, message) in enumerate(messages):
+            self.append(name, (message,), awaited)
+            self.backplane.when_delivered(partial(awaited.on_delivered, index))
+        return await awaited.result()
 
     def _first_position(self, source: bytes, messages: Sequence[Message]) -> Position | None:
         """Return the position of the first request with a key; None: the log holds none.
@@ -313,6 +332,30 @@ class Broadcaster:
         for name in names:
             channels.update(self._combined.get(name, ()))
         return sum(map(len, channels))
+
+    # The server API
+
+    def clients_of(self, name: str) -> Iterator[Connection]:
+        """Yield the clients here that are subscribed to a channel."""
+        if (channel := self._channels.get(name)) is not None:
+            yield from channel.clients()
+        for combined in self._combined.get(name, ()):
+            yield from combined.clients()
+
+    def channel_names(self) -> Sequence[str]:
+        """Return the channels that clients here are subscribed to."""
+        own = (name for name, channel in self._channels.items() if len(channel.names) == 1)
+        return list(dict.fromkeys([*own, *self._combined]))
+
+    def usage_of(self, name: str) -> tuple[int, int]:
+        """Return how many clients a channel has here, and how many messages they were sent.
+
+        The messages are those since the first of these clients has subscribed.
+        """
+        own = self._channels.get(name)
+        channels = [*([own] if own is not None else []), *self._combined.get(name, ())]
+        clients = sum(sum(1 for _ in channel.clients()) for channel in channels)
+        return clients, max((channel.messages_of(name) for channel in channels), default=0)
 
     # Inside
 
@@ -426,3 +469,47 @@ class AwaitedPublisher:
         self._results.put_nowait(
             Refusal.UNCONFIRMED if is_unconfirmed else Refusal.BACKPLANE_UNAVAILABLE
         )
+
+
+class AwaitedPublishes:
+    """The publisher of several messages whose positions are awaited.
+
+    Args:
+        count: number of messages.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._missing = count
+        self._positions: dict[int, Position] = {}
+        # What is in one packet fails as a whole; several messages may be in several.
+        self._is_whole = count == 1
+        self._refusal: Refusal | None = None  # the first one counts
+        self._done = asyncio.Event()
+        if not count:
+            self._done.set()
+
+    def fail_publish(self, *, is_unconfirmed: bool) -> None:
+        """Report that messages were not relayed, or that this is unknown."""
+        is_known = self._is_whole and not is_unconfirmed
+        self._fail(Refusal.BACKPLANE_UNAVAILABLE if is_known else Refusal.UNCONFIRMED)
+
+    def on_delivered(self, index: int, position: Position | None) -> None:
+        """Record the position of a message; None: it was not relayed, or this is unknown."""
+        if position is None:
+            self._fail(Refusal.UNCONFIRMED)
+            return
+        self._positions[index] = position
+        self._missing -= 1
+        if not self._missing:
+            self._done.set()
+
+    async def result(self) -> Sequence[Position]:
+        """Return the positions in the order of the messages, or raise a RefusedError."""
+        await self._done.wait()
+        if self._refusal is not None:
+            raise RefusedError(self._refusal)
+        return [self._positions[index] for index in range(len(self._positions))]
+
+    def _fail(self, refusal: Refusal) -> None:
+        self._refusal = self._refusal or refusal
+        self._done.set()

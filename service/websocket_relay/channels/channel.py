@@ -12,6 +12,7 @@ Knows no broker, no history and no protocol.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,6 +124,9 @@ class Channel:
         # Members that delayed a batch: the time at which DELAY_SHARE has made up for the delay.
         self._delay_repaid_at: dict[Connection, float] = {}
         self._delayed_since = 0.0  # since when the first batch is delayed; 0: it is not
+        self._messages = 0  # written since the channel exists here
+        # The same by channel, if it combines several.
+        self._messages_of: dict[str, int] | None = {} if len(names) > 1 else None
 
     def __len__(self) -> int:
         return sum(map(len, self._members.values()))
@@ -165,7 +169,21 @@ class Channel:
         if not self._members and not self._recoveries:
             self._host.remove_channel(self)
 
+    def messages_of(self, name: str) -> int:
+        """Return how many messages of one of its channels were written since it exists here."""
+        return self._messages if self._messages_of is None else self._messages_of.get(name, 0)
+
+    def clients(self) -> Iterator[Connection]:
+        """Yield the members, and the clients in recovery."""
+        yield from chain.from_iterable(self._members.values())
+        yield from self._recoveries
+
     # MessageSink of the clients' connections
+
+    @property
+    def channel_names(self) -> Sequence[str]:
+        """The channels that a member is subscribed to."""
+        return self.names
 
     def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
         """Publish a client's messages to all members, on every replica."""
@@ -343,6 +361,10 @@ class Channel:
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)
+        self._messages += len(batch.entries)
+        if self._messages_of is not None:
+            for entry in batch.entries:
+                self._messages_of[entry.channel] = self._messages_of.get(entry.channel, 0) + 1
         self._adjust_pending(-batch.memory_bytes)
         batch.recipients.batches -= 1
         if not batch.recipients.batches:

@@ -36,6 +36,11 @@ class EcholessClient(LocalPublisher):
 
     # MessageSink
 
+    @property
+    def channel_names(self) -> Sequence[str]:
+        """The channel that the client is subscribed to."""
+        return self._channel.names
+
     def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
         """Publish the client's messages, with its origin."""
         identity = Identity(self._source, (0,) * len(messages))

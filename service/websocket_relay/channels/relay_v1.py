@@ -223,6 +223,11 @@ class RelayV1Connection(LocalPublisher):
 
     # MessageSink of the connection
 
+    @property
+    def channel_names(self) -> Sequence[str]:
+        """The channels that the client is subscribed to."""
+        return list(self._subscriptions)
+
     def publish(self, publisher: WireProtocol, messages: Sequence[Message]) -> None:
         """Carry out the client's commands.
 

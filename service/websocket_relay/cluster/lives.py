@@ -49,7 +49,13 @@ class Lives:
         self._clock = clock
         self._lives: dict[str, Life] = {}
         self._own_seen_at = clock()
+        self._listens_since: float | None = None  # since the first sign of this replica
         self.own = _new_life()
+
+    @property
+    def listened_s(self) -> float:
+        """How long the signs of all replicas are read."""
+        return 0.0 if self._listens_since is None else self._clock() - self._listens_since
 
     def __contains__(self, life: str) -> bool:
         return life in self._lives
@@ -73,6 +79,8 @@ class Lives:
             if now - self._own_seen_at > OWN_SILENCE_S:
                 self.forgive()
             self._own_seen_at = now
+            if self._listens_since is None:
+                self._listens_since = now
         known = self._lives.pop(life, None)
         if known is None:
             known = Life(now, position)

@@ -17,6 +17,7 @@ SettingPath = tuple[str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
 KEYS = ("auth",)
+API_KEY = ("api", "key")
 
 HOOK_SECRET: SettingPath = ("hooks", "secret")
 
@@ -35,6 +36,7 @@ RELOADABLE: frozenset[SettingPath] = frozenset(
         HOOK_SECRET,
         ("auth", "hook", "headers"),
         ("auth", "hook", "timeout_s"),
+        API_KEY,
         *(("auth", "jwt", name) for name in JwtSettings.model_fields if name != "jwks_url"),
     }
 )
@@ -65,22 +67,28 @@ def compare(running: Settings, loaded: Settings, *, only_keys: bool = False) -> 
     Args:
         running: the settings of the relay.
         loaded: the new ones.
-        only_keys: whether only the settings of tokens and hooks.secret may change.
+        only_keys: whether only the keys may change: the settings of tokens, that of the API, and
+            hooks.secret.
     """
-    considered = (
-        path for path in LEAVES if path[:1] == KEYS or path == HOOK_SECRET or not only_keys
-    )
+    considered = (path for path in LEAVES if _is_of_keys(path) or not only_keys)
     differing = [path for path in considered if _value(running, path) != _value(loaded, path)]
     # The settings of `auth` are valid together only: all of them change now, or none.
     keeps_keys = any(path[:1] == KEYS and path not in RELOADABLE for path in differing)
+    # The routes of the API are there from the start, or not.
+    keeps_api = not (running.api.key and loaded.api.key)
     settings, applied, needs_restart = running, [], []
     for path in differing:
-        if path in RELOADABLE and not (path[:1] == KEYS and keeps_keys):
+        is_kept = keeps_keys if path[:1] == KEYS else path == API_KEY and keeps_api
+        if path in RELOADABLE and not is_kept:
             settings = _replaced(settings, path, _value(loaded, path))
             applied.append(".".join(path))
         else:
             needs_restart.append(".".join(path))
     return Changes(settings, applied, needs_restart, keeps_keys)
+
+
+def _is_of_keys(path: SettingPath) -> bool:
+    return path[:1] == KEYS or path in (API_KEY, HOOK_SECRET)
 
 
 def _value(settings: Settings, path: SettingPath) -> Any:

@@ -484,6 +484,10 @@ SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
 """The algorithms that need the secret, and its minimum length in bytes (RFC 7518 section 3.2)."""
 
 
+VISIBLE_ASCII = re.compile(r"[!-~]+")
+MIN_KEY_BYTES = 32
+
+
 class JwtSettings(Section):
     """Token verification: HS algorithms need the secret, all others the key file or the URL."""
 
@@ -638,7 +642,7 @@ class AuthSettings(Section):
 
 
 class HooksSettings(Section):
-    """Webhooks: what happens in channels, delivered to your backend. And how it trusts the relay."""
+    """Webhooks: what happens in channels, for your backend; and the signature of all requests."""
 
     url: str = Field("", description="receives events by POST (webhooks); empty: none")
     secret: SecretStr = Field(
@@ -665,6 +669,27 @@ class HooksSettings(Section):
     @classmethod
     def _address(cls, value: str) -> str:
         return _hook_address(value)
+
+
+class ApiSettings(Section):
+    """The server API: publishing, disconnecting, and questions about all replicas."""
+
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="opens /api; empty: tokens of admins alone do, where auth.mode is not none",
+    )
+
+    @field_validator("key")
+    @classmethod
+    def _of_a_header(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value() and not VISIBLE_ASCII.fullmatch(value.get_secret_value()):
+            raise ValueError("visible ASCII characters, without spaces")
+        return value
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the key can be guessed."""
+        return 0 < len(self.key.get_secret_value()) < MIN_KEY_BYTES
 
 
 class ConsoleSettings(Section):
@@ -722,6 +747,7 @@ class Settings(BaseSettings):
     backplane: BackplaneSettings = BackplaneSettings()
     auth: AuthSettings = AuthSettings()
     hooks: HooksSettings = HooksSettings()
+    api: ApiSettings = ApiSettings()
     console: ConsoleSettings = ConsoleSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     logging: LoggingSettings = LoggingSettings()
@@ -732,6 +758,11 @@ class Settings(BaseSettings):
             super().__init__(**values)
         finally:
             _environ.reset(token)
+
+    @property
+    def has_api(self) -> bool:
+        """Whether somebody can use the server API: the holder of its key, or of a token."""
+        return bool(self.api.key.get_secret_value()) or self.auth.mode != "none"
 
     @classmethod
     def settings_customise_sources(
@@ -750,6 +781,8 @@ class Settings(BaseSettings):
     def warnings(self) -> Iterator[SettingsWarning]:
         """Yield warnings, which `check` prints and the relay logs at startup."""
         jwt = self.auth.jwt
+        if self.api.is_short:
+            yield SettingsWarning("api.key is short", {"min_bytes": MIN_KEY_BYTES})
         if self.auth.mode == "none":
             named = [*dict(jwt.all_secrets), *jwt.public_key_settings]
             unused = [f"auth.jwt.{name}" for name in named]

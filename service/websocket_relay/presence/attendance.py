@@ -16,7 +16,13 @@ from websocket_relay.wire.connection import Connection
 COUNTS_S = 1.0
 """Interval between two notices of how many clients are in a channel that has too many to list."""
 
-FINAL = (Close.CLIENT, Close.TOKEN_EXPIRED, Close.PROTOCOL_ERROR, Close.PUBLISH_NOT_ALLOWED)
+FINAL = (
+    Close.CLIENT,
+    Close.TOKEN_EXPIRED,
+    Close.PROTOCOL_ERROR,
+    Close.PUBLISH_NOT_ALLOWED,
+    Close.DISCONNECTED,
+)
 """After these a client does not resume its session: it, or the relay, has ended it."""
 
 Notify = Callable[[str, Mapping[str, object]], None]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from websocket_relay import logs
 from websocket_relay.app import Replica
 from websocket_relay.config import changes
 from websocket_relay.config.model import Settings, SettingsWarning
@@ -101,7 +100,6 @@ class Reload:
         self._problems = ()
         self._running = changed.settings
         self._relay.configure(self._running, tokens)  # all of it between two messages
-        logs.set_level(self._running.logging.level)
         facts = {"changed": changed.applied, "needs_restart": changed.needs_restart}
         level = logging.WARNING if changed.needs_restart else logging.INFO
         log.log(level, "settings reloaded", extra=facts)

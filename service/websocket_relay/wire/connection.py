@@ -53,12 +53,14 @@ class WireProtocol(Publisher, Pausable, Protocol):
     def stop_parsing(self) -> None:
         """Parse nothing more."""
 
-    def encode_close(self, why: Close, retry_ms: int | None) -> bytes:
+    def encode_close(self, code: int, reason: str, retry_ms: int | None) -> bytes:
         """Return what closes the connection on the wire.
 
         Args:
-            why: the close code and reason.
-            retry_ms: after which time the client should reconnect; None: no hint.
+            code: the close code.
+            reason: 123 bytes at most.
+            retry_ms: after which time the client should reconnect, as the reason has it; None: no
+                hint.
         """
 
     def count_complete_messages(self, batch: bytes, end: int) -> int:
@@ -115,6 +117,10 @@ class MessageSink(Protocol):
     def call_when_written(self, callback: Callable[[], None]) -> None:
         """Call `callback` once everything published so far has been written."""
 
+    @property
+    def channel_names(self) -> Sequence[str]:
+        """The channels that the client is subscribed to."""
+
 
 class _ClosedTransport(asyncio.Transport):
     """Replaces a transport that has closed. Each call does nothing and never fails."""
@@ -160,7 +166,7 @@ class Connection(asyncio.Protocol):
         protocol: what the client speaks.
         delivery_format: how its messages are encoded.
         publish_policy: what the client may publish; None: anything.
-        identity: who the client is; None: nothing here asks.
+        identity: who the client is; None: neither presence nor the server API is configured.
         has_input_ended: whether nothing more is read: after TCP's FIN or TLS's close_notify, or
             after the end of TCP.
         write: sends a batch as far as the socket takes it, and returns how many bytes that are:
@@ -233,6 +239,11 @@ class Connection(asyncio.Protocol):
     def is_member(self) -> bool:
         """Whether the connection's sink may write to it."""
         return self._is_member
+
+    @property
+    def channel_names(self) -> Sequence[str]:
+        """The channels that the client is subscribed to."""
+        return self._sink.channel_names if self._is_member and self._sink is not None else ()
 
     @property
     def close_reason(self) -> Close | None:
@@ -332,7 +343,7 @@ class Connection(asyncio.Protocol):
                 self._sink.call_when_written(partial(self.close, why, retry_ms))
             return
         if self.state is ConnectionState.OPEN:
-            self._close_frame = self.protocol.encode_close(why, retry_ms)
+            self._close_frame = self._encode_close(why, retry_ms)
         self._handle(ConnectionEvent.CLOSE, why)
         if self.state is ConnectionState.CLOSING and not self.protocol.has_closing_handshake:
             self._handle(ConnectionEvent.QUEUE_CLOSE)
@@ -345,8 +356,22 @@ class Connection(asyncio.Protocol):
             frame: what closes the connection on the wire; empty: the encoding of `why`.
         """
         if self.state is ConnectionState.OPEN:
-            self._close_frame = frame or self.protocol.encode_close(why, None)
+            self._close_frame = frame or self._encode_close(why, None)
         self._handle(ConnectionEvent.QUEUE_CLOSE, why)
+
+    def disconnect(self, code: int, reason: str) -> bool:
+        """Close with a code and a reason of an operator, after all pending deliveries.
+
+        Returns:
+            Whether the connection was open.
+        """
+        if self.state is not ConnectionState.OPEN:
+            return False
+        self.queue_close(Close.DISCONNECTED, self.protocol.encode_close(code, reason, None))
+        return True
+
+    def _encode_close(self, why: Close, retry_ms: int | None) -> bytes:
+        return self.protocol.encode_close(why.code, why.text(retry_ms), retry_ms)
 
     def abort(self, why: Close) -> None:
         """End the TCP connection now; its backlog is dropped and counted."""

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 
 from websocket_relay.messages import BINARY
-from websocket_relay.outcomes import Close
 
 KEEPALIVE_COMMENT = b":\n\n"
 
@@ -61,12 +60,13 @@ def _data_lines(payload: bytes) -> bytes:
     return normalized.replace(b"\n", b"\ndata: ")
 
 
-def encode_close(why: Close, retry_ms: int | None) -> bytes:
+def encode_close(code: int, reason: str, retry_ms: int | None) -> bytes:
     """Return the last event of a stream.
 
     Args:
-        why: the close code and reason.
+        code: the close code.
+        reason: as a close frame has it.
         retry_ms: after which time the client should reconnect; None: unchanged.
     """
     retry_field = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
-    return retry_field + encode_event("close", {"code": why.code, "reason": why.text(retry_ms)})
+    return retry_field + encode_event("close", {"code": code, "reason": reason})

@@ -185,7 +185,7 @@ class WebSocket:
                     pause = event
                     break
                 elif policy is not None and (why := policy.violation()):
-                    end = why, self.encode_close(why, None)
+                    end = why, close_frame(why.code, why.reason)
                     break
                 else:
                     messages.append(event)
@@ -244,9 +244,9 @@ class WebSocket:
 
     # Closing and keepalive
 
-    def encode_close(self, why: Close, retry_ms: int | None) -> bytes:
+    def encode_close(self, code: int, reason: str, retry_ms: int | None) -> bytes:
         """Return a close frame."""
-        return close_frame(why.code, why.text(retry_ms))
+        return close_frame(code, reason)
 
     def ping(self, frame: bytes, heartbeat: bytes, now: float) -> None:
         """Send the keepalive's ping; silence is timed from the first unanswered one."""
