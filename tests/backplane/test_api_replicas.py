@@ -175,9 +175,7 @@ async def test_questions_in_flight_are_bounded(replicas_with: StartReplicas) -> 
     await await_replicas(one, 2)
     two.signal(SIGSTOP)
     try:
-        responses = await asyncio.gather(
-            *(request_api(one, "GET", "/channels") for _ in range(18))
-        )
+        responses = await asyncio.gather(*(request_api(one, "GET", "/channels") for _ in range(18)))
     finally:
         two.signal(SIGCONT)
     statuses = sorted(response.status_code for response in responses)

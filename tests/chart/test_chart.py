@@ -381,6 +381,10 @@ MISFITS: list[list[Misfit]] = [
             ["config.auth.jwt.secrets", "secrets.jwtSecrets.name"],
         ),
         (
+            nested_values("config.api.key", "pa55word"),
+            ["config.api.key", "secrets.apiKey.name"],
+        ),
+        (
             nested_values("config.server.tls.enabled", True),
             ["config.server.tls.enabled", "tls.secretName", "config.server.tls.cert_file"],
         ),

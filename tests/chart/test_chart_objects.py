@@ -265,6 +265,7 @@ def test_secrets_are_references_and_not_values() -> None:
         ("RELAY__AUTH__JWT__SECRETS_FILE", "relay-jwt", "secrets.json"),
         ("RELAY__HOOKS__SECRET_FILE", "relay-hooks", "secret"),
         ("RELAY__AUTH__JWT__PUBLIC_KEY_FILE", "relay-jwt-key", "public.pem"),
+        ("RELAY__API__KEY_FILE", "relay-api", "api-key"),
     ):
         directory, _, file = variables[name].rpartition("/")
         assert (directory, files[file]) == ("/run/websocket-relay/secrets", (secret, key))

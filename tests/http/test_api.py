@@ -4,17 +4,19 @@ import asyncio
 import base64
 import json
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
 from tests.support.admission import jwt_settings, refusal_answer
 from tests.support.events_client import request_events, subscribe_events
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.issuer import sign_token
+from tests.support.raw_client import TEXT, frame, raw_websocket
 from tests.support.relay_process import (
+    HOST,
     RelayProcess,
     StartRelay,
     await_close,
@@ -283,6 +285,12 @@ async def test_messages_before_an_order_are_delivered_and_later_ones_of_the_clie
         assert await receive_many(ada, 1_000) == [str(number) for number in range(1_000)]
         assert await await_close(ada) == (4000, "disconnected")
         assert await receive_many(eve, 1_000) == [str(number) for number in range(1_000)]
+        async with raw_websocket(HOST, api_relay.port, "/channels/news", **bearer_of("bob")) as bob:
+            await disconnect(api_relay, user="bob")
+            assert await bob.read_close_frame() == (4000, "disconnected")
+            await bob.send(frame(TEXT, b"too late"))
+            await eve.send("next")
+            assert await receive(eve) == "next"
 
 
 INVALID_ORDERS: list[Any] = [
@@ -380,31 +388,30 @@ async def test_the_busiest_channels_are_listed_with_their_clients_and_messages(
     api_relay: RelayProcess,
 ) -> None:
     headers = bearer_of("ada")
-    clients: list[ClientConnection] = []
-    try:
-        for name in ("news.a", "news.a", "news.b", "chat"):
-            clients.append(await api_relay.client(name, additional_headers=headers))
-        async with subscribe_events(api_relay, None, "?channel=chat&channel=news.c", headers=headers):
-            await clients[2].send("one")
-            await clients[2].send("two")
-            assert await receive_many(clients[2], 2) == ["one", "two"]
-            await clients[3].send("three")
-            assert await receive(clients[3]) == "three"
-            assert await ask_api(api_relay, "/channels") == {
-                "channels": [
-                    {"channel": "chat", "clients": 2, "messages": 1},
-                    {"channel": "news.a", "clients": 2, "messages": 0},
-                    {"channel": "news.b", "clients": 1, "messages": 2},
-                    {"channel": "news.c", "clients": 1, "messages": 0},
-                ]
-            }
-            by_messages = await ask_api(api_relay, "/channels?order=messages&limit=2")
-            assert [each["channel"] for each in by_messages["channels"]] == ["news.b", "chat"]
-            by_prefix = await ask_api(api_relay, "/channels?prefix=news.&limit=1")
-            assert by_prefix["channels"] == [{"channel": "news.a", "clients": 2, "messages": 0}]
-    finally:
-        for client in clients:
-            await client.close()
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(api_relay.client(name, additional_headers=headers))
+            for name in ("news.a", "news.a", "news.b", "chat")
+        ]
+        query = "?channel=chat&channel=news.c"
+        await stack.enter_async_context(subscribe_events(api_relay, None, query, headers=headers))
+        await clients[2].send("one")
+        await clients[2].send("two")
+        assert await receive_many(clients[2], 2) == ["one", "two"]
+        await clients[3].send("three")
+        assert await receive(clients[3]) == "three"
+        assert await ask_api(api_relay, "/channels") == {
+            "channels": [
+                {"channel": "chat", "clients": 2, "messages": 1},
+                {"channel": "news.a", "clients": 2, "messages": 0},
+                {"channel": "news.b", "clients": 1, "messages": 2},
+                {"channel": "news.c", "clients": 1, "messages": 0},
+            ]
+        }
+        by_messages = await ask_api(api_relay, "/channels?order=messages&limit=2")
+        assert [each["channel"] for each in by_messages["channels"]] == ["news.b", "chat"]
+        by_prefix = await ask_api(api_relay, "/channels?prefix=news.&limit=1")
+        assert by_prefix["channels"] == [{"channel": "news.a", "clients": 2, "messages": 0}]
 
 
 async def test_the_clients_are_listed_with_what_is_known_of_them(api_relay: RelayProcess) -> None:

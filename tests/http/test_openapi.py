@@ -1,15 +1,21 @@
 """The OpenAPI document: valid, complete, and in agreement with the responses."""
 
+import asyncio
+import json
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx2
 import jsonschema
 import openapi_spec_validator
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
 from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import NO_CA, RelayProcess, StartRelay
+from tests.support.server_api import KEY, WITH_KEY, request_api
 
 ROUTES = {
     ("/", "post"),
@@ -49,6 +55,122 @@ async def test_the_document_includes_the_base_path(relay_with: StartRelay) -> No
     relay = relay_with(server={"base_path": "/relay"})
     paths = (await relay.get("/relay/openapi.json")).json()["paths"]
     assert {"/relay/", "/relay/channels/{channel}", "/relay/events"} <= paths.keys()
+
+
+API_ROUTES = {
+    ("/api/publish", "post"),
+    ("/api/disconnect", "post"),
+    ("/api/channels", "get"),
+    ("/api/clients", "get"),
+    ("/api/replicas", "get"),
+    ("/api/logging", "patch"),
+}
+
+
+@pytest.fixture
+def api_relay(relay_with: StartRelay) -> RelayProcess:
+    return relay_with(**WITH_KEY)
+
+
+async def test_the_document_describes_the_server_api_where_there_is_one(
+    api_relay: RelayProcess,
+) -> None:
+    document = await openapi_document(api_relay)
+    openapi_spec_validator.validate(document)
+    paths = document["paths"]
+    described = {(path, method) for path, methods in paths.items() for method in methods}
+    assert {each for each in described if each[0].startswith("/api")} == API_ROUTES
+
+
+def query_of(operation: dict[str, Any], names: Sequence[str]) -> str:
+    """Return a query with the examples of some parameters."""
+    parameters = [each for each in operation.get("parameters", []) if each["name"] in names]
+    return urlencode({each["name"]: each["example"] for each in parameters})
+
+
+async def test_the_examples_of_the_server_api_are_answered_as_described(
+    api_relay: RelayProcess,
+) -> None:
+    paths = (await openapi_document(api_relay))["paths"]
+    async with api_relay.client("news"):
+        for path, method in API_ROUTES:
+            operation = paths[path][method]
+            content = operation.get("requestBody", {}).get("content", {"": {}})
+            ((media_type, body),) = content.items()
+            example = body.get("example")
+            if isinstance(example, dict):
+                jsonschema.validate(example, body["schema"])
+            for names in ((), ("limit", "order"), ("channel", "prefix", "user")):
+                response = await request_api(
+                    api_relay,
+                    method.upper(),
+                    f"{path.removeprefix('/api')}?{query_of(operation, names)}",
+                    example,
+                    headers={"Content-Type": media_type} if media_type else {},
+                )
+                described = operation["responses"][str(response.status_code)]
+                assert response.is_success, (path, response.text)
+                answer = described["content"]["application/json"]
+                jsonschema.validate(response.json(), answer["schema"])
+                jsonschema.validate(answer["example"], answer["schema"])
+            refused = await request_api(api_relay, method.upper(), path[4:], b"no", secret="x")
+            assert str(refused.status_code) in operation["responses"]
+
+
+JSON_VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.floats()
+    | strategies.integers()
+    # Half of a surrogate pair, too.
+    | strategies.text(strategies.characters(codec=None), max_size=20),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(strategies.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+FIELDS = strategies.sampled_from(
+    ["user", "client", "channel", "code", "reason", "block_s", "level", "for_s", "text", "base64"]
+)
+PLAUSIBLE = strategies.sampled_from([4000, 4321, 0, 1, "ada", "news", "AA==", "debug", "", True])
+BODIES = (
+    strategies.dictionaries(FIELDS, PLAUSIBLE | JSON_VALUES, max_size=4).map(json.dumps)
+    | JSON_VALUES.map(json.dumps)
+    | strategies.binary(max_size=30)
+)
+QUERIES = strategies.dictionaries(
+    strategies.sampled_from(["channel", "user", "limit", "prefix", "order"]),
+    strategies.sampled_from(["news", "1", "clients", "messages"]) | strategies.text(max_size=9),
+).map(urlencode)
+
+
+@pytest.mark.timeout(180)
+async def test_whatever_the_server_api_is_sent_the_answer_is_one_that_is_described(
+    api_relay: RelayProcess,
+) -> None:
+    paths = (await openapi_document(api_relay))["paths"]
+    answers: dict[tuple[str, str], set[int]] = {route: set() for route in API_ROUTES}
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(strategies.sampled_from(sorted(API_ROUTES)), BODIES, QUERIES)
+    def send(route: tuple[str, str], body: bytes | str, query: str) -> None:
+        path, method = route
+        response = http.request(
+            method.upper(), api_relay.http_url(f"{path}?{query}"), content=body, headers=headers
+        )
+        answers[route].add(response.status_code)
+        described = paths[path][method]["responses"][str(response.status_code)]
+        media_type = response.headers["content-type"].partition(";")[0]
+        assert media_type in described["content"]
+        if media_type == "application/json":
+            jsonschema.validate(response.json(), described["content"][media_type]["schema"])
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx2.Client(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
+        await asyncio.to_thread(send)
+    assert all(answers.values())
+    assert api_relay.unexpected_lines == []
 
 
 GZIP = {"Content-Encoding": "gzip"}

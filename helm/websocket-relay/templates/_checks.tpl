@@ -137,6 +137,9 @@ config.hooks.secret is set, and would be readable in the pod; put it into a Secr
 config.auth.jwt.{{ $setting }} is set, and would be readable in the pod; put it into a Secret, set secrets.{{ $value }}.name to that and leave this empty
 {{- end }}
 {{- end }}
+{{- if dig "key" "" .Values.config.api }}
+config.api.key is set, and would be readable in the pod; put it into a Secret, set secrets.apiKey.name to that and leave config.api.key empty
+{{- end }}
 {{- end -}}
 
 {{- /* What check_access of the relay refuses. If the broker's address is in a Secret, its scheme is unknown. */ -}}

@@ -74,6 +74,7 @@ jwtSecret: RELAY__AUTH__JWT__SECRET_FILE
 jwtSecrets: RELAY__AUTH__JWT__SECRETS_FILE
 hookSecret: RELAY__HOOKS__SECRET_FILE
 jwtPublicKey: RELAY__AUTH__JWT__PUBLIC_KEY_FILE
+apiKey: RELAY__API__KEY_FILE
 {{- end -}}
 
 {{- /* The keys of Secrets that are files of the relay, as a JSON list. Files of a volume follow their Secret, and
