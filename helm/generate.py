@@ -54,7 +54,7 @@ PATTERNS: dict[tuple[str, ...], re.Pattern[str]] = {
     ("backplane", "inbox_prefix"): re.compile(f"({model.SUBJECT.pattern})?"),
     ("backplane", "stream"): model.STREAM_NAME,
     ("auth", "jwt", "public_key_file"): FILE,
-    ("api", "key"): re.compile(f"({model.VISIBLE_ASCII.pattern})?"),
+    ("api", "key"): re.compile(f"({model.BEARER.pattern})?"),
     ("auth", "jwt", "audience"): ONE_OR_MORE,
     ("auth", "jwt", "issuer"): ONE_OR_MORE,
 }

@@ -410,7 +410,7 @@ class Replica:
         return questions, statements
 
     def _replica_facts(self) -> list[Mapping[str, Any]]:
-        """Return what the heartbeats of the replicas that are alive say of them."""
+        """Return the facts in the heartbeats of the replicas that are alive."""
         if self.backplane.is_local:
             return [_parse_description(self._describe())]
         return list(self._lives.alive(ALIVE_S).values())

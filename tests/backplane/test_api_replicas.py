@@ -85,7 +85,7 @@ async def test_posted_lines_have_their_positions_on_all_replicas(
             await client.subscribe(channel)
         response = await request_api(one, "POST", "/publish", lines)
         assert response.status_code == 202
-        received = []
+        received: list[tuple[tuple[int, ...], str | bytes]] = []
         while len(received) < len(texts):
             header, text = await client.receive()
             if "position" in header and "type" not in header:

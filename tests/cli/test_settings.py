@@ -182,6 +182,7 @@ LEAVES: list[tuple[str, Any, str]] = [
     ("hooks.messages", ["orders.*", "news"], "orders.*, news"),
     ("hooks.timeout_s", 2.5, "2.5"),
     ("hooks.max_pending", 10, "10"),
+    ("api.key", MASKED, SECRET),
     ("console.enabled", False, "false"),
     ("shutdown.readiness_delay_s", 1, "1"),
     ("shutdown.spread_s", 2.5, "2.5"),
@@ -754,6 +755,20 @@ def test_a_short_secret_is_a_warning(
     facts = f"(algorithm: {algorithm}, min_bytes: {least})"
     line = f"websocket-relay: warning: auth.jwt.secret is short {facts}"
     assert (done.exit_code, done.error_lines) == (0, [line] * warns)
+
+
+@pytest.mark.parametrize("key", [" s3cret", "s3cret ", "grün", "s3\tcret", "s3\ncret"])
+def test_the_key_of_the_api_is_one_that_a_header_can_have(check: Check, key: str) -> None:
+    done = check(yaml.safe_dump({"api": {"key": key}}))
+    assert_rejected(done, "config.yaml: api.key: ", "printable ASCII")
+    assert key not in done.stderr
+
+
+@pytest.mark.parametrize(("length", "warns"), [(31, True), (32, False)])
+def test_a_short_key_of_the_api_causes_a_warning(check: Check, length: int, warns: bool) -> None:
+    done = check(yaml.safe_dump({"api": {"key": "k" * length}}))
+    line = "websocket-relay: warning: api.key is short (min_bytes: 32)"
+    assert (done.exit_code, done.faults) == (0, [line] * warns)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.support.relay_process import (
     receive,
     receive_many,
 )
-from tests.support.relay_v1 import connect_relay_v1, open_relay_v1, parse_position
+from tests.support.relay_v1 import RELAY_V1, connect_relay_v1, open_relay_v1, parse_position
 from tests.support.server_api import (
     KEY,
     WITH_KEY,
@@ -38,7 +38,7 @@ from tests.support.server_api import (
 
 REQUESTS: list[tuple[str, str, object]] = [
     ("POST", "/publish", {"channel": "news", "text": "hello"}),
-    ("POST", "/disconnect", {"user": "nobody"}),
+    ("POST", "/disconnect", {"user": "unknown"}),
     ("GET", "/channels", None),
     ("GET", "/clients", None),
     ("GET", "/replicas", None),
@@ -285,7 +285,9 @@ async def test_messages_before_an_order_are_delivered_and_later_ones_of_the_clie
         assert await receive_many(ada, 1_000) == [str(number) for number in range(1_000)]
         assert await await_close(ada) == (4000, "disconnected")
         assert await receive_many(eve, 1_000) == [str(number) for number in range(1_000)]
-        async with raw_websocket(HOST, api_relay.port, "/channels/news", **bearer_of("bob")) as bob:
+        token = token_of("bob")
+        path = f"/channels/news?access_token={token}"
+        async with raw_websocket(HOST, api_relay.port, path) as bob:
             await disconnect(api_relay, user="bob")
             assert await bob.read_close_frame() == (4000, "disconnected")
             await bob.send(frame(TEXT, b"too late"))
@@ -333,9 +335,9 @@ async def attempts_of(relay: RelayProcess, user: str) -> dict[str, int]:
     """Return the status with which each kind of request of a user is answered."""
     headers = bearer_of(user)
     answers = {}
-    for kind, options in {"plain": {}, "relay.v1": {"subprotocols": ["relay.v1"]}}.items():
+    for kind, protocols in {"plain": None, "relay.v1": [RELAY_V1]}.items():
         try:
-            async with relay.client("news", additional_headers=headers, **options):
+            async with relay.client("news", additional_headers=headers, subprotocols=protocols):
                 answers[kind] = 101
         except InvalidStatus as error:
             answers[kind] = error.response.status_code
@@ -507,7 +509,7 @@ async def test_the_log_level_changes_for_a_time(api_relay: RelayProcess) -> None
     async def is_reverted() -> tuple[bool, object]:
         before = len(api_relay.log_events)
         await refuse()
-        await disconnect(api_relay, user="nobody")
+        await disconnect(api_relay, user="unknown")
         return len(api_relay.log_events) == before, before
 
     await eventually(is_reverted, "no line at debug any more")

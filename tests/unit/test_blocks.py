@@ -1,4 +1,4 @@
-"""Blocked users: which order counts, how long it does, and what replicas tell one that starts."""
+"""Blocked users: which order counts, until when, and what a replica that starts learns."""
 
 import asyncio
 
@@ -59,10 +59,12 @@ def test_the_latest_order_about_a_user_counts_in_whatever_order_they_are_read(
 
 def test_of_too_many_blocks_the_one_that_ends_first_is_dropped(clock: Clock) -> None:
     blocks = Blocks(clock, max_blocks=3)
+    was_full = []
     for number in range(3):
-        assert not blocks.is_full
+        was_full.append(blocks.is_full)
         blocks.decide(str(number), 2_000 + number, at(number))
-    assert blocks.is_full
+    was_full.append(blocks.is_full)
+    assert was_full == [False, False, False, True]
     blocks.decide("more", 3_000, at(9))
     assert [user for user, _ in blocks.current()] == ["1", "2", "more"]
     assert blocks.metrics() == {"blocked_users": 3, "blocks_dropped": 1}

@@ -31,7 +31,7 @@ class Disconnection(NamedTuple):
     """An order to disconnect clients.
 
     Attributes:
-        target: the field that says which, and its value.
+        target: the field that selects them, and its value.
         code, reason: of the close frame.
         blocked_until: the user is refused until then, in seconds since 1970; None: no change.
     """
@@ -72,7 +72,7 @@ class Disconnection(NamedTuple):
         return cls(target, code, reason, blocked_until)
 
     def fields(self) -> dict[str, Any]:
-        """Return what the replicas are told."""
+        """Return what the replicas receive."""
         return {
             **self.target,
             "code": self.code,

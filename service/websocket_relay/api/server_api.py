@@ -216,7 +216,7 @@ def _channels(publishes: Iterable[tuple[str, object]]) -> Iterator[str]:
 
 
 def _answer(answers: Answers, fields: dict[str, Any]) -> Response:
-    """Return a response that says what is missing in it."""
+    """Return a response that names what is missing in it."""
     if answers.missing:
         fields["missing"] = answers.missing
     if answers.is_truncated:

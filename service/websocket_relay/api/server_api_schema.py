@@ -23,7 +23,7 @@ Schema = dict[str, Any]
 
 
 class Description(NamedTuple):
-    """What the OpenAPI document says of an endpoint.
+    """The description of an endpoint in the OpenAPI document.
 
     Attributes:
         summary, text: what it does.
@@ -172,7 +172,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
             ]
         },
         _response(
-            "The channels that have most of what `order` says.",
+            "The channels that are first in the `order`.",
             _object({"channels": {"type": "array", "items": USAGE}, **PARTIAL}, *PARTIAL),
             {"channels": [{"channel": "news", "clients": 3, "messages": 120}]},
         ),

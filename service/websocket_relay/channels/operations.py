@@ -45,7 +45,7 @@ class Operations:
         self._replica = replica
 
     def disconnect(self, entry: ControlEntry) -> Work:
-        """Disconnect the clients that an order names, and block their user if it says so.
+        """Disconnect the clients that an order names, and block their user if it asks for that.
 
         Answers:
             Their number.

@@ -85,7 +85,7 @@ class _Question:
     """A question of this replica that is in flight."""
 
     def __init__(self, asked: Mapping[str, Fields], *, knows_all: bool) -> None:
-        self.asked = asked  # facts of the replicas that are alive, by their lives
+        self.asked = asked  # facts of the replicas that are alive, by their ids
         self._knows_all = knows_all
         self._partial: dict[str, _PartialAnswer] = {}
         self.answered: dict[str, _PartialAnswer] = {}  # by life
@@ -123,7 +123,7 @@ class Questions:
 
     Args:
         control: the entries.
-        lives: the replicas.
+        replicas: that are alive.
         name: of this replica.
         is_alone: whether there are no others.
         is_up: returns whether entries can be appended.
@@ -135,7 +135,7 @@ class Questions:
     def __init__(
         self,
         control: ControlLog,
-        lives: Lives,
+        replicas: Lives,
         *,
         name: str,
         is_alone: bool,
@@ -144,7 +144,7 @@ class Questions:
         schedule: Callable[[Iterator[None]], None],
     ) -> None:
         self._control = control
-        self._lives = lives
+        self._replicas = replicas
         self._name = name
         self._is_alone = is_alone
         self._is_up = is_up
@@ -179,9 +179,9 @@ class Questions:
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             raise RefusedError(Refusal.API_REQUESTS)
         name = secrets.token_hex(ID_BYTES)
-        own = self._lives.own
-        asked = {own: {"name": self._name}, **self._lives.alive(ALIVE_S)}
-        knows_all = self._is_alone or self._lives.listened_s >= NOVICE_S
+        own = self._replicas.own
+        asked = {own: {"name": self._name}, **self._replicas.alive(ALIVE_S)}
+        knows_all = self._is_alone or self._replicas.listened_s >= NOVICE_S
         question = self._in_flight[name] = _Question(asked, knows_all=knows_all)
         try:
             fields = {"life": own, "id": name, "ask": kind, "of": of}
@@ -217,7 +217,7 @@ class Questions:
     def _answer(self, name: str, answer: Answer) -> None:
         parts, is_truncated = split(answer.items)
         fields = {
-            "life": self._lives.own,
+            "life": self._replicas.own,
             "id": name,
             "parts": len(parts),
             "truncated": answer.is_truncated or is_truncated,

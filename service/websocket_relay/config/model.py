@@ -484,7 +484,9 @@ SECRET_BYTES: dict[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
 """The algorithms that need the secret, and its minimum length in bytes (RFC 7518 section 3.2)."""
 
 
-VISIBLE_ASCII = re.compile(r"[!-~]+")
+BEARER = re.compile(r"[!-~]([ -~]*[!-~])?")
+"""What an Authorization header can have behind `Bearer`."""
+
 MIN_KEY_BYTES = 32
 
 
@@ -682,8 +684,8 @@ class ApiSettings(Section):
     @field_validator("key")
     @classmethod
     def _of_a_header(cls, value: SecretStr) -> SecretStr:
-        if value.get_secret_value() and not VISIBLE_ASCII.fullmatch(value.get_secret_value()):
-            raise ValueError("visible ASCII characters, without spaces")
+        if value.get_secret_value() and not BEARER.fullmatch(value.get_secret_value()):
+            raise ValueError("printable ASCII characters, without spaces at the ends")
         return value
 
     @property
@@ -761,7 +763,7 @@ class Settings(BaseSettings):
 
     @property
     def has_api(self) -> bool:
-        """Whether somebody can use the server API: the holder of its key, or of a token."""
+        """Whether the server API is there: for the holder of its key, or of a token."""
         return bool(self.api.key.get_secret_value()) or self.auth.mode != "none"
 
     @classmethod
