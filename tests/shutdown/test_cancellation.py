@@ -27,12 +27,14 @@ from websocket_relay.cancellation import (
 from websocket_relay.channels.history import History
 from websocket_relay.channels.keepalive import Keepalive
 from websocket_relay.client import Relay as Client
+from websocket_relay.cluster.blocks import Blocks, BlockStatements
 from websocket_relay.metrics import Metrics
 from websocket_relay.tls import Certificates
 from websocket_relay.wire.registry import ConnectionRegistry
 
 from tests.support.broker_logs import BackplaneReplica, make_broker
 from tests.support.certificates import make_pair
+from tests.support.control_logs import SharedLog
 from tests.support.issuer import KeyServer, key_set, make_signer
 from tests.support.relay_process import RelayProcess
 from tests.support.stops import KINDS, misconfigured
@@ -298,11 +300,15 @@ async def test_a_periodic_task_ends_while_it_sleeps(moment: Moment, tmp_path: Pa
     history = History(
         max_messages=1, max_bytes=1, max_age_s=1, max_channels=1, clock=time.monotonic
     )
+    statements = BlockStatements(
+        Blocks(), SharedLog().control(), is_alone=True, up=asyncio.Event(), learned=lambda _: None
+    )
     periodic: list[StartCoroutine] = [
         Certificates(tmp_path / "cert.pem", tmp_path / "key.pem").run,
         Metrics().run,
         history.run,
         Keepalive(ConnectionRegistry(), 0.05, 0.05, encode_heartbeat=bytes).run,
+        statements.run,
     ]
 
     async def assert_cancelled(start: StartCoroutine) -> None:

@@ -354,7 +354,7 @@ class Broadcaster:
         """
         own = self._channels.get(name)
         channels = [*([own] if own is not None else []), *self._combined.get(name, ())]
-        clients = sum(sum(1 for _ in channel.clients()) for channel in channels)
+        clients = sum(channel.client_count for channel in channels)
         return clients, max((channel.messages_of(name) for channel in channels), default=0)
 
     # Inside

@@ -173,6 +173,11 @@ class Channel:
         """Return how many messages of one of its channels were written since it exists here."""
         return self._messages if self._messages_of is None else self._messages_of.get(name, 0)
 
+    @property
+    def client_count(self) -> int:
+        """The number of members, and of clients in recovery."""
+        return len(self) + len(self._recoveries)
+
     def clients(self) -> Iterator[Connection]:
         """Yield the members, and the clients in recovery."""
         yield from chain.from_iterable(self._members.values())

@@ -12,6 +12,7 @@ from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.cluster.blocks import Blocks
 from websocket_relay.cluster.control_log import ControlEntry
 from websocket_relay.cluster.questions import Answer, Work
+from websocket_relay.identity import ClientIdentity
 from websocket_relay.outcomes import Close
 from websocket_relay.wire.connection import Connection
 
@@ -80,17 +81,17 @@ class Operations:
         """Find the clients of a channel, of a user or of both; or all.
 
         Answers:
-            What is known of each.
+            What is known of each of those that have been connected longest.
         """
         of = entry.fields["of"]
-        found: list[dict[str, Any]] = []
+        found: list[tuple[ClientIdentity, Connection]] = []
         for client in self._clients_of(of):
-            if client is not None:
-                if len(found) == of["limit"]:
-                    return Answer(found, is_truncated=True)
-                found.append(self._describe(client))
+            if client is not None and client.identity is not None:
+                found.append((client.identity, client))
             yield
-        return Answer(found)
+        first = heapq.nsmallest(of["limit"], found, key=lambda each: each[0].since)
+        described = [self._describe(*each) for each in first]
+        return Answer(described, is_truncated=len(found) > of["limit"])
 
     def _disconnect(self, clients: Iterable[Connection | None], code: int, reason: str) -> Work:
         disconnected = 0
@@ -116,9 +117,7 @@ class Operations:
             )
             yield client if is_meant else None
 
-    def _describe(self, client: Connection) -> dict[str, Any]:
-        identity = client.identity
-        assert identity is not None
+    def _describe(self, identity: ClientIdentity, client: Connection) -> dict[str, Any]:
         return {
             "client": identity.client,
             "user": identity.user,
