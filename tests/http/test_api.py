@@ -295,6 +295,31 @@ async def test_messages_before_an_order_are_delivered_and_later_ones_of_the_clie
             assert await receive(eve) == "next"
 
 
+async def test_a_client_that_is_disconnected_has_left_presence_at_once(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(**WITH_KEY, presence={"channels": ["*"], "grace_s": 600})
+    async with (
+        open_relay_v1(relay, "/channels/room") as one,
+        open_relay_v1(relay, "/channels/room") as two,
+    ):
+        present = (await relay.get("/channels/room/presence")).json()["clients"]
+        assert {each["client"] for each in present} == {
+            client.welcome["client"] for client in (one, two)
+        }
+        await disconnect(relay, client=one.welcome["client"])
+        assert await await_close(one.connection) == (4000, "disconnected")
+        present = (await relay.get("/channels/room/presence")).json()["clients"]
+        assert [each["client"] for each in present] == [two.welcome["client"]]
+
+
+async def test_permission_to_use_the_api_can_be_a_scope(relay_with: StartRelay) -> None:
+    relay = relay_with(auth=jwt_settings(claim="scope"))
+    for scope, status in (("relay:admin", 200), ("relay:stats", 403)):
+        response = await request_api(relay, "GET", "/replicas", secret=sign_token(scope=scope))
+        assert response.status_code == status
+
+
 INVALID_ORDERS: list[Any] = [
     {},
     [],
