@@ -300,16 +300,16 @@ async def test_a_client_that_is_disconnected_has_left_presence_at_once(
 ) -> None:
     relay = relay_with(**WITH_KEY, presence={"channels": ["*"], "grace_s": 600})
     async with (
-        open_relay_v1(relay, "/channels/room") as one,
-        open_relay_v1(relay, "/channels/room") as two,
+        open_relay_v1(relay, "/channels/lobby") as one,
+        open_relay_v1(relay, "/channels/lobby") as two,
     ):
-        present = (await relay.get("/channels/room/presence")).json()["clients"]
+        present = (await relay.get("/channels/lobby/presence")).json()["clients"]
         assert {each["client"] for each in present} == {
             client.welcome["client"] for client in (one, two)
         }
         await disconnect(relay, client=one.welcome["client"])
         assert await await_close(one.connection) == (4000, "disconnected")
-        present = (await relay.get("/channels/room/presence")).json()["clients"]
+        present = (await relay.get("/channels/lobby/presence")).json()["clients"]
         assert [each["client"] for each in present] == [two.welcome["client"]]
 
 
