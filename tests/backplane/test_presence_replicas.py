@@ -11,7 +11,8 @@ from tests.support.relay_process import RelayProcess, StartReplicas, eventually
 from tests.support.relay_v1 import Notice, RelayV1Client, open_relay_v1
 
 ROOM = "room"
-PRESENCE = {"channels": ["room*"], "grace_s": 4}
+GRACE_S = 4
+PRESENCE = {"channels": ["room*"], "grace_s": GRACE_S}
 STOP = {"spread_s": 0.2, "timeout_s": 3}
 
 
@@ -142,7 +143,7 @@ async def test_a_rolling_update_is_no_change_for_the_others(
         (three,) = await asyncio.to_thread(replicas_with, 1, presence=PRESENCE)
         names = {client.welcome["client"] for client in (*clients, watcher)}
         await await_alike([two, three], names)
-        await asyncio.sleep(PRESENCE["grace_s"] + 4)  # the end of the replica is declared by then
+        await asyncio.sleep(GRACE_S + 4)  # the end of the replica is declared by then
         await await_alike([two, three], names)
         await watcher.publish("message", channel=ROOM)
         assert await watcher.next_message() == "message"
