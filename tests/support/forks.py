@@ -36,8 +36,11 @@ STATUS = struct.Struct("i")
 MAX_REQUEST_BYTES = 262_144  # most of it is the environment
 MAX_DESCRIPTORS = 65_536
 
+# A path with spaces can't be an interpreter; for Python the line of the shell is a string.
 PROGRAM = """\
-#!{python} -IS
+#!/bin/sh
+'''exec' "{python}" -IS "$0" "$@"
+' '''
 import json, os, resource, signal, socket, sys
 
 SIGNALS = {{signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1,
