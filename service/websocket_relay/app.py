@@ -40,7 +40,7 @@ from websocket_relay.channels.operations import Operations
 from websocket_relay.channels.publications import Publications
 from websocket_relay.cluster.blocks import Blocks, BlockStatements
 from websocket_relay.cluster.control_log import ControlLog
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.cluster.questions import ALIVE_S, Questions
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
@@ -171,7 +171,7 @@ class Replica:
         self.lifecycle = Lifecycle(is_backplane_down=self._is_backplane_down)
         self._history = self._make_history()
         self._broadcaster = self._make_broadcaster()
-        self._control, self._lives = ControlLog(self.backplane), Lives()
+        self._control, self._incarnations = ControlLog(self.backplane), Incarnations()
         self._broadcaster.on_control = self._control.on_entry
         self.presence = self._make_presence() if settings.presence.channels else None
         self._attendance: PresenceAttendance | None = None
@@ -189,7 +189,7 @@ class Replica:
         if settings.has_api:
             self._questions, self._block_statements = self._make_operations()
         if self.presence is not None or settings.has_api:
-            self.backplane.heard = self._on_heartbeat
+            self.backplane.on_heartbeat = self._on_heartbeat
         self._hook_facts: Callable[[], Mapping[str, str]] = dict
         self.hooks = self._make_hooks() if settings.hooks.url else None
         self._descriptors = self._make_descriptors()
@@ -328,7 +328,7 @@ class Replica:
             settings.channels,
             grace_s=settings.grace_s,
             control=self._control,
-            lives=self._lives,
+            incarnations=self._incarnations,
             is_alone=self.backplane.is_local,
             is_up=lambda: self.backplane.state is BackplaneState.UP,
         )
@@ -353,7 +353,7 @@ class Replica:
         )
         duty = Duty(
             self._control,
-            self._lives,
+            self._incarnations,
             is_alone=is_alone,
             is_up=lambda: backplane.state is BackplaneState.UP,
             is_complete=lambda: presence is None or presence.complete.is_set(),
@@ -361,12 +361,12 @@ class Replica:
             position=lambda: backplane.position,
         )
         if presence is not None:
-            presence.told.append(partial(_pass_to_hooks, presence, pending.on_change))
+            presence.listeners.append(partial(_pass_to_hooks, presence, pending.on_change))
         if settings.messages:
             self._broadcaster.on_message = pending.on_message
         self._broadcaster.gap_listeners.append(duty.on_gap)
         self._hook_facts = duty.facts
-        backplane.heard = self._on_heartbeat
+        backplane.on_heartbeat = self._on_heartbeat
         receiver = SignedCalls(
             settings.url,
             settings.secret.get_secret_value(),
@@ -389,7 +389,7 @@ class Replica:
         operations = Operations(self._broadcaster, self._blocks, self._name)
         questions = Questions(
             self._control,
-            self._lives,
+            self._incarnations,
             name=self._name,
             is_alone=backplane.is_local,
             is_up=lambda: backplane.state is BackplaneState.UP,
@@ -413,14 +413,14 @@ class Replica:
         """Return the facts in the heartbeats of the replicas that are alive."""
         if self.backplane.is_local:
             return [_parse_description(self._describe())]
-        return list(self._lives.alive(ALIVE_S).values())
+        return list(self._incarnations.alive(ALIVE_S).values())
 
     def _on_heartbeat(self, position: Position, description: bytes) -> None:
         facts = _parse_description(description)
         if isinstance(at := facts.get("at"), float):
             self._control.time = at
-        if isinstance(life := facts.get("life"), str):
-            self._lives.record_sign(life, position, facts)
+        if isinstance(incarnation := facts.get("incarnation"), str):
+            self._incarnations.record_sign(incarnation, position, facts)
 
     # Decisions
 
@@ -614,7 +614,7 @@ class Replica:
             "name": self._name[:64],
             "clients": clients,
             "messages": messages,
-            "life": self._lives.own,
+            "incarnation": self._incarnations.own,
             "at": round(time.time(), 3),
             **self._hook_facts(),
             "version": __version__,

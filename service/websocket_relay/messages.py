@@ -4,7 +4,7 @@ from typing import Protocol
 
 TEXT, BINARY, CONTROL = 1, 2, 3
 """The kinds of messages. The packets on a broker contain these numbers (see `backplane.codec`).
-What replicas tell each other is no message, and sent to no client: see `cluster.control_log`."""
+What replicas write for each other is no message, and sent to no client: `cluster.control_log`."""
 
 Message = tuple[int, bytes]
 """A kind and a payload."""

@@ -1,4 +1,4 @@
-"""Who is in a channel: what clients are told of each other, on one relay."""
+"""Who is in a channel: what clients learn of each other, on one relay."""
 
 import json
 from typing import Any
@@ -13,16 +13,16 @@ from tests.support.issuer import sign_token
 from tests.support.relay_process import RelayProcess, StartRelay, eventually
 from tests.support.relay_v1 import Notice, RelayV1Client, connect_relay_v1, open_relay_v1
 
-ROOM = "room.1"
+LOBBY = "chat.1"
 GRACE_S = 0.3
 
 
 @pytest.fixture
 def relay(relay_with: StartRelay) -> RelayProcess:
-    return relay_with(presence={"channels": ["room.*"], "grace_s": GRACE_S})
+    return relay_with(presence={"channels": ["chat.*"], "grace_s": GRACE_S})
 
 
-async def who(relay: RelayProcess, channel: str = ROOM, token: str = "") -> dict[str, Any]:
+async def who(relay: RelayProcess, channel: str = LOBBY, token: str = "") -> dict[str, Any]:
     """Return who is in a channel."""
     response = await relay.get(f"/channels/{channel}/presence", token)
     assert response.status_code == 200, response.text
@@ -30,7 +30,7 @@ async def who(relay: RelayProcess, channel: str = ROOM, token: str = "") -> dict
     return found
 
 
-async def watch(client: RelayV1Client, channel: str = ROOM) -> list[str]:
+async def watch(client: RelayV1Client, channel: str = LOBBY) -> list[str]:
     """Subscribe with presence; return the ids of the clients that are there."""
     number = await client.send("subscribe", channel=channel, presence=True)
     assert (await client.next_notice("subscribed"))["id"] == number
@@ -45,25 +45,25 @@ def brief(notice: Notice) -> tuple[str, str]:
 
 
 async def next_change(client: RelayV1Client) -> tuple[str, str]:
-    """Return the next notice, of somebody who joined or left."""
+    """Return the next notice, of a client that joined or left."""
     return brief(await client.next_notice())
 
 
-async def test_a_watcher_is_told_who_is_here_and_then_who_joins_and_leaves(
+async def test_a_watcher_learns_who_is_here_and_then_who_joins_and_leaves(
     relay: RelayProcess,
 ) -> None:
     async with open_relay_v1(relay) as watcher, open_relay_v1(relay) as other:
         own = watcher.welcome["client"]
-        await other.subscribe(ROOM)
+        await other.subscribe(LOBBY)
         here = await watch(watcher)
         assert sorted(here) == sorted([own, other.welcome["client"]])
-        async with connect_relay_v1(relay, ROOM) as third:
+        async with connect_relay_v1(relay, LOBBY) as third:
             joined = ("joined", third.welcome["client"])
             assert await next_change(watcher) == joined
         assert await next_change(watcher) == ("left", third.welcome["client"])
-        await other.send("unsubscribe", channel=ROOM)
+        await other.send("unsubscribe", channel=LOBBY)
         assert await next_change(watcher) == ("left", other.welcome["client"])
-        await watcher.send("presence", channel=ROOM)
+        await watcher.send("presence", channel=LOBBY)
         found = await watcher.next_notice("presence")
         assert [each["client"] for each in found["clients"]] == [own]
         assert found["count"] == 1
@@ -73,75 +73,75 @@ async def test_a_stream_has_events_of_who_is_here_and_who_joins_and_leaves(
     relay: RelayProcess,
 ) -> None:
     async with (
-        connect_relay_v1(relay, ROOM) as client,
-        subscribe_events(relay, ROOM, "?presence=true") as events,
+        connect_relay_v1(relay, LOBBY) as client,
+        subscribe_events(relay, LOBBY, "?presence=true") as events,
     ):
         first = await events.next_event()
         assert first.name == "presence"
         found = json.loads(first.data)
-        assert (found["channel"], found["count"]) == (ROOM, 2)
-        await client.send("unsubscribe", channel=ROOM)
+        assert (found["channel"], found["count"]) == (LOBBY, 2)
+        await client.send("unsubscribe", channel=LOBBY)
         left = await events.next_event()
         assert left.name == "left"
         assert json.loads(left.data) == {
             "type": "left",
-            "channel": ROOM,
+            "channel": LOBBY,
             "client": client.welcome["client"],
             "user": "",
         }
-        await client.subscribe(ROOM)
+        await client.subscribe(LOBBY)
         assert (await events.next_event()).name == "joined"
 
 
 async def test_a_stream_of_several_channels_names_the_channel_of_each_change(
     relay: RelayProcess,
 ) -> None:
-    query = "?channel=room.a&channel=room.b&channel=other&presence=true"
+    query = "?channel=chat.a&channel=chat.b&channel=other&presence=true"
     async with subscribe_events(relay, None, query) as events, open_relay_v1(relay) as client:
         first = [json.loads((await events.next_event()).data) for _ in range(2)]
         assert [(each["channel"], each["count"]) for each in first] == [
-            ("room.a", 1),
-            ("room.b", 1),
+            ("chat.a", 1),
+            ("chat.b", 1),
         ]
         await client.subscribe("other")
-        await client.subscribe("room.b")
+        await client.subscribe("chat.b")
         joined = json.loads((await events.next_event()).data)
-        assert (joined["type"], joined["channel"]) == ("joined", "room.b")
+        assert (joined["type"], joined["channel"]) == ("joined", "chat.b")
 
 
-async def test_clients_of_all_kinds_are_here_and_plain_ones_are_told_nothing(
+async def test_clients_of_all_kinds_are_here_and_plain_ones_are_not_notified(
     relay: RelayProcess,
 ) -> None:
     async with (
-        relay.client(ROOM) as plain,
-        subscribe_events(relay, ROOM),
-        connect_relay_v1(relay, ROOM),
+        relay.client(LOBBY) as plain,
+        subscribe_events(relay, LOBBY),
+        connect_relay_v1(relay, LOBBY),
     ):
         found = await who(relay)
         assert found["count"] == len({each["client"] for each in found["clients"]}) == 3
-        async with relay.client(ROOM):
+        async with relay.client(LOBBY):
             assert (await who(relay))["count"] == 4
-        await publish_by_post(relay, ROOM, b"message", TEXT_TYPE)
+        await publish_by_post(relay, LOBBY, b"message", TEXT_TYPE)
         assert await plain.recv() == "message"
     await await_empty(relay)
     await assert_counters_add_up_at_rest(relay)
 
 
 async def await_empty(relay: RelayProcess) -> None:
-    """Wait until nobody is in the room."""
+    """Wait until no client is in the chat."""
 
     async def check() -> tuple[bool, object]:
         found = await who(relay)
         return found == {"count": 0, "clients": []}, found
 
-    await eventually(check, "an empty room")
+    await eventually(check, "an empty lobby")
 
 
 async def test_changes_and_messages_are_in_one_order(relay: RelayProcess) -> None:
     async with open_relay_v1(relay) as watcher:
         await watch(watcher)
         for number in range(5):
-            async with connect_relay_v1(relay, ROOM) as client:
+            async with connect_relay_v1(relay, LOBBY) as client:
                 await client.publish(str(number))
                 await client.next_notice("published")
             assert await next_change(watcher) == ("joined", client.welcome["client"])
@@ -155,7 +155,7 @@ async def test_a_client_that_resumes_its_session_in_time_was_not_away(
     relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
     async with open_relay_v1(relay) as watcher:
         await watch(watcher)
-        async with connect_relay_v1(relay, ROOM) as client:
+        async with connect_relay_v1(relay, LOBBY) as client:
             first = client.welcome
             client.connection.transport.abort()
         assert await next_change(watcher) == ("joined", first["client"])
@@ -163,8 +163,8 @@ async def test_a_client_that_resumes_its_session_in_time_was_not_away(
         async with open_relay_v1(relay, f"/?session={first['session']}") as again:
             assert again.welcome["resumed"] is True
             assert again.welcome["client"] == first["client"]
-            await again.subscribe(ROOM)
-            await again.publish("here", channel=ROOM)
+            await again.subscribe(LOBBY)
+            await again.publish("here", channel=LOBBY)
             assert (await watcher.receive())[1] == "here"
             assert (await who(relay))["count"] == 2
         assert await next_change(watcher) == ("left", first["client"])
@@ -175,13 +175,13 @@ async def test_a_client_that_does_not_return_has_left_after_the_grace(
 ) -> None:
     async with open_relay_v1(relay) as watcher:
         await watch(watcher)
-        async with connect_relay_v1(relay, ROOM) as client:
+        async with connect_relay_v1(relay, LOBBY) as client:
             client.connection.transport.abort()
         name = client.welcome["client"]
         assert await next_change(watcher) == ("joined", name)
         assert await next_change(watcher) == ("left", name)
         async with open_relay_v1(relay, f"/?session={client.welcome['session']}") as again:
-            await again.subscribe(ROOM)
+            await again.subscribe(LOBBY)
             assert await next_change(watcher) == ("joined", name)
 
 
@@ -189,7 +189,7 @@ async def test_a_client_without_a_session_has_left_at_once(relay_with: StartRela
     relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
     async with open_relay_v1(relay) as watcher:
         await watch(watcher)
-        async with relay.client(ROOM) as plain:
+        async with relay.client(LOBBY) as plain:
             kind, name = await next_change(watcher)
             assert kind == "joined"
             plain.transport.abort()
@@ -208,7 +208,7 @@ async def test_the_user_and_the_info_of_its_token_are_shown_of_a_client(
     ):
         await watch(watcher)
         async with connect_relay_v1(
-            relay, ROOM, additional_headers={"Authorization": f"Bearer {token}"}
+            relay, LOBBY, additional_headers={"Authorization": f"Bearer {token}"}
         ):
             joined = await watcher.next_notice("joined")
             assert (joined["user"], joined["info"]) == ("ada", permissions["info"])
@@ -222,21 +222,21 @@ async def test_who_is_here_is_for_those_who_may_subscribe(relay_with: StartRelay
     relay = relay_with(auth=jwt_settings(), presence={"channels": ["*"]})
     token = sign_token(relay={"subscribe": ["lobby"], "publish": ["*"]})
     headers = {"Authorization": f"Bearer {token}"}
-    path = f"/channels/{ROOM}/presence"
+    path = f"/channels/{LOBBY}/presence"
     assert (await relay.get(path)).status_code == 401
     assert (await relay.get(path, token)).status_code == 403
     assert (await relay.get("/channels/lobby/presence", token)).status_code == 200
     async with open_relay_v1(relay, additional_headers=headers) as client:
-        await client.send("presence", channel=ROOM)
+        await client.send("presence", channel=LOBBY)
         assert (await client.next_notice("error"))["status"] == 403
 
 
-async def test_in_a_channel_without_presence_nobody_is_shown(relay: RelayProcess) -> None:
+async def test_in_a_channel_without_presence_no_client_is_shown(relay: RelayProcess) -> None:
     response = await relay.get("/channels/lobby/presence")
     assert (response.status_code, response.text) == (404, "no presence in this channel\n")
     response = await relay.get("/channels/lobby/events?presence=true")
     assert (response.status_code, response.text) == (404, "no presence in this channel\n")
-    response = await relay.get(f"/channels/{ROOM}/events?presence=1")
+    response = await relay.get(f"/channels/{LOBBY}/events?presence=1")
     assert response.status_code == 400
     async with open_relay_v1(relay) as client:
         for kind, flags in (("presence", {}), ("subscribe", {"presence": True})):
@@ -244,22 +244,22 @@ async def test_in_a_channel_without_presence_nobody_is_shown(relay: RelayProcess
             await client.send(kind, **fields)
             error = await client.next_notice("error")
             assert (error["status"], error["reason"]) == (404, "no presence in this channel")
-        await client.send("subscribe", channel=ROOM, presence=1)
+        await client.send("subscribe", channel=LOBBY, presence=1)
         assert (await client.next_notice("error"))["status"] == 400
     assert await relay.metric("websocket_refusals_total", reason="no_presence") == 4
 
 
-async def test_of_a_full_channel_only_the_number_of_clients_is_told(
+async def test_of_a_full_channel_only_the_number_of_clients_is_sent(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(presence={"channels": ["*"], "max_clients": 2})
     async with open_relay_v1(relay) as watcher:
         await watch(watcher)
-        async with relay.client(ROOM):
+        async with relay.client(LOBBY):
             assert (await watcher.next_notice())["type"] == "joined"
-            async with relay.client(ROOM), relay.client(ROOM):
+            async with relay.client(LOBBY), relay.client(LOBBY):
                 number = await watcher.next_notice("presence")
-                while number["count"] < 4:  # told once a second
+                while number["count"] < 4:  # sent once a second
                     number = await watcher.next_notice("presence")
                 assert "clients" not in number
                 assert await who(relay) == {"count": 4}
@@ -272,12 +272,12 @@ async def test_of_a_full_channel_only_the_number_of_clients_is_told(
 
 async def test_two_connections_of_one_session_are_one_client(relay: RelayProcess) -> None:
     async with open_relay_v1(relay) as watcher, open_relay_v1(relay) as first:
-        await first.subscribe(ROOM)
+        await first.subscribe(LOBBY)
         assert len(await watch(watcher)) == 2
         session = first.welcome["session"]
         async with open_relay_v1(relay, f"/?session={session}") as second:
-            await second.subscribe(ROOM)
-            await second.publish("message", channel=ROOM)
+            await second.subscribe(LOBBY)
+            await second.publish("message", channel=LOBBY)
             assert (await watcher.receive())[1] == "message"
             assert (await who(relay))["count"] == 2
         assert await next_change(watcher) == ("left", first.welcome["client"])

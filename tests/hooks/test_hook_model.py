@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from websocket_relay.backplane.interface import START, LogEntry, Position
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.hooks.duty import Duty
 from websocket_relay.hooks.events import NO_EVENT, Event, EventId
 from websocket_relay.hooks.pending import PendingEvents
@@ -70,7 +70,7 @@ class ModelReplica:
         self.read = self.started_at = log.trimmed
         self.position = START
         self.control = ControlLog(log, lambda: log.seconds)  # type: ignore[arg-type]
-        self.lives = Lives(lambda: log.seconds)
+        self.incarnations = Incarnations(lambda: log.seconds)
         self.is_complete = False
         self.pending = PendingEvents(
             self.control,
@@ -82,7 +82,7 @@ class ModelReplica:
         )
         self.duty = Duty(
             self.control,
-            self.lives,
+            self.incarnations,
             is_alone=False,
             is_up=lambda: True,
             is_complete=lambda: self.is_complete,
@@ -103,9 +103,9 @@ class ModelReplica:
             self.read += 1
             self.position = entry[0]
             if not isinstance(entry, LogEntry):
-                _, _, life, facts = entry
-                self.lives.record_sign(life, self.position, facts)
-                self.is_complete = self.is_complete or life == self.lives.own
+                _, _, incarnation, facts = entry
+                self.incarnations.record_sign(incarnation, self.position, facts)
+                self.is_complete = self.is_complete or incarnation == self.incarnations.own
             elif entry.kind == CONTROL:
                 self.control.on_entry(entry)
             else:
@@ -113,7 +113,7 @@ class ModelReplica:
 
     def send_heartbeat(self) -> None:
         self.duty.tick()
-        beat = (self._log.position(), HEARTBEAT, self.lives.own, dict(self.duty.facts()))
+        beat = (self._log.position(), HEARTBEAT, self.incarnations.own, dict(self.duty.facts()))
         self._log.entries.append(beat)
 
     def send_request(self, count: int) -> None:

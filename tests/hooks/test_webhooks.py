@@ -46,17 +46,17 @@ async def requested(receiver: HookReceiver, count: int) -> None:
 async def test_clients_that_join_and_leave_are_reported_in_order(
     relay_with: StartRelay, receiver: HookReceiver
 ) -> None:
-    relay = relay_with(hooks=receiver.settings, presence={"channels": ["room.*"]})
+    relay = relay_with(hooks=receiver.settings, presence={"channels": ["chat.*"]})
     started_at = time.time()
-    async with relay.client("room.1"), relay.client("news"):
+    async with relay.client("chat.1"), relay.client("news"):
         await accepted(receiver, 2)
-        async with relay.client("room.1"):
+        async with relay.client("chat.1"):
             await accepted(receiver, 3)
         await accepted(receiver, 4)
     events = await accepted(receiver, 6)
     kinds = ["occupied", "joined", "joined", "left", "left", "vacated"]
     assert [event["type"] for event in events] == kinds
-    assert {event["channel"] for event in events} == {"room.1"}
+    assert {event["channel"] for event in events} == {"chat.1"}
     first, second = events[1]["client"], events[2]["client"]
     assert [event["client"] for event in events if "client" in event] == [
         first,

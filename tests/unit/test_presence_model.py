@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from websocket_relay.backplane.interface import LogEntry, Position
 from websocket_relay.cluster.control_log import ControlLog
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.messages import CONTROL
 from websocket_relay.outcomes import Close
 from websocket_relay.presence.presence import Presence
@@ -85,7 +85,7 @@ class Replica:
 
     log: Log
     outbox: list[tuple[str, bytes, object]] = field(default_factory=list)
-    told: list[Change] = field(default_factory=list)
+    notified: list[Change] = field(default_factory=list)
     connections: list[Connected] = field(default_factory=list)
     is_up: bool = True
     is_frozen: bool = False
@@ -95,21 +95,21 @@ class Replica:
         self.cursor = self.log.first
         control = ControlLog(self)  # type: ignore[arg-type]
         self.control = control
-        self.lives = Lives(lambda: self.log.now_s)
+        self.incarnations = Incarnations(lambda: self.log.now_s)
         self.presence = Presence(
             ["*"],
             grace_s=GRACE_S,
             control=control,
-            lives=self.lives,
+            incarnations=self.incarnations,
             is_alone=False,
             is_up=lambda: self.is_up,
             clock=lambda: self.log.now_s,
         )
-        self.presence.told.append(self._on_change)
+        self.presence.listeners.append(self._on_change)
 
     def _on_change(self, change: Change) -> None:
         if self.presence.complete.is_set():
-            self.told.append(change)
+            self.notified.append(change)
 
     def append(self, channel: str, messages: list[tuple[int, bytes]], _: int, by: object) -> None:
         """Take an entry, as a backplane does."""
@@ -123,7 +123,7 @@ class Replica:
     def beat(self) -> None:
         """Append a heartbeat, behind all else."""
         self.send(len(self.outbox))
-        self.log.entries.append((HEARTBEAT, self.lives.own.encode()))
+        self.log.entries.append((HEARTBEAT, self.incarnations.own.encode()))
 
     def read(self, count: int) -> None:
         """Read some entries."""
@@ -134,7 +134,7 @@ class Replica:
             position = Position(1, self.cursor + 1, 0)
             self.cursor += 1
             if channel == HEARTBEAT:
-                self.lives.record_sign(payload.decode(), position, {})
+                self.incarnations.record_sign(payload.decode(), position, {})
             else:
                 self.control.on_entry(LogEntry(position, channel, CONTROL, payload))
 
@@ -312,7 +312,7 @@ class Replicas(RuleBasedStateMachine):
         self.check_truth()
 
     def check_truth(self) -> None:
-        """Compare the rosters with who is connected, and what was told with the rosters."""
+        """Compare the rosters with who is connected, and what was notified with the rosters."""
         truth: dict[str, set[str]] = {}
         for client in self.connected():
             truth.setdefault(client.channel, set()).add(client.name)
@@ -320,15 +320,15 @@ class Replicas(RuleBasedStateMachine):
             assert replica.is_exact
             found = {channel: set(clients) for channel, clients in replica.table().items()}
             assert found == truth
-            for told in self.told_of_each(replica):
-                assert all(one != two for one, two in pairwise(told))
+            for notified in self.notices_of_each(replica):
+                assert all(one != two for one, two in pairwise(notified))
 
-    def told_of_each(self, replica: Replica) -> Iterator[list[bool]]:
-        """Yield what a replica has told of each client."""
-        told: dict[tuple[str, str], list[bool]] = {}
-        for change in replica.told:
-            told.setdefault((change.channel, change.person.client), []).append(change.joined)
-        yield from told.values()
+    def notices_of_each(self, replica: Replica) -> Iterator[list[bool]]:
+        """Yield what a replica has notified of each client."""
+        notified: dict[tuple[str, str], list[bool]] = {}
+        for change in replica.notified:
+            notified.setdefault((change.channel, change.person.client), []).append(change.joined)
+        yield from notified.values()
 
     def teardown(self) -> None:
         """Settle at the end of each run."""

@@ -9,7 +9,7 @@ import pytest
 from websocket_relay.backplane.interface import Position
 from websocket_relay.cluster import questions
 from websocket_relay.cluster.control_log import ControlEntry
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.cluster.questions import Answer, Questions, Work, split
 from websocket_relay.outcomes import Refusal, RefusedError
 
@@ -25,11 +25,11 @@ class Replica:
         self.name = name
         self.is_up = self.has_started = True
         self.is_frozen = False
-        self.lives = Lives()
+        self.incarnations = Incarnations()
         self.items: list[object] = []
         self.questions = Questions(
             log.control(),
-            self.lives,
+            self.incarnations,
             name=name,
             is_alone=False,
             is_up=lambda: self.is_up,
@@ -62,7 +62,9 @@ def replicas(log: SharedLog, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     replicas = [Replica(log, name) for name in "abc"]
     for replica in replicas:
         for other in replicas:
-            replica.lives.record_sign(other.lives.own, Position(1, 1, 0), {"name": other.name})
+            replica.incarnations.record_sign(
+                other.incarnations.own, Position(1, 1, 0), {"name": other.name}
+            )
     return replicas
 
 

@@ -92,7 +92,7 @@ class Subscription(NamedTuple):
         channels: names.
         grant: what the client may do.
         replay: what is replayed to it first.
-        watched: the channels of which it is told who joins and leaves.
+        watched: the channels of which it is notified of joins and leaves.
         address: of its client; None: it is not known.
     """
 
@@ -200,7 +200,7 @@ def events_router(
     """
 
     def watched_of(query: bytes, channels: Sequence[str]) -> Sequence[str]:
-        """Return the channels of which a client is told who joins and leaves."""
+        """Return the channels of which a client is notified of joins and leaves."""
         if not flag_of(query, "presence", default=False):
             return ()
         watched = presence.covered(channels) if presence is not None else ()

@@ -179,7 +179,7 @@ class Backplane(Protocol):
         up: set while `state` is UP.
         is_local: whether entries are delivered within `append`.
         relays_locally: whether messages are relayed on this replica alone during an outage.
-        heard: called with each heartbeat of a replica that is read. A local log has none.
+        on_heartbeat: called with each heartbeat of a replica that is read. A local log has none.
     """
 
     counters: BackplaneCounters
@@ -187,7 +187,7 @@ class Backplane(Protocol):
     up: asyncio.Event
     is_local: bool
     relays_locally: bool
-    heard: OnHeartbeat
+    on_heartbeat: OnHeartbeat
 
     @property
     def state(self) -> BackplaneState:

@@ -35,7 +35,7 @@ class MemoryBackplane:
         self.started, self.up = asyncio.Event(), asyncio.Event()
         self.started.set()
         self.up.set()
-        self.heard: OnHeartbeat = lambda _position, _description: None
+        self.on_heartbeat: OnHeartbeat = lambda _position, _description: None
         # Milliseconds since 1970: greater than the epoch of any earlier process.
         self._epoch = time.time_ns() // 1_000_000
         self._offset = 0

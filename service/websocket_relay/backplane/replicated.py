@@ -41,7 +41,7 @@ class ReplicatedBackplane:
 
     Attributes:
         stream, producer, consumer, outages: the parts.
-        heard: see `interface.Backplane`.
+        on_heartbeat: see `interface.Backplane`.
     """
 
     is_local = False
@@ -102,7 +102,7 @@ class ReplicatedBackplane:
         self.resume_reading = self.consumer.resume_reading
         self.replicas = self._heartbeats.replicas
         self.started, self.up = self.outages.started, self.outages.up
-        self.heard: OnHeartbeat = lambda _position, _description: None
+        self.on_heartbeat: OnHeartbeat = lambda _position, _description: None
 
     @property
     def state(self) -> BackplaneState:
@@ -165,7 +165,7 @@ class ReplicatedBackplane:
     def _on_heartbeat(self, producer: int, heartbeat: bytes) -> None:
         """Record a heartbeat that was read."""
         self._heartbeats.record_heartbeat(producer // PRODUCER_EPOCHS, heartbeat)
-        self.heard(self.consumer.position, heartbeat[TIMESTAMP.size :])
+        self.on_heartbeat(self.consumer.position, heartbeat[TIMESTAMP.size :])
         if producer == self.producer.producer_id:
             self._heartbeats.record_own_heartbeat(heartbeat)
             self.outages.on_heartbeat_read()

@@ -58,9 +58,9 @@ class Broadcaster:
         written: called for each batch with the seconds from its first message to its last write.
 
     Attributes:
-        attendance: of clients in channels; None: nobody asks.
+        attendance: of clients in channels; None: nothing asks.
         on_control: receives the entries that replicas write for each other.
-        on_message: receives each message that is relayed; None: nobody asks.
+        on_message: receives each message that is relayed; None: nothing asks.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class Broadcaster:
             self.attendance.on_unsubscribed(channel.names, client)
 
     def notify_watchers(self, name: str, fields: Mapping[str, object]) -> None:
-        """Tell the clients here that watch a channel who has joined or left it."""
+        """Notify the clients here that watch a channel of a join or a leave."""
         if (channel := self._channels.get(name)) is not None:
             channel.notify_watchers(fields)
         for combined in self._combined.get(name, ()):

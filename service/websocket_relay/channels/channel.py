@@ -116,7 +116,7 @@ class Channel:
         self._recipients: Recipients | None = None  # snapshot of the members; None: outdated
         self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
         self._queue: deque[Batch | Notices | Callable[[], None]] = deque()
-        self._watching: dict[Connection, DeliveryFormat] = {}  # members that are told who is here
+        self._watching: dict[Connection, DeliveryFormat] = {}  # members to notify of joins
         self._watchers: Watchers | None = None  # snapshot of these; None: outdated
         self._open_notices: Notices | None = None  # accepts notices; the last ones in the queue
         # Members with a full socket: drained bytes at the last check, and time of the last change.
@@ -237,7 +237,7 @@ class Channel:
     # Who is here
 
     def add_watcher(self, client: Connection, delivery_format: DeliveryFormat) -> None:
-        """Tell a member from now on who joins and leaves."""
+        """Notify a member of joins and leaves from now on."""
         self._watching[client] = delivery_format
         self._watchers = self._open_notices = None
 

@@ -6,14 +6,14 @@ from websocket_relay.wire.connection import Connection
 from websocket_relay.wire.delivery_format import DeliveryFormat
 
 Watchers = Mapping[DeliveryFormat, list[Connection]]
-"""Clients that are told who joins and leaves a channel."""
+"""Clients that are notified of joins and leaves a channel."""
 
 
 class Notices:
     """Notices that are written together.
 
     Args:
-        watchers: who is told, at the time of the notices; never changed.
+        watchers: who is notified, at the time of the notices; never changed.
 
     Attributes:
         memory_bytes: of the notices.

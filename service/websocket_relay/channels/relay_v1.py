@@ -98,7 +98,7 @@ class ReplayNotices(NamedTuple):
         connection: that subscribes.
         channel: the name of the channel.
         command_id: of the command.
-        watches: whether the client is told from then on who joins and leaves.
+        watches: whether the client is notified of joins and leaves from then on.
     """
 
     connection: "RelayV1Connection"
@@ -431,7 +431,7 @@ class RelayV1Connection(LocalPublisher):
             command_id: of the command to answer.
             request: what to replay first.
             echoes: whether the client is sent its own messages.
-            watches: whether it is told who joins and leaves.
+            watches: whether it is notified of joins and leaves.
 
         Raises:
             RefusedError: the client may not, or a limit is reached.

@@ -1,1 +1,1 @@
-"""What the replicas of a relay tell each other: through the log, and in no other way."""
+"""What the replicas of a relay write for each other: through the log, and in no other way."""

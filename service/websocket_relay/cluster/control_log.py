@@ -1,4 +1,4 @@
-"""Own the control entries: what replicas tell each other through the log, and no client is sent.
+"""Own the control entries of the log: what replicas write for each other, and no client is sent.
 
 All replicas read them in one order, among the messages. So state that is computed from them alone,
 by the same rules, is the same on every replica at the same position. Knows no rule.
@@ -85,7 +85,7 @@ class ControlLog:
     def on_entry(self, entry: LogEntry) -> None:
         """Pass an entry to its handler.
 
-        An entry of a kind that nobody handles is of a newer version, or of a replica with other
+        An entry of a kind that has no handler is of a newer version, or of a replica with other
         settings.
         """
         position, channel, _, payload = entry

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog, Fields
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.outcomes import Refusal, RefusedError
 
 log = logging.getLogger(__name__)
@@ -88,18 +88,18 @@ class _Question:
         self.asked = asked  # facts of the replicas that are alive, by their ids
         self._knows_all = knows_all
         self._partial: dict[str, _PartialAnswer] = {}
-        self.answered: dict[str, _PartialAnswer] = {}  # by life
+        self.answered: dict[str, _PartialAnswer] = {}  # by incarnation
         self.refusal: Refusal | None = None
         self.done = asyncio.Event()
 
     def add_part(self, fields: Fields) -> None:
-        life = fields["life"]
-        partial = self._partial.setdefault(life, _PartialAnswer())
+        incarnation = fields["incarnation"]
+        partial = self._partial.setdefault(incarnation, _PartialAnswer())
         partial.items += fields["items"]
         partial.parts += 1
         partial.is_truncated |= fields["truncated"]
         if partial.parts == fields["parts"]:
-            self.answered[life] = partial
+            self.answered[incarnation] = partial
         if self._knows_all and self.asked.keys() <= self.answered.keys():
             self.done.set()
 
@@ -109,9 +109,9 @@ class _Question:
 
     def answers(self) -> Answers:
         missing = [
-            str(facts.get("name", life))
-            for life, facts in self.asked.items()
-            if life not in self.answered
+            str(facts.get("name", incarnation))
+            for incarnation, facts in self.asked.items()
+            if incarnation not in self.answered
         ]
         items = [item for answer in self.answered.values() for item in answer.items]
         is_truncated = any(answer.is_truncated for answer in self.answered.values())
@@ -135,7 +135,7 @@ class Questions:
     def __init__(
         self,
         control: ControlLog,
-        replicas: Lives,
+        replicas: Incarnations,
         *,
         name: str,
         is_alone: bool,
@@ -184,7 +184,7 @@ class Questions:
         knows_all = self._is_alone or self._replicas.listened_s >= NOVICE_S
         question = self._in_flight[name] = _Question(asked, knows_all=knows_all)
         try:
-            fields = {"life": own, "id": name, "ask": kind, "of": of}
+            fields = {"incarnation": own, "id": name, "ask": kind, "of": of}
             self._control.append("question", fields, failed=question.refuse)
             async with asyncio.timeout(ANSWER_S):
                 await question.done.wait()
@@ -217,7 +217,7 @@ class Questions:
     def _answer(self, name: str, answer: Answer) -> None:
         parts, is_truncated = split(answer.items)
         fields = {
-            "life": self._replicas.own,
+            "incarnation": self._replicas.own,
             "id": name,
             "parts": len(parts),
             "truncated": answer.is_truncated or is_truncated,

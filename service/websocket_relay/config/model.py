@@ -390,7 +390,7 @@ class PresenceSettings(Section):
         " it resumes its session; the clients of a replica that is gone leave after it, too",
     )
     max_clients: Annotated[int, Field(ge=1, le=MAX_COUNT)] = Field(
-        1000, description="clients of a channel that are listed; of more only the number is told"
+        1000, description="clients of a channel that are listed; of more only the number is sent"
     )
 
 

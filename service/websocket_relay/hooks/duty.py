@@ -13,7 +13,7 @@ from typing import Any
 
 from websocket_relay.backplane.interface import START, Position
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog
-from websocket_relay.cluster.lives import MAX_LIVES, Lives
+from websocket_relay.cluster.incarnations import MAX_INCARNATIONS, Incarnations
 
 SILENCE_S = 3.0
 """A replica that is silent for longer does not deliver."""
@@ -42,7 +42,7 @@ class Duty:
     def __init__(
         self,
         control: ControlLog,
-        replicas: Lives,
+        replicas: Incarnations,
         *,
         is_alone: bool,
         is_up: Callable[[], bool],
@@ -62,7 +62,7 @@ class Duty:
         self._ready_at: Position | None = None
         self._start_due = 0.0
         self._has_resigned = False
-        self._resigned: OrderedDict[str, None] = OrderedDict()  # lives
+        self._resigned: OrderedDict[str, None] = OrderedDict()  # incarnations
         self._is_first = is_alone
         control.handle("hooks.resign", self._on_resignation)
 
@@ -90,7 +90,7 @@ class Duty:
         now = self._clock()
         if now >= self._start_due:
             self._start_due = now + START_S
-            self._control.append("hooks.start", {"life": self._replicas.own})
+            self._control.append("hooks.start", {"incarnation": self._replicas.own})
 
     def is_own(self) -> bool:
         """Return whether this replica delivers now."""
@@ -101,7 +101,7 @@ class Duty:
     def has_successor(self) -> bool:
         """Return whether another replica can deliver instead of this one."""
         return not self._is_alone and any(
-            life != self._replicas.own for _, life in self._candidates()
+            incarnation != self._replicas.own for _, incarnation in self._candidates()
         )
 
     def resign(self) -> None:
@@ -109,7 +109,7 @@ class Duty:
         self._has_resigned = True
         self._ready_at = None
         if not self._is_alone and self._is_up():
-            self._control.append("hooks.resign", {"life": self._replicas.own})
+            self._control.append("hooks.resign", {"incarnation": self._replicas.own})
 
     def on_gap(self) -> None:
         """Record that this replica may have missed events."""
@@ -117,14 +117,14 @@ class Duty:
 
     def _candidates(self) -> list[tuple[Position, str]]:
         return [
-            (ready_at, life)
-            for life, facts in self._replicas.alive(SILENCE_S).items()
-            if life not in self._resigned and (ready_at := _ready_at(facts)) is not None
+            (ready_at, incarnation)
+            for incarnation, facts in self._replicas.alive(SILENCE_S).items()
+            if incarnation not in self._resigned and (ready_at := _ready_at(facts)) is not None
         ]
 
     def _on_resignation(self, entry: ControlEntry) -> None:
-        self._resigned[entry.fields["life"]] = None
-        if len(self._resigned) > MAX_LIVES:
+        self._resigned[entry.fields["incarnation"]] = None
+        if len(self._resigned) > MAX_INCARNATIONS:
             self._resigned.popitem(last=False)
 
 

@@ -1,4 +1,4 @@
-"""Connect clients and their channels with presence: who enters and exits, and who is told.
+"""Connect clients and their channels with presence: who enters and exits, and who is notified.
 
 Knows no protocol and no broker.
 """
@@ -29,11 +29,11 @@ Notify = Callable[[str, Mapping[str, object]], None]
 
 
 class PresenceAttendance:
-    """What presence learns of the clients here, and what they are told of it.
+    """What presence learns of the clients here, and what they are notified of.
 
     Args:
         presence: of all replicas.
-        max_listed: clients of one channel that are listed; of more only the number is told.
+        max_listed: clients of one channel that are listed; of more only the number is sent.
         notify: writes a notice to the clients here that watch a channel.
     """
 
@@ -41,19 +41,19 @@ class PresenceAttendance:
         self._presence = presence
         self._max_listed = max_listed
         self._notify = notify
-        # Channels with too many clients; whether their number has changed since it was told.
+        # Channels with too many clients; whether their number has changed since it was sent.
         self._crowded: dict[str, bool] = {}
-        presence.told.append(self._on_change)
+        presence.listeners.append(self._on_change)
 
     async def run(self) -> None:
-        """Tell numbers of clients, until cancelled."""
+        """Send numbers of clients, until cancelled."""
         while True:
             await asyncio.sleep(COUNTS_S)
             for channel in [name for name, has_changed in self._crowded.items() if has_changed]:
                 self._crowded[channel] = False
                 fields = self.who_is_here(channel)
                 if self._presence.rosters.count(channel) <= self._max_listed:
-                    del self._crowded[channel]  # they are listed again, and told one by one
+                    del self._crowded[channel]  # they are listed again, and notified of one by one
                 self._notify(channel, {"type": "presence", "channel": channel, **fields})
 
     # Attendance

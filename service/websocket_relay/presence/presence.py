@@ -1,4 +1,4 @@
-"""Own what this replica tells the others of its clients, and keep the rosters of all replicas.
+"""Own what this replica announces of its clients, and keep the rosters of all replicas.
 
 It appends entries when its clients join and leave, and states who they are when another replica
 asks, or when entries of its own may be lost. Others' ends it declares after their silence. What an
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from websocket_relay.backplane.interface import START, Position
 from websocket_relay.cluster.control_log import CLUSTER, ControlEntry, ControlLog, Fields
-from websocket_relay.cluster.lives import Lives
+from websocket_relay.cluster.incarnations import Incarnations
 from websocket_relay.outcomes import Close
 from websocket_relay.patterns import matches_any
 from websocket_relay.presence.roster import Change, Person, Rosters, Stated
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ANSWER_S = 1.5
-"""A replica that lives has sent a heartbeat in this time, and stated who its clients are."""
+"""A replica that is alive has sent a heartbeat in this time, and stated who its clients are."""
 
 COMPLETE_S = 5.0
 """A replica that starts does not wait longer for the others."""
 
 SILENCE_S = 3.0
-"""A replica that is silent for longer does not live. Its clients leave later, see `grace_s`."""
+"""A replica that is silent for longer is not alive. Its clients leave later, see `grace_s`."""
 
 TURN_S = 0.5
 """One replica after the other declares the end of a third: one entry is enough."""
@@ -70,7 +70,7 @@ class Presence:
         grace_s: a client whose connection broke has left after so long; so have the clients of a
             replica that is silent.
         control: the entries.
-        lives: the replicas.
+        incarnations: the replicas.
         is_alone: whether there are no others, and nothing is read at the start.
         is_up: returns whether entries can be appended. In an outage the rosters stand still.
         clock: monotonic time in seconds.
@@ -78,7 +78,7 @@ class Presence:
     Attributes:
         rosters: who is in which channel.
         complete: set once all that the other replicas have stated is read.
-        told: is called with each change, in the order of the log.
+        listeners: are called with each change, in the order of the log.
     """
 
     def __init__(
@@ -87,23 +87,24 @@ class Presence:
         *,
         grace_s: float,
         control: ControlLog,
-        lives: Lives,
+        incarnations: Incarnations,
         is_alone: bool,
         is_up: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._grace_s = grace_s
         self._control = control
-        self._lives = lives
+        self._incarnations = incarnations
         self._clock = clock
         self.rosters = Rosters()
-        self.told: list[Callable[[Change], None]] = []
+        self.listeners: list[Callable[[Change], None]] = []
         self._patterns = patterns
         self._is_alone = is_alone
         self._is_up = is_up
         self._own: dict[tuple[str, str], _OwnClient] = {}  # by channel and client
         # Clients that may resume their session: until when, channel and client.
         self._absent: deque[tuple[float, tuple[str, str], _OwnClient]] = deque()
+        self._started_at = clock()
         self._asked_at = 0.0  # by the clock; 0: nothing was asked, or all was answered
         self._asked_position = START
         self._answered: set[str] = set()
@@ -207,6 +208,10 @@ class Presence:
         now = self._clock()
         self._end_absences(now)
         if not self._is_up():
+            if (
+                now - self._started_at > COMPLETE_S
+            ):  # with `on_outage: local`, it serves all the same
+                self.complete.set()
             return
         if self._must_ask:
             self._must_ask, self._asked_at = False, now
@@ -225,7 +230,7 @@ class Presence:
         self._end_silent()
 
     def _end_absences(self, now: float) -> None:
-        """Let clients leave that have not come back in time."""
+        """Let clients leave that have not returned in time."""
         while self._absent and self._absent[0][0] <= now:
             until, key, own = self._absent.popleft()
             is_absent = own.connection is None and own.absent_until == until
@@ -238,14 +243,16 @@ class Presence:
             Stated(channel, each.person, each.claimed_at)
             for (channel, _), each in self._own.items()
         ]
-        self._append_statement(self._lives.own, own, is_whole=True)
-        alive = self._lives.alive(SILENCE_S)
-        for life in self.rosters.lives():
-            if life != self._lives.own and life not in alive:
-                people = list(self.rosters.of_life(life))
-                self._append_statement(life, people, is_whole=False)
+        self._append_statement(self._incarnations.own, own, is_whole=True)
+        alive = self._incarnations.alive(SILENCE_S)
+        for incarnation in self.rosters.incarnations():
+            if incarnation != self._incarnations.own and incarnation not in alive:
+                people = list(self.rosters.of_incarnation(incarnation))
+                self._append_statement(incarnation, people, is_whole=False)
 
-    def _append_statement(self, life: str, people: Sequence[Stated], *, is_whole: bool) -> None:
+    def _append_statement(
+        self, incarnation: str, people: Sequence[Stated], *, is_whole: bool
+    ) -> None:
         statement = secrets.token_hex(STATEMENT_BYTES)
         starts = range(0, max(1, len(people)), PART_PEOPLE)
         for start in starts:
@@ -254,18 +261,19 @@ class Presence:
                 for channel, person, claimed_at in people[start : start + PART_PEOPLE]
             ]
             is_last = is_whole and start == starts[-1]
-            fields = {"of": life, "id": statement, "people": part, "last": is_last}
+            fields = {"of": incarnation, "id": statement, "people": part, "last": is_last}
             self._append("state", fields)
 
     def _check_answers(self, now: float) -> None:
-        """Become complete once each replica that lives has answered."""
+        """Become complete once each replica that incarnations has answered."""
         waited_s = now - self._asked_at
         if waited_s < ANSWER_S or (self._asked_position == START and waited_s < COMPLETE_S):
             return
         missing = [
-            life
-            for life in self._lives.alive(SILENCE_S)
-            if life not in self._answered and self._lives.position(life) > self._asked_position
+            incarnation
+            for incarnation in self._incarnations.alive(SILENCE_S)
+            if incarnation not in self._answered
+            and self._incarnations.position(incarnation) > self._asked_position
         ]
         if missing and waited_s < COMPLETE_S:
             return
@@ -276,15 +284,18 @@ class Presence:
 
     def _end_silent(self) -> None:
         """Declare the end of replicas that are silent, if it is this one's turn."""
-        alive = sorted(self._lives.alive(SILENCE_S))
-        turn = alive.index(self._lives.own) if self._lives.own in alive else 0
+        alive = sorted(self._incarnations.alive(SILENCE_S))
+        turn = alive.index(self._incarnations.own) if self._incarnations.own in alive else 0
         limit_s = max(self._grace_s, SILENCE_S) + turn * TURN_S
-        for life in self._lives.silent(limit_s):
-            if life in self.rosters.lives():
-                self._append("end", {"of": life, "seen": str(self._lives.position(life))})
-                self._lives.hush(life)
+        for incarnation in self._incarnations.silent(limit_s):
+            if incarnation in self.rosters.incarnations():
+                self._append(
+                    "end",
+                    {"of": incarnation, "seen": str(self._incarnations.position(incarnation))},
+                )
+                self._incarnations.hush(incarnation)
             else:
-                self._lives.remove(life)
+                self._incarnations.remove(incarnation)
 
     # What is read
 
@@ -298,20 +309,20 @@ class Presence:
 
     def _on_join(self, entry: ControlEntry) -> None:
         position, channel, fields = entry
-        life, person = fields["life"], Person.of(fields["person"])
-        if self.rosters.has_ended(life):
+        incarnation, person = fields["incarnation"], Person.of(fields["person"])
+        if self.rosters.has_ended(incarnation):
             return
-        self._lives.record_sign(life, position)
-        self._on_claim(life, Stated(channel, person, position))
-        self._tell(self.rosters.join(life, channel, person, position))
+        self._incarnations.record_sign(incarnation, position)
+        self._on_claim(incarnation, Stated(channel, person, position))
+        self._notify(self.rosters.join(incarnation, channel, person, position))
 
-    def _on_claim(self, life: str, stated: Stated) -> None:
+    def _on_claim(self, incarnation: str, stated: Stated) -> None:
         """Record a claim of a client that may be one of this replica."""
         channel, person, claimed_at = stated
         own = self._own.get((channel, person.client))
         if own is None:
             return
-        if life == self._lives.own:
+        if incarnation == self._incarnations.own:
             own.claimed_at = claimed_at
         elif START < own.claimed_at < claimed_at:  # it has moved on
             del self._own[channel, person.client]
@@ -320,21 +331,21 @@ class Presence:
 
     def _on_leave(self, entry: ControlEntry) -> None:
         position, channel, fields = entry
-        life = fields["life"]
-        self._lives.record_sign(life, position)
-        self._tell(self.rosters.leave(life, channel, fields["client"], fields["code"]))
+        incarnation = fields["incarnation"]
+        self._incarnations.record_sign(incarnation, position)
+        self._notify(self.rosters.leave(incarnation, channel, fields["client"], fields["code"]))
 
     def _on_statement(self, entry: ControlEntry) -> None:
         position, _, fields = entry
-        life, of, is_last = fields["life"], fields["of"], fields["last"]
-        self._lives.record_sign(life, position)
+        incarnation, of, is_last = fields["incarnation"], fields["of"], fields["last"]
+        self._incarnations.record_sign(incarnation, position)
         people = [
             Stated(each["channel"], Person.of(each), Position.parse(each["at"]))
             for each in fields["people"]
         ]
         for change in self.rosters.state(of, fields["id"], people, is_last=is_last):
-            self._tell(change)
-        if not self.rosters.has_ended(of) and of != self._lives.own:
+            self._notify(change)
+        if not self.rosters.has_ended(of) and of != self._incarnations.own:
             for stated in people:
                 self._on_claim(of, stated)
         if is_last and self._asked_position != START:
@@ -342,20 +353,20 @@ class Presence:
 
     def _on_end(self, entry: ControlEntry) -> None:
         of, seen = entry.fields["of"], Position.parse(entry.fields["seen"])
-        if self._lives.position(of) > seen:  # it has written since: it lives
+        if self._incarnations.position(of) > seen:  # it has written since: it is alive
             return
         for change in self.rosters.end(of):
-            self._tell(change)
-        self._lives.remove(of)
-        if of == self._lives.own:
+            self._notify(change)
+        self._incarnations.remove(of)
+        if of == self._incarnations.own:
             log.warning("replica taken for dead")
-            self._lives.begin_anew()
+            self._incarnations.begin_anew()
             self._restate()
 
     def _on_question(self, entry: ControlEntry) -> None:
-        if entry.fields["life"] == self._lives.own:
+        if entry.fields["incarnation"] == self._incarnations.own:
             self._asked_position = entry.position
-            self._answered = {self._lives.own}
+            self._answered = {self._incarnations.own}
         else:
             self._restate()
 
@@ -370,7 +381,7 @@ class Presence:
     ) -> None:
         failed = failed or self._restate
         if self._is_up():
-            fields = {"life": self._lives.own, **fields}
+            fields = {"incarnation": self._incarnations.own, **fields}
             self._control.append(f"presence.{kind}", fields, channel, failed)
         else:
             failed()
@@ -385,7 +396,7 @@ class Presence:
         if self._is_up():
             self._awake.set()
 
-    def _tell(self, change: Change | None) -> None:
+    def _notify(self, change: Change | None) -> None:
         if change is not None:
-            for told in self.told:
-                told(change)
+            for listener in self.listeners:
+                listener(change)

@@ -1,7 +1,7 @@
 """Own which replicas are alive, as this one has read it. Knows no entry.
 
-A *life* of a replica is a time without an end that others have declared in the log. A replica that
-was frozen for too long reads its own end, and begins a new life.
+An *incarnation* of a replica ends when others declare so in the log. A replica that was frozen for
+too long reads its own end, and begins a new incarnation.
 """
 
 import secrets
@@ -12,8 +12,8 @@ from typing import Any
 
 from websocket_relay.backplane.interface import START, Position
 
-LIFE_BYTES = 8
-MAX_LIVES = 10_000
+INCARNATION_BYTES = 8
+MAX_INCARNATIONS = 10_000
 
 OWN_SILENCE_S = 3.0
 """This replica reads its own heartbeat every second. After a longer time without one, it can't know
@@ -21,7 +21,7 @@ how long the others have been silent: an outage silences all alike."""
 
 
 @dataclass(slots=True)
-class Life:
+class Incarnation:
     """A replica, as its heartbeats describe it.
 
     Attributes:
@@ -35,80 +35,80 @@ class Life:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Lives:
+class Incarnations:
     """The replicas whose signs of life were read.
 
     Args:
         clock: monotonic time in seconds.
 
     Attributes:
-        own: the present life of this replica.
+        own: the present incarnation of this replica.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lives: dict[str, Life] = {}
+        self._incarnations: dict[str, Incarnation] = {}
         self._own_seen_at = clock()
         self._listens_since: float | None = None  # since the first sign of this replica
-        self.own = _new_life()
+        self.own = _new_incarnation()
 
     @property
     def listened_s(self) -> float:
         """How long the signs of all replicas are read."""
         return 0.0 if self._listens_since is None else self._clock() - self._listens_since
 
-    def __contains__(self, life: str) -> bool:
-        return life in self._lives
+    def __contains__(self, incarnation: str) -> bool:
+        return incarnation in self._incarnations
 
     def begin_anew(self) -> None:
-        """Begin a new life of this replica: the present one has ended."""
-        self.own = _new_life()
+        """Begin a new incarnation of this replica: the present one has ended."""
+        self.own = _new_incarnation()
 
     def record_sign(
-        self, life: str, position: Position, facts: Mapping[str, Any] | None = None
+        self, incarnation: str, position: Position, facts: Mapping[str, Any] | None = None
     ) -> None:
         """Record that a replica has written something.
 
         Args:
-            life: of the replica.
+            incarnation: of the replica.
             position: of what it has written.
             facts: of a heartbeat; None: it was something else.
         """
         now = self._clock()
-        if life == self.own:
+        if incarnation == self.own:
             if now - self._own_seen_at > OWN_SILENCE_S:
                 self.forgive()
             self._own_seen_at = now
             if self._listens_since is None:
                 self._listens_since = now
-        known = self._lives.pop(life, None)
+        known = self._incarnations.pop(incarnation, None)
         if known is None:
-            known = Life(now, position)
+            known = Incarnation(now, position)
         known.seen_at, known.position = now, position
         if facts is not None:
             known.facts = facts
-        self._lives[life] = known  # at the end: the longest silent one is the first
-        if len(self._lives) > MAX_LIVES:
-            del self._lives[next(iter(self._lives))]
+        self._incarnations[incarnation] = known  # at the end: the longest silent one is the first
+        if len(self._incarnations) > MAX_INCARNATIONS:
+            del self._incarnations[next(iter(self._incarnations))]
 
     def forgive(self) -> None:
         """Count the silence of all replicas from now on."""
         now = self._clock()
-        for life in self._lives.values():
-            life.seen_at = now
+        for incarnation in self._incarnations.values():
+            incarnation.seen_at = now
 
-    def hush(self, life: str) -> None:
+    def hush(self, incarnation: str) -> None:
         """Count the silence of a replica from now on."""
-        if known := self._lives.get(life):
+        if known := self._incarnations.get(incarnation):
             known.seen_at = self._clock()
 
-    def remove(self, life: str) -> None:
+    def remove(self, incarnation: str) -> None:
         """Forget a replica."""
-        self._lives.pop(life, None)
+        self._incarnations.pop(incarnation, None)
 
-    def position(self, life: str) -> Position:
+    def position(self, incarnation: str) -> Position:
         """Return the position of the latest sign of a replica."""
-        known = self._lives.get(life)
+        known = self._incarnations.get(incarnation)
         return known.position if known is not None else START
 
     def silent(self, seconds: float) -> Sequence[str]:
@@ -117,20 +117,20 @@ class Lives:
         if now - self._own_seen_at > OWN_SILENCE_S:
             return ()
         return [
-            life
-            for life, known in self._lives.items()
-            if life != self.own and now - known.seen_at > seconds
+            incarnation
+            for incarnation, known in self._incarnations.items()
+            if incarnation != self.own and now - known.seen_at > seconds
         ]
 
     def alive(self, seconds: float) -> Mapping[str, Mapping[str, Any]]:
         """Return the facts of the replicas that have not been silent for longer, in one order."""
         since = self._clock() - seconds
         return {
-            life: known.facts
-            for life, known in sorted(self._lives.items())
+            incarnation: known.facts
+            for incarnation, known in sorted(self._incarnations.items())
             if known.seen_at >= since
         }
 
 
-def _new_life() -> str:
-    return secrets.token_hex(LIFE_BYTES)
+def _new_incarnation() -> str:
+    return secrets.token_hex(INCARNATION_BYTES)
