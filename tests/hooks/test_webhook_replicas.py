@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from signal import SIGKILL, SIGTERM, Signals
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM, Signals
 from typing import Any
 
 import pytest
@@ -93,6 +93,22 @@ async def test_another_replica_delivers_what_a_killed_one_has_not(
         ("vacated", None),
     ]
     assert await other.metric("websocket_hook_events_total") >= 5
+
+
+async def test_a_replica_that_was_frozen_does_not_disturb_its_successor(
+    replicas_with: StartReplicas, receiver: HookReceiver
+) -> None:
+    frozen, other = await started_replicas(replicas_with, receiver)
+    frozen.signal(SIGSTOP)
+    await publish(other, *map(str, range(10)))
+    await accepted(receiver, 11)
+    await other.await_metric_at_least("websocket_hook_events_total", 10)
+    frozen.signal(SIGCONT)
+    await publish(other, *map(str, range(10, 20)))
+    events = await accepted(receiver, 21)
+    assert [event["text"] for event in events] == ["started", *map(str, range(20))]
+    for replica in (frozen, other):
+        await replica.await_metric("websocket_hook_pending_events", 0)
 
 
 async def test_another_replica_goes_on_where_a_stopped_one_ended(
