@@ -186,8 +186,10 @@ def draw(path: Path, facts: dict[str, Any], measurements: list[Measurement]) -> 
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": INK}):
         rows = -(-len(LOADS) // COLUMNS)
         figure, panels = plt.subplots(rows, COLUMNS, figsize=(18, 4.5 * rows), dpi=110)
-        for axes, load in zip(panels.flat, LOADS, strict=True):
+        for axes, load in zip(panels.flat, LOADS, strict=False):
             _panel(axes, load, measurements)
+        for axes in panels.flat[len(LOADS) :]:
+            axes.set_axis_off()
         figure.subplots_adjust(
             left=0.105, right=0.985, top=0.91, bottom=0.045, wspace=0.50, hspace=0.58
         )

@@ -229,8 +229,9 @@ def test_the_table_of_readiness_is_complete() -> None:
 
 
 async def test_every_endpoint_in_the_tables_is_there_and_none_is_left_out(
-    relay: RelayProcess,
+    relay_with: StartRelay,
 ) -> None:
+    relay = relay_with(presence={"channels": ["*"]})
     of_the_relay, of_metrics = (
         {tuple(request.split()) for cell, _ in table for request in code_spans(cell)}
         for table in tables(section(HTTP, "Endpoints"))

@@ -22,6 +22,7 @@ ROUTES = {
     ("/channels/{channel}", "post"),
     ("/events", "get"),
     ("/channels/{channel}/events", "get"),
+    ("/channels/{channel}/presence", "get"),
     ("/stats", "get"),
     ("/healthz", "get"),
     ("/readyz", "get"),

@@ -9,6 +9,7 @@ ORDER = list(Phase)
 PATHS = {
     Phase.STARTING: [],
     Phase.WAITING_FOR_BACKPLANE: [Phase.WAITING_FOR_BACKPLANE],
+    Phase.WAITING_FOR_REPLICAS: [Phase.WAITING_FOR_REPLICAS],
     Phase.WAITING_FOR_KEYS: [Phase.WAITING_FOR_KEYS],
     Phase.READY: [Phase.READY],
     Phase.DRAINING: [Phase.DRAINING],

@@ -320,7 +320,9 @@ class Channel:
                 if self._open_notices is batch:
                     self._open_notices = None
                 for clients, encoded in batch.groups():
-                    yield from self._write_in_steps(clients, encoded, 0)
+                    for some in steps(clients, len(encoded)):
+                        self._shared.write(some, encoded, messages=0)
+                        yield
                 self._queue.popleft()
                 self._adjust_pending(-batch.memory_bytes)
             elif not isinstance(batch, Batch):
@@ -351,18 +353,11 @@ class Channel:
                 self._adjust_pending(len(part))
                 parts.append(part)
             encoded = parts[0] if len(parts) == 1 else b"".join(parts)
-            yield from self._write_in_steps(clients, encoded, len(entries))
+            for step, some in enumerate(steps(clients, len(encoded))):
+                if step:
+                    yield
+                self._shared.write(some, encoded, len(entries))
             self._adjust_pending(-len(encoded))
-
-    def _write_in_steps(
-        self, clients: list[Connection], encoded: bytes, messages: int
-    ) -> Iterator[None]:
-        """Write the same bytes to some clients, one step of writes at a time."""
-        step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // len(encoded)))
-        for start in range(0, len(clients), step):
-            if start:
-                yield
-            self._shared.write(clients[start : start + step], encoded, messages)
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)
@@ -438,3 +433,15 @@ class Channel:
             if drained_bytes != last_drained_bytes or now - changed_at < STALL_TIMEOUT_S:
                 draining.append(client)
         return draining
+
+
+def steps(clients: list[Connection], size: int) -> Iterator[list[Connection]]:
+    """Yield the clients of one step of writes after the other.
+
+    Args:
+        clients: recipients of the same bytes.
+        size: of these.
+    """
+    step = max(1, min(WRITES_PER_CLOCK_CHECK, BYTES_PER_CLOCK_CHECK // size))
+    for start in range(0, len(clients), step):
+        yield clients[start : start + step]
