@@ -27,7 +27,7 @@ from tests.support.relay_process import (
     receive,
     receive_many,
 )
-from tests.support.relay_v1 import RELAY_V1, number_texts, publish_all
+from tests.support.relay_v1 import RELAY_V1, number_texts, open_relay_v1, publish_all
 from tests.support.tcp_proxy import ProxiedConnection, TcpProxy
 
 pytestmark = browser.SHARED
@@ -275,6 +275,125 @@ async def test_an_invalid_url_or_channel_is_rejected_and_an_http_url_connects(
     url = relay.http_url("/#part").replace("//", "//user:pass@", 1)
     await tab.open(url, channel, history=2)
     await tab.await_messages(number_texts(3, 5))
+
+
+# Presence
+
+PRESENCE = {"channels": ["team.*"], "grace_s": 0.3}
+TEAM = "team.1"
+MEMBERS = "channel.members && [...channel.members.keys()].sort().join()"
+IS_MEMBER = f"({MEMBERS}) === argument && channel.count === channel.members.size"
+
+
+async def await_members(tab: RelayTab, *clients: str) -> None:
+    """Wait until the channel has these members besides the page."""
+    own = await tab.page.evaluate("window.own ??= [...channel.members.keys()][0]")
+    await tab.wait_until(IS_MEMBER, ",".join(sorted([own, *clients])))
+
+
+async def changes(tab: RelayTab, target: str = "channel") -> list[tuple[str, str]]:
+    """Return which clients have joined and left, in the order of the events."""
+    events = await tab.page.evaluate(f"{target}.events")
+    found = [each for each in events if each["type"] in ("joined", "left")]
+    return [(each["type"], each["client"]) for each in found]
+
+
+@pytest.mark.parametrize("blocks_upgrades", [False, True])
+async def test_a_channel_with_presence_has_its_members_and_what_changes(
+    tab: RelayTab, relay_with: StartRelay, blocks_upgrades: bool
+) -> None:
+    relay = relay_with(presence=PRESENCE)
+    async with UpgradeProxy(relay.port) as proxy, open_relay_v1(relay) as other:
+        name = other.welcome["client"]
+        proxy.blocks_upgrades = blocks_upgrades
+        await tab.open(proxy.url(), TEAM, presence=True)
+        await tab.wait_until("channel.count === 1 && channel.members.size === 1")
+        await await_members(tab)
+        await other.subscribe(TEAM)
+        await await_members(tab, name)
+        await other.publish("here", channel=TEAM)
+        await tab.await_messages(["here"])
+        await other.send("unsubscribe", channel=TEAM)
+        await await_members(tab)
+        assert await changes(tab) == [("joined", name), ("left", name)]
+        (listed,) = await tab.events("presence", "channel")
+        assert (listed["count"], len(listed["clients"])) == (1, 1)
+        expected = "stream" if blocks_upgrades else "websocket"
+        assert await tab.page.evaluate("relay.transport") == expected
+
+
+@pytest.mark.parametrize("blocks_upgrades", [False, True])
+async def test_after_a_reconnection_the_new_list_replaces_the_old_one(
+    tab: RelayTab, relay_with: StartRelay, blocks_upgrades: bool
+) -> None:
+    relay = relay_with(presence={**PRESENCE, "grace_s": 60})
+    async with (
+        UpgradeProxy(relay.port) as proxy,
+        open_relay_v1(relay) as first,
+        open_relay_v1(relay) as second,
+    ):
+        proxy.blocks_upgrades = blocks_upgrades
+        await first.subscribe(TEAM)
+        await tab.open(proxy.url(), TEAM, presence=True)
+        await tab.wait_until("channel.count === 2")
+        target, proxy.target = proxy.target, None
+        proxy.cut()
+        await tab.await_state("waiting")
+        await first.send("unsubscribe", channel=TEAM)
+        await first.next_notice("unsubscribed")
+        await second.subscribe(TEAM)
+        proxy.target = target
+        await tab.wait_until("channel.events.filter(({type}) => type === 'presence').length === 2")
+        found = await changes(tab)
+        assert ("left", first.welcome["client"]) in found
+        assert ("joined", second.welcome["client"]) in found
+        # A session keeps the id of the client; each stream is another client.
+        assert len(found) == (4 if blocks_upgrades else 2)
+        assert await tab.page.evaluate("[channel.count, channel.members.size]") == [2, 2]
+
+
+async def test_a_later_member_of_a_channel_has_the_list_without_another_join(
+    tab: RelayTab, relay_with: StartRelay
+) -> None:
+    relay = relay_with(presence=PRESENCE)
+    async with open_relay_v1(relay) as other:
+        await tab.open(relay.ws_url(), TEAM, presence=True)
+        await tab.wait_until("channel.count === 1")
+        await tab.page.evaluate("name => { window.plain = join(name) }", TEAM)
+        await tab.page.evaluate("name => { window.second = join(name, {presence: true}) }", TEAM)
+        await tab.wait_until("second.count === 1 && second.members !== channel.members")
+        await other.subscribe(TEAM)
+        await tab.wait_until("second.count === 2 && channel.count === 2")
+        joined = [("joined", other.welcome["client"])]
+        assert [await changes(tab, each) for each in ("channel", "second")] == [joined, joined]
+        assert await changes(tab, "plain") == await tab.events("presence", "plain") == []
+
+
+async def test_of_a_full_channel_only_the_count_is_known(
+    tab: RelayTab, relay_with: StartRelay
+) -> None:
+    relay = relay_with(presence={**PRESENCE, "max_clients": 1})
+    await tab.open(relay.ws_url(), TEAM, presence=True)
+    await tab.wait_until("channel.members?.size === 1")
+    async with relay.client(TEAM):
+        await tab.wait_until("channel.members === null && channel.count === 2")
+    await tab.wait_until("channel.members?.size === 1 && channel.count === 1")
+    assert await changes(tab) == []
+
+
+@pytest.mark.parametrize("blocks_upgrades", [False, True])
+async def test_a_channel_without_presence_refuses_a_member_that_requests_it(
+    tab: RelayTab, relay_with: StartRelay, blocks_upgrades: bool
+) -> None:
+    relay = relay_with(presence=PRESENCE)
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = blocks_upgrades
+        await tab.start(proxy.url(), "lobby", presence=True)
+        await tab.page.evaluate("window.other = join('hall')")
+        await tab.wait_until("other.position !== null && channel.events.length")
+        assert await tab.events("refused", "channel") == [
+            {"type": "refused", "status": 404, "reason": "no presence in this channel"}
+        ]
 
 
 # Many channels on one connection

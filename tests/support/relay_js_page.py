@@ -10,29 +10,30 @@ RELAY_JS = PACKAGE / "browser" / "relay.js"
 
 PAGE = """<!doctype html><title>a page</title><script type="module">
 import {Relay, RelayError} from "MODULE";
+const RECORDED = ["type", "code", "reason", "recovered", "retryInMs", "state", "status",
+  "transport", "client", "clients", "count", "info", "user"];
 const record = (target, types) => {
   target.events = [];
   for (const type of types) {
     target.addEventListener(type, event => {
-      const {code, reason, recovered, retryInMs, state, status, transport} = event;
-      target.events.push({type, code, reason, recovered, retryInMs, state, status, transport});
+      target.events.push(Object.fromEntries(RECORDED.map(name => [name, event[name]])));
     });
   }
 };
 Object.assign(window, {Relay, RelayError, outcomes: {}});
 window.join = (name, options) => {
   const joined = Object.assign(relay.channel(name, options), {received: [], positions: []});
-  record(joined, ["subscribed", "gap", "refused"]);
+  record(joined, ["subscribed", "gap", "refused", "presence", "joined", "left"]);
   joined.addEventListener("message", ({data, position}) => {
     joined.received.push(typeof data === "string" ? data : [...new Uint8Array(data)]);
     joined.positions.push(position);
   });
   return joined;
 };
-window.start = (url, name, {history, since, ...options} = {}) => {
+window.start = (url, name, {history, since, presence, ...options} = {}) => {
   window.relay = new Relay(url, options);
   record(relay, ["state", "refused"]);
-  if (name) window.channel = join(name, {history, since});
+  if (name) window.channel = join(name, {history, since, presence});
 };
 window.publish = (text, name = channel.name) => {
   outcomes[text] = undefined;

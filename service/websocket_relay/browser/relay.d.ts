@@ -39,6 +39,20 @@ export interface ChannelOptions {
   history?: number;
   /** Resume after this position: `Channel.position` of an earlier visit. */
   since?: string | null;
+  /** Receive who is in the channel, and who joins and leaves. Default: false. */
+  presence?: boolean;
+}
+
+/** A client in a channel. */
+export interface RelayMember {
+  /** The id of the client; it stays the same when the client reconnects in time. */
+  readonly client: string;
+  /** The subject of its token; empty without one. */
+  readonly user: string;
+  /** What its token has as `info`. */
+  readonly info?: any;
+  /** The time at which it joined, in seconds since 1970; absent if it joined later than this one. */
+  readonly since?: number;
 }
 
 /** A message of the channel, delivered once and in order; includes this client's own. */
@@ -69,11 +83,35 @@ export interface ChannelRefusedEvent extends Event {
   readonly reason: string;
 }
 
+/** The list of members was replaced, or the number of clients has changed. */
+export interface ChannelPresenceEvent extends Event {
+  /** Undefined: there are too many, and only their number is known. */
+  readonly clients: RelayMember[] | undefined;
+  readonly count: number;
+}
+
+/** A client has joined the channel. */
+export interface ChannelJoinedEvent extends Event {
+  readonly client: string;
+  readonly user: string;
+  readonly info?: any;
+}
+
+/** A client has left the channel. */
+export interface ChannelLeftEvent extends Event {
+  readonly client: string;
+  readonly user: string;
+  readonly info?: any;
+}
+
 export interface ChannelEvents {
   message: ChannelMessageEvent;
   subscribed: ChannelSubscribedEvent;
   gap: ChannelGapEvent;
   refused: ChannelRefusedEvent;
+  presence: ChannelPresenceEvent;
+  joined: ChannelJoinedEvent;
+  left: ChannelLeftEvent;
 }
 
 /** `Relay.state` or `Relay.transport` changed. */
@@ -137,6 +175,10 @@ export interface Channel extends TypedEventTarget<ChannelEvents> {
   readonly name: string;
   /** The position up to which all messages were received; null before "subscribed". */
   readonly position: string | null;
+  /** The clients in the channel, by id; null before "presence", and while only `count` is known. */
+  readonly members: ReadonlyMap<string, RelayMember> | null;
+  /** The number of clients in the channel; null before "presence". */
+  readonly count: number | null;
   /** Publish a message to the channel: see `Relay.publish`. */
   publish(data: RelayData): Promise<string>;
   /** Receive nothing more. The subscription ends with its last `Channel`. */

@@ -39,6 +39,9 @@ const PROBE_MS = 3_000; // a silent connection is probed, and closed within 25 s
 const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
 const FINAL_BEFORE_OPEN = [400, 404, 405, 426]; // later, a reloading proxy may send them
 const NOT_FINAL_OF_POST = [401, 408, 429]; // and all from 500
+/** @type {(string | undefined)[]} */
+const PRESENCE = ["presence", "joined", "left"]; // types of notices
+const NO_PRESENCE = "no presence in this channel"; // the reason of a refusal
 const LOST = {type: "lost", position: ""}; // in place of an answer: the connection has ended
 
 /** @param {EventTarget} target @param {string} type @param {object} fields */
@@ -62,11 +65,16 @@ class Channel extends EventTarget {
   #hasLeft = false;
 
   /** @param {Relay} relay @param {string} name @param {ChannelOptions} options @param {any} left */
-  constructor(relay, name, {history = 0, since = null}, left) {
+  constructor(relay, name, {history = 0, since = null, presence = false}, left) {
     super();
     this.name = name;
     this.history = history;
     this.position = since;
+    this.presence = presence;
+    /** @type {Map<string, Member> | null} by client */
+    this.members = null;
+    /** @type {number | null} */
+    this.count = null;
     this.publish = (/** @type {Data} */ data) => relay.publish(name, data);
     this.leave = () => {
       this.#hasLeft = true;
@@ -80,8 +88,10 @@ class Channel extends EventTarget {
   }
 
   /** @param {Header} header of a message or notice @param {string | Uint8Array} payload */
-  receive({type, position}, payload) {
+  receive(header, payload) {
+    const {type, position} = header;
     const since = this.position;
+    if (PRESENCE.includes(type)) return this.#onPresence(header);
     if (!isAfter(position, since)) return; // a duplicate
     if (since === null && type !== "live") return; // the replay is that of other members
     if (type && type !== "live" && type !== "gap") return; // of a later version
@@ -90,6 +100,37 @@ class Channel extends EventTarget {
     if (type === "gap") this.emit("gap", {since, position});
     else if (type === undefined) this.emit("message", {data, position});
     else if (since === null) this.emit("subscribed", {recovered: true, position});
+  }
+
+  /** @param {string} position of an active subscription @param {Channel} [other] with presence */
+  receiveFirst(position, other) {
+    this.receive({type: "live", position}, "");
+    if (typeof other?.count !== "number") return; // it is yet to be received
+    const clients = other.members ? [...other.members.values()] : undefined;
+    this.receive({type: "presence", position, clients, count: other.count}, "");
+  }
+
+  /** @param {Header} notice */
+  #onPresence({type, clients, count, client = "", user = "", info}) {
+    if (!this.presence) return;
+    if (type === "presence") return this.#replaceMembers(clients, count);
+    if (type === "joined") this.members?.set(client, {client, user, info});
+    else this.members?.delete(client);
+    this.count = this.members?.size ?? this.count;
+    this.emit(/** @type {string} */ (type), {client, user, info});
+  }
+
+  /** @param {Member[] | undefined} clients undefined: too many @param {number} [count] */
+  #replaceMembers(clients, count = 0) {
+    const before = this.members;
+    const after = clients && new Map(clients.map((each) => [each.client, each]));
+    this.members = after ?? null;
+    this.count = count;
+    if (before && after) { // a reconnection: what happened in the meantime
+      for (const [client, each] of before) if (!after.has(client)) this.emit("left", each);
+      for (const [client, each] of after) if (!before.has(client)) this.emit("joined", each);
+    }
+    this.emit("presence", {clients, count});
   }
 }
 
@@ -149,11 +190,13 @@ export class Relay extends EventTarget {
     /** @type {Channel} */
     const channel = new Channel(this, name, options, () => this.#leave(subscription, channel));
     const position = subscription.isActive ? subscription.members[0].position : null;
+    const other = subscription.members.find(({presence}) => presence);
     const isReplayed = channel.history > 0 || channel.position !== null;
+    const isNew = isReplayed || (channel.presence && !other);
     subscription.members = [...subscription.members, channel];
     this.#subscriptions.set(name, subscription);
-    if (!position || isReplayed) this.#resubscribe(subscription);
-    else queueMicrotask(() => channel.receive({type: "live", position}, ""));
+    if (!position || isNew) this.#resubscribe(subscription);
+    else queueMicrotask(() => channel.receiveFirst(position, other));
     if (this.state === "idle") this.#start();
     return channel;
   }
@@ -294,7 +337,8 @@ export class Relay extends EventTarget {
 
   /** @param {Link} link @param {End} end */
   #onEnded(link, end) {
-    if (link.kind === "stream" && end.status === 403) return this.#refuseChannels(link, end);
+    const hasRefusedChannels = end.status === 403 || end.reason === NO_PRESENCE;
+    if (link.kind === "stream" && hasRefusedChannels) return this.#refuseChannels(link, end);
     if (link.isOpen || link.kind === "stream") return this.#retry(end);
     link.close();
     this.#openLink("stream", link.token); // a browser hides why an upgrade failed, and shows this
@@ -303,13 +347,14 @@ export class Relay extends EventTarget {
   /** @param {Link} link a stream that is refused for some of its channels @param {End} end */
   async #refuseChannels(link, end) {
     const all = [...this.#subscriptions.values()];
-    const responses = await Promise.all(all.map(({name}) => {
+    const responses = await Promise.all(all.map(({name, members}) => {
       const url = this.#urlOf(name);
       url.pathname += "/events";
+      if (replayFor(members).presence) url.searchParams.set("presence", "true");
       return authorizedFetch(url, link.token, {method: "HEAD"});
     })).catch(() => []);
     if (link !== this.#link) return;
-    responses.forEach(({status}, at) => status === 403 && this.#refuse(all[at], end));
+    responses.forEach(({status}, at) => status === end.status && this.#refuse(all[at], end));
     if (this.#subscriptions.size === all.length) this.#retry(end);
     else this.#connect(this.transport ?? undefined);
   }
@@ -381,7 +426,7 @@ export class Relay extends EventTarget {
     const isNew = position && (type === "welcome" || isAfter(position, this.#seen));
     if (isNew) this.#seen = position;
     if (type === "welcome") return this.#onWelcome(link, header);
-    if (id) {
+    if (id && type !== "presence") { // that one has the id of "subscribe", and follows its answer
       const onAnswer = this.#inFlight.get(id);
       this.#inFlight.delete(id);
       return onAnswer?.(header);
@@ -684,7 +729,7 @@ function openStream(url, token, {channels, replay}, {received, ended}) {
     if (type === "message") received({channel, position}, data);
     else if (type === "binary") received({channel, position}, Uint8Array.from(atob(data), codeOf));
     else if (type === "close") ended(JSON.parse(data));
-    else if (type === "welcome") received(JSON.parse(data), "");
+    else if (type === "welcome" || PRESENCE.includes(type)) received(JSON.parse(data), "");
     if (type === "gap") for (const name of channels) received({type, channel: name, position}, "");
   }
 
@@ -735,6 +780,7 @@ function replayFor(members) {
   const replay = {};
   if (history) replay.history = history;
   else if (positions.length) replay.since = positions.reduce((a, b) => (isAfter(a, b) ? b : a));
+  if (members.some(({presence}) => presence)) replay.presence = true;
   return replay;
 }
 
@@ -811,12 +857,14 @@ function jittered(maxMs) {
  * @typedef {import("./relay.js").RelayState} RelayState
  * @typedef {import("./relay.js").RelayErrorCode} ErrorCode
  * @typedef {string | ArrayBuffer | ArrayBufferView} Data
- * @typedef {{since?: string, history?: number}} Replay
+ * @typedef {import("./relay.js").RelayMember} Member
+ * @typedef {{since?: string, history?: number, presence?: true}} Replay
  * @typedef {{code?: number, status?: number, reason?: string, retryMs?: number}} End why a
  *   connection ended or failed to open
  * @typedef {{type?: string, id?: number, channel?: string, position: string, session?: string,
  *   resumed?: boolean, recovered?: boolean, heartbeat_ms?: number, status?: number,
- *   reason?: string, retry_after_s?: number}} Header of a message of the relay
+ *   reason?: string, retry_after_s?: number, clients?: Member[], count?: number, client?: string,
+ *   user?: string, info?: unknown}} Header of a message of the relay
  * @typedef {(answer: Header) => void} OnAnswer
  *
  * @typedef {object} Subscription to a channel, shared by its members
