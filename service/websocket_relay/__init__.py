@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from websocket_relay.client import (
         Connected,
+        Counted,
         Disconnected,
         InvalidUrlError,
+        Joined,
+        Left,
+        Member,
         Message,
         RejectedError,
         Relay,
@@ -32,8 +36,12 @@ __version__: str
 
 __all__ = [
     "Connected",
+    "Counted",
     "Disconnected",
     "InvalidUrlError",
+    "Joined",
+    "Left",
+    "Member",
     "Message",
     "RejectedError",
     "Relay",

@@ -2,12 +2,17 @@
 """A program that uses the public names only, for type checkers. It is not run."""
 
 import ssl
+from collections.abc import Mapping
 from typing import assert_type
 
 from websocket_relay import (
     Connected,
+    Counted,
     Disconnected,
     InvalidUrlError,
+    Joined,
+    Left,
+    Member,
     Message,
     RejectedError,
     Relay,
@@ -35,6 +40,15 @@ def on_event(event: Connected | Disconnected) -> None:
             assert_type(event.retry_s, float)
 
 
+def on_presence(event: Joined | Left | Counted) -> None:
+    match event:
+        case Counted():
+            assert_type(event.count, int)
+        case Joined(member) | Left(member):
+            assert_type(member.user, str)
+            assert_type(member.since, float | None)
+
+
 async def use_relay() -> None:
     context = ssl.create_default_context()
     async with Relay(
@@ -56,6 +70,9 @@ async def use_relay() -> None:
                 assert_type(message.after_gap, bool)
         assert_type(subscription.unread, int)
         subscription.unsubscribe()
+        team = relay.subscribe("team.1", presence=True, on_presence=on_presence)
+        assert_type(team.members, Mapping[str, Member] | None)
+        assert_type(team.count, int | None)
         await relay.renew_token()
         await relay.wait_closed()
         await relay.close(timeout_s=1)
@@ -69,6 +86,8 @@ def use_sync_relay() -> None:
             assert_type(next(subscription), Message)
             for message in subscription:
                 assert_type(message, Message)
+            assert_type(subscription.members, dict[str, Member] | None)
+            assert_type(subscription.count, int | None)
         relay.renew_token()
         relay.close(timeout_s=1)
 

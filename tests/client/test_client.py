@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from websocket_relay.client import (
     Connected,
+    Counted,
     Disconnected,
     InvalidUrlError,
+    Joined,
+    Left,
     Message,
     RejectedError,
     Relay,
@@ -398,6 +401,116 @@ async def test_a_channel_has_one_subscription_at_a_time(relay: RelayProcess, cha
             client.subscribe(channel)
         first.unsubscribe()
         client.subscribe(channel)
+
+
+# Presence
+
+TEAM = "team.1"
+
+
+class PresenceLog:
+    """What a subscription reports of presence: `subscribe(…, on_presence=log.append)`."""
+
+    def __init__(self) -> None:
+        self.events: list[Joined | Left | Counted] = []
+        self._changed = asyncio.Event()
+
+    def append(self, event: Joined | Left | Counted) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, which depends on the events."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def changes(self) -> list[tuple[type, str]]:
+        """Return which clients have joined and left."""
+        found = (each for each in self.events if not isinstance(each, Counted))
+        return [(type(each), each.member.client) for each in found]
+
+
+@asynccontextmanager
+async def subscribe_with_presence(
+    client: Relay,
+) -> AsyncIterator[tuple[Subscription, PresenceLog]]:
+    """Subscribe, and wait until the members are known."""
+    log = PresenceLog()
+    subscription = client.subscribe(TEAM, presence=True, on_presence=log.append)
+    async with subscription:
+        await log.wait_for(lambda: subscription.count is not None)
+        yield subscription, log
+
+
+async def test_a_subscription_with_presence_has_the_members_and_what_changes(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={"channels": ["team.*"], "grace_s": 0}, auth=JWT)
+    permissions = {"subscribe": ["*"], "publish": ["*"], "info": {"name": "Ada"}}
+    token = sign_token(sub="ada", relay=permissions)
+    async with (
+        Relay(relay.ws_url(), token=token) as client,
+        subscribe_with_presence(client) as (subscription, log),
+    ):
+        assert subscription.members is not None
+        (own,) = subscription.members.values()
+        assert (own.user, own.info) == ("ada", {"name": "Ada"})
+        assert log.events == [Counted(1)]
+        async with Relay(relay.ws_url(), token=token) as other, other.subscribe(TEAM):
+            await log.wait_for(lambda: subscription.count == 2)
+            name = next(each for each in subscription.members if each != own.client)
+            await other.publish(TEAM, "here")
+            assert await next_payloads(subscription, 1) == ["here"]
+        await log.wait_for(lambda: subscription.count == 1)
+        assert list(subscription.members) == [own.client]
+        assert log.changes() == [(Joined, name), (Left, name)]
+
+
+async def test_after_a_reconnection_the_new_members_replace_the_old_ones(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={"channels": ["team.*"], "grace_s": 60})
+    async with (
+        TcpProxy(relay.port) as proxy,
+        Relay(proxy.url()) as client,
+        Relay(relay.ws_url()) as other,
+        other.subscribe(TEAM) as first,
+        subscribe_with_presence(client) as (subscription, log),
+    ):
+        assert subscription.count == 2
+        target, proxy.target = proxy.target, None
+        proxy.cut()
+        first.unsubscribe()
+        async with relay.client(TEAM):
+            await other.publish(TEAM, "so that the other commands are done")
+            proxy.target = target
+            await log.wait_for(lambda: log.events.count(Counted(2)) == 2)
+            assert [kind for kind, _ in log.changes()] == [Left, Joined]
+            assert subscription.members is not None
+            assert len(subscription.members) == subscription.count == 2
+
+
+async def test_of_too_many_members_only_the_count_is_known(relay_with: StartRelay) -> None:
+    relay = relay_with(presence={"channels": ["*"], "max_clients": 1})
+    async with (
+        Relay(relay.ws_url()) as client,
+        subscribe_with_presence(client) as (subscription, log),
+    ):
+        async with relay.client(TEAM):
+            await log.wait_for(lambda: subscription.count == 2)
+            assert subscription.members is None
+        await log.wait_for(lambda: subscription.members is not None)
+        assert subscription.count == 1
+        assert log.changes() == []
+
+
+async def test_presence_in_a_channel_without_it_is_rejected(relay: RelayProcess) -> None:
+    async with Relay(relay.ws_url()) as client:
+        with pytest.raises(RejectedError, match="no presence in this channel"):
+            async with client.subscribe(TEAM, presence=True):
+                pass
 
 
 # Publishing

@@ -49,6 +49,18 @@ def test_a_script_publishes_and_receives(relay: RelayProcess, channel: str) -> N
     assert not client_threads()
 
 
+def test_a_subscription_has_the_members_of_its_channel(relay_with: StartRelay) -> None:
+    relay = relay_with(presence={"channels": ["*"]})
+    counted = threading.Event()
+    with (
+        SyncRelay(relay.ws_url()) as client,
+        client.subscribe("team", presence=True, on_presence=lambda _: counted.set()) as team,
+    ):
+        assert counted.wait(PATIENCE_S)
+        assert team.members is not None
+        assert len(team.members) == team.count == 1
+
+
 def test_several_threads_use_one_client(relay: RelayProcess, channel: str) -> None:
     with (
         SyncRelay(relay.ws_url()) as client,

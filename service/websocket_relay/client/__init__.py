@@ -14,7 +14,15 @@ from websocket_relay.client.errors import (
     UnavailableError,
     UnconfirmedError,
 )
-from websocket_relay.client.events import Connected, Disconnected, Message
+from websocket_relay.client.events import (
+    Connected,
+    Counted,
+    Disconnected,
+    Joined,
+    Left,
+    Member,
+    Message,
+)
 from websocket_relay.client.relay import Relay
 from websocket_relay.client.subscription import Subscription
 from websocket_relay.client.sync import SyncRelay, SyncSubscription
@@ -22,8 +30,12 @@ from websocket_relay.outcomes import RelayError
 
 __all__ = [
     "Connected",
+    "Counted",
     "Disconnected",
     "InvalidUrlError",
+    "Joined",
+    "Left",
+    "Member",
     "Message",
     "RejectedError",
     "Relay",

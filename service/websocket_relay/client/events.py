@@ -1,4 +1,4 @@
-"""The values that a client receives: messages, and changes of its connection."""
+"""The values that a client receives: messages, changes of its connection, and presence."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +57,48 @@ class Disconnected:
 
 
 Event = Connected | Disconnected
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A client in a channel with presence.
+
+    Attributes:
+        client: its id, which it keeps when it resumes its session.
+        user: the subject of its token; empty: it has none.
+        info: what its token has as `info`.
+        since: when it joined, in seconds since 1970; None: after this subscription.
+    """
+
+    client: str
+    user: str
+    info: Any = None
+    since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A client has joined the channel."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A client has left the channel."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The list of members was replaced, or only the number of clients is known.
+
+    Attributes:
+        count: the number of clients.
+    """
+
+    count: int
+
+
+PresenceEvent = Joined | Left | Counted

@@ -33,7 +33,15 @@ from websocket_relay.client.errors import (
     UnconfirmedError,
     error_in,
 )
-from websocket_relay.client.events import Connected, Data, Disconnected, Event, Header, encoded
+from websocket_relay.client.events import (
+    Connected,
+    Data,
+    Disconnected,
+    Event,
+    Header,
+    PresenceEvent,
+    encoded,
+)
 from websocket_relay.client.subscription import Subscription
 from websocket_relay.client.tokens import Token, expiry_of
 from websocket_relay.client.url import RelayUrl
@@ -155,6 +163,8 @@ class Relay:
         history: int = 0,
         echo: bool = True,
         follow: bool = True,
+        presence: bool = False,
+        on_presence: Callable[[PresenceEvent], None] = lambda _: None,
     ) -> Subscription:
         """Subscribe to a channel. The command is sent before those of later calls.
 
@@ -164,6 +174,8 @@ class Relay:
             history: number of past messages to start with, where `since` is empty.
             echo: whether the messages that this client publishes are delivered.
             follow: whether to continue after the replay; False ends the iteration there.
+            presence: whether to receive who is in the channel.
+            on_presence: called with each change of that.
 
         Raises:
             RuntimeError: the client is subscribed to the channel already, not connected, or closed.
@@ -172,13 +184,16 @@ class Relay:
         self._raise_unusable()
         if channel in self._subscriptions:
             raise RuntimeError(f"already subscribed to {channel!r}")
-        start = {"since": since} if since else {"history": history}
+        options: Header = {"since": since} if since else {"history": history}
+        if presence:
+            options["presence"] = True
         subscription = self._subscriptions[channel] = Subscription(
-            {"type": "subscribe", "channel": channel, "echo": echo, **start},
+            {"type": "subscribe", "channel": channel, "echo": echo, **options},
             self._send_command,
             self._subscriptions.pop,
             follow=follow,
             max_unread_bytes=self._max_unread_bytes,
+            on_presence=on_presence,
         )
         subscription.start()
         return subscription

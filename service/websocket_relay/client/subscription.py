@@ -8,13 +8,14 @@ the network, because the answers to its commands arrive there, too. Knows no con
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from sys import getsizeof
 from typing import Self
 
 from websocket_relay.client.errors import RejectedError, UnavailableError, error_in
-from websocket_relay.client.events import Data, Header, Message
+from websocket_relay.client.events import Data, Header, Member, Message, PresenceEvent
+from websocket_relay.client.members import Members
 
 RETRY_S = 1.0
 """Delay after a temporary refusal that names none."""
@@ -31,6 +32,7 @@ class Subscription:
         on_end: called with the name of the channel when the subscription has ended.
         follow: whether to continue after the replay.
         max_unread_bytes: limit of received messages that are not read yet.
+        on_presence: called when the members of the channel change.
 
     Attributes:
         channel: the name of the channel.
@@ -44,6 +46,7 @@ class Subscription:
         *,
         follow: bool,
         max_unread_bytes: int,
+        on_presence: Callable[[PresenceEvent], None],
     ) -> None:
         self.channel: str = request["channel"]
         self._request = request
@@ -51,6 +54,7 @@ class Subscription:
         self._on_end = on_end
         self._follow = follow
         self._max_unread_bytes = max_unread_bytes
+        self._members = Members(on_presence)
         self._unread: deque[Message] = deque()
         self._unread_bytes = 0
         self._has_gap = False  # before the next message
@@ -116,6 +120,16 @@ class Subscription:
         """The number of received messages that are not read yet."""
         return len(self._unread)
 
+    @property
+    def members(self) -> Mapping[str, Member] | None:
+        """The clients in the channel; None: not known, or they are too many."""
+        return self._members.by_client
+
+    @property
+    def count(self) -> int | None:
+        """The number of clients in the channel; None: not known."""
+        return self._members.count
+
     # For the client
 
     def start(self) -> None:
@@ -145,6 +159,8 @@ class Subscription:
                 self._on_message(Message(data, self.channel, header["position"], self._has_gap))
             case "gap":
                 self._has_gap = True
+            case "presence" | "joined" | "left":
+                self._members.on_received(header)
             case "live" if not self._follow:
                 self.end()
             case "unsubscribed" if "status" in header:  # a new token does not permit it

@@ -15,7 +15,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from websocket_relay.client.errors import ClosedError
-from websocket_relay.client.events import Data, Message
+from websocket_relay.client.events import Data, Member, Message
 from websocket_relay.client.relay import CLOSE_TIMEOUT_S, Relay
 from websocket_relay.client.subscription import Subscription
 
@@ -165,6 +165,17 @@ class SyncSubscription:
         except (StopAsyncIteration, ClosedError):
             raise StopIteration from None
         return message
+
+    @property
+    def members(self) -> dict[str, Member] | None:
+        """A copy of the clients in the channel; None: not known, or they are too many."""
+        members = self._subscription.members
+        return None if members is None else dict(members)
+
+    @property
+    def count(self) -> int | None:
+        """The number of clients in the channel; None: not known."""
+        return self._subscription.count
 
     def unsubscribe(self) -> None:
         """End the subscription: no further message is returned."""
