@@ -1,7 +1,6 @@
 """relay.js in a real browser, on a page of another origin, while relays and connections end."""
 
 import asyncio
-import json
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -1031,27 +1030,6 @@ async def test_an_expired_token_without_a_replacement_ends_the_reconnections(
     await tab.wait_until("relay.state === 'open'")
     await tab.publish("0")
     await tab.await_messages(["0"])
-
-
-async def test_a_session_by_cookie_that_has_expired_is_checked_anew(tab: RelayTab) -> None:
-    """The page has no token, and the relay decides by the cookie of the upgrade."""
-    opened = 0
-
-    async def expire(connection: ServerConnection) -> None:
-        nonlocal opened
-        opened += 1
-        welcome = {"type": "welcome", "client": "c", "session": "1-0-0.s", "resumed": False}
-        await connection.send(json.dumps({**welcome, "position": "1-0-0"}) + "\n")
-        if opened == 1:
-            await connection.close(3000, "token expired")
-        await connection.wait_closed()
-
-    async with serve(expire, "127.0.0.1", 0, subprotocols=[RELAY_V1]) as server:
-        port = next(iter(server.sockets)).getsockname()[1]
-        await tab.start(f"ws://127.0.0.1:{port}/", "news")
-        await tab.wait_until("relay.events.filter(({state}) => state === 'open').length === 2")
-        assert await tab.events("refused") == []
-        await tab.page.evaluate("relay.close()")
 
 
 async def test_a_token_function_that_fails_is_called_again(

@@ -366,9 +366,7 @@ export class Relay extends EventTarget {
     const status = code === 3000 && this.token ? 401 : end.status ?? 0;
     this.#dropLink();
     if (code === 1009) this.#refuseLargest(reason);
-    const hasCookie = code === 3000 && this.token === null; // its session is checked anew
-    const isRenewable = typeof this.token === "function" || hasCookie;
-    const hasFreshToken = isRenewable && !this.#wasUnauthorized;
+    const hasFreshToken = typeof this.token === "function" && !this.#wasUnauthorized;
     const isFinal = !this.#seen && FINAL_BEFORE_OPEN.includes(status);
     if (isFinal || (status === 401 && !hasFreshToken)) return this.#onRefused({...end, status});
     if (status === 401) this.#wasUnauthorized = true;

@@ -18,7 +18,6 @@ COUNTS_S = 1.0
 
 FINAL = (
     Close.CLIENT,
-    Close.TOKEN_EXPIRED,
     Close.PROTOCOL_ERROR,
     Close.PUBLISH_NOT_ALLOWED,
     Close.DISCONNECTED,
