@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from websocket_relay.admission.jwks import Jwks
     from websocket_relay.admission.verifier import TokenVerifier
     from websocket_relay.hooks.delivery import HookDelivery
+    from websocket_relay.outgoing_http import SignedCalls
     from websocket_relay.presence.roster import Change
     from websocket_relay.tracing import Tracing
 
@@ -191,6 +192,7 @@ class Replica:
         if self.presence is not None or settings.has_api:
             self.backplane.on_heartbeat = self._on_heartbeat
         self._hook_facts: Callable[[], Mapping[str, str]] = dict
+        self._receiver: SignedCalls | None = None
         self.hooks = self._make_hooks() if settings.hooks.url else None
         self._descriptors = self._make_descriptors()
         self._admission = self._make_admission(tokens)
@@ -253,6 +255,9 @@ class Replica:
             hook = settings.auth.hook
             secret = settings.hooks.secret.get_secret_value()
             self.hook.configure(secret, hook.headers, hook.timeout_s)
+        if self._receiver is not None:
+            secret = settings.hooks.secret.get_secret_value()
+            self._receiver.configure(secret, settings.hooks.timeout_s)
         self._cors.allow(_cors_origins(settings))
         self.port.http_connections.max_connections = settings.limits.max_http_connections
         # Of the channels that are created from now on.
@@ -367,7 +372,7 @@ class Replica:
         self._broadcaster.gap_listeners.append(duty.on_gap)
         self._hook_facts = duty.facts
         backplane.on_heartbeat = self._on_heartbeat
-        receiver = SignedCalls(
+        self._receiver = SignedCalls(
             settings.url,
             settings.secret.get_secret_value(),
             timeout_s=settings.timeout_s,
@@ -378,7 +383,7 @@ class Replica:
             pending,
             duty,
             self._control,
-            receiver,
+            self._receiver,
             is_alone=is_alone,
             when_settled=backplane.when_settled,
         )
@@ -601,7 +606,7 @@ class Replica:
             "replica": self._name,
             "uptime_s": round(time.monotonic() - self._started_at),
             "status": self.lifecycle.status,
-            "replicas": [_parse_description(text) for text in self.backplane.replicas()],
+            "replicas": [_shown_of(text) for text in self.backplane.replicas()],
             "backplane": settings.backplane.url.get_secret_value().partition("://")[0],
             "max_message_bytes": settings.limits.max_message_bytes,
             **self._metrics.to_stats(),
@@ -697,11 +702,18 @@ def _broker_access(settings: BackplaneSettings) -> BrokerAccess:
     return BrokerAccess(**values | {"password": settings.password.get_secret_value()})
 
 
-def _parse_description(text: bytes) -> Any:
+def _shown_of(description: bytes) -> dict[str, Any]:
+    """Return what the stats show of a replica."""
+    facts = _parse_description(description)
+    return {name: facts[name] for name in ("name", "clients", "messages") if name in facts}
+
+
+def _parse_description(text: bytes) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        facts = json.loads(text)
     except ValueError:
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _fastapi(openapi_url: str | None = None) -> FastAPI:
