@@ -361,10 +361,6 @@ MISFITS: list[list[Misfit]] = [
             ["config.shutdown.timeout_s", "config.shutdown.spread_s", "25 or more"],
         ),
         (
-            nested_values("config.hooks.secret", "pa55word"),
-            ["config.hooks.secret", "secrets.hookSecret.name"],
-        ),
-        (
             nested_values("config.hooks.url", "https://relay:pa55word@app.example.com"),
             ["config.hooks.url", "https://"],
         ),

@@ -36,6 +36,7 @@ SECRETS: Secrets = {
     "relay-broker-ca": {"ca.crt": PAIR.certificate_pem},
     "relay-jwt": {"secret": SECRET.encode(), "secrets.json": f'["the next {SECRET}"]'.encode()},
     "relay-hooks": {"secret": SECRET.encode()},
+    "relay-api": {"api-key": b"the key of the server API, of no use elsewhere\n"},
     "relay-jwt-key": {"public.pem": SIGNER.public_pem},
     "relay-test-token": {"token": SIGNER.token(exp=int(time.time()) + 3600).encode() + b"\n"},
 }

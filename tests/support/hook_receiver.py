@@ -178,15 +178,6 @@ def send_less_than_announced(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
-def send_broken_gzip(handler: BaseHTTPRequestHandler) -> None:
-    """Answer with 200 and a body that is not in its coding."""
-    handler.send_response(200)
-    handler.send_header("Content-Encoding", "gzip")
-    handler.send_header("Content-Length", "5")
-    handler.end_headers()
-    handler.wfile.write(b"wrong")
-
-
 def send_many_headers(handler: BaseHTTPRequestHandler) -> None:
     """Answer with headers that do not end."""
     handler.send_response(200)
@@ -204,7 +195,6 @@ LIES: Sequence[Misbehave] = (
     send_no_http,
     send_without_end,
     send_less_than_announced,
-    send_broken_gzip,
     send_many_headers,
     close_at_once,
 )

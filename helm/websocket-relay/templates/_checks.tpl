@@ -117,9 +117,6 @@ config.auth.jwt.jwks_url is not a valid address; set it to one like https://issu
 config.{{ $setting }} is not a valid address; set it to one like https://app.example.com/relay, without a user or a password
 {{- end }}
 {{- end }}
-{{- if .Values.config.hooks.secret }}
-config.hooks.secret is set, and would be readable in the pod; put it into a Secret, set secrets.hookSecret.name to that and leave this empty
-{{- end }}
 {{- if $isSecret }}
 config.backplane.url contains a user or a password, which would be readable in the pod; put the address into a Secret, set secrets.backplaneUrl.name to it and leave config.backplane.url at its default
 {{- end }}
