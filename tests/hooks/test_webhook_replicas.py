@@ -10,7 +10,7 @@ import pytest
 from tests.support.brokers import Broker
 from tests.support.hook_receiver import HookReceiver
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
-from tests.support.relay_process import RelayProcess, StartReplicas
+from tests.support.relay_process import RelayProcess, StartReplicas, eventually
 
 SHUTDOWN = {"spread_s": 0, "timeout_s": 10}
 
@@ -43,9 +43,14 @@ async def started_replicas(
     )
     await publish(replicas[0], "started")
     await accepted(receiver, 1)
-    attempts = [await each.metric("websocket_hook_events_total") for each in replicas]
-    assert sorted(attempts) == [0] * (count - 1) + [1]
-    return sorted(replicas, key=lambda each: attempts[replicas.index(each)] == 0)
+    counts: list[float] = []
+
+    async def check() -> tuple[bool, object]:
+        counts[:] = [await each.metric("websocket_hook_events_total") for each in replicas]
+        return sorted(counts) == [0] * (count - 1) + [1], counts
+
+    await eventually(check, "one replica that has delivered one event")
+    return sorted(replicas, key=lambda each: counts[replicas.index(each)] == 0)
 
 
 async def test_each_event_is_delivered_by_one_replica(
@@ -67,7 +72,9 @@ async def test_each_event_is_delivered_by_one_replica(
     assert len(receiver.accepted) == 19
     for replica in replicas:
         await replica.await_metric("websocket_hook_pending_events", 0)
-    assert [await each.metric("websocket_hook_events_total") for each in replicas] == [19, 0, 0]
+    await replicas[0].await_metric("websocket_hook_events_total", 19)
+    for replica in replicas[1:]:
+        assert await replica.metric("websocket_hook_events_total") == 0
 
 
 async def test_another_replica_delivers_what_a_killed_one_has_not(
@@ -92,7 +99,7 @@ async def test_another_replica_delivers_what_a_killed_one_has_not(
         ("left", 1006),
         ("vacated", None),
     ]
-    assert await other.metric("websocket_hook_events_total") >= 5
+    await other.await_metric_at_least("websocket_hook_events_total", 5)
 
 
 async def test_a_replica_that_was_frozen_does_not_disturb_its_successor(

@@ -84,7 +84,7 @@ async def test_messages_are_reported_where_the_settings_list_the_channel(
     assert text["id"] == f"{positions[0]}/0"
     assert base64.b64decode(str(binary["base64"])) == b"\x00\xff"
     assert binary["position"] == answer.json()["position"]
-    assert await relay.metric("websocket_hook_events_total") == 2
+    await relay.await_metric("websocket_hook_events_total", 2)
 
 
 @pytest.mark.parametrize("status", [500, 400, 302])

@@ -288,7 +288,7 @@ async def test_publishers_adapt_to_a_slow_stream_of_several_channels_which_loses
 ) -> None:
     # The stream is all that subscribes: half of the channels' members, so it is waited for.
     relay = relay_with()
-    texts = [f"{number} ".ljust(10_000, "x") for number in range(400)]
+    texts = [f"{number} ".ljust(10_000, "x") for number in range(200)]
     async with await relay.connect_tcp(receive_buffer_bytes=4_096) as slow:
         await slow.send(f"GET /events{query_of('a', 'b')} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         assert (await slow.read_response()).status == 200
