@@ -363,7 +363,7 @@ async def test_above_max_in_flight_clients_are_refused_at_once(
     assert (refused["reason"], refused["setting"]) == ("hook_requests", "auth.hook.max_in_flight")
 
 
-async def test_a_client_that_disconnects_meanwhile_ends_its_question(
+async def test_a_client_that_disconnects_ends_its_question(
     hook_relay: RelayProcess, backend: HookBackend, channel: str
 ) -> None:
     requests = (

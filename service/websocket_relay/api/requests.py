@@ -94,7 +94,7 @@ def _subject_of(scope: Scope) -> str:
 
 
 def cancelled_when_lost(request: Request) -> AbstractContextManager[None]:
-    """Cancel the task of a request if its client disconnects meanwhile.
+    """Cancel the task of a request if its client disconnects before its end.
 
     It is for admission, which may ask the backend. What follows must not be cancelled: a message
     may be appended already.

@@ -1,6 +1,6 @@
 """Compute the events from the log, and keep those that no replica has delivered.
 
-Every replica comes to the same events, in the same order and with the same ids, by reading the log.
+Every replica computes the same events, in the same order and with the same ids, by reading the log.
 So the replica that delivers them can be replaced by any other at any time. `hooks.done` names the
 last event that the receiver has accepted. `hooks.start`, of which the first in a log counts, means
 that what is before it is not delivered.
