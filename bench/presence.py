@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from bench import machine
+from bench import machine, prepare
 from bench.__main__ import RESULTS
 from bench.loads import Generator, _wait_open, result
 from bench.report import table
@@ -144,6 +144,7 @@ def _page(facts: dict[str, object], storms: dict[str, dict[str, float]], moved: 
 
 def main() -> None:
     """Measure, print and write."""
+    prepare.loadgen()
     present = replace(RELAY, environment=(*RELAY.environment, *ON))
     storms = {
         "without presence": _storm(RELAY),
