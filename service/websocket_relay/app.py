@@ -189,7 +189,7 @@ class Replica:
         self._block_statements: BlockStatements | None = None
         if settings.has_api:
             self._questions, self._block_statements = self._make_operations()
-        if self.presence is not None or settings.has_api:
+        if self.presence is not None or settings.has_api or settings.hooks.url:
             self.backplane.on_heartbeat = self._on_heartbeat
         self._hook_facts: Callable[[], Mapping[str, str]] = dict
         self._receiver: SignedCalls | None = None
@@ -251,12 +251,11 @@ class Replica:
         api_key = settings.api.key.get_secret_value()
         self._admission.configure(_admission_limits(settings), tokens, api_key)
         self._log_level.configure(settings.logging.level)
+        secret = settings.hooks.secret.get_secret_value()
         if self.hook is not None:
             hook = settings.auth.hook
-            secret = settings.hooks.secret.get_secret_value()
             self.hook.configure(secret, hook.headers, hook.timeout_s)
         if self._receiver is not None:
-            secret = settings.hooks.secret.get_secret_value()
             self._receiver.configure(secret, settings.hooks.timeout_s)
         self._cors.allow(_cors_origins(settings))
         self.port.http_connections.max_connections = settings.limits.max_http_connections
@@ -335,7 +334,7 @@ class Replica:
             control=self._control,
             incarnations=self._incarnations,
             is_alone=self.backplane.is_local,
-            is_up=lambda: self.backplane.state is BackplaneState.UP,
+            is_up=self._is_backplane_up,
         )
 
     def _make_hooks(self) -> "HookDelivery":
@@ -348,20 +347,24 @@ class Replica:
 
         settings, backplane, presence = self._settings.hooks, self.backplane, self.presence
         is_alone = backplane.is_local
+
+        def is_presence_complete() -> bool:
+            return presence is None or presence.complete.is_set()
+
         pending = PendingEvents(
             self._control,
             EventQueue(settings.max_pending, MAX_HOOK_BYTES),
             settings.messages,
             is_alone=is_alone,
-            is_presence_complete=lambda: presence is None or presence.complete.is_set(),
+            is_presence_complete=is_presence_complete,
             is_relayed_alone=lambda: backplane.is_relaying_alone,
         )
         duty = Duty(
             self._control,
             self._incarnations,
             is_alone=is_alone,
-            is_up=lambda: backplane.state is BackplaneState.UP,
-            is_complete=lambda: presence is None or presence.complete.is_set(),
+            is_up=self._is_backplane_up,
+            is_complete=is_presence_complete,
             is_started=lambda: pending.is_started,
             position=lambda: backplane.position,
         )
@@ -371,7 +374,6 @@ class Replica:
             self._broadcaster.on_message = pending.on_message
         self._broadcaster.gap_listeners.append(duty.on_gap)
         self._hook_facts = duty.facts
-        backplane.on_heartbeat = self._on_heartbeat
         self._receiver = SignedCalls(
             settings.url,
             settings.secret.get_secret_value(),
@@ -397,7 +399,7 @@ class Replica:
             self._incarnations,
             name=self._name,
             is_alone=backplane.is_local,
-            is_up=lambda: backplane.state is BackplaneState.UP,
+            is_up=self._is_backplane_up,
             has_started=backplane.started.is_set,
             schedule=self._broadcaster.schedule,
         )
@@ -428,6 +430,10 @@ class Replica:
             self._incarnations.record_sign(incarnation, position, facts)
 
     # Decisions
+
+    def _is_backplane_up(self) -> bool:
+        """Return whether entries can be appended to the log, and read from it."""
+        return self.backplane.state is BackplaneState.UP
 
     def _is_backplane_down(self) -> bool:
         """Return whether an outage of the backplane prevents publishing here."""
@@ -595,7 +601,7 @@ class Replica:
         return {
             "http_connections": {"relay": len(relay), "metrics": len(metrics)},
             "http_evictions": relay.evictions + metrics.evictions,
-            "backplane_up": int(self.backplane.state is BackplaneState.UP),
+            "backplane_up": int(self._is_backplane_up()),
             "draining_clients": len(self.shared.clients) if self.lifecycle.is_draining else 0,
         }
 
