@@ -219,10 +219,14 @@ async def test_the_user_and_the_info_of_its_token_are_shown_of_a_client(
 
 
 async def test_who_is_here_is_for_those_who_may_subscribe(relay_with: StartRelay) -> None:
-    relay = relay_with(auth=jwt_settings(), presence={"channels": ["*"]})
+    relay = relay_with(auth=jwt_settings(), presence={"channels": [LOBBY, "lobby"]})
     token = sign_token(relay={"subscribe": ["lobby"], "publish": ["*"]})
     headers = {"Authorization": f"Bearer {token}"}
     path = f"/channels/{LOBBY}/presence"
+    for name in (LOBBY, "without-presence"):
+        events = f"/channels/{name}/events?presence=true"
+        assert (await relay.get(events)).status_code == 401
+        assert (await relay.get(events, token)).status_code == 403
     assert (await relay.get(path)).status_code == 401
     assert (await relay.get(path, token)).status_code == 403
     assert (await relay.get("/channels/lobby/presence", token)).status_code == 200

@@ -199,10 +199,8 @@ def events_router(
         identifies: whether connections get an identity.
     """
 
-    def watched_of(query: bytes, channels: Sequence[str]) -> Sequence[str]:
+    def watched_of(channels: Sequence[str]) -> Sequence[str]:
         """Return the channels of which a client is notified of joins and leaves."""
-        if not flag_of(query, "presence", default=False):
-            return ()
         watched = presence.covered(channels) if presence is not None else ()
         if not watched:
             raise RefusedError(Refusal.NO_PRESENCE)
@@ -217,12 +215,14 @@ def events_router(
             channels: Sequence[str] = (channel_of(request),)
         else:
             channels = channels_of_query(query, broadcaster.shared.max_channels_per_connection)
-        watched = watched_of(query, channels)
+        is_watcher = flag_of(query, "presence", default=False)
         # Before admission: from its check of the limits on, nothing may suspend.
         await connection.drain()
         asked = admission_request_of(request, channels)
         with cancelled_when_lost(request):
             grant = await admission.admit(asked)
+        # Only who may subscribe learns which channels have presence.
+        watched = watched_of(channels) if is_watcher else ()
         subscription = Subscription(channels, grant, replay, watched, asked.host)
         return EventsResponse(
             subscription, admission, broadcaster, silence_s, presence, identifies=identifies
