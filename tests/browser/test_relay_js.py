@@ -397,6 +397,23 @@ async def test_a_channel_without_presence_refuses_a_member_that_requests_it(
         ]
 
 
+@pytest.mark.parametrize("blocks_upgrades", [False, True])
+async def test_a_page_joins_a_refused_channel_again_as_soon_as_it_is_refused(
+    tab: RelayTab, relay_with: StartRelay, blocks_upgrades: bool
+) -> None:
+    relay = relay_with(presence=PRESENCE)
+    async with UpgradeProxy(relay.port) as proxy:
+        proxy.blocks_upgrades = blocks_upgrades
+        await tab.start(proxy.url(), "lobby", presence=True)
+        await tab.page.evaluate(
+            "channel.addEventListener('refused', () => { window.again = join('lobby'); })"
+        )
+        await tab.wait_until("window.again?.position")
+        await publish_all(relay, "lobby", "there")
+        await tab.await_messages(["there"], "again")
+        assert await tab.events("refused", "relay") == []
+
+
 # Many channels on one connection
 
 

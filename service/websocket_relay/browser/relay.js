@@ -354,8 +354,9 @@ export class Relay extends EventTarget {
       return authorizedFetch(url, link.token, {method: "HEAD"});
     })).catch(() => []);
     if (link !== this.#link) return;
-    responses.forEach(({status}, at) => status === end.status && this.#refuse(all[at], end));
-    if (this.#subscriptions.size === all.length) this.#retry(end);
+    const refused = all.filter((_, at) => responses[at]?.status === end.status);
+    for (const each of refused) this.#refuse(each, end); // a listener may add a channel
+    if (!refused.length) this.#retry(end);
     else this.#connect(this.transport ?? undefined);
   }
 
