@@ -7,18 +7,27 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlencode
 
 import pytest
-from playwright.async_api import FilePayload, Locator, Page, Route, expect
+from playwright.async_api import FilePayload, Route, expect
 from websockets.asyncio.client import ClientConnection
 
 from tests.support import browser
 from tests.support.brokers import RedisBroker
+from tests.support.console_page import (
+    await_connected,
+    browser_errors,
+    connect,
+    console_of,
+    enter_token,
+    notes,
+    rows,
+    send,
+    tile,
+)
 from tests.support.issuer import ALL_CHANNELS, SECRET, sign_token
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import RelayProcess, StartRelay, receive, receive_many
@@ -30,9 +39,6 @@ pytestmark = browser.SHARED
 KEPT = 500
 """Messages that the page keeps."""
 
-FAILED_REQUESTS = ("Failed to load resource", "WebSocket connection to")
-"""The first words of the browser's messages about refused or unanswered requests."""
-
 DROP = """({name, bytes}) => {
     const dataTransfer = new DataTransfer();
     dataTransfer.items.add(new File([new Uint8Array(bytes)], name));
@@ -41,75 +47,6 @@ DROP = """({name, bytes}) => {
         target.dispatchEvent(new DragEvent(type, {dataTransfer, bubbles: true, cancelable: true}));
     }
 }"""
-
-
-@asynccontextmanager
-async def console_of(
-    relay: RelayProcess, path: str = "/", *, requests_fail: bool = False
-) -> AsyncIterator[Page]:
-    """Open the console; fail at the end if the browser has logged an error or a warning.
-
-    A violation of the content security policy, for example, is an error.
-
-    Args:
-        path: of the page.
-        requests_fail: whether errors about refused and unanswered requests are expected.
-    """
-    async with browser.open_page() as page:
-        errors = browser_errors(page)
-        await page.goto(relay.http_url(path))
-        yield page
-    expected = FAILED_REQUESTS if requests_fail else ()
-    assert [line for line in errors if not line.startswith(expected)] == []
-
-
-def browser_errors(page: Page) -> list[str]:
-    """Return a list that receives the errors and warnings of the browser."""
-    errors: list[str] = []
-    page.on(
-        "console",
-        lambda line: errors.append(line.text) if line.type in {"error", "warning"} else None,
-    )
-    return errors
-
-
-async def connect(page: Page, channel: str, history: str = "none") -> None:
-    """Fill in the form, and connect."""
-    await page.get_by_label("Channel", exact=True).fill(channel)
-    await page.get_by_label("History").select_option(history)
-    await page.get_by_role("button", name="Connect", exact=True).click()
-
-
-RECONNECT_MS = 30_000
-"""The client's pauses grow to several seconds while a relay restarts: each attempt that comes
-before the relay is ready fails."""
-
-
-async def await_connected(page: Page) -> None:
-    await expect(page.locator("#state")).to_have_text("connected", timeout=RECONNECT_MS)
-
-
-async def send(page: Page, text: str) -> None:
-    await page.get_by_label("Message", exact=True).fill(text)
-    await page.keyboard.press("Enter")
-
-
-async def enter_token(page: Page, token: str) -> None:
-    await page.get_by_label("JSON Web Token").fill(token)
-    await page.get_by_role("button", name="Use it").click()
-
-
-def rows(page: Page) -> Locator:
-    """Return the texts of the messages, without the notes between them."""
-    return page.locator("#messages li:not(.note) .text")
-
-
-def notes(page: Page, text: str) -> Locator:
-    return page.locator("#messages .note .text", has_text=text)
-
-
-def tile(page: Page, title: str) -> Locator:
-    return page.locator(".tile", has=page.get_by_text(title, exact=True)).locator("dd")
 
 
 async def test_the_console_sends_messages_and_shows_received_ones(
@@ -629,14 +566,14 @@ async def test_the_console_fits_a_narrow_screen_in_light_and_dark_colours(
 async def test_the_tab_key_follows_the_visual_order(relay: RelayProcess, channel: str) -> None:
     async with console_of(relay, f"/?channel={channel}") as page:
         await await_connected(page)
-        await page.get_by_label("Channel", exact=True).focus()
-        focused = ["name"]
+        await page.get_by_role("textbox", name="Channels").focus()
+        focused = ["names"]
         while focused[-1] != "send":
             await page.keyboard.press("Tab")
             focused.append(await page.evaluate("document.activeElement.id"))
             width = "getComputedStyle(document.activeElement).outlineWidth"
             assert await page.evaluate(width) == "2px", focused
         assert focused == [
-            *("name", "history", "key", "toggle", "clear", "pause"),
-            *("messages", "message", "attach", "send"),
+            *("names", "history", "key", "toggle", "export", "clear", "pause"),
+            *("find", "kind", "messages", "message", "attach", "send"),
         ]

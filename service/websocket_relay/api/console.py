@@ -19,9 +19,9 @@ from websocket_relay.page_cache import PageCache
 
 FILES = "websocket_relay.console"
 PAGE = "index.html"
+SCRIPTS = ("console", "dom", "members", "messages", "operations", "payloads", "stats", "tabs")
 PARTS = {
-    "console.js": "text/javascript",
-    "stats.js": "text/javascript",
+    **{f"{name}.js": "text/javascript" for name in SCRIPTS},
     "console.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

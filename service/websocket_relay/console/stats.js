@@ -6,6 +6,18 @@
  * difference between two responses. Knows no channel.
  */
 
+import {
+  byId,
+  cloneTemplate,
+  formatAge,
+  formatBytes,
+  formatCount,
+  formatDuration,
+  query,
+  renderRows,
+  setText,
+} from "./dom.js";
+
 const POLL_INTERVAL_MS = 1_000;
 const REQUEST_TIMEOUT_MS = 5_000; // then the relay is shown as not reachable
 const REPLICA_SWITCH_MS = 10_000; // ignore other replicas of a load balancer for this long
@@ -59,10 +71,15 @@ export class StatsPanel {
   #isPolling = false;
   #maxMessageBytes = Infinity;
   #tiles = TILES.map(([title]) => createTile(title));
+  #onStats;
 
-  /** @param {() => string} token returns the token to send; "": none. */
-  constructor(token) {
+  /**
+   * @param {() => string} token returns the token to send; "": none
+   * @param {() => void} onStats called after each response
+   */
+  constructor(token, onStats) {
     this.#token = token;
+    this.#onStats = onStats;
     byId("tiles").append(...this.#tiles.map((each) => each.tile));
     document.addEventListener("visibilitychange", () => this.poll());
     setInterval(() => this.poll(), POLL_INTERVAL_MS);
@@ -144,25 +161,26 @@ export class StatsPanel {
     this.#maxMessageBytes = stats.max_message_bytes;
     this.#renderTiles(stats);
     this.#renderReplicas(stats);
+    this.#onStats();
   }
 
   /** Show all replicas, unless the backplane allows only one. @param {Stats} stats */
   #renderReplicas({backplane, replica, replicas}) {
     byId("replicas").hidden = backplane === "memory";
-    const rows = query(byId("replicas"), "tbody");
-    while (rows.childElementCount < replicas.length) rows.append(cloneTemplate("replica-row"));
-    while (rows.childElementCount > replicas.length) rows.lastElementChild?.remove();
     const inOrder = [...replicas].sort(
       (a, b) => compareNames(a.name, b.name) || a.messages - b.messages,
     );
     const isAlone = inOrder.filter(({name}) => name === replica).length === 1;
-    for (const [index, {name, clients, messages}] of inOrder.entries()) {
-      const [title, ...numbers] = rows.children[index].children;
+    const rows = query(byId("replicas"), "tbody");
+    /** @type {(replica: Replica, index: number) => string} */
+    const keyOf = (_replica, index) => String(index); // names may repeat
+    renderRows(rows, "replica-row", inOrder, keyOf, (row, {name, clients, messages}) => {
+      const [title, ...numbers] = row.children;
       setText(title, isAlone && name === replica ? `${name} (this one)` : `${name}`);
       for (const [column, number] of [clients, messages].entries()) {
         setText(numbers[column], formatCount(number));
       }
-    }
+    });
   }
 
   /** @param {Stats} stats */
@@ -265,62 +283,7 @@ function backplaneState(stats) {
   return stats.backplane_up === 1 ? "up" : "down";
 }
 
-// Formats
-
-const oneDecimal = new Intl.NumberFormat("en", {maximumFractionDigits: 1}); // below 10
-const integer = new Intl.NumberFormat("en", {maximumFractionDigits: 0});
-const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
-const COMPACT_FROM = 100_000;
-const twoDigits = new Intl.NumberFormat("en", {maximumSignificantDigits: 2});
-
-/** @param {number} value */
-export function formatCount(value) {
-  return (value < 10 ? oneDecimal : value < COMPACT_FROM ? integer : compact).format(value);
-}
-
-/** @param {number | null} seconds */
-export function formatDuration(seconds) {
-  if (seconds === null) return "–";
-  return seconds < 1 ? `${twoDigits.format(seconds * 1000)} ms` : `${twoDigits.format(seconds)} s`;
-}
-
-/** @param {number} size */
-export function formatBytes(size) {
-  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, size)) / 10));
-  return `${formatCount(size / 1024 ** power)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
-}
-
-/** @param {number} seconds */
-function formatAge(seconds) {
-  const [days, hours, minutes] = [86_400, 3_600, 60].map((unit) => Math.floor(seconds / unit));
-  if (days) return `${days} d ${hours % 24} h`;
-  if (hours) return `${hours} h ${minutes % 60} min`;
-  return minutes ? `${minutes} min` : `${Math.floor(seconds)} s`;
-}
-
-// DOM access
-
-/** @param {string} id @returns {HTMLElement} */
-export function byId(id) {
-  return /** @type {HTMLElement} */ (document.getElementById(id));
-}
-
-/** @param {Element} within @param {string} selector @returns {HTMLElement} */
-export function query(within, selector) {
-  return /** @type {HTMLElement} */ (within.querySelector(selector));
-}
-
-/** @param {string} template @returns {HTMLElement} a copy of its content */
-export function cloneTemplate(template) {
-  const {content} = /** @type {HTMLTemplateElement} */ (byId(template));
-  const copy = /** @type {HTMLElement} */ (content.firstElementChild);
-  return /** @type {HTMLElement} */ (copy.cloneNode(true));
-}
-
-/** @param {Element} element @param {string} content */
-export function setText(element, content) {
-  if (element.textContent !== content) element.textContent = content;
-}
+// Rows of the page
 
 /** @param {string} title */
 function createTile(title) {
