@@ -12,7 +12,14 @@ pytestmark = pytest.mark.fast
 
 DOCS = ROOT / "docs"
 FOLDERS = (".agents", ".github", "bench", "helm", "k8s")
-OUTSIDE = [*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))]
+BUILT = {"build", "node_modules"}
+"""Folders with what a program has written or downloaded."""
+
+IN_FOLDERS = [page for name in FOLDERS for page in (ROOT / name).rglob("*.md")]
+OUTSIDE = [
+    *ROOT.glob("*.md"),
+    *(page for page in IN_FOLDERS if not BUILT.intersection(page.relative_to(ROOT).parts)),
+]
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 
 
