@@ -261,7 +261,7 @@ class Replicas(RuleBasedStateMachine):
             return
         client.connection = connection = Connected(client, replica)
         replica.connections.append(connection)
-        person = Person(client.name, "", None, self.log.now_s)
+        person = Person(self.log.now_s, client.name, "", None)
         replica.presence.enter(client.channel, person, connection)
 
     @precondition(lambda self: self.connected())

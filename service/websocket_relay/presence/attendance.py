@@ -65,7 +65,7 @@ class PresenceAttendance:
         since = round(time.time(), 3)
         for name in names:
             if self._presence.covers(name):
-                person = Person(identity.client, identity.user, identity.info, since)
+                person = Person(since, identity.client, identity.user, identity.info)
                 self._presence.enter(name, person, client)
 
     def on_unsubscribed(self, names: Sequence[str], client: Connection) -> None:

@@ -24,29 +24,31 @@ LEFT_WITH_REPLICA = 1006
 
 
 class Person(NamedTuple):
-    """A client, as others see it.
+    """A client, as others see it. In order, those who came first are the least.
 
     Attributes:
+        since: when it joined, in seconds since 1970.
         client: id of the client: of its session, or else of its connection.
         user: who it is; empty: not known.
         info: what its token, or the backend, has about it, any JSON value; None: nothing.
-        since: when it joined, in seconds since 1970.
     """
 
+    since: float
     client: str
     user: str
     info: Any
-    since: float
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Person":
         """Return the client of `fields`."""
-        return cls(fields["client"], fields["user"], fields.get("info"), fields["since"])
+        return cls(fields["since"], fields["client"], fields["user"], fields.get("info"))
 
     def fields(self) -> dict[str, Any]:
         """Return what JSON has of it."""
-        fields: dict[str, Any] = {"client": self.client, "user": self.user, "since": self.since}
-        return fields if self.info is None else {**fields, "info": self.info}
+        since, client, user, info = self  # faster than the attributes: lists have 1,000 of these
+        if info is None:
+            return {"client": client, "user": user, "since": since}
+        return {"client": client, "user": user, "since": since, "info": info}
 
 
 class Stated(NamedTuple):
@@ -110,8 +112,7 @@ class Rosters:
 
     def people(self, channel: str) -> list[Person]:
         """Return who is in a channel, the longest present first."""
-        people = [member.person for member in self._rosters.get(channel, {}).values()]
-        return sorted(people, key=lambda person: (person.since, person.client))
+        return sorted([member.person for member in self._rosters.get(channel, {}).values()])
 
     def owners(self) -> dict[str, dict[str, str]]:
         """Return the incarnations that clients belong to, by channel and client."""
