@@ -1,6 +1,7 @@
 """Who is in a channel: what clients learn of each other, on one relay."""
 
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -67,6 +68,55 @@ async def test_a_watcher_learns_who_is_here_and_then_who_joins_and_leaves(
         found = await watcher.next_notice("presence")
         assert [each["client"] for each in found["clients"]] == [own]
         assert found["count"] == 1
+
+
+async def test_notices_of_a_storm_precede_the_messages_and_lists_that_follow(
+    relay: RelayProcess,
+) -> None:
+    async with AsyncExitStack() as stack:
+        watcher, *others = [
+            await stack.enter_async_context(open_relay_v1(relay)) for _ in range(12)
+        ]
+        await watch(watcher)
+        for other in others:
+            await other.send("subscribe", channel=LOBBY)
+            await other.publish(other.welcome["client"], channel=LOBBY)
+            await watcher.send("presence", channel=LOBBY)
+        joined: list[str] = []
+        answers = messages = 0
+        while min(answers, messages) < len(others):
+            notice, message = await watcher.receive()
+            kind = notice.get("type")
+            if kind == "joined":
+                joined.append(notice["client"])
+            elif kind == "presence":
+                answers += 1
+                assert notice["count"] == len(joined) + 1
+            elif kind is None:
+                messages += 1
+                assert message in joined
+        assert joined == [other.welcome["client"] for other in others]
+
+
+async def test_who_begins_to_watch_in_a_storm_gets_a_list_and_then_what_changes(
+    relay: RelayProcess,
+) -> None:
+    async with AsyncExitStack() as stack:
+        watchers = [await stack.enter_async_context(open_relay_v1(relay)) for _ in range(12)]
+        for watcher in watchers:
+            await watcher.send("subscribe", channel=LOBBY, presence=True)
+        everyone = {watcher.welcome["client"] for watcher in watchers}
+        for watcher in watchers:
+            await watcher.next_notice("subscribed")
+            listed = await watcher.next_notice("presence")
+            known = [each["client"] for each in listed["clients"]]
+            assert watcher.welcome["client"] in known
+            while len(known) < len(everyone):
+                kind, client = await next_change(watcher)
+                assert (kind, client in known) == ("joined", False)
+                known.append(client)
+            assert set(known) == everyone
+    await assert_counters_add_up_at_rest(relay)
 
 
 async def test_a_stream_has_events_of_who_is_here_and_who_joins_and_leaves(

@@ -171,12 +171,15 @@ class EventsResponse(Response):
             client.attach_sink(channel)
 
     def _watch(self, channel: Channel, client: Connection, names: Sequence[str]) -> None:
-        """Send who is in some channels, and from now on who joins and leaves."""
-        assert self._presence is not None
-        channel.add_watcher(client, client.delivery_format)
-        for name in names:
-            fields = {"type": "presence", "channel": name, **self._presence.who_is_here(name)}
-            client.write_control(encode_event("presence", fields))
+        """Send who is in some channels, and from then on who joins and leaves."""
+
+        def send() -> None:
+            assert self._presence is not None
+            for name in names:
+                fields = {"type": "presence", "channel": name, **self._presence.who_is_here(name)}
+                client.write_control(encode_event("presence", fields))
+
+        channel.add_watcher(client, client.delivery_format, send)
 
 
 def events_router(

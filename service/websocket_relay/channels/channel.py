@@ -10,7 +10,7 @@ Knows no broker, no history and no protocol.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from time import perf_counter
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from websocket_relay.backplane.interface import Backplane, Identity, LogEntry, Position
 from websocket_relay.channels.batch import Batch, Recipients
-from websocket_relay.channels.notices import Notices, Watchers
+from websocket_relay.channels.notices import Notice, Notices
 from websocket_relay.messages import Message, Publisher
 from websocket_relay.wire.connection import Connection, WireProtocol
 from websocket_relay.wire.context import ConnectionContext
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 WRITES_PER_CLOCK_CHECK = 32  # a write of little data takes some microseconds
 BYTES_PER_CLOCK_CHECK = 131_072  # the kernel copies about this much in the same time
+
+NOTICE_INTERVAL_S = 0.05  # of notices to the same members, if no message follows
+MAX_HELD_NOTICES = 100
 
 DELAY_POLL_S = 0.02  # interval between two checks of a delayed batch
 MAX_DELAY_S = 2.0  # longest delay of a batch for slow members
@@ -116,9 +119,11 @@ class Channel:
         self._recipients: Recipients | None = None  # snapshot of the members; None: outdated
         self._open_batch: Batch | None = None  # accepts messages; the last one in the queue
         self._queue: deque[Batch | Notices | Callable[[], None]] = deque()
-        self._watching: dict[Connection, DeliveryFormat] = {}  # members to notify of joins
-        self._watchers: Watchers | None = None  # snapshot of these; None: outdated
-        self._open_notices: Notices | None = None  # accepts notices; the last ones in the queue
+        self._watchers: dict[Connection, DeliveryFormat] = {}  # members to notify of joins
+        # Members that are next, and what is called then.
+        self._next_watchers: dict[Connection, tuple[DeliveryFormat, Callable[[], None]]] = {}
+        self._held_notices: list[Notice] = []
+        self._notified_at = 0.0  # by time.perf_counter
         # Members with a full socket: drained bytes at the last check, and time of the last change.
         self._slow_members: dict[Connection, tuple[int, float]] = {}
         # Members that delayed a batch: the time at which DELAY_SHARE has made up for the delay.
@@ -161,8 +166,8 @@ class Channel:
             self._on_members_changed()
         for mark in self.publish_limits:
             mark.resume_publisher(client.protocol)
-        if self._watching.pop(client, None) is not None:
-            self._watchers = self._open_notices = None
+        self._watchers.pop(client, None)
+        self._next_watchers.pop(client, None)
         self._slow_members.pop(client, None)
         self._delay_repaid_at.pop(client, None)
         self._host.on_left(self, client)
@@ -228,39 +233,62 @@ class Channel:
 
         Callbacks are called in their order.
         """
+        self._write_notices()
         if not self._queue:
             callback()
             return
-        self._open_batch = self._open_notices = None
+        self._open_batch = None
         self._queue.append(callback)
 
     # Who is here
 
-    def add_watcher(self, client: Connection, delivery_format: DeliveryFormat) -> None:
-        """Notify a member of joins and leaves from now on."""
-        self._watching[client] = delivery_format
-        self._watchers = self._open_notices = None
+    # In a storm of joins each would be written to all who have joined. So notices are held for a
+    # moment, unless it was quiet before, or a message follows, which they precede.
 
-    def notify_watchers(self, fields: Mapping[str, object]) -> None:
+    def add_watcher(
+        self, client: Connection, delivery_format: DeliveryFormat, on_added: Callable[[], None]
+    ) -> None:
+        """Notify a member of joins and leaves.
+
+        Args:
+            client: the member.
+            delivery_format: how it is sent notices.
+            on_added: called when the notices begin, which is now unless others are held.
+        """
+        self._next_watchers[client] = delivery_format, on_added
+        if not self._held_notices:
+            self._add_watchers()
+
+    def notify_watchers(self, notice: Notice) -> None:
         """Write a notice to the members that watch, behind what was published before it."""
-        if not self._watching:
+        if not self._watchers:
             return
-        notices = self._open_notices or self._start_notices()
-        self._adjust_pending(notices.add(fields))
-        if notices.memory_bytes >= self._batch_limit_bytes:
-            self._open_notices = None
+        self._open_batch = None  # the next message starts one, behind the notice
+        self._held_notices.append(notice)
+        delay_s = self._notified_at + NOTICE_INTERVAL_S - perf_counter()
+        if delay_s <= 0 or len(self._held_notices) >= MAX_HELD_NOTICES:
+            self._write_notices()
+        elif len(self._held_notices) == 1:
+            self._host.call_later(delay_s, self._write_notices)
 
-    def _start_notices(self) -> Notices:
-        if self._watchers is None:
-            self._watchers = {}
-            for client, delivery_format in self._watching.items():
-                self._watchers.setdefault(delivery_format, []).append(client)
-        self._open_batch = None
-        self._open_notices = notices = Notices(self._watchers)
-        if not self._queue:
-            self._host.schedule(self._fan_out())
-        self._queue.append(notices)
-        return notices
+    def _write_notices(self) -> None:
+        if not self._held_notices:
+            return
+        watchers: dict[DeliveryFormat, list[Connection]] = {}
+        for client, delivery_format in self._watchers.items():
+            watchers.setdefault(delivery_format, []).append(client)
+        notices = Notices(self._held_notices, watchers)
+        self._held_notices = []
+        self._notified_at = perf_counter()
+        self._adjust_pending(notices.memory_bytes)
+        self._enqueue(notices)
+        self._add_watchers()
+
+    def _add_watchers(self) -> None:
+        added, self._next_watchers = self._next_watchers, {}
+        for client, (delivery_format, on_added) in added.items():
+            self._watchers[client] = delivery_format
+            on_added()
 
     # Fan-out
 
@@ -305,20 +333,21 @@ class Channel:
         if not recipients.batches:
             self._adjust_pending(recipients.memory_bytes)
         recipients.batches += 1
-        self._open_notices = None
+        self._write_notices()
         self._open_batch = batch = Batch(recipients, perf_counter())
+        self._enqueue(batch)
+        return batch
+
+    def _enqueue(self, work: Batch | Notices) -> None:
         if not self._queue:
             self._host.schedule(self._fan_out())
-        self._queue.append(batch)
-        return batch
+        self._queue.append(work)
 
     def _fan_out(self) -> Iterator[None]:
         """Write the batches of the queue, one step of writes at a time, until it is empty."""
         while self._queue:
             batch = self._queue[0]
             if isinstance(batch, Notices):
-                if self._open_notices is batch:
-                    self._open_notices = None
                 for clients, encoded in batch.groups():
                     for some in steps(clients, len(encoded)):
                         self._shared.write(some, encoded, messages=0)

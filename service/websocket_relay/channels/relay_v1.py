@@ -454,15 +454,20 @@ class RelayV1Connection(LocalPublisher):
     def watch(self, name: str, command_id: int) -> None:
         """Send who is in a channel, and from now on who joins and leaves."""
         if subscription := self._subscriptions.get(name):
-            subscription.channel.add_watcher(self.connection, subscription.delivery_format)
-            self._send_who_is_here(name, command_id)
+            send = partial(self._send_who_is_here, name, command_id)
+            subscription.channel.add_watcher(self.connection, subscription.delivery_format, send)
 
     def _ask_presence(self, command: Command) -> None:
         name = _channel_of(command)
-        if name not in self._subscriptions and not self._access.may_subscribe(name):
+        subscription = self._subscriptions.get(name)
+        if subscription is None and not self._access.may_subscribe(name):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         self._check_presence(name)
-        self._send_who_is_here(name, command.id)
+        send = partial(self._send_who_is_here, name, command.id)
+        if subscription is None:
+            send()
+        else:  # behind the notices of what it includes
+            subscription.channel.when_queue_is_written(send)
 
     def _check_presence(self, name: str) -> None:
         if self._presence is None:
