@@ -268,6 +268,27 @@ async def test_the_user_and_the_info_of_its_token_are_shown_of_a_client(
         assert (await watcher.next_notice("left"))["user"] == "ada"
 
 
+async def test_a_user_with_a_lone_surrogate_in_the_name_is_shown_like_others(
+    relay_with: StartRelay,
+) -> None:
+    """JSON has an escape for it, UTF-8 has no bytes."""
+    relay = relay_with(auth=jwt_settings(), presence={"channels": ["*"]})
+    token = sign_token(sub="\ud800", relay={"subscribe": ["*"]})
+    headers = {"Authorization": f"Bearer {token}"}
+    async with (
+        open_relay_v1(relay, additional_headers=headers) as client,
+        subscribe_events(relay, LOBBY, "?presence=true", headers=headers) as events,
+    ):
+        await client.send("subscribe", channel=LOBBY, presence=True)
+        await client.next_notice("subscribed")
+        shown = [
+            await client.next_notice("presence"),
+            json.loads((await events.next_event()).data),
+            await who(relay, token=token),
+        ]
+        assert {each["user"] for found in shown for each in found["clients"]} == {"\ud800"}
+
+
 async def test_who_is_here_is_for_those_who_may_subscribe(relay_with: StartRelay) -> None:
     relay = relay_with(auth=jwt_settings(), presence={"channels": [LOBBY, "lobby"]})
     token = sign_token(relay={"subscribe": ["lobby"], "publish": ["*"]})

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request, Response
 
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.refusals import refusal_responses
@@ -15,6 +14,7 @@ from websocket_relay.api.requests import (
     cancelled_when_lost,
     channel_of,
 )
+from websocket_relay.api.responses import json_response
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.presence.attendance import PresenceAttendance
@@ -59,11 +59,11 @@ def presence_router(
         base_path: the prefix of the path.
     """
 
-    async def read_presence(request: Request) -> JSONResponse:
+    async def read_presence(request: Request) -> Response:
         channel = channel_of(request)
         with cancelled_when_lost(request):
             await admission.admit_reader(admission_request_of(request, (channel,)))
-        return JSONResponse(require_presence(presence, channel).who_is_here(channel))
+        return json_response(require_presence(presence, channel).who_is_here(channel))
 
     router = APIRouter()
     add_get_route(

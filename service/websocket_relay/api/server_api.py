@@ -4,7 +4,6 @@ Knows no connection: what the replicas do is in `channels.operations`, how they 
 `cluster.questions`.
 """
 
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
-from websocket_relay.api import media_types
 from websocket_relay.api.operation_requests import (
     ChannelsQuery,
     ClientsQuery,
@@ -32,6 +30,7 @@ from websocket_relay.api.publish import (
 )
 from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import admission_request_of
+from websocket_relay.api.responses import json_response
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.api.server_api_schema import DESCRIPTIONS
 from websocket_relay.channels.broadcaster import Broadcaster
@@ -97,7 +96,7 @@ class ServerApi:
             positions = await self._broadcaster.publish_each(publishes)
         except ClientDisconnect:
             return _never_sent()
-        return _json({"positions": list(map(str, positions))}, HTTPStatus.ACCEPTED)
+        return json_response({"positions": list(map(str, positions))}, HTTPStatus.ACCEPTED)
 
     async def disconnect(self, request: Request) -> Response:
         """Disconnect clients on all replicas."""
@@ -134,7 +133,7 @@ class ServerApi:
         """List the replicas that are alive."""
         await self._admit(request)
         replicas = [{name: facts.get(name) for name in REPLICA_FACTS} for facts in self._replicas()]
-        return _json({"replicas": sorted(replicas, key=lambda each: str(each["name"]))})
+        return json_response({"replicas": sorted(replicas, key=lambda each: str(each["name"]))})
 
     async def change_log_level(self, request: Request) -> Response:
         """Change the minimum level of this replica's log for some time."""
@@ -145,7 +144,7 @@ class ServerApi:
             return _never_sent()
         self._log_level.set_for(change.level, change.for_s)
         log.warning("log level changed", extra={"to": change.level, "for_s": change.for_s})
-        return _json({"level": change.level, "until": round(time.time() + change.for_s)})
+        return json_response({"level": change.level, "until": round(time.time() + change.for_s)})
 
     async def _admit(self, request: Request) -> None:
         await self._admission.admit_admin(admission_request_of(request, ()))
@@ -221,13 +220,7 @@ def _answer(answers: Answers, fields: dict[str, Any]) -> Response:
         fields["missing"] = answers.missing
     if answers.is_truncated:
         fields["truncated"] = True
-    return _json(fields)
-
-
-def _json(fields: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK) -> Response:
-    # Escaped: the user of a token may have half of a surrogate pair.
-    content = json.dumps(fields, separators=(",", ":"))
-    return Response(content, status, media_type=media_types.JSON)
+    return json_response(fields)
 
 
 def _never_sent() -> Response:
