@@ -67,7 +67,7 @@ def test_info_that_is_no_json_is_rejected() -> None:
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
-    for value in (nested, {1, 2}, b"bytes", object()):
+    for value in (nested, {1, 2}, b"bytes", object(), float("nan"), [float("-inf")]):
         assert not is_info(value)
 
 

@@ -81,7 +81,7 @@ class Permissions(NamedTuple):
 def is_info(value: object) -> bool:
     """Return whether others may be shown a value: it is JSON, and not too large."""
     try:
-        return len(json.dumps(value, separators=(",", ":")).encode()) <= MAX_INFO_BYTES
+        return len(json.dumps(value, separators=(",", ":"), allow_nan=False)) <= MAX_INFO_BYTES
     except (ValueError, TypeError, RecursionError):
         return False
 
