@@ -14,9 +14,11 @@ from websockets.http11 import Response
 from tests.support.admission import connect_with_token, jwt_settings, refusal_answer
 from tests.support.certificates import CertificatePair, make_home_made_ca, make_pair
 from tests.support.hook_backend import HookBackend, hook_settings
-from tests.support.issuer import sign_token
+from tests.support.http_requests import TEXT_TYPE, publish_by_post
+from tests.support.issuer import ALL_CHANNELS, sign_token
 from tests.support.relay_process import RelayProcess, StartRelay, merged, path_of, receive
 from tests.support.relay_v1 import open_relay_v1
+from tests.support.server_api import WITH_KEY, disconnect, request_api
 
 SUBJECTS = {
     "CN=ann": "ann",
@@ -172,6 +174,24 @@ async def test_the_certificate_of_a_proxy_that_forwards_names_no_client(
         relay.client(channel, ssl=context),
     ):
         assert await users_in(relay, channel, context) == ["", "proxy"]
+
+
+async def test_a_certificate_of_a_blocked_user_opens_nothing(
+    mtls_relay_with: StartMtlsRelay, context_of: Callable[[str], ssl.SSLContext], channel: str
+) -> None:
+    relay = mtls_relay_with(auth=jwt_settings(), **PRESENCE, **WITH_KEY)
+    relay.tls_context = context_of("CN=ann")
+    await disconnect(relay, user="ann", block_s=600)
+    token = sign_token(relay={**ALL_CHANNELS, "admin": True})  # without a user
+    answers = [
+        await publish_by_post(relay, channel, b"", TEXT_TYPE, {"Authorization": f"Bearer {token}"}),
+        await relay.get(f"{path_of(channel)}/events", token),
+        await relay.get(f"{path_of(channel)}/presence", token),
+        await request_api(relay, "GET", "/clients", secret=token),
+    ]
+    assert [(each.status_code, each.text) for each in answers] == [(403, "user is blocked\n")] * 4
+    refused = await refusal_answer(connect_with_token(relay, channel, token))
+    assert refused.body == b"user is blocked\n"
 
 
 # Connections of one user

@@ -35,7 +35,8 @@ async def request_api(
     """
     fields = {**({"Authorization": f"Bearer {secret}"} if secret else {}), **(headers or {})}
     content = body if isinstance(body, bytes | str | None) else json.dumps(body)
-    async with httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
+    tls = relay.tls_context or NO_CA
+    async with httpx2.AsyncClient(verify=tls, trust_env=False, timeout=PATIENCE_S) as http:
         return await http.request(
             method, relay.http_url(f"/api{path}"), content=content, headers=fields
         )

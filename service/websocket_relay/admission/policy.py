@@ -254,11 +254,12 @@ class AdmissionPolicy:
             RefusedError: a check failed.
         """
         self._check_origin(request)
+        permissions = None
         if self._authenticator is not None:
             permissions = await self._authorize_subscriber(self._authenticator, request)
-            self._check_block(permissions.user)
             _remaining_s(permissions)
         self.check_availability()
+        self._admitted_user(permissions, request)
 
     async def admit_viewer(self, request: AdmissionRequest) -> None:
         """Admit a reader of the relay's stats.
@@ -292,8 +293,8 @@ class AdmissionPolicy:
         permissions = await self._authenticator.authenticate(asked, Action.SUBSCRIBE)
         if not permissions.admin:
             raise RefusedError(Refusal.API_NOT_AUTHORIZED)
-        self._check_block(permissions.user)
         _remaining_s(permissions)
+        self._admitted_user(permissions, request)
 
     def access_of(self, grant: Grant) -> "ConnectionAccess":
         """Return what an admitted client of relay.v1 may do, and may be granted later."""
