@@ -3,6 +3,7 @@
 Knows no port and no signal.
 """
 
+import asyncio
 import json
 import logging
 import socket
@@ -262,6 +263,11 @@ class Replica:
         # Of the channels that are created from now on.
         self._broadcaster.pending_limit_bytes = settings.limits.send_backlog_bytes
         _set_limits(settings, self.shared)
+
+    async def close_calls(self) -> None:
+        """Close the connections to the backend, when neither hook nor webhooks use them."""
+        calls = [each for each in (self.hook, self._receiver) if each is not None]
+        await asyncio.gather(*(each.close() for each in calls))
 
     # The path of a message
 

@@ -32,6 +32,8 @@ MAX_ANSWER_BYTES = 65_536
 IDLE_S = 60.0
 """A connection that is kept is closed after so long without a request."""
 
+CLOSE_S = 0.1
+"""Maximum time to close the connections when the relay stops."""
 
 ONE_CONNECTION = httpx2.Limits(max_connections=1, max_keepalive_connections=0)
 
@@ -139,8 +141,10 @@ class SignedCalls:
         return CallAnswer(response.status_code, bytes(answer))
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
+        """Close the connections, in CLOSE_S."""
+        with suppress(TimeoutError):
+            async with Deadline(CLOSE_S):
+                await self._http.aclose()
 
 
 def _load_backend() -> None:

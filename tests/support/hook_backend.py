@@ -112,6 +112,12 @@ class HookBackend:
         """Wait until so many questions were abandoned."""
         await self._wait(lambda: self.abandoned >= count, "abandoned questions")
 
+    async def wait_until_unconnected(self) -> None:
+        """Wait until all connections to it are closed."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self._open:
+                await asyncio.wait(self._open)
+
     async def _wait(self, holds: Any, what: str) -> None:
         async with asyncio.timeout(PATIENCE_S), self._changed:
             await self._changed.wait_for(holds)

@@ -39,6 +39,7 @@ class HookReceiver:
         loses_answers: whether it accepts events, and closes the connection without an answer.
         accepted: the events, also repeated ones, in their order.
         requests: how many there were.
+        connections: how many are open.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class HookReceiver:
         self.loses_answers = False
         self.accepted: list[HookEvent] = []
         self.requests = 0
+        self.connections = 0
         self.problems: list[str] = []
         self._changed = threading.Condition()
         self._port = free_port()  # stays reserved while the server is stopped
@@ -108,6 +110,12 @@ class HookReceiver:
         """Block until so many requests have arrived."""
         self.block_until(lambda each: each.requests >= count)
 
+    def count_connection(self, change: int) -> None:
+        """Count a connection that was opened, or closed."""
+        with self._changed:
+            self.connections += change
+            self._changed.notify_all()
+
     def receive(self, handler: BaseHTTPRequestHandler) -> int:
         """Receive a request; return the status of the answer, 0 for none."""
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
@@ -132,6 +140,13 @@ class HookReceiver:
 
         class HookRequestHandler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def handle(self) -> None:
+                receiver.count_connection(1)
+                try:
+                    super().handle()
+                finally:
+                    receiver.count_connection(-1)
 
             def do_POST(self) -> None:
                 status = receiver.receive(self)

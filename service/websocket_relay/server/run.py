@@ -95,8 +95,7 @@ async def _serve(
     async with contextlib.AsyncExitStack() as owned, asyncio.TaskGroup() as group:
         if relay.jwks is not None:
             await owned.enter_async_context(relay.jwks)  # the ports open before it has keys
-        if relay.hook is not None:
-            owned.push_async_callback(relay.hook.close)
+        owned.push_async_callback(relay.close_calls)  # after all tasks, the delivery among them
         # Before the broker's name is resolved: uvloop resolves two names at a time, and treats
         # "127.0.0.1" as one, too.
         ports = await open_ports(settings, relay, owned)
