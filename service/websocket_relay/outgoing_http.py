@@ -96,7 +96,7 @@ class SignedCalls:
             # A cookie of one answer, such as a session, must not be sent with the next request.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
-        _load_backend()
+        load_backend()
 
     def configure(self, secret: str, timeout_s: float) -> None:
         """Replace the secret and the deadline, for the calls from now on."""
@@ -147,9 +147,12 @@ class SignedCalls:
                 await self._http.aclose()
 
 
-def _load_backend() -> None:
-    """Import what httpx2 would import in its first request, which takes 0.1 s of the event loop."""
-    with suppress(RuntimeError):  # it runs already
+def load_backend() -> None:
+    """Import what httpx2 would import in its first request, which takes 0.1 s of the event loop.
+
+    It imports nothing if an event loop runs already.
+    """
+    with suppress(RuntimeError):
         anyio.run(anyio.sleep, 0)
 
 

@@ -8,6 +8,23 @@ from websocket_relay.admission.hook import LOG_BURST, FailureLog
 from websocket_relay.outgoing_http import sign
 from websocket_relay.token_bucket import TokenBucket
 
+from tests.support.issuer import KeyServer, key_set, make_signer
+from tests.support.relay_process import run_python
+
+FIRST_REQUEST = """
+import asyncio, sys
+from websocket_relay.admission.jwks import Jwks
+from websocket_relay.outgoing_http import SignedCalls
+kind, url = sys.argv[1:]
+hook = SignedCalls(url, "", timeout_s=9, max_connections=1, setting="") if kind == "hook" else None
+keys = Jwks(url) if kind == "keys" else None
+async def request():
+    before = set(sys.modules)
+    await (hook.post(b"") if hook else keys.fetch_until_available())
+    print(*sorted(set(sys.modules) - before))
+asyncio.run(request())
+"""
+
 pytestmark = pytest.mark.fast
 
 
@@ -43,3 +60,11 @@ async def test_failures_are_logged_at_a_bounded_rate_with_their_number(
     last = caplog.records[-1]
     assert (last.levelno, vars(last)["count"]) == (logging.ERROR, 100 - LOG_BURST + 1)
     assert vars(last)["error"] == "timeout after 5 seconds"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["hook", "keys"])
+def test_the_first_request_imports_nothing_while_the_event_loop_runs(kind: str) -> None:
+    with KeyServer(key_set(make_signer("ES256"))) as server:
+        done = run_python("-c", FIRST_REQUEST, kind, server.url)
+    assert (done.exit_code, done.stdout) == (0, "\n"), done

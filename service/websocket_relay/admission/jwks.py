@@ -27,6 +27,7 @@ from websocket_relay.config.model import is_web_address
 from websocket_relay.outcomes import Refusal, RefusedError, RelayError, UnusableSettingError
 from websocket_relay.outgoing_http import (
     ProxyError,
+    load_backend,
     proxy_of,
     root_cause,
     transport_to,
@@ -108,6 +109,7 @@ class Jwks:
             transport_to(url, self._tls)
         except ProxyError as error:
             raise UnusableSettingError(SETTING, str(error)) from None
+        load_backend()
 
     async def __aenter__(self) -> Self:
         return self
