@@ -41,7 +41,7 @@ from websocket_relay.channels.operations import Operations
 from websocket_relay.channels.publications import Publications
 from websocket_relay.cluster.blocks import Blocks, BlockStatements
 from websocket_relay.cluster.control_log import ControlLog
-from websocket_relay.cluster.incarnations import Incarnations
+from websocket_relay.cluster.incarnations import FORGET_S, Incarnations
 from websocket_relay.cluster.questions import ALIVE_S, Questions
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
@@ -173,7 +173,9 @@ class Replica:
         self.lifecycle = Lifecycle(is_backplane_down=self._is_backplane_down)
         self._history = self._make_history()
         self._broadcaster = self._make_broadcaster()
-        self._control, self._incarnations = ControlLog(self.backplane), Incarnations()
+        self._control = ControlLog(self.backplane)
+        # Presence declares the end of a replica, after its grace, and forgets it then.
+        self._incarnations = Incarnations(forget_s=None if settings.presence.channels else FORGET_S)
         self._broadcaster.on_control = self._control.on_entry
         self.presence = self._make_presence() if settings.presence.channels else None
         self._attendance: PresenceAttendance | None = None

@@ -15,6 +15,10 @@ from websocket_relay.backplane.interface import START, Position
 INCARNATION_BYTES = 8
 MAX_INCARNATIONS = 10_000
 
+FORGET_S = 60.0
+"""Without presence nothing declares the end of a replica. One that is silent for so long is
+forgotten; if it was only frozen, its next heartbeat brings it back."""
+
 OWN_SILENCE_S = 3.0
 """This replica reads its own heartbeat every second. After a longer time without one, it can't know
 how long the others have been silent: an outage silences all alike."""
@@ -40,13 +44,17 @@ class Incarnations:
 
     Args:
         clock: monotonic time in seconds.
+        forget_s: replicas are forgotten after this silence; None: `remove` forgets them.
 
     Attributes:
         own: the present incarnation of this replica.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, forget_s: float | None = None
+    ) -> None:
         self._clock = clock
+        self._forget_s = forget_s
         self._incarnations: dict[str, Incarnation] = {}
         self._own_seen_at = clock()
         self._listens_since: float | None = None  # since the first sign of this replica
@@ -90,6 +98,9 @@ class Incarnations:
         self._incarnations[incarnation] = known  # at the end: the longest silent one is the first
         if len(self._incarnations) > MAX_INCARNATIONS:
             del self._incarnations[next(iter(self._incarnations))]
+        if incarnation == self.own and self._forget_s is not None:
+            for silent in self.silent(self._forget_s):
+                self.remove(silent)
 
     def forgive(self) -> None:
         """Count the silence of all replicas from now on."""
