@@ -456,6 +456,7 @@ class Replica:
             ),
             of_requests=lambda: len(self.port.http_connections),
             of_metrics=lambda: len(self.metrics_port.http_connections),
+            max_calls=self._settings.max_calls,
         )
 
     def _make_admission(self, tokens: "TokenVerifier | None") -> AdmissionPolicy:

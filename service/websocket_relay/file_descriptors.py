@@ -22,7 +22,10 @@ RESERVED_FOR_BACKENDS = 32
 resolution."""
 
 RESERVED = OF_METRICS + RESERVED_FOR_REQUESTS + RESERVED_FOR_BACKENDS
-"""Descriptors that are not available to clients."""
+"""Descriptors that are not available to clients, besides those for calls."""
+
+CALLS_PART = 4
+"""A quarter of the limit at most is reserved for calls: fewer clients are better than none."""
 
 AT_START = 32
 """Descriptors that a relay without clients has open, libraries and listening sockets included."""
@@ -74,6 +77,8 @@ class FileDescriptors:
         of_clients: returns the number of clients, and of those that become one.
         of_requests: returns the number of plain HTTP connections on the relay's port.
         of_metrics: returns the number of connections on the metrics port.
+        max_calls: how many connections the hook and the webhooks have at most. As many descriptors
+            are reserved for them, beside those that they have open.
     """
 
     def __init__(
@@ -81,9 +86,11 @@ class FileDescriptors:
         of_clients: Callable[[], int],
         of_requests: Callable[[], int],
         of_metrics: Callable[[], int],
+        max_calls: int = 0,
     ) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+        self._for_calls = min(max_calls, self._limit // CALLS_PART)
         self._of_clients = of_clients
         self._of_requests = of_requests
         self._of_metrics = of_metrics
@@ -102,11 +109,13 @@ class FileDescriptors:
 
     def can_accept_client(self) -> bool:
         """Return whether an HTTP connection may become a client."""
-        return self._are_free(RESERVED - self._of_requests() - self._of_metrics())
+        reserved = RESERVED + self._for_calls
+        return self._are_free(reserved - self._of_requests() - self._of_metrics())
 
     def can_accept_request(self) -> bool:
         """Return whether the relay's port may accept one more HTTP connection."""
-        return self._are_free(OF_METRICS + RESERVED_FOR_BACKENDS + 1 - self._of_metrics())
+        reserved = OF_METRICS + RESERVED_FOR_BACKENDS + self._for_calls
+        return self._are_free(reserved + 1 - self._of_metrics())
 
     def _connections(self) -> int:
         return self._of_clients() + self._of_requests() + self._of_metrics()
@@ -116,7 +125,7 @@ class FileDescriptors:
 
     def _are_free(self, count: int) -> bool:
         free = self._estimated_free()
-        if free < count + RESERVED:
+        if free < count + RESERVED + self._for_calls:
             self._scan()
             free = self._estimated_free()
         return free >= count

@@ -24,6 +24,7 @@ from websockets.http11 import Response
 from tests.support.brokers import RedisBroker
 from tests.support.certificates import CertificatePair
 from tests.support.half_open import PARTIAL_CLIENT_HELLO, open_connections
+from tests.support.hook_backend import HookBackend, hook_settings
 from tests.support.programs import ANY_REDIS, needed
 from tests.support.relay_process import (
     RelayProcess,
@@ -51,7 +52,7 @@ def tls_settings(certificate_directory: Path) -> Mapping[str, Any]:
 
 @asynccontextmanager
 async def connected_clients(
-    relay: RelayProcess, count: int
+    relay: RelayProcess, count: int, *, at_a_time: int = AT_A_TIME
 ) -> AsyncIterator[tuple[Sequence[ClientConnection], Sequence[Response]]]:
     """Connect `count` clients; yield those that are admitted, and the refusals of the others."""
     admitted: list[ClientConnection] = []
@@ -64,8 +65,8 @@ async def connected_clients(
             except InvalidStatus as refusal:
                 refusals.append(refusal.response)
 
-        for _ in range(0, count, AT_A_TIME):
-            await asyncio.gather(*(connect() for _ in range(AT_A_TIME)))
+        for _ in range(0, count, at_a_time):
+            await asyncio.gather(*(connect() for _ in range(at_a_time)))
         yield admitted, refusals
 
 
@@ -115,6 +116,21 @@ async def test_clients_are_refused_while_few_descriptors_are_free_and_the_relay_
         logged = [(event["event"], event["reason"], event["setting"]) for event in warnings]
         assert logged == [("clients refused", "descriptors", "ulimit -n")]
         assert relay.unexpected_lines == []
+
+
+async def test_clients_leave_as_many_descriptors_as_the_hook_may_have_connections(
+    tmp_path: Path,
+) -> None:
+    questions = 40
+    async with HookBackend() as backend:
+        settings = merged(SETTINGS, hook_settings(backend, max_in_flight=questions))
+        with RelayProcess(tmp_path, settings, max_descriptors=LIMIT) as relay:
+            # One after the other: a single connection to the backend is open.
+            async with connected_clients(relay, LIMIT, at_a_time=1) as (admitted, refusals):
+                assert 0 < len(admitted) <= LIMIT - RESERVED - questions
+                reasons = {bytes(refusal.body or b"") for refusal in refusals}
+                assert reasons == {b"too few file descriptors\n"}
+                await assert_probes_are_answered(relay)
 
 
 async def test_connections_without_a_complete_request_take_no_descriptor_from_clients(
@@ -190,6 +206,31 @@ def test_the_relay_warns_at_its_start_if_the_connection_limit_exceeds_the_descri
     assert warning["needed"] == TOO_MANY + RESERVED + AT_START
     sufficient = relay_with(limits={"max_connections": 1_000})
     assert [event["event"] for event in sufficient.log_events if event["level"] == "warning"] == []
+
+
+async def test_the_connections_to_the_backend_are_part_of_what_is_needed(
+    relay_with: StartRelay,
+) -> None:
+    async with HookBackend() as backend:
+        settings = merged(hook_settings(backend, max_in_flight=50), {"hooks": {"url": backend.url}})
+        settings = merged(settings, {"limits": {"max_connections": TOO_MANY}})
+        warning = await relay_with(**settings).await_log("too few file descriptors")
+    assert warning["needed"] == TOO_MANY + RESERVED + AT_START + 51
+
+
+@pytest.mark.parametrize(("max_calls", "reserved"), [(0, 0), (50, 50), (10_000, 250)])
+def test_a_quarter_of_the_limit_at_most_is_reserved_for_calls(
+    monkeypatch: pytest.MonkeyPatch, max_calls: int, reserved: int
+) -> None:
+    monkeypatch.setattr(file_descriptors, "count_open", lambda: 0)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1_000, 1_000))
+    connected = 1_000 - RESERVED - reserved
+    descriptors = FileDescriptors(lambda: connected, lambda: 0, lambda: 0, max_calls)
+    monkeypatch.setattr(descriptors, "_others", 0)
+    monkeypatch.setattr(descriptors, "_look_at", float("inf"))
+    assert descriptors.can_accept_client()
+    connected += 1
+    assert not descriptors.can_accept_client()
 
 
 # Counting

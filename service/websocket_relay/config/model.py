@@ -766,6 +766,12 @@ class Settings(BaseSettings):
         """Whether the server API is there: for the holder of its key, or of a token."""
         return bool(self.api.key.get_secret_value()) or self.auth.mode != "none"
 
+    @property
+    def max_calls(self) -> int:
+        """How many connections to the operator's backend there are at most."""
+        of_hook = self.auth.hook.max_in_flight if self.auth.mode == "hook" else 0
+        return of_hook + bool(self.hooks.url)
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -82,7 +82,7 @@ def startup_warnings(settings: Settings) -> Iterator[SettingsWarning]:
     """Yield warnings about the settings and the limits of this machine."""
     yield from settings.warnings()
     limit = highest_limit()
-    needed = max(1, settings.limits.max_connections) + RESERVED + AT_START
+    needed = max(1, settings.limits.max_connections) + RESERVED + settings.max_calls + AT_START
     if limit < needed:
         yield SettingsWarning("too few file descriptors", {"limit": limit, "needed": needed})
 
