@@ -1,6 +1,7 @@
 """POSTs with an Idempotency-Key: a repeat is answered like the first request, and not relayed."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.support.issuer import sign_token
 from tests.support.programs import needed
 from tests.support.relay_process import RelayProcess, StartRelay, StartReplicas, receive
 from tests.support.relay_v1 import connect_relay_v1, parse_position
+from tests.support.server_api import WITH_KEY, request_api
 
 Relays = tuple[RelayProcess, RelayProcess]
 
@@ -25,12 +27,12 @@ async def relays(
 ) -> AsyncIterator[Relays]:
     """Two replicas; with `memory` one relay twice."""
     if request.param == "memory":
-        relay = relay_with()
+        relay = relay_with(**WITH_KEY)
         yield relay, relay
         return
     kind, programs = BROKERS[request.param]
     async with kind(needed(*programs), tmp_path / "broker") as broker:
-        settings = {"backplane": {"url": broker.url}}
+        settings = {"backplane": {"url": broker.url}, **WITH_KEY}
         yield relay_with(**settings), relay_with(**settings)
 
 
@@ -316,3 +318,103 @@ async def test_a_repeat_on_a_replica_that_has_just_started_is_not_relayed(
     async with one.client("news") as subscriber:
         await post(two, "after")
         assert await receive(subscriber) == "after"
+
+
+# The server API, whose requests have messages for several channels
+
+LINES = [("news", "one"), ("chat", "two"), ("news", "three"), ("news", "three")]
+
+
+async def publish_lines(
+    relay: RelayProcess, *lines: tuple[str, str], key: str = "key"
+) -> httpx2.Response:
+    """Publish texts to channels with the server API, and a key."""
+    body = "\n".join(json.dumps({"channel": channel, "text": text}) for channel, text in lines)
+    headers = {"Idempotency-Key": key}
+    return await request_api(relay, "POST", "/publish", body, headers=headers)
+
+
+def positions_of(response: httpx2.Response) -> list[str]:
+    assert response.status_code == 202, response.text
+    return list(response.json()["positions"])
+
+
+async def test_a_repeat_of_lines_on_any_replica_is_answered_like_the_first_and_not_relayed(
+    relays: Relays,
+) -> None:
+    one, two = relays
+    async with connect_relay_v1(one, "news") as news, connect_relay_v1(two, "chat") as chat:
+        positions = positions_of(await publish_lines(one, *LINES))
+        assert sorted(set(positions), key=parse_position) == positions
+        for relay in (two, one, two):
+            assert positions_of(await publish_lines(relay, *LINES)) == positions
+        later = positions_of(
+            await publish_lines(two, ("news", "later"), ("chat", "later"), key="k")
+        )
+        assert await news.next_messages(3) == ["one", "three", "three"]
+        assert news.position == positions[3]
+        assert await chat.next_message() == "two"
+        assert chat.position == positions[1]
+        assert await news.next_message() == await chat.next_message() == "later"
+        assert [news.position, chat.position] == later
+    assert await totals(relays) == (6, 12)
+
+
+async def test_of_concurrent_requests_with_one_key_each_line_is_relayed_once(
+    relays: Relays,
+) -> None:
+    one, two = relays
+    lines = [("news", str(number)) for number in range(300)]
+    async with connect_relay_v1(two, "news") as subscriber:
+        responses = await asyncio.gather(
+            *(publish_lines(relay, *lines) for relay in (one, two, one, two))
+        )
+        (positions,) = {tuple(positions_of(response)) for response in responses}
+        assert len(set(positions)) == 300
+        await post(two, "after")
+        received = await subscriber.next_messages(301)
+        assert sorted(received[:-1], key=int) == [text for _, text in lines]
+        assert received[-1] == "after"
+    assert await totals(relays) == (301, 900)
+
+
+async def test_a_request_of_which_a_part_was_relayed_is_completed_by_its_repeat(
+    relays: Relays,
+) -> None:
+    """As after an outage that began in between."""
+    one, two = relays
+    async with connect_relay_v1(two, "news") as subscriber:
+        part = positions_of(await publish_lines(one, *LINES[:3]))
+        whole = positions_of(await publish_lines(two, *LINES))
+        assert whole[:3] == part
+        assert await subscriber.next_messages(3) == ["one", "three", "three"]
+        assert subscriber.position == whole[3]
+    assert await totals(relays) == (4, 3)
+
+
+async def test_other_lines_with_a_key_are_refused_and_none_is_relayed(relays: Relays) -> None:
+    one, two = relays
+    async with connect_relay_v1(two, "news") as subscriber:
+        await publish_lines(one, *LINES)
+        assert await subscriber.next_messages(3) == ["one", "three", "three"]
+        for relay in (one, two):
+            other = [("news", "new"), *LINES[1:]]
+            response = await publish_lines(relay, ("other", "new"), *other)
+            assert (response.status_code, response.text) == (422, "idempotency key reused\n")
+        await post(one, "after")
+        assert await subscriber.next_message() == "after"
+    assert await totals(relays) == (5, 0)
+
+
+async def test_a_key_of_the_server_api_is_no_key_of_another_post(relay_with: StartRelay) -> None:
+    relay = relay_with(**WITH_KEY)
+    posted = position_of(await post(relay, "message", "key"))
+    (published,) = positions_of(await publish_lines(relay, ("news", "message")))
+    assert parse_position(published) > parse_position(posted)
+
+
+async def test_an_invalid_key_of_the_server_api_is_refused(relay_with: StartRelay) -> None:
+    relay = relay_with(**WITH_KEY)
+    for key in ("", "a b", "x" * 129):
+        response = await publish_lines(relay, *LINES, key=key)
+        assert (response.status_code, response.text) == (400, "invalid idempotency key\n")

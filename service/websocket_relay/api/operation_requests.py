@@ -4,13 +4,16 @@ import base64
 import binascii
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from websocket_relay.api.publish import MAX_BATCH, VALUE
 from websocket_relay.api.requests import parameters_of
+from websocket_relay.channels.broadcaster import Publish
 from websocket_relay.channels.names import CHANNEL_NAME
 from websocket_relay.channels.operations import MAX_LISTED, ORDERS
+from websocket_relay.channels.publications import line_source
 from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
 
@@ -159,21 +162,29 @@ class ClientsQuery(NamedTuple):
         return cls(channel, user, _limit_of(parameters))
 
 
-def publishes_of(body: bytes) -> Iterator[tuple[str, Message]]:
-    """Yield the channel and the message of each line.
+def publishes_of(body: bytes, key: str = "") -> Iterator[Publish]:
+    """Yield the message of each line.
+
+    Args:
+        body: of the request.
+        key: its Idempotency-Key; empty: it has none.
 
     Raises:
         RefusedError: a line is none. The text names the line.
     """
+    counts: Counter[str] = Counter()  # of the messages so far, by channel
     for number, line in enumerate(VALUE.finditer(body), 1):
         if number > MAX_BATCH:
             raise RefusedError(Refusal.MESSAGE_TOO_BIG, f"a batch has up to {MAX_BATCH} lines")
         try:
-            yield _publish_of(line[0])
+            channel, message = _publish_of(line[0])
         except ValueError as error:
             line_number = body.count(b"\n", 0, line.start()) + 1
             problem = f"line {line_number}: {error}"
             raise RefusedError(Refusal.INVALID_MESSAGE, problem) from None
+        source = line_source(key, channel, counts[channel]) if key else b""
+        counts[channel] += 1
+        yield Publish(channel, message, source)
 
 
 def _publish_of(line: bytes) -> tuple[str, Message]:

@@ -115,7 +115,7 @@ def publish_router(
     async def publish(request: Request) -> Response:
         media_type = MediaType.parse(request.headers.get("content-type", ""))
         try:
-            channel, key = channel_of(request), _idempotency_key(request)
+            channel, key = channel_of(request), idempotency_key(request)
             with cancelled_when_lost(request):
                 user = await admission.admit_publisher(admission_request_of(request, (channel,)))
             source = key_source(key, channel, user) if key else b""
@@ -196,7 +196,7 @@ class MessageBatch:
         self._scope.reschedule(asyncio.get_running_loop().time())
 
 
-def _idempotency_key(request: Request) -> str:
+def idempotency_key(request: Request) -> str:
     """Return the key of a request that may be a repeat; empty: it has none.
 
     Raises:

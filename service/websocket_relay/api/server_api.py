@@ -6,7 +6,7 @@ Knows no connection: what the replicas do is in `channels.operations`, how they 
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -24,6 +24,7 @@ from websocket_relay.api.operation_requests import (
 from websocket_relay.api.publish import (
     MessageBatch,
     collect,
+    idempotency_key,
     read_body,
     require_connected,
     require_identity_coding,
@@ -84,13 +85,14 @@ class ServerApi:
     async def publish(self, request: Request) -> Response:
         """Publish each line of the body, or none."""
         await self._admit(request)
+        key = idempotency_key(request)
         require_identity_coding(request)
         shared = self._broadcaster.shared
         try:
             async with MessageBatch(shared.partial_messages) as batch:
                 body = await read_body(request, self._max_bytes, batch)
-                publishes = await collect(publishes_of(body), shared.parse_slicer)
-                await self._broadcaster.wait_for_capacity(*dict.fromkeys(_channels(publishes)))
+                publishes = await collect(publishes_of(body, key), shared.parse_slicer)
+                await self._broadcaster.wait_for_capacity(*{each.channel for each in publishes})
             require_connected(request)
             self._admission.check_availability()
             positions = await self._broadcaster.publish_each(publishes)
@@ -166,7 +168,7 @@ def server_api_router(api: ServerApi, *, base_path: str) -> APIRouter:
     """
     router = APIRouter()
     for method, path, endpoint, status, refused in (
-        ("POST", "/api/publish", api.publish, 202, (400, 401, 403, 408, 413, 415, 503, 504)),
+        ("POST", "/api/publish", api.publish, 202, (400, 401, 403, 408, 413, 415, 422, 503, 504)),
         ("POST", "/api/disconnect", api.disconnect, 200, (400, 401, 403, 408, 413, 415, 503)),
         ("GET", "/api/channels", api.list_channels, 200, (400, 401, 403, 503)),
         ("GET", "/api/clients", api.list_clients, 200, (400, 401, 403, 503)),
@@ -208,10 +210,6 @@ def busiest(items: Iterable[tuple[str, int, int]], query: ChannelsQuery) -> list
         {"channel": name, "clients": clients, "messages": messages}
         for name, clients, messages in usages[: query.limit]
     ]
-
-
-def _channels(publishes: Iterable[tuple[str, object]]) -> Iterator[str]:
-    return (channel for channel, _ in publishes)
 
 
 def _answer(answers: Answers, fields: dict[str, Any]) -> Response:

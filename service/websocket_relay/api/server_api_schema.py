@@ -13,7 +13,7 @@ from websocket_relay.api.operation_requests import (
     MAX_USER_CHARACTERS,
     Level,
 )
-from websocket_relay.api.publish import MAX_BATCH
+from websocket_relay.api.publish import KEY_PARAMETER, MAX_BATCH
 from websocket_relay.channels.names import CHANNEL_NAME
 from websocket_relay.channels.operations import MAX_LISTED, ORDERS
 
@@ -82,6 +82,12 @@ LINES = """{"channel":"news","text":"hello"}
 {"channel":"images","base64":"iVBORw0KGgo="}
 """
 
+LINES_KEY = {
+    **KEY_PARAMETER,
+    "description": "a request with a key may be sent again: a line that the log holds already is"
+    " answered with its first position, and is not relayed again",
+}
+
 DISCONNECT = _object(
     {
         "user": USER,
@@ -144,7 +150,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
         "Publish messages to any channels",
         f"Each line is a message for a channel: `text`, or binary as `base64`; {MAX_BATCH} at most."
         f" If one line is invalid, none is published. {ADMIN}",
-        _body(media_types.BATCH, TEXT, LINES),
+        {"parameters": [LINES_KEY], **_body(media_types.BATCH, TEXT, LINES)},
         _response(
             "Each message has a position, in the order of the lines.",
             _object({"positions": {"type": "array", "items": TEXT}}),

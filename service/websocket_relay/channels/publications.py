@@ -91,6 +91,18 @@ def key_source(key: str, channel: str, user: str) -> bytes:
     return bytes((IDEMPOTENCY_KEY,)) + _digest(key, channel, user)
 
 
+def line_source(key: str, channel: str, number: int) -> bytes:
+    """Return the source of a message in a request to the server API with an Idempotency-Key.
+
+    Args:
+        key: of the request.
+        channel: of the message.
+        number: of the message among those of the request in its channel.
+    """
+    # Four parts, where the source of a POST has three: no user's key is one of these.
+    return bytes((IDEMPOTENCY_KEY,)) + _digest("api", key, channel, str(number))
+
+
 def new_origin() -> bytes:
     """Return the source of a connection that is sent no message of its own."""
     return bytes((ORIGIN,)) + secrets.token_bytes(DIGEST_BYTES)
