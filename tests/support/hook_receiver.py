@@ -6,11 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
 
-from tests.support.brokers import free_port
+from tests.support.http_server import HttpServer, send_answer
 from tests.support.raw_client import PATIENCE_S
 
 SECRET = "a secret of webhooks"
@@ -30,8 +29,8 @@ def verified_events(body: bytes, signature: str, secret: str = SECRET) -> list[H
     return events
 
 
-class HookReceiver:
-    """A receiver of webhooks.
+class HookReceiver(HttpServer):
+    """A receiver of webhooks. When it is stopped, it refuses with 503 on the connections it keeps.
 
     Attributes:
         status: of the answers; the events of requests that are answered with 2xx are accepted.
@@ -43,6 +42,7 @@ class HookReceiver:
     """
 
     def __init__(self) -> None:
+        super().__init__(version="HTTP/1.1")
         self.status = 200
         self.misbehave: Misbehave | None = None
         self.loses_answers = False
@@ -51,42 +51,15 @@ class HookReceiver:
         self.connections = 0
         self.problems: list[str] = []
         self._changed = threading.Condition()
-        self._port = free_port()  # stays reserved while the server is stopped
-        self._server: ThreadingHTTPServer | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/hooks"
+        return f"{self.address}/hooks"
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of a relay that delivers to this receiver."""
         return {"url": self.url, "secret": SECRET}
-
-    def start(self) -> None:
-        """Listen; after a stop, on the same port as before."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        """Stop listening. Connections that are kept are refused with 503."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
 
     def first_deliveries(self) -> list[HookEvent]:
         """Return the events without those that were delivered before."""
@@ -110,63 +83,40 @@ class HookReceiver:
         """Block until so many requests have arrived."""
         self.block_until(lambda each: each.requests >= count)
 
-    def count_connection(self, change: int) -> None:
-        """Count a connection that was opened, or closed."""
+    def on_connection(self, change: int) -> None:
+        """Count the connections."""
         with self._changed:
             self.connections += change
             self._changed.notify_all()
 
-    def receive(self, handler: BaseHTTPRequestHandler) -> int:
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Receive the events of a request."""
+        status = self._receive(request)
+        if self.misbehave is not None:
+            self.misbehave(request)
+        elif status:
+            send_answer(request, status, Location=f"{self.url}/elsewhere")
+        else:
+            request.close_connection = True
+
+    def _receive(self, request: BaseHTTPRequestHandler) -> int:
         """Receive a request; return the status of the answer, 0 for none."""
-        body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        body = request.rfile.read(int(request.headers["Content-Length"]))
         with self._changed:
             self.requests += 1
             try:
-                events = verified_events(body, handler.headers["Relay-Signature"])
+                events = verified_events(body, request.headers["Relay-Signature"])
             except (AssertionError, ValueError, KeyError) as error:
                 self.problems.append(repr(error))
                 events = []
             is_accepting = self.misbehave is None and (200 <= self.status < 300)
             status = self.status
-            if self._server is None:
+            if not self.is_running:
                 is_accepting, status = False, 503
             if is_accepting:
                 self.accepted += events
             self._changed.notify_all()
         return 0 if self.loses_answers else status
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        receiver = self
-
-        class HookRequestHandler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle(self) -> None:
-                receiver.count_connection(1)
-                try:
-                    super().handle()
-                finally:
-                    receiver.count_connection(-1)
-
-            def do_POST(self) -> None:
-                status = receiver.receive(self)
-                try:
-                    if receiver.misbehave is not None:
-                        receiver.misbehave(self)
-                    elif status:
-                        self.send_response(status)
-                        self.send_header("Content-Length", "0")
-                        self.send_header("Location", receiver.url + "/elsewhere")
-                        self.end_headers()
-                    else:
-                        self.close_connection = True
-                except OSError:  # the relay has closed the connection
-                    self.close_connection = True
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-        return HookRequestHandler
 
 
 def send_no_http(handler: BaseHTTPRequestHandler) -> None:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from jwt.algorithms import OKPAlgorithm, get_default_algorithms
 
-from tests.support.brokers import free_port
+from tests.support.http_server import HttpServer, send_answer
 from tests.support.raw_client import PATIENCE_S
 
 SECRET = "sixty-four bytes of secret, which is what HS512 asks for: abcdefg"
@@ -145,8 +145,8 @@ def key_set(*signers: Signer) -> bytes:
     return json.dumps({"keys": [signer.jwk() for signer in signers]}).encode()
 
 
-class KeyServer:
-    """An HTTP server of one document, in a thread.
+class KeyServer(HttpServer):
+    """An HTTP server of one document.
 
     Args:
         body: of the responses.
@@ -159,7 +159,7 @@ class KeyServer:
     """
 
     def __init__(self, body: bytes = b"", context: ssl.SSLContext | None = None) -> None:
-        self._context = context
+        super().__init__(context)
         self.body = body
         self.status = 200
         self.headers: dict[str, str] = {}
@@ -168,12 +168,6 @@ class KeyServer:
         self.may_answer.set()
         self._requests = 0
         self._request_count_grew = threading.Condition()
-        self._port = free_port()  # stays reserved while the server is stopped
-        self._server: ThreadingHTTPServer | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
 
     def __exit__(
         self,
@@ -182,11 +176,11 @@ class KeyServer:
         trace: TracebackType | None,
     ) -> None:
         self.may_answer.set()
-        self.stop()
+        super().__exit__(kind, error, trace)
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self._context else ''}://127.0.0.1:{self._port}/keys.json"
+        return f"{self.address}/keys.json"
 
     @property
     def requests(self) -> int:
@@ -200,46 +194,14 @@ class KeyServer:
                 self._requests
             )
 
-    def start(self) -> None:
-        """Listen; after a stop, on the same port as before."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
-        self._server.daemon_threads = True
-        if self._context is not None:
-            self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        """Stop listening."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class KeyRequestHandler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with server._request_count_grew:
-                    server._requests += 1
-                    server._request_count_grew.notify_all()
-                server.may_answer.wait(PATIENCE_S)
-                if server.closes_without_answer:
-                    return
-                try:
-                    self.send_response(server.status)
-                    for name, value in server.headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(server.body)))
-                    self.end_headers()
-                    self.wfile.write(server.body)
-                except OSError:  # the client has closed the connection
-                    pass
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-        return KeyRequestHandler
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Send the document."""
+        with self._request_count_grew:
+            self._requests += 1
+            self._request_count_grew.notify_all()
+        self.may_answer.wait(PATIENCE_S)
+        if not self.closes_without_answer:
+            send_answer(request, self.status, self.body, **self.headers)
 
 
 def write_key_file(directory: Path, content: bytes) -> str:
