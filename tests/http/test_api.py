@@ -307,8 +307,8 @@ async def test_a_client_that_is_disconnected_has_left_presence_at_once(
         assert {each["client"] for each in present} == {
             client.welcome["client"] for client in (one, two)
         }
-        await disconnect(relay, client=one.welcome["client"])
-        assert await await_close(one.connection) == (4000, "disconnected")
+        await disconnect(relay, client=one.welcome["client"], code=4001.0)  # an integer in JSON
+        assert await await_close(one.connection) == (4001, "disconnected")
         present = (await relay.get("/channels/lobby/presence")).json()["clients"]
         assert [each["client"] for each in present] == [two.welcome["client"]]
 
@@ -332,7 +332,7 @@ INVALID_ORDERS: list[Any] = [
     {"user": "a", "code": 3999},
     {"user": "a", "code": 5000},
     {"user": "a", "code": True},
-    {"user": "a", "code": 4000.0},
+    {"user": "a", "code": 4000.5},
     {"user": "a", "reason": "ü" * 62},
     {"user": "a", "reason": None},
     {"user": "a", "reason": "\ud800"},
@@ -493,6 +493,7 @@ async def test_an_invalid_question_is_refused(api_relay: RelayProcess) -> None:
         "/channels?prefix=a&prefix=b",
         "/clients?limit=-1",
         "/clients?channel=no%20name",
+        "/clients?channel=",
         "/clients?limit=%C2%B2",
     ):
         response = await request_api(api_relay, "GET", path)

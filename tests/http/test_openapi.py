@@ -1,8 +1,8 @@
 """The OpenAPI document: valid, complete, and in agreement with the responses."""
 
 import asyncio
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -10,11 +10,10 @@ import httpx2
 import jsonschema
 import openapi_spec_validator
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
 
 from tests.support.issuer import SECRET, sign_token
 from tests.support.raw_client import PATIENCE_S
-from tests.support.relay_process import NO_CA, RelayProcess, StartRelay
+from tests.support.relay_process import NO_CA, ROOT, RelayProcess, StartRelay, run_python
 from tests.support.server_api import KEY, WITH_KEY, request_api
 
 ROUTES = {
@@ -118,59 +117,22 @@ async def test_the_examples_of_the_server_api_are_answered_as_described(
             assert str(refused.status_code) in operation["responses"]
 
 
-JSON_VALUES = strategies.recursive(
-    strategies.none()
-    | strategies.booleans()
-    | strategies.floats()
-    | strategies.integers()
-    # Half of a surrogate pair, too.
-    | strategies.text(strategies.characters(codec=None), max_size=20),
-    lambda inner: (
-        strategies.lists(inner, max_size=3)
-        | strategies.dictionaries(strategies.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-FIELDS = strategies.sampled_from(
-    ["user", "client", "channel", "code", "reason", "block_s", "level", "for_s", "text", "base64"]
-)
-PLAUSIBLE = strategies.sampled_from([4000, 4321, 0, 1, "ada", "news", "AA==", "debug", "", True])
-BODIES = (
-    strategies.dictionaries(FIELDS, PLAUSIBLE | JSON_VALUES, max_size=4).map(json.dumps)
-    | JSON_VALUES.map(json.dumps)
-    | strategies.binary(max_size=30)
-)
-QUERIES = strategies.dictionaries(
-    strategies.sampled_from(["channel", "user", "limit", "prefix", "order"]),
-    strategies.sampled_from(["news", "1", "clients", "messages"]) | strategies.text(max_size=9),
-).map(urlencode)
-
-
 @pytest.mark.timeout(180)
-async def test_whatever_the_server_api_is_sent_the_answer_is_one_that_is_described(
-    api_relay: RelayProcess,
+async def test_the_server_api_answers_as_described_and_refuses_what_the_document_forbids(
+    api_relay: RelayProcess, tmp_path: Path
 ) -> None:
-    paths = (await openapi_document(api_relay))["paths"]
-    answers: dict[tuple[str, str], set[int]] = {route: set() for route in API_ROUTES}
-
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(strategies.sampled_from(sorted(API_ROUTES)), BODIES, QUERIES)
-    def send(route: tuple[str, str], body: bytes | str, query: str) -> None:
-        path, method = route
-        response = http.request(
-            method.upper(), api_relay.http_url(f"{path}?{query}"), content=body, headers=headers
-        )
-        answers[route].add(response.status_code)
-        described = paths[path][method]["responses"][str(response.status_code)]
-        media_type = response.headers["content-type"].partition(";")[0]
-        assert media_type in described["content"]
-        if media_type == "application/json":
-            jsonschema.validate(response.json(), described["content"][media_type]["schema"])
-
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx2.Client(verify=NO_CA, trust_env=False, timeout=PATIENCE_S) as http:
-        await asyncio.to_thread(send)
-    assert all(answers.values())
+    """The command generates requests from the document, valid and invalid ones."""
+    done = await asyncio.to_thread(
+        run_python,
+        *("-m", "schemathesis.cli", "--no-color"),
+        *("--config-file", str(ROOT / "tests" / "support" / "schemathesis.toml")),
+        *("run", api_relay.http_url("/openapi.json"), "--include-path-regex", "^/api/"),
+        *("--header", f"Authorization: Bearer {KEY}", "--checks", "all"),
+        directory=tmp_path,
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert f"Tested: {len(API_ROUTES)}" in done.stdout
+    assert await api_relay.metric("websocket_messages_total") > 0
     assert api_relay.unexpected_lines == []
 
 

@@ -61,7 +61,8 @@ class Disconnection(NamedTuple):
         if name == "channel" and not CHANNEL_NAME.fullmatch(value):
             raise _invalid("channel must be the name of a channel")
         code = fields.pop("code", Close.DISCONNECTED.code)
-        if type(code) is not int or code not in CODES:
+        # In JSON, 4000.0 is an integer.
+        if type(code) not in (int, float) or code not in CODES:
             raise _invalid(f"code must be an integer from {CODES[0]} to {CODES[-1]}")
         reason = fields.pop("reason", Close.DISCONNECTED.reason)
         if not _is_reason(reason):
@@ -72,7 +73,7 @@ class Disconnection(NamedTuple):
                 raise _invalid("block_s is for a user")
             blocked_until = time.time() + _seconds_of(fields, "block_s", 0, MAX_BLOCK_S)
         _require_empty(fields)
-        return cls(target, code, reason, blocked_until)
+        return cls(target, int(code), reason, blocked_until)
 
     def fields(self) -> dict[str, Any]:
         """Return what the replicas receive."""
@@ -155,7 +156,7 @@ class ClientsQuery(NamedTuple):
             RefusedError: it is invalid.
         """
         parameters = parameters_of(query)
-        channel = _one_of(parameters, "channel", "") or None
+        channel = _one_of(parameters, "channel", "") if "channel" in parameters else None
         if channel is not None and not CHANNEL_NAME.fullmatch(channel):
             raise RefusedError(Refusal.INVALID_QUERY, "channel must be the name of a channel")
         user = _one_of(parameters, "user", "") or None

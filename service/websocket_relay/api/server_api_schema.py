@@ -10,7 +10,9 @@ from websocket_relay.api.operation_requests import (
     DEFAULT_LOG_LEVEL_S,
     MAX_BLOCK_S,
     MAX_LOG_LEVEL_S,
+    MAX_REASON_BYTES,
     MAX_USER_CHARACTERS,
+    TARGETS,
     Level,
 )
 from websocket_relay.api.publish import KEY_PARAMETER, MAX_BATCH
@@ -40,6 +42,11 @@ class Description(NamedTuple):
 def _object(properties: Mapping[str, Schema], *optional: str) -> Schema:
     required = [name for name in properties if name not in optional]
     return {"type": "object", "required": required, "properties": dict(properties)}
+
+
+def _order(properties: Mapping[str, Schema], *optional: str, **rules: object) -> Schema:
+    """Return the schema of what the relay is asked: it accepts no other fields."""
+    return {**_object(properties, *optional), "additionalProperties": False, **rules}
 
 
 def _response(description: str, schema: Schema, example: object) -> dict[str, Any]:
@@ -88,13 +95,17 @@ LINES_KEY = {
     " answered with its first position, and is not relayed again",
 }
 
-DISCONNECT = _object(
+DISCONNECT = _order(
     {
         "user": USER,
         "client": {"type": "string", "minLength": 1, "maxLength": MAX_USER_CHARACTERS},
         "channel": CHANNEL,
         "code": {"type": "integer", "minimum": CODES[0], "maximum": CODES[-1]},
-        "reason": {"type": "string", "description": "at most 123 bytes in UTF-8"},
+        "reason": {
+            "type": "string",
+            "maxLength": MAX_REASON_BYTES,
+            "description": f"at most {MAX_REASON_BYTES} bytes in UTF-8",
+        },
         "block_s": {
             "type": "number",
             "minimum": 0,
@@ -103,6 +114,8 @@ DISCONNECT = _object(
         },
     },
     *("user", "client", "channel", "code", "reason", "block_s"),
+    oneOf=[{"required": [target]} for target in TARGETS],
+    dependentRequired={"block_s": ["user"]},
 )
 
 CLIENT = _object(
@@ -126,7 +139,7 @@ REPLICA = _object(
         "since": {"type": ["integer", "null"], "description": "seconds since 1970"},
     }
 )
-LOG_LEVEL = _object(
+LOG_LEVEL = _order(
     {
         "level": {"type": "string", "enum": list(Level.__args__)},  # type: ignore[attr-defined]  # of typing.Literal
         "for_s": {
@@ -140,9 +153,11 @@ LOG_LEVEL = _object(
 )
 
 
-def _body(media_type: str, schema: Schema, example: object) -> dict[str, Any]:
+def _body(
+    media_type: str, schema: Schema, example: object, *, required: bool = True
+) -> dict[str, Any]:
     content = {media_type: {"schema": schema, "example": example}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 DESCRIPTIONS: Mapping[str, Description] = {
@@ -150,7 +165,7 @@ DESCRIPTIONS: Mapping[str, Description] = {
         "Publish messages to any channels",
         f"Each line is a message for a channel: `text`, or binary as `base64`; {MAX_BATCH} at most."
         f" If one line is invalid, none is published. {ADMIN}",
-        {"parameters": [LINES_KEY], **_body(media_types.BATCH, TEXT, LINES)},
+        {"parameters": [LINES_KEY], **_body(media_types.BATCH, TEXT, LINES, required=False)},
         _response(
             "Each message has a position, in the order of the lines.",
             _object({"positions": {"type": "array", "items": TEXT}}),
