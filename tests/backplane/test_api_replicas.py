@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
@@ -41,11 +42,24 @@ async def await_replicas(relay: RelayProcess, count: int) -> None:
     await eventually(check, f"{count} replicas")
 
 
+async def start_two(replicas_with: StartReplicas) -> Sequence[RelayProcess]:
+    """Start two replicas; return them once they know each other."""
+    replicas = replicas_with(2, **WITH_USERS)
+    for relay in replicas:
+        await await_replicas(relay, 2)
+    return replicas
+
+
+async def refusal_of(relay: RelayProcess, user: str) -> int:
+    """Return the status with which a user is refused."""
+    answer = await refusal_answer(relay.client("news", additional_headers=bearer_of(user)))
+    return answer.status_code
+
+
 async def test_an_order_acts_on_all_replicas_and_counts_the_clients_of_all(
     replicas_with: StartReplicas,
 ) -> None:
-    one, two = replicas_with(2, **WITH_USERS)
-    await await_replicas(one, 2)
+    one, two = await start_two(replicas_with)
     async with (
         one.client("news", additional_headers=bearer_of("ada")) as here,
         two.client("chat", additional_headers=bearer_of("ada")) as there,
@@ -57,8 +71,7 @@ async def test_an_order_acts_on_all_replicas_and_counts_the_clients_of_all(
         for client in (here, there):
             assert await await_close(client) == (4711, "signed out")
         for relay in (one, two):
-            answer = await refusal_answer(relay.client("a", additional_headers=bearer_of("ada")))
-            assert answer.status_code == 403
+            assert await refusal_of(relay, "ada") == 403
         assert await disconnect(one, client=other.welcome["client"]) == {"disconnected": 1}
         assert await await_close(other.connection) == (4000, "disconnected")
         assert await disconnect(two, user="ada", block_s=0) == {"disconnected": 0}
@@ -97,8 +110,7 @@ async def test_posted_lines_have_their_positions_on_all_replicas(
 async def test_a_question_is_answered_with_what_all_replicas_know(
     replicas_with: StartReplicas,
 ) -> None:
-    one, two = replicas_with(2, **WITH_USERS)
-    await await_replicas(one, 2)
+    one, two = await start_two(replicas_with)
     async with (
         one.client("news", additional_headers=bearer_of("ada")) as first,
         two.client("news", additional_headers=bearer_of("eve")) as second,
@@ -129,8 +141,7 @@ async def test_a_question_is_answered_with_what_all_replicas_know(
 async def test_a_frozen_replica_is_named_and_carries_an_order_out_when_it_goes_on(
     replicas_with: StartReplicas,
 ) -> None:
-    one, two = replicas_with(2, **WITH_USERS)
-    await await_replicas(one, 2)
+    one, two = await start_two(replicas_with)
     async with (
         one.client("news", additional_headers=bearer_of("ada")) as here,
         two.client("news", additional_headers=bearer_of("ada")) as there,
@@ -146,23 +157,15 @@ async def test_a_frozen_replica_is_named_and_carries_an_order_out_when_it_goes_o
         assert took_s < 3.0  # an answer that is not awaited any longer than a second
         for client in (here, there):
             assert await await_close(client) == (4000, "disconnected")
-    answer = await refusal_answer_of(two, "ada")
-    assert answer == 403
+    assert await refusal_of(two, "ada") == 403
     await one.await_metric("websocket_questions_total", 1, result="incomplete")
-
-
-async def refusal_answer_of(relay: RelayProcess, user: str) -> int:
-    """Return the status with which a user is refused."""
-    answer = await refusal_answer(relay.client("news", additional_headers=bearer_of(user)))
-    return answer.status_code
 
 
 @ONLY_REDIS
 async def test_a_killed_replica_is_missing_until_it_is_known_to_be_dead(
     replicas_with: StartReplicas,
 ) -> None:
-    one, two = replicas_with(2, **WITH_USERS)
-    await await_replicas(one, 2)
+    one, two = await start_two(replicas_with)
     two.signal(SIGKILL)
     assert await ask_api(one, "/clients") == {"clients": [], "missing": [NAME]}
     await await_replicas(one, 1)
@@ -171,8 +174,7 @@ async def test_a_killed_replica_is_missing_until_it_is_known_to_be_dead(
 
 @ONLY_NATS
 async def test_questions_in_flight_are_bounded(replicas_with: StartReplicas) -> None:
-    one, two = replicas_with(2, **WITH_USERS)
-    await await_replicas(one, 2)
+    one, two = await start_two(replicas_with)
     two.signal(SIGSTOP)
     try:
         responses = await asyncio.gather(*(request_api(one, "GET", "/channels") for _ in range(18)))
@@ -197,7 +199,7 @@ async def test_a_replica_that_starts_learns_which_users_are_blocked(
     await broker_log.delete_stream()  # the order is not in the log any more
     (two,) = await asyncio.to_thread(replicas_with, 1, **WITH_USERS)
     await two.await_metric("websocket_blocked_users", 1)
-    assert await refusal_answer_of(two, "ada") == 403
+    assert await refusal_of(two, "ada") == 403
     async with two.client("news", additional_headers=bearer_of("eve")) as client:
         await client.send("not blocked")
         assert await receive(client) == "not blocked"

@@ -348,10 +348,7 @@ class Channel:
         while self._queue:
             batch = self._queue[0]
             if isinstance(batch, Notices):
-                for clients, encoded in batch.groups():
-                    for some in steps(clients, len(encoded)):
-                        self._shared.write(some, encoded, messages=0)
-                        yield
+                yield from self._fan_out_notices(batch)
                 self._queue.popleft()
                 self._adjust_pending(-batch.memory_bytes)
             elif not isinstance(batch, Batch):
@@ -387,6 +384,13 @@ class Channel:
                     yield
                 self._shared.write(some, encoded, len(entries))
             self._adjust_pending(-len(encoded))
+
+    def _fan_out_notices(self, notices: Notices) -> Iterator[None]:
+        """Write notices to each group of clients that watch."""
+        for clients, encoded in notices.groups():
+            for some in steps(clients, len(encoded)):
+                self._shared.write(some, encoded, messages=0)
+                yield
 
     def _finish_batch(self, batch: Batch) -> None:
         self._host.observe_delivery(perf_counter() - batch.opened_at)
