@@ -28,6 +28,7 @@ CODES = range(4000, 5000)
 Level = Literal["debug", "info", "warning", "error"]
 
 TARGETS = ("user", "client", "channel")
+CHANNEL_NEEDED = "channel must be the name of a channel"
 
 
 class Disconnection(NamedTuple):
@@ -52,14 +53,7 @@ class Disconnection(NamedTuple):
             RefusedError: it is invalid.
         """
         fields = _object_of(body)
-        target = {name: fields.pop(name) for name in TARGETS if name in fields}
-        if len(target) != 1:
-            raise _invalid("one of user, client and channel is needed")
-        ((name, value),) = target.items()
-        if type(value) is not str or not 0 < len(value) <= MAX_USER_CHARACTERS:
-            raise _invalid(f"{name} must be text of 1 to {MAX_USER_CHARACTERS} characters")
-        if name == "channel" and not CHANNEL_NAME.fullmatch(value):
-            raise _invalid("channel must be the name of a channel")
+        name, value = _target_of(fields)
         code = fields.pop("code", Close.DISCONNECTED.code)
         # In JSON, 4000.0 is an integer.
         if type(code) not in (int, float) or code not in CODES:
@@ -73,7 +67,7 @@ class Disconnection(NamedTuple):
                 raise _invalid("block_s is for a user")
             blocked_until = time.time() + _seconds_of(fields, "block_s", 0, MAX_BLOCK_S)
         _require_empty(fields)
-        return cls(target, int(code), reason, blocked_until)
+        return cls({name: value}, int(code), reason, blocked_until)
 
     def fields(self) -> dict[str, Any]:
         """Return what the replicas receive."""
@@ -132,7 +126,7 @@ class ChannelsQuery(NamedTuple):
         prefix = _one_of(parameters, "prefix", "")
         order = _one_of(parameters, "order", "clients")
         if order not in ORDERS:
-            raise RefusedError(Refusal.INVALID_QUERY, f"order must be {' or '.join(ORDERS)}")
+            raise _invalid_query(f"order must be {' or '.join(ORDERS)}")
         return cls(prefix, order, _limit_of(parameters))
 
 
@@ -158,7 +152,7 @@ class ClientsQuery(NamedTuple):
         parameters = parameters_of(query)
         channel = _one_of(parameters, "channel", "") if "channel" in parameters else None
         if channel is not None and not CHANNEL_NAME.fullmatch(channel):
-            raise RefusedError(Refusal.INVALID_QUERY, "channel must be the name of a channel")
+            raise _invalid_query(CHANNEL_NEEDED)
         user = _one_of(parameters, "user", "") or None
         return cls(channel, user, _limit_of(parameters))
 
@@ -192,7 +186,7 @@ def _publish_of(line: bytes) -> tuple[str, Message]:
     fields = _parsed(line)
     channel = fields.pop("channel", None)
     if type(channel) is not str or not CHANNEL_NAME.fullmatch(channel):
-        raise ValueError("channel must be the name of a channel")
+        raise ValueError(CHANNEL_NEEDED)
     if len(fields) != 1 or not fields.keys() <= {"text", "base64"}:
         raise ValueError("text or base64 is needed besides channel")
     ((kind, value),) = fields.items()
@@ -226,6 +220,20 @@ def _object_of(body: bytes) -> dict[str, Any]:
         raise _invalid(str(error)) from None
 
 
+def _target_of(fields: dict[str, Any]) -> tuple[str, str]:
+    """Remove the field that selects clients; return its name and value."""
+    names = [name for name in TARGETS if name in fields]
+    if len(names) != 1:
+        raise _invalid("one of user, client and channel is needed")
+    (name,) = names
+    value = fields.pop(name)
+    if type(value) is not str or not 0 < len(value) <= MAX_USER_CHARACTERS:
+        raise _invalid(f"{name} must be text of 1 to {MAX_USER_CHARACTERS} characters")
+    if name == "channel" and not CHANNEL_NAME.fullmatch(value):
+        raise _invalid(CHANNEL_NEEDED)
+    return name, value
+
+
 def _require_empty(fields: Mapping[str, Any]) -> None:
     if fields:
         raise _invalid("a field that is not known")
@@ -233,6 +241,10 @@ def _require_empty(fields: Mapping[str, Any]) -> None:
 
 def _invalid(problem: str) -> RefusedError:
     return RefusedError(Refusal.INVALID_COMMAND, problem)
+
+
+def _invalid_query(problem: str) -> RefusedError:
+    return RefusedError(Refusal.INVALID_QUERY, problem)
 
 
 def _is_reason(reason: object) -> bool:
@@ -252,7 +264,7 @@ def _seconds_of(fields: dict[str, Any], name: str, least: int, most: int) -> flo
 def _one_of(parameters: Mapping[str, list[str]], name: str, default: str) -> str:
     values = parameters.get(name, [default])
     if len(values) > 1:
-        raise RefusedError(Refusal.INVALID_QUERY, f"{name} must be one value")
+        raise _invalid_query(f"{name} must be one value")
     return values[0]
 
 
@@ -260,5 +272,5 @@ def _limit_of(parameters: Mapping[str, list[str]]) -> int:
     text = _one_of(parameters, "limit", str(DEFAULT_LISTED))
     is_number = text.isascii() and text.isdecimal() and len(text) < 9
     if not is_number or not 1 <= int(text) <= MAX_LISTED:
-        raise RefusedError(Refusal.INVALID_QUERY, f"limit must be from 1 to {MAX_LISTED}")
+        raise _invalid_query(f"limit must be from 1 to {MAX_LISTED}")
     return int(text)
