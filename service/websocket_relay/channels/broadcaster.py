@@ -262,33 +262,38 @@ class Broadcaster:
         Raises:
             RefusedError: they could not be relayed, or this is unknown of some.
         """
+        await self._first_positions(publishes)  # all are compared before one is relayed
         awaited = AwaitedPublishes(len(publishes))
-        firsts = await self._first_positions(publishes)  # all are compared before one is relayed
-        for index, ((name, message, source), first) in enumerate(
-            zip(publishes, firsts, strict=True)
-        ):
-            if first is not None:
+        for index, publish in enumerate(publishes):
+            name, message, source = publish
+            if source and index % IDENTIFIED_A_TURN == 0:
+                await asyncio.sleep(0)
+                following = publishes[index : index + IDENTIFIED_A_TURN]
+                await self.wait_for_capacity(*{each.channel for each in following})
+            # No await between this and the append: the identity states what is known now.
+            if (first := self._first_position_of(publish)) is not None:
                 self.shared.counters.publish_repeats += 1
                 awaited.on_delivered(index, first)
                 continue
             identity = self._identity_of(source, 1) if source else None
             self.append(name, (message,), awaited, identity)
             self.backplane.when_delivered(partial(awaited.on_delivered, index))
-            if source:
-                await _rest(index)
         positions = await awaited.result()
         # Another request with the key may have been relayed before.
         firsts = await self._first_positions(publishes)
         return [first or position for first, position in zip(firsts, positions, strict=True)]
 
     async def _first_positions(self, publishes: Sequence[Publish]) -> Sequence[Position | None]:
-        """Return the positions of those that the log holds, see `_first_position`."""
         firsts: list[Position | None] = []
-        for index, (_, message, source) in enumerate(publishes):
-            firsts.append(self._first_position(source, (message,)) if source else None)
-            if source:
-                await _rest(index)
+        for index, publish in enumerate(publishes):
+            if publish.source and index % IDENTIFIED_A_TURN == 0:
+                await asyncio.sleep(0)
+            firsts.append(self._first_position_of(publish))
         return firsts
+
+    def _first_position_of(self, publish: Publish) -> Position | None:
+        _, message, source = publish
+        return self._first_position(source, (message,)) if source else None
 
     def _identity_of(self, source: bytes, count: int) -> Identity:
         return Identity(Source(source, self.publications.complete_after), (0,) * count)
@@ -468,12 +473,6 @@ class Broadcaster:
         for publisher, publishes in acknowledged.items():
             publisher.acknowledge(publishes)
         return new, publishers
-
-
-async def _rest(index: int) -> None:
-    """Let the event loop run other tasks after each slice of identified messages."""
-    if index % IDENTIFIED_A_TURN == IDENTIFIED_A_TURN - 1:
-        await asyncio.sleep(0)
 
 
 def _key_of(names: Sequence[str]) -> str:
