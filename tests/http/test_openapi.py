@@ -117,7 +117,6 @@ async def test_the_examples_of_the_server_api_are_answered_as_described(
             assert str(refused.status_code) in operation["responses"]
 
 
-@pytest.mark.timeout(180)
 async def test_the_server_api_answers_as_described_and_refuses_what_the_document_forbids(
     api_relay: RelayProcess, tmp_path: Path
 ) -> None:
