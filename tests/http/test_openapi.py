@@ -95,6 +95,7 @@ async def test_the_examples_of_the_server_api_are_answered_as_described(
     async with api_relay.client("news"):
         for path, method in API_ROUTES:
             operation = paths[path][method]
+            assert operation["security"] == [{"admin": []}]
             content = operation.get("requestBody", {}).get("content", {"": {}})
             ((media_type, body),) = content.items()
             example = body.get("example")

@@ -33,7 +33,7 @@ from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import admission_request_of
 from websocket_relay.api.responses import json_response
 from websocket_relay.api.routes import add_get_route
-from websocket_relay.api.server_api_schema import DESCRIPTIONS
+from websocket_relay.api.server_api_schema import BEARER, DESCRIPTIONS
 from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.operations import ORDERS
 from websocket_relay.cluster.blocks import Blocks
@@ -183,6 +183,7 @@ def server_api_router(api: ServerApi, *, base_path: str) -> APIRouter:
             "status_code": status,
             "responses": {status: described.response, **refusal_responses(*refused)},
             "openapi_extra": described.request,
+            "dependencies": [BEARER],
         }
         if method == "GET":
             add_get_route(router, base_path + path, endpoint, **description)

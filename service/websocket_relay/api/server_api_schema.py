@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fastapi import Security
+from fastapi.security import HTTPBearer
+
 from websocket_relay.api import media_types
 from websocket_relay.api.operation_requests import (
     CODES,
@@ -20,6 +23,7 @@ from websocket_relay.channels.names import CHANNEL_NAME
 from websocket_relay.channels.operations import MAX_LISTED, ORDERS
 
 ADMIN = "Needs `Authorization: Bearer` with `api.key` or the token of an admin."
+BEARER = Security(HTTPBearer(scheme_name="admin", description="`api.key`, or an admin's token"))
 
 Schema = dict[str, Any]
 
