@@ -385,9 +385,11 @@ async def test_a_blocked_user_is_refused_by_each_way_until_the_block_ends(
     attempt = api_relay.client("news", additional_headers=bearer_of("ada"))
     answer = await refusal_answer(attempt)
     assert bytes(answer.body or b"").decode() == "user is blocked\n"
+    viewer = sign_token(sub="ada", relay={"stats": True})
+    assert (await api_relay.get("/stats", viewer)).text == "user is blocked\n"
     admitted = {"plain": 101, "relay.v1": 101, "POST": 202, "events": 200}
     assert await attempts_of(api_relay, "eve") == admitted
-    await api_relay.await_metric("websocket_refusals_total", 5, reason="blocked")
+    await api_relay.await_metric("websocket_refusals_total", 6, reason="blocked")
     await api_relay.await_metric("websocket_blocked_users", 1)
     await disconnect(api_relay, user="ada", block_s=0)
     assert await attempts_of(api_relay, "ada") == admitted

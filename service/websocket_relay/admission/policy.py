@@ -272,6 +272,7 @@ class AdmissionPolicy:
             if not permissions.stats:
                 raise RefusedError(Refusal.STATS_NOT_AUTHORIZED)
             _remaining_s(permissions)
+            self._admitted_user(permissions, request)
 
     async def admit_admin(self, request: AdmissionRequest) -> None:
         """Admit a user of the server API, by its key or a token of an admin.
