@@ -237,6 +237,10 @@ async def test_a_relay_writes_nothing_about_the_api_into_the_log_unless_it_has_o
     ):
         await client.send("last")
         assert await receive(client) == await receive(other) == "last"
-    log = str(await broker_log.execute("XRANGE", "relay", "-", "+"))
-    assert ("blocks.ask" in log) is bool(settings)
-    assert "last" in log
+
+    async def check() -> tuple[bool, object]:
+        log = str(await broker_log.execute("XRANGE", "relay", "-", "+"))
+        assert "last" in log
+        return ("blocks.ask" in log) is bool(settings), log
+
+    await eventually(check, "the question of a replica that starts")

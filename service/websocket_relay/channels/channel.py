@@ -281,7 +281,9 @@ class Channel:
         self._held_notices = []
         self._notified_at = perf_counter()
         self._adjust_pending(notices.memory_bytes)
-        self._enqueue(notices)
+        if not self._queue:
+            self._host.schedule(self._fan_out())
+        self._queue.append(notices)
         self._add_watchers()
 
     def _add_watchers(self) -> None:
@@ -335,13 +337,10 @@ class Channel:
         recipients.batches += 1
         self._write_notices()
         self._open_batch = batch = Batch(recipients, perf_counter())
-        self._enqueue(batch)
-        return batch
-
-    def _enqueue(self, work: Batch | Notices) -> None:
         if not self._queue:
             self._host.schedule(self._fan_out())
-        self._queue.append(work)
+        self._queue.append(batch)
+        return batch
 
     def _fan_out(self) -> Iterator[None]:
         """Write the batches of the queue, one step of writes at a time, until it is empty."""
