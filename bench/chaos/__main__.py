@@ -27,6 +27,12 @@ from bench.servers import FailedError
 RESULTS = prepare.HERE / "results"
 BROKERS = {"redis": ("redis",), "nats": ("nats",), "both": ("redis", "nats")}
 FULL_RUNS, FULL_SECONDS = 30, 45.0
+NOTES = """\
+`joined` and `left` are notices to watchers. `resumed in time`: returns of clients with a session
+within the grace, none of which a watcher noticed; `returned late`: after it, or after the client's
+own close. `positions compared`: messages at which watchers of two relays or more had the roster;
+`not settled`: rosters left out, of a relay that was not ready, or had just lost entries. `answers`:
+to those who asked. `at rest`: clients listed at the end, in so many answers.""".splitlines()
 SHOWN = 3
 """Violations of a kind that are shown for a run; all of them are in its directory."""
 
@@ -72,7 +78,7 @@ def _line(outcome: RunOutcome) -> str:
     return (
         f"{'PASS' if outcome.passed else 'FAIL'} seed {plan.seed} {how}, {plan.relays} relays,"
         f" {len(plan.faults)} faults: {stats['published']} published, {answers}, {reports},"
-        f" {outcome.verdict.false_alarms} false alarms"
+        f" {outcome.verdict.false_alarms} false alarms, presence: {outcome.verdict.presence}"
     )
 
 
@@ -106,7 +112,22 @@ def _page(facts: dict[str, Any], outcomes: Sequence[RunOutcome]) -> str:
     passed = sum(each.passed for each in outcomes)
     lines = ["# What `make chaos` found", "", *(f"{line}  " for line in origin(facts)), ""]
     lines += [f"{passed} of {len(outcomes)} runs passed. How: [bench/README.md](../README.md)."]
-    return "\n".join([*lines, "", *table(rows), ""])
+    return "\n".join([*lines, "", *table(rows), "", "## Presence", "", *_presence(outcomes), ""])
+
+
+def _presence(outcomes: Sequence[RunOutcome]) -> list[str]:
+    """Return a table of how much of presence was exercised and judged."""
+    rows = [["seed", "broker", "relays", "grace, s", "joined", "left", "resumed in time"]]
+    rows[0] += ["returned late", "positions compared", "not settled", "answers", "at rest"]
+    for each in outcomes:
+        plan, counts = each.plan, each.verdict.presence
+        cells = [str(plan.seed), plan.broker, str(plan.relays), f"{plan.grace_s:g}"]
+        cells += [str(counts.joined), str(counts.left), str(counts.resumed_in_time)]
+        cells += [str(counts.returned_late), str(counts.positions), str(counts.unsettled)]
+        rests = each.record.rosters_at_rest
+        at_rest = f"{sum(len(rest.answer.clients) for rest in rests)} in {len(rests)}"
+        rows.append([*cells, str(counts.answers), at_rest])
+    return [*table(rows), "", *NOTES]
 
 
 def _document(facts: dict[str, Any], outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
@@ -119,6 +140,7 @@ def _document(facts: dict[str, Any], outcomes: Sequence[RunOutcome]) -> dict[str
                 "passed": each.passed,
                 "false_alarms": each.verdict.false_alarms,
                 "covered_holes": each.verdict.covered_holes,
+                "presence": asdict(each.verdict.presence),
                 "violations": [
                     {"kind": one.kind.name.lower(), "text": one.text, "at_s": one.at_s}
                     for one in each.verdict.violations

@@ -6,10 +6,9 @@ be judged.
 """
 
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from http import HTTPStatus
 
 from websocket_relay.backplane.interface import Position
@@ -25,6 +24,8 @@ from bench.chaos.observations import (
     StopRecord,
     Trace,
 )
+from bench.chaos.presence_checker import PresenceChecker
+from bench.chaos.verdict import Kind, RunVerdict
 
 MEMORY_SLACK_BYTES = 32 << 20
 """Growth that a relay is allowed beside its history: fragments of what was pending at the worst
@@ -47,40 +48,6 @@ LEFT_AT_REST = (
 """Gauges that are zero once all clients have left."""
 
 
-class Kind(Enum):
-    """The kinds of violations."""
-
-    CONFLICT = "one position, two messages"
-    REPEATED = "one message, two positions"
-    ORDER = "positions do not grow within a connection"
-    SOURCE_ORDER = "messages of one connection published out of order"
-    BATCH = "messages of one batch apart"
-    CHANNEL = "delivered to another channel"
-    CONTENT = "payload changed"
-    DUPLICATE = "delivered twice to a client that resumes"
-    HOLE = "hole never reported"
-    LATE_GAP = "gap reported after what follows the hole"
-    FALSE_ALARM = "loss reported although the broker kept everything"
-    WELCOME_BEFORE = "welcome position before the client's own"
-    WELCOME_AHEAD = "recovered, and the welcome position is not the client's own"
-    ANSWER = "202 with a position that is not the message's"
-    REFUSED = "503 for a message that was delivered"
-    COUNTERS = "counters do not add up at rest"
-    MEMORY = "memory not released"
-    STOP = "no exit in time after SIGTERM"
-    LOG = "traceback in a log"
-    RUN = "the run itself"
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """A promise that was not kept."""
-
-    kind: Kind
-    text: str
-    at_s: float = 0.0
-
-
 @dataclass(slots=True)
 class Truth:
     """Which message has which position in one channel."""
@@ -99,28 +66,6 @@ class Truth:
         """Return the positions after one and up to another."""
         start = bisect_right(self.positions, after)
         return self.positions[start : bisect_right(self.positions, last)]
-
-
-@dataclass(slots=True)
-class RunVerdict:
-    """The result of checking a record.
-
-    Attributes:
-        false_alarms: reports of a loss where nothing is known to be missing, in any run.
-        covered_holes: messages that a subscriber did not receive, where a gap was reported in time.
-    """
-
-    violations: list[Violation] = field(default_factory=list)
-    false_alarms: int = 0
-    covered_holes: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """Count the violations by kind."""
-        return dict(Counter(each.kind.name.lower() for each in self.violations))
-
-    def report(self, kind: Kind, text: str, at_s: float = 0.0) -> None:
-        """Add a violation."""
-        self.violations.append(Violation(kind, text, at_s))
 
 
 def judge(record: Record) -> RunVerdict:
@@ -145,6 +90,7 @@ class Checker:
         self._check_order()
         for trace in self._record.traces:
             (self._follow if trace.resumes else self._follow_plain)(trace)
+        PresenceChecker(self._record, self.verdict).check()
         for stop in self._record.stops:
             self._check_stop(stop)
         for rest in self._record.rests:

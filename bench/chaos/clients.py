@@ -6,7 +6,7 @@ import random
 import socket
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlencode
@@ -22,7 +22,12 @@ from bench.chaos.observations import (
     Delivered,
     DisconnectStep,
     GapReported,
+    Proof,
     Record,
+    RosterAnswer,
+    RosterChanged,
+    RosterShown,
+    Stay,
     Trace,
     name_of,
     named,
@@ -52,6 +57,7 @@ MAX_BYTES = 1_048_000
 
 WEBSOCKET_PAUSE_S = 0.04
 POST_PAUSE_S = 0.12
+ASK_PAUSE_S = 0.5
 BATCH_SHARE = 0.1
 
 
@@ -107,16 +113,24 @@ class Subscriber:
 
     Args:
         moves: it reconnects by itself now and then, to any relay.
+        watches: it is sent who is in the channel, and who joins and leaves.
+
+    Attributes:
+        client: its id in rosters; empty: it is not sent its id.
     """
 
     resumes = True
 
-    def __init__(self, run: Surroundings, name: str, channel: str, *, moves: bool) -> None:
+    def __init__(
+        self, run: Surroundings, name: str, channel: str, *, moves: bool, watches: bool = False
+    ) -> None:
         self.trace = Trace(name, channel, self.resumes)
         self.names: set[str] = set()
+        self.client = ""
         self._run = run
         self._chance = random.Random(name)
         self._moves = moves
+        self._watches = watches
         self._is_ended = asyncio.Event()
         run.record.traces.append(self.trace)
 
@@ -124,6 +138,10 @@ class Subscriber:
     def is_connected(self) -> bool:
         """Whether it is connected, as far as it knows."""
         return bool(self.trace.steps) and not isinstance(self.trace.steps[-1], DisconnectStep)
+
+    def settle(self) -> None:
+        """Do not reconnect by itself any more."""
+        self._moves = False
 
     def end(self) -> None:
         """Unsubscribe for good."""
@@ -140,14 +158,15 @@ class Subscriber:
 
     async def _one_session(self) -> str:
         """Run one connection; return the reason of its end."""
-        place = self._chance.choice(self._run.places)
-        session = asyncio.create_task(self._session(place))
+        session = asyncio.create_task(self._session(self._choose_place()))
         ended = asyncio.create_task(self._is_ended.wait())
         lasts_s = self._chance.expovariate(1 / SESSION_S) if self._moves else None
         try:
             await asyncio.wait(
                 (session, ended), timeout=lasts_s, return_when=asyncio.FIRST_COMPLETED
             )
+            if not self._moves:
+                await asyncio.wait((session, ended), return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
             if not session.done():
@@ -159,8 +178,23 @@ class Subscriber:
         except BROKEN as error:
             return str(error)[:100] or type(error).__name__
 
+    def _choose_place(self) -> Place:
+        """Return where it connects next."""
+        return self._chance.choice(self._run.places)
+
     async def _session(self, place: Place) -> str:
         raise NotImplementedError
+
+    def _take_presence(self, kind: str, fields: dict[str, Any]) -> None:
+        """Record a notice about who is in the channel; others are of no concern."""
+        if kind == "presence":
+            clients = tuple(each["client"] for each in fields["clients"])
+            is_answer = bool(fields.get("id"))
+            step = RosterShown(clients, fields["count"], is_answer, self._run.now_s())
+            self.trace.steps.append(step)
+        elif kind in {"joined", "left"}:
+            is_joined = kind == "joined"
+            self.trace.steps.append(RosterChanged(fields["client"], is_joined, self._run.now_s()))
 
     def _deliver(self, payload: str | bytes, position: Position | None) -> None:
         text = payload if isinstance(payload, str) else payload.decode(errors="replace")
@@ -202,11 +236,23 @@ class Resuming(Subscriber):
 
 
 class WebSocketSubscriber(Resuming):
-    """A subscriber with relay.v1."""
+    """A subscriber with relay.v1.
+
+    Attributes:
+        abort_share: of the ends of a connection that it chooses itself: without a close frame.
+    """
+
+    abort_share = 0.5
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._work: asyncio.Task[None] | None = None
 
     async def _session(self, place: Place) -> str:
         since = self.position
         query = {"since": str(since)} if since else {}
+        if self._watches:
+            query["presence"] = "true"
         url = f"ws://{HOST}:{place.port}/channels/{self.trace.channel}"
         url += "?" + urlencode(query | self._session_query())
         async with connect(url, subprotocols=[RELAY_V1], **self._options(place)) as connection:
@@ -218,10 +264,28 @@ class WebSocketSubscriber(Resuming):
                     await self._answer(connection, relay, header)
                     await self._before_next()
             except asyncio.CancelledError:
-                if self._chance.random() < 0.5:
+                if self._chance.random() < self.abort_share:
                     connection.transport.abort()
+                else:
+                    self._on_own_close()
                 raise
+            finally:
+                # The library closes a connection whose pings are not answered.
+                protocol = connection.protocol
+                if protocol.close_sent and not protocol.close_rcvd_then_sent:
+                    self._on_own_close()
+                await self._end_work()
             return _end_of(connection)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work until the connection ends, or the work fails with it."""
+        self._work = asyncio.create_task(work)
+
+    async def _end_work(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+            self._work = None
 
     def _options(self, place: Place) -> dict[str, Any]:
         return websocket_options()
@@ -238,16 +302,52 @@ class WebSocketSubscriber(Resuming):
     ) -> None:
         """Send what follows a notice, and record answers."""
 
+    def _on_own_close(self) -> None:
+        """Record that the client sends a close frame on its own account."""
+
     def _take(
         self, relay: str, since: Position | None, header: dict[str, Any], payload: str | bytes
     ) -> None:
         match header.get("type"):
             case None:
                 self._message(Position.parse(header["position"]), payload)
+            case "welcome":
+                self.client = header["client"]
             case "subscribed":
                 self._welcomed(relay, since, header)
             case "gap":
                 self._gap(Position.parse(header["position"]))
+            case kind:
+                self._take_presence(kind, header)
+
+
+class Watcher(WebSocketSubscriber):
+    """A subscriber of one relay, that also asks who is in the channel.
+
+    Args:
+        index: of the relay's place.
+    """
+
+    def __init__(self, *arguments: Any, index: int, **options: Any) -> None:
+        super().__init__(*arguments, moves=False, watches=True, **options)
+        self._index = index
+
+    def _choose_place(self) -> Place:
+        return self._run.places[self._index]
+
+    async def _answer(
+        self, connection: ClientConnection, relay: str, header: dict[str, Any]
+    ) -> None:
+        # Asked earlier, the answer would be in no order with the replay.
+        if header.get("type") == "presence" and self._work is None:
+            self._start(self._ask(connection))
+
+    async def _ask(self, connection: ClientConnection) -> None:
+        number = 0
+        while True:
+            await asyncio.sleep(ASK_PAUSE_S * self._chance.uniform(0.5, 1.5))
+            number += 1
+            await connection.send(encode_command("presence", channel=self.trace.channel, id=number))
 
 
 class Unanswered(NamedTuple):
@@ -256,16 +356,22 @@ class Unanswered(NamedTuple):
     Attributes:
         number: its id.
         seen: the position that its client had received before it was sent first.
+        sent_at_s: since the run's start.
+        stay: the connection that it was sent over first.
     """
 
     number: int
     name: str
     payload: str
     seen: str
+    sent_at_s: float
+    stay: Stay
 
 
 class SessionClient(WebSocketSubscriber):
     """A client of relay.v1 that publishes in a session, and sends again what was not answered."""
+
+    abort_share = 0.8  # after a close frame a client has left, and is not resuming
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -276,16 +382,15 @@ class SessionClient(WebSocketSubscriber):
         self._seen = ""
         self._sessions = 0
         self._number = 0
-        self._publishing: asyncio.Task[None] | None = None
+        self._stay: Stay | None = None  # of the present connection
 
     async def _session(self, place: Place) -> str:
-        try:
-            return await super()._session(place)
-        finally:
-            if self._publishing is not None:
-                self._publishing.cancel()
-                await asyncio.gather(self._publishing, return_exceptions=True)
-                self._publishing = None
+        self._stay = None
+        return await super()._session(place)
+
+    def _on_own_close(self) -> None:
+        if self._stay is not None:
+            self._stay.is_closed_by_client = True
 
     def _session_query(self) -> dict[str, str]:
         if not self._session_name:
@@ -302,7 +407,10 @@ class SessionClient(WebSocketSubscriber):
         match header.get("type"):
             case "welcome":
                 self._resume(header)
-                self._publishing = asyncio.create_task(self._publish(connection))
+                self._stay = Stay(header["client"], self.trace.channel)
+                if self._watches:
+                    self._run.record.stays.append(self._stay)
+                self._start(self._publish(connection, self._stay))
             case "published":
                 self._settle(header["id"], 202, header["position"], relay)
             case "error":
@@ -324,10 +432,15 @@ class SessionClient(WebSocketSubscriber):
             text = f"{self.trace.subscriber}: answer {status} to {number}, out of order"
             self._run.record.failures.append(text)
             return
-        name = self.unanswered.popleft().name
-        self._run.record.answers.append(Answer((name,), status, position, relay, self._run.now_s()))
+        publish, now_s = self.unanswered.popleft(), self._run.now_s()
+        answer = Answer((publish.name,), status, position, relay, now_s)
+        self._run.record.answers.append(answer)
+        # A message that was sent again may be in the log since the connection before.
+        if status == 202 and publish.stay is self._stay:
+            proof = Proof(publish.sent_at_s, now_s, Position.parse(position))
+            publish.stay.proofs.append(proof)
 
-    async def _publish(self, connection: ClientConnection) -> None:
+    async def _publish(self, connection: ClientConnection, stay: Stay) -> None:
         for each in list(self.unanswered):
             await self._send(connection, each)
         while True:
@@ -336,7 +449,8 @@ class SessionClient(WebSocketSubscriber):
             self._number += 1
             name = named(self.trace.channel, self.trace.subscriber, self._sessions, self._number)
             payload = payload_of(name, size_of(self._chance))
-            publish = Unanswered(self._number, name, payload, self._seen)
+            now_s = self._run.now_s()
+            publish = Unanswered(self._number, name, payload, self._seen, now_s, stay)
             self.unanswered.append(publish)
             self.published += 1
             await self._send(connection, publish)
@@ -404,6 +518,8 @@ class EventSubscriber(Resuming):
     def _request(self, since: Position | None) -> bytes:
         resume = f"Last-Event-ID: {since}\r\n" if since else ""
         path = f"/channels/{self.trace.channel}/events"
+        if self._watches:
+            path += "?presence=true"
         return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{resume}\r\n".encode()
 
     def _take(self, relay: str, since: Position | None, event: ServerSentEvent) -> None:
@@ -411,6 +527,8 @@ class EventSubscriber(Resuming):
             self._welcomed(relay, since, event.json)
         elif event.name == "gap":
             self._gap(Position.parse(event.json["position"]))
+        elif event.name in {"presence", "joined", "left"}:
+            self._take_presence(event.name, event.json)
         else:
             self._message(Position.parse(event.id), event.data)
 
@@ -534,7 +652,7 @@ class Poster:
         return found.status_code, position
 
     def _check(self, status: int) -> None:
-        if status not in {202, 503, 504}:
+        if status not in {202, 408, 503, 504}:  # 408: a partition has swallowed the body
             self._run.record.failures.append(f"POST answered {status}")
 
     async def _run_curl(self, url: str, body: str, headers: dict[str, str]) -> tuple[int, str]:
@@ -564,6 +682,57 @@ class Poster:
     def _next_name(self) -> str:
         self._number += 1
         return named(self.channel, self.name, self._connection, self._number)
+
+
+class RosterReader:
+    """A backend: it asks one relay by HTTP who is in channels.
+
+    Args:
+        place: of the relay.
+    """
+
+    def __init__(self, run: Surroundings, place: Place, channels: Sequence[str]) -> None:
+        self.place = place
+        self._run = run
+        self._channels = channels
+        self._is_ended = asyncio.Event()
+        self._http = httpx2.AsyncClient(verify=NO_CA, trust_env=False, timeout=OPEN_S)
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._is_ended.set()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def run(self) -> None:
+        """Ask, until `end`."""
+        while not self._is_ended.is_set():
+            for channel in self._channels:
+                answer = await self.ask(channel)
+                if answer is not None:
+                    self._run.record.roster_answers.append(answer)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASK_PAUSE_S):
+                    await self._is_ended.wait()
+
+    async def ask(self, channel: str) -> RosterAnswer | None:
+        """Return who is in a channel; None: there is no answer."""
+        relay = self.place.name
+        url = f"http://{HOST}:{self.place.port}/channels/{channel}/presence"
+        try:
+            found = await self._http.get(url)
+            if found.status_code == 503:
+                return None
+            fields = found.raise_for_status().json()
+        except (httpx2.TransportError, OSError):
+            return None
+        except httpx2.HTTPError as error:
+            self._run.record.failures.append(f"GET of presence: {error!r:.200}")
+            return None
+        clients = tuple(each["client"] for each in fields["clients"])
+        return RosterAnswer(relay, channel, clients, fields["count"], self._run.now_s())
 
 
 def websocket_options() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from websocket_relay.backplane.codec import FormatError, unpack
 from bench.chaos.checker import LEFT_AT_REST, STOP_GRACE_S
 from bench.chaos.faults import Fault, FaultKind, Plan
 from bench.chaos.network import BreakableProxy, Direction
-from bench.chaos.observations import Record, Rest, StopRecord, name_of
+from bench.chaos.observations import Record, Rest, StopRecord, Unsettled, name_of
 from bench.servers import FailedError
 from tests.support.brokers import Broker, NatsBroker, RedisBroker
 from tests.support.programs import ANY_REDIS, NATS, find
@@ -62,6 +63,15 @@ SETTINGS: dict[str, Any] = {
     "shutdown": {"spread_s": 1, "timeout_s": 5},
 }
 
+WITH_PRESENCE = ("c0", "c1")
+"""The channels that have presence."""
+
+UNSETTLED_S = {"backplane lost messages": (2.0, 4.0), "presence incomplete": (6.0, 8.0)}
+"""Events of a relay that may have missed entries: how long before and after them its rosters may be
+incomplete. A loss is detected at the next entry of its producer, which sends a heartbeat each
+second; then the others are asked, and as a rule it takes a second until all have answered. One that
+did not answer in five seconds is frozen, or cut off, for as long as the longest fault."""
+
 COUNTERS = ("expected_deliveries", "deliveries", "drops", "connections", "disconnections")
 BACKPLANE_COUNTERS = (
     "backplane_outages",
@@ -98,6 +108,7 @@ class RelaySlot:
     directory: Path
     broker: Broker
     tree: Path | None
+    grace_s: float
     record: Record
     now_s: Callable[[], float]
     front: BreakableProxy = field(init=False)
@@ -133,7 +144,9 @@ class RelaySlot:
         directory = self.directory / self.name
         directory.mkdir(parents=True)
         url = f"{self.broker.schemes[0]}://{HOST}:{self.back.port}"
-        settings = {**SETTINGS, "backplane": {"url": url, "stream": STREAM}}
+        presence = {"channels": list(WITH_PRESENCE), "grace_s": self.grace_s}
+        backplane = {"url": url, "stream": STREAM}
+        settings = {**SETTINGS, "presence": presence, "backplane": backplane}
         env = {"PYTHONPATH": str(self.tree)} if self.tree else None
         self.process = RelayProcess(directory, settings, env)
         self.process.launch()
@@ -168,8 +181,23 @@ class RelaySlot:
         for line in self.process.unexpected_lines:
             if line is not lines[-1]:
                 self.record.complaints.append(f"{self.name}: {_brief(line)}")
-        if any(event["event"] == "backplane lost messages" for event in self.process.log_events):
+        events = self.process.log_events
+        if any(event["event"] == "backplane lost messages" for event in events):
             self.record.relays_with_losses.add(self.name)
+        self._record_unsettled(events)
+
+    def _record_unsettled(self, events: list[dict[str, Any]]) -> None:
+        began = time.time() - self.now_s()
+        ready_s = float("inf")
+        for event in events:
+            at_s = datetime.fromisoformat(event["timestamp"]).timestamp() - began
+            if event["event"] == "ready":
+                ready_s = at_s
+            elif event["event"] in UNSETTLED_S:
+                before_s, after_s = UNSETTLED_S[event["event"]]
+                unsettled = Unsettled(self.name, at_s - before_s, at_s + after_s)
+                self.record.unsettled.append(unsettled)
+        self.record.unsettled.append(Unsettled(self.name, 0.0, ready_s))
 
     async def stop(self) -> None:
         """Send SIGTERM, and record whether the process ends in time with status 0."""
@@ -230,7 +258,7 @@ class Cluster:
     ) -> None:
         self.broker = broker_for(plan, directory / "broker")
         self.slots = [
-            RelaySlot(index, directory, self.broker, tree, record, now_s)
+            RelaySlot(index, directory, self.broker, tree, plan.grace_s, record, now_s)
             for index in range(plan.relays)
         ]
         self.backplane_counters: dict[str, dict[str, float]] = {}

@@ -66,6 +66,9 @@ DELETIONS = {
 PERSISTENCE = {"redis": ("always", "always", "everysec", "none"), "nats": ("file",)}
 LOSSLESS = {"always", "file"}
 
+GRACES_S = (4.0, 8.0)
+"""Of presence: below and above the longest fault."""
+
 MAX_PAYLOADS = (1_048_576, 65_536)
 """Largest entry of NATS: with the second, large messages are split into parts."""
 
@@ -99,6 +102,7 @@ class Plan:
         persistence: of the broker: `always`, `everysec`, `none` (Redis); `file` (NATS).
         max_payload: of NATS.
         deletes: an operator deletes entries.
+        grace_s: of presence.
     """
 
     seed: int
@@ -109,6 +113,7 @@ class Plan:
     max_payload: int
     deletes: bool
     faults: tuple[Fault, ...]
+    grace_s: float
 
     @property
     def keeps_all(self) -> bool:
@@ -136,7 +141,8 @@ def plan_of(seed: int, broker: str, seconds: float) -> Plan:
         relay, choice = chance.randrange(relays), chance.random()
         faults.append(Fault(at_s, kind, relay, chance.choice(_durations(chance)), choice))
         at_s += chance.expovariate(1 / MEAN_PAUSE_S)
-    return Plan(seed, broker, seconds, relays, persistence, max_payload, deletes, tuple(faults))
+    kept = persistence, max_payload, deletes
+    return Plan(seed, broker, seconds, relays, *kept, tuple(faults), chance.choice(GRACES_S))
 
 
 def _durations(chance: random.Random) -> tuple[float, ...]:

@@ -73,7 +73,32 @@ class DisconnectStep:
     at_s: float = 0.0
 
 
-Step = ConnectStep | Delivered | GapReported | DisconnectStep
+@dataclass(frozen=True, slots=True)
+class RosterShown:
+    """The relay sent who is in the channel.
+
+    Attributes:
+        clients: as they were listed.
+        count: as the answer has it.
+        is_answer: the client had asked; otherwise its subscription began.
+    """
+
+    clients: tuple[str, ...]
+    count: int
+    is_answer: bool = False
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RosterChanged:
+    """The relay notified that a client joined, or left."""
+
+    client: str
+    is_joined: bool
+    at_s: float = 0.0
+
+
+Step = ConnectStep | Delivered | GapReported | RosterShown | RosterChanged | DisconnectStep
 
 
 @dataclass(slots=True)
@@ -108,6 +133,86 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """A message that a session's client published and the relay acknowledged.
+
+    So the relay had the client's connection at a time after `sent_at_s`, and the log had both the
+    client's claim and the message before `answered_at_s`.
+
+    Attributes:
+        position: of the message.
+    """
+
+    sent_at_s: float
+    answered_at_s: float
+    position: Position
+
+
+@dataclass(slots=True)
+class Stay:
+    """One connection of a session's client, in a channel with presence.
+
+    Attributes:
+        client: its id, which it keeps as long as it resumes.
+        proofs: in their order; none of a message that was sent again.
+        is_closed_by_client: the client sent a close frame on its own account, so it left at once.
+    """
+
+    client: str
+    channel: str
+    proofs: list[Proof] = field(default_factory=list)
+    is_closed_by_client: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RosterAnswer:
+    """The answer to a GET of a channel's presence."""
+
+    relay: str
+    channel: str
+    clients: tuple[str, ...]
+    count: int
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RosterAtRest:
+    """What a relay answers once all is healed and no client moves, and what is true.
+
+    Attributes:
+        answer: of the relay.
+        connected: ids of the clients that are connected, and know theirs.
+        unnamed: the number of the others: plain clients and event streams are sent no id.
+    """
+
+    answer: RosterAnswer
+    connected: frozenset[str]
+    unnamed: int
+
+    @property
+    def is_true(self) -> bool:
+        """Whether exactly those who are connected are listed."""
+        clients = self.answer.clients
+        return self.connected <= set(clients) and (
+            len(clients) == len(self.connected) + self.unnamed
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """A time in which a relay knew that its rosters may be incomplete.
+
+    Attributes:
+        from_s, until_s: since the run's start, of the log: an entry counts by the time at which any
+            client received it first.
+    """
+
+    relay: str
+    from_s: float
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopRecord:
     """A relay was sent SIGTERM.
 
@@ -139,6 +244,7 @@ class Record:
     Attributes:
         keeps_all: the broker lost nothing and no operator deleted anything, so no loss may be
             reported.
+        grace_s: `presence.grace_s` of the relays.
         relays_with_losses: processes whose log reports lost messages.
         complaints: tracebacks, and other lines of relays' logs that are not events.
         failures: problems of the run itself, such as a relay that does not become ready again.
@@ -147,6 +253,11 @@ class Record:
     keeps_all: bool
     traces: list[Trace] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    grace_s: float = 0.0
+    stays: list[Stay] = field(default_factory=list)
+    roster_answers: list[RosterAnswer] = field(default_factory=list)
+    rosters_at_rest: list[RosterAtRest] = field(default_factory=list)
+    unsettled: list[Unsettled] = field(default_factory=list)
     stops: list[StopRecord] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
     relays_with_losses: set[str] = field(default_factory=set)

@@ -11,22 +11,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.chaos.checker import RunVerdict, judge
+from bench.chaos.checker import judge
 from bench.chaos.clients import (
     EventSubscriber,
     Place,
     PlainPublisher,
     Poster,
     Resuming,
+    RosterReader,
     SessionClient,
     SlowSubscriber,
     Subscriber,
+    Watcher,
     WebSocketSubscriber,
     wait_until,
 )
-from bench.chaos.cluster import Cluster
+from bench.chaos.cluster import WITH_PRESENCE, Cluster
 from bench.chaos.faults import Fault, FaultKind, Plan
-from bench.chaos.observations import ConnectStep, Delivered, DisconnectStep, GapReported, Record
+from bench.chaos.observations import (
+    ConnectStep,
+    Delivered,
+    DisconnectStep,
+    GapReported,
+    Record,
+    RosterAtRest,
+)
+from bench.chaos.verdict import RunVerdict
 
 CHANNELS = ("c0", "c1", "c2", "c3")
 JOIN_S = 15.0
@@ -36,6 +46,11 @@ MARKER_TRIES = 20
 POSTERS_PER_CHANNEL = 3
 LIMIT_S = 180.0
 """Time limit of a run, besides the time with faults."""
+
+ROSTER_S = 12.0
+"""Beside the grace: until a dead connection is detected, and the end of a replica declared."""
+
+ROSTER_POLL_S = 0.25
 
 FLOOD_REQUESTS = 12
 FLOOD_BYTES = 400_000
@@ -73,7 +88,7 @@ class Run:
         tree: Path | None,
         show_event: Callable[[str], None] | None,
     ) -> None:
-        self.record = Record(plan.keeps_all)
+        self.record = Record(plan.keeps_all, grace_s=plan.grace_s)
         self._plan = plan
         self._directory = directory
         self._show_event = show_event
@@ -82,6 +97,7 @@ class Run:
         self._cluster = Cluster(plan, directory, tree, self.record, self.now_s, self._log)
         self._subscribers: list[Subscriber] = []
         self._posters: list[Poster] = []
+        self._readers: list[RosterReader] = []
         self._markers: dict[str, set[str]] = {channel: set() for channel in CHANNELS}
 
     @property
@@ -124,6 +140,7 @@ class Run:
             for subscriber in self._subscribers:
                 group.create_task(subscriber.run())
             await wait_until(lambda: all(each.is_connected for each in self._subscribers), JOIN_S)
+            asking = [group.create_task(each.run()) for each in self._readers]
             posting = [group.create_task(each.run()) for each in self._posters]
             self._publish(True)
             await self._break_things()
@@ -136,10 +153,16 @@ class Run:
             await asyncio.gather(*posting)
             await self._await_markers()
             await self._await_answers()
+            for reader in self._readers:
+                reader.end()
+            await asyncio.gather(*asking)
+            await self._await_rosters()
             for subscriber in self._subscribers:
                 subscriber.end()
         for poster in self._posters:
             await poster.close()
+        for reader in self._readers:
+            await reader.close()
         self._log("at rest")
         await self._cluster.rest()
 
@@ -156,13 +179,19 @@ class Run:
                 (SessionClient, "session", {"moves": False}),
                 (SessionClient, "roaming", {"moves": True}),
             ]
+            has_presence = channel in WITH_PRESENCE
             for make, kind, options in kinds:
                 name = f"{kind}-{channel}-{seed}"
+                options["watches"] = has_presence and make is not PlainPublisher
                 self._subscribers.append(make(self, name, channel, **options))
+            for index in range(len(self.places) if has_presence else 0):
+                name = f"watcher{index}-{channel}-{seed}"
+                self._subscribers.append(Watcher(self, name, channel, index=index))
             self._posters += [Poster(self, f"post{n}-{channel}-{seed}", channel) for n in range(2)]
             name = f"keyed-{channel}-{seed}"
             is_first = channel == CHANNELS[0]
             self._posters.append(Poster(self, name, channel, repeats=True, runs_curl=is_first))
+        self._readers = [RosterReader(self, place, WITH_PRESENCE) for place in self.places]
 
     def _publish(self, is_on: bool) -> None:
         for subscriber in self._subscribers:
@@ -238,6 +267,41 @@ class Run:
                 text = f"{each.trace.subscriber}: {len(each.unanswered)} publishes without answer"
                 self.record.failures.append(text)
 
+    async def _await_rosters(self) -> None:
+        """Wait until all relays list who is connected, or for as long as that may take."""
+        for subscriber in self._subscribers:
+            subscriber.settle()
+        deadline = self.now_s() + self._plan.grace_s + ROSTER_S
+        while True:
+            rests = await self._read_rosters()
+            if rests is not None and all(each.is_true for each in rests):
+                break
+            if self.now_s() > deadline:
+                break
+            await asyncio.sleep(ROSTER_POLL_S)
+        if rests is None:
+            self.record.failures.append("a relay does not answer who is in its channels")
+        else:
+            self.record.rosters_at_rest += rests
+
+    async def _read_rosters(self) -> list[RosterAtRest] | None:
+        """Return what all relays answer at rest; None: one does not answer."""
+        rests = []
+        for channel in WITH_PRESENCE:
+            for reader in self._readers:
+                answer = await reader.ask(channel)
+                if answer is None:
+                    return None
+                present = [
+                    each
+                    for each in self._subscribers
+                    if each.is_connected and each.trace.channel == channel
+                ]
+                connected = frozenset(each.client for each in present if each.client)
+                unnamed = sum(not each.client for each in present)
+                rests.append(RosterAtRest(answer, connected, unnamed))
+        return rests
+
     @property
     def _sessions(self) -> list[SessionClient]:
         return [each for each in self._subscribers if isinstance(each, SessionClient)]
@@ -288,8 +352,10 @@ class Run:
                 for step in trace.steps:
                     line = [trace.subscriber, type(step).__name__, asdict(step)]
                     file.write(json.dumps(line, default=str) + "\n")
-            for answer in self.record.answers:
-                file.write(json.dumps(["answer", "Answer", asdict(answer)]) + "\n")
+            for kind in ("answers", "stays", "roster_answers", "rosters_at_rest", "unsettled"):
+                for each in getattr(self.record, kind):
+                    line = [kind, type(each).__name__, asdict(each)]
+                    file.write(json.dumps(line, default=list) + "\n")
 
 
 async def _later(at: float, work: Coroutine[Any, Any, None]) -> None:

@@ -10,8 +10,6 @@ from bench.chaos.checker import (
     HISTORY_FACTOR,
     LEFT_AT_REST,
     MEMORY_SLACK_BYTES,
-    Kind,
-    RunVerdict,
     judge,
 )
 from bench.chaos.faults import DELETIONS, WEIGHTS, FaultKind, plan_of
@@ -21,15 +19,23 @@ from bench.chaos.observations import (
     Delivered,
     DisconnectStep,
     GapReported,
+    Proof,
     Record,
     Rest,
+    RosterAnswer,
+    RosterAtRest,
+    RosterChanged,
+    RosterShown,
+    Stay,
     Step,
     StopRecord,
     Trace,
+    Unsettled,
     name_of,
     named,
     payload_of,
 )
+from bench.chaos.verdict import Kind, PresenceCounts, RunVerdict
 
 pytestmark = pytest.mark.fast
 
@@ -76,6 +82,51 @@ def gap(position: int) -> GapReported:
 
 def resuming(*steps: Step) -> Trace:
     return Trace("resuming", "c", True, list(steps))
+
+
+def shown(*clients: str, count: int | None = None, is_answer: bool = False) -> RosterShown:
+    return RosterShown(clients, len(clients) if count is None else count, is_answer)
+
+
+def joined(client: str) -> RosterChanged:
+    return RosterChanged(client, is_joined=True)
+
+
+def left(client: str) -> RosterChanged:
+    return RosterChanged(client, is_joined=False)
+
+
+def watching(relay: str, *steps: Step) -> Trace:
+    """Trace a client that watches who is in the channel."""
+    return Trace(f"watcher of {relay}", "c", True, [welcome_of(relay), *steps])
+
+
+def welcome_of(relay: str) -> ConnectStep:
+    return ConnectStep(relay, None, True, at(0))
+
+
+def answer_of(relay: str, *clients: str, count: int | None = None) -> RosterAnswer:
+    return RosterAnswer(relay, "c", clients, len(clients) if count is None else count)
+
+
+def stay(*proofs: tuple[float, int], closed: bool = False) -> Stay:
+    """Let client `a` stay: it sent messages at these times, which got these positions at once."""
+    acknowledged = [Proof(sent_at_s, sent_at_s + 0.1, at(number)) for sent_at_s, number in proofs]
+    return Stay("a", "c", acknowledged, is_closed_by_client=closed)
+
+
+GRACE_S = 4.0
+SEES_A_LEAVE = watching(
+    "r0", shown("a"), *messages(1, 2), left("a"), *messages(3, 4), joined("a"), message(5)
+)
+"""Client `a` leaves between 2 and 3, and joins between 4 and 5."""
+
+SEES_A_STAY = watching("r1", shown("a"), *messages(1, 2, 3, 4, 5))
+
+
+def presence_of(*traces: Trace, **parts: object) -> Record:
+    """Record a run with presence."""
+    return record_of(*traces, **{"grace_s": GRACE_S, **parts})  # type: ignore[arg-type]
 
 
 WITNESS = Trace(
@@ -156,6 +207,78 @@ VALID: Mapping[str, Record] = {
         answers=[accepted(3, "1-9-0")],
         keeps_all=False,
     ),
+    "joins and leaves alike on two relays": presence_of(
+        *(
+            watching(
+                relay,
+                shown("a"),
+                *messages(1, 2),
+                joined("b"),
+                left("a"),
+                *messages(3, 4),
+                shown("b", is_answer=True),
+                left("b"),
+                joined("a"),
+                *messages(5, 6),
+            )
+            for relay in ("r0", "r1")
+        ),
+    ),
+    "a watcher that was disconnected while a client left": presence_of(
+        SEES_A_LEAVE,
+        watching(
+            "r1",
+            shown("a"),
+            *messages(1, 2),
+            DisconnectStep("cut off"),
+            welcome(2, 2),
+            *messages(3, 4),
+            shown(),
+            joined("a"),
+            *messages(5),
+        ),
+    ),
+    "a watcher that missed messages, and no notice": presence_of(
+        watching("r0", shown("a"), message(1), gap(3), left("a"), *messages(4, 5)),
+        watching("r1", shown("a"), *messages(1, 2), left("a"), *messages(3, 4, 5)),
+        keeps_all=False,
+    ),
+    "a relay that does not know all others yet": presence_of(
+        SEES_A_STAY,
+        watching("r0", shown(), *messages(1, 2, 3, 4), joined("a"), *messages(5)),
+        unsettled=[Unsettled("r0", 0.0, 1.0)],
+    ),
+    "a client that closed its connection, and returned": presence_of(
+        SEES_A_LEAVE, stays=[stay((1.0, 1), (1.5, 2), closed=True), stay((2.0, 5))]
+    ),
+    "a client that was away for the grace": presence_of(
+        SEES_A_LEAVE, stays=[stay((1.0, 1), (1.5, 2)), stay((6.0, 5))]
+    ),
+    "a client of a relay that was frozen for the grace": presence_of(
+        SEES_A_LEAVE, stays=[stay((1.0, 1), (1.5, 2), (6.0, 5))]
+    ),
+    "a client that left after its last message": presence_of(
+        SEES_A_LEAVE, stays=[stay((1.0, 1), (1.5, 2))]
+    ),
+    "a client that returned in time, and left later": presence_of(
+        SEES_A_LEAVE, stays=[stay((1.0, 1)), stay((2.0, 2)), stay((9.0, 6))]
+    ),
+    "a return in time that the relay missed": presence_of(
+        SEES_A_LEAVE,
+        stays=[stay((1.0, 1)), stay((2.0, 5))],
+        unsettled=[Unsettled("r0", 0.0, 1.0)],
+    ),
+    "a leave that no message follows": presence_of(
+        watching("r0", shown("a"), *messages(1, 2), left("a")),
+        stays=[stay((1.0, 1), (2.0, 5))],
+    ),
+    "rosters at rest": presence_of(
+        rosters_at_rest=[
+            RosterAtRest(answer_of(relay, "a", "b", "stream"), frozenset("ab"), 1)
+            for relay in ("r0", "r1")
+        ],
+        roster_answers=[answer_of("r0", "a"), answer_of("r1")],
+    ),
     "relays": record_of(stops=[StopRecord("r0", 0, 1.0, 5.0)], rests=[REST]),
 }
 
@@ -204,6 +327,81 @@ VIOLATIONS: Sequence[tuple[Kind, Record]] = [
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-20-0")])),
     (Kind.ANSWER, record_of(answers=[accepted(3, "1-3--1")])),
     (Kind.REFUSED, record_of(answers=[Answer((message_name(3),), 503)])),
+    (Kind.ROSTER, presence_of(SEES_A_STAY, watching("r0", shown(), *messages(1, 2)))),
+    (Kind.ROSTER, presence_of(SEES_A_STAY, SEES_A_LEAVE)),
+    (
+        Kind.ROSTER,  # that another relay is not settled does not count
+        presence_of(SEES_A_STAY, SEES_A_LEAVE, unsettled=[Unsettled("r2", 0.0, 1.0)]),
+    ),
+    (
+        Kind.ROSTER,  # settled, once the time is over
+        presence_of(SEES_A_STAY, SEES_A_LEAVE, unsettled=[Unsettled("r0", -2.0, -1.0)]),
+    ),
+    (
+        Kind.ROSTER,  # the same clients, notified of in another order
+        presence_of(
+            watching("r0", shown(), message(1), joined("a"), joined("b"), message(2)),
+            watching("r1", shown(), message(1), joined("b"), joined("a"), message(2)),
+        ),
+    ),
+    (
+        Kind.ROSTER,  # of a join and a leave between two messages one relay is silent
+        presence_of(
+            watching("r0", shown(), message(1), joined("a"), left("a"), message(2)),
+            watching("r1", shown(), *messages(1, 2)),
+        ),
+    ),
+    (
+        Kind.ROSTER,
+        presence_of(watching("r0", shown("a"), joined("b"), shown("a", is_answer=True))),
+    ),
+    (
+        Kind.ROSTER,
+        presence_of(
+            rosters_at_rest=[
+                RosterAtRest(answer_of("r0", "one stream"), frozenset(), 1),
+                RosterAtRest(answer_of("r1", "another one"), frozenset(), 1),
+            ]
+        ),
+    ),
+    (
+        Kind.ROSTER_AT_REST,
+        presence_of(rosters_at_rest=[RosterAtRest(answer_of("r0", "a"), frozenset("ab"), 0)]),
+    ),
+    (
+        Kind.ROSTER_AT_REST,
+        presence_of(rosters_at_rest=[RosterAtRest(answer_of("r0", "a", "b"), frozenset("a"), 0)]),
+    ),
+    (
+        Kind.ROSTER_AT_REST,
+        presence_of(rosters_at_rest=[RosterAtRest(answer_of("r0", "a", "b"), frozenset("ac"), 0)]),
+    ),
+    (Kind.LEFT, presence_of(SEES_A_LEAVE, stays=[stay((1.0, 1), (2.0, 5))])),
+    (Kind.LEFT, presence_of(SEES_A_LEAVE, stays=[stay((1.0, 1)), stay((2.0, 5))])),
+    (Kind.LEFT, presence_of(SEES_A_LEAVE, stays=[stay((1.0, 2)), stay(), stay((3.0, 3))])),
+    (
+        Kind.LEFT,  # the watcher has not received the message in between
+        presence_of(
+            watching("r0", shown("a"), message(1), gap(3), left("a"), message(4)),
+            stays=[stay((1.0, 1), (3.0, 2)), stay((5.0, 6))],
+            keeps_all=False,
+        ),
+    ),
+    (Kind.ALTERNATION, presence_of(watching("r0", shown("a"), joined("a")))),
+    (Kind.ALTERNATION, presence_of(watching("r0", shown(), joined("a"), message(1), joined("a")))),
+    (Kind.ALTERNATION, presence_of(watching("r0", shown("a"), left("b")))),
+    (Kind.ALTERNATION, presence_of(watching("r0", joined("a"), shown("a")))),
+    (
+        Kind.ALTERNATION,  # a gap is no reason, nor that the relay may lack a client
+        presence_of(
+            watching("r0", shown("a"), message(1), gap(2), joined("a"), message(3)),
+            unsettled=[Unsettled("r0", 0.0, 1.0)],
+            keeps_all=False,
+        ),
+    ),
+    (Kind.TWICE, presence_of(watching("r0", shown("a", "b", "a")))),
+    (Kind.TWICE, presence_of(watching("r0", shown("a", count=2)))),
+    (Kind.TWICE, presence_of(roster_answers=[answer_of("r0", "a", "a")])),
     (
         Kind.COUNTERS,
         record_of(rests=[replace(REST, counters={**AT_REST, "expected_deliveries_total": 11})]),
@@ -256,6 +454,33 @@ def test_gaps_with_and_without_a_loss_are_counted() -> None:
     trace = resuming(welcome(0), message(1), gap(1), gap(3), *messages(4))
     verdict = judge(record_of(trace, keeps_all=False))
     assert (verdict.false_alarms, verdict.covered_holes) == (1, 2)
+
+
+def test_what_was_judged_of_presence_is_counted() -> None:
+    stays = [
+        *(stay((1.0, 1)), stay((2.0, 2), closed=True), stay((3.0, 3))),
+        *(stay((20.0, 4)), stay((21.0, 5))),
+    ]
+    verdict = judge(
+        presence_of(
+            watching("r0", shown(), *messages(1, 2), joined("b"), *messages(3, 4)),
+            watching("r1", shown(), *messages(1, 2), joined("b"), message(3), left("b")),
+            watching("r2", shown(), shown(is_answer=True), *messages(1)),
+            stays=stays,
+            roster_answers=[answer_of("r0", "b")],
+            unsettled=[Unsettled("r2", 0.0, 1.0)],
+        )
+    )
+    assert verdict.violations == []
+    assert verdict.presence == PresenceCounts(
+        joined=2,
+        left=1,
+        resumed_in_time=2,
+        returned_late=2,
+        positions=3,
+        unsettled=1,
+        answers=2,
+    )
 
 
 def test_a_payload_names_its_message_unless_it_was_changed() -> None:
