@@ -343,3 +343,67 @@ def test_rosters_are_alike_on_all_replicas_and_true_at_rest() -> None:
             max_examples=60, stateful_step_count=50, deadline=None, derandomize=True, database=None
         ),
     )
+
+
+def replicas_at_rest(count: int) -> Replicas:
+    """Return replicas that know each other, outside of a run of the model."""
+    model = Replicas()
+    model.begin()
+    for _ in range(count - 1):
+        model.start()
+    model.settle()
+    return model
+
+
+def leave_for_a_moment(client: Client) -> None:
+    """Break the connection of a client that has a session."""
+    connection, client.connection = client.connection, None
+    assert connection is not None
+    connection.end(may_return=True)
+
+
+def test_a_client_whose_claim_was_lost_while_it_was_away_is_listed_once_it_is_back() -> None:
+    model = replicas_at_rest(2)
+    one = model.replicas[0]
+    model.break_off(0)  # its claim fails
+    model.connect(0, "a", has_session=True)
+    (client,) = model.clients
+    leave_for_a_moment(client)
+    model.break_off(0)  # the outage ends
+    model.turn(TURN_S)
+    model.attach(client, one)
+    model.settle()
+    assert set(one.table()["a"]) == {client.name}
+
+
+def test_a_client_that_is_back_at_its_replica_before_that_has_read_of_its_move_stays() -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=True)
+    (client,) = model.clients
+    model.settle()
+    leave_for_a_moment(client)
+    model.attach(client, two)
+    model.turn(0)  # its claim is in the log, and only the second replica reads it
+    two.read(len(model.log.entries))
+    leave_for_a_moment(client)
+    model.attach(client, one)
+    connection = client.connection
+    model.settle()
+    assert client.connection is connection, "it has one connection only, and that is the latest"
+    assert set(one.table()["a"]) == {client.name}
+
+
+def test_a_client_that_connects_to_a_replica_declared_to_have_ended_is_listed() -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=False)
+    model.settle()
+    model.freeze(0)
+    while one.incarnations.own in two.presence.rosters.incarnations():
+        model.turn(TURN_S)
+        two.read(len(model.log.entries))
+    model.thaw()
+    model.connect(0, "a", has_session=False)  # the replica has not read of its end yet
+    model.settle()
+    assert set(one.table()["a"]) == {client.name for client in model.clients}

@@ -149,12 +149,13 @@ class Presence:
             person: the client.
             connection: of the client; closed if the client moves to another replica.
         """
-        own = self._own.get((channel, person.client))
-        if own is not None:  # it is back, or it has another connection here
-            own.connection = connection
-            return
-        self._own[channel, person.client] = _OwnClient(person, connection)
-        self._claim((channel, person.client))
+        key = channel, person.client
+        own = self._own.get(key)
+        if own is None:
+            self._own[key] = _OwnClient(person, connection)
+        else:  # It is back. It may have been at another replica, whose claim is not read yet.
+            own.connection, own.claimed_at = connection, START
+        self._claim(key)
 
     def _claim(self, key: tuple[str, str]) -> None:
         """Append that a client is here now."""
@@ -303,9 +304,7 @@ class Presence:
         """Record that entries may be lost, of all replicas."""
         if not self._is_alone and (self._asked_at or self.complete.is_set()):
             self._must_ask = self._must_state = True
-            self._unclaimed |= {
-                key: None for key, own in self._own.items() if own.claimed_at == START
-            }
+            self._reclaim()
 
     def _on_join(self, entry: ControlEntry) -> None:
         position, channel, fields = entry
@@ -361,6 +360,7 @@ class Presence:
         if of == self._incarnations.own:
             log.warning("replica taken for dead")
             self._incarnations.begin_anew()
+            self._reclaim()  # a claim of the incarnation that has ended counts for nothing
             self._restate()
 
     def _on_question(self, entry: ControlEntry) -> None:
@@ -385,6 +385,10 @@ class Presence:
             self._control.append(f"presence.{kind}", fields, channel, failed)
         else:
             failed()
+
+    def _reclaim(self) -> None:
+        """Append soon once more that clients are here whose entry is not read yet."""
+        self._unclaimed |= {key: None for key, own in self._own.items() if own.claimed_at == START}
 
     def _restate(self) -> None:
         """State soon who is here: what was appended before may be lost."""
