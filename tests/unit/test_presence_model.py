@@ -407,3 +407,29 @@ def test_a_client_that_connects_to_a_replica_declared_to_have_ended_is_listed() 
     model.connect(0, "a", has_session=False)  # the replica has not read of its end yet
     model.settle()
     assert set(one.table()["a"]) == {client.name for client in model.clients}
+
+
+def test_a_client_that_has_left_is_not_stated_by_a_replica_that_has_not_read_of_it() -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=False)
+    model.settle()
+    model.freeze(0)
+    for _ in range(7):  # longer than those that are silent state themselves, less than the grace
+        model.turn(TURN_S)
+        two.read(len(model.log.entries))
+    model.start()
+    third = model.replicas[2]
+    third.beat()
+    third.read(len(model.log.entries))
+    third.presence.tick()
+    third.beat()  # it asks
+    two.read(len(model.log.entries))
+    model.thaw()
+    model.disconnect(0, is_final=True)
+    one.read(len(model.log.entries))
+    one.presence.tick()
+    one.beat()  # the client has left, and is not in its statement
+    two.presence.tick()
+    two.beat()
+    model.settle()

@@ -255,6 +255,7 @@ class Presence:
         self, incarnation: str, people: Sequence[Stated], *, is_whole: bool
     ) -> None:
         statement = secrets.token_hex(STATEMENT_BYTES)
+        seen = str(self._incarnations.position(incarnation))
         starts = range(0, max(1, len(people)), PART_PEOPLE)
         for start in starts:
             part = [
@@ -262,8 +263,8 @@ class Presence:
                 for channel, person, claimed_at in people[start : start + PART_PEOPLE]
             ]
             is_last = is_whole and start == starts[-1]
-            fields = {"of": incarnation, "id": statement, "people": part, "last": is_last}
-            self._append("state", fields)
+            fields = {"of": incarnation, "seen": seen, "id": statement, "people": part}
+            self._append("state", {**fields, "last": is_last})
 
     def _check_answers(self, now: float) -> None:
         """Become complete once each replica that incarnations has answered."""
@@ -338,6 +339,8 @@ class Presence:
         position, _, fields = entry
         incarnation, of, is_last = fields["incarnation"], fields["of"], fields["last"]
         self._incarnations.record_sign(incarnation, position)
+        if of != incarnation and self._has_written_since(of, fields["seen"]):
+            return  # its clients may have left since; it is alive, and states them itself
         people = [
             Stated(each["channel"], Person.of(each), Position.parse(each["at"]))
             for each in fields["people"]
@@ -351,8 +354,8 @@ class Presence:
             self._answered.add(of)
 
     def _on_end(self, entry: ControlEntry) -> None:
-        of, seen = entry.fields["of"], Position.parse(entry.fields["seen"])
-        if self._incarnations.position(of) > seen:  # it has written since: it is alive
+        of = entry.fields["of"]
+        if self._has_written_since(of, entry.fields["seen"]):  # it is alive
             return
         for change in self.rosters.end(of):
             self._notify(change)
@@ -371,6 +374,10 @@ class Presence:
             self._restate()
 
     # Inside
+
+    def _has_written_since(self, incarnation: str, seen: str) -> bool:
+        """Return whether a replica has written something after what another one had read of it."""
+        return self._incarnations.position(incarnation) > Position.parse(seen)
 
     def _append(
         self,
