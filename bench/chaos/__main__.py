@@ -71,14 +71,15 @@ def _run(seed: int, broker: str, options: argparse.Namespace) -> RunOutcome:
 
 
 def _line(outcome: RunOutcome) -> str:
-    plan, stats = outcome.plan, outcome.stats
+    plan, stats, presence = outcome.plan, outcome.stats, outcome.verdict.presence
     answers = ", ".join(f"{count} {status}" for status, count in sorted(stats["answers"].items()))
     how = f"{plan.broker} {plan.persistence}{' deletions' if plan.deletes else ''}"
     reports = f"{stats['gaps']} gaps, {stats['not_recovered']} not recovered"
     return (
         f"{'PASS' if outcome.passed else 'FAIL'} seed {plan.seed} {how}, {plan.relays} relays,"
         f" {len(plan.faults)} faults: {stats['published']} published, {answers}, {reports},"
-        f" {outcome.verdict.false_alarms} false alarms, presence: {outcome.verdict.presence}"
+        f" {outcome.verdict.false_alarms} false alarms, {presence.resumed_in_time} resumed in time,"
+        f" rosters compared at {presence.positions} messages"
     )
 
 
