@@ -409,6 +409,30 @@ def test_a_client_that_connects_to_a_replica_declared_to_have_ended_is_listed() 
     assert set(one.table()["a"]) == {client.name for client in model.clients}
 
 
+def test_clients_of_a_replica_leave_that_was_dead_before_all_others_began() -> None:
+    model = replicas_at_rest(2)
+    model.connect(0, "a", has_session=False)
+    model.settle()
+    model.kill(0, sent=0)
+    (two,) = model.replicas
+    for _ in range(7):  # longer than those that are silent state themselves, less than the grace
+        model.turn(TURN_S)
+        two.read(len(model.log.entries))
+    model.trim(kept=0)
+    model.start()
+    _, third = model.replicas
+    third.beat()
+    third.presence.tick()  # it asks
+    third.beat()
+    two.read(len(model.log.entries))
+    two.presence.tick()  # it states the clients of the dead one
+    two.beat()
+    third.read(len(model.log.entries))
+    assert third.table()
+    model.kill(0, sent=0)
+    model.settle()
+
+
 def test_a_client_that_has_left_is_not_stated_by_a_replica_that_has_not_read_of_it() -> None:
     model = replicas_at_rest(2)
     one, two = model.replicas

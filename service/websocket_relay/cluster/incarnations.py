@@ -102,6 +102,18 @@ class Incarnations:
             for silent in self.silent(self._forget_s):
                 self.remove(silent)
 
+    def learn_of(self, incarnation: str, position: Position, silence_s: float) -> None:
+        """Record a replica that is silent and was not known here, so that its end is declared.
+
+        Args:
+            incarnation: of the replica.
+            position: of its latest sign, as another replica has read it.
+            silence_s: for at least so long.
+        """
+        if incarnation not in self._incarnations:
+            seen_at = self._clock() - silence_s
+            self._incarnations[incarnation] = Incarnation(seen_at, position)
+
     def forgive(self) -> None:
         """Count the silence of all replicas from now on."""
         now = self._clock()

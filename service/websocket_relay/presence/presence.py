@@ -339,8 +339,10 @@ class Presence:
         position, _, fields = entry
         incarnation, of, is_last = fields["incarnation"], fields["of"], fields["last"]
         self._incarnations.record_sign(incarnation, position)
-        if of != incarnation and self._has_written_since(of, fields["seen"]):
-            return  # its clients may have left since; it is alive, and states them itself
+        if of != incarnation:
+            if self._has_written_since(of, fields["seen"]):
+                return  # its clients may have left since; it is alive, and states them itself
+            self._incarnations.learn_of(of, Position.parse(fields["seen"]), SILENCE_S)
         people = [
             Stated(each["channel"], Person.of(each), Position.parse(each["at"]))
             for each in fields["people"]
