@@ -195,8 +195,11 @@ class RelaySlot:
                 ready_s = at_s
             elif event["event"] in UNSETTLED_S:
                 before_s, after_s = UNSETTLED_S[event["event"]]
-                unsettled = Unsettled(self.name, at_s - before_s, at_s + after_s)
-                self.record.unsettled.append(unsettled)
+                until_s = at_s + after_s
+                self.record.unsettled += [
+                    Unsettled(self.name, at_s - before_s, until_s),
+                    Unsettled(self.name, until_s, until_s + self.grace_s, has_all=True),
+                ]
         self.record.unsettled.append(Unsettled(self.name, 0.0, ready_s))
 
     async def stop(self) -> None:

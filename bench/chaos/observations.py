@@ -205,11 +205,13 @@ class Unsettled:
     Attributes:
         from_s, until_s: since the run's start, of the log: an entry counts by the time at which any
             client received it first.
+        has_all: its rosters lack no client, but may have some that have left.
     """
 
     relay: str
     from_s: float
     until_s: float
+    has_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)

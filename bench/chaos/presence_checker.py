@@ -7,7 +7,7 @@ replica each of them is.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,11 +43,13 @@ class Seen(NamedTuple):
     Attributes:
         subscriber, relay: the watcher, and the process that it is connected to.
         roster: who is in the channel.
+        may_have_more: whether it may have clients that have left.
     """
 
     subscriber: str
     relay: str
     roster: frozenset[str]
+    may_have_more: bool = False
 
 
 @dataclass(slots=True)
@@ -89,9 +91,10 @@ class PresenceChecker:
         self._counts = verdict.presence
         self._first_seen = _first_seen(record.traces)
         self._certainties = _certainties(record, self._counts)
-        self._unsettled: dict[str, list[tuple[float, float]]] = {}
+        self._unsettled: dict[tuple[str, bool], list[tuple[float, float]]] = {}
         for each in record.unsettled:
-            self._unsettled.setdefault(each.relay, []).append((each.from_s, each.until_s))
+            window = each.from_s, each.until_s
+            self._unsettled.setdefault((each.relay, each.has_all), []).append(window)
         self._seen: dict[Position, Seen] = {}
         self._compared: set[Position] = set()
         # By two messages next to each other on one connection: what its watcher was notified of.
@@ -135,9 +138,19 @@ class PresenceChecker:
         which any client received it: how late this relay read it does not count, since by then it
         has read the statements before it, too.
         """
+        return not self._is_within(position, self._unsettled.get((relay, False), ()))
+
+    def may_have_more(self, relay: str, position: Position) -> bool:
+        """Return whether a roster of a relay may have clients that have left.
+
+        What was lost may have been the end of another replica, as a third one has declared it. No
+        replica states it again: this one declares it, once that one was silent for the grace.
+        """
+        return self._is_within(position, self._unsettled.get((relay, True), ()))
+
+    def _is_within(self, position: Position, windows: Iterable[tuple[float, float]]) -> bool:
         at_s = self._first_seen[position]
-        windows = self._unsettled.get(relay, ())
-        return not any(from_s <= at_s <= until_s for from_s, until_s in windows)
+        return any(from_s <= at_s <= until_s for from_s, until_s in windows)
 
     def compare(self, position: Position, seen: Seen) -> str:
         """Compare a roster with that of others at the same message; return the difference."""
@@ -145,14 +158,16 @@ class PresenceChecker:
             self._counts.unsettled += 1
             return ""
         other = self._seen.setdefault(position, seen)
+        if other.may_have_more:  # an exact roster is the better one to compare others with
+            self._seen[position] = seen
         if other.relay != seen.relay:
             self._compared.add(position)
-        if other.roster == seen.roster:
+        here, there = seen.roster - other.roster, other.roster - seen.roster
+        if not (here and not seen.may_have_more) and not (there and not other.may_have_more):
             return ""
         return (
             f"at {position} {seen.subscriber} on {seen.relay} and {other.subscriber} on"
-            f" {other.relay}: {sorted(seen.roster - other.roster)} and"
-            f" {sorted(other.roster - seen.roster)} only there"
+            f" {other.relay}: {sorted(here)} and {sorted(there)} only there"
         )
 
     def compare_changes(
@@ -281,10 +296,12 @@ class Watch:
 
     def _compare(self, position: Position, roster: frozenset[str], at_s: float) -> None:
         checker, name = self._checker, self._trace.subscriber
-        difference = checker.compare(position, Seen(name, self._relay, roster))
+        may_have_more = checker.may_have_more(self._relay, position)
+        difference = checker.compare(position, Seen(name, self._relay, roster, may_have_more))
         # The order of notices counts only where a roster has to be right, before and after them.
         last, changes = self._last, self._changes
-        if not difference and last is not None and changes is not None:
+        is_exact = not difference and not may_have_more
+        if is_exact and last is not None and changes is not None:
             ends = (last, position)
             if all(checker.is_settled(self._relay, end) for end in ends):
                 difference = checker.compare_changes(last, position, name, tuple(changes))

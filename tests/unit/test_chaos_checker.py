@@ -248,6 +248,12 @@ VALID: Mapping[str, Record] = {
         watching("r0", shown(), *messages(1, 2, 3, 4), joined("a"), *messages(5)),
         unsettled=[Unsettled("r0", 0.0, 1.0)],
     ),
+    "a relay that has missed the end of another one": presence_of(
+        SEES_A_LEAVE,
+        SEES_A_STAY,
+        watching("r0", shown("a"), *messages(1, 2, 3, 4, 5)),
+        unsettled=[Unsettled(relay, 0.0, 1.0, has_all=True) for relay in ("r0", "r1")],
+    ),
     "a client that closed its connection, and returned": presence_of(
         SEES_A_LEAVE, stays=[stay((1.0, 1), (1.5, 2), closed=True), stay((2.0, 5))]
     ),
@@ -332,6 +338,10 @@ VIOLATIONS: Sequence[tuple[Kind, Record]] = [
     (
         Kind.ROSTER,  # that another relay is not settled does not count
         presence_of(SEES_A_STAY, SEES_A_LEAVE, unsettled=[Unsettled("r2", 0.0, 1.0)]),
+    ),
+    (
+        Kind.ROSTER,  # it may have more clients, and has less
+        presence_of(SEES_A_STAY, SEES_A_LEAVE, unsettled=[Unsettled("r0", 0.0, 1.0, has_all=True)]),
     ),
     (
         Kind.ROSTER,  # settled, once the time is over
