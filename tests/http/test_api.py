@@ -295,6 +295,28 @@ async def test_messages_before_an_order_are_delivered_and_later_ones_of_the_clie
             assert await receive(eve) == "next"
 
 
+async def test_a_connection_that_is_closing_publishes_nothing_after_an_order(
+    api_relay: RelayProcess,
+) -> None:
+    path = f"/?access_token={token_of('ada')}"
+    async with (
+        api_relay.client("news", additional_headers=bearer_of("eve")) as eve,
+        raw_websocket(HOST, api_relay.port, path, Sec_WebSocket_Protocol="relay.v1") as closing,
+    ):
+        welcome = json.loads(await closing.read_message())
+        async with open_relay_v1(
+            api_relay, f"/?session={welcome['session']}", additional_headers=bearer_of("ada")
+        ):
+            await closing.read_close_frame()  # which it does not answer
+            await closing.send(frame(TEXT, b'{"type":"publish","channel":"news","id":1}\nin time'))
+            assert await receive(eve) == "in time"
+            assert await disconnect(api_relay, user="ada") == {"disconnected": 1}
+            await closing.send(frame(TEXT, b'{"type":"publish","channel":"news","id":2}\ntoo late'))
+            await closing.read_to_end()
+            await eve.send("next")
+            assert await receive(eve) == "next"
+
+
 async def test_a_client_that_is_disconnected_has_left_presence_at_once(
     relay_with: StartRelay,
 ) -> None:

@@ -362,13 +362,14 @@ class Connection(asyncio.Protocol):
     def disconnect(self, code: int, reason: str) -> bool:
         """Close with a code and a reason of an operator, after all pending deliveries.
 
+        Of a connection that is closing already, nothing more is published.
+
         Returns:
             Whether the connection was open.
         """
-        if self.state is not ConnectionState.OPEN:
-            return False
+        is_open = self.state is ConnectionState.OPEN
         self.queue_close(Close.DISCONNECTED, self.protocol.encode_close(code, reason, None))
-        return True
+        return is_open
 
     def _encode_close(self, why: Close, retry_ms: int | None) -> bytes:
         return self.protocol.encode_close(why.code, why.text(retry_ms), retry_ms)
