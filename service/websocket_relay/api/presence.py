@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from websocket_relay.admission.policy import AdmissionPolicy
+from websocket_relay.api import media_types
 from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import (
     CHANNEL_PARAMETER,
@@ -14,7 +15,6 @@ from websocket_relay.api.requests import (
     cancelled_when_lost,
     channel_of,
 )
-from websocket_relay.api.responses import json_response
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.presence.attendance import PresenceAttendance
@@ -63,7 +63,8 @@ def presence_router(
         channel = channel_of(request)
         with cancelled_when_lost(request):
             await admission.admit_reader(admission_request_of(request, (channel,)))
-        return json_response(require_presence(presence, channel).who_is_here(channel))
+        encoded = require_presence(presence, channel).encoded(channel)
+        return Response(f"{{{encoded}}}", media_type=media_types.JSON)
 
     router = APIRouter()
     add_get_route(

@@ -176,8 +176,8 @@ class EventsResponse(Response):
         def send() -> None:
             assert self._presence is not None
             for name in names:
-                fields = {"type": "presence", "channel": name, **self._presence.who_is_here(name)}
-                client.write_control(encode_event("presence", fields))
+                fields = {"type": "presence", "channel": name}
+                client.write_control(encode_event("presence", fields, self._presence.encoded(name)))
 
         channel.add_watcher(client, client.delivery_format, send)
 

@@ -68,8 +68,8 @@ class WhoIsHere(Protocol):
     def check(self, channel: str) -> None:
         """Check that a channel has presence; raise a RefusedError if it has none."""
 
-    def who_is_here(self, channel: str) -> Mapping[str, object]:
-        """Return who is in a channel, as it is sent to a client."""
+    def encoded(self, channel: str) -> str:
+        """Return who is in a channel, as members of a JSON object."""
 
 
 class Subscription(NamedTuple):
@@ -459,15 +459,10 @@ class RelayV1Connection(LocalPublisher):
 
     def _ask_presence(self, command: Command) -> None:
         name = _channel_of(command)
-        subscription = self._subscriptions.get(name)
-        if subscription is None and not self._access.may_subscribe(name):
+        if name not in self._subscriptions and not self._access.may_subscribe(name):
             raise RefusedError(Refusal.NOT_AUTHORIZED)
         self._check_presence(name)
-        send = partial(self._send_who_is_here, name, command.id)
-        if subscription is None:
-            send()
-        else:  # behind the notices of what it includes
-            subscription.channel.when_queue_is_written(send)
+        self._send_who_is_here(name, command.id)
 
     def _check_presence(self, name: str) -> None:
         if self._presence is None:
@@ -476,8 +471,8 @@ class RelayV1Connection(LocalPublisher):
 
     def _send_who_is_here(self, name: str, command_id: int) -> None:
         assert self._presence is not None
-        fields = self._presence.who_is_here(name)
-        send = partial(self.send_notice, "presence", channel=name, id=command_id, **fields)
+        fields = {"type": "presence", "channel": name, "id": command_id}
+        send = partial(self._write, encode_notice(fields, self._presence.encoded(name)))
         subscription = self._subscriptions.get(name)
         if subscription is None:
             send()

@@ -4,6 +4,7 @@ Knows no protocol and no broker.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from websocket_relay.wire.connection import Connection
 
 COUNTS_S = 1.0
 """Interval between two notices of how many clients are in a channel that has too many to list."""
+
+MAX_ENCODED = 8
+"""Lists of clients that are kept: each has `presence.max_clients` clients, and up to 1 MiB."""
 
 FINAL = (
     Close.CLIENT,
@@ -42,6 +46,7 @@ class PresenceAttendance:
         self._notify = notify
         # Channels with too many clients; whether their number has changed since it was sent.
         self._crowded: dict[str, bool] = {}
+        self._encoded: dict[str, str] = {}  # by channel, since its last change
         presence.listeners.append(self._on_change)
 
     async def run(self) -> None:
@@ -105,8 +110,23 @@ class PresenceAttendance:
             return {"count": count}
         return {"count": count, "clients": [each.fields() for each in rosters.people(channel)]}
 
+    def encoded(self, channel: str) -> str:
+        """Return who is in a channel, as members of a JSON object, in ASCII.
+
+        A client may ask as often as it likes, and many may begin to watch in one moment: this is
+        computed once for each change of the roster.
+        """
+        if (known := self._encoded.get(channel)) is not None:
+            return known
+        if len(self._encoded) >= MAX_ENCODED:
+            self._encoded.clear()
+        text = json.dumps(self.who_is_here(channel), separators=(",", ":"))
+        self._encoded[channel] = encoded = text[1:-1]
+        return encoded
+
     def _on_change(self, change: Change) -> None:
         channel, person = change.channel, change.person
+        self._encoded.pop(channel, None)
         count = self._presence.rosters.count(channel)
         if channel in self._crowded or count > self._max_listed:
             self._crowded[channel] = True

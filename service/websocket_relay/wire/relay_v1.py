@@ -66,10 +66,16 @@ def parse_command(message: bytes) -> Command:
     return new_command((kind, number, fields, payload))
 
 
-def encode_notice(fields: Mapping[str, object]) -> bytes:
-    """Return the frame of a message of the relay itself."""
-    text = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
-    return header(TEXT, len(text)) + text
+def encode_notice(fields: Mapping[str, object], members: str = "") -> bytes:
+    """Return the frame of a message of the relay itself.
+
+    Args:
+        fields: at least one.
+        members: further ones, as JSON without braces.
+    """
+    text = json.dumps(fields, separators=(",", ":"))
+    payload = (f"{text[:-1]},{members}}}\n" if members else f"{text}\n").encode()
+    return header(TEXT, len(payload)) + payload
 
 
 def encode_published(number: int, position: object) -> bytes:

@@ -13,13 +13,18 @@ TEXT_TYPE, BINARY_TYPE = b"message", b"binary"
 browser dispatches an event without a type as `message`."""
 
 
-def encode_event(name: str, fields: Mapping[str, object]) -> bytes:
+def encode_event(name: str, fields: Mapping[str, object], members: str = "") -> bytes:
     """Return an event of the relay itself: a JSON object under a name.
 
-    A position among the fields becomes the event's id: a client that reconnects before its first
-    message resumes from there.
+    Args:
+        name: of the event.
+        fields: at least one. A position becomes the event's id: a client that reconnects before its
+            first message resumes from there.
+        members: further ones, as JSON without braces.
     """
     text = json.dumps(fields, separators=(",", ":"))
+    if members:
+        text = f"{text[:-1]},{members}}}"
     id_line = f"id: {fields['position']}\n" if "position" in fields else ""
     return f"{id_line}event: {name}\ndata: {text}\n\n".encode()
 
