@@ -55,7 +55,7 @@ def clients_in(panel: Locator) -> Locator:
 
 async def enter_key(page: Page, key: str = KEY) -> None:
     await page.get_by_label("API key").fill(key)
-    await page.get_by_role("button", name="Use it").click()
+    await page.get_by_role("button", name="Use key").click()
 
 
 # Several channels
@@ -269,13 +269,37 @@ async def test_an_admin_disconnects_a_client_or_refuses_its_user_after_a_confirm
         assert await page.get_by_label("API key").input_value() == ""
 
 
+async def test_the_right_to_disconnect_is_that_of_the_latest_key_or_token(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(**WITH_USERS, presence={"channels": ["*"]})
+    user = sign_token(sub="bob", relay=ALL_CHANNELS)
+    admin = sign_token(sub="bob", relay=ALL_CHANNELS | {"admin": True})
+    async with console_of(relay, "/?channel=news", requests_fail=True) as page:
+        await enter_token(page, user)
+        await await_connected(page)
+        await show(page, "Clients")
+        await enter_key(page, "another key")
+        unavailable = page.locator("#api-unavailable")
+        await expect(unavailable).to_contain_text("Reason: 401 invalid token")
+        await unavailable.get_by_role("button", name="Token…").click()
+        await enter_token(page, admin)
+        await expect(unavailable).to_be_hidden()
+        panel = await show(page, HERE)
+        await expect(panel.get_by_role("button", name="Disconnect bob")).to_be_visible()
+        await page.locator("#key").click()
+        await enter_token(page, user)
+        await expect(panel.get_by_role("button")).to_have_count(0)
+        await expect(clients_in(panel)).to_have_count(1)
+
+
 async def test_a_relay_without_a_server_api_names_the_settings_that_it_needs(
     relay: RelayProcess,
 ) -> None:
     async with console_of(relay, requests_fail=True) as page:
         await show(page, "Channels")
         await expect(page.locator("#api-unavailable")).to_have_text(
-            re.compile(r"^\s*This relay has no server API\. Set api\.key")
+            re.compile(r"^\s*This relay has no server API: set api\.key")
         )
         await expect(page.get_by_label("API key")).to_be_hidden()
         await page.keyboard.press("ArrowLeft")
@@ -360,6 +384,7 @@ PUBLISHED: tuple[str | bytes, ...] = (
     '{"a": [1, "\'"]}',
     b"\x00\xff'",
     "with\x00zero",
+    "\x1b[201~\x03\nexit 1 # ends the paste of a terminal",
 )
 
 
@@ -380,6 +405,7 @@ async def test_a_message_is_copied_as_the_command_that_publishes_it(
             await page.get_by_role("button", name="Copy as curl").click()
             await expect(page.get_by_role("button", name="Copied")).to_be_visible()
             command = await page.evaluate("navigator.clipboard.readText()")
+            assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", command)
             process = await asyncio.create_subprocess_exec("sh", "-c", f"{command} --fail --silent")
             assert await process.wait() == 0, command
             assert await receive(client) == message, command
@@ -415,7 +441,7 @@ async def test_what_is_shown_is_exported_as_lines_of_json(
         await expect(rows(page)).to_have_count(len(PUBLISHED))
         everything = await exported(page, tmp_path)
         contents = [each.get("text", each.get("base64")) for each in everything]
-        assert contents == [*PUBLISHED[:3], "AP8n", PUBLISHED[4]]
+        assert contents == [*PUBLISHED[:3], "AP8n", *PUBLISHED[4:]]
         assert {each["channel"] for each in everything} == {channel}
         assert len({each["position"] for each in everything}) == len(PUBLISHED)
         await page.get_by_label("Kind of messages").select_option("binary")

@@ -35,7 +35,7 @@ export function cloneTemplate(template) {
  * @param {Element} container
  * @param {string} template of a row
  * @param {Item[]} items
- * @param {(item: Item, index: number) => string} keyOf
+ * @param {(item: Item, index: number) => string} keyOf of each another one
  * @param {(row: HTMLElement, item: Item) => void} fill
  */
 export function renderRows(container, template, items, keyOf, fill) {

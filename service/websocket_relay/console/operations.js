@@ -19,7 +19,7 @@ const TYPING_MS = 300; // a filter is applied after so long without a key
 const REQUEST_TIMEOUT_MS = 5_000;
 const LISTED = 100;
 
-const WITHOUT_API = "This relay has no server API. Set api.key, or use auth.mode: jwt.";
+const WITHOUT_API = "This relay has no server API: set api.key, or auth.mode.";
 const NEEDED = `Needs the API key, or a token with the claim "relay": {"admin": true}.`;
 
 /** The panels "Channels" and "Clients". They ask only while they are shown. */
@@ -79,9 +79,10 @@ export class OperationsPanel {
     this.#pollIn(0);
   }
 
-  /** Ask again after a refusal, with a new token or key. */
+  /** Ask again, with a new token or key. */
   retry() {
     this.#isRefused = false;
+    this.#onAdmin(false);
     this.#pollIn(0);
   }
 
@@ -168,6 +169,7 @@ export class OperationsPanel {
     }
     byId("api-unavailable").hidden = !this.#isRefused;
     const isKnown = Boolean(fields) || this.#isRefused;
+    if (this.#isRefused) this.#apiKey = ""; // the token may do, or another key
     const hint = status === 404 ? WITHOUT_API : `${NEEDED} Reason: ${status} ${reason}`;
     if (this.#isRefused) setText(query(byId("api-unavailable"), "p"), hint);
     byId("api-key-form").hidden = status === 404;
@@ -197,7 +199,10 @@ export class OperationsPanel {
 
   /** @param {Record<string, any>[]} clients */
   #renderClients(clients) {
-    renderRows(byId("clients-list"), "client", clients, ({client}) => client, (row, each) => {
+    // A client that has just moved may have two connections.
+    /** @type {(each: Record<string, any>) => string} */
+    const keyOf = ({client, replica, since}) => `${client} ${replica} ${since}`;
+    renderRows(byId("clients-list"), "client", clients, keyOf, (row, each) => {
       const {client, user, address, since, channels, backlog, replica} = each;
       const age = formatAge(Date.now() / 1000 - since);
       const waiting = backlog ? `${formatBytes(backlog)} waiting` : "";

@@ -142,7 +142,8 @@ export function ndjsonOf(messages) {
 export function curlOf(message, base, hasToken) {
   const {channel, data} = message;
   const bytes = typeof data === "string" ? encoder.encode(data) : new Uint8Array(data);
-  const isPlain = typeof data === "string" && !data.includes("\0"); // no argument contains that
+  // Control characters end the paste of a terminal, and are then typed into it.
+  const isPlain = typeof data === "string" && !/[\0-\x08\x0b-\x1f\x7f-\x9f]/.test(data);
   let [source, body] = ["", `--data-binary @${fileNameOf(message)}`];
   if (bytes.length <= MAX_ARGUMENT_BYTES) {
     if (isPlain) body = `--data-raw ${shellQuoted(data)}`;
