@@ -308,6 +308,7 @@ async def test_a_connection_that_is_closing_publishes_nothing_after_an_order(
             api_relay, f"/?session={welcome['session']}", additional_headers=bearer_of("ada")
         ):
             await closing.read_close_frame()  # which it does not answer
+            assert len((await ask_api(api_relay, "/clients?user=ada"))["clients"]) == 1
             await closing.send(frame(TEXT, b'{"type":"publish","channel":"news","id":1}\nin time'))
             assert await receive(eve) == "in time"
             assert await disconnect(api_relay, user="ada") == {"disconnected": 1}

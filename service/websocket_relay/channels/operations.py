@@ -86,7 +86,7 @@ class Operations:
         of = entry.fields["of"]
         found: list[tuple[ClientIdentity, Connection]] = []
         for client in self._clients_of(of):
-            if client is not None and client.identity is not None:
+            if client is not None and client.identity is not None and client.is_open:
                 found.append((client.identity, client))
             yield
         first = heapq.nsmallest(of["limit"], found, key=lambda each: each[0].since)

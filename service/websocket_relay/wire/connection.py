@@ -236,6 +236,11 @@ class Connection(asyncio.Protocol):
         return self._sink is not None
 
     @property
+    def is_open(self) -> bool:
+        """Whether the connection is neither closed nor closing."""
+        return self.state is ConnectionState.OPEN
+
+    @property
     def is_member(self) -> bool:
         """Whether the connection's sink may write to it."""
         return self._is_member
@@ -367,7 +372,7 @@ class Connection(asyncio.Protocol):
         Returns:
             Whether the connection was open.
         """
-        is_open = self.state is ConnectionState.OPEN
+        is_open = self.is_open
         self.queue_close(Close.DISCONNECTED, self.protocol.encode_close(code, reason, None))
         return is_open
 
