@@ -595,6 +595,8 @@ class Replica:
         if self._questions is not None:
             yield self._questions.metrics
             yield self._blocks.metrics
+        if self._attendance is not None:
+            yield self._attendance.metrics
         if self._certificates is not None:
             yield self._certificates.metrics
             yield self._counters.tls_metrics

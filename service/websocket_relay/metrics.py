@@ -68,6 +68,7 @@ GAUGES = {
     "backplane_pending_bytes": "Bytes of messages that are not appended to the log yet.",
     "auth_hook_in_flight": "Number of requests to auth.hook.url that are not answered yet.",
     "blocked_users": "Number of users that the server API has blocked for now.",
+    "presence_clients": "Number of clients that are in channels with presence, on all replicas.",
     "history_messages": "Number of messages in the history.",
     "history_bytes": "Bytes of memory that the history uses.",
     "ready": "Whether the relay accepts clients (1) or not (0).",
@@ -114,6 +115,9 @@ COUNTERS = {
         "Number of messages that were relayed on this replica only because of an outage."
     ),
     "history_replays": "Number of clients that resumed after a position, by result.",
+    "presence_changes": (
+        "Number of clients that joined and left channels with presence, on all replicas."
+    ),
     "questions": "Number of questions and orders to all replicas, by result.",
     "blocks_dropped": "Number of blocks that were dropped because there were too many.",
     "log_lines_dropped": (
@@ -135,6 +139,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "closes": ["code", "reason"],
     "refusals": ["reason"],
     "history_replays": ["result"],
+    "presence_changes": ["change"],
     "questions": ["result"],
     "tls_reloads": ["result"],
     "tls_handshake_failures": ["reason"],

@@ -61,7 +61,12 @@ async def test_a_watcher_learns_who_is_here_and_then_who_joins_and_leaves(
         async with connect_relay_v1(relay, LOBBY) as third:
             joined = ("joined", third.welcome["client"])
             assert await next_change(watcher) == joined
+            assert await relay.metric("websocket_presence_clients") == 3
         assert await next_change(watcher) == ("left", third.welcome["client"])
+        assert await relay.metric("websocket_presence_clients") == 2
+        for change, count in (("joined", 3), ("left", 1)):
+            name = "websocket_presence_changes_total"
+            assert await relay.metric(name, change=change) == count
         await other.send("unsubscribe", channel=LOBBY)
         assert await next_change(watcher) == ("left", other.welcome["client"])
         await watcher.send("presence", channel=LOBBY)

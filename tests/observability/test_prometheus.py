@@ -70,7 +70,11 @@ async def scraped_relays(
     with KeyServer(key_set(make_signer("ES256", "key"))) as keys:
         jwt = {"algorithms": ["ES256"], "jwks_url": keys.url}
         relays = {
-            "relay-0": start(backplane={"url": broker.url}, hooks={"url": keys.url}),
+            "relay-0": start(
+                backplane={"url": broker.url},
+                hooks={"url": keys.url},
+                presence={"channels": ["*"]},
+            ),
             "relay-1": start(auth={"mode": "jwt", "jwt": jwt}),
             "relay-2": start(auth={"mode": "hook", "hook": {"url": f"http://{HOST}:9/"}}),
         }

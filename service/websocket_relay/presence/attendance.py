@@ -47,6 +47,7 @@ class PresenceAttendance:
         # Channels with too many clients; whether their number has changed since it was sent.
         self._crowded: dict[str, bool] = {}
         self._encoded: dict[str, str] = {}  # by channel, since its last change
+        self._changes = {"joined": 0, "left": 0}
         presence.listeners.append(self._on_change)
 
     async def run(self) -> None:
@@ -59,6 +60,13 @@ class PresenceAttendance:
                 if self._presence.rosters.count(channel) <= self._max_listed:
                     del self._crowded[channel]  # they are listed again, and notified of one by one
                 self._notify(channel, {"type": "presence", "channel": channel, **fields})
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the values of the metrics of presence."""
+        return {
+            "presence_clients": len(self._presence.rosters),
+            "presence_changes": dict(self._changes),
+        }
 
     # Attendance
 
@@ -126,13 +134,15 @@ class PresenceAttendance:
 
     def _on_change(self, change: Change) -> None:
         channel, person = change.channel, change.person
+        kind = "joined" if change.joined else "left"
+        self._changes[kind] += 1
         self._encoded.pop(channel, None)
         count = self._presence.rosters.count(channel)
         if channel in self._crowded or count > self._max_listed:
             self._crowded[channel] = True
             return
         fields: dict[str, object] = {
-            "type": "joined" if change.joined else "left",
+            "type": kind,
             "channel": channel,
             "client": person.client,
             "user": person.user,

@@ -106,6 +106,9 @@ class Rosters:
         self._statements: dict[str, str] = {}  # by incarnation: the statement that is being read
         self._ended: OrderedDict[str, None] = OrderedDict()  # incarnations
 
+    def __len__(self) -> int:
+        return sum(map(len, self._rosters.values()))
+
     def count(self, channel: str) -> int:
         """Return how many clients are in a channel."""
         return len(self._rosters.get(channel, ()))
