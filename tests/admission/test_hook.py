@@ -371,6 +371,7 @@ async def test_a_client_that_disconnects_ends_its_question(
         upgrade_request("/", lines=["Sec-WebSocket-Protocol: relay.v1"]),
         get_request(f"{path_of(channel)}/events"),
         get_request("/stats"),
+        get_request("/api/clients", "Authorization: Bearer T"),
         post_request(channel, b"hello"),
     )
     backend.may_answer.clear()

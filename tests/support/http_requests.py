@@ -44,6 +44,7 @@ def post_request(
     return "".join(f"{line}\r\n" for line in (*head, "")).encode() + body
 
 
-def get_request(path: str) -> bytes:
-    """Return the bytes of a GET request."""
-    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1")
+def get_request(path: str, *lines: str) -> bytes:
+    """Return the bytes of a GET request, with further header lines."""
+    head = [f"GET {path} HTTP/1.1", "Host: localhost", *lines, ""]
+    return "".join(f"{line}\r\n" for line in head).encode("latin-1")

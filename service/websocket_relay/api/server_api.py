@@ -30,7 +30,7 @@ from websocket_relay.api.publish import (
     require_identity_coding,
 )
 from websocket_relay.api.refusals import refusal_responses
-from websocket_relay.api.requests import admission_request_of
+from websocket_relay.api.requests import admission_request_of, cancelled_when_lost
 from websocket_relay.api.responses import json_response
 from websocket_relay.api.routes import add_get_route
 from websocket_relay.api.server_api_schema import BEARER, DESCRIPTIONS
@@ -149,7 +149,8 @@ class ServerApi:
         return json_response({"level": change.level, "until": round(time.time() + change.for_s)})
 
     async def _admit(self, request: Request) -> None:
-        await self._admission.admit_admin(admission_request_of(request, ()))
+        with cancelled_when_lost(request):
+            await self._admission.admit_admin(admission_request_of(request, ()))
 
     async def _read_order(self, request: Request) -> bytes:
         require_identity_coding(request)
