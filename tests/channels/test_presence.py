@@ -5,14 +5,15 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
 
 from tests.support.accounting import assert_counters_add_up_at_rest
-from tests.support.admission import jwt_settings
+from tests.support.admission import jwt_settings, refusal_answer
 from tests.support.events_client import subscribe_events
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.issuer import sign_token
 from tests.support.relay_process import RelayProcess, StartRelay, eventually
-from tests.support.relay_v1 import Notice, RelayV1Client, connect_relay_v1, open_relay_v1
+from tests.support.relay_v1 import RELAY_V1, Notice, RelayV1Client, connect_relay_v1, open_relay_v1
 
 LOBBY = "chat.1"
 GRACE_S = 0.3
@@ -38,6 +39,12 @@ async def watch(client: RelayV1Client, channel: str = LOBBY) -> list[str]:
     found = await client.next_notice("presence")
     assert (found["id"], found["count"]) == (number, len(found["clients"]))
     return [each["client"] for each in found["clients"]]
+
+
+def upgrade_with_presence(relay: RelayProcess, channel: str, **options: Any) -> connect:
+    """Connect with relay.v1 to a channel and its presence."""
+    path = f"/channels/{channel}?presence=true"
+    return relay.client(path=path, subprotocols=[RELAY_V1], **options)
 
 
 def brief(notice: Notice) -> tuple[str, str]:
@@ -303,6 +310,9 @@ async def test_who_is_here_is_for_those_who_may_subscribe(relay_with: StartRelay
         events = f"/channels/{name}/events?presence=true"
         assert (await relay.get(events)).status_code == 401
         assert (await relay.get(events, token)).status_code == 403
+        for credentials, status in (({}, 401), (headers, 403)):
+            upgrade = upgrade_with_presence(relay, name, additional_headers=credentials)
+            assert (await refusal_answer(upgrade)).status_code == status
     assert (await relay.get(path)).status_code == 401
     assert (await relay.get(path, token)).status_code == 403
     assert (await relay.get("/channels/lobby/presence", token)).status_code == 200
@@ -318,7 +328,9 @@ async def test_in_a_channel_without_presence_no_client_is_shown(relay: RelayProc
     assert (response.status_code, response.text) == (404, "no presence in this channel\n")
     response = await relay.get(f"/channels/{LOBBY}/events?presence=1")
     assert response.status_code == 400
-    async with open_relay_v1(relay) as client:
+    answer = await refusal_answer(upgrade_with_presence(relay, "lobby"))
+    assert (answer.status_code, answer.body) == (404, b"no presence in this channel\n")
+    async with open_relay_v1(relay, "/?presence=true") as client:  # it subscribes to none
         for kind, flags in (("presence", {}), ("subscribe", {"presence": True})):
             fields: dict[str, Any] = {"channel": "lobby", **flags}
             await client.send(kind, **fields)
@@ -326,7 +338,7 @@ async def test_in_a_channel_without_presence_no_client_is_shown(relay: RelayProc
             assert (error["status"], error["reason"]) == (404, "no presence in this channel")
         await client.send("subscribe", channel=LOBBY, presence=1)
         assert (await client.next_notice("error"))["status"] == 400
-    assert await relay.metric("websocket_refusals_total", reason="no_presence") == 4
+    assert await relay.metric("websocket_refusals_total", reason="no_presence") == 5
 
 
 async def test_of_a_full_channel_only_the_number_of_clients_is_sent(

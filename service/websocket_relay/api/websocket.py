@@ -68,11 +68,11 @@ def websocket_router(
             replay, echoes = replay_request_of(query), flag_of(query, "echo", default=True)
             session = session_request_of(query if is_relay_v1 else b"")
             watches = is_relay_v1 and flag_of(query, "presence", default=False)
-            if watches:
-                require_presence(presence, channel)
             channels = (channel,) if subscribes else ()
             request = admission_request_of(websocket, channels)
             grant = await admission.admit(request)
+            if watches and subscribes:  # only who may subscribe learns which channels have presence
+                require_presence(presence, channel)
             access = admission.access_of(grant)
             name = session_of(session, access.user)
         except RefusedError as error:
