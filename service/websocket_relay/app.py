@@ -425,10 +425,9 @@ class Replica:
         return questions, statements
 
     def _replica_facts(self) -> list[Mapping[str, Any]]:
-        """Return the facts in the heartbeats of the replicas that are alive."""
-        if self.backplane.is_local:
-            return [_parse_description(self._describe())]
-        return list(self._incarnations.alive(ALIVE_S).values())
+        """Return the facts of the replicas that are alive: of the others by their heartbeats."""
+        own = {self._incarnations.own: _parse_description(self._describe())}
+        return list({**self._incarnations.alive(ALIVE_S), **own}.values())
 
     def _on_heartbeat(self, position: Position, description: bytes) -> None:
         facts = _parse_description(description)

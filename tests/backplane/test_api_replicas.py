@@ -7,6 +7,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
 import pytest
+from websocket_relay.cluster.questions import ALIVE_S
 
 from tests.support.admission import refusal_answer
 from tests.support.broker_logs import ONLY_NATS, ONLY_REDIS, BrokerLog, RedisLog
@@ -214,6 +215,7 @@ async def test_in_an_outage_orders_and_questions_are_refused(
     await one.await_metric("websocket_backplane_up", 0)
     requests: list[tuple[str, str, Any]] = [
         ("GET", "/clients", None),
+        ("GET", "/replicas", None),
         ("POST", "/disconnect", {"user": "ada"}),
         ("POST", "/publish", {"channel": "news", "text": "no"}),
     ]
@@ -222,6 +224,11 @@ async def test_in_an_outage_orders_and_questions_are_refused(
         assert (response.status_code, response.text) == (503, "backplane unavailable\n")
     response = await request_api(one, "PATCH", "/logging", {"level": "info"})
     assert response.status_code == 200
+    await asyncio.sleep(ALIVE_S)  # so that each heartbeat from before is too old
+    await broker.restart()
+    while (response := await request_api(one, "GET", "/replicas")).status_code == 503:
+        pass
+    assert [each["name"] for each in response.json()["replicas"]] == [NAME]
 
 
 @ONLY_REDIS

@@ -134,6 +134,7 @@ class ServerApi:
     async def list_replicas(self, request: Request) -> Response:
         """List the replicas that are alive."""
         await self._admit(request)
+        self._questions.check_availability()
         replicas = [{name: facts.get(name) for name in REPLICA_FACTS} for facts in self._replicas()]
         return json_response({"replicas": sorted(replicas, key=lambda each: str(each["name"]))})
 

@@ -164,6 +164,15 @@ class Questions:
         """Answer all questions of a kind, of every replica."""
         self._responders[kind] = responder
 
+    def check_availability(self) -> None:
+        """Check that this replica can know the others now.
+
+        Raises:
+            RefusedError: the log is not available.
+        """
+        if not self._is_up():
+            raise RefusedError(Refusal.BACKPLANE_UNAVAILABLE)
+
     async def ask(self, kind: str, of: Fields) -> Answers:
         """Ask all replicas, this one included, and wait for their answers.
 
@@ -174,8 +183,7 @@ class Questions:
         Raises:
             RefusedError: there are too many questions in flight, or the log is not available.
         """
-        if not self._is_up():
-            raise RefusedError(Refusal.BACKPLANE_UNAVAILABLE)
+        self.check_availability()
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             raise RefusedError(Refusal.API_REQUESTS)
         name = secrets.token_hex(ID_BYTES)
