@@ -717,6 +717,38 @@ def test_a_hook_that_others_may_misuse_or_that_is_unused_is_a_warning(
     assert done.faults == [f"websocket-relay: warning: {warning}" for warning in warnings]
 
 
+@pytest.mark.parametrize(
+    ("changed", "warnings"),
+    [
+        ({}, []),
+        ({"presence": {}, "hooks": {"messages": ["news"]}}, []),
+        (
+            {"hooks": {"secret": ""}},
+            ["hooks.secret is empty: requests are not signed (unsigned: hooks.url)"],
+        ),
+        (
+            {"auth": {"mode": "jwt", "jwt": {"secret": SECRET}}, "hooks": {"secret": ""}},
+            ["hooks.secret is empty: requests are not signed (unsigned: hooks.url)"],
+        ),
+        (
+            {"auth": hook_settings(headers=["authorization"])["auth"], "hooks": {"secret": ""}},
+            ["hooks.secret is empty: requests are not signed (unsigned: auth.hook.url, hooks.url)"],
+        ),
+        (
+            {"presence": {}},
+            ["hooks.url receives no events (empty: presence.channels, hooks.messages)"],
+        ),
+    ],
+)
+def test_webhooks_without_a_signature_or_without_events_are_a_warning(
+    check: Check, changed: dict[str, Any], warnings: list[str]
+) -> None:
+    hooks = {"url": "http://app.example/events", "secret": SECRET} | changed.get("hooks", {})
+    settings = {"presence": {"channels": ["news"]}} | changed | {"hooks": hooks}
+    done = check(yaml.safe_dump(settings))
+    assert done.faults == [f"websocket-relay: warning: {warning}" for warning in warnings]
+
+
 def test_without_cookies_any_origin_is_no_warning(check: Check) -> None:
     settings = hook_settings(headers=["authorization"]) | {"server": {"allowed_origins": ["*"]}}
     assert check(yaml.safe_dump(settings)).faults == []

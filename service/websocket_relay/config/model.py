@@ -791,6 +791,7 @@ class Settings(BaseSettings):
         jwt = self.auth.jwt
         if self.api.is_short:
             yield SettingsWarning("api.key is short", {"min_bytes": MIN_KEY_BYTES})
+        yield from self._hook_warnings()
         if self.auth.mode == "none":
             named = [*dict(jwt.all_secrets), *jwt.public_key_settings]
             unused = [f"auth.jwt.{name}" for name in named]
@@ -801,21 +802,26 @@ class Settings(BaseSettings):
                 )
             return
         if self.auth.mode == "hook":
-            yield from self._hook_warnings()
+            if "cookie" in self.auth.hook.headers and "*" in self.server.allowed_origins:
+                # Browsers send cookies with the WebSockets of any page.
+                yield SettingsWarning(
+                    "any page may use the cookies of its visitors", {"allowed_origins": "*"}
+                )
             return
         for algorithm, min_bytes in jwt.algorithms_needing_longer_secret():
             facts = {"algorithm": algorithm, "min_bytes": min_bytes}
             yield SettingsWarning("auth.jwt.secret is short", facts)
 
     def _hook_warnings(self) -> Iterator[SettingsWarning]:
-        if not self.hooks.secret.get_secret_value():
+        called = ["auth.hook.url"] if self.auth.mode == "hook" else []
+        called += ["hooks.url"] if self.hooks.url else []
+        if called and not self.hooks.secret.get_secret_value():
             yield SettingsWarning(
-                "hooks.secret is empty: requests are not signed", {"unsigned": "auth.hook.url"}
+                "hooks.secret is empty: requests are not signed", {"unsigned": ", ".join(called)}
             )
-        if "cookie" in self.auth.hook.headers and "*" in self.server.allowed_origins:
-            # Browsers send cookies with the WebSockets of any page.
+        if self.hooks.url and not (self.presence.channels or self.hooks.messages):
             yield SettingsWarning(
-                "any page may use the cookies of its visitors", {"allowed_origins": "*"}
+                "hooks.url receives no events", {"empty": "presence.channels, hooks.messages"}
             )
 
     @model_validator(mode="after")
