@@ -52,11 +52,12 @@ def test_a_claim_without_info_shows_nothing() -> None:
         assert permissions_of(claim).info is None
 
 
-def test_info_has_at_most_1_kib_as_compact_json() -> None:
+def test_info_has_at_most_1_kib_as_compact_json_in_utf_8() -> None:
     largest = "x" * (MAX_INFO_BYTES - 2)  # without its quotation marks
     assert permissions_of({"info": largest}).info == largest
-    assert is_info({"a": [1, 2]})
-    for info in (f"{largest}x", {"name": largest}, [0] * 600, "ä" * 200):
+    for accepted in ({"a": [1, 2]}, "é" * 511, "🎉" * 255, "\ud800" * 340):
+        assert is_info(accepted)
+    for info in (f"{largest}x", {"name": largest}, [0] * 600, "é" * 512, "\ud800" * 341):
         with pytest.raises(RefusedError) as raised:
             permissions_of({"info": info})
         assert raised.value.why is Refusal.INVALID_TOKEN

@@ -14,7 +14,8 @@ CLAIM = "relay"
 SCOPE_PREFIX = "relay:"
 
 MAX_INFO_BYTES = 1024
-"""Of `info`, as compact JSON: it is sent to all who watch a channel with its holder in it."""
+"""Of `info`, as compact JSON in UTF-8. It is sent to all who watch a channel with its holder in
+it."""
 
 
 class Permissions(NamedTuple):
@@ -81,7 +82,9 @@ class Permissions(NamedTuple):
 def is_info(value: object) -> bool:
     """Return whether others may be shown a value: it is JSON, and not too large."""
     try:
-        return len(json.dumps(value, separators=(",", ":"), allow_nan=False)) <= MAX_INFO_BYTES
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        # Half of a surrogate pair is three bytes, too.
+        return len(text.encode("utf-8", "surrogatepass")) <= MAX_INFO_BYTES
     except (ValueError, TypeError, RecursionError):
         return False
 
