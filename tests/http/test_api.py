@@ -160,6 +160,7 @@ async def test_each_line_is_published_to_its_channel_and_has_a_position(
 INVALID_LINES: dict[str, bytes] = {
     "not JSON": b"{",
     "not an object": b"[1]",
+    "a key is repeated": b'{"channel":"a","channel":"b","text":"a"}',
     "channel must be the name of a channel": b'{"text":"a"}',
     "text or base64 is needed besides channel": b'{"channel":"a"}',
     "text must be text": b'{"channel":"a","text":1}',
@@ -173,6 +174,7 @@ ALSO_INVALID = [
     b'{"channel":"a","text":"a","other":1}',
     b'{"channel":"a","base64":"A A="}',
     b'{"channel":"a","text":"\xff"}',
+    b'{"channel":"a","text":NaN}',
     b"[" * 10_000,
 ]
 
@@ -364,6 +366,8 @@ INVALID_ORDERS: list[Any] = [
     {"user": "a", "block_s": "1"},
     {"channel": "a", "block_s": 1},
     {"user": "a", "resaon": "typo"},
+    '{"client":"x","client":"y"}',
+    '{"user":"a","reason":"b","reason":"c"}',
 ]
 
 

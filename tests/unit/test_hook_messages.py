@@ -168,6 +168,8 @@ INVALID: list[tuple[bytes, str]] = [
     (b'{"expires_in_s":Infinity}', "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"expires_in_s":' + b"9" * 5000 + b"}", "not JSON"),
+    (b'{"user":"ann","user":"bob"}', "a key is repeated"),
+    (b'{"info":{"a":1,"a":2}}', "a key is repeated"),
     (b"null", "not a JSON object"),
     (b"[]", "not a JSON object"),
     (b'"ann"', "not a JSON object"),

@@ -10,6 +10,7 @@ from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.permissions import Permissions, is_info
 from websocket_relay.admission.policy import Action, AdmissionRequest, RequestSource
 from websocket_relay.outcomes import RelayError
+from websocket_relay.strict_json import RepeatedKeyError, decode
 
 AUTHORIZATION = "authorization"
 
@@ -91,6 +92,8 @@ def parse_answer(body: bytes) -> Permissions:
     """
     try:
         answer = decode(body.decode())
+    except RepeatedKeyError:
+        raise HookAnswerError("a key is repeated") from None
     except (ValueError, RecursionError):
         raise HookAnswerError("not JSON") from None
     if not isinstance(answer, dict):
@@ -145,11 +148,3 @@ def _info(value: object) -> Any:
     if not is_info(value):
         raise HookAnswerError("info is larger than 1 KiB")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
-"""Read one JSON value (RFC 8259), without NaN and Infinity, which Python accepts."""

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from websocket_relay.channels.operations import MAX_LISTED, ORDERS
 from websocket_relay.channels.publications import line_source
 from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
+from websocket_relay.strict_json import RepeatedKeyError, decode
 
 MAX_USER_CHARACTERS = 1024
 MAX_REASON_BYTES = 123  # of a close frame (RFC 6455 section 5.5)
@@ -205,7 +205,9 @@ def _publish_of(line: bytes) -> tuple[str, Message]:
 
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body.decode())
+        value = decode(body.decode())
+    except RepeatedKeyError:
+        raise ValueError("a key is repeated") from None
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     if not isinstance(value, dict):

@@ -30,6 +30,7 @@ from websocket_relay.channels.broadcaster import Broadcaster
 from websocket_relay.channels.publications import key_source
 from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Refusal, RefusedError
+from websocket_relay.strict_json import refuse_constant
 from websocket_relay.wire.http_protocol import CONNECTION_KEY, HttpProtocol
 from websocket_relay.wire.partial_messages import PartialMessages
 from websocket_relay.wire.time_slicer import TimeSlicer
@@ -289,7 +290,7 @@ def _lines(body: bytes) -> Iterator[Message]:
             raise RefusedError(Refusal.MESSAGE_TOO_BIG, f"a batch has up to {MAX_BATCH} lines")
         text = line[0].rstrip(b" \t\r")
         try:
-            decode(text.decode())
+            check_json(text.decode())
         except (ValueError, RecursionError):
             line_number = body.count(b"\n", 0, line.start()) + 1
             raise RefusedError(Refusal.INVALID_MESSAGE, f"line {line_number} is not JSON") from None
@@ -304,13 +305,10 @@ def _is_utf8(body: bytes) -> bool:
     return True
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-decode = json.JSONDecoder(
-    parse_constant=_refuse_constant,  # NaN and Infinity, which Python accepts and browsers do not
+check_json = json.JSONDecoder(
+    parse_constant=refuse_constant,
     parse_int=bool,  # the value is not needed, and converting long numbers is slow
     parse_float=bool,
 ).decode
-"""Read one JSON value (RFC 8259)."""
+"""Checks that a text is JSON. It is relayed as it is: what a repeated key means is up to those who
+read it."""

@@ -6,11 +6,11 @@ A message is a header, one line of JSON, and a payload: docs/reference/relay-v1.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from json.scanner import make_scanner
 from typing import Any, NamedTuple
 
 from websocket_relay.messages import TEXT, Message
 from websocket_relay.outcomes import Close
+from websocket_relay.strict_json import scan
 from websocket_relay.wire.frames import ProtocolViolationError, header
 
 SUBPROTOCOL = "relay.v1"
@@ -20,6 +20,9 @@ MAX_COMMAND_BYTES = 32_768
 
 MAX_ID = 2**53 - 1
 """The greatest integer that a number of JavaScript holds exactly."""
+
+
+JSON_SPACE = " \t\r"
 
 
 class Command(NamedTuple):
@@ -101,25 +104,3 @@ def prefix_headers(
         # Names need no escapes.
         head = f'{{"channel":"{channel}","position":"{epoch}-{offset}-{index}"}}\n'
         yield kind, head.encode() + payload
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("duplicate key")
-    return fields
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-# NaN and Infinity, which Python accepts, are not JSON.
-scan = make_scanner(
-    json.JSONDecoder(  # type: ignore[arg-type]  # typeshed has the type of make_scanner itself
-        object_pairs_hook=_unique, parse_constant=_refuse_constant
-    )
-)
-"""Returns the value at an index of a text, and where it ends; raises StopIteration for no value."""
-
-JSON_SPACE = " \t\r"
