@@ -52,25 +52,45 @@ def test_the_latest_order_about_a_user_counts_in_whatever_order_they_are_read(
     assert not blocks.decide("ada", 1_000, at(3)), "the order ends the block"
     assert not blocks.is_blocked("ada")
     clock.now += RELEASED_S - 1
-    assert not blocks.is_full
+    assert blocks.has_capacity("ada", 2_000)
     assert not blocks.decide("ada", 1_100, at(2)), "a late statement of the block that has ended"
     assert not blocks.is_blocked("ada")
 
 
 def test_of_too_many_blocks_the_one_that_ends_first_is_dropped(clock: Clock) -> None:
     blocks = Blocks(clock, max_blocks=3)
-    was_full = []
+    had_capacity = []
     for number in range(3):
-        was_full.append(blocks.is_full)
+        had_capacity.append(blocks.has_capacity("more", 3_000))
         blocks.decide(str(number), 2_000 + number, at(number))
-    was_full.append(blocks.is_full)
-    assert was_full == [False, False, False, True]
+    had_capacity.append(blocks.has_capacity("more", 3_000))
+    assert had_capacity == [True, True, True, False]
     blocks.decide("more", 3_000, at(9))
     assert [user for user, _ in blocks.current()] == ["1", "2", "more"]
     assert blocks.metrics() == {"blocked_users": 3, "blocks_dropped": 1}
     clock.now = 2_002
-    assert not blocks.is_full, "what has ended takes no place"
+    assert blocks.has_capacity("another", 3_000), "what has ended takes no place"
     assert len(blocks) == 1
+
+
+def test_of_too_many_blocks_each_may_be_prolonged_or_ended(clock: Clock) -> None:
+    blocks = Blocks(clock, max_blocks=3)
+    for number, until in enumerate((1_010, 2_000, 2_001)):
+        blocks.decide(str(number), until, at(number))
+    assert not blocks.has_capacity("more", 3_000)
+    assert blocks.has_capacity("1", 3_000)
+    blocks.decide("1", 3_000, at(3))
+    assert blocks.has_capacity("not blocked", clock.now)
+    blocks.decide("not blocked", clock.now, at(4))
+    assert {user: block.until for user, block in blocks.current()} == {
+        "0": 1_010,
+        "1": 3_000,
+        "2": 2_001,
+    }
+    assert blocks.metrics()["blocks_dropped"] == 0
+    assert blocks.has_capacity("2", clock.now)
+    blocks.decide("2", clock.now, at(5))
+    assert not blocks.is_blocked("2")
 
 
 class Replica:

@@ -107,7 +107,8 @@ class ServerApi:
             order = Disconnection.parse(await self._read_order(request))
         except ClientDisconnect:
             return _never_sent()
-        if order.blocked_until is not None and self._blocks.is_full:
+        until = order.blocked_until
+        if until is not None and not self._blocks.has_capacity(order.target["user"], until):
             raise RefusedError(Refusal.BLOCKS)
         answers = await self._questions.ask("disconnect", order.fields())
         return _answer(answers, {"disconnected": sum(answers.items)})

@@ -66,11 +66,11 @@ class Blocks:
         """Return the values of the metrics of blocks."""
         return {"blocked_users": sum(1 for _ in self.current()), "blocks_dropped": self.dropped}
 
-    @property
-    def is_full(self) -> bool:
-        """Whether another block would end one of those before."""
+    def has_capacity(self, user: str, until: float) -> bool:
+        """Return whether `decide` would drop no block of another user."""
         self._remove_ended()
-        return len(self._blocks) >= self._max_blocks
+        is_release = until <= self._clock()
+        return is_release or user in self._blocks or len(self._blocks) < self._max_blocks
 
     def decide(self, user: str, until: float, position: Position) -> bool:
         """Block a user, or end the block, unless a later order has decided.
@@ -91,8 +91,10 @@ class Blocks:
         if len(self._blocks) > self._max_blocks:
             self._remove_ended()
         if len(self._blocks) > self._max_blocks:
-            self.dropped += 1
-            del self._blocks[min(self._blocks, key=lambda each: self._blocks[each].kept_until)]
+            # A release is dropped before a block: it only keeps out a late statement.
+            first = min(self._blocks.items(), key=lambda each: (each[1].until > now, each[1].until))
+            self.dropped += first[1].until > now
+            del self._blocks[first[0]]
         return until > now
 
     def is_blocked(self, user: str) -> bool:
