@@ -15,11 +15,12 @@ class SharedLog:
     Attributes:
         entries: the content of all entries.
         fails: whether entries are rejected, as in an outage.
+        confirms: whether it is known that these are not in the log.
     """
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
-        self.fails = False
+        self.fails, self.confirms = False, True
         self._controls: list[ControlLog] = []
 
     def control(self) -> ControlLog:
@@ -38,7 +39,7 @@ class SharedLog:
     ) -> None:
         """Append an entry; see `interface.Backplane`."""
         if self.fails:
-            publisher.fail_publish(is_unconfirmed=False)
+            publisher.fail_publish(is_unconfirmed=not self.confirms)
             return
         ((kind, payload),) = messages
         self.entries.append(json.loads(payload))

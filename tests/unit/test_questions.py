@@ -123,6 +123,11 @@ async def test_a_question_is_refused_in_an_outage_and_above_the_bound(
     with pytest.raises(RefusedError) as refused:
         await asking.questions.ask("name", {"q": 1})
     assert refused.value.why is Refusal.BACKPLANE_UNAVAILABLE
+    log.confirms = False
+    for unconfirmed in (Refusal.BACKPLANE_UNAVAILABLE, Refusal.UNCONFIRMED):
+        with pytest.raises(RefusedError) as refused:
+            await asking.questions.ask("name", {"q": 1}, unconfirmed=unconfirmed)
+        assert refused.value.why is unconfirmed
     log.fails = False
     replicas[1].is_frozen = True
     monkeypatch.setattr(questions, "MAX_IN_FLIGHT", 2)

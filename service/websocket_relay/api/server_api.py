@@ -110,7 +110,9 @@ class ServerApi:
         until = order.blocked_until
         if until is not None and not self._blocks.has_capacity(order.target["user"], until):
             raise RefusedError(Refusal.BLOCKS)
-        answers = await self._questions.ask("disconnect", order.fields())
+        answers = await self._questions.ask(
+            "disconnect", order.fields(), unconfirmed=Refusal.UNCONFIRMED
+        )
         return _answer(answers, {"disconnected": sum(answers.items)})
 
     async def list_channels(self, request: Request) -> Response:
@@ -172,7 +174,7 @@ def server_api_router(api: ServerApi, *, base_path: str) -> APIRouter:
     router = APIRouter()
     for method, path, endpoint, status, refused in (
         ("POST", "/api/publish", api.publish, 202, (400, 401, 403, 408, 413, 415, 422, 503, 504)),
-        ("POST", "/api/disconnect", api.disconnect, 200, (400, 401, 403, 408, 413, 415, 503)),
+        ("POST", "/api/disconnect", api.disconnect, 200, (400, 401, 403, 408, 413, 415, 503, 504)),
         ("GET", "/api/channels", api.list_channels, 200, (400, 401, 403, 503)),
         ("GET", "/api/clients", api.list_clients, 200, (400, 401, 403, 503)),
         ("GET", "/api/replicas", api.list_replicas, 200, (401, 403, 503)),

@@ -68,6 +68,7 @@ class ControlLog:
         fields: Fields,
         channel: str = CLUSTER,
         failed: Callable[[], None] = lambda: None,
+        unconfirmed: Callable[[], None] | None = None,
     ) -> None:
         """Append an entry. With a log in memory, it is read before this returns.
 
@@ -75,12 +76,15 @@ class ControlLog:
             kind: whose handler reads it.
             fields: what JSON can hold.
             channel: that it is about.
-            failed: called if the entry is not in the log, or this is unknown.
+            failed: called if the entry is not in the log.
+            unconfirmed: called if this is unknown; None: `failed` is.
         """
         stamped = {"kind": kind, "at": round(self._clock(), 3), **fields}
         payload = json.dumps(stamped, separators=(",", ":")).encode()
         messages = [(CONTROL, payload)]
-        self._backplane.append(channel, messages, len(payload), _Appended(failed))
+        self._backplane.append(
+            channel, messages, len(payload), _Appended(failed, unconfirmed or failed)
+        )
 
     def on_entry(self, entry: LogEntry) -> None:
         """Pass an entry to its handler.
@@ -106,9 +110,13 @@ class ControlLog:
 class _Appended:
     """The publisher of a control entry."""
 
-    def __init__(self, failed: Callable[[], None]) -> None:
+    def __init__(self, failed: Callable[[], None], unconfirmed: Callable[[], None]) -> None:
         self._failed = failed
+        self._unconfirmed = unconfirmed
 
     def fail_publish(self, *, is_unconfirmed: bool) -> None:
         """Report that the entry is not in the log, or that this is unknown."""
-        self._failed()
+        if is_unconfirmed:
+            self._unconfirmed()
+        else:
+            self._failed()

@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog, Fields
@@ -103,8 +104,8 @@ class _Question:
         if self._knows_all and self.asked.keys() <= self.answered.keys():
             self.done.set()
 
-    def refuse(self) -> None:
-        self.refusal = Refusal.BACKPLANE_UNAVAILABLE
+    def refuse(self, why: Refusal) -> None:
+        self.refusal = why
         self.done.set()
 
     def answers(self) -> Answers:
@@ -173,12 +174,15 @@ class Questions:
         if not self._is_up():
             raise RefusedError(Refusal.BACKPLANE_UNAVAILABLE)
 
-    async def ask(self, kind: str, of: Fields) -> Answers:
+    async def ask(
+        self, kind: str, of: Fields, *, unconfirmed: Refusal = Refusal.BACKPLANE_UNAVAILABLE
+    ) -> Answers:
         """Ask all replicas, this one included, and wait for their answers.
 
         Args:
             kind: whose responder answers.
             of: the question.
+            unconfirmed: why it is refused if the replicas may read it nevertheless.
 
         Raises:
             RefusedError: there are too many questions in flight, or the log is not available.
@@ -193,7 +197,12 @@ class Questions:
         question = self._in_flight[name] = _Question(asked, knows_all=knows_all)
         try:
             fields = {"incarnation": own, "id": name, "ask": kind, "of": of}
-            self._control.append("question", fields, failed=question.refuse)
+            self._control.append(
+                "question",
+                fields,
+                failed=partial(question.refuse, Refusal.BACKPLANE_UNAVAILABLE),
+                unconfirmed=partial(question.refuse, unconfirmed),
+            )
             async with asyncio.timeout(ANSWER_S):
                 await question.done.wait()
         except TimeoutError:
