@@ -10,6 +10,9 @@ from cryptography.x509.oid import NameOID
 
 CLIENT_ID_BYTES = 9
 
+MAX_USER_CHARACTERS = 1024
+"""Of a user that a token, the backend or a certificate names, and of one that an order names."""
+
 
 class ClientIdentity(NamedTuple):
     """Who a client is.
@@ -49,7 +52,8 @@ def client_id_of(session: bytes) -> str:
 def user_of_certificate(certificate: bytes) -> str:
     """Return the user that a client's certificate names; empty: it names none.
 
-    That is its common name, or the whole subject (RFC 4514) if it has none, or several.
+    That is its common name, or the whole subject (RFC 4514) if it has none, or several. One that is
+    longer than MAX_USER_CHARACTERS names no user.
 
     Args:
         certificate: DER; its chain is verified.
@@ -59,6 +63,7 @@ def user_of_certificate(certificate: bytes) -> str:
         names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except ValueError:  # OpenSSL accepts more than this parser
         return ""
+    user = subject.rfc4514_string()
     if len(names) == 1 and isinstance(name := names[0].value, str) and name:
-        return name
-    return subject.rfc4514_string()
+        user = name
+    return user if len(user) <= MAX_USER_CHARACTERS else ""

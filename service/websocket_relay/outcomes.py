@@ -190,6 +190,7 @@ class TokenProblem(StrEnum):
     AUDIENCE = "wrong audience"
     UNEXPECTED_AUDIENCE = "unexpected audience"
     ISSUER = "wrong issuer"
+    USER = "user too long"  # above 1,024 characters
     INFO = "info too large"  # above 1 KiB
     OTHER_USER = "other user"  # a token that replaces one must be of the same user
 

@@ -47,6 +47,14 @@ def test_the_user_is_the_only_common_name_or_else_the_whole_subject() -> None:
 
 
 @pytest.mark.fast
+def test_a_subject_longer_than_any_order_can_name_names_no_user() -> None:
+    for count, is_user in ((16, True), (17, False)):
+        subject = ",".join([f"OU={'x' * 60}"] * count)
+        certificate = make_pair(subject=subject).certificate.public_bytes(Encoding.DER)
+        assert user_of_certificate(certificate) == (subject if is_user else "")
+
+
+@pytest.mark.fast
 def test_a_certificate_that_can_not_be_parsed_names_no_user() -> None:
     assert user_of_certificate(b"no certificate") == ""
 

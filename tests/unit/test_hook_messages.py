@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from websocket_relay.admission.hook_messages import (
-    MAX_USER_CHARACTERS,
     HookAnswerError,
     encode_question,
     encode_renewal,
@@ -14,6 +13,7 @@ from websocket_relay.admission.hook_messages import (
 )
 from websocket_relay.admission.permissions import MAX_INFO_BYTES
 from websocket_relay.admission.policy import Action, AdmissionRequest, RequestSource
+from websocket_relay.identity import MAX_USER_CHARACTERS
 from websocket_relay.outcomes import RefusedError
 
 pytestmark = pytest.mark.fast
@@ -173,7 +173,10 @@ INVALID: list[tuple[bytes, str]] = [
     (b"null", "not a JSON object"),
     (b"[]", "not a JSON object"),
     (b'"ann"', "not a JSON object"),
-    *((answer_with(user=user), "user") for user in (5, True, ["ann"], "x" * 257)),
+    *(
+        (answer_with(user=user), "user")
+        for user in (5, True, ["ann"], "x" * (MAX_USER_CHARACTERS + 1))
+    ),
     *(
         (answer_with(**{name: value}), f"{name} is no list")
         for name in ("subscribe", "publish")

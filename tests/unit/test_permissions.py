@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from websocket_relay.admission.permissions import MAX_INFO_BYTES, Permissions, is_info
+from websocket_relay.identity import MAX_USER_CHARACTERS
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
 
 pytestmark = pytest.mark.fast
@@ -70,6 +71,17 @@ def test_info_that_is_no_json_is_rejected() -> None:
         nested = [nested]
     for value in (nested, {1, 2}, b"bytes", object(), float("nan"), [float("-inf")]):
         assert not is_info(value)
+
+
+def test_the_user_has_at_most_as_many_characters_as_one_in_an_order() -> None:
+    longest = "é" * MAX_USER_CHARACTERS
+    assert permissions_of({}, sub=longest).user == longest
+    claims: list[Any] = [{}, None]
+    for claim in claims:
+        with pytest.raises(RefusedError) as raised:
+            permissions_of(claim, sub=f"{longest}x")
+        assert raised.value.why is Refusal.INVALID_TOKEN
+        assert raised.value.detail == TokenProblem.USER
 
 
 def test_the_user_is_the_subject_if_that_is_text() -> None:

@@ -9,12 +9,11 @@ from typing import Any, cast
 from websocket_relay.admission.credentials import find_token
 from websocket_relay.admission.permissions import Permissions, is_info
 from websocket_relay.admission.policy import Action, AdmissionRequest, RequestSource
+from websocket_relay.identity import MAX_USER_CHARACTERS
 from websocket_relay.outcomes import RelayError
 from websocket_relay.strict_json import RepeatedKeyError, decode
 
 AUTHORIZATION = "authorization"
-
-MAX_USER_CHARACTERS = 256
 
 NEVER_S = 10.0 * 366 * 86_400
 """Permissions that last longer do not expire: no connection does."""

@@ -7,6 +7,7 @@ as `relay:subscribe:news`: identity providers differ in the types that a claim m
 import json
 from typing import Any, NamedTuple
 
+from websocket_relay.identity import MAX_USER_CHARACTERS
 from websocket_relay.outcomes import Refusal, RefusedError, TokenProblem
 from websocket_relay.patterns import matches_any
 
@@ -50,11 +51,13 @@ class Permissions(NamedTuple):
             path: as for `find_claim`.
 
         Raises:
-            RefusedError: the holder's info is too large.
+            RefusedError: the holder's name is too long, or the info too large.
         """
         claim = _parsed(find_claim(claims, path))
         subject = claims.get("sub")
         user = subject if isinstance(subject, str) else ""
+        if len(user) > MAX_USER_CHARACTERS:
+            raise RefusedError(Refusal.INVALID_TOKEN, TokenProblem.USER)
         if not isinstance(claim, dict):
             return cls((), (), expires_at, user=user)
         subscribe, publish = _patterns(claim.get("subscribe")), _patterns(claim.get("publish"))

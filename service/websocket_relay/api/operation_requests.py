@@ -13,11 +13,11 @@ from websocket_relay.channels.broadcaster import Publish
 from websocket_relay.channels.names import CHANNEL_NAME
 from websocket_relay.channels.operations import MAX_LISTED, ORDERS
 from websocket_relay.channels.publications import line_source
+from websocket_relay.identity import MAX_USER_CHARACTERS
 from websocket_relay.messages import BINARY, TEXT, Message
 from websocket_relay.outcomes import Close, Refusal, RefusedError
 from websocket_relay.strict_json import RepeatedKeyError, decode
 
-MAX_USER_CHARACTERS = 1024
 MAX_REASON_BYTES = 123  # of a close frame (RFC 6455 section 5.5)
 MAX_BLOCK_S = 86_400
 MAX_LOG_LEVEL_S = 86_400

@@ -14,13 +14,13 @@ from websocket_relay.api.operation_requests import (
     MAX_BLOCK_S,
     MAX_LOG_LEVEL_S,
     MAX_REASON_BYTES,
-    MAX_USER_CHARACTERS,
     TARGETS,
     Level,
 )
 from websocket_relay.api.publish import KEY_PARAMETER, MAX_BATCH
 from websocket_relay.channels.names import CHANNEL_NAME
 from websocket_relay.channels.operations import MAX_LISTED, ORDERS
+from websocket_relay.identity import MAX_USER_CHARACTERS
 
 ADMIN = "Needs `Authorization: Bearer` with `api.key` or the token of an admin."
 BEARER = Security(HTTPBearer(scheme_name="admin", description="`api.key`, or an admin's token"))
