@@ -41,8 +41,8 @@ from websocket_relay.channels.operations import Operations
 from websocket_relay.channels.publications import Publications
 from websocket_relay.cluster.blocks import Blocks, BlockStatements
 from websocket_relay.cluster.control_log import ControlLog
-from websocket_relay.cluster.incarnations import FORGET_S, Incarnations
-from websocket_relay.cluster.questions import ALIVE_S, Questions
+from websocket_relay.cluster.incarnations import FORGET_S, SILENCE_S, Incarnations
+from websocket_relay.cluster.questions import Questions
 from websocket_relay.config.model import BackplaneSettings, Settings
 from websocket_relay.counters import Counters, Values
 from websocket_relay.file_descriptors import OF_METRICS, FileDescriptors
@@ -427,7 +427,7 @@ class Replica:
     def _replica_facts(self) -> list[Mapping[str, Any]]:
         """Return the facts of the replicas that are alive: of the others by their heartbeats."""
         own = {self._incarnations.own: _parse_description(self._describe())}
-        return list({**self._incarnations.alive(ALIVE_S), **own}.values())
+        return list({**self._incarnations.alive(SILENCE_S), **own}.values())
 
     def _on_heartbeat(self, position: Position, description: bytes) -> None:
         facts = _parse_description(description)

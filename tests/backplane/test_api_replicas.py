@@ -7,7 +7,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
 import pytest
-from websocket_relay.cluster.questions import ALIVE_S
+from websocket_relay.cluster.incarnations import SILENCE_S
 
 from tests.support.admission import refusal_answer
 from tests.support.broker_logs import ONLY_NATS, ONLY_REDIS, BrokerLog, RedisLog
@@ -224,7 +224,7 @@ async def test_in_an_outage_orders_and_questions_are_refused(
         assert (response.status_code, response.text) == (503, "backplane unavailable\n")
     response = await request_api(one, "PATCH", "/logging", {"level": "info"})
     assert response.status_code == 200
-    await asyncio.sleep(ALIVE_S)  # so that each heartbeat from before is too old
+    await asyncio.sleep(SILENCE_S)  # so that each heartbeat from before is too old
     await broker.restart()
     while (response := await request_api(one, "GET", "/replicas")).status_code == 503:
         pass

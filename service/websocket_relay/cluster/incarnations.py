@@ -19,9 +19,10 @@ FORGET_S = 60.0
 """Without presence nothing declares the end of a replica. One that is silent for so long is
 forgotten; if it was only frozen, its next heartbeat brings it back."""
 
-OWN_SILENCE_S = 3.0
-"""This replica reads its own heartbeat every second. After a longer time without one, it can't know
-how long the others have been silent: an outage silences all alike."""
+SILENCE_S = 3.0
+"""Each replica writes a heartbeat every second. One that is silent for longer is not alive. A
+replica that has not read its own for longer can't know how long the others have been silent: an
+outage silences all alike."""
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class Incarnations:
         """
         now = self._clock()
         if incarnation == self.own:
-            if now - self._own_seen_at > OWN_SILENCE_S:
+            if now - self._own_seen_at > SILENCE_S:
                 self.forgive()
             self._own_seen_at = now
             if self._listens_since is None:
@@ -137,7 +138,7 @@ class Incarnations:
     def silent(self, seconds: float) -> Sequence[str]:
         """Return the others that have been silent for longer than some seconds."""
         now = self._clock()
-        if now - self._own_seen_at > OWN_SILENCE_S:
+        if now - self._own_seen_at > SILENCE_S:
             return ()
         return [
             incarnation

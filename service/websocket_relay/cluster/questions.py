@@ -14,13 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog, Fields
-from websocket_relay.cluster.incarnations import Incarnations
+from websocket_relay.cluster.incarnations import SILENCE_S, Incarnations
 from websocket_relay.outcomes import Refusal, RefusedError
 
 log = logging.getLogger(__name__)
-
-ALIVE_S = 3.0
-"""A replica that is silent for longer is not asked."""
 
 ANSWER_S = 1.0
 """Time in which replicas answer."""
@@ -192,7 +189,7 @@ class Questions:
             raise RefusedError(Refusal.API_REQUESTS)
         name = secrets.token_hex(ID_BYTES)
         own = self._replicas.own
-        asked = {own: {"name": self._name}, **self._replicas.alive(ALIVE_S)}
+        asked = {own: {"name": self._name}, **self._replicas.alive(SILENCE_S)}
         knows_all = self._is_alone or self._replicas.listened_s >= NOVICE_S
         question = self._in_flight[name] = _Question(asked, knows_all=knows_all)
         try:

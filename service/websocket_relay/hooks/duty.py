@@ -13,10 +13,7 @@ from typing import Any
 
 from websocket_relay.backplane.interface import START, Position
 from websocket_relay.cluster.control_log import ControlEntry, ControlLog
-from websocket_relay.cluster.incarnations import MAX_INCARNATIONS, Incarnations
-
-SILENCE_S = 3.0
-"""A replica that is silent for longer does not deliver."""
+from websocket_relay.cluster.incarnations import MAX_INCARNATIONS, SILENCE_S, Incarnations
 
 START_S = 2.0
 """Interval between two attempts to append `hooks.start`."""

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from websocket_relay.backplane.interface import START, Position
 from websocket_relay.cluster.control_log import CLUSTER, ControlEntry, ControlLog, Fields
-from websocket_relay.cluster.incarnations import Incarnations
+from websocket_relay.cluster.incarnations import SILENCE_S, Incarnations
 from websocket_relay.outcomes import Close
 from websocket_relay.patterns import matches_any
 from websocket_relay.presence.roster import Change, Person, Rosters, Stated
@@ -31,9 +31,6 @@ ANSWER_S = 1.5
 
 COMPLETE_S = 5.0
 """A replica that starts does not wait longer for the others."""
-
-SILENCE_S = 3.0
-"""A replica that is silent for longer is not alive. Its clients leave later, see `grace_s`."""
 
 TURN_S = 0.5
 """One replica after the other declares the end of a third: one entry is enough."""
