@@ -6,7 +6,8 @@ Knows no subscriber and no frame.
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -115,20 +116,14 @@ def publish_router(
 
     async def publish(request: Request) -> Response:
         media_type = MediaType.parse(request.headers.get("content-type", ""))
-        try:
-            channel, key = channel_of(request), idempotency_key(request)
-            with cancelled_when_lost(request):
-                user = await admission.admit_publisher(admission_request_of(request, (channel,)))
-            source = key_source(key, channel, user) if key else b""
-            require_identity_coding(request)
-            async with MessageBatch(shared.partial_messages) as batch:
-                body = await read_body(request, max_bytes, batch)
-                messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
-                await broadcaster.wait_for_capacity(channel)
-            require_connected(request)
-            position = await broadcaster.publish(channel, messages, source)
-        except ClientDisconnect:
-            return Response(status_code=HTTPStatus.BAD_REQUEST)  # never sent
+        channel, key = channel_of(request), idempotency_key(request)
+        with cancelled_when_lost(request):
+            user = await admission.admit_publisher(admission_request_of(request, (channel,)))
+        source = key_source(key, channel, user) if key else b""
+        async with received_body(request, max_bytes, shared.partial_messages) as body:
+            messages = await _decode(media_type, body, max_bytes, shared.parse_slicer)
+            await broadcaster.wait_for_capacity(channel)
+        position = await broadcaster.publish(channel, messages, source)
         count = f',"messages":{len(messages)}' if media_type.is_batch else ""
         content = f'{{"position":"{position}"{count}}}'  # a position needs no escapes
         return Response(content, HTTPStatus.ACCEPTED, media_type=media_types.JSON)
@@ -211,21 +206,38 @@ def idempotency_key(request: Request) -> str:
     return keys[0]
 
 
-def require_identity_coding(request: Request) -> None:
+@asynccontextmanager
+async def received_body(
+    request: Request, max_bytes: int, unfinished: PartialMessages
+) -> AsyncIterator[bytes]:
+    """Receive the body of a request, which is counted until the block ends.
+
+    Args:
+        request: the request.
+        max_bytes: maximum size of its body.
+        unfinished: the bound of all bodies: see `MessageBatch`.
+
+    Raises:
+        RefusedError: the body is compressed or too large, or the bound was exceeded.
+        ClientDisconnect: the client has disconnected. It may have published to another replica
+            since.
+    """
+    _require_identity_coding(request)
+    async with MessageBatch(unfinished) as batch:
+        yield await _read_body(request, max_bytes, batch)
+    connection: HttpProtocol = request.scope[CONNECTION_KEY]
+    if connection.is_disconnected:
+        raise ClientDisconnect
+
+
+def _require_identity_coding(request: Request) -> None:
     """Refuse a body that is compressed."""
     codings = ",".join(request.headers.getlist("content-encoding"))
     if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
         raise RefusedError(Refusal.CONTENT_CODING)
 
 
-def require_connected(request: Request) -> None:
-    """Raise if the client has disconnected: it may have published to another replica since."""
-    connection: HttpProtocol = request.scope[CONNECTION_KEY]
-    if connection.is_disconnected:
-        raise ClientDisconnect
-
-
-async def read_body(request: Request, max_bytes: int, batch: MessageBatch) -> bytes:
+async def _read_body(request: Request, max_bytes: int, batch: MessageBatch) -> bytes:
     """Return the body of a request; refuse one that is too large as early as possible."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect
 
 from websocket_relay.outcomes import Refusal, RefusedError
 from websocket_relay.refusals import Refusals
@@ -47,6 +48,8 @@ def refusal_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def answer_refusals(app: FastAPI, refusals: Refusals, *, base_path: str) -> None:
     """Answer each `RefusedError` that a route raises, and requests for other paths.
 
+    A `ClientDisconnect` ends a request; its response is not sent.
+
     Args:
         app: the application.
         refusals: records the refusals.
@@ -60,7 +63,14 @@ def answer_refusals(app: FastAPI, refusals: Refusals, *, base_path: str) -> None
     async def refuse_path(request: Request, error: Exception) -> Response:
         return response_to(no_such_path(base_path))
 
-    app.exception_handlers |= {RefusedError: refuse, HTTPStatus.NOT_FOUND: refuse_path}
+    async def end_request(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+    app.exception_handlers |= {
+        RefusedError: refuse,
+        HTTPStatus.NOT_FOUND: refuse_path,
+        ClientDisconnect: end_request,
+    }
 
 
 def no_such_path(base_path: str) -> RefusedError:

@@ -11,7 +11,6 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
 from websocket_relay.admission.policy import AdmissionPolicy
 from websocket_relay.api.operation_requests import (
@@ -21,14 +20,7 @@ from websocket_relay.api.operation_requests import (
     LogLevelChange,
     publishes_of,
 )
-from websocket_relay.api.publish import (
-    MessageBatch,
-    collect,
-    idempotency_key,
-    read_body,
-    require_connected,
-    require_identity_coding,
-)
+from websocket_relay.api.publish import collect, idempotency_key, received_body
 from websocket_relay.api.refusals import refusal_responses
 from websocket_relay.api.requests import admission_request_of, cancelled_when_lost
 from websocket_relay.api.responses import json_response
@@ -86,27 +78,18 @@ class ServerApi:
         """Publish each line of the body, or none."""
         await self._admit(request)
         key = idempotency_key(request)
-        require_identity_coding(request)
         shared = self._broadcaster.shared
-        try:
-            async with MessageBatch(shared.partial_messages) as batch:
-                body = await read_body(request, self._max_bytes, batch)
-                publishes = await collect(publishes_of(body, key), shared.parse_slicer)
-                await self._broadcaster.wait_for_capacity(*{each.channel for each in publishes})
-            require_connected(request)
-            self._admission.check_availability()
-            positions = await self._broadcaster.publish_each(publishes)
-        except ClientDisconnect:
-            return _never_sent()
+        async with received_body(request, self._max_bytes, shared.partial_messages) as body:
+            publishes = await collect(publishes_of(body, key), shared.parse_slicer)
+            await self._broadcaster.wait_for_capacity(*{each.channel for each in publishes})
+        self._admission.check_availability()
+        positions = await self._broadcaster.publish_each(publishes)
         return json_response({"positions": list(map(str, positions))}, HTTPStatus.ACCEPTED)
 
     async def disconnect(self, request: Request) -> Response:
         """Disconnect clients on all replicas."""
         await self._admit(request)
-        try:
-            order = Disconnection.parse(await self._read_order(request))
-        except ClientDisconnect:
-            return _never_sent()
+        order = Disconnection.parse(await self._read_order(request))
         until = order.blocked_until
         if until is not None and not self._blocks.has_capacity(order.target["user"], until):
             raise RefusedError(Refusal.BLOCKS)
@@ -144,10 +127,7 @@ class ServerApi:
     async def change_log_level(self, request: Request) -> Response:
         """Change the minimum level of this replica's log for some time."""
         await self._admit(request)
-        try:
-            change = LogLevelChange.parse(await self._read_order(request))
-        except ClientDisconnect:
-            return _never_sent()
+        change = LogLevelChange.parse(await self._read_order(request))
         self._log_level.set_for(change.level, change.for_s)
         log.warning("log level changed", extra={"to": change.level, "for_s": change.for_s})
         return json_response({"level": change.level, "until": round(time.time() + change.for_s)})
@@ -157,11 +137,9 @@ class ServerApi:
             await self._admission.admit_admin(admission_request_of(request, ()))
 
     async def _read_order(self, request: Request) -> bytes:
-        require_identity_coding(request)
-        async with MessageBatch(self._broadcaster.shared.partial_messages) as batch:
-            body = await read_body(request, MAX_ORDER_BYTES, batch)
-        require_connected(request)
-        return body
+        partial_messages = self._broadcaster.shared.partial_messages
+        async with received_body(request, MAX_ORDER_BYTES, partial_messages) as body:
+            return body
 
 
 def server_api_router(api: ServerApi, *, base_path: str) -> APIRouter:
@@ -225,7 +203,3 @@ def _answer(answers: Answers, fields: dict[str, Any]) -> Response:
     if answers.is_truncated:
         fields["truncated"] = True
     return json_response(fields)
-
-
-def _never_sent() -> Response:
-    return Response(status_code=HTTPStatus.BAD_REQUEST)
