@@ -17,6 +17,8 @@ from tests.support.hook_receiver import (
 )
 from tests.support.http_requests import TEXT_TYPE, publish_by_post
 from tests.support.relay_process import RelayProcess, StartRelay, receive
+from tests.support.relay_v1 import open_relay_v1
+from tests.support.server_api import WITH_KEY, disconnect
 
 
 @pytest.fixture
@@ -69,6 +71,21 @@ async def test_clients_that_join_and_leave_are_reported_in_order(
     assert len({event["id"] for event in receiver.accepted}) == len(receiver.accepted) == 6
     for event in events:
         assert started_at - 1 <= float(str(event["at"])) <= time.time() + 1
+
+
+async def test_a_leave_has_the_close_code_that_the_client_or_an_operator_has_sent(
+    relay_with: StartRelay, receiver: HookReceiver
+) -> None:
+    presence = {"channels": ["chat.*"]}
+    relay = relay_with(hooks=receiver.settings, presence=presence, **WITH_KEY)
+    async with relay.client("chat.1") as first, open_relay_v1(relay) as second:
+        await second.subscribe("chat.1")
+        await accepted(receiver, 3)
+        await disconnect(relay, client=second.welcome["client"], code=4321)
+        await accepted(receiver, 4)
+        await first.close(4005)
+        left = (await accepted(receiver, 5))[3:5]
+    assert [event["code"] for event in left] == [4321, 4005]
 
 
 async def test_messages_are_reported_where_the_settings_list_the_channel(

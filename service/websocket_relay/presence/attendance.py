@@ -89,7 +89,7 @@ class PresenceAttendance:
         code, may_return = 0, False
         if not client.is_member:  # its connection ends
             reason = client.close_reason or Close.CONNECTION_LOST
-            code = reason.code
+            code = client.close_code or reason.code
             may_return = identity.may_return and reason not in FINAL
         for name in names:
             if self._presence.covers(name):

@@ -176,6 +176,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_backlog",
+        "_close_code",
         "_close_frame",
         "_close_reason",
         "_deadline_timer",
@@ -212,6 +213,7 @@ class Connection(asyncio.Protocol):
         self.has_input_ended = False
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._close_reason: Close | None = None  # the first one counts
+        self._close_code = 0  # if it is not that of the reason
         self._close_frame = b""
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._on_lost: Callable[[], object] | None = None
@@ -254,6 +256,11 @@ class Connection(asyncio.Protocol):
     def close_reason(self) -> Close | None:
         """Why the connection ends, or has ended; None: it does not."""
         return self._close_reason
+
+    @property
+    def close_code(self) -> int:
+        """The close code that the client, or the relay, has sent first; 0: none yet."""
+        return self._close_code or (self._close_reason.code if self._close_reason else 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take over the transport from the HTTP side."""
@@ -353,13 +360,16 @@ class Connection(asyncio.Protocol):
         if self.state is ConnectionState.CLOSING and not self.protocol.has_closing_handshake:
             self._handle(ConnectionEvent.QUEUE_CLOSE)
 
-    def queue_close(self, why: Close, frame: bytes = b"") -> None:
+    def queue_close(self, why: Close, frame: bytes = b"", code: int = 0) -> None:
         """Stop parsing, and close after all pending deliveries.
 
         Args:
             why: the close reason that is counted, unless there is one already.
             frame: what closes the connection on the wire; empty: the encoding of `why`.
+            code: the close code; 0: that of `why`.
         """
+        if self._close_reason is None:
+            self._close_code = code
         if self.state is ConnectionState.OPEN:
             self._close_frame = frame or self._encode_close(why, None)
         self._handle(ConnectionEvent.QUEUE_CLOSE, why)
@@ -373,7 +383,7 @@ class Connection(asyncio.Protocol):
             Whether the connection was open.
         """
         is_open = self.is_open
-        self.queue_close(Close.DISCONNECTED, self.protocol.encode_close(code, reason, None))
+        self.queue_close(Close.DISCONNECTED, self.protocol.encode_close(code, reason, None), code)
         return is_open
 
     def _encode_close(self, why: Close, retry_ms: int | None) -> bytes:

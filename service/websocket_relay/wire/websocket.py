@@ -171,7 +171,7 @@ class WebSocket:
         assert parser is not None
         messages: list[Message] = []
         pongs = b""
-        end: tuple[Close, bytes] | None = None
+        end: tuple[Close, bytes, int] | None = None
         pause: ParserEvent | None = None
         try:
             for event in events:
@@ -180,12 +180,12 @@ class WebSocket:
                     if opcode == PING:
                         pongs += control(PONG, payload)
                     elif opcode == CLOSE:
-                        end = Close.CLIENT, _close_response(payload)
+                        end = _end_of(payload)
                 elif event is PAUSE or event is PAUSE_INFLATING:
                     pause = event
                     break
                 elif policy is not None and (why := policy.violation()):
-                    end = why, close_frame(why.code, why.reason)
+                    end = why, close_frame(why.code, why.reason), why.code
                     break
                 else:
                     messages.append(event)
@@ -307,17 +307,19 @@ class WebSocket:
             self._connection.transport.resume_reading()
 
 
-def _end_after(error: ProtocolViolationError) -> tuple[Close, bytes]:
-    """Return the close reason and the close frame that answer a violation."""
+def _end_after(error: ProtocolViolationError) -> tuple[Close, bytes, int]:
+    """Return the close reason, the close frame and the code that answer a violation."""
     why = error.close
     reason = f"{why.reason}: {error.detail}" if error.detail else why.reason
-    return why, close_frame(why.code, reason)
+    return why, close_frame(why.code, reason), why.code
 
 
-def _close_response(payload: bytes) -> bytes:
-    """Return the response to a client's close frame: the same code (RFC 6455 section 5.5.1).
+def _end_of(payload: bytes) -> tuple[Close, bytes, int]:
+    """Return what answers a client's close frame: the same code (RFC 6455 section 5.5.1).
 
     A close frame without a code is answered with 1000: a response without a code reads like an end
     without a response.
     """
-    return control(CLOSE, payload) if payload else close_frame(Close.CLIENT.code)
+    if not payload:
+        return Close.CLIENT, close_frame(Close.CLIENT.code), Close.CLIENT.code
+    return Close.CLIENT, control(CLOSE, payload), int.from_bytes(payload[:2], "big")
