@@ -154,6 +154,10 @@ class Replica:
         """Return who is in which channel, and where."""
         return self.presence.rosters.owners()
 
+    def people(self) -> dict[str, list[Person]]:
+        """Return who is in which channel, as it is listed."""
+        return {channel: self.presence.rosters.people(channel) for channel in CHANNELS}
+
 
 class Replicas(RuleBasedStateMachine):
     """What may happen to replicas and their clients."""
@@ -294,6 +298,7 @@ class Replicas(RuleBasedStateMachine):
         for one, two in pairwise(exact):
             if one.cursor == two.cursor:
                 assert one.table() == two.table()
+                assert one.people() == two.people()
 
     @precondition(lambda self: len(self.log.entries) > 60)
     @rule()
@@ -392,6 +397,23 @@ def test_a_client_that_is_back_at_its_replica_before_that_has_read_of_its_move_s
     model.settle()
     assert client.connection is connection, "it has one connection only, and that is the latest"
     assert set(one.table()["a"]) == {client.name}
+
+
+def test_a_client_that_has_moved_is_listed_alike_by_a_replica_that_starts_later() -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=True)
+    (client,) = model.clients
+    model.settle()
+    (first,) = one.people()["a"]
+    leave_for_a_moment(client)
+    model.attach(client, two)
+    model.settle()
+    model.trim(kept=0)
+    model.start()
+    model.settle()
+    for replica in model.replicas:
+        assert replica.people()["a"] == [first]
 
 
 def test_a_client_that_connects_to_a_replica_declared_to_have_ended_is_listed() -> None:

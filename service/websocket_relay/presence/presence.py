@@ -143,13 +143,14 @@ class Presence:
 
         Args:
             channel: with presence.
-            person: the client.
+            person: the client; if it is in the channel already, it stays what it is there.
             connection: of the client; closed if the client moves to another replica.
         """
         key = channel, person.client
         own = self._own.get(key)
         if own is None:
-            self._own[key] = _OwnClient(person, connection)
+            known = self.rosters.find(channel, person.client)  # at another replica: it moves
+            self._own[key] = _OwnClient(known or person, connection)
         else:  # It is back. It may have been at another replica, whose claim is not read yet.
             own.connection, own.claimed_at = connection, START
         self._claim(key)

@@ -117,6 +117,11 @@ class Rosters:
         """Return who is in a channel, the longest present first."""
         return sorted([member.person for member in self._rosters.get(channel, {}).values()])
 
+    def find(self, channel: str, client: str) -> Person | None:
+        """Return a client that is in a channel; None: it is not."""
+        member = self._rosters.get(channel, {}).get(client)
+        return None if member is None else member.person
+
     def owners(self) -> dict[str, dict[str, str]]:
         """Return the incarnations that clients belong to, by channel and client."""
         return {
@@ -210,10 +215,13 @@ class Rosters:
             self._rosters.setdefault(channel, {})[person.client] = member
             self._of_incarnation.setdefault(incarnation, {})[key] = None
             return Change(channel, person, joined=True, code=0, incarnation=incarnation)
-        if member.incarnation != incarnation and claimed_at > member.claimed_at:
-            self._disown(member.incarnation, key)
-            self._of_incarnation.setdefault(incarnation, {})[key] = None
-            member.incarnation = incarnation
+        if claimed_at > member.claimed_at:
+            # A replica that has read this claim alone has its person, too.
+            member.person = person
+            if member.incarnation != incarnation:
+                self._disown(member.incarnation, key)
+                self._of_incarnation.setdefault(incarnation, {})[key] = None
+                member.incarnation = incarnation
         if member.incarnation == incarnation:
             member.claimed_at, member.statement = max(member.claimed_at, claimed_at), statement
         return None
