@@ -908,6 +908,28 @@ async def test_a_frozen_page_disconnects_and_resumes_without_a_gap(
         await tab.await_messages(number_texts(0, 100))
 
 
+async def test_a_frozen_page_that_resumes_in_time_was_not_away_and_a_closed_one_was(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={**PRESENCE, "grace_s": 60})
+    async with open_tab_with_clock() as tab, open_relay_v1(relay) as other:
+        clock = tab.page.clock
+        await tab.open(relay.ws_url(), TEAM)
+        await other.send("subscribe", channel=TEAM, presence=True)
+        await other.next_notice("subscribed")
+        await other.next_notice("presence")
+        await clock.pause_at(await tab.page.evaluate("Date.now() / 1000") + 60)
+        await tab.page.evaluate("document.dispatchEvent(new Event('freeze'))")
+        await relay.await_metric("websocket_connected_clients", 1)
+        await clock.resume()
+        await tab.wait_until("relay.state === 'open'")
+        await tab.publish("here")
+        await tab.outcomes(1)
+        assert (await other.receive())[1] == "here"
+        await tab.page.evaluate("relay.close()")
+        assert (await other.next_notice())["type"] == "left"
+
+
 TIME_FROM_ONLINE_TO_CONNECTING = """new Promise(resolve => {
     const start = performance.now();
     relay.addEventListener("state", () => {

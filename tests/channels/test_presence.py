@@ -247,6 +247,28 @@ async def test_a_client_that_does_not_return_has_left_after_the_grace(
             assert await next_change(watcher) == ("joined", name)
 
 
+async def test_a_client_may_resume_after_a_close_unless_its_code_says_that_it_has_gone(
+    relay_with: StartRelay,
+) -> None:
+    relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
+    async with open_relay_v1(relay) as watcher:
+        await watch(watcher)
+        for code, is_final in ((4900, False), (1000, True), (4000, False), (1001, True)):
+            async with connect_relay_v1(relay, LOBBY) as client:
+                name, session = client.welcome["client"], client.welcome["session"]
+                assert await next_change(watcher) == ("joined", name)
+                await client.connection.close(code)
+            await relay.await_metric("websocket_connected_clients", 1)
+            if is_final:
+                assert await next_change(watcher) == ("left", name)
+            async with open_relay_v1(relay, f"/?session={session}") as again:
+                await again.subscribe(LOBBY)
+                if is_final:
+                    assert await next_change(watcher) == ("joined", name)
+                assert (await who(relay))["count"] == 2
+            assert await next_change(watcher) == ("left", name)
+
+
 async def test_a_client_without_a_session_has_left_at_once(relay_with: StartRelay) -> None:
     relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
     async with open_relay_v1(relay) as watcher:

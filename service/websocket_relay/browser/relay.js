@@ -36,6 +36,7 @@ const SLEEP_GAP_MS = 15_000; // a longer time between ticks means that the machi
 const LATE_HEARTBEAT_MS = 500; // after a heartbeat was due, 20 s by default,
 const PROBE_MS = 3_000; // a silent connection is probed, and closed within 25 s
 
+const RESUMING = 4900; // the code of a close after which the session is resumed
 const MESSAGE_OVERHEAD_BYTES = 128; // memory of a message besides its payload
 const FINAL_BEFORE_OPEN = [400, 404, 405, 426]; // later, a reloading proxy may send them
 const NOT_FINAL_OF_POST = [401, 408, 429]; // and all from 500
@@ -387,7 +388,7 @@ export class Relay extends EventTarget {
 
   /** @param {RelayState} state @param {End} [end] @param {RelayError} error of queued messages */
   #shutDown(state, end, error = new RelayError("closed", "the page closed the connection")) {
-    this.#dropLink();
+    this.#dropLink(1000);
     this.#watch?.abort();
     for (const message of this.#queue.splice(0)) {
       const isUnknown = message.seen || message.postedAt;
@@ -396,10 +397,10 @@ export class Relay extends EventTarget {
     this.#setState(state, end);
   }
 
-  #dropLink() {
+  #dropLink(code = RESUMING) {
     clearTimeout(this.#timer);
     this.#attempt += 1;
-    this.#link?.close();
+    this.#link?.close(code);
     this.#link = null;
     for (const each of this.#subscriptions.values()) this.#unsubscribe(each);
     const later = this.#queue.splice(0);
@@ -684,7 +685,7 @@ function openSocket(url, token, WebSocket = globalThis.WebSocket, {received, end
     kind: /** @type {const} */ ("websocket"),
     /** @param {object} header @param {string | Uint8Array} payload */
     send: (header, payload = "") => socket.send(frameOf(header, payload)),
-    close: () => socket?.close(),
+    close: (code = 1000) => socket?.close(code),
   };
 }
 
@@ -887,7 +888,7 @@ function jittered(maxMs) {
  * @typedef {object} Link one attempt at a connection, and the connection that it becomes
  * @property {"websocket" | "stream"} kind
  * @property {(header: object, payload?: string | Uint8Array) => void} send a stream ignores it
- * @property {() => void} close
+ * @property {(code?: number) => void} close with a code; a stream has none
  * @property {AbortSignal} [signal] of a stream: aborted when it is closed
  * @property {string} token
  * @property {boolean} isOpen the welcome has arrived

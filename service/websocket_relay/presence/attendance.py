@@ -21,12 +21,15 @@ MAX_ENCODED = 8
 """Lists of clients that are kept: each has `presence.max_clients` clients, and up to 1 MiB."""
 
 FINAL = (
-    Close.CLIENT,
     Close.PROTOCOL_ERROR,
     Close.PUBLISH_NOT_ALLOWED,
     Close.DISCONNECTED,
 )
-"""After these a client does not resume its session: it, or the relay, has ended it."""
+"""After these a client does not resume its session: the relay has ended it."""
+
+FINAL_OF_CLIENT = (1000, 1001)
+"""Codes of a client that has ended its session. With another one it may resume it: relay.js closes
+so when it needs another connection."""
 
 Notify = Callable[[str, Mapping[str, object]], None]
 
@@ -90,7 +93,8 @@ class PresenceAttendance:
         if not client.is_member:  # its connection ends
             reason = client.close_reason or Close.CONNECTION_LOST
             code = client.close_code or reason.code
-            may_return = identity.may_return and reason not in FINAL
+            is_final = code in FINAL_OF_CLIENT if reason is Close.CLIENT else reason in FINAL
+            may_return = identity.may_return and not is_final
         for name in names:
             if self._presence.covers(name):
                 self._presence.exit(name, identity.client, client, code=code, may_return=may_return)
