@@ -46,6 +46,8 @@ class PresenceAttendance:
     def __init__(self, presence: Presence, max_listed: int, notify: Notify) -> None:
         self._presence = presence
         self._max_listed = max_listed
+        # Else one client that comes and goes would have the whole list sent each second.
+        self._listed_again = max(1, max_listed * 9 // 10)
         self._notify = notify
         # Channels with too many clients; whether their number has changed since it was sent.
         self._crowded: dict[str, bool] = {}
@@ -59,8 +61,8 @@ class PresenceAttendance:
             await asyncio.sleep(COUNTS_S)
             for channel in [name for name, has_changed in self._crowded.items() if has_changed]:
                 self._crowded[channel] = False
-                fields = self.who_is_here(channel)
-                if self._presence.rosters.count(channel) <= self._max_listed:
+                fields = self._fields(channel, self._listed_again)
+                if "clients" in fields:
                     del self._crowded[channel]  # they are listed again, and notified of one by one
                 self._notify(channel, {"type": "presence", "channel": channel, **fields})
 
@@ -116,9 +118,12 @@ class PresenceAttendance:
 
     def who_is_here(self, channel: str) -> dict[str, Any]:
         """Return who is in a channel, as it is sent to a client: of too many, the number alone."""
+        return self._fields(channel, self._max_listed)
+
+    def _fields(self, channel: str, max_listed: int) -> dict[str, Any]:
         rosters = self._presence.rosters
         count = rosters.count(channel)
-        if count > self._max_listed:
+        if count > max_listed:
             return {"count": count}
         return {"count": count, "clients": [each.fields() for each in rosters.people(channel)]}
 
