@@ -93,7 +93,7 @@ class Replica:
     def __post_init__(self) -> None:
         """Start reading what the log still holds."""
         self.cursor = self.log.first
-        control = ControlLog(self)  # type: ignore[arg-type]
+        control = ControlLog(self, lambda: self.log.now_s)  # type: ignore[arg-type]
         self.control = control
         self.incarnations = Incarnations(lambda: self.log.now_s)
         self.presence = Presence(
@@ -397,6 +397,37 @@ def test_a_client_that_is_back_at_its_replica_before_that_has_read_of_its_move_s
     model.settle()
     assert client.connection is connection, "it has one connection only, and that is the latest"
     assert set(one.table()["a"]) == {client.name}
+
+
+@pytest.mark.parametrize("reads_in_time", [True, False])
+def test_a_dead_connection_takes_no_client_from_a_live_one_after_an_outage(
+    reads_in_time: bool,
+) -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.break_off(0)
+    if not reads_in_time:
+        model.break_off(1)
+    model.connect(0, "a", has_session=True)  # its claim is lost
+    (client,) = model.clients
+    model.log.now_s += TURN_S
+    model.attach(client, two)  # the first replica has not noticed yet that it has gone
+    connection = client.connection
+    for replica in (two, one):
+        replica.is_up = True
+        replica.send(len(replica.outbox))
+        if reads_in_time:
+            one.read(len(model.log.entries))
+        replica.presence.tick()
+        replica.send(len(replica.outbox))
+    for _ in range(4):
+        model.turn(TURN_S)
+        for replica in model.replicas:
+            replica.read(len(model.log.entries))
+    assert client.connection is connection
+    assert one.table() == {"a": {client.name: two.incarnations.own}}
+    model.settle()
+    assert client.connection is connection
 
 
 def test_a_client_that_has_moved_is_listed_alike_by_a_replica_that_starts_later() -> None:

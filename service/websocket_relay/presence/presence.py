@@ -49,7 +49,7 @@ class PresentConnection(Protocol):
 class _OwnClient:
     """A client in a channel that is connected to this replica, or was until lately."""
 
-    __slots__ = ("absent_until", "claimed_at", "code", "connection", "person")
+    __slots__ = ("absent_until", "claimed_at", "code", "connection", "entered_at", "person")
 
     def __init__(self, person: Person, connection: PresentConnection) -> None:
         self.person = person
@@ -57,6 +57,7 @@ class _OwnClient:
         self.absent_until = 0.0  # by the clock
         self.code = 0  # with which it was closed
         self.claimed_at = START  # where its entry was read back
+        self.entered_at = 0.0  # when it came last, in seconds since 1970
 
 
 class Presence:
@@ -153,12 +154,15 @@ class Presence:
             self._own[key] = _OwnClient(known or person, connection)
         else:  # It is back. It may have been at another replica, whose claim is not read yet.
             own.connection, own.claimed_at = connection, START
+        self._own[key].entered_at = person.since
         self._claim(key)
 
-    def _claim(self, key: tuple[str, str]) -> None:
-        """Append that a client is here now."""
+    def _claim(self, key: tuple[str, str], *, is_repeated: bool = False) -> None:
+        """Append that a client is here now, or that it was when it came."""
         channel, _ = key
-        fields = {"person": self._own[key].person.fields()}
+        fields: dict[str, object] = {"person": self._own[key].person.fields()}
+        if is_repeated:
+            fields["entered"] = self._own[key].entered_at
         self._append("join", fields, channel, failed=partial(self._on_claim_lost, key))
 
     def _on_claim_lost(self, key: tuple[str, str]) -> None:
@@ -220,7 +224,7 @@ class Presence:
         for key in unclaimed:
             own = self._own.get(key)
             if own is not None and own.connection is not None and own.claimed_at == START:
-                self._claim(key)
+                self._claim(key, is_repeated=True)
         if self._must_state:
             self._must_state = False
             self._state()
@@ -311,8 +315,34 @@ class Presence:
         if self.rosters.has_ended(incarnation):
             return
         self._incarnations.record_sign(incarnation, position)
-        self._on_claim(incarnation, Stated(channel, person, position))
+        if incarnation == self._incarnations.own or not self._settle_order(entry):
+            self._on_claim(incarnation, Stated(channel, person, position))
         self._notify(self.rosters.join(incarnation, channel, person, position))
+
+    def _settle_order(self, entry: ControlEntry) -> bool:
+        """Compare when a client came here and elsewhere, if one of the claims was lost at first.
+
+        The order in the log is that of their repetitions then. Without this, a connection that is
+        dead, and whose claim is repeated after an outage, would take the client from a live one.
+
+        Returns:
+            Whether the claim of the other replica moves nothing, or has moved the client already.
+        """
+        _, channel, fields = entry
+        key = channel, fields["person"]["client"]
+        own = self._own.get(key)
+        if own is None or own.connection is None:
+            return False
+        if key in self._unclaimed and fields.get("entered", fields["at"]) > own.entered_at:
+            del self._unclaimed[key], self._own[key]
+            own.connection.close(Close.SESSION_RESUMED)
+            self._restate()  # an entry that counts as lost may be in the log all the same
+            return True
+        if own.claimed_at == START or fields.get("entered", own.entered_at) >= own.entered_at:
+            return False
+        own.claimed_at = START
+        self._claim(key, is_repeated=True)
+        return True
 
     def _on_claim(self, incarnation: str, stated: Stated) -> None:
         """Record a claim of a client that may be one of this replica."""
