@@ -269,7 +269,7 @@ class Presence:
             self._append("state", {**fields, "last": is_last})
 
     def _check_answers(self, now: float) -> None:
-        """Become complete once each replica that incarnations has answered."""
+        """Become complete once each replica that is alive has answered."""
         waited_s = now - self._asked_at
         if waited_s < ANSWER_S or (self._asked_position == START and waited_s < COMPLETE_S):
             return

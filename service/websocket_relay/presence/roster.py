@@ -134,13 +134,13 @@ class Rosters:
         return list(self._of_incarnation)
 
     def of_incarnation(self, incarnation: str) -> Iterator[Stated]:
-        """Yield the clients that belong to a incarnation."""
+        """Yield the clients that belong to an incarnation."""
         for channel, client in self._of_incarnation.get(incarnation, ()):
             member = self._rosters[channel][client]
             yield Stated(channel, member.person, member.claimed_at)
 
     def has_ended(self, incarnation: str) -> bool:
-        """Return whether the end of a incarnation was read."""
+        """Return whether the end of an incarnation was read."""
         return incarnation in self._ended
 
     def join(
@@ -163,7 +163,7 @@ class Rosters:
         return self._claim(incarnation, Stated(channel, person, position))
 
     def leave(self, incarnation: str, channel: str, client: str, code: int) -> Change | None:
-        """Remove a client that belongs to a incarnation; return the change."""
+        """Remove a client that belongs to an incarnation; return the change."""
         member = self._rosters.get(channel, {}).get(client)
         if member is None or member.incarnation != incarnation:
             return None
@@ -172,7 +172,7 @@ class Rosters:
     def state(
         self, incarnation: str, statement: str, people: Iterable[Stated], *, is_last: bool
     ) -> Iterator[Change]:
-        """Apply a part of a statement: all clients that belong to a incarnation.
+        """Apply a part of a statement: all clients that belong to an incarnation.
 
         Args:
             incarnation: of the replica.
@@ -195,7 +195,7 @@ class Rosters:
         del self._statements[incarnation]
 
     def end(self, incarnation: str) -> Iterator[Change]:
-        """End a incarnation: all clients that belong to it leave."""
+        """End an incarnation: all clients that belong to it leave."""
         self._ended[incarnation] = None
         if len(self._ended) > MAX_INCARNATIONS:
             self._ended.popitem(last=False)
