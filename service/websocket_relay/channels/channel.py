@@ -287,9 +287,10 @@ class Channel:
         self._add_watchers()
 
     def _add_watchers(self) -> None:
-        added, self._next_watchers = self._next_watchers, {}
-        for client, (delivery_format, on_added) in added.items():
-            self._watchers[client] = delivery_format
+        # One by one: the first may cause that the next one ends, or that a notice is held.
+        while self._next_watchers and not self._held_notices:
+            client = next(iter(self._next_watchers))
+            self._watchers[client], on_added = self._next_watchers.pop(client)
             on_added()
 
     # Fan-out
