@@ -247,7 +247,7 @@ async def test_a_client_that_does_not_return_has_left_after_the_grace(
             assert await next_change(watcher) == ("joined", name)
 
 
-async def test_a_client_may_resume_after_a_close_unless_its_code_says_that_it_has_gone(
+async def test_a_client_may_resume_after_a_close_unless_its_code_is_that_of_an_end(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(presence={"channels": ["*"], "grace_s": 60})

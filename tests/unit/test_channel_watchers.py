@@ -28,7 +28,7 @@ class Host:
         self.delayed.append(callback)
 
     def on_left(self, channel: Channel, client: object) -> None:
-        """Take note of nothing."""
+        """Do nothing."""
 
 
 class Member:
