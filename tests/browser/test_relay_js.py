@@ -370,6 +370,25 @@ async def test_a_later_member_of_a_channel_has_the_list_without_another_join(
         assert await tab.events("presence", "plain") == []
 
 
+async def test_a_later_member_with_other_options_is_no_leave_and_no_join_of_the_page(
+    tab: RelayTab, relay_with: StartRelay
+) -> None:
+    relay = relay_with(presence=PRESENCE)
+    async with open_relay_v1(relay) as other:
+        await tab.open(relay.ws_url(), TEAM)
+        await other.send("subscribe", channel=TEAM, presence=True)
+        await other.next_notice("subscribed")
+        await other.next_notice("presence")
+        await tab.publish("0")
+        assert (await other.receive())[1] == "0"
+        await tab.page.evaluate("name => { window.second = join(name, {history: 1}) }", TEAM)
+        await tab.await_messages(["0"], "second")
+        await tab.page.evaluate("name => { window.third = join(name, {presence: true}) }", TEAM)
+        await tab.wait_until("third.count === 2")
+        await tab.publish("1")
+        assert (await other.receive())[1] == "1"
+
+
 async def test_of_a_full_channel_only_the_count_is_known(
     tab: RelayTab, relay_with: StartRelay
 ) -> None:

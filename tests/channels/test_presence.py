@@ -247,7 +247,7 @@ async def test_a_client_that_does_not_return_has_left_after_the_grace(
             assert await next_change(watcher) == ("joined", name)
 
 
-async def test_a_client_may_resume_after_a_close_unless_its_code_is_that_of_an_end(
+async def test_a_client_may_resume_after_a_close_unless_its_code_is_final(
     relay_with: StartRelay,
 ) -> None:
     relay = relay_with(presence={"channels": ["*"], "grace_s": 60})
@@ -397,6 +397,23 @@ async def test_a_channel_with_a_bound_of_one_client_is_listed_again(
             assert (await watcher.next_notice("presence"))["count"] == 2
         listed = await watcher.next_notice("presence")
         assert (listed["count"], len(listed["clients"])) == (1, 1)
+
+
+async def test_a_client_that_subscribes_anew_was_not_away(relay: RelayProcess) -> None:
+    async with open_relay_v1(relay) as watcher, open_relay_v1(relay) as other:
+        await watch(watcher)
+        await other.subscribe(LOBBY)
+        joined = await next_change(watcher)
+        for _ in range(3):
+            await other.publish("message", channel=LOBBY)  # the fan-out may delay what follows
+            await other.send("unsubscribe", channel=LOBBY)
+            await other.send("subscribe", channel=LOBBY, history=1)
+            assert (await watcher.receive())[1] == "message"
+        await other.publish("last", channel=LOBBY)
+        assert (await watcher.receive())[1] == "last"
+        assert (await who(relay))["count"] == 2
+        await other.send("unsubscribe", channel=LOBBY)
+        assert await next_change(watcher) == ("left", joined[1])
 
 
 async def test_two_connections_of_one_session_are_one_client(relay: RelayProcess) -> None:

@@ -21,14 +21,14 @@ class Host:
         self.delayed: list[Callable[[], None]] = []
 
     def schedule(self, work: object) -> None:
-        """Leave the fan-out undone."""
+        """Write nothing."""
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Keep a call."""
         self.delayed.append(callback)
 
     def on_left(self, channel: Channel, client: object) -> None:
-        """Do nothing."""
+        """Record nothing."""
 
 
 class Member:

@@ -170,7 +170,6 @@ class Channel:
         self._next_watchers.pop(client, None)
         self._slow_members.pop(client, None)
         self._delay_repaid_at.pop(client, None)
-        self._host.on_left(self, client)
         if not self._members and not self._recoveries:
             self._host.remove_channel(self)
 
@@ -209,6 +208,7 @@ class Channel:
     def detach_connection(self, client: Connection) -> None:
         """Remove a client that ends."""
         self.remove_member(client, client.delivery_format)
+        self._host.on_left(self, client)
 
     def on_backlog_started(self, client: Connection) -> None:
         """Mark a member as slow: its socket is full."""

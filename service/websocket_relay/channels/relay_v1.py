@@ -42,6 +42,11 @@ MAX_DEFERRED = 100
 event loop."""
 
 
+RETURN_S = 0.05
+"""A client that subscribes anew so soon after it has left a channel was not away. Clients do so to
+change an option; the two commands may be read one after the other."""
+
+
 class ChannelAccess(Protocol):
     """What the client of a connection may do. Each check raises a RefusedError."""
 
@@ -142,6 +147,7 @@ class RelayV1Connection(LocalPublisher):
         "_broadcaster",
         "_checked_channel",
         "_deferred",
+        "_departed",
         "_last_known",
         "_last_number",
         "_leaving",
@@ -170,6 +176,8 @@ class RelayV1Connection(LocalPublisher):
         # By channel that is left, until what it had queued is written: the commands for it since.
         self._leaving: dict[str, list[DeferredCommand]] | None = None
         self._deferred = 0  # number of these commands
+        # Channels that are left, and of which that is not recorded yet: the client may return.
+        self._departed: dict[str, Channel] | None = None
         self._marks: set[HighWaterMark] | None = None  # at which the client was paused
         self._renewal: asyncio.Task[None] | None = None
         self._source = Source(b"", START)
@@ -265,7 +273,12 @@ class RelayV1Connection(LocalPublisher):
             self._renewal.cancel()
         for channel, delivery_format in self._subscriptions.values():
             channel.remove_member(client, delivery_format)
+        left = {name: channel for name, (channel, _) in self._subscriptions.items()}
+        left = {**(self._departed or {}), **left}
+        self._departed = None
         self._subscriptions.clear()
+        for each in left.values():
+            self._broadcaster.on_left(each, client)
         for mark in (*self._broadcaster.shared.publish_limits, *(self._marks or ())):
             mark.resume_publisher(client.protocol)
 
@@ -496,6 +509,10 @@ class RelayV1Connection(LocalPublisher):
             self._leaving = {}
         self._leaving[name] = []
         channel.remove_member(self.connection, delivery_format)
+        if self._presence is not None:
+            if self._departed is None:
+                self._departed = {}
+            self._departed[name] = channel
         channel.when_queue_is_written(partial(self._on_left, name, fields))
 
     def _on_left(self, name: str, fields: Mapping[str, object]) -> None:
@@ -513,6 +530,16 @@ class RelayV1Connection(LocalPublisher):
                     self._run_when_left(name, command)
                 except RefusedError as error:
                     self._send_error(command.id, error)
+        if self._departed:
+            asyncio.get_running_loop().call_later(RETURN_S, self._end_departure, name)
+
+    def _end_departure(self, name: str) -> None:
+        """Record that the client has left a channel, unless it has returned."""
+        if self._departed is None or (self._leaving and name in self._leaving):
+            return  # in the second case it has left again, and may return once that is reported
+        channel = self._departed.pop(name, None)
+        if channel is not None and name not in self._subscriptions:
+            self._broadcaster.on_left(channel, self.connection)
 
     def _run_when_left(self, name: str, command: DeferredCommand) -> None:
         """Run a command for a channel: now, or once the channel is left."""

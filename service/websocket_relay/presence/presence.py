@@ -149,6 +149,8 @@ class Presence:
         """
         key = channel, person.client
         own = self._own.get(key)
+        if own is not None and own.connection is connection:
+            return  # it subscribes anew, and has not left
         if own is None:
             known = self.rosters.find(channel, person.client)  # at another replica: it moves
             self._own[key] = _OwnClient(known or person, connection)
