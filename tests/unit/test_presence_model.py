@@ -115,6 +115,11 @@ class Replica:
         """Take an entry, as a backplane does."""
         self.outbox += [(channel, payload, by) for _, payload in messages]
 
+    @property
+    def position(self) -> Position:
+        """The position up to which everything was read."""
+        return Position(1, self.cursor, 0)
+
     def send(self, count: int) -> None:
         """Append some of what was taken."""
         sent, self.outbox = self.outbox[:count], self.outbox[count:]
@@ -361,10 +366,11 @@ def replicas_at_rest(count: int) -> Replicas:
 
 
 def leave_for_a_moment(client: Client) -> None:
-    """Break the connection of a client that has a session."""
+    """Break the connection of a client that has a session; it returns some milliseconds later."""
     connection, client.connection = client.connection, None
     assert connection is not None
     connection.end(may_return=True)
+    connection.replica.log.now_s += 0.01
 
 
 def test_a_client_whose_claim_was_lost_while_it_was_away_is_listed_once_it_is_back() -> None:
@@ -445,6 +451,41 @@ def test_a_client_that_has_moved_is_listed_alike_by_a_replica_that_starts_later(
     model.settle()
     for replica in model.replicas:
         assert replica.people()["a"] == [first]
+
+
+def test_a_late_claim_of_a_connection_that_has_ended_does_not_close_the_present_one() -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=True)  # its claim waits
+    (client,) = model.clients
+    leave_for_a_moment(client)
+    model.attach(client, two)
+    two.beat()
+    two.read(len(model.log.entries))
+    one.beat()  # the claim is in the log, after that of the other replica
+    connection = client.connection
+    model.settle()
+    assert client.connection is connection
+    assert set(one.table()["a"]) == {client.name}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_connections_of_a_session_one_stays(first: int) -> None:
+    model = replicas_at_rest(2)
+    one, two = model.replicas
+    model.connect(0, "a", has_session=True)
+    (client,) = model.clients
+    earlier = client.connection
+    assert earlier is not None
+    model.attach(client, two)  # it is a copy, of the same moment: the first one stays open
+    for replica in (two, one) if first else (one, two):
+        replica.beat()
+    for _ in range(5):
+        model.turn(TURN_S)
+        for replica in (one, two):
+            replica.read(len(model.log.entries))
+    connections = [*one.connections, *two.connections]
+    assert [each.is_ended for each in connections].count(False) == 1
 
 
 def test_a_client_that_connects_to_a_replica_declared_to_have_ended_is_listed() -> None:

@@ -58,6 +58,11 @@ class ControlLog:
         self.time = 0.0
         self._handlers: dict[str, Handler] = {}
 
+    @property
+    def position(self) -> Position:
+        """The position up to which everything was read."""
+        return self._backplane.position
+
     def handle(self, kind: str, handler: Handler) -> None:
         """Pass all entries of a kind to a handler, of every replica, in the order of the log."""
         self._handlers[kind] = handler

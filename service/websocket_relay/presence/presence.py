@@ -49,7 +49,15 @@ class PresentConnection(Protocol):
 class _OwnClient:
     """A client in a channel that is connected to this replica, or was until lately."""
 
-    __slots__ = ("absent_until", "claimed_at", "code", "connection", "entered_at", "person")
+    __slots__ = (
+        "absent_until",
+        "claimed_at",
+        "code",
+        "connection",
+        "entered_after",
+        "entered_at",
+        "person",
+    )
 
     def __init__(self, person: Person, connection: PresentConnection) -> None:
         self.person = person
@@ -57,7 +65,8 @@ class _OwnClient:
         self.absent_until = 0.0  # by the clock
         self.code = 0  # with which it was closed
         self.claimed_at = START  # where its entry was read back
-        self.entered_at = 0.0  # when it came last, in seconds since 1970
+        self.entered_after = START  # what this replica had read when it came last
+        self.entered_at = 0.0  # when that was, in seconds since 1970
 
 
 class Presence:
@@ -153,18 +162,21 @@ class Presence:
             return  # it subscribes anew, and has not left
         if own is None:
             known = self.rosters.find(channel, person.client)  # at another replica: it moves
-            self._own[key] = _OwnClient(known or person, connection)
+            own = self._own[key] = _OwnClient(known or person, connection)
         else:  # It is back. It may have been at another replica, whose claim is not read yet.
             own.connection, own.claimed_at = connection, START
-        self._own[key].entered_at = person.since
+        own.entered_after, own.entered_at = self._control.position, person.since
         self._claim(key)
 
-    def _claim(self, key: tuple[str, str], *, is_repeated: bool = False) -> None:
-        """Append that a client is here now, or that it was when it came."""
+    def _claim(self, key: tuple[str, str]) -> None:
+        """Append that a client is here since it came."""
         channel, _ = key
-        fields: dict[str, object] = {"person": self._own[key].person.fields()}
-        if is_repeated:
-            fields["entered"] = self._own[key].entered_at
+        own = self._own[key]
+        fields = {
+            "person": own.person.fields(),
+            "after": str(own.entered_after),
+            "entered": own.entered_at,
+        }
         self._append("join", fields, channel, failed=partial(self._on_claim_lost, key))
 
     def _on_claim_lost(self, key: tuple[str, str]) -> None:
@@ -226,7 +238,7 @@ class Presence:
         for key in unclaimed:
             own = self._own.get(key)
             if own is not None and own.connection is not None and own.claimed_at == START:
-                self._claim(key, is_repeated=True)
+                self._claim(key)
         if self._must_state:
             self._must_state = False
             self._state()
@@ -317,34 +329,32 @@ class Presence:
         if self.rosters.has_ended(incarnation):
             return
         self._incarnations.record_sign(incarnation, position)
-        if incarnation == self._incarnations.own or not self._settle_order(entry):
+        key = channel, person.client
+        own = self._own.get(key)
+        if own is None or own.connection is None or incarnation == self._incarnations.own:
             self._on_claim(incarnation, Stated(channel, person, position))
+        elif self._has_moved_on(own, fields):
+            del self._own[key]
+            own.connection.close(Close.SESSION_RESUMED)
+            if own.claimed_at == START:  # the claim here may be in the log all the same, or follow
+                self._restate()
+        elif own.claimed_at != START:  # or its claim follows
+            own.claimed_at = START
+            self._claim(key)
         self._notify(self.rosters.join(incarnation, channel, person, position))
 
-    def _settle_order(self, entry: ControlEntry) -> bool:
-        """Compare when a client came here and elsewhere, if one of the claims was lost at first.
+    def _has_moved_on(self, own: _OwnClient, fields: Fields) -> bool:
+        """Return whether a client came to another replica, by its claim, later than here.
 
-        The order in the log is that of their repetitions then. Without this, a connection that is
-        dead, and whose claim is repeated after an outage, would take the client from a live one.
-
-        Returns:
-            Whether the claim of the other replica moves nothing, or has moved the client already.
+        Either that one had read of the claim here when the client came. Or neither had read of the
+        other: in an outage, or while appends are delayed, claims are not in the order in which the
+        client came. Then the time decides. A dead connection would take the client from a live one
+        otherwise.
         """
-        _, channel, fields = entry
-        key = channel, fields["person"]["client"]
-        own = self._own.get(key)
-        if own is None or own.connection is None:
-            return False
-        if key in self._unclaimed and fields.get("entered", fields["at"]) > own.entered_at:
-            del self._unclaimed[key], self._own[key]
-            own.connection.close(Close.SESSION_RESUMED)
-            self._restate()  # an entry that counts as lost may be in the log all the same
+        if START < own.claimed_at <= Position.parse(fields["after"]):
             return True
-        if own.claimed_at == START or fields.get("entered", own.entered_at) >= own.entered_at:
-            return False
-        own.claimed_at = START
-        self._claim(key, is_repeated=True)
-        return True
+        there = float(fields["entered"]), str(fields["incarnation"])
+        return there > (own.entered_at, self._incarnations.own)
 
     def _on_claim(self, incarnation: str, stated: Stated) -> None:
         """Record a claim of a client that may be one of this replica."""
