@@ -83,7 +83,8 @@ class ServerApi:
             publishes = await collect(publishes_of(body, key), shared.parse_slicer)
             await self._broadcaster.wait_for_capacity(*{each.channel for each in publishes})
         self._admission.check_availability()
-        positions = await self._broadcaster.publish_each(publishes)
+        publish = self._broadcaster.publish_each_once if key else self._broadcaster.publish_each
+        positions = await publish(publishes)
         return json_response({"positions": list(map(str, positions))}, HTTPStatus.ACCEPTED)
 
     async def disconnect(self, request: Request) -> Response:

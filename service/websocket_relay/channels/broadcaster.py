@@ -251,22 +251,38 @@ class Broadcaster:
         raise RefusedError(result or Refusal.UNCONFIRMED)
 
     async def publish_each(self, publishes: Sequence[Publish]) -> Sequence[Position]:
-        """Publish messages to channels: without sources next to each other, otherwise in slices.
+        """Publish messages to channels, next to each other.
 
         The caller has checked that the backplane is available, without an await since.
+
+        Returns:
+            The position of each message, once all are delivered on this replica.
+
+        Raises:
+            RefusedError: they could not be relayed, or this is unknown of some.
+        """
+        awaited = AwaitedPublishes(len(publishes))
+        for index, (name, message, _) in enumerate(publishes):
+            self.append(name, (message,), awaited)
+            self.backplane.when_delivered(partial(awaited.on_delivered, index))
+        return await awaited.result()
+
+    async def publish_each_once(self, publishes: Sequence[Publish]) -> Sequence[Position]:
+        """Publish messages with sources to channels, in slices, unless they are repeats.
 
         Returns:
             The position of each message, once all are delivered on this replica. That of a repeat
             is the position of the first one.
 
         Raises:
-            RefusedError: they could not be relayed, or this is unknown of some.
+            RefusedError: they could not be relayed, or this is unknown of some; or one differs from
+                the first one.
         """
         await self._first_positions(publishes)  # all are compared before one is relayed
         awaited = AwaitedPublishes(len(publishes))
         for index, publish in enumerate(publishes):
             name, message, source = publish
-            if source and index % IDENTIFIED_A_TURN == 0:
+            if index % IDENTIFIED_A_TURN == 0:
                 await asyncio.sleep(0)
                 following = publishes[index : index + IDENTIFIED_A_TURN]
                 await self.wait_for_capacity(*{each.channel for each in following})
@@ -275,8 +291,7 @@ class Broadcaster:
                 self.shared.counters.publish_repeats += 1
                 awaited.on_delivered(index, first)
                 continue
-            identity = self._identity_of(source, 1) if source else None
-            self.append(name, (message,), awaited, identity)
+            self.append(name, (message,), awaited, self._identity_of(source, 1))
             self.backplane.when_delivered(partial(awaited.on_delivered, index))
         positions = await awaited.result()
         # Another request with the key may have been relayed before.
@@ -286,14 +301,14 @@ class Broadcaster:
     async def _first_positions(self, publishes: Sequence[Publish]) -> Sequence[Position | None]:
         firsts: list[Position | None] = []
         for index, publish in enumerate(publishes):
-            if publish.source and index % IDENTIFIED_A_TURN == 0:
+            if index % IDENTIFIED_A_TURN == 0:
                 await asyncio.sleep(0)
             firsts.append(self._first_position_of(publish))
         return firsts
 
     def _first_position_of(self, publish: Publish) -> Position | None:
         _, message, source = publish
-        return self._first_position(source, (message,)) if source else None
+        return self._first_position(source, (message,))
 
     def _identity_of(self, source: bytes, count: int) -> Identity:
         return Identity(Source(source, self.publications.complete_after), (0,) * count)

@@ -69,6 +69,7 @@ class BoundedLog {
  * a search has not found is evicted first.
  */
 export class MessageList {
+  #hasToken;
   #list = byId("messages");
   #visible = new BoundedLog();
   #pending = new BoundedLog();
@@ -88,7 +89,7 @@ export class MessageList {
 
   /** @param {() => boolean} hasToken whether the relay is used with a token */
   constructor(hasToken) {
-    this.hasToken = hasToken;
+    this.#hasToken = hasToken;
     this.#list.addEventListener("scroll", () => this.#onScroll(), {passive: true});
     this.#list.addEventListener("click", (event) => this.#onClick(event));
     this.#list.addEventListener("keydown", (event) => this.#onKeydown(event));
@@ -352,7 +353,7 @@ export class MessageList {
     const copy = query(detail, ".copy");
     copy.addEventListener("click", async () => {
       const base = new URL("./", location.href).href;
-      const isCopied = await copyText(curlOf(entry, base, this.hasToken()));
+      const isCopied = await copyText(curlOf(entry, base, this.#hasToken()));
       setText(copy, isCopied ? "Copied" : "Not copied: the browser refuses");
       setTimeout(() => setText(copy, "Copy as curl"), COPIED_MS);
     });

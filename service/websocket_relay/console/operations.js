@@ -26,6 +26,7 @@ const NEEDED = `Needs the API key, or a token with the claim "relay": {"admin": 
 export class OperationsPanel {
   #token;
   #showChannel;
+  #openClients;
   #apiKey = "";
   /** @type {"" | "channels" | "clients"} the panel on show */
   #shown = "";
@@ -48,7 +49,7 @@ export class OperationsPanel {
     this.#token = token;
     this.#showChannel = showChannel;
     this.#onAdmin = onAdmin;
-    this.openClients = openClients;
+    this.#openClients = openClients;
     for (const id of ["channels-filter", "clients-filter"]) {
       byId(id).addEventListener("input", () => this.#pollIn(TYPING_MS));
       byId(id).addEventListener("submit", (event) => {
@@ -191,7 +192,7 @@ export class OperationsPanel {
       clients.onclick = () => {
         input("clients-channel").value = each.channel;
         input("clients-user").value = "";
-        this.openClients();
+        this.#openClients();
       };
     });
     byId("channels-empty").hidden = channels.length > 0;

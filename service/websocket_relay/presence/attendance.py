@@ -116,11 +116,8 @@ class PresenceAttendance:
         """Return those of some channels that have presence."""
         return [name for name in names if self._presence.covers(name)]
 
-    def who_is_here(self, channel: str) -> dict[str, Any]:
-        """Return who is in a channel, as it is sent to a client: of too many, the number alone."""
-        return self._fields(channel, self._max_listed)
-
     def _fields(self, channel: str, max_listed: int) -> dict[str, Any]:
+        """Return who is in a channel, as it is sent to a client: of too many, the number alone."""
         rosters = self._presence.rosters
         count = rosters.count(channel)
         if count > max_listed:
@@ -137,7 +134,7 @@ class PresenceAttendance:
             return known
         if len(self._encoded) >= MAX_ENCODED:
             self._encoded.clear()
-        text = json.dumps(self.who_is_here(channel), separators=(",", ":"))
+        text = json.dumps(self._fields(channel, self._max_listed), separators=(",", ":"))
         self._encoded[channel] = encoded = text[1:-1]
         return encoded
 
