@@ -9,7 +9,7 @@ from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 from typing import Any
 
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Locator, Page, WebSocketRoute, expect
 
 from tests.support import browser
 from tests.support.admission import jwt_settings, refusal_answer
@@ -97,6 +97,34 @@ async def test_messages_of_several_channels_are_shown_and_sent(relay: RelayProce
         await page.get_by_role("button", name="Connect", exact=True).click()
         await expect(rows(page).last).to_have_text("in the meantime")
         await expect(rows(page)).to_have_count(5)
+
+
+async def test_the_console_is_connected_once_it_has_joined_each_channel(
+    relay: RelayProcess,
+) -> None:
+    async with console_of(relay) as page:
+        is_open = asyncio.Event()
+
+        def hold_one(route: WebSocketRoute) -> None:
+            """Pass all commands on at once, except the one that subscribes to "two"."""
+            server = route.connect_to_server()
+
+            async def pass_on(command: str | bytes) -> None:
+                if b'"two"' in (command if isinstance(command, bytes) else command.encode()):
+                    await is_open.wait()
+                server.send(command)
+
+            route.on_message(pass_on)
+
+        await page.route_web_socket("**/*", hold_one)
+        await page.goto(relay.http_url("/?channel=one&channel=two&history=0"))
+        await expect(page.locator("#state")).to_have_text("joining")
+        await send(page, "to one")  # after the subscription to it
+        await expect(rows(page)).to_have_text(["to one"])
+        await expect(notes(page, "connected")).to_have_count(0)
+        is_open.set()
+        await expect(page.locator("#state")).to_have_text("connected")
+        await expect(notes(page, "connected to one, two")).to_have_count(1)
 
 
 async def test_a_channel_that_is_refused_does_not_disturb_the_others(

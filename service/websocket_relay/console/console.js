@@ -31,6 +31,10 @@ let relay = null;
 const subscriptions = new Map();
 /** @type {Map<string, string>} where the previous connection ended, by channel */
 const positions = new Map();
+/** @type {Set<string>} channels on show to which the open connection is not subscribed yet */
+const joining = new Set();
+/** @type {(() => string) | null} */
+let connectedNote = null; // to be shown when no channel is missing
 let isWanted = false; // the user has connected, and has not disconnected
 let shownQuery = ""; // the query of the page's URL: channels and history
 
@@ -49,13 +53,14 @@ function connect() {
     const {state, transport, code, reason} = event;
     if (state === "open" && lastState !== "open") {
       const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
-      const what = wasConnected ? "again" : `to ${[...subscriptions.keys()].join(", ")}`;
-      list.addNote(`connected ${what}${how}`);
+      const what = wasConnected ? () => "again" : () => `to ${[...subscriptions.keys()].join(", ")}`;
+      connectedNote = () => `connected ${what()}${how}`;
       wasConnected = true;
     } else if (lastState === "open" && state !== "open") {
       list.addNote(`connection lost: ${code} ${reason}`.trim(), "note bad");
     }
     lastState = state;
+    for (const name of subscriptions.keys()) joining.add(name);
     showState(event);
   });
   created.addEventListener("refused", (refusal) => {
@@ -73,6 +78,7 @@ function showChannels() {
     if (kept.includes(name)) continue;
     channel.leave();
     subscriptions.delete(name);
+    joining.delete(name);
   }
   for (const name of positions.keys()) if (!kept.includes(name)) positions.delete(name);
   list.keep(kept);
@@ -83,6 +89,7 @@ function showChannels() {
   for (const name of added) join(name, true);
   if (relay?.state === "open" && added.length) list.addNote(`joining ${added.join(", ")}`);
   onChannels();
+  onJoined();
 }
 
 /** @param {string} name @param {boolean} presence whether to ask who is there */
@@ -94,6 +101,7 @@ function join(name, presence) {
     presence,
   });
   subscriptions.set(name, joined);
+  joining.add(name);
   let [replayUntil, wasSubscribed] = [0, since !== undefined || historyField.value !== "0"];
   /** @param {any} type @param {(event: any) => void} act */
   const on = (type, act) => {
@@ -104,6 +112,7 @@ function join(name, presence) {
   on("subscribed", () => {
     replayUntil = wasSubscribed ? performance.now() + REPLAY_MS : 0;
     wasSubscribed = true;
+    onJoined(name);
   });
   on("message", ({position, data}) => {
     list.addMessage({channel: name, position, data}, performance.now() < replayUntil);
@@ -122,7 +131,18 @@ function join(name, presence) {
     if (!subscriptions.size) closeRelay();
     onRefused(refusal, subscriptions.size ? `${name} ` : "");
     onChannels();
+    onJoined(name);
   });
+}
+
+/** Show that the page is connected once no channel is missing. @param {string} [name] answered */
+function onJoined(name = "") {
+  joining.delete(name);
+  if (relay?.state !== "open") return;
+  showState(relay);
+  if (joining.size || !connectedNote) return;
+  list.addNote(connectedNote());
+  connectedNote = null;
 }
 
 /** Close the connection, and keep its positions for a resume. */
@@ -132,6 +152,8 @@ function closeRelay() {
   previous?.close();
   for (const [name, {position}] of subscriptions) if (position) positions.set(name, position);
   subscriptions.clear();
+  joining.clear();
+  connectedNote = null;
   showState({state: "closed"});
 }
 
@@ -169,7 +191,7 @@ function formQuery() {
 function showState({state, reason = "", retryInMs = 0}) {
   const [content, kind] = {
     connecting: ["connecting", "wait"],
-    open: ["connected", "good"],
+    open: joining.size ? ["joining", "wait"] : ["connected", "good"],
     waiting: ["reconnecting", "wait"],
     closed: ["not connected", "off"],
   }[state] ?? [state, "off"];
