@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.support.programs import CHROMIUM, needed
 from tests.support.raw_client import PATIENCE_S
@@ -21,6 +21,8 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+expect.set_options(timeout=PATIENCE_S * 1000)
 
 SHARED = pytest.mark.usefixtures("shared_browser")
 """Mark of a module whose tests share one browser, each with a context of its own: the start of a

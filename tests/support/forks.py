@@ -35,6 +35,7 @@ from typing import IO
 STATUS = struct.Struct("i")
 MAX_REQUEST_BYTES = 262_144  # most of it is the environment
 MAX_DESCRIPTORS = 65_536
+EXIT_S = 5.0
 
 # A path with spaces can't be an interpreter; for Python the line of the shell is a string.
 PROGRAM = """\
@@ -238,7 +239,14 @@ class ForkServer:
                 stdout=subprocess.DEVNULL,
                 pass_fds=descriptors,
             )
+        atexit.register(self._close, ours)
         return ours
+
+    def _close(self, control: socket.socket) -> None:
+        """End the process that forks. Forks that are still running are not affected."""
+        control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_S)
 
 
 FORK_SERVER = ForkServer()
