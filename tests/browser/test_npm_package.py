@@ -20,7 +20,7 @@ from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_js_page import RELAY_JS
 from tests.support.relay_process import RelayProcess, StartRelay, receive
 from tests.support.relay_v1 import publish_all
-from tests.support.tools import NODE, npm_command, npm_modules
+from tests.support.tools import node, npm_command, npm_modules
 
 pytestmark = browser.SHARED
 
@@ -170,7 +170,7 @@ async def test_relay_js_runs_in_node(
     (tmp_path / "client.mjs").write_text(script)
     flags = () if has_websocket == "of its own" else ("--no-experimental-websocket",)
     async with relay.client("news") as other:
-        command = (str(NODE), *flags, "client.mjs")
+        command = (node(), *flags, "client.mjs")
         output = await asyncio.to_thread(run, *command, directory=tmp_path)
         assert [await receive(other) for _ in range(3)] == ["ü", b"\x01\x02", "the end"]
     transport = "stream" if has_websocket in ("without a close event", "none") else "websocket"
@@ -182,4 +182,4 @@ def test_importing_relay_js_on_a_server_does_nothing(tmp_path: Path) -> None:
     (tmp_path / "page.mjs").write_text(
         f'import {{Relay}} from "{RELAY_JS.as_uri()}";\nconsole.log(new Relay("./").state);\n'
     )
-    assert run(str(NODE), "page.mjs", directory=tmp_path) == "idle\n"
+    assert run(node(), "page.mjs", directory=tmp_path) == "idle\n"

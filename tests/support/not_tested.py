@@ -37,7 +37,7 @@ def pytest_terminal_summary(
     for reason, count in reasons.most_common():
         terminalreporter.line(f"{count:5} tests: {reason}")
     text = " ".join(reasons)
-    packages = sorted(set(re.findall(r"\(Debian: ([a-z-]+)\)", text)))
+    packages = sorted(set(re.findall(r"\(Debian: ([a-z0-9-]+)\)", text)))
     if packages:
         terminalreporter.line(f"To test it on Debian: apt-get install {' '.join(packages)}")
 

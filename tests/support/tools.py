@@ -27,13 +27,22 @@ def python_tool(name: str) -> str:
     return found
 
 
-NODE = Path(playwright.__file__).with_name("driver") / "node"
-"""The Node.js of playwright: that of the system may be too old, or missing."""
+def node() -> str:
+    """Return the path of Playwright's Node.js: that of the system may be too old, or missing.
+
+    Raises:
+        Skipped: the machine has not the library that it needs.
+    """
+    path = str(Path(playwright.__file__).with_name("driver") / "node")
+    result = subprocess.run((path, "--version"), capture_output=True, text=True, check=False)
+    if "libatomic" in result.stderr:
+        programs.skip_test("needs the library of Node.js (Debian: libatomic1)")
+    return path
 
 
 def npm_command(name: str) -> list[str]:
     """Return the command of a tool in npm/."""
-    return [str(NODE), str((npm_modules() / ".bin" / name).resolve())]
+    return [node(), str((npm_modules() / ".bin" / name).resolve())]
 
 
 def npm_modules() -> Path:
