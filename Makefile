@@ -104,7 +104,9 @@ stops: $(VENV)/.dev  ## stop 400 relays while their broker misbehaves; each has 
 simulation: $(VENV)/.bench  ## a rolling update and a lost zone, for up to a million clients
 	@exec $(BIN)/python -m bench.simulation
 
-# Not a part of `test`: tracing every line makes the relay, and so the tests, slower.
+# Not a part of `test`: tracing every line makes the relay, and so the tests, slower. Fewer at a time
+# keep their deadlines.
+coverage: PYTEST_ARGS := -n $(shell expr 2 \* $$(nproc 2>/dev/null || echo 2))
 coverage: $(VENV)/.dev  ## run the tests and report the lines and branches that they run
 	@rm -rf build/coverage
 	@$(BIN)/coverage run -m pytest $(PYTEST_ARGS)

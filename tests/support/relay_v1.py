@@ -69,9 +69,13 @@ class RelayV1Client:
         return decode(await receive(self.connection))
 
     async def next_notice(self, kind: str = "") -> Notice:
-        """Return the next notice, of a kind if it is given; no message may come before it."""
+        """Return the next notice, of a kind if it is given; no message may come before it.
+
+        Without a kind, heartbeats are skipped.
+        """
+        skipped = ROUTINE - {kind} if kind else {"heartbeat"}
         header, payload = await self.receive()
-        while kind and header.get("type") in ROUTINE - {kind}:
+        while header.get("type") in skipped:
             header, payload = await self.receive()
         assert header.get("type", "message") == (kind or header["type"]), (header, payload)
         assert payload == ""
