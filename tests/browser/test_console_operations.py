@@ -110,7 +110,7 @@ async def test_the_console_is_connected_once_it_has_joined_each_channel(
             server = route.connect_to_server()
 
             async def pass_on(command: str | bytes) -> None:
-                if b'"two"' in (command if isinstance(command, bytes) else command.encode()):
+                if '"two"' in str(command):
                     await is_open.wait()
                 server.send(command)
 

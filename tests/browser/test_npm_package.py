@@ -16,7 +16,6 @@ import pytest
 from playwright.async_api import Locator, expect
 
 from tests.support import browser, programs
-from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_js_page import RELAY_JS
 from tests.support.relay_process import RelayProcess, StartRelay, receive
 from tests.support.relay_v1 import publish_all
@@ -89,7 +88,7 @@ def serve(directory: Path) -> Iterator[str]:
 
 async def await_texts(locator: Locator, *texts: str) -> None:
     """Wait until an element, or several, have these texts."""
-    await expect(locator).to_have_text(list(texts), timeout=PATIENCE_S * 1000)
+    await expect(locator).to_have_text(list(texts))
 
 
 @pytest.mark.timeout(400)

@@ -5,7 +5,6 @@ from playwright.async_api import Page, expect
 
 from tests.support import browser
 from tests.support.pages import PageReader, fenced_blocks
-from tests.support.raw_client import PATIENCE_S
 from tests.support.relay_process import ROOT
 from tests.support.terminal import COMMAND_S
 
@@ -31,7 +30,7 @@ async def send(window: Page, text: str) -> None:
 async def all_show(windows: tuple[Page, ...], *texts: str) -> None:
     """Wait until the lists of all windows are these messages, the newest first."""
     for window in windows:
-        await expect(window.locator("li")).to_have_text(texts, timeout=PATIENCE_S * 1000)
+        await expect(window.locator("li")).to_have_text(texts)
 
 
 async def all_are(windows: tuple[Page, ...], state: str) -> None:

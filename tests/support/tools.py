@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import playwright
@@ -27,6 +28,7 @@ def python_tool(name: str) -> str:
     return found
 
 
+@cache
 def node() -> str:
     """Return the path of Playwright's Node.js: that of the system may be too old, or missing.
 

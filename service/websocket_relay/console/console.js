@@ -33,8 +33,8 @@ const subscriptions = new Map();
 const positions = new Map();
 /** @type {Set<string>} channels on show to which the open connection is not subscribed yet */
 const joining = new Set();
-/** @type {(() => string) | null} */
-let connectedNote = null; // to be shown when no channel is missing
+let isNoted = false; // the list has the note that the open connection is there
+let wasConnected = false; // and that of an earlier one, after which this one resumes
 let isWanted = false; // the user has connected, and has not disconnected
 let shownQuery = ""; // the query of the page's URL: channels and history
 
@@ -47,15 +47,11 @@ function connect() {
   const created = new Relay("./", {token: secret.value, maxPendingBytes: 2 * MAX_SEND_BYTES});
   relay = created;
   let lastState = "idle";
-  let wasConnected = false;
   created.addEventListener("state", (event) => {
     if (created !== relay) return;
-    const {state, transport, code, reason} = event;
+    const {state, code, reason} = event;
     if (state === "open" && lastState !== "open") {
-      const how = transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
-      const what = wasConnected ? () => "again" : () => `to ${[...subscriptions.keys()].join(", ")}`;
-      connectedNote = () => `connected ${what()}${how}`;
-      wasConnected = true;
+      isNoted = false;
     } else if (lastState === "open" && state !== "open") {
       list.addNote(`connection lost: ${code} ${reason}`.trim(), "note bad");
     }
@@ -89,7 +85,7 @@ function showChannels() {
   for (const name of added) join(name, true);
   if (relay?.state === "open" && added.length) list.addNote(`joining ${added.join(", ")}`);
   onChannels();
-  onJoined();
+  showJoined();
 }
 
 /** @param {string} name @param {boolean} presence whether to ask who is there */
@@ -112,7 +108,8 @@ function join(name, presence) {
   on("subscribed", () => {
     replayUntil = wasSubscribed ? performance.now() + REPLAY_MS : 0;
     wasSubscribed = true;
-    onJoined(name);
+    joining.delete(name);
+    showJoined();
   });
   on("message", ({position, data}) => {
     list.addMessage({channel: name, position, data}, performance.now() < replayUntil);
@@ -127,22 +124,24 @@ function join(name, presence) {
   }
   on("refused", (refusal) => {
     subscriptions.delete(name);
+    joining.delete(name);
     if (refusal.status === 404 && presence) return join(name, false);
     if (!subscriptions.size) closeRelay();
     onRefused(refusal, subscriptions.size ? `${name} ` : "");
     onChannels();
-    onJoined(name);
+    showJoined();
   });
 }
 
-/** Show that the page is connected once no channel is missing. @param {string} [name] answered */
-function onJoined(name = "") {
-  joining.delete(name);
+/** Show that the page is connected, once no channel is missing. */
+function showJoined() {
   if (relay?.state !== "open") return;
   showState(relay);
-  if (joining.size || !connectedNote) return;
-  list.addNote(connectedNote());
-  connectedNote = null;
+  if (joining.size || isNoted) return;
+  const how = relay.transport === "stream" ? " by server-sent events: WebSocket blocked" : "";
+  const what = wasConnected ? "again" : `to ${[...subscriptions.keys()].join(", ")}`;
+  list.addNote(`connected ${what}${how}`);
+  isNoted = wasConnected = true;
 }
 
 /** Close the connection, and keep its positions for a resume. */
@@ -153,7 +152,7 @@ function closeRelay() {
   for (const [name, {position}] of subscriptions) if (position) positions.set(name, position);
   subscriptions.clear();
   joining.clear();
-  connectedNote = null;
+  isNoted = wasConnected = false;
   showState({state: "closed"});
 }
 
